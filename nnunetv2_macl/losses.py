@@ -1,0 +1,318 @@
+"""The three losses of MACL, their weighted sum, and the values to read their curves against.
+
+Pure functions of embeddings and positions: nothing here knows of nnU-Net, paths, ranks or loggers.
+
+Source: Zeng et al., "Multi-level Asymmetric Contrastive Learning for Medical Image Segmentation Pre-training", IEEE JBHI
+2026, https://arxiv.org/abs/2309.11876. Positives by position: Zeng et al., "Positional Contrastive Learning for
+Volumetric Medical Image Segmentation", MICCAI 2021, https://arxiv.org/abs/2106.09157.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# Similarities held at once by the dense loss (float32: 64 MiB). More locations than that are computed in turn.
+_MAX_SIMILARITIES = 2**24
+
+_LINEAR_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def positive_mask(positions: Tensor, threshold: float) -> Tensor:
+    """Which of the 2N vectors are positives of which.
+
+    Args:
+        positions: (N,) or (N, A), fraction of the volume, one row a patch.
+        threshold: t; patches are positives when their positions differ by less than t on every axis.
+
+    Returns:
+        (2N, 2N) bool, rows are anchors. Vector i and vector N+i are the two views of patch i: always positives of each
+        other, whatever the threshold. No vector is its own positive.
+    """
+    positions = positions.reshape(len(positions), -1)
+    near = (positions[:, None] - positions[None]).abs().amax(-1) < threshold
+    own_patch = torch.eye(len(positions), dtype=torch.bool, device=positions.device)
+    mask = (near | own_patch).repeat(2, 2)
+    return mask.fill_diagonal_(False)
+
+
+class _ContrastiveLoss(nn.Module):
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        threshold: float = 0.1,
+        base_temperature: float | None = 0.07,
+        *,
+        own_view_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be greater than 0, got {value!r}")
+        if not threshold >= 0:
+            raise ValueError(f"threshold must be 0 or greater, got {threshold!r}")
+        if not 0 <= own_view_weight <= 1:
+            raise ValueError(f"own_view_weight must lie between 0 and 1, got {own_view_weight!r}")
+        self.temperature = temperature
+        self.threshold = threshold
+        self.base_temperature = base_temperature
+        self.own_view_weight = own_view_weight
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, threshold={self.threshold}, base_temperature={self.base_temperature}, "
+            f"own_view_weight={self.own_view_weight}"
+        )
+
+    def _mean_over_anchors(self, dominant: Tensor, auxiliary: Tensor, positions: Tensor) -> Tensor:
+        """Loss at each location. dominant, auxiliary: (N, C, P) -> (P,)."""
+        if dominant.shape != auxiliary.shape:
+            raise ValueError(
+                f"dominant and auxiliary must have one shape, got {tuple(dominant.shape)} and {tuple(auxiliary.shape)}"
+            )
+        if len(positions) != len(dominant):
+            raise ValueError(f"positions must have one row a patch: {len(dominant)} patches, got {len(positions)} rows")
+        with torch.autocast(dominant.device.type, enabled=False):
+            # (P, 2N, C); half precision leaves too few digits for a similarity divided by 0.1
+            embeddings = torch.cat((dominant, auxiliary)).permute(2, 0, 1)
+            if embeddings.dtype not in (torch.float32, torch.float64):
+                embeddings = embeddings.float()
+            embeddings = F.normalize(embeddings, dim=-1)
+            weights = self._positive_weights(positions.to(embeddings.device), embeddings.dtype)
+            loss = _in_chunks(embeddings, weights, self.temperature)
+        if self.base_temperature is not None:
+            loss = loss * (self.temperature / self.base_temperature)
+        return loss
+
+    def _positive_weights(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """(2N, 2N), rows sum to 1: how much each positive counts for its anchor."""
+        mask = positive_mask(positions, self.threshold).to(dtype)
+        mean_over_positives = mask / mask.sum(1, keepdim=True)
+        if not self.own_view_weight:
+            return mean_over_positives
+        own_view = torch.eye(len(mask), dtype=dtype, device=mask.device).roll(len(positions), 0)
+        return self.own_view_weight * own_view + (1 - self.own_view_weight) * mean_over_positives
+
+
+def _in_chunks(embeddings: Tensor, weights: Tensor, temperature: float) -> Tensor:
+    locations, vectors, _ = embeddings.shape
+    chunk = max(1, _MAX_SIMILARITIES // vectors**2)
+    if locations <= chunk:
+        return _contrast(embeddings, weights, temperature)
+    # the similarities are computed again in the backward pass, so that only one chunk of them is ever held
+    return torch.cat(
+        [checkpoint(_contrast, part, weights, temperature, use_reentrant=False) for part in embeddings.split(chunk)]
+    )
+
+
+def _contrast(embeddings: Tensor, weights: Tensor, temperature: float) -> Tensor:
+    """(P, 2N, C) unit vectors, (2N, 2N) weights -> (P,): mean over anchors of -sum_j w_ij log p_ij."""
+    similarities = embeddings @ embeddings.transpose(1, 2) / temperature
+    itself = torch.eye(similarities.shape[-1], dtype=torch.bool, device=similarities.device)
+    log_denominator = similarities.masked_fill(itself, -math.inf).logsumexp(-1)
+    # each row of weights sums to 1: sum_j w_ij (log_denominator_i - s_ij)
+    return (log_denominator - (weights * similarities).sum(-1)).mean(-1)
+
+
+class PositionalContrastiveLoss(_ContrastiveLoss):
+    """Image-level contrastive loss with positives by position, L_g.
+
+    Of the 2N vectors every one is an anchor; its positives are the vectors of patches that lie within ``threshold`` of its
+    own, and always its own other view; its denominator is all but itself. Cosine similarity, mean of -log p over positives,
+    then over anchors.
+
+    Source: MACL Eq. 4-7 (image level). The factor temperature / base_temperature stands in the published implementation,
+    not in the equations; ``base_temperature=None`` leaves it out.
+
+    Args:
+        temperature: τ.
+        threshold: t, fraction of the volume; positives need |Δ| < t on every axis. 0: the own view only (SimCLR).
+        base_temperature: see above.
+        own_view_weight: a in a·(own view) + (1-a)·(mean over all positives); 0 is the paper's plain mean.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def forward(self, dominant: Tensor, auxiliary: Tensor, positions: Tensor) -> Tensor:
+        """Scalar loss.
+
+        Args:
+            dominant: (N, C) embeddings, any length.
+            auxiliary: (N, C) embeddings of the same patches, in the same order.
+            positions: (N,) or (N, A), fraction of the volume.
+
+        Raises:
+            ValueError: shapes that do not agree.
+        """
+        if dominant.ndim != 2:
+            raise ValueError(f"dominant must be (N, C), got shape {tuple(dominant.shape)}")
+        return self._mean_over_anchors(dominant.unsqueeze(-1), auxiliary.unsqueeze(-1), positions).mean()
+
+
+class DenseContrastiveLoss(_ContrastiveLoss):
+    """Pixel-level contrastive loss, L_d: `PositionalContrastiveLoss` at each grid location, averaged over locations.
+
+    Memory stays bounded whatever the grid: locations are computed in chunks and, where there is more than one, again in the
+    backward pass.
+
+    Source: MACL Eq. 8-9 (pixel level). Arguments as in `PositionalContrastiveLoss`.
+    """
+
+    def forward(self, dominant: Tensor, auxiliary: Tensor, positions: Tensor) -> Tensor:
+        """Scalar loss.
+
+        Args:
+            dominant: (N, C, *grid) embeddings, any length.
+            auxiliary: (N, C, *grid) embeddings of the same patches, in the same order.
+            positions: (N,) or (N, A), fraction of the volume.
+
+        Raises:
+            ValueError: shapes that do not agree.
+        """
+        if dominant.ndim < 3:
+            raise ValueError(f"dominant must be (N, C, *grid), got shape {tuple(dominant.shape)}")
+        if dominant.shape != auxiliary.shape:
+            raise ValueError(
+                f"dominant and auxiliary must have one shape, got {tuple(dominant.shape)} and {tuple(auxiliary.shape)}"
+            )
+        return self._mean_over_anchors(dominant.flatten(2), auxiliary.flatten(2), positions).mean()
+
+
+class EquivarianceLoss(nn.Module):
+    """Equivariant regularisation, L_ER: features of the downsampled image should be the downsampled features.
+
+    Mean absolute difference between the dominant map and the auxiliary map, linearly interpolated to the dominant grid.
+
+    Source: MACL Eq. 3 (feature level).
+    """
+
+    def forward(self, dominant: Tensor, auxiliary: Tensor) -> Tensor:
+        """Scalar loss.
+
+        Args:
+            dominant: (N, C, *small) features.
+            auxiliary: (N, C, *large) features.
+
+        Raises:
+            ValueError: other numbers of patches, channels or axes.
+        """
+        if dominant.ndim != auxiliary.ndim or dominant.shape[:2] != auxiliary.shape[:2]:
+            raise ValueError(
+                "dominant and auxiliary must agree in patches, channels and number of axes, got "
+                f"{tuple(dominant.shape)} and {tuple(auxiliary.shape)}"
+            )
+        with torch.autocast(dominant.device.type, enabled=False):
+            if dominant.dtype not in (torch.float32, torch.float64):
+                dominant, auxiliary = dominant.float(), auxiliary.float()
+            return F.l1_loss(dominant, down(auxiliary, dominant.shape[2:]))
+
+
+def down(maps: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+    """Linear interpolation of (N, C, *spatial) to ``size``, corners aligned: the paper's downsampling."""
+    if tuple(maps.shape[2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode=_LINEAR_MODE[maps.ndim - 2], align_corners=True)
+
+
+class MultiLevelContrastiveLoss(nn.Module):
+    """L = λ1·L_g + λ2·L_d + λ3·L_ER (MACL Eq. 10). A term of weight 0 is not computed.
+
+    Raises:
+        ValueError: a negative weight, or image-level and pixel-level weights both 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight_global: float = 1.0,
+        weight_dense: float = 0.5,
+        weight_equivariance: float = 1.0,
+        temperature: float = 0.1,
+        threshold: float = 0.1,
+        base_temperature: float | None = 0.07,
+        own_view_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.weights = {"global": weight_global, "dense": weight_dense, "equivariance": weight_equivariance}
+        if min(self.weights.values()) < 0 or weight_global + weight_dense <= 0:
+            raise ValueError(f"weights must be 0 or greater, and global or dense above 0, got {self.weights}")
+        contrastive = {"own_view_weight": own_view_weight}
+        self.global_loss = PositionalContrastiveLoss(temperature, threshold, base_temperature, **contrastive)
+        self.dense_loss = DenseContrastiveLoss(temperature, threshold, base_temperature, **contrastive)
+        self.equivariance_loss = EquivarianceLoss()
+
+    @property
+    def threshold(self) -> float:
+        return self.global_loss.threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self.global_loss.threshold = self.dense_loss.threshold = value
+
+    def forward(self, outputs: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+        """Losses by name: those with a weight, and ``total``.
+
+        Args:
+            outputs: what `nnunetv2_macl.network.MACLNetwork` returns.
+            positions: (N,) or (N, A), fraction of the volume.
+        """
+        losses: dict[str, Tensor] = {}
+        if self.weights["global"]:
+            losses["global"] = self.global_loss(outputs["global_dominant"], outputs["global_auxiliary"], positions)
+        if self.weights["dense"]:
+            losses["dense"] = self.dense_loss(outputs["dense_dominant"], outputs["dense_auxiliary"], positions)
+        if self.weights["equivariance"]:
+            losses["equivariance"] = self.equivariance_loss(
+                outputs["bottleneck_dominant"], outputs["bottleneck_auxiliary"]
+            )
+        losses["total"] = sum(self.weights[name] * loss for name, loss in losses.items())
+        return losses
+
+
+class ReferenceValues(NamedTuple):
+    """What a contrastive loss is worth at three states of the network; see `reference_values`."""
+
+    collapse: float
+    own_view_only: float
+    all_found: float
+
+
+def reference_values(
+    patches: int,
+    positives: float,
+    *,
+    temperature: float = 0.1,
+    base_temperature: float | None = 0.07,
+    own_view_weight: float = 0.0,
+) -> ReferenceValues:
+    """The values to read a curve of L_g or L_d against.
+
+    Args:
+        patches: N of the batch, over all ranks.
+        positives: P, mean number of positives an anchor, the own view included (at least 1).
+        temperature, base_temperature, own_view_weight: as in `PositionalContrastiveLoss`.
+
+    Returns:
+        ``collapse``: every vector alike, ln(2N-1). ``own_view_only``: the best that a network can reach which knows
+        nothing but the own view. ``all_found``: the best of all, every positive found. All times τ / base temperature.
+    """
+    candidates = 2 * patches - 1
+    factor = 1.0 if base_temperature is None else temperature / base_temperature
+    own = own_view_weight + (1 - own_view_weight) / positives
+
+    def cross_entropy(others: float) -> float:
+        """Own view at its weight, the rest of the weight even over ``others`` vectors."""
+        rest = 1 - own
+        return -own * math.log(own) - (rest * math.log(rest / others) if rest > 1e-12 else 0.0)
+
+    return ReferenceValues(
+        collapse=factor * math.log(candidates),
+        own_view_only=factor * cross_entropy(candidates - 1),
+        all_found=factor * cross_entropy(positives - 1),
+    )

@@ -1,0 +1,214 @@
+"""The pre-training network around an unchanged U-Net: shared encoder, partial decoder, projectors.
+
+Works on any dynamic-network-architectures U-Net (an ``encoder`` that returns its skips, a ``decoder`` with ``transpconvs``
+and ``stages``), 2D or 3D; knows no nnU-Net plan.
+
+Source: MACL Figure 2 and Eq. 2-7; see `nnunetv2_macl.losses` for the reference.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+_BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+AUXILIARY_ENCODERS = ("shared", "ema", "independent")
+
+
+class InstanceProjector(nn.Sequential):
+    """Mean over space, then Linear - ReLU - Linear: (N, C, *spatial) -> (N, embedding_dim).
+
+    With ``standardise`` the pooled features are standardised over the batch first. Instance norm gives every channel of
+    every image nearly the same mean, so without it the embeddings of all images are nearly one vector and nothing is learned.
+    """
+
+    def __init__(self, channels: int, embedding_dim: int = 128, *, standardise: bool = True) -> None:
+        super().__init__(
+            nn.BatchNorm1d(channels) if standardise else nn.Identity(),
+            nn.Linear(channels, channels),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels, embedding_dim),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features.flatten(2).mean(-1))
+
+
+class PixelProjector(nn.Sequential):
+    """(convolution of 3 - batch norm - leaky ReLU) twice: (N, in_channels, *grid) -> (N, out_channels, *grid)."""
+
+    def __init__(self, in_channels: int, out_channels: int, axes: int) -> None:
+        def block(channels: int) -> list[nn.Module]:
+            return [
+                _CONV[axes](channels, out_channels, 3, padding=1, bias=False),
+                _BATCH_NORM[axes](out_channels),
+                nn.LeakyReLU(inplace=True),
+            ]
+
+        super().__init__(*block(in_channels), *block(out_channels))
+
+
+class MACLNetwork(nn.Module):
+    """Two branches over one U-Net: the dominant one (encoder and partial decoder), the auxiliary one (encoder).
+
+    Holds only what is trained: the encoder, the first decoder stages, the projectors. They are the U-Net's own modules, so
+    that training this trains the U-Net.
+
+    Args:
+        unet: the U-Net, as built for segmentation.
+        decoder_stages: K, number of decoder stages of the dominant branch, counted from the bottleneck.
+        auxiliary_stage: e, the encoder stage (1 is the first) at which the auxiliary dense map is read.
+        image_level, pixel_level, feature_level: which losses will be asked for; the rest is neither built nor computed.
+        embedding_dim: length of the image-level vectors.
+        standardise: standardise pooled features over the batch, see `InstanceProjector`.
+        auxiliary_encoder: ``shared`` (one encoder, gradients through both branches), ``ema`` (an average of the dominant
+            encoder, no gradient; call `update_ema` after each step) or ``independent`` (its own weights).
+        ema_decay: weight of the old average at each step.
+
+    Raises:
+        ValueError: an argument outside its range.
+        NotImplementedError: a network that is no such U-Net.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        *,
+        decoder_stages: int,
+        auxiliary_stage: int,
+        image_level: bool = True,
+        pixel_level: bool = True,
+        feature_level: bool = True,
+        embedding_dim: int = 128,
+        standardise: bool = True,
+        auxiliary_encoder: str = "shared",
+        ema_decay: float = 0.999,
+    ) -> None:
+        super().__init__()
+        decoder = getattr(unet, "decoder", None)
+        if not (hasattr(unet, "encoder") and hasattr(decoder, "transpconvs") and hasattr(decoder, "stages")):
+            raise NotImplementedError(
+                f"MACL needs a U-Net with encoder, decoder.transpconvs and decoder.stages; {type(unet).__name__} has not"
+            )
+        channels = list(unet.encoder.output_channels)
+        stages = len(channels)
+        if not 0 <= decoder_stages < stages:
+            raise ValueError(f"decoder_stages must lie between 0 and {stages - 1}, got {decoder_stages}")
+        if not stages - decoder_stages <= auxiliary_stage <= stages:
+            raise ValueError(
+                f"auxiliary_stage must lie between {stages - decoder_stages} and {stages}, got {auxiliary_stage}"
+            )
+        if auxiliary_encoder not in AUXILIARY_ENCODERS:
+            raise ValueError(f"auxiliary_encoder must be one of {AUXILIARY_ENCODERS}, got {auxiliary_encoder!r}")
+        if not (image_level or pixel_level):
+            raise ValueError("image_level or pixel_level must be asked for")
+        self.auxiliary_stage = auxiliary_stage
+        self.image_level, self.pixel_level, self.feature_level = image_level, pixel_level, feature_level
+        self.ema_decay = ema_decay
+
+        self.encoder = unet.encoder
+        self.transpconvs = nn.ModuleList(decoder.transpconvs[:decoder_stages])
+        self.decoder_stages = nn.ModuleList(decoder.stages[:decoder_stages])
+        self.auxiliary_encoder = None
+        if auxiliary_encoder != "shared":
+            self.auxiliary_encoder = deepcopy(unet.encoder)
+            if auxiliary_encoder == "ema":
+                self.auxiliary_encoder.requires_grad_(False)
+        self._is_ema = auxiliary_encoder == "ema"
+
+        dominant_channels = channels[stages - decoder_stages - 1]
+        axes = _axes(unet.encoder.conv_op)
+        if image_level:
+            self.instance_projector_dominant = InstanceProjector(
+                dominant_channels, embedding_dim, standardise=standardise
+            )
+            self.instance_projector_auxiliary = InstanceProjector(channels[-1], embedding_dim, standardise=standardise)
+        if pixel_level:
+            self.pixel_projector = PixelProjector(channels[auxiliary_stage - 1], dominant_channels, axes)
+
+    @property
+    def needs_invariance(self) -> bool:
+        """Whether the invariance group is used at all; it is not where only the image level is trained."""
+        return self.pixel_level or self.feature_level
+
+    def forward(
+        self,
+        invariance_small: Tensor | None,
+        invariance: Tensor | None,
+        variance_small: Tensor | None,
+        variance: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Embeddings and features by name, those that were asked for.
+
+        Args:
+            invariance_small: (N, C, *small), down(I1), for the dominant branch. None where `needs_invariance` is False.
+            invariance: (N, C, *patch), I2, for the auxiliary branch. None likewise.
+            variance_small: (N, C, *small), down(V1), for the dominant branch. None without the image level.
+            variance: (N, C, *patch), V2, for the auxiliary branch. None likewise.
+
+        Returns:
+            ``global_dominant``, ``global_auxiliary``: (N, embedding_dim), from the variance group;
+            ``dense_dominant``, ``dense_auxiliary``: (N, channels, *grid), from the invariance group;
+            ``bottleneck_dominant``, ``bottleneck_auxiliary``: (N, channels, *bottleneck), from the invariance group.
+        """
+        small = [group for group in (invariance_small, variance_small) if group is not None]
+        full = [group for group in (invariance, variance) if group is not None]
+        patches = len(full[0])
+
+        bottleneck, decoded = self._dominant(torch.cat(small))
+        skips = (self.auxiliary_encoder or self.encoder)(torch.cat(full))
+
+        outputs: dict[str, Tensor] = {}
+        if self.image_level:
+            outputs["global_dominant"] = self.instance_projector_dominant(decoded[-patches:])
+            outputs["global_auxiliary"] = self.instance_projector_auxiliary(skips[-1][-patches:])
+        if self.pixel_level:
+            outputs["dense_dominant"] = decoded[:patches]
+            outputs["dense_auxiliary"] = self.pixel_projector(skips[self.auxiliary_stage - 1][:patches])
+        if self.feature_level:
+            outputs["bottleneck_dominant"] = bottleneck[:patches]
+            outputs["bottleneck_auxiliary"] = skips[-1][:patches]
+        return outputs
+
+    def _dominant(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        skips = self.encoder(images)
+        decoded = skips[-1]
+        for depth, (transpconv, stage) in enumerate(zip(self.transpconvs, self.decoder_stages, strict=True)):
+            decoded = stage(torch.cat((transpconv(decoded), skips[-depth - 2]), 1))
+        return skips[-1], decoded
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Move the averaged encoder towards the trained one; does nothing unless ``auxiliary_encoder`` is ``ema``."""
+        if not self._is_ema:
+            return
+        averages = dict(self.auxiliary_encoder.named_parameters())
+        for name, parameter in self.encoder.named_parameters():
+            averages[name].lerp_(parameter, 1 - self.ema_decay)
+        for average, buffer in zip(self.auxiliary_encoder.buffers(), self.encoder.buffers(), strict=True):
+            average.copy_(buffer)
+
+    def unet_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Encoder and trained decoder weights under the names that the U-Net's own state dict has for them."""
+        encoder: dict[str, Tensor] = {}
+        decoder: dict[str, Tensor] = {}
+        for key, value in self.state_dict().items():
+            part, _, rest = key.partition(".")
+            if part == "encoder":
+                encoder[key] = value
+            elif part == "transpconvs":
+                decoder[f"decoder.transpconvs.{rest}"] = value
+            elif part == "decoder_stages":
+                decoder[f"decoder.stages.{rest}"] = value
+        return encoder, decoder
+
+
+def _axes(conv_op: type[nn.Module]) -> int:
+    for axes, conv in _CONV.items():
+        if issubclass(conv_op, conv):
+            return axes
+    raise NotImplementedError(f"MACL supports 2D and 3D convolutions, got {conv_op.__name__}")

@@ -1,0 +1,1 @@
+"""The trainer classes that nnU-Net runs: pre-training and fine-tuning."""

@@ -1,0 +1,121 @@
+"""What each branch is shown: random spatial views, and the downsampled copies for the dominant branch.
+
+A view is parameters drawn once, then applied: rotation, scaling, translation and mirroring are one matrix and one
+resampling, which also does the downsampling where a branch needs it. Runs on whichever device the patches are on.
+
+Source: MACL section III (invariance group, variance group, down).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnunetv2_macl.losses import down
+
+__all__ = ["SpatialViews", "down"]
+
+
+class SpatialViews:
+    """Random mirroring, rotation, scaling and translation of 2D or 3D patches.
+
+    Args:
+        patch_size: voxels an axis.
+        mirroring: mirror each axis with probability 1/2.
+        rotation: largest angle in the plane of the last two axes, degrees; 180 is the full turn.
+        out_of_plane_rotation: largest angle about the two in-plane axes, degrees; 3D only.
+        scaling: smallest and largest factor; one factor a patch in 2D, one an axis in 3D.
+        translation: largest shift, fraction of the patch edge.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        patch_size: Sequence[int],
+        *,
+        mirroring: bool = True,
+        rotation: float = 180.0,
+        out_of_plane_rotation: float = 0.0,
+        scaling: tuple[float, float] = (0.7, 1.3),
+        translation: float = 0.1,
+    ) -> None:
+        if len(patch_size) not in (2, 3):
+            raise ValueError(f"patch_size must have 2 or 3 axes, got {tuple(patch_size)}")
+        for name, angle in (("rotation", rotation), ("out_of_plane_rotation", out_of_plane_rotation)):
+            if not 0 <= angle <= 180:
+                raise ValueError(f"{name} must lie between 0 and 180 degrees, got {angle}")
+        if not 0 < scaling[0] <= scaling[1]:
+            raise ValueError(f"scaling must be two factors above 0, the smaller first, got {tuple(scaling)}")
+        if not 0 <= translation <= 1:
+            raise ValueError(f"translation must lie between 0 and 1, got {translation}")
+        self.patch_size = tuple(patch_size)
+        self.mirroring = mirroring
+        self.rotation = rotation
+        self.out_of_plane_rotation = out_of_plane_rotation
+        self.scaling = tuple(scaling)
+        self.translation = translation
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
+
+    def draw(self, patches: int, generator: torch.Generator) -> Tensor:
+        """Parameters of ``patches`` views: (N, A, A+1), output to input coordinates as `torch` grids have them.
+
+        Args:
+            patches: N.
+            generator: where every random number comes from; on the CPU, so that a seed means one view on every device.
+        """
+        axes = len(self.patch_size)
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            return torch.rand(patches, *shape, generator=generator) * (high - low) + low
+
+        angle = math.radians(self.rotation)
+        matrix = _rotation(axes, axes - 2, axes - 1, uniform(-angle, angle))
+        if axes == 3:
+            angle = math.radians(self.out_of_plane_rotation)
+            for plane in ((0, 1), (0, 2)):
+                matrix = matrix @ _rotation(axes, *plane, uniform(-angle, angle))
+        # drawn always, so that leaving mirroring out changes no other number of the view
+        mirrored = torch.where(uniform(0, 1, axes) < 0.5, -1.0, 1.0)
+        factors = uniform(*self.scaling, axes if axes == 3 else 1).expand(-1, axes)
+        # a factor of 2 shows things twice as large: the view's voxels lie half as far apart in the patch
+        matrix = matrix / factors[:, None]
+        if self.mirroring:
+            matrix = matrix * mirrored[:, None]
+
+        # from voxels, where a rotation is one, to the coordinates of torch: -1 to 1 an axis, last axis first
+        half = torch.tensor([max(n - 1, 1) / 2 for n in self.patch_size])
+        matrix = matrix * half / half[:, None]
+        shift = uniform(-self.translation, self.translation, axes) * 2
+        return torch.cat((matrix.flip(1, 2), shift.flip(1)[..., None]), -1)
+
+    def apply(self, patches: Tensor, parameters: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """The views, resampled once, linearly; outside the patch is 0, as nnU-Net pads.
+
+        Args:
+            patches: (N, C, *patch).
+            parameters: (N, A, A+1) from `draw`.
+            size: voxels an axis of the result, for the downsampled view; the patch's own by default.
+
+        Returns:
+            (N, C, *size).
+        """
+        size = tuple(size or patches.shape[2:])
+        grid = F.affine_grid(parameters.to(patches), [len(patches), 1, *size], align_corners=True)
+        return F.grid_sample(patches, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def _rotation(axes: int, first: int, second: int, angles: Tensor) -> Tensor:
+    """(N,) radians in the plane of two axes -> (N, A, A)."""
+    matrix = torch.eye(axes).repeat(len(angles), 1, 1)
+    matrix[:, first, first] = matrix[:, second, second] = angles.cos()
+    matrix[:, first, second] = -angles.sin()
+    matrix[:, second, first] = angles.sin()
+    return matrix

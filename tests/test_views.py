@@ -1,0 +1,85 @@
+"""Views: geometry against what can be worked out by hand."""
+
+import pytest
+import torch
+
+from nnunetv2_macl.views import SpatialViews, down
+
+STILL = dict(mirroring=False, rotation=0.0, scaling=(1.0, 1.0), translation=0.0)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("patch_size", [(9, 13), (5, 9, 7)])
+def test_identity_and_downsampling_in_one_resampling(patch_size):
+    views = SpatialViews(patch_size, **STILL)
+    patches = torch.randn(2, 3, *patch_size, generator=generator())
+    parameters = views.draw(2, generator())
+    torch.testing.assert_close(views.apply(patches, parameters), patches, atol=1e-5, rtol=0)
+    small = [n // 2 + 1 for n in patch_size]
+    torch.testing.assert_close(views.apply(patches, parameters, small), down(patches, small), atol=1e-5, rtol=0)
+
+
+def test_mirroring_flips_each_axis_half_of_the_time():
+    views = SpatialViews((5, 7), **(STILL | {"mirroring": True}))
+    patches = torch.randn(1, 1, 5, 7, generator=generator()).expand(200, -1, -1, -1)
+    seen = views.apply(patches, views.draw(200, generator()))
+    flips = [patches[0].flip(dims) for dims in ([], [1], [2], [1, 2])]
+    counts = [sum(torch.allclose(view, flip, atol=1e-5) for view in seen) for flip in flips]
+    assert sum(counts) == 200
+    assert min(counts) > 25
+
+
+@pytest.mark.parametrize("patch_size, plane", [((21, 41), (0, 1)), ((11, 21, 41), (1, 2))])
+def test_rotation_is_rigid_in_voxels_of_an_oblong_patch(patch_size, plane):
+    """A point turns on a circle: its distance from the centre in voxels stays."""
+    views = SpatialViews(patch_size, **(STILL | {"rotation": 180.0}))
+    patches = torch.zeros(32, 1, *patch_size)
+    centre = [n // 2 for n in patch_size]
+    at = list(centre)
+    at[plane[1]] += 7
+    patches[(slice(None), 0, *at)] = 1
+    seen = views.apply(patches, views.draw(32, generator()))[:, 0]
+    axes = torch.meshgrid(*(torch.arange(n) - c for n, c in zip(patch_size, centre, strict=True)), indexing="ij")
+    mass = seen.flatten(1).sum(1)
+    mean = torch.stack([(seen * axis).flatten(1).sum(1) / mass for axis in axes], -1)
+    torch.testing.assert_close(mean.norm(dim=-1), torch.full((32,), 7.0), atol=0.3, rtol=0)
+    angles = torch.atan2(mean[:, plane[0]], mean[:, plane[1]])
+    assert angles.min() < -2 and angles.max() > 2  # the full turn
+    if len(patch_size) == 3:
+        assert mean[:, 0].abs().max() < 1e-4  # stays in its plane
+
+
+def test_scaling_magnifies():
+    views = SpatialViews((33, 33), **(STILL | {"scaling": (2.0, 2.0)}))
+    patches = torch.zeros(1, 1, 33, 33)
+    patches[..., 12:21, 12:21] = 1
+    seen = views.apply(patches, views.draw(1, generator()))
+    assert seen.sum() == pytest.approx(4 * 81, rel=0.15)
+
+
+def test_translation_stays_within_its_range():
+    views = SpatialViews((33, 65), **(STILL | {"translation": 0.25}))
+    patches = torch.zeros(64, 1, 33, 65)
+    patches[:, 0, 16, 32] = 1
+    seen = views.apply(patches, views.draw(64, generator()))[:, 0]
+    where = seen.flatten(1).argmax(1)
+    rows, columns = where // 65 - 16, where % 65 - 32
+    assert rows.abs().max() <= 9 and columns.abs().max() <= 17
+    assert rows.unique().numel() > 8 and columns.unique().numel() > 16
+
+
+def test_same_seed_same_views():
+    views = SpatialViews((8, 8, 8), out_of_plane_rotation=30.0)
+    assert torch.equal(views.draw(4, generator(3)), views.draw(4, generator(3)))
+    assert not torch.equal(views.draw(4, generator(3)), views.draw(4, generator(4)))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"patch_size": (3,)}, {"rotation": 200}, {"scaling": (1.3, 0.7)}, {"translation": 2}]
+)
+def test_arguments_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SpatialViews(**({"patch_size": (8, 8)} | wrong))
