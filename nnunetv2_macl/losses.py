@@ -10,6 +10,7 @@ Volumetric Medical Image Segmentation", MICCAI 2021, https://arxiv.org/abs/2106.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ class _ContrastiveLoss(nn.Module):
             )
         if len(positions) != len(dominant):
             raise ValueError(f"positions must have one row a patch: {len(dominant)} patches, got {len(positions)} rows")
-        with torch.autocast(dominant.device.type, enabled=False):
+        with _full_precision(dominant):
             # (P, 2N, C); half precision leaves too few digits for a similarity divided by 0.1
             embeddings = torch.cat((dominant, auxiliary)).permute(2, 0, 1)
             if embeddings.dtype not in (torch.float32, torch.float64):
@@ -97,6 +98,11 @@ class _ContrastiveLoss(nn.Module):
             return mean_over_positives
         own_view = torch.eye(len(mask), dtype=dtype, device=mask.device).roll(len(positions), 0)
         return self.own_view_weight * own_view + (1 - self.own_view_weight) * mean_over_positives
+
+
+def _full_precision(tensor: Tensor) -> AbstractContextManager:
+    """No autocast. The meta device, on which shapes alone are computed, knows none."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def _in_chunks(embeddings: Tensor, weights: Tensor, temperature: float) -> Tensor:
@@ -207,7 +213,7 @@ class EquivarianceLoss(nn.Module):
                 "dominant and auxiliary must agree in patches, channels and number of axes, got "
                 f"{tuple(dominant.shape)} and {tuple(auxiliary.shape)}"
             )
-        with torch.autocast(dominant.device.type, enabled=False):
+        with _full_precision(dominant):
             if dominant.dtype not in (torch.float32, torch.float64):
                 dominant, auxiliary = dominant.float(), auxiliary.float()
             return F.l1_loss(dominant, down(auxiliary, dominant.shape[2:]))

@@ -1,0 +1,211 @@
+"""Files on disk: written whole or not at all, read without running what is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from nnunetv2_macl.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+def write_whole(file: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file so that it is there complete or not at all, whatever happens meanwhile.
+
+    Raises:
+        UserError: no space or no permission; names the file.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise UserError(_cannot_write(file, error)) from error
+
+
+def _cannot_write(file: Path, error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        free = shutil.disk_usage(file.parent).free
+        return f"{file} could not be written: the disk is full ({free:,} bytes free). Make space and try again."
+    return f"{file} could not be written: {error.strerror or error}. Check the folder's permissions and try again."
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(content: Any, file: Path) -> None:
+    """JSON, indented as nnU-Net does. Raises UserError as `write_whole` does."""
+    text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+    write_whole(file, lambda stream: stream.write(text.encode()))
+
+
+def save(content: dict[str, Any], file: Path) -> None:
+    """`torch.save`, whole or not at all. Raises UserError as `write_whole` does."""
+    write_whole(file, lambda stream: torch.save(content, stream))
+
+
+def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """`torch.load` of tensors and plain types only: nothing in the file is run.
+
+    Raises:
+        UserError: no such file, damaged, or holding anything else; names the file.
+    """
+    try:
+        content = torch.load(file, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist. Check the path.") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{file} cannot be loaded: it is damaged, or holds more than tensors and plain values "
+            f"({type(error).__name__}: {reason[0] if reason else ''}). Take another file."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, not a checkpoint. Take another file.")
+    return content
+
+
+# --- exported weights ----------------------------------------------------------------------------------------------------
+
+ENCODER_FILE, DECODER_FILE, NETWORK_FILE = "macl_encoder.pth", "macl_decoder.pth", "macl_network.pth"
+
+CITATIONS = [
+    "Zeng et al. Multi-level Asymmetric Contrastive Learning for Medical Image Segmentation Pre-training. IEEE JBHI 2026. "
+    "doi:10.1109/JBHI.2026.3669549",
+    "Isensee et al. nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation. "
+    "Nature Methods 18, 203-211 (2021). doi:10.1038/s41592-020-01008-z",
+]
+
+
+@dataclass(frozen=True)
+class PretrainedWeights:
+    """Weights for a U-Net, by the U-Net's own names, and where they come from."""
+
+    files: list[Path]
+    weights: dict[str, Tensor]
+    architecture: dict[str, Any]
+    description: dict[str, Any]
+
+
+def export_weights(
+    folder: Path,
+    *,
+    encoder: dict[str, Tensor],
+    decoder: dict[str, Tensor],
+    unet_weights: dict[str, Tensor],
+    description: dict[str, Any],
+) -> None:
+    """Write what pre-training made: ``macl_encoder.pth``, ``macl_decoder.pth`` and ``macl_network.pth``.
+
+    Args:
+        folder: of the run.
+        encoder, decoder: trained weights by the U-Net's own names.
+        unet_weights: the whole U-Net's state dict, untrained layers freshly initialised. The trained ones are put in.
+        description: architecture, data, recipe, losses: plain JSON types.
+
+    Raises:
+        UserError: a file could not be written.
+    """
+    trained = encoder | decoder
+    # the U-Net's decoder lists its encoder's weights a second time
+    whole = {
+        key: trained.get(key.removeprefix("decoder."), trained.get(key, value)) for key, value in unet_weights.items()
+    }
+    for name, kind, weights in (
+        (ENCODER_FILE, "macl_encoder", encoder),
+        (DECODER_FILE, "macl_decoder", decoder),
+        (NETWORK_FILE, "macl_network", whole),
+    ):
+        content = {
+            "format_version": FORMAT_VERSION,
+            "kind": kind,
+            "network_weights": {key: value.detach().cpu().clone() for key, value in weights.items()},
+            "trained_keys": sorted(trained),
+            "package_versions": package_versions(),
+            "citations": CITATIONS,
+            **description,
+        }
+        if kind == "macl_network":
+            # what nnU-Net's own checkpoints say, for tools that ask
+            content |= {"trainer_name": "nnUNetTrainer", "init_args": {"configuration": description["configuration"]}}
+        save(content, folder / name)
+
+
+def package_versions() -> dict[str, str]:
+    names = ("nnunetv2_macl", "nnunetv2", "dynamic_network_architectures", "torch", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def load_weights(path: Path) -> PretrainedWeights:
+    """Read exported weights.
+
+    Args:
+        path: a run's folder (encoder and decoder), or one of the three files (what it holds).
+
+    Raises:
+        UserError: nothing there, damaged, or no weights of this package; names the file.
+    """
+    if path.is_dir():
+        files = [path / ENCODER_FILE, path / DECODER_FILE]
+    elif path.is_file():
+        files = [path]
+    else:
+        raise UserError(
+            f"There are no pre-trained weights at {path}. Give a pre-training run's folder, or a file in it."
+        )
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        content = load(file)
+        if content.get("kind") not in ("macl_encoder", "macl_decoder", "macl_network"):
+            raise UserError(f"{file} holds no weights of MACL pre-training. Give {ENCODER_FILE} or its folder.")
+        if content.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{file} has format version {content.get('format_version')!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "
+                "Type: pip install --upgrade nnunetv2-macl"
+            )
+        trained = set(content["trained_keys"])
+        weights |= {key: value for key, value in content["network_weights"].items() if key in trained}
+    description = {k: v for k, v in content.items() if k not in ("network_weights", "trained_keys")}
+    return PretrainedWeights(files, weights, content["architecture"], description)
+
+
+def first_difference(theirs: Any, ours: Any, name: str = "") -> str | None:
+    """First place where two architectures differ, in words, or None."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted(theirs.keys() | ours.keys()):
+            difference = first_difference(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)
+            if difference:
+                return difference
+        return None
+    return None if theirs == ours else f"{name} is {theirs} there and {ours} here"

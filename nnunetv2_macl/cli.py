@@ -1,0 +1,110 @@
+"""Command lines: arguments in, messages out; what is done lies elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.resources import resource_folder
+
+
+def _run(action: Callable[[], object]) -> None:
+    """Show the user his mistakes as sentences, with exit code 1."""
+    logger = logging.getLogger("nnunetv2_macl")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        action()
+    except (UserError, NotImplementedError) as error:
+        sys.exit(f"\nError: {error}")
+    finally:
+        logger.removeHandler(handler)
+
+
+def _pretrain_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_train_macl_pretrain",
+        description="Pre-train encoder and partial decoder of DATASET's own nnU-Net on unlabelled images (MACL).",
+        epilog="Example: nnUNetv2_train_macl_pretrain 4 -c 2d, then nnUNetv2_train 4 2d 0 -tr nnUNetTrainerMACL",
+    )
+    add = parser.add_argument
+    add(
+        "dataset_name_or_id",
+        help="data set, by name or id; its nnU-Net plan is used. Unlabelled images lie in its imagesUn",
+    )
+    add("-c", dest="configuration", help="nnU-Net configuration. Default: 3d_fullres where the plan has it, else 2d")
+    add("-p", dest="plans", default="nnUNetPlans", help="plans identifier. Default: nnUNetPlans")
+    add(
+        "-u",
+        dest="unlabelled",
+        nargs="+",
+        default=[],
+        metavar="DATASET2",
+        help="further raw data sets to take images from",
+    )
+    add("-recipe", help="a recipe that comes with the package, or a JSON file of your own. Default: macl")
+    add("--exclude_fold", type=int, metavar="F", help="leave out the validation images of fold F")
+    add("-num_epochs", type=int, help="recipe key")
+    add("-num_iterations_per_epoch", type=int, help="recipe key")
+    add("-batch_size", type=int, help="recipe key: patches a step, over all GPUs")
+    add("-seed", type=int, help="recipe key")
+    add("-np", dest="processes", type=int, default=8, help="processes for preprocessing. Default: 8")
+    add("-device", default="cuda", help="cuda, cpu or mps. Default: cuda. Which GPU: CUDA_VISIBLE_DEVICES=X")
+    add("-num_gpus", type=int, default=1, help="GPUs to train on. Default: 1")
+    add("--c", dest="continue_training", action="store_true", help="go on with the run that was stopped")
+    add("--disable_checkpointing", action="store_true", help="write no checkpoints and no weights")
+    add("--skip_unreadable", action="store_true", help="leave out images that cannot be used, instead of stopping")
+    add("--plan_only", action="store_true", help="print and write the MACL plan, and stop")
+    return parser
+
+
+def pretrain_entry() -> None:
+    """``nnUNetv2_train_macl_pretrain``."""
+    arguments = vars(_pretrain_parser().parse_args())
+    for key in ("num_epochs", "num_iterations_per_epoch", "batch_size", "seed"):
+        if arguments[key] is None:
+            del arguments[key]
+
+    def action() -> None:
+        # nnU-Net takes seconds to import, and says so when folders are unset
+        from nnunetv2_macl.run import pretrain
+
+        if arguments["processes"] < 1:
+            raise UserError(f"-np must be 1 or more, got {arguments['processes']}.")
+        pretrain(arguments.pop("dataset_name_or_id"), **arguments)
+
+    _run(action)
+
+
+def trainers_entry() -> None:
+    """``nnUNetv2_macl_trainers``: the folder for nnUNet_extTrainer."""
+    argparse.ArgumentParser(
+        prog="nnUNetv2_macl_trainers",
+        description="Print the folder of the MACL trainers, for nnU-Net to find.",
+        epilog='Example: export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"',
+    ).parse_args()
+    print(resource_folder("trainers"))
+
+
+def demo_entry() -> None:
+    """``nnUNetv2_macl_demo``."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_demo",
+        description="Generate a small data set and run it all on a CPU: planning, pre-training, fine-tuning, prediction.",
+        epilog="Example: nnUNetv2_macl_demo /tmp/macl_demo",
+    )
+    parser.add_argument("folder", nargs="?", default="macl_demo", help="where to write. Default: ./macl_demo")
+    folder = Path(parser.parse_args().folder)
+
+    def action() -> None:
+        from nnunetv2_macl.demo import demo
+
+        demo(folder)
+
+    _run(action)

@@ -1,0 +1,147 @@
+"""From preprocessed cases to batches of patches with their positions.
+
+Every batch is a function of (seed, step) alone: it does not depend on the number of workers, on what was drawn before, or on
+where a run was stopped and resumed, and the ranks of a distributed run share the batch that one process would draw.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import blosc2
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+# Draws of a patch before giving up on finding one that is not constant.
+_MAX_DRAWS = 50
+_MMAP = {} if os.name == "nt" else {"mmap_mode": "r"}
+
+
+class Case(NamedTuple):
+    """A preprocessed case: a name to show, and the ``.b2nd`` file, (C, *volume) float32."""
+
+    name: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a batch is drawn.
+
+    Args:
+        patch_size: voxels on the three axes of the volume; 1 on the first for 2D patches.
+        batch_size: N, patches a step over all ranks.
+        position_group_size: that many patches of a batch, from different cases where there are enough, share their
+            relative place in the volume, so that they are positives of each other.
+        seed: of every draw.
+    """
+
+    patch_size: tuple[int, ...]
+    batch_size: int
+    position_group_size: int
+    seed: int
+
+    def generators(self, step: int) -> Iterator[tuple[np.random.Generator, np.ndarray | None]]:
+        """For each patch of the batch: its own generator, and the relative place (3,) of its group if it has one."""
+        for patch in range(self.batch_size):
+            generator = np.random.default_rng((self.seed, step, patch))
+            place = None
+            if self.position_group_size > 1:
+                group = self.batch_size + patch // self.position_group_size
+                place = np.random.default_rng((self.seed, step, group)).random(3)
+            yield generator, place
+
+
+def draw_corner(
+    shape: Sequence[int], patch_size: Sequence[int], generator: np.random.Generator, place: np.ndarray | None = None
+) -> np.ndarray:
+    """Lowest corner of a patch, voxels, uniform over the places that nnU-Net's own loader would take.
+
+    Args:
+        shape: voxels of the volume, (3,).
+        patch_size: voxels of the patch, (3,). Where larger than the volume the corner is negative: nnU-Net pads both sides.
+        generator: draws the place.
+        place: (3,), 0 to 1 an axis, from the first legal corner to the last; None draws one.
+    """
+    shape, patch_size = np.asarray(shape), np.asarray(patch_size)
+    padding = np.maximum(patch_size - shape, 0)
+    lowest = -padding // 2
+    highest = shape + padding // 2 + padding % 2 - patch_size
+    if place is None:
+        return generator.integers(lowest, highest + 1)
+    return np.minimum((lowest + place * (highest + 1 - lowest)).astype(int), highest)
+
+
+def position(corner: np.ndarray, patch_size: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+    """Centre of a patch as a fraction of the volume, (3,)."""
+    return (corner + np.asarray(patch_size) / 2) / np.asarray(shape)
+
+
+class PretrainingBatches(Dataset):
+    """Item ``step`` is the batch of that step, or this rank's share of it.
+
+    Args:
+        cases: what to draw from, each with the same probability.
+        sampling: how.
+        share: first and last+1 patch of the batch that this rank reads.
+        steps: number of batches.
+    """
+
+    def __init__(self, cases: Sequence[Case], sampling: Sampling, share: tuple[int, int], steps: int) -> None:
+        if not cases:
+            raise ValueError("cases must not be empty")
+        self.cases = cases
+        self.sampling = sampling
+        self.share = share
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor | list[str]]:
+        """``data`` (n, C, *patch) float32, ``positions`` (n, 3) fraction of the volume, ``cases`` names."""
+        # one process, one thread: the workers share the cores with the training
+        blosc2.set_nthreads(1)
+        draws = list(self.sampling.generators(step))[slice(*self.share)]
+        patches, positions, names = zip(*(self._read_patch(*draw) for draw in draws), strict=True)
+        return {
+            "data": torch.from_numpy(np.stack(patches)),
+            "positions": torch.from_numpy(np.stack(positions)),
+            "cases": list(names),
+        }
+
+    def _read_patch(
+        self, generator: np.random.Generator, place: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, str]:
+        size = self.sampling.patch_size
+        for _ in range(_MAX_DRAWS):
+            case = self.cases[int(generator.integers(len(self.cases)))]
+            volume = _open(case.file)
+            shape = volume.shape[1:]
+            corner = draw_corner(shape, size, generator, place)
+            inside = tuple(slice(max(c, 0), min(c + n, s)) for c, n, s in zip(corner, size, shape, strict=True))
+            patch = volume[(slice(None), *inside)]
+            if np.ptp(patch.reshape(len(patch), -1), axis=1).any():
+                break
+            place = None  # the group's place is empty in this case
+        else:
+            raise ValueError(
+                f"{_MAX_DRAWS} patches in a row were constant, the last from {case.file}: are the images empty?"
+            )
+        padding = [
+            (inside_n.start - c, c + n - inside_n.stop) for inside_n, c, n in zip(inside, corner, size, strict=True)
+        ]
+        patch = np.pad(patch, [(0, 0), *padding])
+        if size[0] == 1:
+            patch = patch[:, 0]
+        return patch, position(corner, size, shape), case.name
+
+
+@lru_cache(maxsize=64)
+def _open(file: str) -> blosc2.NDArray:
+    return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **_MMAP)

@@ -1,0 +1,199 @@
+"""What nnU-Net has of a data set: its plan, its configuration, its folders. Missing things are explained to the user."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunetv2_macl.errors import UserError
+
+FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+# 3d first, as most of nnU-Net's users work in 3D
+SUPPORTED_CONFIGURATIONS = ("3d_fullres", "3d_lowres", "2d")
+
+
+def require_folders() -> None:
+    """Raise UserError unless nnU-Net's three folder variables are set."""
+    missing = [name for name in FOLDER_VARIABLES if not os.environ.get(name)]
+    if missing:
+        lines = "\n".join(f"    export {name}=/path/to/{name}" for name in missing)
+        raise UserError(f"{' and '.join(missing)} not set, so nnU-Net does not know where data lie. Type:\n{lines}")
+
+
+def raw_folder(dataset_name: str) -> Path:
+    return Path(os.environ["nnUNet_raw"]) / dataset_name
+
+
+def preprocessed_folder(dataset_name: str) -> Path:
+    return Path(os.environ["nnUNet_preprocessed"]) / dataset_name
+
+
+def dataset_name(name_or_id: str | int) -> str:
+    """Full name of a data set given as nnU-Net takes it. Raises UserError where there is none."""
+    try:
+        name = str(maybe_convert_to_dataset_name(name_or_id))
+        if raw_folder(name).is_dir() or preprocessed_folder(name).is_dir():
+            return name
+    except (RuntimeError, ValueError):
+        pass
+    known = sorted(
+        {
+            folder.name
+            for variable in ("nnUNet_raw", "nnUNet_preprocessed")
+            for folder in Path(os.environ[variable]).glob("Dataset*")
+        }
+    )
+    same_id = [k for k in known if str(name_or_id).isdigit() and k.startswith(f"Dataset{int(name_or_id):03d}")]
+    if len(same_id) > 1:
+        raise UserError(f"Several data sets have the id {name_or_id}: {', '.join(same_id)}. Give the full name of one.")
+    raise UserError(
+        f"There is no data set '{name_or_id}' in {os.environ['nnUNet_raw']} or {os.environ['nnUNet_preprocessed']}. "
+        f"Give an id or a full name; these are there: {', '.join(known) or 'none'}."
+    )
+
+
+def read_json(path: Path, mend: str) -> Any:
+    """Read a JSON file. Raises UserError that says what is wrong with it, and ``mend``."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist. {mend}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}. {mend}") from None
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A configuration of a data set as nnU-Net planned it."""
+
+    dataset_name: str
+    plans_name: str
+    name: str
+    plans_manager: PlansManager
+    dataset_json: dict[str, Any]
+
+    @classmethod
+    def load(cls, dataset: str | int, plans_name: str, configuration: str | None = None) -> Configuration:
+        """Read plan and dataset.json from nnU-Net's preprocessed folder.
+
+        Args:
+            dataset: id or full name.
+            plans_name: plans identifier.
+            configuration: None takes the first of `SUPPORTED_CONFIGURATIONS` that the plan has.
+
+        Raises:
+            UserError: no data set, no plan, no such configuration.
+        """
+        require_folders()
+        name = dataset_name(dataset)
+        folder = preprocessed_folder(name)
+        number = int(name[7:10])
+        mend = f"Type: nnUNetv2_plan_and_preprocess -d {number}"
+        plans = read_json(folder / f"{plans_name}.json", _other_plans(folder) + mend)
+        dataset_json = read_json(folder / "dataset.json", mend)
+        if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
+            raise UserError(f"{folder / f'{plans_name}.json'} is no nnU-Net plan. {mend}")
+        available = list(plans["configurations"])
+        if configuration is None:
+            configuration = next((c for c in SUPPORTED_CONFIGURATIONS if c in available), None)
+            if configuration is None:
+                raise UserError(
+                    f"{folder / f'{plans_name}.json'} has none of {', '.join(SUPPORTED_CONFIGURATIONS)}, only "
+                    f"{', '.join(available)}. {mend}"
+                )
+        if configuration not in available:
+            raise UserError(
+                f"{folder / f'{plans_name}.json'} has no configuration '{configuration}'. "
+                f"Take one of these with -c: {', '.join(available)}."
+            )
+        manager = PlansManager(plans)
+        if manager.get_configuration(configuration).previous_stage_name is not None:
+            raise UserError(
+                f"'{configuration}' is the second stage of a cascade, whose inputs need labels. "
+                f"Pre-train another configuration: {', '.join(c for c in SUPPORTED_CONFIGURATIONS if c in available)}."
+            )
+        return cls(name, plans_name, configuration, manager, dataset_json)
+
+    @property
+    def manager(self) -> ConfigurationManager:
+        return self.plans_manager.get_configuration(self.name)
+
+    @property
+    def id(self) -> int:
+        return int(self.dataset_name[7:10])
+
+    @property
+    def folder(self) -> Path:
+        """nnU-Net's preprocessed folder of the data set."""
+        return preprocessed_folder(self.dataset_name)
+
+    @property
+    def cases_folder(self) -> Path:
+        """Where nnU-Net put the preprocessed training cases."""
+        return self.folder / self.manager.data_identifier
+
+    @property
+    def patch_size(self) -> list[int]:
+        return [int(n) for n in self.manager.patch_size]
+
+    @property
+    def strides(self) -> list[list[int]]:
+        axes = len(self.patch_size)
+        return [[s] * axes if isinstance(s, int) else [int(n) for n in s] for s in self.manager.pool_op_kernel_sizes]
+
+    @property
+    def channel_names(self) -> list[str]:
+        return channel_names(self.dataset_json)
+
+    def architecture(self) -> dict[str, Any]:
+        """What decides the shapes of the weights, in plain JSON types: compare it to tell whether weights fit."""
+        manager = self.manager
+        return json.loads(
+            json.dumps(
+                {
+                    "network_class_name": manager.network_arch_class_name,
+                    "arch_kwargs": manager.network_arch_init_kwargs,
+                    "input_channels": len(self.channel_names),
+                }
+            )
+        )
+
+    def preprocessing_checksum(self) -> str:
+        """Changes when, and only when, nnU-Net would preprocess an image otherwise or lay it out otherwise."""
+        configuration, plans = self.manager.configuration, self.plans_manager.plans
+        keys = ("patch_size", "spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name")
+        keys += ("resampling_fn_data", "resampling_fn_data_kwargs")
+        return checksum(
+            [
+                {key: configuration.get(key) for key in keys},
+                plans.get("transpose_forward"),
+                self.plans_manager.foreground_intensity_properties_per_channel,
+            ]
+        )
+
+    def plan_checksum(self) -> str:
+        """Changes when the nnU-Net plan changes in anything that the MACL plan is derived from."""
+        return checksum([self.architecture(), self.patch_size, self.preprocessing_checksum()])
+
+
+def channel_names(dataset_json: dict[str, Any]) -> list[str]:
+    """Names of the channels in their order. ``modality`` is nnU-Net's older key."""
+    names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
+    return [str(names[key]) for key in sorted(names, key=int)]
+
+
+def checksum(content: Any) -> str:
+    """SHA-256 of plain JSON content, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _other_plans(folder: Path) -> str:
+    others = sorted(p.stem for p in folder.glob("*.json") if "configurations" in p.read_text(errors="ignore"))
+    return f"Other plans are there: -p {' or '.join(others)}. " if others else ""

@@ -1,0 +1,83 @@
+"""From what the user asked for to the MACL plan on disk: derived anew, or the edited one as it stands."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.planning import MACLPlan, check_plan, derive_plan, plan_file, read_plan, write_plan
+from nnunetv2_macl.recipe import check_values, load_recipe, recipe_from_values
+from nnunetv2_macl.resources import resource_folder
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RECIPE = "macl"
+
+
+def prepare(
+    configuration: Configuration,
+    *,
+    recipe: str | Path | None = None,
+    values: dict[str, Any] | None = None,
+    unlabelled_datasets: Sequence[str] = (),
+    skip_unreadable: bool = False,
+) -> MACLPlan:
+    """Derive the MACL plan and write it beside nnU-Net's. One that the user edited is kept, and only given ``values``.
+
+    Args:
+        configuration: of nnU-Net.
+        recipe: name or file; None is the default.
+        values: recipe keys that win over the recipe's own.
+        unlabelled_datasets: further raw data sets, by full name.
+        skip_unreadable: leave out images that cannot be used.
+
+    Raises:
+        UserError: a wrong recipe or value; an edited plan that does not fit its network or the recipe asked for.
+    """
+    values = values or {}
+    check_values(values, "Command line")
+    file = plan_file(configuration)
+    if file.is_file():
+        plan, edited = read_plan(file)
+        if edited:
+            check_plan(plan, configuration, file)
+            return _adapt_edited(plan, file, recipe, values, unlabelled_datasets, skip_unreadable)
+    name = recipe or DEFAULT_RECIPE
+    wanted = load_recipe(name, resource_folder("plans"))
+    plan = derive_plan(
+        configuration,
+        recipe_from_values(wanted.as_dict() | values, f"Recipe {name}"),
+        unlabelled_datasets=unlabelled_datasets,
+        skip_unreadable=skip_unreadable,
+    )
+    write_plan(plan, file)
+    return plan
+
+
+def _adapt_edited(
+    plan: MACLPlan,
+    file: Path,
+    recipe: str | Path | None,
+    values: dict[str, Any],
+    unlabelled_datasets: Sequence[str],
+    skip_unreadable: bool,
+) -> MACLPlan:
+    if recipe is not None:
+        raise UserError(
+            f"{file} was edited, so it is not derived again from recipe '{recipe}'. Leave out -recipe to use it as it "
+            "stands, or move it away."
+        )
+    logger.info("Using the MACL plan as it was edited: %s (move it away to have it derived again)", file)
+    adapted = plan.with_recipe(values)
+    if unlabelled_datasets:
+        adapted = replace(adapted, unlabelled_datasets=list(unlabelled_datasets))
+    if skip_unreadable:
+        adapted = replace(adapted, skip_unreadable=True)
+    if adapted != plan:
+        write_plan(adapted, file, edited=True)
+    return adapted

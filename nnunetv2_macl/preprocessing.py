@@ -1,0 +1,350 @@
+"""Unlabelled images -> preprocessed cases, with nnU-Net's own preprocessor and DATASET's plan.
+
+A case is two files: ``CASE.b2nd`` (C, *volume) float32 and, written last, ``CASE.json``, which says what it was made from. A
+case whose JSON agrees with the images and the plan is done; any other is made again. nnU-Net's own folders are only read.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from tqdm import tqdm
+
+from nnunetv2_macl.checkpoints import write_json
+from nnunetv2_macl.data import Case
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration, channel_names, raw_folder, read_json
+
+logger = logging.getLogger(__name__)
+
+UNLABELLED_FOLDER = "imagesUn"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Unlabelled images of one raw data set: one list of channel files a case, and what reads them."""
+
+    dataset_name: str
+    cases: dict[str, list[str]]
+    reader: type[BaseReaderWriter]
+
+
+@dataclass(frozen=True)
+class Preprocessed:
+    """What there is to pre-train on, and which images were left out."""
+
+    cases: list[Case]
+    skipped: dict[Path, str]
+
+    def __repr__(self) -> str:
+        return f"{len(self.cases)} cases, {len(self.skipped)} left out"
+
+
+def unlabelled_folder(configuration: Configuration) -> Path:
+    """Where the preprocessed unlabelled cases lie: beside nnU-Net's own folder, so that its splits never see them."""
+    return configuration.folder / f"{configuration.plans_name}_macl_{configuration.name}"
+
+
+# --- finding -------------------------------------------------------------------------------------------------------------
+
+
+def find_sources(configuration: Configuration, datasets: Sequence[str]) -> list[Source]:
+    """Unlabelled images: DATASET's ``imagesUn``, and ``imagesTr`` and ``imagesUn`` of the data sets in ``datasets``.
+
+    Raises:
+        UserError: a data set is missing, has other channels, or has no image.
+    """
+    sources = []
+    own = raw_folder(configuration.dataset_name)
+    cases = _group_channels(own / UNLABELLED_FOLDER, configuration.dataset_json["file_ending"])
+    if cases:
+        reader = configuration.plans_manager.image_reader_writer_class
+        sources.append(Source(configuration.dataset_name, cases, reader))
+    elif (own / UNLABELLED_FOLDER).is_dir() and any((own / UNLABELLED_FOLDER).iterdir()):
+        ending = configuration.dataset_json["file_ending"]
+        found = sorted(p.name for p in (own / UNLABELLED_FOLDER).iterdir())[0]
+        raise UserError(
+            f"{own / UNLABELLED_FOLDER} holds no image named as nnU-Net names them (CASE_0000{ending}); there is {found}. "
+            f"Rename the files, one a channel: CASE_0000{ending}, CASE_0001{ending}, ..."
+        )
+    for name in datasets:
+        sources.append(_other_dataset(configuration, name))
+    for source in sources:
+        _check_channel_files(source, configuration)
+    return sources
+
+
+def _other_dataset(configuration: Configuration, name: str) -> Source:
+    folder = raw_folder(name)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} does not exist, so there are no images of {name} to use. Put them there or leave out -u."
+        )
+    file = folder / "dataset.json"
+    dataset_json = read_json(file, "Write one, as for any nnU-Net data set: channel_names and file_ending are needed.")
+    for key in ("channel_names", "file_ending"):
+        if key not in dataset_json and not (key == "channel_names" and "modality" in dataset_json):
+            raise UserError(f"{file} has no '{key}'. Add it, as for any nnU-Net data set.")
+    theirs, ours = channel_names(dataset_json), configuration.channel_names
+    if theirs != ours:
+        raise UserError(
+            f"{name} has the channels {theirs}, {configuration.dataset_name} has {ours}. "
+            f"They must be the same, in the same order: correct 'channel_names' in {file}, or leave {name} out of -u."
+        )
+    ending = dataset_json["file_ending"]
+    if "dataset" in dataset_json:  # nnU-Net's other way to name files
+        listed = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
+        cases = {case: entry["images"] for case, entry in listed.items()}
+    else:
+        cases = _group_channels(folder / "imagesTr", ending)
+    for case, files in _group_channels(folder / UNLABELLED_FOLDER, ending).items():
+        if case in cases:
+            raise UserError(
+                f"{name} has a case {case} both in imagesTr and in {UNLABELLED_FOLDER}. Rename one of them in "
+                f"{folder / UNLABELLED_FOLDER}."
+            )
+        cases[case] = files
+    if not cases:
+        raise UserError(f"No image found in {folder / 'imagesTr'} or {folder / UNLABELLED_FOLDER} (CASE_0000{ending}).")
+    reader = determine_reader_writer_from_dataset_json(dataset_json, next(iter(cases.values()))[0], verbose=False)
+    return Source(name, cases, reader)
+
+
+def _group_channels(folder: Path, ending: str) -> dict[str, list[str]]:
+    """Files named CASE_0000ENDING, CASE_0001ENDING, ... by case, in one pass over the folder."""
+    if not folder.is_dir():
+        return {}
+    pattern = re.compile(r"(?P<case>.+)_\d{4}" + re.escape(ending))
+    cases: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(entry.name for entry in os.scandir(folder)):
+        if match := pattern.fullmatch(name):
+            cases[match["case"]].append(str(folder / name))
+    return dict(cases)
+
+
+def _check_channel_files(source: Source, configuration: Configuration) -> None:
+    """Every case needs one file a channel, or one file with all of them (RGB)."""
+    wanted = len(configuration.channel_names)
+    for case, files in source.cases.items():
+        if len(files) not in (1, wanted):
+            raise UserError(
+                f"Case {case} of {source.dataset_name} has {len(files)} files, {configuration.dataset_name} has {wanted} "
+                f"channels ({', '.join(configuration.channel_names)}). Files: {', '.join(files)}. Add what is missing."
+            )
+
+
+def training_cases(configuration: Configuration) -> list[Case]:
+    """DATASET's own training cases, where nnU-Net's preprocessing put them. Labels are not opened.
+
+    Raises:
+        UserError: nnU-Net has not preprocessed the configuration, or in a format that cannot be read in parts.
+    """
+    folder = configuration.cases_folder
+    mend = f"Type: nnUNetv2_preprocess -d {configuration.id} -plans_name {configuration.plans_name} -c {configuration.name}"
+    if not folder.is_dir():
+        raise UserError(
+            f"nnU-Net has not preprocessed the images of {configuration.dataset_name} yet: no {folder}. {mend}"
+        )
+    names = sorted(
+        entry.name[: -len(".b2nd")]
+        for entry in os.scandir(folder)
+        if entry.name.endswith(".b2nd") and not entry.name.endswith("_seg.b2nd")
+    )
+    if not names:
+        raise UserError(f"{folder} holds no case in nnU-Net's current format (.b2nd). {mend}")
+    return [Case(name, str(folder / f"{name}.b2nd")) for name in names]
+
+
+# --- preprocessing -------------------------------------------------------------------------------------------------------
+
+
+def preprocess_unlabelled(
+    configuration: Configuration, datasets: Sequence[str], *, processes: int, skip_unreadable: bool = False
+) -> Preprocessed:
+    """Preprocess all unlabelled images that are not done yet.
+
+    Args:
+        configuration: whose plan is used.
+        datasets: further raw data sets, by full name.
+        processes: at work at a time.
+        skip_unreadable: leave images out that cannot be used, instead of stopping.
+
+    Raises:
+        UserError: an image that cannot be used (named), or too little space.
+    """
+    signature = configuration.preprocessing_checksum()
+    folder = unlabelled_folder(configuration)
+    cases, todo = [], []
+    skipped: dict[Path, str] = {}
+    for source in find_sources(configuration, datasets):
+        for name, files in source.cases.items():
+            target = folder / source.dataset_name / name
+            cases.append(Case(name, f"{target}.b2nd"))
+            try:
+                made_from = _made_from(files, signature)
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename} cannot be read: {error.strerror}. Correct it and try again."
+                ) from None
+            if not _is_done(target, made_from):
+                todo.append((files, source.reader, target, made_from))
+    if todo:
+        _require_space(configuration, folder, len(todo))
+        logger.info("Preprocessing %d unlabelled cases into %s", len(todo), folder)
+        skipped = _run(configuration, todo, processes, skip_unreadable)
+    left_out = {f"{target}.b2nd" for target in skipped}
+    return Preprocessed([case for case in cases if case.file not in left_out], skipped)
+
+
+def _made_from(files: list[str], signature: str) -> dict[str, Any]:
+    stats = [os.stat(file) for file in files]
+    return {
+        "files": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)],
+        "plan": signature,
+    }
+
+
+def _is_done(target: Path, made_from: dict[str, Any]) -> bool:
+    try:
+        record = read_json(Path(f"{target}.json"), "")
+        return record["made_from"] == made_from and record["bytes"] == os.stat(f"{target}.b2nd").st_size
+    except (UserError, OSError, KeyError, TypeError):
+        return False
+
+
+def _require_space(configuration: Configuration, folder: Path, cases: int) -> None:
+    """Compare the free space with what the cases would take uncompressed, at the median size of the training cases."""
+    shape = configuration.manager.median_image_size_in_voxels
+    if len(shape) == 2:  # the slices of a volume are not in the configuration
+        shape = [configuration.plans_manager.original_median_shape_after_transp[0], *shape]
+    needed = int(cases * len(configuration.channel_names) * math.prod(float(n) for n in shape) * 4)
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"Preprocessing {cases} unlabelled cases into {folder} needs about {needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free. Make space, or set nnUNet_preprocessed to a larger disk."
+        )
+
+
+def _run(configuration: Configuration, todo: list[tuple], processes: int, skip_unreadable: bool) -> dict[Path, str]:
+    skipped: dict[Path, str] = {}
+    # spawn, as nnU-Net does: forked children inherit locks that are held
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        min(processes, len(todo)), mp_context=context, initializer=_initialise, initargs=(configuration,)
+    ) as pool:
+        futures = {pool.submit(_preprocess_case, *job): job for job in todo}
+        bar = tqdm(as_completed(futures), total=len(todo), unit="case", disable=not sys.stderr.isatty())
+        try:
+            for number, future in enumerate(bar, 1):
+                error = future.result()
+                if error is not None:
+                    if not skip_unreadable:
+                        raise UserError(f"{error} Correct it, or go on without such images: --skip_unreadable")
+                    logger.warning("Left out: %s", error)
+                    skipped[futures[future][2]] = error
+                if bar.disable and number % max(1, len(todo) // 10) == 0:
+                    logger.info("Preprocessed %d of %d", number, len(todo))
+        except BrokenProcessPool:
+            raise UserError(
+                "A preprocessing process was killed, most likely for want of memory. What is done stays done: "
+                "start again, with fewer processes (-np 1)."
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return skipped
+
+
+_configuration: Configuration
+
+
+def _initialise(configuration: Configuration) -> None:
+    global _configuration
+    _configuration = configuration
+    blosc2.set_nthreads(1)
+
+
+def _preprocess_case(
+    files: list[str], reader: type[BaseReaderWriter], target: Path, made_from: dict[str, Any]
+) -> str | None:
+    """Preprocess one case. Returns what is wrong with it, or None."""
+    names = ", ".join(files)
+    try:
+        images, properties = reader().read_images(files)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        return f"{names} cannot be read: {reason[-1] if reason else type(error).__name__}."
+    if wrong := _whats_wrong(images):
+        return f"{names} {wrong}"
+    manager = _configuration.manager
+    try:
+        data, _, properties = manager.preprocessor_class(verbose=False).run_case_npy(
+            images, None, properties, _configuration.plans_manager, manager, _configuration.dataset_json
+        )
+    except Exception as error:
+        return f"{names} cannot be preprocessed: {type(error).__name__}: {error}."
+    data = np.ascontiguousarray(data, dtype=np.float32)
+    _write_case(data, target, made_from, [float(s) for s in properties["spacing"]])
+    return None
+
+
+def _whats_wrong(images: np.ndarray) -> str | None:
+    channels = len(_configuration.channel_names)
+    if images.ndim != 4:
+        return f"has {images.ndim - 1} dimensions; nnU-Net takes images of 2 or 3."
+    if not images.size:
+        return f"is empty: its shape is {images.shape}."
+    if len(images) != channels:
+        return f"has {len(images)} channels or time points; {_configuration.dataset_name} has {channels}."
+    if not np.isfinite(images).all():
+        return "holds NaN or infinite values."
+    if not np.ptp(images.reshape(len(images), -1), axis=1).any():
+        return f"is constant: every voxel is {images.flat[0]:g}."
+    return None
+
+
+def _write_case(data: np.ndarray, target: Path, made_from: dict[str, Any], spacing: list[float]) -> None:
+    file = Path(f"{target}.b2nd")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{target}.json").unlink(missing_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp.b2nd")
+    blocks, chunks = comp_blosc2_params(data.shape, tuple(_configuration.patch_size), data.itemsize)
+    try:
+        blosc2.asarray(
+            data,
+            urlpath=str(temporary),
+            mode="w",
+            chunks=chunks,
+            blocks=blocks,
+            cparams={"codec": blosc2.Codec.LZ4HC, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1, "clevel": 5},
+        )
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    record = {
+        "shape": list(data.shape),
+        "original_spacing": spacing,
+        "bytes": file.stat().st_size,
+        "made_from": made_from,
+    }
+    write_json(record, Path(f"{target}.json"))

@@ -1,0 +1,180 @@
+"""The pre-training stage from beginning to end: what the command does, as a function."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.run.run_training import run_training
+
+from nnunetv2_macl import nnunet
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.planning import describe, read_plan
+from nnunetv2_macl.preparation import prepare
+from nnunetv2_macl.preprocessing import UNLABELLED_FOLDER, find_sources, preprocess_unlabelled, training_cases
+from nnunetv2_macl.resources import resource_folder
+from nnunetv2_macl.training.pretrain import PLAN_COPY
+
+logger = logging.getLogger(__name__)
+
+TRAINER = "nnUNetTrainerMACLPretrain"
+DEVICES = ("cuda", "cpu", "mps")
+
+
+def pretrain(
+    dataset: str | int,
+    configuration: str | None = None,
+    *,
+    plans: str = "nnUNetPlans",
+    unlabelled: Sequence[str | int] = (),
+    recipe: str | Path | None = None,
+    exclude_fold: int | None = None,
+    processes: int = 8,
+    device: str = "cuda",
+    num_gpus: int = 1,
+    continue_training: bool = False,
+    disable_checkpointing: bool = False,
+    skip_unreadable: bool = False,
+    plan_only: bool = False,
+    **values: Any,
+) -> Path:
+    """Plan, preprocess, pre-train, and write weights that ``nnUNetTrainerMACL`` fine-tunes from.
+
+    Args:
+        dataset: id or name, as nnU-Net takes it.
+        configuration: of the nnU-Net plan; None takes the first supported one.
+        plans: plans identifier.
+        unlabelled: further raw data sets whose images are used.
+        recipe: name or JSON file.
+        exclude_fold: leave out the validation images of this fold.
+        processes: for preprocessing.
+        device: ``cuda``, ``cpu`` or ``mps``.
+        num_gpus: as in nnU-Net.
+        continue_training: go on with the run that is in the folder.
+        disable_checkpointing: write no weights.
+        skip_unreadable: leave out images that cannot be used.
+        plan_only: write the MACL plan and stop.
+        **values: recipe keys that win over the recipe's own.
+
+    Returns:
+        The run's folder, where the weights are; with ``plan_only`` the folder where they would be.
+
+    Raises:
+        UserError: a mistake that the user can mend.
+    """
+    target = Configuration.load(dataset, plans, configuration)
+    if configuration is None:
+        others = [c for c in nnunet.SUPPORTED_CONFIGURATIONS if c in target.plans_manager.available_configurations]
+        logger.info(
+            "Configuration %s: the first of %s that the plan has (-c takes another)", target.name, ", ".join(others)
+        )
+    if not plan_only:
+        _check_device(device, num_gpus)
+    fold = "all" if exclude_fold is None else _check_fold(exclude_fold, target)
+    folder = (
+        Path(os.environ["nnUNet_results"]) / target.dataset_name / f"{TRAINER}__{plans}__{target.name}" / f"fold_{fold}"
+    )
+    if continue_training:
+        plan, _ = read_plan(_plan_of_run(folder))
+        _refuse_changes(plan.recipe, values, recipe, folder)
+    else:
+        training_cases(target)
+        names = [nnunet.dataset_name(name) for name in unlabelled]
+        sources = find_sources(target, names)
+        plan = prepare(target, recipe=recipe, values=values, unlabelled_datasets=names, skip_unreadable=skip_unreadable)
+        logger.info("%s", describe(plan))
+        if plan_only:
+            return folder
+        if not sources:
+            logger.info(
+                "No unlabelled images: pre-training on the training images alone. More go into %s, or come with -u.",
+                nnunet.raw_folder(target.dataset_name) / UNLABELLED_FOLDER,
+            )
+    preprocess_unlabelled(target, plan.unlabelled_datasets, processes=processes, skip_unreadable=plan.skip_unreadable)
+    add_trainers_folder()
+    _set_threads(device)
+    run_training(
+        target.dataset_name,
+        target.name,
+        fold,
+        trainer_class_name=TRAINER,
+        plans_identifier=plans,
+        num_gpus=num_gpus,
+        continue_training=continue_training,
+        disable_checkpointing=disable_checkpointing,
+        device=torch.device(device),
+    )
+    return folder
+
+
+def add_trainers_folder() -> None:
+    """Let nnU-Net find this package's trainers in this process and its children; what the user has set stays."""
+    ours = str(resource_folder("trainers"))
+    theirs = [folder for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
+    if ours not in theirs:
+        os.environ["nnUNet_extTrainer"] = os.pathsep.join([*theirs, ours])
+
+
+def _check_device(device: str, num_gpus: int) -> None:
+    if device not in DEVICES:
+        raise UserError(f"-device must be one of {', '.join(DEVICES)}, got '{device}'.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("-device is cuda, and torch finds no CUDA device. Type: -device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("-device is mps, and torch finds no such device. Type: -device cpu")
+    if num_gpus < 1:
+        raise UserError(f"-num_gpus must be 1 or more, got {num_gpus}.")
+    if num_gpus > 1 and device != "cuda":
+        raise UserError(f"-num_gpus {num_gpus} needs -device cuda, got -device {device}. Leave out -num_gpus.")
+    if num_gpus > 1 and num_gpus > torch.cuda.device_count():
+        raise UserError(f"-num_gpus is {num_gpus}, and torch finds {torch.cuda.device_count()}. Give at most that.")
+
+
+def _check_fold(fold: int, configuration: Configuration) -> int:
+    file = configuration.folder / "splits_final.json"
+    folds = 5  # what nnU-Net makes where there is no file
+    if file.is_file():
+        folds = len(nnunet.read_json(file, "Move it away to have nnU-Net make it again."))
+    if not 0 <= fold < folds:
+        where = str(file) if file.is_file() else "nnU-Net's own split"
+        raise UserError(f"--exclude_fold {fold}: {where} has the folds 0 to {folds - 1}. Give one of these.")
+    if not file.is_file() and len(training_cases(configuration)) < folds:
+        raise UserError(
+            f"--exclude_fold {fold}: {configuration.dataset_name} has fewer than {folds} training cases, so nnU-Net cannot "
+            f"split them. Write {file} yourself, or leave out --exclude_fold."
+        )
+    return fold
+
+
+def _plan_of_run(folder: Path) -> Path:
+    file = folder / PLAN_COPY
+    if not file.is_file():
+        raise UserError(f"There is no run to go on with in {folder}. Leave out --c to start one.")
+    return file
+
+
+def _refuse_changes(ran_with: dict[str, Any], values: dict[str, Any], recipe: Any, folder: Path) -> None:
+    changed = [
+        f"-{key} {value} (was {ran_with.get(key)})" for key, value in values.items() if ran_with.get(key) != value
+    ]
+    if recipe is not None:
+        changed.append(f"-recipe {recipe}")
+    if changed:
+        raise UserError(
+            f"The run in {folder} goes on as it began; {', '.join(changed)} cannot change now. "
+            "Leave that out, or leave out --c to start a new run."
+        )
+
+
+def _set_threads(device: str) -> None:
+    """As nnU-Net's training command sets them."""
+    if device == "cpu":
+        torch.set_num_threads(multiprocessing.cpu_count())
+    elif device == "cuda":
+        torch.set_num_threads(1)

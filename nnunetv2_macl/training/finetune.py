@@ -1,0 +1,183 @@
+"""Fine-tuning from pre-trained weights: nnU-Net's own training, with weights in."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.training.lr_scheduler.warmup import Lin_incr_LRScheduler, PolyLRScheduler_offset
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
+from torch._dynamo import OptimizedModule
+
+from nnunetv2_macl import __version__, checkpoints
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.training.user_errors import user_errors_end_the_run
+
+PRETRAINER = "nnUNetTrainerMACLPretrain"
+WEIGHTS_VARIABLE = "nnUNet_macl_weights"
+
+
+class nnUNetTrainerMACL(nnUNetTrainer):
+    """nnU-Net's own training from MACL weights: loss, augmentation and schedule are nnU-Net's.
+
+    The weights are those of the data set's own pre-training, ``fold_F`` where there is one, else ``fold_all``. The variable
+    ``nnUNet_macl_weights`` names another folder or file; nnU-Net's ``-pretrained_weights`` wins over both. The checkpoints
+    are ordinary nnU-Net checkpoints: to predict, this package is not needed.
+    """
+
+    finetuning_epochs: int = 1000
+    finetuning_lr: float = 1e-2
+    # epochs over which the learning rate rises from 0 before nnU-Net's own schedule
+    warmup_epochs: int = 0
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which it inspects
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = self.finetuning_epochs
+        self.initial_lr = self.finetuning_lr
+        self.macl_origin: dict[str, Any] | None = None
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer, scheduler = super().configure_optimizers()
+        warmup = min(self.warmup_epochs, self.num_epochs - 1)
+        if warmup > 0:
+            scheduler = _WarmupPolyLR(optimizer, self.initial_lr, warmup, self.num_epochs)
+        return optimizer, scheduler
+
+    @user_errors_end_the_run
+    def on_train_start(self) -> None:
+        # initialised by now means: by --c, --val or -pretrained_weights, and then the weights are there already
+        if not self.was_initialized:
+            pretrained = self._find_weights()
+            self.initialize()
+            self.load_macl_weights(pretrained)
+        super().on_train_start()
+
+    def _find_weights(self) -> checkpoints.PretrainedWeights:
+        if named := os.environ.get(WEIGHTS_VARIABLE):
+            return checkpoints.load_weights(Path(named).expanduser())
+        plans, configuration = self.plans_manager.plans_name, self.configuration_name
+        run = Path(str(nnUNet_results)) / self.plans_manager.dataset_name / f"{PRETRAINER}__{plans}__{configuration}"
+        for fold in dict.fromkeys((f"fold_{self.fold}", "fold_all")):
+            if (run / fold / checkpoints.ENCODER_FILE).is_file():
+                return checkpoints.load_weights(run / fold)
+        dataset = int(self.plans_manager.dataset_name[7:10])
+        plans_option = "" if plans == "nnUNetPlans" else f" -p {plans}"
+        raise UserError(
+            f"No pre-trained weights for {self.plans_manager.dataset_name}, {plans}, {configuration}: neither fold_{self.fold} "
+            f"nor fold_all in {run} holds {checkpoints.ENCODER_FILE}. Type:\n"
+            f"    nnUNetv2_train_macl_pretrain {dataset} -c {configuration}{plans_option}\n"
+            f"or name weights: export {WEIGHTS_VARIABLE}=/path/to/folder_or_file"
+        )
+
+    def load_macl_weights(self, pretrained: checkpoints.PretrainedWeights) -> None:
+        """Copy the pre-trained weights into the network, and say what was taken and what was not.
+
+        Raises:
+            UserError: weights of another architecture; names the first difference.
+        """
+        ours = Configuration(
+            self.plans_manager.dataset_name,
+            self.plans_manager.plans_name,
+            self.configuration_name,
+            self.plans_manager,
+            self.dataset_json,
+        ).architecture()
+        names = ", ".join(str(file) for file in pretrained.files)
+        if difference := checkpoints.first_difference(pretrained.architecture, ours):
+            raise UserError(
+                f"The weights in {names} are for another network: {difference}. Pre-train for this one: "
+                f"nnUNetv2_train_macl_pretrain {int(self.plans_manager.dataset_name[7:10])} -c {self.configuration_name}"
+            )
+        module = self.network.module if self.is_ddp else self.network
+        module = module._orig_mod if isinstance(module, OptimizedModule) else module
+        state = module.state_dict()
+        taken: dict[str, Tensor] = {}
+        for key in state:
+            # the decoder lists its encoder's weights a second time
+            source = pretrained.weights.get(key, pretrained.weights.get(key.removeprefix("decoder.")))
+            if source is not None:
+                taken[key] = source
+        module.load_state_dict({**state, **taken})
+        self._report(names, pretrained, taken, state)
+        self.macl_origin = {
+            "trainer": type(self).__name__,
+            "nnunetv2_macl": __version__,
+            "weights": [file.name for file in pretrained.files],
+            "recipe": pretrained.description.get("recipe"),
+            "pretrained_epochs": pretrained.description.get("epochs"),
+            "citations": checkpoints.CITATIONS,
+        }
+
+    def _report(
+        self, names: str, pretrained: checkpoints.PretrainedWeights, taken: dict[str, Tensor], state: dict[str, Tensor]
+    ) -> None:
+        own = [key for key in state if not key.startswith("decoder.encoder.")]
+        encoder = [key for key in own if key.startswith("encoder.")]
+        decoder = [key for key in own if not key.startswith("encoder.")]
+        self.print_to_log_file(
+            f"MACL weights from {names}\n"
+            f"  encoder: {sum(key in taken for key in encoder)} of {len(encoder)} tensors taken\n"
+            f"  decoder: {sum(key in taken for key in decoder)} of {len(decoder)} tensors taken"
+        )
+        left = {".".join(key.split(".")[:3]) for key in own if key not in taken}
+        for part in sorted(left):
+            why = "segmentation layers are always trained anew" if "seg_layers" in part else "not pre-trained"
+            self.print_to_log_file(f"  not taken: {part} ({why})", add_timestamp=False)
+        description = pretrained.description
+        if description.get("fold") == "all" and self.fold != "all":
+            self.print_to_log_file(
+                f"  The images of this fold's validation cases were among the pre-training images, without their labels. "
+                f"To leave them out: nnUNetv2_train_macl_pretrain ... --exclude_fold {self.fold}",
+                add_timestamp=False,
+            )
+        if description.get("collapsed"):
+            self.print_to_log_file(f"WARNING: these weights are of a run that collapsed: {description['collapsed']}")
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint, whole or not at all, that names the stock trainer: its network is stock.
+
+        What really trained it stands under ``macl``. A subclass that builds a network of its own keeps its own name.
+        """
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        buffer = io.BytesIO()
+        super().save_checkpoint(buffer)  # type: ignore[arg-type]
+        buffer.seek(0)
+        # written by nnU-Net in this process a moment ago
+        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
+        if type(self).build_network_architecture is nnUNetTrainer.build_network_architecture:
+            checkpoint["trainer_name"] = nnUNetTrainer.__name__
+        checkpoint["macl"] = self.macl_origin
+        checkpoints.save(checkpoint, Path(filename))
+
+    @user_errors_end_the_run
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        if isinstance(filename_or_checkpoint, str):
+            self.macl_origin = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False).get("macl")
+
+
+class _WarmupPolyLR:
+    """nnU-Net's linear increase, then its poly schedule, by epoch."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, lr: float, warmup: int, epochs: int) -> None:
+        self.warmup = warmup
+        self.increase = Lin_incr_LRScheduler(optimizer, lr, warmup)
+        self.poly = PolyLRScheduler_offset(optimizer, lr, epochs, warmup)
+
+    def step(self, epoch: int) -> None:
+        (self.increase if epoch < self.warmup else self.poly).step(epoch)

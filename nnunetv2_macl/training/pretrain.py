@@ -1,0 +1,526 @@
+"""The pre-training stage as a nnU-Net trainer: nnU-Net's run loop, folders, logging and --c around the MACL step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from time import perf_counter, time
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from nnunetv2_macl import checkpoints, distributed, monitoring
+from nnunetv2_macl.data import PretrainingBatches
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.monitoring import LOSS_NAMES
+from nnunetv2_macl.nnunet import Configuration, read_json
+from nnunetv2_macl.planning import MACLPlan, build_loss, build_network, check_plan, plan_file, read_plan, write_plan
+from nnunetv2_macl.preparation import prepare
+from nnunetv2_macl.preprocessing import Preprocessed, preprocess_unlabelled, training_cases
+from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.training.run_folder import RunLock, set_aside
+from nnunetv2_macl.training.user_errors import user_errors_end_the_run
+from nnunetv2_macl.views import SpatialViews, down
+
+PLAN_COPY = "macl_plan.json"
+
+
+class nnUNetTrainerMACLPretrain(nnUNetTrainer):
+    """Pre-trains encoder and partial decoder on unlabelled images with MACL.
+
+    Everything it needs stands in the MACL plan, which it derives where there is none. The fold decides what is left out:
+    ``all`` nothing, F the validation cases of fold F. With ``--c`` the plan is the one that the run began with.
+    """
+
+    # a lost epoch is what a crash may cost
+    save_every_epochs: int = 1
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which it inspects
+    ) -> None:
+        self._continue_training = bool(plans.get("continue_training"))
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_val_iterations_per_epoch = 0
+        self.save_every = self.save_every_epochs
+        self.enable_deep_supervision = False
+        self.macl_plan: MACLPlan
+        self.recipe: Recipe
+        self.data: Preprocessed
+        self.collapsed: str | None = None
+        self._collapsed_epochs = 0
+        self._step = 0
+        self._lock = RunLock(Path(self.output_folder))
+
+    # --- set-up ----------------------------------------------------------------------------------------------------------
+
+    @user_errors_end_the_run
+    def initialize(self) -> None:
+        self.macl_configuration = Configuration(
+            self.plans_manager.dataset_name,
+            self.plans_manager.plans_name,
+            self.configuration_name,
+            self.plans_manager,
+            self.dataset_json,
+        )
+        self._lock.acquire()
+        training_cases(self.macl_configuration)
+        self.macl_plan = self._load_plan()
+        self.recipe = self.macl_plan.get_recipe()
+        self.num_epochs = self.recipe.num_epochs
+        self.num_iterations_per_epoch = self.recipe.num_iterations_per_epoch
+        self.initial_lr = self.recipe.learning_rate
+        self.weight_decay = self.recipe.weight_decay
+        torch.manual_seed(self.recipe.seed)
+        self._register_log_keys()
+        super().initialize()
+        self.logger.update_config({"macl_plan": self.macl_plan.as_json()})
+
+    def _load_plan(self) -> MACLPlan:
+        """The plan of the run that goes on, or the plan beside nnU-Net's, derived first where there is none."""
+        copy = Path(self.output_folder) / PLAN_COPY
+        if self._continue_training and copy.is_file():
+            plan, _ = read_plan(copy)
+            check_plan(plan, self.macl_configuration, copy)
+        else:
+            file = plan_file(self.macl_configuration)
+            if not file.is_file() and distributed.rank() == 0:
+                prepare(self.macl_configuration)
+            self._barrier()
+            plan, _ = read_plan(file)
+            check_plan(plan, self.macl_configuration, file)
+        return plan
+
+    def build_network_architecture(  # type: ignore[override]
+        self,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        self.unet = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        return build_network(self.macl_configuration, self.macl_plan, self.recipe, self.unet)
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        recipe = self.recipe
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+        if recipe.optimizer == "sgd":
+            optimizer = torch.optim.SGD(parameters, momentum=recipe.momentum, **settings)
+        else:
+            optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](parameters, **settings)
+        return optimizer, LambdaLR(optimizer, self._learning_rate_share)
+
+    def _learning_rate_share(self, step: int) -> float:
+        """Of the recipe's rate at a step: linear warm-up, then the schedule to 0."""
+        steps = self._total_steps
+        warmup = round(self.recipe.learning_rate_warmup * steps)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return {"cosine": (1 + math.cos(math.pi * done)) / 2, "poly": (1 - done) ** 0.9, "constant": 1.0}[
+            self.recipe.schedule
+        ]
+
+    def _build_loss(self) -> nn.Module:
+        return build_loss(self.recipe)
+
+    def _set_batch_size_and_oversample(self) -> None:
+        first, last = distributed.share(self.macl_plan.batch_size)
+        if self.macl_plan.batch_size < 2 * distributed.world_size():
+            raise UserError(
+                f"A batch of {self.macl_plan.batch_size} over {distributed.world_size()} GPUs leaves fewer than 2 patches "
+                f"each. Type: -batch_size {2 * distributed.world_size()} or more, or a smaller -num_gpus."
+            )
+        self.batch_size = last - first
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Segmentation layers are no part of pre-training."""
+
+    def plot_network_architecture(self) -> None:
+        """nnU-Net's plot draws networks of one input; this one has four."""
+
+    @user_errors_end_the_run
+    def on_train_start(self) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        if distributed.rank() == 0:
+            if self.current_epoch == 0:
+                set_aside(Path(self.output_folder), keep=Path(self.log_file), say=self.print_to_log_file)
+            self.data = self._prepare_data()
+        self._barrier()
+        if distributed.rank() != 0:
+            self.data = self._prepare_data()
+        self.views = SpatialViews(
+            self.macl_plan.patch_size,
+            mirroring=self.recipe.mirroring,
+            rotation=self.recipe.rotation,
+            out_of_plane_rotation=self.macl_plan.out_of_plane_rotation,
+            scaling=tuple(self.recipe.scaling),
+            translation=self.recipe.translation,
+        )
+        self._step = self.current_epoch * self.num_iterations_per_epoch
+        super().on_train_start()
+        if distributed.rank() == 0:
+            write_plan(self.macl_plan, Path(self.output_folder) / PLAN_COPY)
+        self.print_to_log_file(
+            f"Pre-training on {len(self.data.cases)} images, {self.num_epochs} epochs of {self.num_iterations_per_epoch} "
+            f"steps of {self.macl_plan.batch_size} patches; left out as unreadable: {len(self.data.skipped)}"
+        )
+
+    def _prepare_data(self) -> Preprocessed:
+        unlabelled = preprocess_unlabelled(
+            self.macl_configuration,
+            self.macl_plan.unlabelled_datasets,
+            processes=default_num_processes,
+            skip_unreadable=self.macl_plan.skip_unreadable,
+        )
+        own = training_cases(self.macl_configuration)
+        if self.fold != "all":
+            left_out = set(self.do_split()[1])
+            own = [case for case in own if case.name not in left_out]
+            self.print_to_log_file(f"Left out: the {len(left_out)} validation images of fold {self.fold}")
+        return Preprocessed(own + unlabelled.cases, unlabelled.skipped)
+
+    def get_dataloaders(self) -> tuple[Any, None]:
+        steps = self._total_steps
+        batches = PretrainingBatches(
+            self.data.cases, self.macl_plan.sampling, distributed.share(self.macl_plan.batch_size), steps
+        )
+        workers = get_allowed_n_proc_DA()
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(self._step, steps),
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
+        return iter(loader), None
+
+    # --- one epoch -------------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        self.network.train()
+        if self.recipe.training_stages == 2 and self._in_second_stage:
+            self.module.encoder.requires_grad_(False)
+        self.logger.log("lrs", self.optimizer.param_groups[0]["lr"], self.current_epoch)
+        self._epoch_began = perf_counter()
+        self._bar = tqdm(
+            total=self.num_iterations_per_epoch,
+            desc=f"epoch {self.current_epoch}",
+            unit="step",
+            leave=False,
+            disable=not sys.stderr.isatty() or distributed.rank() != 0,
+        )
+
+    def train_step(self, batch: dict) -> dict[str, float]:
+        patches = batch["data"].to(self.device, non_blocking=True)
+        positions = distributed.gather(batch["positions"].to(self.device))
+        self.loss.threshold = self._threshold()
+        shown = self._show(patches)
+        if self._step == 0:
+            self._plot_views(shown, positions, batch["cases"])
+
+        self.optimizer.zero_grad(set_to_none=True)
+        # as nnU-Net: autocast pays on a GPU only
+        with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
+            outputs = self.network(*shown)
+        everyone = {name: distributed.gather(output) for name, output in outputs.items()}
+        losses = self.loss(everyone, positions)
+        self._stage_loss(losses).backward() if self.grad_scaler is None else self._scaled_backward(losses)
+        self._optimise()
+        self.module.update_ema()
+
+        self._step += 1
+        self._bar.update()
+        return self._measure(losses, everyone, positions)
+
+    def _show(self, patches: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """What the branches see: down(I1), I2, down(V1), V2; None for a group that no loss asks for."""
+        small = self.macl_plan.dominant_patch_size
+        # the views of the whole batch are drawn, so that ranks show what one process would
+        generator = torch.Generator().manual_seed(_mix(self.recipe.seed, self._step))
+        first, last = distributed.share(self.macl_plan.batch_size)
+        view1, view2 = (self.views.draw(self.macl_plan.batch_size, generator)[first:last] for _ in range(2))
+        invariance = (down(patches, small), patches) if self.module.needs_invariance else (None, None)
+        if not self.module.image_level:
+            return (*invariance, None, None)
+        return (*invariance, self.views.apply(patches, view1, small), self.views.apply(patches, view2))
+
+    def _threshold(self) -> float:
+        warmup = self.recipe.threshold_warmup * self._total_steps
+        return self.macl_plan.threshold * min(1.0, self._step / warmup if warmup else 1.0)
+
+    @property
+    def _total_steps(self) -> int:
+        return self.num_epochs * self.num_iterations_per_epoch
+
+    @property
+    def _in_second_stage(self) -> bool:
+        return self.current_epoch >= self.num_epochs // 2
+
+    def _stage_loss(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The total; with two training stages the dense loss waits for the second, which has it alone."""
+        if self.recipe.training_stages == 1 or "dense" not in losses or "global" not in losses:
+            return losses["total"]
+        if self._in_second_stage:
+            return losses["dense"] * self.loss.weights["dense"]
+        return losses["total"] - losses["dense"] * self.loss.weights["dense"]
+
+    def _scaled_backward(self, losses: dict[str, torch.Tensor]) -> None:
+        self.grad_scaler.scale(self._stage_loss(losses)).backward()
+        self.grad_scaler.unscale_(self.optimizer)
+
+    def _optimise(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        if self.grad_scaler is None:
+            self.optimizer.step()
+        else:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        self.lr_scheduler.step()
+
+    def _measure(
+        self, losses: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], positions: torch.Tensor
+    ) -> dict[str, float]:
+        measured = {name: loss.item() for name, loss in losses.items()}
+        measured["positives"] = monitoring.mean_positives(positions, self.loss.threshold)
+        embeddings = outputs.get("global_dominant")
+        if embeddings is None:
+            embeddings = outputs["dense_dominant"].flatten(2).mean(-1)
+        measured["embedding_variance"] = monitoring.embedding_variance(embeddings).item()
+        if "bottleneck_dominant" in outputs:
+            rms, between = monitoring.feature_statistics(outputs["bottleneck_dominant"])
+            measured["bottleneck_rms"], measured["bottleneck_variance"] = rms.item(), between.item()
+        return measured
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
+        self._bar.close()
+        seconds = perf_counter() - self._epoch_began
+        epoch = {key: sum(o[key] for o in train_outputs) / len(train_outputs) for key in train_outputs[0]}
+        references = monitoring.contrastive_references(self.macl_plan.batch_size, epoch["positives"], self.recipe)
+        speed = self.macl_plan.batch_size * len(train_outputs) / seconds
+        logged = {f"train_losses/{name}": epoch[name] for name in LOSS_NAMES if name in epoch}
+        logged |= {f"references/{key}": value for key, value in references._asdict().items()}
+        logged |= {key: epoch[key] for key in _STATISTICS if key in epoch}
+        logged |= {"train_losses": epoch["total"], "patches_per_second": speed}
+        for key, value in logged.items():
+            self.logger.log(key, float(value), self.current_epoch)
+
+        left = timedelta(seconds=round(seconds * (self.num_epochs - self.current_epoch - 1)))
+        names = {"global": "L_g", "dense": "L_d", "equivariance": "L_ER"}
+        shown = "  ".join(f"{short} {epoch[name]:.4f}" for name, short in names.items() if name in epoch)
+        self.print_to_log_file(
+            f"Epoch {self.current_epoch}  loss {epoch['total']:.4f}  {shown}  (collapse {references.collapse:.3f})  "
+            f"positives {epoch['positives']:.1f}  {seconds:.1f} s  {speed:.1f} patches/s  {left} left"
+        )
+        self._watch_collapse(monitoring.collapse_reason(epoch, references, self._step))
+
+    def _watch_collapse(self, reason: str | None) -> None:
+        if reason and not self.collapsed:
+            self.print_to_log_file(
+                f"WARNING: the run has COLLAPSED: {reason}.\n{monitoring.collapse_advice(self.recipe)}"
+            )
+        elif self.collapsed and not reason:
+            self.print_to_log_file("The run is no longer collapsed.")
+        self.collapsed = reason
+        self._collapsed_epochs = self._collapsed_epochs + 1 if reason else 0
+
+    def on_validation_epoch_start(self) -> None:
+        """There are no labels to validate on."""
+
+    def on_validation_epoch_end(self, val_outputs: list) -> None:
+        """There are no labels to validate on."""
+
+    def on_epoch_end(self) -> None:
+        self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
+        last = self.current_epoch == self.num_epochs - 1
+        if not last and (self.current_epoch + 1) % self.save_every == 0:
+            self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
+        if distributed.rank() == 0:
+            monitoring.plot_progress(
+                self.logger.local_logger.my_fantastic_logging,
+                Path(self.output_folder) / "progress.png",
+                f"MACL pre-training, {self.plans_manager.dataset_name}, {self.configuration_name}, fold {self.fold}",
+            )
+        self.current_epoch += 1
+        patience = self.recipe.collapse_patience
+        if patience and self._collapsed_epochs >= patience and not last:
+            self._stop_collapsed()
+
+    @user_errors_end_the_run
+    def _stop_collapsed(self) -> None:
+        raise UserError(
+            f"The run sat in collapse for {self._collapsed_epochs} epochs and was stopped: {self.collapsed}. "
+            f"{monitoring.collapse_advice(self.recipe)} To go on all the same: collapse_patience 0."
+        )
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if distributed.rank() == 0 and not self.disable_checkpointing:
+            self._export_weights()
+        self._lock.release()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Nothing to validate; what comes next is fine-tuning, and this is the command for it."""
+        fold = 0 if self.fold == "all" else self.fold
+        plans = "" if self.plans_manager.plans_name == "nnUNetPlans" else f" -p {self.plans_manager.plans_name}"
+        device = "" if self.device.type == "cuda" else f" -device {self.device.type}"
+        if self.disable_checkpointing:
+            self.print_to_log_file("No weights were written: checkpointing is disabled.")
+            return
+        collapsed = "The run ended COLLAPSED: fine-tuning from it is not likely to help.\n" if self.collapsed else ""
+        self.print_to_log_file(
+            f"{collapsed}Weights: {self.output_folder}\nFine-tune from them:\n"
+            f'    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"\n'
+            f"    nnUNetv2_train {self.macl_configuration.id} {self.configuration_name} {fold} "
+            f"-tr nnUNetTrainerMACL{plans}{device}"
+        )
+
+    # --- files -----------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Everything needed to go on, written whole or not at all; loads with ``weights_only=True``."""
+        if distributed.rank() != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        checkpoints.save(
+            {
+                "format_version": checkpoints.FORMAT_VERSION,
+                "kind": "macl_checkpoint",
+                "network_weights": self.module.state_dict(),
+                "optimizer_state": self.optimizer.state_dict(),
+                "lr_scheduler_state": {"last_epoch": self._step},
+                "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+                "logging": self.logger.get_checkpoint(),
+                "current_epoch": self.current_epoch + 1,
+                "trainer_name": self.__class__.__name__,
+                "macl_plan": self.macl_plan.as_json(),
+                "collapsed": self.collapsed,
+                "collapsed_epochs": self._collapsed_epochs,
+            },
+            Path(filename),
+        )
+
+    def _export_weights(self) -> None:
+        encoder, decoder = self.module.unet_weights()
+        log = self.logger.local_logger.my_fantastic_logging
+        torch.manual_seed(self.recipe.seed)
+        fresh = nnUNetTrainer.build_network_architecture(
+            self.plans_manager,
+            self.configuration_manager,
+            self.num_input_channels,
+            self.label_manager.num_segmentation_heads,
+            True,
+        )
+        fingerprint = Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json"
+        checkpoints.export_weights(
+            Path(self.output_folder),
+            encoder=encoder,
+            decoder=decoder,
+            unet_weights=fresh.state_dict(),
+            description={
+                "architecture": self.macl_configuration.architecture(),
+                "dataset_name": self.plans_manager.dataset_name,
+                "plans_name": self.plans_manager.plans_name,
+                "configuration": self.configuration_name,
+                "fold": str(self.fold),
+                "dataset_fingerprint": {
+                    "images": len(self.data.cases),
+                    "unlabelled_datasets": self.macl_plan.unlabelled_datasets,
+                    "channel_names": self.macl_configuration.channel_names,
+                    "nnunet": read_json(fingerprint, ""),
+                },
+                "macl_plan": self.macl_plan.as_json(),
+                "recipe": self.macl_plan.recipe,
+                "epochs": self.num_epochs,
+                "final_losses": {key: log[key][-1] for key in log if key.startswith("train_losses")},
+                "collapsed": self.collapsed,
+            },
+        )
+
+    @user_errors_end_the_run
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        checkpoint = filename_or_checkpoint
+        if not isinstance(checkpoint, dict):
+            checkpoint = checkpoints.load(Path(filename_or_checkpoint), self.device)
+        if checkpoint.get("kind") != "macl_checkpoint":
+            raise UserError(
+                f"{filename_or_checkpoint} is no checkpoint of MACL pre-training. Leave out --c to start anew."
+            )
+        self.module.load_state_dict(checkpoint["network_weights"])
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        self.current_epoch = checkpoint["current_epoch"]
+        self.lr_scheduler.last_epoch = checkpoint["lr_scheduler_state"]["last_epoch"]
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self.logger.load_checkpoint(checkpoint["logging"])
+        self.collapsed, self._collapsed_epochs = checkpoint["collapsed"], checkpoint["collapsed_epochs"]
+
+    # --- helpers ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> Any:
+        """The network itself, out of DDP and torch.compile."""
+        module = self.network.module if self.is_ddp else self.network
+        return module._orig_mod if isinstance(module, OptimizedModule) else module
+
+    def _barrier(self) -> None:
+        if self.is_ddp:
+            torch.distributed.barrier()
+
+    def _register_log_keys(self) -> None:
+        """nnU-Net's logger takes only keys that it knows, one value an epoch."""
+        names = [name for name, weight in build_loss(self.recipe).weights.items() if weight]
+        keys = ["train_losses", "lrs", "epoch_start_timestamps", "epoch_end_timestamps", "patches_per_second"]
+        keys += [f"train_losses/{name}" for name in names]
+        keys += [f"references/{key}" for key in ("collapse", "own_view_only", "all_found")]
+        keys += [key for key in _STATISTICS if not key.startswith("bottleneck") or "equivariance" in names]
+        self.logger.local_logger.my_fantastic_logging = {key: [] for key in keys}
+
+    def _plot_views(self, shown: tuple, positions: torch.Tensor, names: list[str]) -> None:
+        if distributed.rank() != 0:
+            return
+        titles = ("dominant: down(I1)", "auxiliary: I2", "dominant: down(V1)", "auxiliary: V2")
+        groups = {title: patches for title, patches in zip(titles, shown, strict=True) if patches is not None}
+        # a picture is no reason to end a run
+        with contextlib.suppress(OSError):
+            monitoring.plot_views(
+                groups, positions[: len(names)].cpu(), names, self.macl_plan.threshold,
+                Path(self.output_folder) / "views.png",
+            )  # fmt: skip
+
+
+_STATISTICS = ("positives", "embedding_variance", "bottleneck_rms", "bottleneck_variance")
+
+
+def _mix(seed: int, step: int) -> int:
+    """One seed for torch from two numbers."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
