@@ -134,7 +134,6 @@ def export_weights(
         UserError: a file could not be written.
     """
     trained = encoder | decoder
-    # the U-Net's decoder lists its encoder's weights a second time
     whole = {
         key: trained.get(key.removeprefix("decoder."), trained.get(key, value)) for key, value in unet_weights.items()
     }
@@ -146,7 +145,7 @@ def export_weights(
         content = {
             "format_version": FORMAT_VERSION,
             "kind": kind,
-            "network_weights": {key: value.detach().cpu().clone() for key, value in weights.items()},
+            "network_weights": _detached(weights),
             "trained_keys": sorted(trained),
             "package_versions": package_versions(),
             "citations": CITATIONS,
@@ -156,6 +155,17 @@ def export_weights(
             # what nnU-Net's own checkpoints say, for tools that ask
             content |= {"trainer_name": "nnUNetTrainer", "init_args": {"configuration": description["configuration"]}}
         save(content, folder / name)
+
+
+def _own_or_twin(key: str, weights: dict[str, Tensor], otherwise: Any) -> Any:
+    """Weight of a U-Net key: nnU-Net's decoder lists its encoder a second time, as ``decoder.encoder...``."""
+    return weights.get(key, weights.get(key.removeprefix("decoder."), otherwise))
+
+
+def _detached(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU; a tensor that stands under several names stays one, and is written once."""
+    copies: dict[int, Tensor] = {}
+    return {key: copies.setdefault(id(value), value.detach().cpu().clone()) for key, value in weights.items()}
 
 
 def package_versions() -> dict[str, str]:
@@ -198,6 +208,12 @@ def load_weights(path: Path) -> PretrainedWeights:
         weights |= {key: value for key, value in content["network_weights"].items() if key in trained}
     description = {k: v for k, v in content.items() if k not in ("network_weights", "trained_keys")}
     return PretrainedWeights(files, weights, content["architecture"], description)
+
+
+def weights_for(state: dict[str, Tensor], pretrained: PretrainedWeights) -> dict[str, Tensor]:
+    """The pre-trained weights under every name that a U-Net's state dict has for them."""
+    found = {key: _own_or_twin(key, pretrained.weights, None) for key in state}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def first_difference(theirs: Any, ours: Any, name: str = "") -> str | None:

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from nnunetv2_macl.losses import ReferenceValues, positive_mask, reference_values
@@ -121,7 +122,8 @@ def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
     axes[-3].set_ylim(0, 1.02)
     _line(axes[-2], epochs, log["lrs"], "learning rate", "C5")
     _line(axes[-1], epochs, log["patches_per_second"], "patches a second", "C6")
-    axes[-1].set_ylim(bottom=0)
+    axes[-1].set_ylim(0, 1.1 * max(log["patches_per_second"]))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel("epoch")
     axes[0].set_title(title, fontsize=10)
     for axis in axes:
@@ -175,10 +177,10 @@ def plot_views(
             0, 0.5, f"patch {row + 1}: {names[row][:28]}\nposition {where}\npositives beside its own view:\n{listed or 'none'}",
             fontsize=9, va="center",
         )  # fmt: skip
-    figure.suptitle(
-        f"What the branches are shown. Patches closer than {threshold:g} of the volume on every axis are positives.",
-        fontsize=11,
-    )
+    rule = f"Patches closer than {threshold:g} of the volume on every axis are positives."
+    if not threshold:
+        rule = "Only the two views of one patch are positives."
+    figure.suptitle(f"What the branches are shown. {rule}", fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(file, dpi=90)
     plt.close(figure)

@@ -104,12 +104,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         module = self.network.module if self.is_ddp else self.network
         module = module._orig_mod if isinstance(module, OptimizedModule) else module
         state = module.state_dict()
-        taken: dict[str, Tensor] = {}
-        for key in state:
-            # the decoder lists its encoder's weights a second time
-            source = pretrained.weights.get(key, pretrained.weights.get(key.removeprefix("decoder.")))
-            if source is not None:
-                taken[key] = source
+        taken = checkpoints.weights_for(state, pretrained)
         module.load_state_dict({**state, **taken})
         self._report(names, pretrained, taken, state)
         self.macl_origin = {

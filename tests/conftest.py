@@ -1,0 +1,76 @@
+"""Generated data sets, planned and preprocessed by nnU-Net itself, once a session."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# small machines: no more processes than cores, and no worker that outlives its test
+os.environ.setdefault("nnUNet_n_proc_DA", "1")
+os.environ.setdefault("nnUNet_def_n_proc", "2")
+# the environment's own commands first, also where it was not activated
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES
+from nnunetv2_macl.resources import resource_folder
+from nnunetv2_macl.synthetic import generate_dataset
+
+DATASET = "Dataset901_Generated"
+
+
+class Workspace:
+    """nnU-Net's three folders, and commands run in them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.raw, self.preprocessed, self.results = (folder / name for name in FOLDER_VARIABLES)
+        for path in (self.raw, self.preprocessed, self.results):
+            path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        folders = {name: str(self.folder / name) for name in FOLDER_VARIABLES}
+        return dict(os.environ) | folders | {"nnUNet_extTrainer": str(resource_folder("trainers"))}
+
+    def run(self, *command: str, code: int = 0, timeout: float = 600, **environment: str) -> str:
+        """Run a command; returns what it printed. Fails unless it exits with ``code``."""
+        process = subprocess.run(
+            [str(part) for part in command],
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        assert process.returncode == code, f"{command} exited with {process.returncode}:\n{process.stdout[-6000:]}"
+        return process.stdout
+
+    def pretrain(self, *arguments: str, code: int = 0, epochs: int = 1, steps: int = 2, **environment: str) -> str:
+        short = ("-num_epochs", epochs, "-num_iterations_per_epoch", steps, "-batch_size", 4) if epochs else ()
+        command = ("nnUNetv2_train_macl_pretrain", *arguments, "-device", "cpu", "-np", "2", *short)
+        return self.run(*command, code=code, **environment)
+
+    def run_folder(self, trainer: str, plans: str = "nnUNetPlans", configuration: str = "2d", fold="all") -> Path:
+        return self.results / DATASET / f"{trainer}__{plans}__{configuration}" / f"fold_{fold}"
+
+
+@pytest.fixture(scope="session")
+def planned(tmp_path_factory):
+    """A generated data set after nnU-Net's planning and preprocessing. Not to be written into: see ``workspace``."""
+    space = Workspace(tmp_path_factory.mktemp("planned"))
+    generate_dataset(space.raw / DATASET, labelled=5, unlabelled=4, test=1, shape=(8, 40, 48))
+    space.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "-np", "2")
+    return space
+
+
+@pytest.fixture
+def workspace(planned, tmp_path, monkeypatch):
+    """A copy of ``planned`` of the test's own, with nnU-Net's variables set."""
+    space = Workspace(tmp_path / "nnunet")
+    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
+    for name in FOLDER_VARIABLES:
+        monkeypatch.setenv(name, str(space.folder / name))
+    return space

@@ -1,0 +1,188 @@
+"""The planner against the worked examples of the method, and its limits."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunetv2_macl.data import Sampling
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.planning import (
+    MemoryEstimate,
+    check_plan,
+    describe,
+    plan_file,
+    plan_levels,
+    plan_threshold,
+    read_plan,
+    write_plan,
+)
+from nnunetv2_macl.preparation import prepare
+from nnunetv2_macl.recipe import Recipe
+
+
+def pooled(poolings, axes=2):
+    return [[1] * axes] + [[2] * axes] * poolings
+
+
+ANISOTROPIC = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2], [1, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    "patch, strides, e, k, scale, planned",
+    [
+        ([512, 512], pooled(4), 5, 2, [4, 4], [512, 512]),  # the paper's own network and numbers
+        ([512, 512], pooled(7), 5, 4, [2, 2], [512, 512]),
+        ([256, 224], pooled(6), 5, 3, [2, 2], [256, 256]),  # ACDC
+        ([128, 128, 128], pooled(5, 3), 5, 2, [2, 2, 2], [128, 128, 128]),
+        ([20, 256, 224], ANISOTROPIC, 5, 3, [2, 4, 4], [24, 256, 256]),
+        ([56, 40], pooled(3), 4, 1, [2, 2], [64, 48]),  # hippocampus
+        ([40, 56, 40], pooled(3, 3), 4, 1, [2, 2, 2], [48, 64, 48]),
+    ],
+)
+def test_worked_examples(patch, strides, e, k, scale, planned):
+    levels = plan_levels(patch, strides, Recipe())
+    assert (levels.auxiliary_stage, levels.decoder_stages, levels.scale) == (e, k, scale)
+    assert levels.patch_size == planned
+
+
+def test_where_no_scale_fits_both_branches_see_the_full_patch():
+    levels = plan_levels([32, 32], [[1, 1], [2, 2], [4, 4], [4, 4]], Recipe())
+    assert (levels.auxiliary_stage, levels.decoder_stages, levels.scale) == (3, 1, [1, 1])
+    assert levels.patch_size == [32, 32] and "no scale" in levels.reason
+
+
+@pytest.mark.parametrize("k", range(5))
+def test_table_iv_on_the_papers_network(k):
+    levels = plan_levels([512, 512], pooled(4), Recipe(decoder_stages=k, auxiliary_stage="bottleneck"))
+    assert levels.decoder_stages == k and levels.auxiliary_stage == 5
+    assert levels.scale == [2**k] * 2
+
+
+def test_recipe_that_the_network_cannot_give_is_explained():
+    with pytest.raises(UserError, match=r"decoder_stages=9.*4 stages"):
+        plan_levels([64, 64], pooled(3), Recipe(decoder_stages=9))
+    with pytest.raises(UserError, match=r"scale=3.*Take one of these"):
+        plan_levels([64, 64], pooled(3), Recipe(scale=3))
+
+
+strides_of = st.integers(2, 3).flatmap(
+    lambda axes: st.lists(
+        st.lists(st.sampled_from([1, 2]), min_size=axes, max_size=axes).filter(lambda s: max(s) > 1),
+        min_size=2,
+        max_size=7,
+    ).map(lambda rest: [[1] * axes, *rest])
+)
+
+
+@given(strides_of, st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_topology_gets_a_legal_plan(strides, data):
+    """Both dense maps on one grid; every size a multiple; the dominant bottleneck no single voxel."""
+    total = np.cumprod(strides, axis=0)
+    patch = [int(n) * data.draw(st.integers(4, 9)) for n in total[-1]]
+    levels = plan_levels(patch, strides, Recipe())
+    scale, size = np.array(levels.scale), np.array(levels.patch_size)
+    m = len(strides) - levels.decoder_stages
+    assert 1 <= m <= levels.auxiliary_stage <= len(strides)
+    assert (scale * total[m - 1] == total[levels.auxiliary_stage - 1]).all()
+    assert not (size % (scale * total[-1])).any()
+    assert np.prod(size // (scale * total[-1])) >= (4 if len(patch) == 2 else 8)
+
+
+def test_threshold_is_lowered_until_positives_are_few():
+    rng = np.random.default_rng(0)
+    shapes = [[int(n), 100, 100] for n in rng.integers(60, 140, 40)]
+    sampling = Sampling((1, 100, 100), 32, 1, 0)
+    threshold, expected, reason = plan_threshold(shapes, sampling, Recipe())
+    assert 0.02 < threshold < 0.05 and expected - 1 <= 4 and "lowered from 0.1" in reason
+    threshold, expected, _ = plan_threshold(shapes, sampling, Recipe(limit_positives=False))
+    assert threshold == 0.1 and expected - 1 == pytest.approx(2 * 31 * 0.19, rel=0.1)
+    assert plan_threshold(shapes, sampling, Recipe(threshold=0.0))[:2] == (0.0, 1.0)
+
+
+def test_plan_on_disk(workspace):
+    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    plan = prepare(configuration, values={"batch_size": 8})
+    file = plan_file(configuration)
+    assert file == workspace.preprocessed / configuration.dataset_name / "nnUNetPlans_macl_2d.json"
+    assert read_plan(file) == (plan, False)
+    words = describe(plan)
+    for key in (
+        "decoder_stages",
+        "scale",
+        "patch_size",
+        "grid",
+        "batch_size",
+        "threshold",
+        "expected_positives",
+        "memory",
+    ):
+        assert key in words
+    content = json.loads(file.read_text())
+    explained = ", ".join(content["reasons"])
+    assert all(key in explained for key in ("scale", "patch_size", "threshold", "batch_size", "memory_gib"))
+
+
+def test_an_edited_plan_is_kept_and_the_command_line_still_wins(workspace):
+    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    prepare(configuration)
+    file = plan_file(configuration)
+    content = json.loads(file.read_text())
+    content["threshold"] = 0.07
+    content["recipe"]["temperature"] = 0.2
+    file.write_text(json.dumps(content))
+    for _ in range(2):  # it stays an edited plan after the command line changed it
+        plan = prepare(configuration, values={"batch_size": 6})
+        assert (plan.threshold, plan.recipe["temperature"], plan.batch_size) == (0.07, 0.2, 6)
+        assert json.loads(file.read_text())["threshold"] == 0.07
+    with pytest.raises(UserError, match="was edited"):
+        prepare(configuration, recipe="pcl")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("decoder_stages", 99),
+        ("auxiliary_stage", "deep"),
+        ("scale", [3, 3]),
+        ("patch_size", [33, 40]),
+        ("batch_size", 1),
+        ("threshold", 2),
+        ("unlabelled_datasets", "Dataset002_B"),
+        ("format_version", 99),
+    ],
+)
+def test_mistakes_in_an_edited_plan_are_named(workspace, key, value):
+    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    prepare(configuration)
+    file = plan_file(configuration)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(UserError) as error:
+        prepare(configuration)
+    assert key.replace("_", " ") in str(error.value).replace("_", " ") and str(file) in str(error.value)
+
+
+def test_a_plan_of_another_nnunet_plan_is_told(workspace):
+    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    plan = prepare(configuration)
+    file = plan_file(configuration)
+    write_plan(plan, file)
+    plans = workspace.preprocessed / configuration.dataset_name / "nnUNetPlans.json"
+    content = json.loads(plans.read_text())
+    content["configurations"]["2d"]["patch_size"] = [16, 16]
+    plans.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="another nnU-Net plan"):
+        check_plan(plan, Configuration.load("901", "nnUNetPlans", "2d"), file)
+
+
+def test_memory_grows_with_the_batch(workspace):
+    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    levels = plan_levels(configuration.patch_size, configuration.strides, Recipe())
+    memory = MemoryEstimate(configuration, levels, Recipe())
+    assert memory.gib(16) > memory.gib(8) > memory.gib(2) > 0
+    growth = (memory.gib(16) - memory.gib(8)) / (memory.gib(8) - memory.gib(4))
+    assert growth == pytest.approx(2, rel=0.1)

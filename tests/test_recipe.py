@@ -1,0 +1,73 @@
+"""Recipes: those that come along, and what is said of wrong ones."""
+
+import json
+
+import pytest
+
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.recipe import Recipe, load_recipe
+from nnunetv2_macl.resources import resource_folder
+
+FOLDER = resource_folder("plans")
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.json")))
+def test_every_recipe_that_comes_along_is_valid(name):
+    recipe = load_recipe(name, FOLDER)
+    assert recipe.description
+
+
+def test_recipes_say_what_the_methods_are():
+    pcl, simclr = load_recipe("pcl", FOLDER), load_recipe("simclr", FOLDER)
+    assert (pcl.decoder_stages, pcl.scale, pcl.weight_dense, pcl.weight_equivariance) == (0, 1, 0, 0)
+    assert pcl.threshold > 0 and simclr.threshold == 0
+    paper = load_recipe("paper", FOLDER)
+    assert (paper.decoder_stages, paper.scale, paper.temperature, paper.threshold) == (2, 4, 0.1, 0.1)
+    assert (paper.weight_global, paper.weight_dense, paper.weight_equivariance) == (1.0, 0.5, 1.0)
+    assert (paper.optimizer, paper.momentum, paper.weight_decay, paper.schedule) == ("sgd", 0.9, 1e-5, "cosine")
+    assert paper.own_view_weight == 0 and not paper.limit_positives and paper.batch_size == 16
+    assert load_recipe("macl", FOLDER).num_epochs == load_recipe("macl", FOLDER).num_iterations_per_epoch == 250
+
+
+def write(folder, content):
+    file = folder / "mine.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return file
+
+
+def test_a_recipe_of_the_users_own_inherits(tmp_path):
+    recipe = load_recipe(write(tmp_path, {"inherits_from": "pcl", "temperature": 0.2}), FOLDER)
+    assert (recipe.temperature, recipe.decoder_stages) == (0.2, 0)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"temprature": 0.1}, ["temprature", "Did you mean 'temperature'"]),
+        ({"qqq": 1}, ["qqq", "weight_global"]),
+        ({"temperature": "hot"}, ["'temperature' must be a number above 0", "'hot'"]),
+        ({"temperature": 0}, ["temperature", "above 0", "got 0"]),
+        ({"temperature": True}, ["temperature", "True"]),
+        ('{"temperature": NaN}', ["temperature", "nan"]),
+        ({"num_epochs": 0}, ["num_epochs", "from 1", "got 0"]),
+        ({"num_epochs": 2.5}, ["num_epochs", "whole", "2.5"]),
+        ({"optimizer": "lion"}, ["optimizer", '"sgd", "adam", "adamw"', "'lion'"]),
+        ({"decoder_stages": "two"}, ["decoder_stages", '"auto"', "'two'"]),
+        ({"scaling": [1.3, 0.7]}, ["scaling", "[1.3, 0.7]"]),
+        ({"weight_global": 0, "weight_dense": 0}, ["weight_global", "weight_dense"]),
+        ([1], ["JSON object", "list"]),
+        ("{", ["not valid JSON"]),
+        ({"inherits_from": "nothing"}, ["'nothing'", "macl"]),
+        ({"inherits_from": 3}, ["inherits_from", "3"]),
+        ({"inherits_from": "mine.json"}, ["inherits from itself"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path, content, words):
+    with pytest.raises(UserError) as error:
+        load_recipe(write(tmp_path, content), FOLDER)
+    for word in [*words, *([] if "nothing" in words[0] else ["mine"])]:
+        assert word in str(error.value)
+
+
+def test_every_key_has_a_meaning_or_a_plain_name():
+    assert len(Recipe().as_dict()) > 30
