@@ -22,8 +22,10 @@ LOSS_NAMES = {"global": "L_g, image level", "dense": "L_d, pixel level", "equiva
 _LEARNED_SHARE = 0.05
 # Unit vectors that vary less than this are one vector.
 _SMALLEST_VARIANCE = 0.01
+# A loss that fell by more than this share of the collapse value since the epoch before is on its way, wherever it is.
+_FALLING_SHARE = 0.005
 # Epochs can be a few steps long; before this many the loss says little.
-_MIN_STEPS = 100
+_MIN_STEPS = 40
 
 
 @torch.no_grad()
@@ -58,11 +60,14 @@ def contrastive_references(patches: int, positives: float, recipe: Recipe) -> Re
     )
 
 
-def collapse_reason(epoch: dict[str, float], references: ReferenceValues, steps_done: int) -> str | None:
+def collapse_reason(
+    epoch: dict[str, float], before: dict[str, float], references: ReferenceValues, steps_done: int
+) -> str | None:
     """Why the run counts as collapsed, or None.
 
     Args:
         epoch: means over the epoch: ``global`` and ``dense`` losses, ``embedding_variance``, as far as there are any.
+        before: the losses of the epoch before; empty in the first.
         references: for this epoch's batch and positives.
         steps_done: since the run began.
     """
@@ -71,7 +76,9 @@ def collapse_reason(epoch: dict[str, float], references: ReferenceValues, steps_
     reasons = []
     line = references.collapse - _LEARNED_SHARE * (references.collapse - references.own_view_only)
     for name in ("global", "dense"):
-        if epoch.get(name, -math.inf) > line:
+        # fresh networks start above the line and fall through it
+        falling = before.get(name, math.inf) - epoch.get(name, math.inf) > _FALLING_SHARE * references.collapse
+        if epoch.get(name, -math.inf) > line and not falling:
             reasons.append(
                 f"{LOSS_NAMES[name]} is {epoch[name]:.3f}: at {references.collapse:.3f} every image has one embedding, a "
                 f"network that knows the own view alone reaches {references.own_view_only:.3f}"

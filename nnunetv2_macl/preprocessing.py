@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import blosc2
+import nibabel
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -290,10 +291,12 @@ def _preprocess_case(
     """Preprocess one case. Returns what is wrong with it, or None."""
     names = ", ".join(files)
     try:
+        for file in files:
+            _check_nifti(file)
         images, properties = reader().read_images(files)
     except Exception as error:
         reason = str(error).strip().splitlines()
-        return f"{names} cannot be read: {reason[-1] if reason else type(error).__name__}."
+        return f"{names} cannot be used: {reason[-1] if reason else type(error).__name__}."
     if wrong := _whats_wrong(images):
         return f"{names} {wrong}"
     manager = _configuration.manager
@@ -306,6 +309,25 @@ def _preprocess_case(
     data = np.ascontiguousarray(data, dtype=np.float32)
     _write_case(data, target, made_from, [float(s) for s in properties["spacing"]])
     return None
+
+
+def _check_nifti(file: str) -> None:
+    """Raise ValueError for what ITK's NIfTI reader passes over: a file cut short, and NaN; it fills in 0 for both."""
+    if not file.endswith((".nii", ".nii.gz")):
+        return
+    image = nibabel.load(file)
+    dtype = image.get_data_dtype()
+    wanted = int(image.dataobj.offset) + math.prod(image.shape) * dtype.itemsize
+    with open(file, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if file.endswith(".gz"):
+            stream.seek(-4, os.SEEK_END)
+            size = int.from_bytes(stream.read(), "little")  # a gzip file ends with its size, modulo 2^32
+    if size % 2**32 == wanted % 2**32 and dtype.kind not in "fc":
+        return
+    # read whole: fails where data are missing
+    if not np.isfinite(np.asanyarray(image.dataobj)).all():
+        raise ValueError("it holds NaN or infinite values")
 
 
 def _whats_wrong(images: np.ndarray) -> str | None:

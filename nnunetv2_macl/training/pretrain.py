@@ -337,7 +337,11 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             f"Epoch {self.current_epoch}  loss {epoch['total']:.4f}  {shown}  (collapse {references.collapse:.3f})  "
             f"positives {epoch['positives']:.1f}  {seconds:.1f} s  {speed:.1f} patches/s  {left} left"
         )
-        self._watch_collapse(monitoring.collapse_reason(epoch, references, self._step))
+        log = self.logger.local_logger.my_fantastic_logging
+        before = {
+            name: log[f"train_losses/{name}"][-2] for name in LOSS_NAMES if len(log.get(f"train_losses/{name}", [])) > 1
+        }
+        self._watch_collapse(monitoring.collapse_reason(epoch, before, references, self._step))
 
     def _watch_collapse(self, reason: str | None) -> None:
         if reason and not self.collapsed:

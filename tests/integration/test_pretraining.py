@@ -1,0 +1,299 @@
+"""Pre-training for real: nnU-Net's plan, its preprocessing, its run loop; small volumes."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import DATASET
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.run import pretrain
+from nnunetv2_macl.synthetic import generate_dataset
+
+PRETRAIN = "nnUNetTrainerMACLPretrain"
+EXPORTED = ("macl_encoder.pth", "macl_decoder.pth", "macl_network.pth")
+
+
+def hashes(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "_macl_" not in str(path)
+    }
+
+
+def stock_network(workspace, plans="nnUNetPlans"):
+    """nnU-Net's own network for the plan."""
+    folder = workspace.preprocessed / DATASET
+    manager = PlansManager(json.loads((folder / f"{plans}.json").read_text()))
+    return nnUNetTrainer.build_network_architecture(manager, manager.get_configuration("2d"), 1, 3, True)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_command_from_beginning_to_end(workspace):
+    generate_dataset(workspace.raw / "Dataset902_Other", labelled=2, unlabelled=0, test=0, shape=(6, 40, 48), seed=3)
+    shutil.rmtree(workspace.raw / DATASET / "labelsTr")  # labels are never opened
+    before = hashes(workspace.preprocessed)
+    out = workspace.pretrain("901", "-c", "2d", "-u", "902", epochs=2, steps=3)
+
+    assert hashes(workspace.preprocessed) == before, "nnU-Net's own files changed"
+    assert "Pre-training on 11 images" in out  # 5 of imagesTr, 4 of imagesUn, 2 of the other data set
+    lines = re.findall(r"Epoch \d+ .*L_g [\d.]+  L_d [\d.]+  L_ER [\d.]+ .*patches/s .* left", out)
+    assert len(lines) == 2
+    assert "nnUNetv2_train 901 2d 0 -tr nnUNetTrainerMACL" in out
+
+    folder = workspace.run_folder(PRETRAIN)
+    files = {path.name for path in folder.iterdir()}
+    expected = {"checkpoint_final.pth", "progress.png", "views.png", "debug.json", "macl_plan.json", *EXPORTED}
+    assert expected <= files and "checkpoint_latest.pth" not in files
+    assert any(name.startswith("training_log_") for name in files)
+    assert not any(name.endswith(".tmp") or name.startswith(".macl_running") for name in files)
+
+    encoder, decoder, network = (checkpoints.load(folder / name) for name in EXPORTED)
+    checkpoint = checkpoints.load(folder / "checkpoint_final.pth")["network_weights"]
+    own = stock_network(workspace).state_dict()
+    whole = network["network_weights"]
+    assert whole.keys() == own.keys()
+    for key, value in {**encoder["network_weights"], **decoder["network_weights"]}.items():
+        assert torch.equal(value, whole[key]) and value.shape == own[key].shape
+    assert same(encoder["network_weights"], {k: v for k, v in whole.items() if k.startswith("encoder.")})
+    assert same(encoder["network_weights"], {k: v for k, v in checkpoint.items() if k.startswith("encoder.")})
+    stages = encoder["macl_plan"]["decoder_stages"]
+    assert {k.split(".")[2] for k in decoder["network_weights"]} == {str(i) for i in range(stages)}
+    for content in (encoder, decoder, network):
+        assert content["architecture"]["input_channels"] == 1
+        assert content["dataset_fingerprint"]["images"] == 11 and content["dataset_fingerprint"]["nnunet"]
+        assert content["recipe"]["weight_dense"] == 0.5 and content["epochs"] == 2 and content["collapsed"] is None
+        assert content["final_losses"]["train_losses/global"] > 0
+        assert content["package_versions"]["nnunetv2"] and "MACL" not in content["citations"][1]
+
+    moved = workspace.pretrain("901", "-c", "2d")
+    assert "An earlier run was in this folder" in moved
+    (previous,) = folder.glob("previous_*")
+    assert checkpoints.load(previous / "macl_encoder.pth")["epochs"] == 2
+    assert "Preprocess" not in moved.replace("preprocess", "")  # what is done is not done again
+
+
+def test_weights_change_and_the_seed_decides(workspace):
+    options = dict(device="cpu", num_epochs=1, num_iterations_per_epoch=2, batch_size=4)
+
+    def weights(**more):
+        folder = pretrain(DATASET, "2d", **(options | more))
+        return checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
+
+    one, again, other = weights(), weights(), weights(seed=7)
+    assert same(one, again) and not same(one, other)
+    assert not same(one, {k: v for k, v in stock_network(workspace).state_dict().items() if k in one})
+
+
+def test_stock_train_command_and_excluded_fold_are_the_same_thing(workspace):
+    workspace.pretrain("901", "-c", "2d", "--exclude_fold", "1")
+    folder = workspace.run_folder(PRETRAIN, fold=1)
+    ours = checkpoints.load(folder / "macl_encoder.pth")
+    split = json.loads((workspace.preprocessed / DATASET / "splits_final.json").read_text())
+    assert ours["dataset_fingerprint"]["images"] == 9 - len(split[1]["val"])
+    out = workspace.run("nnUNetv2_train", "901", "2d", "1", "-tr", PRETRAIN, "-device", "cpu")
+    assert "validation images of fold 1" in out
+    theirs = checkpoints.load(folder / "macl_encoder.pth")
+    assert same(ours["network_weights"], theirs["network_weights"])
+
+
+def test_stock_train_command_derives_the_plan_where_there_is_none(workspace):
+    """Checked up to the first log line of the training: 250 epochs of 250 steps are too long to wait for."""
+    command = ["nnUNetv2_train", "901", "2d", "all", "-tr", PRETRAIN, "-device", "cpu"]
+    process = subprocess.Popen(
+        command, env=workspace.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        for line in process.stdout:
+            if "Pre-training on" in line:
+                break
+    finally:
+        process.kill()
+        process.wait()
+    assert "on 9 images, 250 epochs of 250 steps" in line
+    assert (workspace.preprocessed / DATASET / "nnUNetPlans_macl_2d.json").is_file()
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(workspace):
+    arguments = ["nnUNetv2_train_macl_pretrain", "901", "-c", "2d", "-device", "cpu", "-num_epochs", "3"]
+    arguments += ["-num_iterations_per_epoch", "3", "-batch_size", "4"]
+    folder = workspace.run_folder(PRETRAIN)
+    workspace.run(*arguments)
+    whole = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
+    shutil.rmtree(folder)
+
+    process = subprocess.Popen(
+        arguments,
+        env=workspace.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (folder / "checkpoint_latest.pth").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if not (folder / "checkpoint_final.pth").exists():
+        out = workspace.pretrain("901", "-c", "2d", "--c", epochs=0)
+        assert "Epoch 2" in out and "Epoch 0 " not in out
+    resumed = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["pcl", "simclr", "table6_ema_encoder_one_stage", "table6_independent_encoder_two_stages"]
+)
+def test_recipes_run(workspace, recipe):
+    folder = pretrain(
+        DATASET, "2d", recipe=recipe, device="cpu", num_epochs=2, num_iterations_per_epoch=1, batch_size=4
+    )
+    weights = checkpoints.load(folder / "macl_decoder.pth")["network_weights"]
+    assert bool(weights) == (recipe not in ("pcl", "simclr"))
+
+
+def test_two_training_stages_train_one_part_at_a_time(workspace):
+    folder = pretrain(
+        DATASET, "2d", recipe="table6_shared_encoder_two_stages", device="cpu", num_epochs=1, num_iterations_per_epoch=2,
+        batch_size=4,
+    )  # fmt: skip
+    # one epoch of one: the second stage alone, which leaves the encoder as it was made
+    torch.manual_seed(12345)
+    made = stock_network(workspace).state_dict()
+    trained = checkpoints.load(folder / "macl_network.pth")["network_weights"]
+    decoder = [k for k in checkpoints.load(folder / "macl_decoder.pth")["network_weights"]]
+    assert all(torch.equal(made[k], v) for k, v in trained.items() if k.startswith("encoder."))
+    assert any(not torch.equal(made[k], trained[k]) for k in decoder)
+
+
+def test_collapse_is_told_and_written_and_stops_the_run(workspace, tmp_path):
+    recipe = tmp_path / "collapses.json"
+    values = {"threshold": 1.0, "limit_positives": False, "weight_dense": 0.0, "weight_equivariance": 10.0}
+    values |= {"standardise_projector": False, "collapse_patience": 2, "optimizer": "sgd"}
+    recipe.write_text(json.dumps({"inherits_from": "paper", "decoder_stages": 1, "scale": 2} | values))
+    out = workspace.pretrain("901", "-c", "2d", "-recipe", recipe, code=1, epochs=30, steps=20)
+    assert "COLLAPSED" in out and "own_view_weight" in out and "was stopped" in out
+    folder = workspace.run_folder(PRETRAIN)
+    assert checkpoints.load(folder / "checkpoint_latest.pth")["collapsed"]
+    assert "COLLAPSED" in next(folder.glob("training_log_*")).read_text()
+    assert not list(folder.glob(".macl_running*"))
+
+
+def test_residual_encoder_plan(workspace):
+    workspace.run("nnUNetv2_plan_experiment", "-d", "901", "-pl", "nnUNetPlannerResEncM")
+    plans = "nnUNetResEncUNetMPlans"
+    workspace.run("nnUNetv2_preprocess", "-d", "901", "-plans_name", plans, "-c", "2d", "-np", "2")
+    out = workspace.pretrain("901", "-c", "2d", "-p", plans)
+    assert f"-tr nnUNetTrainerMACL -p {plans}" in out
+    encoder = checkpoints.load(workspace.run_folder(PRETRAIN, plans) / "macl_encoder.pth")["network_weights"]
+    assert any(key.startswith("encoder.stem.") for key in encoder)
+    own = stock_network(workspace, plans).state_dict()
+    assert encoder.keys() == {key for key in own if key.startswith("encoder.")}
+
+
+def test_single_files_are_2d(workspace):
+    """Natural images: no slice axis, channels in one file, PNG through nnU-Net's own reader."""
+    import numpy as np
+    from skimage import io
+
+    rng = np.random.default_rng(0)
+    raw = workspace.raw / "Dataset903_Photos"
+    for folder, count in (("imagesTr", 5), ("labelsTr", 5), ("imagesUn", 3)):
+        (raw / folder).mkdir(parents=True)
+        for i in range(count):
+            shape = (40, 48) if folder == "labelsTr" else (40, 48, 3)
+            name = (
+                f"{folder[:6]}{i}.png" if folder == "labelsTr" else f"{'labels' if count == 5 else 'new'}{i}_0000.png"
+            )
+            values = rng.integers(0, 2 if folder == "labelsTr" else 255, shape).astype(np.uint8)
+            io.imsave(raw / folder / name, values, check_contrast=False)
+    description = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "labels": {"background": 0, "thing": 1}}
+    (raw / "dataset.json").write_text(json.dumps(description | {"numTraining": 5, "file_ending": ".png"}))
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", "903", "-c", "2d", "-np", "2")
+    folder = pretrain(903, "2d", device="cpu", num_epochs=1, num_iterations_per_epoch=1, batch_size=4)
+    content = checkpoints.load(folder / "macl_encoder.pth")
+    assert content["architecture"]["input_channels"] == 3 and content["dataset_fingerprint"]["images"] == 8
+
+
+def test_two_runs_into_one_folder(workspace):
+    folder = workspace.run_folder(PRETRAIN)
+    folder.mkdir(parents=True)
+    lock = folder / ".macl_running.json"
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        import socket
+
+        lock.write_text(json.dumps({"host": socket.gethostname(), "pid": sleeper.pid, "started": "now"}))
+        out = workspace.pretrain("901", "-c", "2d", code=1)
+        assert f"process {sleeper.pid} on {socket.gethostname()}" in out and "Traceback" not in out
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    workspace.pretrain("901", "-c", "2d")  # the process is gone: its lock is taken over
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(dataset=555), ["'555'", DATASET]),
+        (dict(dataset="Dataset555_None"), ["Dataset555_None", DATASET]),
+        (dict(dataset="hippo"), ["'hippo'", DATASET]),
+        (dict(plans="Nope"), ["Nope.json", "-p nnUNetPlans", "nnUNetv2_plan_and_preprocess -d 901"]),
+        (dict(configuration="4d"), ["'4d'", "2d"]),
+        (dict(configuration="3d_fullres"), ["nnUNetv2_preprocess -d 901"]),
+        (dict(recipe="nope"), ["'nope'", "macl"]),
+        (dict(exclude_fold=9), ["--exclude_fold 9", "0 to 4"]),
+        (dict(device="gpu"), ["cuda, cpu, mps", "'gpu'"]),
+        (dict(num_epochs=0), ["num_epochs", "from 1", "got 0"]),
+        (dict(batch_size=1), ["batch_size", "from 2", "got 1"]),
+        (dict(num_gpus=2), ["-num_gpus 2", "cuda"]),
+        (dict(unlabelled=["Dataset777_No"]), ["Dataset777_No"]),
+        (dict(continue_training=True), ["no run to go on with", "--c"]),
+    ],
+)
+def test_mistakes_are_explained_and_nothing_is_written(workspace, arguments, words):
+    before = hashes(workspace.folder)
+    options = dict(dataset="901", configuration="2d", device="cpu", num_epochs=1) | arguments
+    with pytest.raises(UserError) as error:
+        pretrain(options.pop("dataset"), options.pop("configuration"), **options)
+    assert all(word in str(error.value) for word in words), error.value
+    assert hashes(workspace.folder) == before
+    assert not list(workspace.results.rglob("*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device(workspace):
+    with pytest.raises(UserError, match="no CUDA device"):
+        pretrain("901", "2d")
+
+
+def test_mistakes_on_the_command_line_end_with_code_1_and_no_traceback(workspace):
+    out = workspace.run("nnUNetv2_train_macl_pretrain", "555", "-device", "cpu", code=1)
+    assert "Error: There is no data set '555'" in out and "Traceback" not in out
+    environment = {key: value for key, value in workspace.environment.items() if not key.startswith("nnUNet_")}
+    process = subprocess.run(["nnUNetv2_train_macl_pretrain", "901"], env=environment, capture_output=True, text=True)
+    assert process.returncode == 1 and "export nnUNet_raw=" in process.stderr and "Traceback" not in process.stderr
+
+
+def test_options_that_cannot_change_are_told_when_going_on(workspace):
+    options = dict(device="cpu", num_iterations_per_epoch=1, batch_size=4)
+    pretrain("901", "2d", num_epochs=1, **options)
+    with pytest.raises(UserError, match=r"-batch_size 8 \(was 4\)"):
+        pretrain("901", "2d", device="cpu", batch_size=8, continue_training=True)

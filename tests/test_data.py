@@ -1,0 +1,88 @@
+"""Batches: what is in a patch, where it lies, and that a batch is a function of seed and step alone."""
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+
+from nnunetv2_macl.data import Case, PretrainingBatches, Sampling, draw_corner, position
+
+
+def make_case(folder, name, volume):
+    file = str(folder / f"{name}.b2nd")
+    blosc2.asarray(np.ascontiguousarray(volume, dtype=np.float32), urlpath=file, mode="w")
+    return Case(name, file)
+
+
+@pytest.fixture
+def cases(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = [(2, 9, 30, 40), (2, 12, 26, 44), (2, 7, 50, 20)]
+    return [make_case(tmp_path, f"case{i}", rng.normal(size=shape)) for i, shape in enumerate(shapes)]
+
+
+def batches(cases, patch=(1, 24, 32), n=8, group=1, seed=0, share=None):
+    return PretrainingBatches(cases, Sampling(patch, n, group, seed), share or (0, n), 100)
+
+
+@pytest.mark.parametrize("patch", [(1, 24, 32), (1, 48, 48), (8, 24, 32), (16, 64, 16)])
+def test_patches_are_cut_and_padded_as_nnunet_does(cases, patch):
+    batch = batches(cases, patch)[3]
+    assert batch["data"].shape == (8, 2, *(patch if patch[0] > 1 else patch[1:]))
+    for data, where, name in zip(batch["data"], batch["positions"], batch["cases"], strict=True):
+        volume = blosc2.open(next(c.file for c in cases if c.name == name))[:]
+        shape = np.array(volume.shape[1:])
+        corner = np.round(where.numpy() * shape - np.array(patch) / 2).astype(int)
+        expected = crop_and_pad_nd(volume, [[c, c + p] for c, p in zip(corner, patch, strict=True)], 0)
+        expected = expected if patch[0] > 1 else expected[:, 0]
+        np.testing.assert_array_equal(data.numpy(), expected)
+
+
+def test_corners_are_those_of_nnunets_loader():
+    """From -padding//2 to shape + padding//2 + padding%2 - patch, each as likely."""
+    rng = np.random.default_rng(0)
+    drawn = np.stack([draw_corner((9, 40, 39), (1, 24, 64), rng) for _ in range(4000)])
+    np.testing.assert_array_equal(drawn.min(0), [0, 0, -13])
+    np.testing.assert_array_equal(drawn.max(0), [8, 16, -12])
+    counts = np.bincount(drawn[:, 0])
+    assert counts.min() > 0.7 * counts.max()
+    first, last = (draw_corner((9, 40, 39), (1, 24, 64), rng, np.full(3, p)) for p in (0.0, 0.9999))
+    np.testing.assert_array_equal([first, last], [[0, 0, -13], [8, 16, -12]])
+
+
+def test_position_is_the_centre_as_a_fraction_of_the_volume():
+    np.testing.assert_allclose(position(np.array([4, 0, 10]), (1, 20, 20), (9, 20, 40)), [0.5, 0.5, 0.5])
+
+
+def test_a_batch_is_a_function_of_seed_and_step(cases):
+    one, other = batches(cases), batches(cases)
+    other[7]  # what was drawn before does not matter
+    assert torch.equal(one[5]["data"], other[5]["data"])
+    assert not torch.equal(one[5]["data"], one[6]["data"])
+    assert not torch.equal(one[5]["data"], batches(cases, seed=1)[5]["data"])
+
+
+def test_ranks_share_the_batch_of_one_process(cases):
+    whole = batches(cases)[2]
+    parts = [batches(cases, share=share)[2] for share in ((0, 3), (3, 8))]
+    for key in ("data", "positions"):
+        assert torch.equal(torch.cat([p[key] for p in parts]), whole[key])
+    assert [name for p in parts for name in p["cases"]] == whole["cases"]
+
+
+def test_position_groups_are_positives(cases):
+    batch = batches(cases, (4, 12, 12), n=32, group=4)[0]
+    where = batch["positions"].reshape(8, 4, 3)
+    within = (where[:, :, None] - where[:, None]).abs().amax((-1, -2, -3))
+    assert (within < 0.25).all()  # the same relative place; centres differ with the size of the volume
+    assert batches(cases, (4, 12, 12), n=32)[0]["positions"].reshape(8, 4, 3).std(1).mean() > 0.1
+
+
+def test_constant_slices_are_not_drawn(tmp_path):
+    volume = np.zeros((1, 10, 16, 16))
+    volume[:, 4] = np.random.default_rng(0).normal(size=(16, 16))
+    batch = batches([make_case(tmp_path, "sparse", volume)], (1, 16, 16), n=16)[0]
+    assert (batch["data"].flatten(1).std(1) > 0).all()
+    with pytest.raises(ValueError, match=r"constant.*empty"):
+        batches([make_case(tmp_path, "blank", np.zeros((1, 4, 16, 16)))], (1, 16, 16))[0]

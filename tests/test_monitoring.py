@@ -1,0 +1,77 @@
+"""The collapse test, and what pictures and statistics show."""
+
+import math
+
+import pytest
+import torch
+
+from nnunetv2_macl import monitoring
+from nnunetv2_macl.losses import PositionalContrastiveLoss
+from nnunetv2_macl.recipe import Recipe
+
+
+def references(positives=3.0, patches=32):
+    return monitoring.contrastive_references(patches, positives, Recipe())
+
+
+def test_a_loss_that_sits_at_the_collapse_value_is_told():
+    at = references().collapse
+    reason = monitoring.collapse_reason({"global": at, "dense": 3.0}, {"global": at + 0.01}, references(), 250)
+    assert "L_g" in reason and "L_d" not in reason and f"{at:.3f}" in reason
+
+
+def test_a_loss_that_falls_through_the_line_is_not():
+    at = references().collapse
+    assert monitoring.collapse_reason({"global": at + 0.2}, {"global": at + 0.4}, references(), 250) is None
+    assert monitoring.collapse_reason({"global": at - 0.4}, {"global": at - 0.4}, references(), 250) is None
+    assert monitoring.collapse_reason({"global": at}, {}, references(), 5) is None  # too early to tell
+
+
+def test_many_positives_leave_little_to_gain_and_the_line_knows():
+    """With 12 positives the best that the own view gives is near the collapse value: reaching that is no collapse."""
+    lines = references(positives=12)
+    assert lines.collapse - lines.own_view_only < 0.15
+    assert monitoring.collapse_reason({"global": lines.own_view_only}, {}, lines, 250) is None
+
+
+def test_embeddings_that_do_not_vary_are_told():
+    alike = torch.randn(1, 16).expand(32, 16) + 1e-4 * torch.randn(32, 16)
+    variance = monitoring.embedding_variance(alike).item()
+    assert variance < 1e-3
+    assert "do not vary" in monitoring.collapse_reason({"embedding_variance": variance}, {}, references(), 100)
+    assert monitoring.embedding_variance(torch.randn(512, 64)).item() > 0.95
+
+
+def test_equal_maps_show_in_the_variance_between_images_not_in_the_scale():
+    torch.manual_seed(0)
+    one = torch.randn(1, 8, 4, 4)
+    rms, between = monitoring.feature_statistics(one.expand(16, -1, -1, -1))
+    assert rms.item() == pytest.approx(1, abs=0.2) and between.item() < 1e-6
+    _, between = monitoring.feature_statistics(torch.randn(16, 8, 4, 4))
+    assert between.item() == pytest.approx(1, abs=0.1)
+
+
+def test_mean_positives_is_what_the_loss_counts():
+    positions = torch.tensor([0.0, 0.05, 0.5, 0.9])
+    assert monitoring.mean_positives(positions, 0.1) == pytest.approx((3 + 3 + 1 + 1) / 4)
+    # at the collapse of the loss, its value is that of the line
+    alike = torch.ones(4, 3)
+    assert PositionalContrastiveLoss()(alike, alike, positions).item() == pytest.approx(references(patches=4).collapse)
+
+
+def test_advice_names_recipe_keys():
+    advice = monitoring.collapse_advice(Recipe(own_view_weight=0.0, standardise_projector=False))
+    for key in ("own_view_weight", "threshold_warmup", "standardise_projector", "weight_equivariance"):
+        assert key in advice
+
+
+def test_pictures_are_written(tmp_path):
+    names = ("collapse", "own_view_only", "all_found")
+    log = {"lrs": [0.1, 0.05], "embedding_variance": [0.5, 0.6], "patches_per_second": [10.0, 11.0]}
+    log |= {f"train_losses/{name}": [5.0, 4.0] for name in monitoring.LOSS_NAMES}
+    log |= {f"references/{name}": [v, v] for name, v in zip(names, (5.9, 4.0, 1.1), strict=True)}
+    monitoring.plot_progress(log, tmp_path / "progress.png", "title")
+    groups = {"dominant": torch.randn(4, 1, 8, 8), "auxiliary": torch.randn(4, 1, 4, 16, 16)}
+    monitoring.plot_views(groups, torch.rand(4, 3), list("abcd"), 0.1, tmp_path / "views.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("progress", "views"))
+    assert math.isfinite(references().all_found)

@@ -1,0 +1,144 @@
+"""Unlabelled images through nnU-Net's own preprocessing: the same numbers, once, and every bad image named."""
+
+import json
+import os
+import shutil
+
+import blosc2
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conftest import DATASET
+
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.preprocessing import find_sources, preprocess_unlabelled, training_cases, unlabelled_folder
+from nnunetv2_macl.synthetic import generate_dataset
+
+
+def load():
+    return Configuration.load("901", "nnUNetPlans", "2d")
+
+
+def run(configuration=None, datasets=(), **options):
+    return preprocess_unlabelled(configuration or load(), datasets, processes=1, **options)
+
+
+def test_the_same_numbers_as_nnunet(workspace):
+    raw = workspace.raw / DATASET
+    for file in (raw / "imagesUn").iterdir():
+        file.unlink()
+    shutil.copy(raw / "imagesTr" / "case_000_0000.nii.gz", raw / "imagesUn" / "again_0000.nii.gz")
+    shutil.rmtree(raw / "labelsTr")  # never opened
+    (case,) = run().cases
+    ours = blosc2.open(case.file)[:]
+    theirs = blosc2.open(str(load().cases_folder / "case_000.b2nd"))[:]
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_done_is_done_and_changes_are_seen(workspace):
+    configuration = load()
+    cases = run(configuration).cases
+    assert len(cases) == 4
+    written = {case.name: os.stat(case.file).st_mtime_ns for case in cases}
+
+    def made_again(configuration=None):
+        nonlocal written
+        now = {case.name: os.stat(case.file).st_mtime_ns for case in run(configuration).cases}
+        changed = {name for name in now if now[name] != written.get(name)}
+        written = now
+        return changed
+
+    assert made_again() == set()
+    image = workspace.raw / DATASET / "imagesUn" / "case_006_0000.nii.gz"
+    generate_dataset(workspace.folder / "other" / DATASET, labelled=1, unlabelled=0, test=0, shape=(8, 40, 48), seed=9)
+    shutil.copyfile(workspace.folder / "other" / DATASET / "imagesTr" / "case_000_0000.nii.gz", image)
+    assert made_again() == {"case_006"}
+    folder = unlabelled_folder(configuration) / DATASET
+    with open(folder / "case_007.b2nd", "r+b") as stream:
+        stream.truncate(100)  # cut short
+    (folder / "case_008.json").unlink()  # stopped before it was done
+    assert made_again() == {"case_007", "case_008"}
+    plans = configuration.folder / "nnUNetPlans.json"
+    content = json.loads(plans.read_text())
+    content["configurations"]["2d"]["spacing"] = [2.0, 2.0]
+    plans.write_text(json.dumps(content))
+    assert made_again(load()) == {"case_005", "case_006", "case_007", "case_008"}
+
+
+def bad_image(kind, file):
+    good = np.random.default_rng(0).normal(size=(8, 40, 48)).astype(np.float32)
+    if kind == "corrupt":
+        file.write_bytes(os.urandom(500))
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "cut short":
+        sitk.WriteImage(sitk.GetImageFromArray(good), str(file))
+        file.write_bytes(file.read_bytes()[:2000])
+    elif kind == "4D":
+        sitk.WriteImage(sitk.JoinSeries([sitk.GetImageFromArray(good)] * 3), str(file))
+    elif kind == "RGB":
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((8, 40, 48, 3), np.uint8), isVector=True), str(file))
+    else:
+        good[3, 4, 5] = {"NaN": np.nan, "infinite": np.inf}.get(kind, 0)
+        if kind == "constant":
+            good[:] = 7
+        sitk.WriteImage(sitk.GetImageFromArray(good), str(file))
+
+
+@pytest.mark.parametrize("kind", ["corrupt", "empty", "cut short", "4D", "RGB", "NaN", "infinite", "constant"])
+def test_images_that_cannot_be_used_are_named_and_can_be_skipped(workspace, kind):
+    file = workspace.raw / DATASET / "imagesUn" / "bad_0000.nii.gz"
+    bad_image(kind, file)
+    with pytest.raises(UserError) as error:
+        run()
+    assert str(file) in str(error.value) and "--skip_unreadable" in str(error.value)
+    done = run(skip_unreadable=True)
+    assert [case.name for case in done.cases] == ["case_005", "case_006", "case_007", "case_008"]
+    assert [target.name for target in done.skipped] == ["bad"]
+
+
+def test_other_data_sets(workspace):
+    other = workspace.raw / "Dataset902_Other"
+    generate_dataset(other, labelled=2, unlabelled=1, test=1, shape=(6, 30, 30), seed=5)
+    shutil.rmtree(other / "labelsTr")
+    sources = find_sources(load(), ["Dataset902_Other"])
+    assert [(s.dataset_name, len(s.cases)) for s in sources] == [(DATASET, 4), ("Dataset902_Other", 3)]
+    assert len(run(datasets=["Dataset902_Other"]).cases) == 7
+
+    description = json.loads((other / "dataset.json").read_text())
+    description["channel_names"] = {"0": "CT"}
+    (other / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"\['CT'\].*\['MR0'\]"):
+        find_sources(load(), ["Dataset902_Other"])
+    (other / "dataset.json").unlink()
+    with pytest.raises(UserError, match=r"dataset\.json does not exist"):
+        find_sources(load(), ["Dataset902_Other"])
+    with pytest.raises(UserError, match="Dataset903_Gone does not exist"):
+        find_sources(load(), ["Dataset903_Gone"])
+
+
+def test_naming_mistakes_are_told(workspace):
+    folder = workspace.raw / DATASET / "imagesUn"
+    shutil.copy(folder / "case_005_0000.nii.gz", folder / "case_005_0001.nii.gz")
+    with pytest.raises(UserError, match=r"case_005.*2 files.*1 channels"):
+        find_sources(load(), [])
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "scan.dcm").touch()
+    with pytest.raises(UserError, match=r"CASE_0000\.nii\.gz.*scan\.dcm"):
+        find_sources(load(), [])
+
+
+def test_too_little_space_is_told_before(workspace, monkeypatch):
+    usage = shutil.disk_usage(workspace.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"needs about .* GiB, and 0\.0 GiB are free"):
+        run()
+    assert not unlabelled_folder(load()).exists()
+
+
+def test_without_nnunets_preprocessing_its_command_is_named(workspace):
+    shutil.rmtree(load().cases_folder)
+    with pytest.raises(UserError, match="nnUNetv2_preprocess -d 901 -plans_name nnUNetPlans -c 2d"):
+        training_cases(load())
