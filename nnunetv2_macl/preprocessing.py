@@ -219,7 +219,9 @@ def preprocess_unlabelled(
 def _made_from(files: list[str], signature: str) -> dict[str, Any]:
     stats = [os.stat(file) for file in files]
     return {
-        "files": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)],
+        "files": [
+            [os.path.basename(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)
+        ],
         "plan": signature,
     }
 
@@ -252,7 +254,10 @@ def _run(configuration: Configuration, todo: list[tuple], processes: int, skip_u
     # spawn, as nnU-Net does: forked children inherit locks that are held
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        min(processes, len(todo)), mp_context=context, initializer=_initialise, initargs=(configuration,)
+        min(processes, len(todo), os.cpu_count() or 1),
+        mp_context=context,
+        initializer=_initialise,
+        initargs=(configuration,),
     ) as pool:
         futures = {pool.submit(_preprocess_case, *job): job for job in todo}
         bar = tqdm(as_completed(futures), total=len(todo), unit="case", disable=not sys.stderr.isatty())

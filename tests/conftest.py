@@ -63,6 +63,12 @@ def planned(tmp_path_factory):
     space = Workspace(tmp_path_factory.mktemp("planned"))
     generate_dataset(space.raw / DATASET, labelled=5, unlabelled=4, test=1, shape=(8, 40, 48))
     space.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "-np", "2")
+    # so that each test need not preprocess the unlabelled images again
+    space.pretrain("901", "-c", "2d", "--disable_checkpointing")
+    shutil.rmtree(space.results)
+    space.results.mkdir()
+    plan_file = next(space.preprocessed.glob("*/*_macl_2d.json"))
+    plan_file.unlink()
     return space
 
 

@@ -16,6 +16,11 @@ from nnunetv2_macl.preprocessing import find_sources, preprocess_unlabelled, tra
 from nnunetv2_macl.synthetic import generate_dataset
 
 
+@pytest.fixture(autouse=True)
+def nothing_done_yet(workspace):
+    shutil.rmtree(workspace.preprocessed / DATASET / "nnUNetPlans_macl_2d")
+
+
 def load():
     return Configuration.load("901", "nnUNetPlans", "2d")
 
@@ -86,16 +91,24 @@ def bad_image(kind, file):
         sitk.WriteImage(sitk.GetImageFromArray(good), str(file))
 
 
-@pytest.mark.parametrize("kind", ["corrupt", "empty", "cut short", "4D", "RGB", "NaN", "infinite", "constant"])
-def test_images_that_cannot_be_used_are_named_and_can_be_skipped(workspace, kind):
-    file = workspace.raw / DATASET / "imagesUn" / "bad_0000.nii.gz"
-    bad_image(kind, file)
+KINDS = ("corrupt", "empty", "cut short", "4D", "RGB", "NaN", "infinite", "constant")
+
+
+def test_images_that_cannot_be_used_are_named_and_can_be_skipped(workspace):
+    files = {kind: workspace.raw / DATASET / "imagesUn" / f"{kind}_0000.nii.gz" for kind in KINDS}
+    for kind, file in files.items():
+        bad_image(kind, file)
     with pytest.raises(UserError) as error:
         run()
-    assert str(file) in str(error.value) and "--skip_unreadable" in str(error.value)
+    assert any(str(file) in str(error.value) for file in files.values()) and "--skip_unreadable" in str(error.value)
     done = run(skip_unreadable=True)
     assert [case.name for case in done.cases] == ["case_005", "case_006", "case_007", "case_008"]
-    assert [target.name for target in done.skipped] == ["bad"]
+    assert {target.name for target in done.skipped} == set(KINDS)
+    for target, reason in done.skipped.items():
+        assert str(files[target.name]) in reason
+    said = {target.name: reason for target, reason in done.skipped.items()}
+    assert "NaN" in said["NaN"] and "NaN" in said["infinite"] and "constant" in said["constant"]
+    assert "channels" in said["RGB"] and "channels or time points" in said["4D"]
 
 
 def test_other_data_sets(workspace):

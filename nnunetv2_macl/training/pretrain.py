@@ -75,6 +75,13 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     @user_errors_end_the_run
     def initialize(self) -> None:
+        try:
+            self._initialize()
+        except UserError:
+            self._lock.release()
+            raise
+
+    def _initialize(self) -> None:
         self.macl_configuration = Configuration(
             self.plans_manager.dataset_name,
             self.plans_manager.plans_name,

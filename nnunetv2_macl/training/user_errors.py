@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from nnunetv2_macl.errors import UserError
@@ -12,7 +14,8 @@ from nnunetv2_macl.errors import UserError
 def user_errors_end_the_run(method: Callable) -> Callable:
     """Turn a UserError of a trainer's method into an exit with code 1 that shows the message alone.
 
-    nnU-Net's commands have no place for a user's mistake: they would print a traceback.
+    nnU-Net's commands have no place for a user's mistake: they would print a traceback. A run that ends before it wrote
+    anything but its log leaves nothing behind.
     """
 
     @functools.wraps(method)
@@ -21,6 +24,17 @@ def user_errors_end_the_run(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
         except UserError as error:
             self.print_to_log_file(f"Error: {error}", also_print_to_console=False)
+            _leave_nothing(Path(self.output_folder), Path(self.log_file))
             raise SystemExit(f"\nError: {error}") from error
 
     return wrapped
+
+
+def _leave_nothing(folder: Path, log: Path) -> None:
+    if any(path != log and not path.name.startswith(".") for path in folder.iterdir()):
+        return
+    log.unlink(missing_ok=True)
+    # fold, trainer and data set, as far as nothing else is in them
+    with contextlib.suppress(OSError):
+        for empty in (folder, folder.parent, folder.parent.parent):
+            empty.rmdir()

@@ -1,0 +1,159 @@
+"""Fine-tuning, prediction and sharing with nnU-Net's own commands, from really pre-trained weights."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import DATASET, Workspace
+
+from nnunetv2_macl import checkpoints
+
+QUICK = "nnUNetTrainerMACL_quick"
+# a user's own trainer, in a folder of his own
+QUICK_TRAINER = f"""
+from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
+
+class {QUICK}(nnUNetTrainerMACL):
+    finetuning_epochs = 2
+    warmup_epochs = 1
+
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_iterations_per_epoch = 2
+        self.num_val_iterations_per_epoch = 1
+        self.save_every = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def pretrained(planned, tmp_path_factory):
+    """A pre-trained data set, and a trainers folder of the user's own beside this package's."""
+    space = Workspace(tmp_path_factory.mktemp("pretrained") / "nnunet")
+    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
+    space.pretrain("901", "-c", "2d")
+    trainers = space.folder / "my_trainers"
+    trainers.mkdir()
+    (trainers / f"{QUICK}.py").write_text(QUICK_TRAINER)
+    both = os.pathsep.join([space.environment["nnUNet_extTrainer"], str(trainers)])
+    space.train = lambda *arguments, **options: space.run(
+        "nnUNetv2_train", "901", "2d", *arguments, "-device", "cpu", nnUNet_extTrainer=both, **options
+    )
+    space.out = space.train("0", "-tr", QUICK, "--npz")
+    return space
+
+
+def load(file):
+    return torch.load(file, map_location="cpu", weights_only=False)
+
+
+def test_the_log_says_what_was_taken(pretrained):
+    assert "encoder: 64 of 64 tensors taken" in pretrained.out
+    assert "of 64 tensors taken" in pretrained.out.split("decoder: ")[1][:40]
+    assert "decoder.seg_layers" in pretrained.out and "trained anew" in pretrained.out
+    assert "fold_all/macl_encoder.pth" in pretrained.out and "--exclude_fold 0" in pretrained.out
+    assert "Mean Validation Dice" in pretrained.out
+
+
+def test_training_starts_from_the_weights(pretrained):
+    """Half a rate of nothing in the first epoch's steps: the encoder is still near the pre-trained one, far from a fresh one."""
+    weights = checkpoints.load(pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth")[
+        "network_weights"
+    ]
+    trained = load(pretrained.run_folder(QUICK, fold=0) / "checkpoint_final.pth")["network_weights"]
+    key = "encoder.stages.1.0.convs.0.conv.weight"
+    moved = (trained[key] - weights[key]).norm() / weights[key].norm()
+    assert 0 < moved < 0.2
+
+
+def test_checkpoints_are_those_of_the_stock_trainer(pretrained):
+    checkpoint = load(pretrained.run_folder(QUICK, fold=0) / "checkpoint_final.pth")
+    assert checkpoint["trainer_name"] == "nnUNetTrainer"
+    assert checkpoint["macl"]["trainer"] == QUICK and checkpoint["macl"]["recipe"]["weight_dense"] == 0.5
+
+
+def test_going_on_and_validating_need_no_pretrained_weights(pretrained):
+    nowhere = {"nnUNet_macl_weights": str(pretrained.folder / "nowhere")}
+    folder = pretrained.run_folder(QUICK, fold=0)
+    assert "Mean Validation Dice" in pretrained.train("0", "-tr", QUICK, "--val", **nowhere)
+    shutil.copy(folder / "checkpoint_final.pth", folder / "kept.pth")
+    (folder / "checkpoint_final.pth").rename(folder / "checkpoint_latest.pth")
+    out = pretrained.train("0", "-tr", QUICK, "--c", **nowhere)
+    assert "MACL weights from" not in out and "Training done" in out
+    assert load(folder / "checkpoint_final.pth")["macl"]["trainer"] == QUICK
+
+
+def test_prediction_on_a_machine_that_never_heard_of_this_package(pretrained, tmp_path):
+    """The package is shadowed by one that raises; nnU-Net predicts, exports and installs all the same."""
+    shadow = tmp_path / "shadow"
+    (shadow / "nnunetv2_macl").mkdir(parents=True)
+    (shadow / "nnunetv2_macl" / "__init__.py").write_text("raise ImportError('not on this machine')")
+    images = pretrained.raw / DATASET / "imagesTs"
+    bare = {"PYTHONPATH": str(shadow), "nnUNet_extTrainer": ""}
+    predict = ("nnUNetv2_predict", "-d", "901", "-c", "2d", "-tr", QUICK, "-f", "0", "-device", "cpu", "-i", images)
+    pretrained.run(*predict, "-o", tmp_path / "here", **bare)
+    assert len(list((tmp_path / "here").glob("*.nii.gz"))) == 1
+
+    archive = tmp_path / "model.zip"
+    export = ("nnUNetv2_export_model_to_zip", "-d", "901", "-o", archive, "-c", "2d", "-tr", QUICK, "-f", "0")
+    pretrained.run(*export, **bare)
+    elsewhere = Workspace(tmp_path / "elsewhere")
+    elsewhere.run("nnUNetv2_install_pretrained_model_from_zip", archive, **bare)
+    elsewhere.run(*predict, "-o", tmp_path / "there", **bare)
+    one, other = (next((tmp_path / folder).glob("*.nii.gz")).read_bytes() for folder in ("here", "there"))
+    assert one == other
+
+
+def test_find_best_configuration(pretrained):
+    out = pretrained.run(
+        "nnUNetv2_find_best_configuration", "901", "-c", "2d", "-tr", QUICK, "-f", "0", "--disable_ensembling"
+    )
+    assert "nnUNetv2_predict" in out and QUICK in out
+
+
+def test_stock_pretrained_weights_and_they_win_over_ours(pretrained):
+    network = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_network.pth"
+    out = pretrained.train("0", "-tr", QUICK, "-pretrained_weights", network, nnUNet_macl_weights="/nowhere")
+    assert "Loading pretrained weights from file" in out and "MACL weights from" not in out
+
+
+@pytest.mark.slow
+def test_the_stock_trainer_takes_the_whole_network(pretrained):
+    network = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_network.pth"
+    out = pretrained.train("1", "-tr", "nnUNetTrainer_1epoch", "-pretrained_weights", network, nnUNet_extTrainer="")
+    assert "Loading pretrained weights from file" in out and "Training done" in out
+
+
+def test_weights_named_by_the_variable(pretrained):
+    encoder = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"
+    out = pretrained.train("2", "-tr", QUICK, nnUNet_macl_weights=str(encoder))
+    assert "encoder: 64 of 64" in out and "decoder: 0 of 64" in out
+
+
+def test_weights_of_another_network_are_refused(pretrained, tmp_path):
+    content = checkpoints.load(pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth")
+    content["architecture"]["arch_kwargs"]["features_per_stage"][0] = 999
+    checkpoints.save(content, tmp_path / "other.pth")
+    with pytest.raises(AssertionError) as shown:
+        pretrained.train("3", "-tr", QUICK, nnUNet_macl_weights=str(tmp_path / "other.pth"))
+    assert "exited with 1" in str(shown.value) and "Traceback" not in str(shown.value)
+    assert "arch_kwargs.features_per_stage is [999" in str(shown.value)
+
+
+def test_fine_tuning_before_pre_training_names_the_command(planned, tmp_path):
+    space = Workspace(tmp_path / "nnunet")
+    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
+    out = space.run("nnUNetv2_train", "901", "2d", "0", "-tr", "nnUNetTrainerMACL_5epochs", "-device", "cpu", code=1)
+    assert "nnUNetv2_train_macl_pretrain 901 -c 2d" in out and "Traceback" not in out
+    assert not list(space.results.rglob("*.*")), "something was written"
+
+
+@pytest.mark.parametrize("epochs", [1, 5, 10, 20, 50, 100, 250, 500])
+def test_variants_are_found_by_nnunet(epochs, monkeypatch):
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    from nnunetv2_macl.resources import resource_folder
+
+    monkeypatch.setenv("nnUNet_extTrainer", str(resource_folder("trainers")))
+    name = f"nnUNetTrainerMACL_{epochs}epoch{'s' if epochs > 1 else ''}"
+    assert recursive_find_trainer_class_by_name(name).finetuning_epochs == epochs
