@@ -1,6 +1,7 @@
 """Fine-tuning, prediction and sharing with nnU-Net's own commands, from really pre-trained weights."""
 
 import os
+import re
 import shutil
 
 import pytest
@@ -37,7 +38,7 @@ def pretrained(planned, tmp_path_factory):
     (trainers / f"{QUICK}.py").write_text(QUICK_TRAINER)
     both = os.pathsep.join([space.environment["nnUNet_extTrainer"], str(trainers)])
     space.train = lambda *arguments, **options: space.run(
-        "nnUNetv2_train", "901", "2d", *arguments, "-device", "cpu", nnUNet_extTrainer=both, **options
+        "nnUNetv2_train", "901", "2d", *arguments, "-device", "cpu", **({"nnUNet_extTrainer": both} | options)
     )
     space.out = space.train("0", "-tr", QUICK, "--npz")
     return space
@@ -49,7 +50,7 @@ def load(file):
 
 def test_the_log_says_what_was_taken(pretrained):
     assert "encoder: 64 of 64 tensors taken" in pretrained.out
-    assert "of 64 tensors taken" in pretrained.out.split("decoder: ")[1][:40]
+    assert re.search(r"decoder: [1-9]\d* of 60 tensors taken", pretrained.out)
     assert "decoder.seg_layers" in pretrained.out and "trained anew" in pretrained.out
     assert "fold_all/macl_encoder.pth" in pretrained.out and "--exclude_fold 0" in pretrained.out
     assert "Mean Validation Dice" in pretrained.out
@@ -127,7 +128,7 @@ def test_the_stock_trainer_takes_the_whole_network(pretrained):
 def test_weights_named_by_the_variable(pretrained):
     encoder = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"
     out = pretrained.train("2", "-tr", QUICK, nnUNet_macl_weights=str(encoder))
-    assert "encoder: 64 of 64" in out and "decoder: 0 of 64" in out
+    assert "encoder: 64 of 64" in out and "decoder: 0 of 60" in out
 
 
 def test_weights_of_another_network_are_refused(pretrained, tmp_path):
