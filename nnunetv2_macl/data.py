@@ -104,14 +104,14 @@ class PretrainingBatches(Dataset):
         return self.steps
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor | list[str]]:
-        """``data`` (n, C, *patch) float32, ``positions`` (n, 3) fraction of the volume, ``cases`` names."""
+        """``data`` (n, C, *patch) float32, ``positions`` (n, 3) float32 fraction of the volume, ``cases`` names."""
         # one process, one thread: the workers share the cores with the training
         blosc2.set_nthreads(1)
         draws = list(self.sampling.generators(step))[slice(*self.share)]
         patches, positions, names = zip(*(self._read_patch(*draw) for draw in draws), strict=True)
         return {
             "data": torch.from_numpy(np.stack(patches)),
-            "positions": torch.from_numpy(np.stack(positions)),
+            "positions": torch.from_numpy(np.stack(positions).astype(np.float32)),
             "cases": list(names),
         }
 

@@ -227,12 +227,15 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         )
         return iter(loader), None
 
+    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """As nnU-Net's, but every rank says the same, so one is enough."""
+        also_print_to_console = also_print_to_console and distributed.rank() == 0
+        super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
+
     # --- one epoch -------------------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self) -> None:
         self.network.train()
-        if self.recipe.training_stages == 2 and self._in_second_stage:
-            self.module.encoder.requires_grad_(False)
         self.logger.log("lrs", self.optimizer.param_groups[0]["lr"], self.current_epoch)
         self._epoch_began = perf_counter()
         self._bar = tqdm(
@@ -286,22 +289,29 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         return self.num_epochs * self.num_iterations_per_epoch
 
     @property
-    def _in_second_stage(self) -> bool:
-        return self.current_epoch >= self.num_epochs // 2
+    def _in_decoder_stage(self) -> bool:
+        """The second of two training stages: the dense loss alone, on the fixed encoder."""
+        return self.recipe.training_stages == 2 and self.current_epoch >= self.num_epochs // 2
 
     def _stage_loss(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         """The total; with two training stages the dense loss waits for the second, which has it alone."""
         if self.recipe.training_stages == 1 or "dense" not in losses or "global" not in losses:
             return losses["total"]
-        if self._in_second_stage:
-            return losses["dense"] * self.loss.weights["dense"]
-        return losses["total"] - losses["dense"] * self.loss.weights["dense"]
+        # a weight of 0 rather than no term: DDP wants a gradient for every parameter
+        return sum(
+            loss * self.loss.weights[name] * ((name == "dense") == self._in_decoder_stage)
+            for name, loss in losses.items()
+            if name != "total"
+        )
 
     def _scaled_backward(self, losses: dict[str, torch.Tensor]) -> None:
         self.grad_scaler.scale(self._stage_loss(losses)).backward()
         self.grad_scaler.unscale_(self.optimizer)
 
     def _optimise(self) -> None:
+        if self._in_decoder_stage:
+            for parameter in self.module.encoder.parameters():
+                parameter.grad = None
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
         if self.grad_scaler is None:
             self.optimizer.step()
