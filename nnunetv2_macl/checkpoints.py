@@ -162,6 +162,15 @@ def _own_or_twin(key: str, weights: dict[str, Tensor], otherwise: Any) -> Any:
     return weights.get(key, weights.get(key.removeprefix("decoder."), otherwise))
 
 
+def _fitted(trained: Tensor, fresh: Tensor) -> Tensor:
+    """The stem of a cascade's second stage has more inputs than images have channels: these stay fresh."""
+    if trained.shape == fresh.shape:
+        return trained
+    fitted = fresh.clone()
+    fitted[:, : trained.shape[1]] = trained
+    return fitted
+
+
 def _detached(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU; a tensor that stands under several names stays one, and is written once."""
     copies: dict[int, Tensor] = {}

@@ -114,16 +114,16 @@ class Configuration:
                 f"Take one of these with -c: {', '.join(available)}."
             )
         manager = PlansManager(plans)
-        if manager.get_configuration(configuration).previous_stage_name is not None:
-            raise UserError(
-                f"'{configuration}' is the second stage of a cascade, whose inputs need labels. "
-                f"Pre-train another configuration: {', '.join(c for c in SUPPORTED_CONFIGURATIONS if c in available)}."
-            )
         return cls(name, plans_name, configuration, manager, dataset_json)
 
     @property
     def manager(self) -> ConfigurationManager:
         return self.plans_manager.get_configuration(self.name)
+
+    @property
+    def is_cascaded(self) -> bool:
+        """Whether this is the second stage of a cascade, whose network also takes the first stage's segmentation."""
+        return self.manager.previous_stage_name is not None
 
     @property
     def id(self) -> int:

@@ -125,8 +125,10 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
+        # without labels there is no first stage's segmentation for the second stage of a cascade
+        image_channels = len(self.macl_configuration.channel_names)
         self.unet = nnUNetTrainer.build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+            plans_manager, configuration_manager, image_channels, num_output_channels, enable_deep_supervision
         )
         return build_network(self.macl_configuration, self.macl_plan, self.recipe, self.unet)
 
@@ -192,6 +194,11 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         super().on_train_start()
         if distributed.rank() == 0:
             write_plan(self.macl_plan, Path(self.output_folder) / PLAN_COPY)
+        if self.macl_configuration.is_cascaded:
+            self.print_to_log_file(
+                f"{self.configuration_name} is the second stage of a cascade: the image channels are pre-trained; the stem's "
+                "weights for the first stage's segmentation are freshly initialised when it is fine-tuned"
+            )
         self.print_to_log_file(
             f"Pre-training on {len(self.data.cases)} images, {self.num_epochs} epochs of {self.num_iterations_per_epoch} "
             f"steps of {self.macl_plan.batch_size} patches; left out as unreadable: {len(self.data.skipped)}"
