@@ -60,8 +60,22 @@ def _pretrain_parser() -> argparse.ArgumentParser:
     add("--c", dest="continue_training", action="store_true", help="go on with the run that was stopped")
     add("--disable_checkpointing", action="store_true", help="write no checkpoints and no weights")
     add("--skip_unreadable", action="store_true", help="leave out images that cannot be used, instead of stopping")
+    add(
+        "--channel_map",
+        nargs="+",
+        type=_pair,
+        metavar="OURS=THEIRS",
+        help="channel names of DATASET and those of the -u data sets, where they differ",
+    )
     add("--plan_only", action="store_true", help="print and write the MACL plan, and stop")
     return parser
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise argparse.ArgumentTypeError(f"must be OURS=THEIRS, got '{text}'")
+    return ours, theirs
 
 
 def pretrain_entry() -> None:
@@ -77,6 +91,7 @@ def pretrain_entry() -> None:
 
         if arguments["processes"] < 1:
             raise UserError(f"-np must be 1 or more, got {arguments['processes']}.")
+        arguments["channel_map"] = dict(arguments["channel_map"] or {})
         pretrain(arguments.pop("dataset_name_or_id"), **arguments)
 
     _run(action)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class MACLPlan:
     nnunet_plan_checksum: str
     unlabelled_datasets: list[str]
     skip_unreadable: bool
+    channel_map: dict[str, str]
     decoder_stages: int
     auxiliary_stage: int
     scale: list[int]
@@ -392,6 +393,7 @@ def derive_plan(
     *,
     unlabelled_datasets: Sequence[str] = (),
     skip_unreadable: bool = False,
+    channel_map: Mapping[str, str] | None = None,
 ) -> MACLPlan:
     """The MACL plan of a configuration.
 
@@ -421,6 +423,7 @@ def derive_plan(
         nnunet_plan_checksum=configuration.plan_checksum(),
         unlabelled_datasets=list(unlabelled_datasets),
         skip_unreadable=skip_unreadable,
+        channel_map=dict(channel_map or {}),
         decoder_stages=levels.decoder_stages,
         auxiliary_stage=levels.auxiliary_stage,
         scale=levels.scale,
@@ -518,6 +521,8 @@ def check_plan(plan: MACLPlan, configuration: Configuration, file: Path) -> None
     good = isinstance(plan.unlabelled_datasets, list) and all(isinstance(d, str) for d in plan.unlabelled_datasets)
     require(good, "unlabelled_datasets", "a list of data set names")
     require(isinstance(plan.skip_unreadable, bool), "skip_unreadable", "true or false")
+    good = isinstance(plan.channel_map, dict) and all(isinstance(c, str) for c in plan.channel_map.values())
+    require(good, "channel_map", "channel names by channel names")
     if plan.nnunet_plan_checksum != configuration.plan_checksum():
         raise UserError(
             f"{file} was derived from another nnU-Net plan than the one there is now. Move it away to have it derived again."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ def prepare(
     values: dict[str, Any] | None = None,
     unlabelled_datasets: Sequence[str] = (),
     skip_unreadable: bool = False,
+    channel_map: Mapping[str, str] | None = None,
 ) -> MACLPlan:
     """Derive the MACL plan and write it beside nnU-Net's. One that the user edited is kept, and only given ``values``.
 
@@ -35,6 +36,7 @@ def prepare(
         values: recipe keys that win over the recipe's own.
         unlabelled_datasets: further raw data sets, by full name.
         skip_unreadable: leave out images that cannot be used.
+        channel_map: the configuration's channel names to those of ``unlabelled_datasets``, where they have other names.
 
     Raises:
         UserError: a wrong recipe or value; an edited plan that does not fit its network or the recipe asked for.
@@ -46,7 +48,17 @@ def prepare(
         plan, edited = read_plan(file)
         if edited:
             check_plan(plan, configuration, file)
-            return _adapt_edited(plan, file, recipe, values, unlabelled_datasets, skip_unreadable)
+            if recipe is not None:
+                raise UserError(
+                    f"{file} was edited, so it is not derived again from recipe '{recipe}'. Leave out -recipe to use it as "
+                    "it stands, or move it away."
+                )
+            given = {
+                "unlabelled_datasets": list(unlabelled_datasets),
+                "skip_unreadable": skip_unreadable,
+                "channel_map": dict(channel_map or {}),
+            }
+            return _adapt_edited(plan, file, values, {key: value for key, value in given.items() if value})
     name = recipe or DEFAULT_RECIPE
     wanted = load_recipe(name, resource_folder("plans"))
     plan = derive_plan(
@@ -54,30 +66,15 @@ def prepare(
         recipe_from_values(wanted.as_dict() | values, f"Recipe {name}"),
         unlabelled_datasets=unlabelled_datasets,
         skip_unreadable=skip_unreadable,
+        channel_map=channel_map,
     )
     write_plan(plan, file)
     return plan
 
 
-def _adapt_edited(
-    plan: MACLPlan,
-    file: Path,
-    recipe: str | Path | None,
-    values: dict[str, Any],
-    unlabelled_datasets: Sequence[str],
-    skip_unreadable: bool,
-) -> MACLPlan:
-    if recipe is not None:
-        raise UserError(
-            f"{file} was edited, so it is not derived again from recipe '{recipe}'. Leave out -recipe to use it as it "
-            "stands, or move it away."
-        )
+def _adapt_edited(plan: MACLPlan, file: Path, values: dict[str, Any], given: dict[str, Any]) -> MACLPlan:
     logger.info("Using the MACL plan as it was edited: %s (move it away to have it derived again)", file)
-    adapted = plan.with_recipe(values)
-    if unlabelled_datasets:
-        adapted = replace(adapted, unlabelled_datasets=list(unlabelled_datasets))
-    if skip_unreadable:
-        adapted = replace(adapted, skip_unreadable=True)
+    adapted = replace(plan.with_recipe(values), **given)
     if adapted != plan:
         write_plan(adapted, file, edited=True)
     return adapted

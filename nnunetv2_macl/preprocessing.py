@@ -14,12 +14,12 @@ import re
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import blosc2
 import nibabel
@@ -40,12 +40,20 @@ logger = logging.getLogger(__name__)
 UNLABELLED_FOLDER = "imagesUn"
 
 
+class CaseFiles(NamedTuple):
+    """Files of one case in the order of DATASET's channels, or one file and the channels to take from it."""
+
+    files: list[str]
+    channels: list[int] | None
+
+
 @dataclass(frozen=True)
 class Source:
-    """Unlabelled images of one raw data set: one list of channel files a case, and what reads them."""
+    """Unlabelled images of one raw data set, what reads them, and the cases that lack something."""
 
     dataset_name: str
-    cases: dict[str, list[str]]
+    cases: dict[str, CaseFiles]
+    incomplete: dict[str, str]
     reader: type[BaseReaderWriter]
 
 
@@ -68,33 +76,38 @@ def unlabelled_folder(configuration: Configuration) -> Path:
 # --- finding -------------------------------------------------------------------------------------------------------------
 
 
-def find_sources(configuration: Configuration, datasets: Sequence[str]) -> list[Source]:
+def find_sources(
+    configuration: Configuration, datasets: Sequence[str], channel_map: Mapping[str, str] | None = None
+) -> list[Source]:
     """Unlabelled images: DATASET's ``imagesUn``, and ``imagesTr`` and ``imagesUn`` of the data sets in ``datasets``.
+
+    Args:
+        configuration: of DATASET.
+        datasets: further raw data sets, by full name.
+        channel_map: DATASET's channel names to those of ``datasets``, where they have other names.
 
     Raises:
         UserError: a data set is missing, has other channels, or has no image.
     """
     sources = []
-    own = raw_folder(configuration.dataset_name)
-    cases = _group_channels(own / UNLABELLED_FOLDER, configuration.dataset_json["file_ending"])
-    if cases:
+    own = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
+    ending = configuration.dataset_json["file_ending"]
+    files = _group_channels(own, ending)
+    if files:
+        channels = list(range(len(configuration.channel_names)))
+        cases, incomplete = _pick_channels(files, channels, configuration.channel_names)
         reader = configuration.plans_manager.image_reader_writer_class
-        sources.append(Source(configuration.dataset_name, cases, reader))
-    elif (own / UNLABELLED_FOLDER).is_dir() and any((own / UNLABELLED_FOLDER).iterdir()):
-        ending = configuration.dataset_json["file_ending"]
-        found = sorted(p.name for p in (own / UNLABELLED_FOLDER).iterdir())[0]
+        sources.append(Source(configuration.dataset_name, cases, incomplete, reader))
+    elif own.is_dir() and any(own.iterdir()):
+        found = sorted(p.name for p in own.iterdir())[0]
         raise UserError(
-            f"{own / UNLABELLED_FOLDER} holds no image named as nnU-Net names them (CASE_0000{ending}); there is {found}. "
+            f"{own} holds no image named as nnU-Net names them (CASE_0000{ending}); there is {found}. "
             f"Rename the files, one a channel: CASE_0000{ending}, CASE_0001{ending}, ..."
         )
-    for name in datasets:
-        sources.append(_other_dataset(configuration, name))
-    for source in sources:
-        _check_channel_files(source, configuration)
-    return sources
+    return sources + [_other_dataset(configuration, name, channel_map or {}) for name in datasets]
 
 
-def _other_dataset(configuration: Configuration, name: str) -> Source:
+def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping[str, str]) -> Source:
     folder = raw_folder(name)
     if not folder.is_dir():
         raise UserError(
@@ -105,52 +118,83 @@ def _other_dataset(configuration: Configuration, name: str) -> Source:
     for key in ("channel_names", "file_ending"):
         if key not in dataset_json and not (key == "channel_names" and "modality" in dataset_json):
             raise UserError(f"{file} has no '{key}'. Add it, as for any nnU-Net data set.")
-    theirs, ours = channel_names(dataset_json), configuration.channel_names
-    if theirs != ours:
-        raise UserError(
-            f"{name} has the channels {theirs}, {configuration.dataset_name} has {ours}. "
-            f"They must be the same, in the same order: correct 'channel_names' in {file}, or leave {name} out of -u."
-        )
+    theirs = channel_names(dataset_json)
+    channels = _match_channels(configuration, name, theirs, channel_map)
     ending = dataset_json["file_ending"]
     if "dataset" in dataset_json:  # nnU-Net's other way to name files
         listed = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
-        cases = {case: entry["images"] for case, entry in listed.items()}
+        files = {case: dict(enumerate(entry["images"])) for case, entry in listed.items()}
     else:
-        cases = _group_channels(folder / "imagesTr", ending)
-    for case, files in _group_channels(folder / UNLABELLED_FOLDER, ending).items():
-        if case in cases:
+        files = _group_channels(folder / "imagesTr", ending)
+    for case, more in _group_channels(folder / UNLABELLED_FOLDER, ending).items():
+        if case in files:
             raise UserError(
                 f"{name} has a case {case} both in imagesTr and in {UNLABELLED_FOLDER}. Rename one of them in "
                 f"{folder / UNLABELLED_FOLDER}."
             )
-        cases[case] = files
-    if not cases:
+        files[case] = more
+    if not files:
         raise UserError(f"No image found in {folder / 'imagesTr'} or {folder / UNLABELLED_FOLDER} (CASE_0000{ending}).")
-    reader = determine_reader_writer_from_dataset_json(dataset_json, next(iter(cases.values()))[0], verbose=False)
-    return Source(name, cases, reader)
+    cases, incomplete = _pick_channels(files, channels, theirs)
+    example = next(iter(next(iter(files.values())).values()))
+    reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+    return Source(name, cases, incomplete, reader)
 
 
-def _group_channels(folder: Path, ending: str) -> dict[str, list[str]]:
-    """Files named CASE_0000ENDING, CASE_0001ENDING, ... by case, in one pass over the folder."""
+def _match_channels(
+    configuration: Configuration, name: str, theirs: list[str], channel_map: Mapping[str, str]
+) -> list[int]:
+    """Which of the other data set's channels is each of DATASET's, by name."""
+    ours = configuration.channel_names
+    if unknown := [key for key in channel_map if key not in ours]:
+        raise UserError(f"--channel_map: {configuration.dataset_name} has no channel {unknown[0]!r}, it has {ours}.")
+    wanted = [channel_map.get(channel, channel) for channel in ours]
+    if wanted == theirs:
+        return list(range(len(ours)))
+    if all(theirs.count(channel) == 1 for channel in wanted) and len(set(wanted)) == len(wanted):
+        return [theirs.index(channel) for channel in wanted]
+    example = " ".join(f"{mine}={their}" for mine, their in zip(ours, theirs, strict=False))
+    raise UserError(
+        f"{configuration.dataset_name} has the channels {ours}, {name} has {theirs}. "
+        f"Say which is which, ours=theirs, for example: --channel_map {example}; or leave {name} out of -u."
+    )
+
+
+def _group_channels(folder: Path, ending: str) -> dict[str, dict[int, str]]:
+    """Files named CASE_0000ENDING, CASE_0001ENDING, ... by case and channel, in one pass over the folder."""
     if not folder.is_dir():
         return {}
-    pattern = re.compile(r"(?P<case>.+)_\d{4}" + re.escape(ending))
-    cases: dict[str, list[str]] = defaultdict(list)
+    pattern = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(ending))
+    cases: dict[str, dict[int, str]] = defaultdict(dict)
     for name in sorted(entry.name for entry in os.scandir(folder)):
         if match := pattern.fullmatch(name):
-            cases[match["case"]].append(str(folder / name))
+            cases[match["case"]][int(match["channel"])] = str(folder / name)
     return dict(cases)
 
 
-def _check_channel_files(source: Source, configuration: Configuration) -> None:
-    """Every case needs one file a channel, or one file with all of them (RGB)."""
-    wanted = len(configuration.channel_names)
-    for case, files in source.cases.items():
-        if len(files) not in (1, wanted):
-            raise UserError(
-                f"Case {case} of {source.dataset_name} has {len(files)} files, {configuration.dataset_name} has {wanted} "
-                f"channels ({', '.join(configuration.channel_names)}). Files: {', '.join(files)}. Add what is missing."
+def _pick_channels(
+    files: dict[str, dict[int, str]], channels: list[int], names: list[str]
+) -> tuple[dict[str, CaseFiles], dict[str, str]]:
+    """Files of each case in the order of ``channels``; and what is wrong with the cases that lack one or have too many."""
+    cases: dict[str, CaseFiles] = {}
+    incomplete: dict[str, str] = {}
+    # all channels in one file, as in RGB images
+    one_file = len(names) > 1 and all(len(by_channel) == 1 for by_channel in files.values())
+    for case, by_channel in files.items():
+        missing = [c for c in channels if c not in by_channel]
+        unknown = [c for c in by_channel if c >= len(names)]
+        if one_file:
+            cases[case] = CaseFiles(list(by_channel.values()), channels)
+        elif missing or unknown:
+            what = (
+                f"lacks channel {names[missing[0]]} (_{missing[0]:04d})" if missing else f"has a file _{unknown[0]:04d}"
             )
+            incomplete[case] = (
+                f"Case {case} {what}, and the data set has the channels {names}: {', '.join(by_channel.values())}."
+            )
+        else:
+            cases[case] = CaseFiles([by_channel[c] for c in channels], None)
+    return cases, incomplete
 
 
 def training_cases(configuration: Configuration) -> list[Case]:
@@ -179,7 +223,12 @@ def training_cases(configuration: Configuration) -> list[Case]:
 
 
 def preprocess_unlabelled(
-    configuration: Configuration, datasets: Sequence[str], *, processes: int, skip_unreadable: bool = False
+    configuration: Configuration,
+    datasets: Sequence[str],
+    *,
+    processes: int,
+    skip_unreadable: bool = False,
+    channel_map: Mapping[str, str] | None = None,
 ) -> Preprocessed:
     """Preprocess all unlabelled images that are not done yet.
 
@@ -188,6 +237,7 @@ def preprocess_unlabelled(
         datasets: further raw data sets, by full name.
         processes: at work at a time.
         skip_unreadable: leave images out that cannot be used, instead of stopping.
+        channel_map: see `find_sources`.
 
     Raises:
         UserError: an image that cannot be used (named), or too little space.
@@ -196,7 +246,9 @@ def preprocess_unlabelled(
     folder = unlabelled_folder(configuration)
     cases, todo = [], []
     skipped: dict[Path, str] = {}
-    for source in find_sources(configuration, datasets):
+    for source in find_sources(configuration, datasets, channel_map):
+        for name, reason in source.incomplete.items():
+            _skip_or_raise(reason, folder / source.dataset_name / name, skipped, skip_unreadable)
         for name, files in source.cases.items():
             target = folder / source.dataset_name / name
             cases.append(Case(name, f"{target}.b2nd"))
@@ -211,19 +263,25 @@ def preprocess_unlabelled(
     if todo:
         _require_space(configuration, folder, len(todo))
         logger.info("Preprocessing %d unlabelled cases into %s", len(todo), folder)
-        skipped = _run(configuration, todo, processes, skip_unreadable)
+        _run(configuration, todo, processes, skipped, skip_unreadable)
     left_out = {f"{target}.b2nd" for target in skipped}
     return Preprocessed([case for case in cases if case.file not in left_out], skipped)
 
 
-def _made_from(files: list[str], signature: str) -> dict[str, Any]:
-    stats = [os.stat(file) for file in files]
+def _made_from(case: CaseFiles, signature: str) -> dict[str, Any]:
+    stats = {os.path.basename(file): os.stat(file) for file in case.files}
     return {
-        "files": [
-            [os.path.basename(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)
-        ],
+        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
+        "channels": case.channels,
         "plan": signature,
     }
+
+
+def _skip_or_raise(reason: str, target: Path, skipped: dict[Path, str], skip_unreadable: bool) -> None:
+    if not skip_unreadable:
+        raise UserError(f"{reason} Correct it, or go on without such images: --skip_unreadable")
+    logger.warning("Left out: %s", reason)
+    skipped[target] = reason
 
 
 def _is_done(target: Path, made_from: dict[str, Any]) -> bool:
@@ -249,8 +307,9 @@ def _require_space(configuration: Configuration, folder: Path, cases: int) -> No
         )
 
 
-def _run(configuration: Configuration, todo: list[tuple], processes: int, skip_unreadable: bool) -> dict[Path, str]:
-    skipped: dict[Path, str] = {}
+def _run(
+    configuration: Configuration, todo: list[tuple], processes: int, skipped: dict[Path, str], skip_unreadable: bool
+) -> None:
     # spawn, as nnU-Net does: forked children inherit locks that are held
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
@@ -265,10 +324,7 @@ def _run(configuration: Configuration, todo: list[tuple], processes: int, skip_u
             for number, future in enumerate(bar, 1):
                 error = future.result()
                 if error is not None:
-                    if not skip_unreadable:
-                        raise UserError(f"{error} Correct it, or go on without such images: --skip_unreadable")
-                    logger.warning("Left out: %s", error)
-                    skipped[futures[future][2]] = error
+                    _skip_or_raise(error, futures[future][2], skipped, skip_unreadable)
                 if bar.disable and number % max(1, len(todo) // 10) == 0:
                     logger.info("Preprocessed %d of %d", number, len(todo))
         except BrokenProcessPool:
@@ -278,7 +334,6 @@ def _run(configuration: Configuration, todo: list[tuple], processes: int, skip_u
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    return skipped
 
 
 _configuration: Configuration
@@ -291,17 +346,19 @@ def _initialise(configuration: Configuration) -> None:
 
 
 def _preprocess_case(
-    files: list[str], reader: type[BaseReaderWriter], target: Path, made_from: dict[str, Any]
+    case: CaseFiles, reader: type[BaseReaderWriter], target: Path, made_from: dict[str, Any]
 ) -> str | None:
     """Preprocess one case. Returns what is wrong with it, or None."""
-    names = ", ".join(files)
+    names = ", ".join(case.files)
     try:
-        for file in files:
+        for file in case.files:
             _check_nifti(file)
-        images, properties = reader().read_images(files)
+        images, properties = reader().read_images(case.files)
     except Exception as error:
         reason = str(error).strip().splitlines()
         return f"{names} cannot be used: {reason[-1] if reason else type(error).__name__}."
+    if case.channels is not None and images.ndim == 4 and len(images) > max(case.channels):
+        images = images[case.channels]
     if wrong := _whats_wrong(images):
         return f"{names} {wrong}"
     manager = _configuration.manager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def pretrain(
     continue_training: bool = False,
     disable_checkpointing: bool = False,
     skip_unreadable: bool = False,
+    channel_map: Mapping[str, str] | None = None,
     plan_only: bool = False,
     **values: Any,
 ) -> Path:
@@ -59,6 +60,7 @@ def pretrain(
         continue_training: go on with the run that is in the folder.
         disable_checkpointing: write no weights.
         skip_unreadable: leave out images that cannot be used.
+        channel_map: the data set's channel names to those of ``unlabelled``, where they have other names.
         plan_only: write the MACL plan and stop.
         **values: recipe keys that win over the recipe's own.
 
@@ -86,8 +88,15 @@ def pretrain(
     else:
         training_cases(target)
         names = [nnunet.dataset_name(name) for name in unlabelled]
-        sources = find_sources(target, names)
-        plan = prepare(target, recipe=recipe, values=values, unlabelled_datasets=names, skip_unreadable=skip_unreadable)
+        sources = find_sources(target, names, channel_map)
+        plan = prepare(
+            target,
+            recipe=recipe,
+            values=values,
+            unlabelled_datasets=names,
+            skip_unreadable=skip_unreadable,
+            channel_map=channel_map,
+        )
         logger.info("%s", describe(plan))
         if plan_only:
             return folder
@@ -96,7 +105,13 @@ def pretrain(
                 "No unlabelled images: pre-training on the training images alone. More go into %s, or come with -u.",
                 nnunet.raw_folder(target.dataset_name) / UNLABELLED_FOLDER,
             )
-    preprocess_unlabelled(target, plan.unlabelled_datasets, processes=processes, skip_unreadable=plan.skip_unreadable)
+    preprocess_unlabelled(
+        target,
+        plan.unlabelled_datasets,
+        processes=processes,
+        skip_unreadable=plan.skip_unreadable,
+        channel_map=plan.channel_map,
+    )
     add_trainers_folder()
     _set_threads(device)
     run_training(

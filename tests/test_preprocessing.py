@@ -122,8 +122,11 @@ def test_other_data_sets(workspace):
     description = json.loads((other / "dataset.json").read_text())
     description["channel_names"] = {"0": "CT"}
     (other / "dataset.json").write_text(json.dumps(description))
-    with pytest.raises(UserError, match=r"\['CT'\].*\['MR0'\]"):
+    with pytest.raises(UserError, match=r"\['MR0'\].*\['CT'\].*--channel_map MR0=CT"):
         find_sources(load(), ["Dataset902_Other"])
+    assert len(find_sources(load(), ["Dataset902_Other"], {"MR0": "CT"})) == 2
+    with pytest.raises(UserError, match="no channel 'PET'"):
+        find_sources(load(), ["Dataset902_Other"], {"PET": "CT"})
     (other / "dataset.json").unlink()
     with pytest.raises(UserError, match=r"dataset\.json does not exist"):
         find_sources(load(), ["Dataset902_Other"])
@@ -131,11 +134,29 @@ def test_other_data_sets(workspace):
         find_sources(load(), ["Dataset903_Gone"])
 
 
+def test_channels_are_matched_by_name(workspace):
+    """A data set of two channels, the second of which is ours; and a case that lacks it."""
+    other = workspace.raw / "Dataset904_Two"
+    generate_dataset(other, labelled=1, unlabelled=2, test=0, shape=(6, 40, 48), channels=2, seed=5)
+    description = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps(description | {"channel_names": {"0": "PET", "1": "MR0"}}))
+    (other / "imagesUn" / "case_002_0001.nii.gz").unlink()
+    shutil.copy(other / "imagesTr" / "case_000_0001.nii.gz", workspace.raw / DATASET / "imagesUn" / "same_0000.nii.gz")
+    with pytest.raises(UserError, match=r"Case case_002 lacks channel MR0 \(_0001\)"):
+        run(datasets=["Dataset904_Two"])
+    done = run(datasets=["Dataset904_Two"], skip_unreadable=True)
+    assert [target.name for target in done.skipped] == ["case_002"]
+    same, theirs = (blosc2.open(next(c.file for c in done.cases if c.file.endswith(end)))[:] for end in
+                    ("same.b2nd", "Two/case_000.b2nd"))  # fmt: skip
+    np.testing.assert_array_equal(same, theirs)
+
+
 def test_naming_mistakes_are_told(workspace):
     folder = workspace.raw / DATASET / "imagesUn"
     shutil.copy(folder / "case_005_0000.nii.gz", folder / "case_005_0001.nii.gz")
-    with pytest.raises(UserError, match=r"case_005.*2 files.*1 channels"):
-        find_sources(load(), [])
+    with pytest.raises(UserError, match=r"Case case_005 has a file _0001.*--skip_unreadable"):
+        run()
+    assert [target.name for target in run(skip_unreadable=True).skipped] == ["case_005"]
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / "scan.dcm").touch()

@@ -210,6 +210,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             self.macl_plan.unlabelled_datasets,
             processes=default_num_processes,
             skip_unreadable=self.macl_plan.skip_unreadable,
+            channel_map=self.macl_plan.channel_map,
         )
         own = training_cases(self.macl_configuration)
         if self.fold != "all":
