@@ -87,7 +87,11 @@ def pretrain(
         _refuse_changes(plan.recipe, values, recipe, folder)
     else:
         training_cases(target)
-        names = [nnunet.dataset_name(name) for name in unlabelled]
+        names = list(dict.fromkeys(nnunet.dataset_name(name) for name in unlabelled))
+        if target.dataset_name in names:
+            raise UserError(
+                f"-u {target.dataset_name} is the data set itself, whose images are used anyway. Leave it out."
+            )
         sources = find_sources(target, names, channel_map)
         plan = prepare(
             target,

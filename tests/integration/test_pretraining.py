@@ -267,6 +267,7 @@ def test_two_runs_into_one_folder(workspace):
         (dict(batch_size=1), ["batch_size", "from 2", "got 1"]),
         (dict(num_gpus=2), ["-num_gpus 2", "cuda"]),
         (dict(unlabelled=["Dataset777_No"]), ["Dataset777_No"]),
+        (dict(unlabelled=[901]), ["-u", DATASET, "itself"]),
         (dict(continue_training=True), ["no run to go on with", "--c"]),
     ],
 )
