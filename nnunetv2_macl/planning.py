@@ -457,28 +457,37 @@ def plan_file(configuration: Configuration) -> Path:
     return configuration.folder / f"{configuration.plans_name}_macl_{configuration.name}.json"
 
 
-def read_plan(file: Path) -> tuple[MACLPlan, bool]:
-    """Read a MACL plan and tell whether it was edited since it was written.
+_MEND_PLAN = "Correct it, or move it away to have it derived again."
+
+
+def was_edited(file: Path) -> bool:
+    """Whether a MACL plan was changed since it was written. Raises UserError where it is no JSON file."""
+    content = read_json(file, _MEND_PLAN)
+    if not isinstance(content, dict):
+        return True
+    return content.get("checksum") != checksum({key: value for key, value in content.items() if key != "checksum"})
+
+
+def read_plan(file: Path) -> MACLPlan:
+    """Read a MACL plan.
 
     Raises:
         UserError: no such file, or not a MACL plan; names the key.
     """
-    mend = "Correct it, or move it away to have it derived again."
-    content = read_json(file, mend)
+    content = read_json(file, _MEND_PLAN)
     names = [f.name for f in fields(MACLPlan)]
     if not isinstance(content, dict):
-        raise UserError(f"{file} is no MACL plan. {mend}")
+        raise UserError(f"{file} is no MACL plan. {_MEND_PLAN}")
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{file} has format version {content.get('format_version')!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "
             f"Update nnunetv2_macl, or move the file away to have it derived again."
         )
     if missing := [name for name in names if name not in content]:
-        raise UserError(f"{file} lacks {', '.join(missing)}. {mend}")
-    edited = content.get("checksum") != checksum({k: v for k, v in content.items() if k != "checksum"})
+        raise UserError(f"{file} lacks {', '.join(missing)}. {_MEND_PLAN}")
     plan = MACLPlan(**{name: content[name] for name in names})
     recipe_from_values(plan.recipe, f"{file}, 'recipe'")
-    return plan, edited
+    return plan
 
 
 def check_plan(plan: MACLPlan, configuration: Configuration, file: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning import MACLPlan, check_plan, derive_plan, plan_file, read_plan, write_plan
+from nnunetv2_macl.planning import MACLPlan, check_plan, derive_plan, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.recipe import check_values, load_recipe, recipe_from_values
 from nnunetv2_macl.resources import resource_folder
 
@@ -44,21 +44,20 @@ def prepare(
     values = values or {}
     check_values(values, "Command line")
     file = plan_file(configuration)
-    if file.is_file():
-        plan, edited = read_plan(file)
-        if edited:
-            check_plan(plan, configuration, file)
-            if recipe is not None:
-                raise UserError(
-                    f"{file} was edited, so it is not derived again from recipe '{recipe}'. Leave out -recipe to use it as "
-                    "it stands, or move it away."
-                )
-            given = {
-                "unlabelled_datasets": list(unlabelled_datasets),
-                "skip_unreadable": skip_unreadable,
-                "channel_map": dict(channel_map or {}),
-            }
-            return _adapt_edited(plan, file, values, {key: value for key, value in given.items() if value})
+    if file.is_file() and was_edited(file):
+        plan = read_plan(file)
+        check_plan(plan, configuration, file)
+        if recipe is not None:
+            raise UserError(
+                f"{file} was edited, so it is not derived again from recipe '{recipe}'. Leave out -recipe to use it as it "
+                "stands, or move it away."
+            )
+        given = {
+            "unlabelled_datasets": list(unlabelled_datasets),
+            "skip_unreadable": skip_unreadable,
+            "channel_map": dict(channel_map or {}),
+        }
+        return _adapt_edited(plan, file, values, {key: value for key, value in given.items() if value})
     name = recipe or DEFAULT_RECIPE
     wanted = load_recipe(name, resource_folder("plans"))
     plan = derive_plan(

@@ -83,7 +83,7 @@ def pretrain(
         Path(os.environ["nnUNet_results"]) / target.dataset_name / f"{TRAINER}__{plans}__{target.name}" / f"fold_{fold}"
     )
     if continue_training:
-        plan, _ = read_plan(_plan_of_run(folder))
+        plan = read_plan(_plan_of_run(folder))
         _refuse_changes(plan.recipe, values, recipe, folder)
     else:
         training_cases(target)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nnunetv2_macl.data import Sampling
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import Configuration, checksum
 from nnunetv2_macl.planning import (
     MemoryEstimate,
     check_plan,
@@ -18,6 +18,7 @@ from nnunetv2_macl.planning import (
     plan_levels,
     plan_threshold,
     read_plan,
+    was_edited,
     write_plan,
 )
 from nnunetv2_macl.preparation import prepare
@@ -109,7 +110,7 @@ def test_plan_on_disk(workspace):
     plan = prepare(configuration, values={"batch_size": 8})
     file = plan_file(configuration)
     assert file == workspace.preprocessed / configuration.dataset_name / "nnUNetPlans_macl_2d.json"
-    assert read_plan(file) == (plan, False)
+    assert read_plan(file) == plan and not was_edited(file)
     words = describe(plan)
     for key in (
         "decoder_stages",
@@ -125,6 +126,15 @@ def test_plan_on_disk(workspace):
     content = json.loads(file.read_text())
     explained = ", ".join(content["reasons"])
     assert all(key in explained for key in ("scale", "patch_size", "threshold", "batch_size", "memory_gib"))
+
+
+def test_a_plan_of_an_older_version_that_nobody_edited_is_derived_again(workspace):
+    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    plan = prepare(configuration)
+    file = plan_file(configuration)
+    old = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("channel_map", "checksum")}
+    file.write_text(json.dumps(old | {"checksum": checksum(old)}))
+    assert prepare(configuration) == plan
 
 
 def test_an_edited_plan_is_kept_and_the_command_line_still_wins(workspace):

@@ -106,14 +106,14 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         """The plan of the run that goes on, or the plan beside nnU-Net's, derived first where there is none."""
         copy = Path(self.output_folder) / PLAN_COPY
         if self._continue_training and copy.is_file():
-            plan, _ = read_plan(copy)
+            plan = read_plan(copy)
             check_plan(plan, self.macl_configuration, copy)
         else:
             file = plan_file(self.macl_configuration)
             if not file.is_file() and distributed.rank() == 0:
                 prepare(self.macl_configuration)
             self._barrier()
-            plan, _ = read_plan(file)
+            plan = read_plan(file)
             check_plan(plan, self.macl_configuration, file)
         return plan
 
