@@ -80,13 +80,16 @@ class Configuration:
     dataset_json: dict[str, Any]
 
     @classmethod
-    def load(cls, dataset: str | int, plans_name: str, configuration: str | None = None) -> Configuration:
+    def load(
+        cls, dataset: str | int, plans_name: str, configuration: str | None = None, *, second_stage: bool = False
+    ) -> Configuration:
         """Read plan and dataset.json from nnU-Net's preprocessed folder.
 
         Args:
             dataset: id or full name.
             plans_name: plans identifier.
             configuration: None takes the first of `SUPPORTED_CONFIGURATIONS` that the plan has.
+            second_stage: whether the second stage of a cascade will do: it can be fine-tuned, not pre-trained.
 
         Raises:
             UserError: no data set, no plan, no such configuration.
@@ -114,7 +117,7 @@ class Configuration:
                 f"Take one of these with -c: {', '.join(available)}."
             )
         manager = PlansManager(plans)
-        if manager.get_configuration(configuration).previous_stage_name is not None:
+        if not second_stage and manager.get_configuration(configuration).previous_stage_name is not None:
             raise UserError(
                 f"'{configuration}' is the second stage of a cascade, whose inputs need labels. "
                 f"Pre-train another configuration: {', '.join(c for c in SUPPORTED_CONFIGURATIONS if c in available)}."
@@ -164,6 +167,17 @@ class Configuration:
                 }
             )
         )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """How nnU-Net prepares images for this network, in plain JSON types: what others need to prepare theirs alike."""
+        keys = ("data_identifier", "preprocessor_name", "spacing", "patch_size", "normalization_schemes")
+        keys += ("use_mask_for_norm", "resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_seg")
+        keys += ("resampling_fn_seg_kwargs",)
+        plan_keys = ("original_median_spacing_after_transp", "image_reader_writer", "transpose_forward")
+        plan_keys += ("transpose_backward", "experiment_planner_used")
+        configuration, plans = self.manager.configuration, self.plans_manager.plans
+        content = {key: configuration.get(key) for key in keys} | {key: plans.get(key) for key in plan_keys}
+        return json.loads(json.dumps(content))
 
     def preprocessing_checksum(self) -> str:
         """Changes when, and only when, nnU-Net would preprocess an image otherwise or lay it out otherwise."""
