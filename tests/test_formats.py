@@ -71,6 +71,16 @@ def export(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
+def test_a_tensor_under_several_names_is_written_once(run):
+    """A convolution's weight stands twice in a U-Net's encoder, four times in the whole."""
+    folder, network = run()
+    parameters = {"encoder": network.encoder.parameters(), "network": network.parameters()}
+    for kind, own in parameters.items():
+        weights = checkpoints.load(folder / f"macl_{kind}.pth")["network_weights"]
+        storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights.values()}
+        assert sum(storages.values()) == sum(parameter.numel() * 4 for parameter in own)
+
+
 # --- nnssl's format, read as nnU-Net's master branch reads it --------------------------------------------------------------
 
 
