@@ -173,8 +173,15 @@ def _fitted(trained: Tensor, fresh: Tensor) -> Tensor:
 
 def _detached(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU; a tensor that stands under several names stays one, and is written once."""
-    copies: dict[int, Tensor] = {}
-    return {key: copies.setdefault(id(value), value.detach().cpu().clone()) for key, value in weights.items()}
+    copies: dict[tuple, Tensor] = {}
+    detached = {}
+    for key, value in weights.items():
+        # state_dict() gives a new tensor over the same memory for each of a parameter's names
+        place = (value.device, value.data_ptr(), value.shape, value.stride())
+        if place not in copies:
+            copies[place] = value.detach().cpu().clone()
+        detached[key] = copies[place]
+    return detached
 
 
 def package_versions() -> dict[str, str]:

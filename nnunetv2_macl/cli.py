@@ -107,6 +107,53 @@ def trainers_entry() -> None:
     print(resource_folder("trainers"))
 
 
+def transfer_entry() -> None:
+    """``nnUNetv2_macl_transfer``."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_transfer",
+        description="Show which pre-trained weights the fine-tuning of DATASET would take, and why not the others.",
+        epilog="Example: nnUNetv2_macl_transfer macl_encoder.pth 27 -c 3d_fullres, then "
+        "nnUNet_macl_weights=macl_encoder.pth nnUNetv2_train 27 3d_fullres 0 -tr nnUNetTrainerMACL",
+    )
+    parser.add_argument("weights", help="a pre-training run's folder, a file in it, or a checkpoint of nnssl")
+    parser.add_argument("dataset_name_or_id", help="data set to fine-tune on, by name or id")
+    parser.add_argument("-c", dest="configuration", help="nnU-Net configuration. Default: as in pre-training")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier. Default: nnUNetPlans")
+    arguments = parser.parse_args()
+
+    def action() -> None:
+        from nnunetv2_macl.training.finetune import show_transfer
+
+        show_transfer(Path(arguments.weights), arguments.dataset_name_or_id, arguments.plans, arguments.configuration)
+
+    _run(action)
+
+
+def export_entry() -> None:
+    """``nnUNetv2_macl_export``."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_export",
+        description="Write pre-trained weights in a format that others fine-tune from.",
+        epilog="Example: nnUNetv2_macl_export macl_encoder.pth -o for_nnunet.pth --format nnunet",
+    )
+    parser.add_argument("weights", help="a pre-training run's folder, a file in it, or a checkpoint of nnssl")
+    parser.add_argument("-o", dest="output", required=True, help="file to write")
+    parser.add_argument(
+        "--format",
+        required=True,
+        help="nnunet: for nnUNetv2_train -pretrained_weights; "
+        "nnssl: for nnUNetv2_preprocess_like_nnssl and nnUNetv2_train_pretrained of nnU-Net's master branch",
+    )
+    arguments = parser.parse_args()
+
+    def action() -> None:
+        from nnunetv2_macl.formats import export
+
+        export(Path(arguments.weights).expanduser(), Path(arguments.output).expanduser(), arguments.format)
+
+    _run(action)
+
+
 def demo_entry() -> None:
     """``nnUNetv2_macl_demo``."""
     parser = argparse.ArgumentParser(

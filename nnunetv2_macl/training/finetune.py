@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ import torch
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.lr_scheduler.warmup import Lin_incr_LRScheduler, PolyLRScheduler_offset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 
-from nnunetv2_macl import __version__, checkpoints
+from nnunetv2_macl import __version__, checkpoints, formats
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
+from nnunetv2_macl.transfer import NOT_TAKEN, Transfer, plan_transfer
+
+logger = logging.getLogger(__name__)
 
 PRETRAINER = "nnUNetTrainerMACLPretrain"
 WEIGHTS_VARIABLE = "nnUNet_macl_weights"
@@ -67,12 +72,19 @@ class nnUNetTrainerMACL(nnUNetTrainer):
 
     def _find_weights(self) -> checkpoints.PretrainedWeights:
         if named := os.environ.get(WEIGHTS_VARIABLE):
-            return checkpoints.load_weights(Path(named).expanduser())
+            return formats.load_weights(Path(named).expanduser())
         plans, configuration = self.plans_manager.plans_name, self.configuration_name
-        run = Path(str(nnUNet_results)) / self.plans_manager.dataset_name / f"{PRETRAINER}__{plans}__{configuration}"
-        for fold in dict.fromkeys((f"fold_{self.fold}", "fold_all")):
-            if (run / fold / checkpoints.ENCODER_FILE).is_file():
-                return checkpoints.load_weights(run / fold)
+        results = Path(str(nnUNet_results)) / self.plans_manager.dataset_name
+        run = results / f"{PRETRAINER}__{plans}__{configuration}"
+        runs = [run]
+        if self._configuration.is_cascaded:
+            # same network but for the stem, same images: the weights of the configuration that it is made from will do
+            parent = self.plans_manager.plans["configurations"][configuration].get("inherits_from", configuration)
+            runs.append(results / f"{PRETRAINER}__{plans}__{parent}")
+        for folder in runs:
+            for fold in dict.fromkeys((f"fold_{self.fold}", "fold_all")):
+                if (folder / fold / checkpoints.ENCODER_FILE).is_file():
+                    return checkpoints.load_weights(folder / fold)
         dataset = int(self.plans_manager.dataset_name[7:10])
         plans_option = "" if plans == "nnUNetPlans" else f" -p {plans}"
         raise UserError(
@@ -86,53 +98,48 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         """Copy the pre-trained weights into the network, and say what was taken and what was not.
 
         Raises:
-            UserError: weights of another architecture; names the first difference.
+            UserError: weights of a network too unlike this one; names the first difference.
         """
-        ours = Configuration(
-            self.plans_manager.dataset_name,
-            self.plans_manager.plans_name,
-            self.configuration_name,
-            self.plans_manager,
-            self.dataset_json,
-        ).architecture()
-        names = ", ".join(str(file) for file in pretrained.files)
-        if difference := checkpoints.first_difference(pretrained.architecture, ours):
-            raise UserError(
-                f"The weights in {names} are for another network: {difference}. Pre-train for this one: "
-                f"nnUNetv2_train_macl_pretrain {int(self.plans_manager.dataset_name[7:10])} -c {self.configuration_name}"
-            )
         module = self.network.module if self.is_ddp else self.network
         module = module._orig_mod if isinstance(module, OptimizedModule) else module
         state = module.state_dict()
-        taken = checkpoints.weights_for(state, pretrained)
-        module.load_state_dict({**state, **taken})
-        self._report(names, pretrained, taken, state)
+        transfer = transfer_to(self._configuration, state, pretrained)
+        module.load_state_dict({**state, **transfer.weights})
+        self._report(pretrained, transfer)
         self.macl_origin = {
             "trainer": type(self).__name__,
             "nnunetv2_macl": __version__,
             "weights": [file.name for file in pretrained.files],
             "recipe": pretrained.description.get("recipe"),
             "pretrained_epochs": pretrained.description.get("epochs"),
-            "citations": checkpoints.CITATIONS,
+            "citations": pretrained.description.get("citations", checkpoints.CITATIONS),
         }
 
-    def _report(
-        self, names: str, pretrained: checkpoints.PretrainedWeights, taken: dict[str, Tensor], state: dict[str, Tensor]
-    ) -> None:
-        own = [key for key in state if not key.startswith("decoder.encoder.")]
-        encoder = [key for key in own if key.startswith("encoder.")]
-        decoder = [key for key in own if not key.startswith("encoder.")]
-        self.print_to_log_file(
-            f"MACL weights from {names}\n"
-            f"  encoder: {sum(key in taken for key in encoder)} of {len(encoder)} tensors taken\n"
-            f"  decoder: {sum(key in taken for key in decoder)} of {len(decoder)} tensors taken"
+    @property
+    def _configuration(self) -> Configuration:
+        return Configuration(
+            self.plans_manager.dataset_name,
+            self.plans_manager.plans_name,
+            self.configuration_name,
+            self.plans_manager,
+            self.dataset_json,
         )
-        left = {".".join(key.split(".")[:3]) for key in own if key not in taken}
-        for part in sorted(left):
-            why = "segmentation layers are always trained anew" if "seg_layers" in part else "not pre-trained"
-            self.print_to_log_file(f"  not taken: {part} ({why})", add_timestamp=False)
+
+    def _report(self, pretrained: checkpoints.PretrainedWeights, transfer: Transfer) -> None:
+        method = "nnssl" if pretrained.description.get("kind") == "nnssl" else "MACL"
+        lines = [f"{method} weights from {', '.join(str(file) for file in pretrained.files)}"]
+        for part in ("encoder", "decoder"):
+            taken, tensors = transfer.count(part)
+            lines.append(f"  {part}: {taken} of {tensors} tensors taken")
+        self.print_to_log_file("\n".join(lines))
+        if transfer.difference:
+            lines = [f"  They are of another network: {transfer.difference}", *transfer.table().splitlines()]
+        else:
+            lines = [f"not taken: {row.part} ({row.why})" for row in transfer.rows if row.how == NOT_TAKEN]
+        self.print_to_log_file("\n  ".join(["", *lines])[1:], add_timestamp=False)
         description = pretrained.description
-        if description.get("fold") == "all" and self.fold != "all":
+        same_images = description.get("dataset_name") == self.plans_manager.dataset_name
+        if same_images and description.get("fold") == "all" and self.fold != "all":
             self.print_to_log_file(
                 f"  The images of this fold's validation cases were among the pre-training images, without their labels. "
                 f"To leave them out: nnUNetv2_train_macl_pretrain ... --exclude_fold {self.fold}",
@@ -164,6 +171,62 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         super().load_checkpoint(filename_or_checkpoint)
         if isinstance(filename_or_checkpoint, str):
             self.macl_origin = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False).get("macl")
+
+
+def transfer_to(target: Configuration, state: dict[str, Tensor], pretrained: checkpoints.PretrainedWeights) -> Transfer:
+    """Fit pre-trained weights to the U-Net of a configuration, see `plan_transfer`.
+
+    Args:
+        target: the configuration; the second stage of a cascade will do.
+        state: state dict of its U-Net.
+        pretrained: the weights.
+
+    Raises:
+        UserError: weights of a network too unlike this one; names the first difference.
+    """
+    channels = determine_num_input_channels(target.plans_manager, target.manager, target.dataset_json)
+    plans_option = "" if target.plans_name == "nnUNetPlans" else f" -p {target.plans_name}"
+    return plan_transfer(
+        pretrained,
+        state,
+        target.architecture() | {"input_channels": channels},
+        image_channels=len(target.channel_names),
+        command=f"nnUNetv2_train_macl_pretrain {target.id} -c {target.name}{plans_option}",
+    )
+
+
+def show_transfer(weights: Path, dataset: str | int, plans: str, configuration: str | None) -> Transfer:
+    """Log what fine-tuning would take from pre-trained weights, without training.
+
+    Args:
+        weights: as ``nnUNet_macl_weights`` takes it.
+        dataset: to fine-tune on, by name or id.
+        plans: plans identifier.
+        configuration: of the plan. None: as in pre-training.
+
+    Raises:
+        UserError: no such data set, plan, configuration or weights, or weights of a network too unlike this one.
+    """
+    target = Configuration.load(dataset, plans, configuration)
+    pretrained = formats.load_weights(weights.expanduser())
+    network = nnUNetTrainer.build_network_architecture(
+        target.plans_manager,
+        target.manager,
+        determine_num_input_channels(target.plans_manager, target.manager, target.dataset_json),
+        target.plans_manager.get_label_manager(target.dataset_json).num_segmentation_heads,
+        True,
+    )
+    transfer = transfer_to(target, network.state_dict(), pretrained)
+    logger.info(
+        "%s\nfor %s, %s, %s: %s\n\n%s",
+        ", ".join(str(file) for file in pretrained.files),
+        target.dataset_name,
+        target.plans_name,
+        target.name,
+        f"of another network, {transfer.difference}" if transfer.difference else "of the same network",
+        transfer.table(),
+    )
+    return transfer
 
 
 class _WarmupPolyLR:

@@ -475,6 +475,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             unet_weights=fresh.state_dict(),
             description={
                 "architecture": self.macl_configuration.architecture(),
+                "preprocessing": self.macl_configuration.preprocessing(),
                 "dataset_name": self.plans_manager.dataset_name,
                 "plans_name": self.plans_manager.plans_name,
                 "configuration": self.configuration_name,

@@ -134,11 +134,49 @@ def test_weights_named_by_the_variable(pretrained):
 def test_weights_of_another_network_are_refused(pretrained, tmp_path):
     content = checkpoints.load(pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth")
     content["architecture"]["arch_kwargs"]["features_per_stage"][0] = 999
+    # every convolution has one output channel too many
+    content["network_weights"] = {
+        key: torch.cat([value, value[:1]]) for key, value in content["network_weights"].items()
+    }
     checkpoints.save(content, tmp_path / "other.pth")
     with pytest.raises(AssertionError) as shown:
         pretrained.train("3", "-tr", QUICK, nnUNet_macl_weights=str(tmp_path / "other.pth"))
     assert "exited with 1" in str(shown.value) and "Traceback" not in str(shown.value)
     assert "arch_kwargs.features_per_stage is [999" in str(shown.value)
+    assert "nnUNetv2_train_macl_pretrain 901 -c 2d" in str(shown.value)
+
+
+def test_weights_of_a_network_with_other_channels_from_nnssl(pretrained, tmp_path):
+    """As nnssl saves them; the table that the command shows is the one in the log of the training."""
+    content = checkpoints.load(pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth")
+    architecture, weights = content["architecture"], content["network_weights"]
+    stem = [key for key in weights if key.startswith("encoder.stages.0.0.convs.0.") and weights[key].ndim == 4]
+    weights |= {key: weights[key].repeat(1, 3, 1, 1) for key in stem}
+    plan = {
+        "architecture_plans": {"arch_class_name": "PlainConvUNet", "arch_kwargs": architecture["arch_kwargs"]},
+        "pretrain_plan": {"configurations": {"onemmiso": {}}},
+        "pretrain_num_input_channels": 3,
+        "key_to_encoder": "encoder.stages",
+        "key_to_stem": "encoder.stages.0",
+    }
+    file = tmp_path / "nnssl.pth"
+    checkpoints.save({"network_weights": weights, "nnssl_adaptation_plan": plan, "citations": ["cite me"]}, file)
+    shown = pretrained.run("nnUNetv2_macl_transfer", file, "901", "-c", "2d")
+    assert "of another network, input_channels is 3 there and 1 here" in shown
+    table = shown[shown.index("part ") :].strip().splitlines()
+    assert "3 image channels there, 1 here" in table[1] and "adapted" in table[1]
+    out = pretrained.train("3", "-tr", QUICK, nnUNet_macl_weights=str(file))
+    assert "nnssl weights from" in out and "encoder: 64 of 64" in out and "decoder: 0 of 60" in out
+    assert all(line in out for line in table)
+    assert load(pretrained.run_folder(QUICK, fold=3) / "checkpoint_final.pth")["macl"]["citations"] == ["cite me"]
+
+
+def test_exported_for_the_stock_trainer(pretrained, tmp_path):
+    """From the encoder alone a whole network is made, which nnU-Net's own option takes."""
+    encoder = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"
+    pretrained.run("nnUNetv2_macl_export", encoder, "-o", tmp_path / "whole.pth", "--format", "nnunet")
+    out = pretrained.train("3", "-tr", QUICK, "-pretrained_weights", tmp_path / "whole.pth")
+    assert "Loading pretrained weights from file" in out and "Training done" in out
 
 
 def test_fine_tuning_before_pre_training_names_the_command(planned, tmp_path):

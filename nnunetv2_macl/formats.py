@@ -1,0 +1,272 @@
+"""Weights in the formats of others: read from nnssl, written for nnU-Net's two ways to fine-tune."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import Tensor, nn
+
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.checkpoints import PretrainedWeights
+from nnunetv2_macl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("nnssl", "nnunet")
+ADAPTATION_PLAN = "nnssl_adaptation_plan"
+
+_UNETS = "dynamic_network_architectures.architectures.unet."
+# classes that a file may name; anything else in it would be imported and called
+_ALLOWED_CLASSES = (f"{_UNETS}PlainConvUNet", f"{_UNETS}ResidualEncoderUNet")
+_ALLOWED_LAYERS = re.compile(r"torch\.nn\.(modules\.\w+\.)?[A-Z]\w*")
+
+# nnssl's networks that go by a name alone, in nnU-Net's words
+_RESIDUAL_ENCODER_L = {
+    "n_stages": 6,
+    "features_per_stage": [32, 64, 128, 256, 320, 320],
+    "conv_op": "torch.nn.modules.conv.Conv3d",
+    "kernel_sizes": [[3, 3, 3]] * 6,
+    "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
+    "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
+    "n_conv_per_stage_decoder": [1] * 5,
+    "conv_bias": True,
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
+_NAMED = {name: ("ResidualEncoderUNet", _RESIDUAL_ENCODER_L) for name in ("ResEncL", "NoSkipResEncL")}
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------
+
+
+def load_weights(path: Path) -> PretrainedWeights:
+    """Pre-trained weights of this package or of nnssl.
+
+    Args:
+        path: what `checkpoints.load_weights` takes, or a checkpoint of nnssl.
+
+    Raises:
+        UserError: nothing there, damaged, more in it than tensors and plain values, or no weights of a U-Net; names the file.
+    """
+    if path.is_file():
+        content = checkpoints.load(path)
+        if ADAPTATION_PLAN in content:
+            return _from_nnssl(content, path)
+    return checkpoints.load_weights(path)
+
+
+def _from_nnssl(content: dict[str, Any], file: Path) -> PretrainedWeights:
+    try:
+        plan = content[ADAPTATION_PLAN]
+        name, kwargs = plan["architecture_plans"]["arch_class_name"], plan["architecture_plans"]["arch_kwargs"]
+        channels = plan["pretrain_num_input_channels"]
+        prefixes = {f"{plan['key_to_encoder']}.": "encoder.stages.", f"{plan['key_to_stem']}.": "encoder.stem."}
+        network_weights = dict(content["network_weights"])
+        configurations = plan["pretrain_plan"]["configurations"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} is no whole nnssl checkpoint: {ADAPTATION_PLAN} or network_weights lacks {error}. Take another file."
+        ) from None
+    short = str(name).rpartition(".")[2]
+    if short in _NAMED and not kwargs:
+        short, kwargs = _NAMED[short]
+    if f"{_UNETS}{short}" not in _ALLOWED_CLASSES or not isinstance(kwargs, dict):
+        raise UserError(
+            f"{file} holds weights of the network '{name}', and only those of PlainConvUNet, ResidualEncoderUNet and "
+            f"ResEncL fit nnU-Net's U-Nets. Take another file."
+        )
+    weights: dict[str, Tensor] = {}
+    for key, value in network_weights.items():
+        # a plain U-Net's stem lies within its encoder, so the encoder comes first
+        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+        if prefix is not None and isinstance(value, Tensor):
+            weights[prefixes[prefix] + key.removeprefix(prefix)] = value
+    description = {
+        "kind": "nnssl",
+        "citations": content.get("citations", []),
+        "trainer_name": content.get("trainer_name"),
+        "configuration": next(iter(configurations), None),
+    }
+    architecture = {"network_class_name": f"{_UNETS}{short}", "arch_kwargs": kwargs, "input_channels": channels}
+    return PretrainedWeights([file], weights, architecture, description)
+
+
+# --- writing -------------------------------------------------------------------------------------------------------------
+
+
+def export(source: Path, file: Path, name: str) -> None:
+    """Write pre-trained weights in another format.
+
+    Args:
+        source: what `load_weights` takes.
+        file: to write.
+        name: ``nnunet``, for ``nnUNetv2_train -pretrained_weights``, or ``nnssl``, for ``nnUNetv2_preprocess_like_nnssl`` and
+            ``nnUNetv2_train_pretrained`` of nnU-Net's master branch.
+
+    Raises:
+        UserError: no such format, weights that do not go into it, or a file that cannot be written.
+    """
+    if name not in FORMATS:
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got '{name}'.")
+    if file.is_dir():
+        raise UserError(f"-o {file} is a folder. Give a file: -o {file / 'weights.pth'}")
+    pretrained = load_weights(source)
+    content = as_nnunet(pretrained) if name == "nnunet" else as_nnssl(pretrained)
+    checkpoints.save(content, file)
+    logger.info("%s holds %d tensors, in the format %s.", file, len(content["network_weights"]), name)
+    if name == "nnssl":
+        schemes = set(pretrained.description["preprocessing"]["normalization_schemes"]) - {"ZScoreNormalization"}
+        if schemes:
+            logger.info(
+                "The weights were trained with %s; nnUNetv2_preprocess_like_nnssl will take ZScoreNormalization.",
+                ", ".join(sorted(schemes)),
+            )
+        logger.info(
+            "Next, with nnU-Net's master branch: nnUNetv2_preprocess_like_nnssl -d DATASET -n NAME -pc %s", file
+        )
+    else:
+        logger.info("Next: nnUNetv2_train DATASET CONFIGURATION FOLD -pretrained_weights %s", file)
+
+
+def as_nnunet(pretrained: PretrainedWeights) -> dict[str, Any]:
+    """Content of a checkpoint with a whole U-Net: the pre-trained weights, and fresh ones where there are none.
+
+    Raises:
+        UserError: the weights do not fit the architecture that they come with.
+    """
+    state = _own_network(pretrained).state_dict()
+    taken = checkpoints.weights_for(state, pretrained)
+    known = {key: value for key, value in pretrained.description.items() if key not in ("kind", "format_version")}
+    return {
+        **known,
+        "format_version": checkpoints.FORMAT_VERSION,
+        "kind": "macl_network",
+        "network_weights": state | taken,
+        "trained_keys": sorted(pretrained.weights),
+        "architecture": pretrained.architecture,
+        # what nnU-Net's own checkpoints say
+        "trainer_name": "nnUNetTrainer",
+        "init_args": {"configuration": pretrained.description.get("configuration")},
+    }
+
+
+def as_nnssl(pretrained: PretrainedWeights) -> dict[str, Any]:
+    """Content of a checkpoint of nnssl, with all that nnU-Net's master branch asks of one.
+
+    Source: nnssl's adaptation plan, and its reader in nnU-Net's ``experiment_planning/like_nnssl.py``.
+
+    Raises:
+        UserError: weights of a 2D network, of no whole encoder, or of no known preprocessing.
+    """
+    files = ", ".join(str(file) for file in pretrained.files)
+    network = _own_network(pretrained)
+    lacking = [key for key in network.state_dict() if key.startswith("encoder.") and key not in pretrained.weights]
+    if lacking:
+        raise UserError(
+            f"{files} holds no whole encoder: {lacking[0]} is not there. Give the pre-training run's folder, or "
+            f"{checkpoints.ENCODER_FILE} in it."
+        )
+    preprocessing = pretrained.description.get("preprocessing")
+    if preprocessing is None:
+        raise UserError(
+            f"{files} does not say how its images were preprocessed, which nnssl's format needs. Pre-train again."
+        )
+    if len(preprocessing["patch_size"]) != 3:
+        raise UserError(
+            f"{files} holds weights of a 2D network, and nnssl's format is for 3D networks. Type: --format nnunet"
+        )
+    return {
+        "network_weights": dict(pretrained.weights),
+        ADAPTATION_PLAN: _adaptation_plan(pretrained, preprocessing, network),
+        "trainer_name": "nnUNetTrainerMACLPretrain",
+        "citations": _citations(pretrained.architecture),
+    }
+
+
+def _adaptation_plan(
+    pretrained: PretrainedWeights, preprocessing: dict[str, Any], network: nn.Module
+) -> dict[str, Any]:
+    architecture, description = pretrained.architecture, pretrained.description
+    kwargs = architecture["arch_kwargs"]
+    plan_keys = ("original_median_spacing_after_transp", "image_reader_writer", "transpose_forward")
+    plan_keys += ("transpose_backward", "experiment_planner_used")
+    own_keys = ("data_identifier", "preprocessor_name", "normalization_schemes", "use_mask_for_norm", "spacing")
+    own_keys += ("patch_size", "resampling_fn_data", "resampling_fn_data_kwargs")
+    configuration = {key: preprocessing[key] for key in own_keys} | {
+        # nnU-Net plans the spacing from the data set's median
+        "spacing_style": "median",
+        "resampling_fn_mask": preprocessing["resampling_fn_seg"],
+        "resampling_fn_mask_kwargs": preprocessing["resampling_fn_seg_kwargs"],
+    }
+    return {
+        "architecture_plans": {
+            # nnssl knows its dynamic networks by the bare name, nnU-Net finds them by it
+            "arch_class_name": architecture["network_class_name"].rpartition(".")[2],
+            "arch_kwargs": kwargs,
+            "arch_kwargs_requiring_import": _named_classes(kwargs),
+        },
+        "pretrain_plan": {
+            "dataset_name": description["dataset_name"],
+            "plans_name": description["plans_name"],
+            **{key: preprocessing[key] for key in plan_keys},
+            "configurations": {configuration["spacing_style"]: configuration},
+        },
+        "pretrain_num_input_channels": architecture["input_channels"],
+        "recommended_downstream_patchsize": preprocessing["patch_size"],
+        "key_to_encoder": network.key_to_encoder,
+        "key_to_stem": network.key_to_stem,
+        "keys_to_in_proj": list(network.keys_to_in_proj),
+        "key_to_lpe": None,
+    }
+
+
+def _citations(architecture: dict[str, Any]) -> list[dict[str, Any]]:
+    method, framework = checkpoints.CITATIONS
+    network = architecture["network_class_name"].rpartition(".")[2]
+    return [
+        {"type": "Architecture", "name": network, "apa_citations": [framework]},
+        {"type": "Pretraining Method", "name": "MACL", "apa_citations": [method]},
+    ]
+
+
+def _named_classes(kwargs: dict[str, Any]) -> list[str]:
+    return [key for key, value in kwargs.items() if isinstance(value, str)]
+
+
+def _own_network(pretrained: PretrainedWeights) -> nn.Module:
+    """The U-Net that the weights are of, freshly initialised, the same at every call.
+
+    Raises:
+        UserError: the file names other classes than nnU-Net's U-Nets and torch's layers, or weights that do not fit.
+    """
+    files = ", ".join(str(file) for file in pretrained.files)
+    architecture = pretrained.architecture
+    name, kwargs = architecture["network_class_name"], architecture["arch_kwargs"]
+    named = _named_classes(kwargs)
+    if name not in _ALLOWED_CLASSES or not all(_ALLOWED_LAYERS.fullmatch(kwargs[key]) for key in named):
+        raise UserError(
+            f"{files} names the network {name} with {', '.join(f'{key} {kwargs[key]}' for key in named)}; only nnU-Net's "
+            "PlainConvUNet and ResidualEncoderUNet with torch's own layers can be exported."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # the segmentation layers are left out by whoever loads this, so any number of classes will do
+        network = get_network_from_plans(name, kwargs, named, architecture["input_channels"], 2, deep_supervision=True)
+    state = network.state_dict()
+    for key, value in pretrained.weights.items():
+        if key not in state or state[key].shape != value.shape:
+            here = list(state[key].shape) if key in state else "not there"
+            raise UserError(
+                f"The weights in {files} do not fit the architecture that they come with: {key} is {list(value.shape)} in the "
+                f"file and {here} in the network. The file is damaged; take another one."
+            )
+    return network

@@ -1,0 +1,305 @@
+"""Weights pre-trained for one U-Net, fitted to another: what can be taken, what is adapted, and what is left and why.
+
+Works on the state dicts of dynamic-network-architectures U-Nets; a tensor is named as the U-Net names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunetv2_macl.checkpoints import PretrainedWeights, first_difference
+from nnunetv2_macl.errors import UserError
+
+# nnU-Net's decoder lists its encoder a second time under this name
+TWIN = "decoder."
+# below this share of the encoder's parameters, fine-tuning would start from a random network in all but name
+SMALLEST_SHARE = 0.25
+
+AS_IT_IS, ADAPTED, NOT_TAKEN = "as it is", "adapted", "not taken"
+
+_STAGE = re.compile(r"(encoder\.stages|decoder\.stages|decoder\.transpconvs)\.(\d+)\.(.+)")
+_ANYWAY = "segmentation layers are always trained anew"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What becomes of one part of the target: ``taken`` of its ``tensors``, how, and why or why not."""
+
+    part: str
+    taken: int
+    tensors: int
+    how: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Weights to put into the target's state dict, under all their names there, and the account of them.
+
+    ``difference`` is the first difference of the two architectures, None where they are the same.
+    """
+
+    weights: dict[str, Tensor]
+    rows: list[Row]
+    difference: str | None
+
+    def count(self, part: str) -> tuple[int, int]:
+        """Tensors taken, and all tensors, of the ``encoder`` or the ``decoder``."""
+        rows = [row for row in self.rows if row.part.startswith(f"{part}.")]
+        return sum(row.taken for row in rows), sum(row.tensors for row in rows)
+
+    def table(self) -> str:
+        """The rows as aligned text, one a line."""
+        lines = [("part", "tensors taken", "how", "why")]
+        lines += [(row.part, f"{row.taken} of {row.tensors}", row.how, row.why) for row in self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]).rstrip()
+            for line in lines
+        )
+
+
+def plan_transfer(
+    pretrained: PretrainedWeights,
+    state: dict[str, Tensor],
+    architecture: dict[str, Any],
+    *,
+    image_channels: int | None = None,
+    command: str = "nnUNetv2_train_macl_pretrain DATASET -c CONFIGURATION",
+) -> Transfer:
+    """Fit pre-trained weights to a U-Net.
+
+    A stage takes the weights of the stage at the same depth, or of the one above or below where more fit so. A convolution
+    goes with its bias and norm, whole or not at all, and only where every shape is equal; the first convolution alone is
+    fitted to another number of input channels, see `fit_input_channels`.
+
+    Args:
+        pretrained: the weights, and the architecture that they were trained in.
+        state: the target's state dict; gives names, shapes, and what extra input channels keep.
+        architecture: of the target, as `Configuration.architecture` gives it.
+        image_channels: how many of the target's first input channels are images. None: all. The others, a cascade's
+            segmentation of its first stage, keep the target's own weights.
+        command: pre-trains for the target; told to the user where the weights do not fit.
+
+    Raises:
+        UserError: less than a quarter of the encoder's parameters fits; names the first difference.
+    """
+    difference = first_difference(pretrained.architecture, architecture)
+    plans = [_Plan(pretrained, state, architecture, image_channels, offset) for offset in (0, -1, 1)]
+    # the first of equals: the same depth
+    best = max(plans, key=lambda plan: _parameters(state, plan.sources))
+    encoder = [key for key in state if key.startswith("encoder.")]
+    share = _parameters(state, (key for key in encoder if key in best.sources)) / max(1, _parameters(state, encoder))
+    if share < SMALLEST_SHARE:
+        files = ", ".join(str(file) for file in pretrained.files)
+        why = difference or "they hold less than that of an encoder"
+        raise UserError(
+            f"The weights in {files} are for another network: {share:.1%} of this one's encoder can be taken from them, less "
+            f"than the {SMALLEST_SHARE:.0%} that are worth it; {why}. Pre-train for this one: {command}"
+        )
+    return Transfer(best.weights(), best.rows(), difference)
+
+
+def fit_input_channels(weight: Tensor, channels: int) -> Tensor:
+    """A convolution's weight for another number of input channels, with the same response to equal inputs.
+
+    For more channels, its own are repeated in turn and each is divided among its copies; for fewer, they are dealt out in
+    turn and added up. The sum over input channels stays what it was.
+
+    Args:
+        weight: (C_out, C_in, *kernel).
+        channels: C_new, 1 or more.
+
+    Returns:
+        (C_out, C_new, *kernel).
+
+    Raises:
+        ValueError: ``channels`` is less than 1.
+    """
+    if channels < 1:
+        raise ValueError(f"channels must be 1 or more, got {channels}")
+    own = weight.shape[1]
+    order = torch.arange(max(own, channels), device=weight.device)
+    copies = torch.bincount(order % own).to(weight.dtype)
+    dealt = (weight / copies.view(1, -1, *[1] * (weight.ndim - 2)))[:, order % own]
+    fitted = weight.new_zeros(weight.shape[0], channels, *weight.shape[2:])
+    return fitted.index_add_(1, order % channels, dealt)
+
+
+class _Plan:
+    """One way to lay the source's stages over the target's: target stage s takes source stage s + offset."""
+
+    def __init__(
+        self,
+        pretrained: PretrainedWeights,
+        state: dict[str, Tensor],
+        architecture: dict[str, Any],
+        image_channels: int | None,
+        offset: int,
+    ) -> None:
+        self.source, self.state, self.offset = pretrained.weights, state, offset
+        self.strides = [_strides(a) for a in (pretrained.architecture, architecture)]
+        self.depths = (_depth(self.source) or len(self.strides[0]), _depth(state))
+        self.own = [key for key in state if not key.startswith(f"{TWIN}encoder.")]
+        self.stem = next(
+            (_unit(key) for key in self.own if key.startswith("encoder.") and key.endswith(".conv.weight")), None
+        )
+        self.image_channels = image_channels
+        units: dict[str, list[str]] = {}
+        for key in self.own:
+            units.setdefault(_unit(key), []).append(key)
+        # target's name -> source's name
+        self.sources: dict[str, str] = {}
+        self.adapted: set[str] = set()
+        for unit, keys in units.items():
+            if all(self._fits(key) for key in keys):
+                self.sources |= {key: self.source_of(key) for key in keys}
+                if unit == self.stem:
+                    self.adapted = {key for key in keys if self._is_adapted(key)}
+
+    def source_of(self, key: str) -> str:
+        """The source's name for what the target calls ``key``, whether or not the source has it."""
+        match = _STAGE.fullmatch(key)
+        if match is None:
+            return key
+        part, stage, rest = match[1], int(match[2]), match[3]
+        return f"{part}.{self.source_stage(part, stage)}.{rest}"
+
+    def source_stage(self, part: str, stage: int) -> int:
+        if part == "encoder.stages":
+            return stage + self.offset
+        # decoder stages count from the bottleneck: s belongs to encoder stage depth - 2 - s
+        source_depth, depth = self.depths
+        return source_depth - depth + stage - self.offset
+
+    def _fits(self, key: str) -> bool:
+        if ".seg_layers." in key:
+            return False
+        source, ours = self.source.get(self.source_of(key)), self.state[key]
+        # images go into the first convolution alone, features into every other
+        is_stem, takes_stem = _unit(key) == self.stem, _unit(self.source_of(key)) == self.stem
+        if source is None or is_stem != takes_stem:
+            return False
+        if is_stem and source.ndim == ours.ndim > 2:
+            return _without_inputs(source) == _without_inputs(ours)
+        return source.shape == ours.shape
+
+    def _is_adapted(self, key: str) -> bool:
+        source, ours = self.source[key], self.state[key]
+        return ours.ndim > 2 and not source.shape[1] == ours.shape[1] == self._images(ours)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Under the names of the target's state dict, its twins of the encoder included."""
+        weights = {key: self.source[source] for key, source in self.sources.items()}
+        weights |= {key: self._fit_stem(key) for key in self.adapted}
+        twins = {key: weights.get(key.removeprefix(TWIN)) for key in self.state if key.startswith(f"{TWIN}encoder.")}
+        return weights | {key: value for key, value in twins.items() if value is not None}
+
+    def _fit_stem(self, key: str) -> Tensor:
+        source, ours = self.source[key], self.state[key]
+        images = self._images(ours)
+        fitted = ours.detach().clone()
+        fitted[:, :images] = (source if images == source.shape[1] else fit_input_channels(source, images)).to(ours)
+        return fitted
+
+    def _images(self, stem: Tensor) -> int:
+        return stem.shape[1] if self.image_channels is None else min(self.image_channels, stem.shape[1])
+
+    # --- the account -----------------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[Row]:
+        parts: dict[str, list[str]] = {}
+        for key in self.own:
+            parts.setdefault(_part(key), []).append(key)
+        return [self._row(part, keys) for part, keys in parts.items()]
+
+    def _row(self, part: str, keys: list[str]) -> Row:
+        taken = [key for key in keys if key in self.sources]
+        how = ADAPTED if self.adapted & set(taken) else AS_IT_IS if taken else NOT_TAKEN
+        notes = [self._channels_note(key) for key in sorted(self.adapted & set(taken))[:1]]
+        if taken:
+            notes += self._stage_notes(part)
+        if len(taken) < len(keys):
+            notes.append(self._why_not(part, [key for key in keys if key not in self.sources]))
+        return Row(part, len(taken), len(keys), how, "; ".join(notes))
+
+    def _channels_note(self, key: str) -> str:
+        theirs, ours = self.source[key].shape[1], self.state[key].shape[1]
+        images = self._images(self.state[key])
+        notes = []
+        if theirs != images:
+            notes.append(
+                f"{theirs} image channels there, {images} here: input weights repeated or added, their sum kept"
+            )
+        if images != ours:
+            notes.append(f"{ours - images} further input channels start fresh")
+        return "; ".join(notes)
+
+    def _stage_notes(self, part: str) -> list[str]:
+        name, _, stage = part.rpartition(".")
+        if not stage.isdigit():
+            return []
+        theirs = self.source_stage(name, int(stage))
+        notes = [f"from {name}.{theirs}"] if theirs != int(stage) else []
+        if name == "encoder.stages" and all(self.strides):
+            strides = [s[i] if i < len(s) else None for s, i in zip(self.strides, (theirs, int(stage)), strict=True)]
+            if strides[0] != strides[1]:
+                notes.append(f"stride {strides[0]} there, {strides[1]} here")
+        return notes
+
+    def _why_not(self, part: str, left: list[str]) -> str:
+        name, _, stage = part.rpartition(".")
+        if part == "decoder.seg_layers":
+            return _ANYWAY
+        if stage.isdigit():
+            theirs = self.source_stage(name, int(stage))
+            stages = self.depths[0] if name == "encoder.stages" else self.depths[0] - 1
+            if not 0 <= theirs < stages:
+                return "no such stage there"
+            part = f"{name}.{theirs}"
+        if not any(key.startswith(f"{part}.") for key in self.source):
+            return "not pre-trained"
+        absent = [key for key in left if self.source_of(key) not in self.source]
+        unequal = [key for key in left if not self._fits(key) and key not in absent]
+        if not unequal:
+            return f"{self.source_of(absent[0])} is not there"
+        ours, theirs = unequal[0], self.source_of(unequal[0])
+        here = "" if ours == theirs else f"{ours} is "
+        return f"{theirs} is {list(self.source[theirs].shape)} there, {here}{list(self.state[ours].shape)} here"
+
+
+def _unit(key: str) -> str:
+    """A convolution with its bias and norm, or whatever else holds a weight."""
+    unit, *inside = re.split(r"\.(?:conv|norm|all_modules)\.", key)
+    return unit if inside else key.rpartition(".")[0]
+
+
+def _part(key: str) -> str:
+    match = _STAGE.fullmatch(key)
+    return f"{match[1]}.{match[2]}" if match else ".".join(key.split(".")[:2])
+
+
+def _depth(weights: Iterable[str]) -> int:
+    """Number of encoder stages that the names tell of."""
+    stages = (_STAGE.fullmatch(key) for key in weights)
+    return max((int(match[2]) + 1 for match in stages if match and match[1] == "encoder.stages"), default=0)
+
+
+def _parameters(state: dict[str, Tensor], keys: Iterable[str]) -> int:
+    # a convolution's tensors stand there twice; once is enough
+    return sum(state[key].numel() for key in keys if ".all_modules." not in key)
+
+
+def _without_inputs(weight: Tensor) -> tuple[int, ...]:
+    return (weight.shape[0], *weight.shape[2:])
+
+
+def _strides(architecture: dict[str, Any]) -> list[Any]:
+    strides = (architecture.get("arch_kwargs") or {}).get("strides")
+    return strides if isinstance(strides, list) else []

@@ -1,0 +1,364 @@
+"""Other formats: what is written is read by readers that know the format, not the writer; what is read was written by hand."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from test_transfer import KINDS, architecture, unet
+
+from nnunetv2_macl import checkpoints, cli, formats
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.transfer import ADAPTED, plan_transfer
+
+
+def preprocessing(axes=3, normalization="ZScoreNormalization"):
+    return {
+        "data_identifier": "nnUNetPlans_3d_fullres",
+        "preprocessor_name": "DefaultPreprocessor",
+        "spacing": [2.5, 0.7, 0.8][-axes:],
+        "patch_size": [16, 24, 32][-axes:],
+        "normalization_schemes": [normalization],
+        "use_mask_for_norm": [False],
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None},
+        "original_median_spacing_after_transp": [2.5, 0.7, 0.8],
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "experiment_planner_used": "ExperimentPlanner",
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Writes a pre-training run's weights; returns its folder and the U-Net that they are of."""
+
+    def write(kind=PlainConvUNet, axes=3, **changes):
+        own = architecture(kind, axes, features=[4, 8, 12], channels=2)
+        # nnU-Net's plans name classes in full
+        own["arch_kwargs"] |= {"nonlin": "torch.nn.LeakyReLU", "dropout_op": None}
+        network = unet({**own, "arch_kwargs": {k: v for k, v in own["arch_kwargs"].items() if k != "nonlin"}}, seed=3)
+        state = network.state_dict()
+        checkpoints.export_weights(
+            tmp_path / "run",
+            encoder={k: v for k, v in state.items() if k.startswith("encoder.")},
+            decoder={k: v for k, v in state.items() if k.startswith(("decoder.stages.0.", "decoder.transpconvs.0."))},
+            unet_weights=state,
+            description={
+                "architecture": own,
+                "dataset_name": "Dataset901_Generated",
+                "plans_name": "nnUNetPlans",
+                "configuration": "3d_fullres",
+                "preprocessing": preprocessing(axes),
+            }
+            | changes,
+        )
+        return tmp_path / "run", network
+
+    return write
+
+
+def export(monkeypatch, capsys, *arguments):
+    """The command; returns what it printed."""
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_export", *map(str, arguments)])
+    cli.export_entry()
+    return capsys.readouterr().out
+
+
+def test_a_tensor_under_several_names_is_written_once(run):
+    """A convolution's weight stands twice in a U-Net's encoder, four times in the whole."""
+    folder, network = run()
+    parameters = {"encoder": network.encoder.parameters(), "network": network.parameters()}
+    for kind, own in parameters.items():
+        weights = checkpoints.load(folder / f"macl_{kind}.pth")["network_weights"]
+        storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights.values()}
+        assert sum(storages.values()) == sum(parameter.numel() * 4 for parameter in own)
+
+
+# --- nnssl's format, read as nnU-Net's master branch reads it --------------------------------------------------------------
+
+
+def read_as_nnunet_master(file, classes):
+    """A U-Net for fine-tuning from an nnssl checkpoint.
+
+    Written from the description of the format: the plan gives the class and its arguments; what lies below key_to_encoder and
+    key_to_stem goes into the submodules of these names, whole.
+    """
+    content = torch.load(file, weights_only=True, map_location="cpu")
+    plan = content["nnssl_adaptation_plan"]
+    arch = plan["architecture_plans"]
+    # what the plans file of the fine-tuning is made of
+    configuration = next(iter(plan["pretrain_plan"]["configurations"].values()))
+    patch_size = plan["recommended_downstream_patchsize"]
+    assert len(configuration["spacing"]) == len(configuration["patch_size"]) == len(patch_size) == 3
+    assert plan["key_to_lpe"] is None
+    for name in plan["keys_to_in_proj"]:
+        assert content["network_weights"][f"{name}.weight"].shape[1] == plan["pretrain_num_input_channels"]
+    json.dumps([plan, content["citations"]])
+    for citation in content["citations"]:
+        assert citation["type"] and citation["name"] and citation["apa_citations"]
+    assert all(isinstance(arch["arch_kwargs"][key], str) for key in arch["arch_kwargs_requiring_import"])
+    network = unet(
+        {
+            "network_class_name": arch["arch_class_name"],
+            "arch_kwargs": {k: v for k, v in arch["arch_kwargs"].items() if k != "nonlin"},
+            "input_channels": plan["pretrain_num_input_channels"],
+        },
+        classes,
+    )
+    weights = content["network_weights"]
+    for key in ("key_to_encoder", "key_to_stem"):
+        prefix = plan[key] + "."
+        below = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        network.get_submodule(getattr(network, key)).load_state_dict(below, strict=True)
+    return network
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", [".", checkpoints.ENCODER_FILE, checkpoints.NETWORK_FILE])
+def test_nnssl_is_read_by_nnunets_master_branch(run, tmp_path, monkeypatch, capsys, kind, source):
+    folder, network = run(kind)
+    out = export(monkeypatch, capsys, folder / source, "-o", tmp_path / "nnssl.pth", "--format", "nnssl")
+    assert f"nnUNetv2_preprocess_like_nnssl -d DATASET -n NAME -pc {tmp_path / 'nnssl.pth'}" in out
+    assert "ZScoreNormalization" not in out
+    read = read_as_nnunet_master(tmp_path / "nnssl.pth", classes=5)
+    image = torch.randn(1, 2, 16, 24, 32)
+    for got, want in zip(read.encoder(image), network.encoder(image), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_nnssl_says_how_the_images_were_preprocessed(run, tmp_path, monkeypatch, capsys):
+    folder, _ = run(preprocessing=preprocessing(normalization="CTNormalization"))
+    out = export(monkeypatch, capsys, folder, "-o", tmp_path / "nnssl.pth", "--format", "nnssl")
+    assert "trained with CTNormalization" in out
+    plan = checkpoints.load(tmp_path / "nnssl.pth")["nnssl_adaptation_plan"]
+    pretrain = plan["pretrain_plan"]
+    assert pretrain["dataset_name"] == "Dataset901_Generated" and pretrain["image_reader_writer"] == "SimpleITKIO"
+    (configuration,) = pretrain["configurations"].values()
+    assert configuration["spacing"] == [2.5, 0.7, 0.8] and configuration["resampling_fn_mask_kwargs"]["is_seg"]
+    assert configuration["patch_size"] == plan["recommended_downstream_patchsize"] == [16, 24, 32]
+    assert configuration["normalization_schemes"] == ["CTNormalization"]
+    assert plan["pretrain_num_input_channels"] == 2
+    # the fields of nnssl's own plan, one of which too many or too few makes it unreadable there
+    assert pretrain.keys() == {
+        "dataset_name",
+        "plans_name",
+        "original_median_spacing_after_transp",
+        "image_reader_writer",
+        "transpose_forward",
+        "transpose_backward",
+        "configurations",
+        "experiment_planner_used",
+    }
+    assert configuration.keys() == {
+        "data_identifier",
+        "preprocessor_name",
+        "spacing_style",
+        "normalization_schemes",
+        "use_mask_for_norm",
+        "resampling_fn_data",
+        "resampling_fn_data_kwargs",
+        "resampling_fn_mask",
+        "resampling_fn_mask_kwargs",
+        "spacing",
+        "patch_size",
+    }
+    assert plan.keys() == {
+        "architecture_plans",
+        "pretrain_plan",
+        "pretrain_num_input_channels",
+        "recommended_downstream_patchsize",
+        "key_to_encoder",
+        "key_to_stem",
+        "keys_to_in_proj",
+        "key_to_lpe",
+    }
+
+
+def test_what_nnssl_cannot_hold_is_told(run, tmp_path):
+    target = tmp_path / "nnssl.pth"
+    folder, _ = run(axes=2)
+    with pytest.raises(UserError, match=r"2D network.*Type: --format nnunet"):
+        formats.export(folder, target, "nnssl")
+    folder, _ = run()
+    with pytest.raises(UserError, match=r"macl_decoder\.pth holds no whole encoder: encoder\.stages\.0"):
+        formats.export(folder / checkpoints.DECODER_FILE, target, "nnssl")
+    folder, _ = run(preprocessing=None)
+    with pytest.raises(UserError, match=r"does not say how its images were preprocessed.*Pre-train again"):
+        formats.export(folder, target, "nnssl")
+    with pytest.raises(UserError, match="--format must be one of nnssl, nnunet, got 'onnx'"):
+        formats.export(folder, target, "onnx")
+    with pytest.raises(UserError, match="is a folder"):
+        formats.export(folder, tmp_path, "nnunet")
+    assert not target.exists()
+
+
+def test_a_mistake_at_the_command_line_is_a_sentence(run, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match=r"no pre-trained weights at .*nowhere"):
+        export(monkeypatch, capsys, tmp_path / "nowhere", "-o", tmp_path / "a.pth", "--format", "nnunet")
+
+
+# --- nnU-Net's format, read by nnU-Net --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", [".", checkpoints.ENCODER_FILE, checkpoints.NETWORK_FILE])
+def test_nnunet_takes_the_whole_network(run, tmp_path, monkeypatch, capsys, kind, source):
+    folder, network = run(kind)
+    file = tmp_path / "nnunet.pth"
+    out = export(monkeypatch, capsys, folder / source, "-o", file, "--format", "nnunet")
+    assert f"-pretrained_weights {file}" in out
+    fresh = unet(architecture(kind, 3, features=[4, 8, 12], channels=2), classes=6)
+    load_pretrained_weights(fresh, file)
+    theirs, ours = network.state_dict(), fresh.state_dict()
+    trained = ("encoder.",) if source == checkpoints.ENCODER_FILE else ("encoder.", "decoder.stages.0.")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs if key.startswith(trained))
+    assert not torch.equal(ours["decoder.stages.1.convs.0.conv.weight"], theirs["decoder.stages.1.convs.0.conv.weight"])
+    # this package takes it as well, and only what was trained
+    again = formats.load_weights(file)
+    assert again.weights.keys() == formats.load_weights(folder / source).weights.keys()
+    assert again.architecture == formats.load_weights(folder / source).architecture
+
+
+def test_fresh_layers_are_the_same_each_time_and_leave_the_random_state_alone(run):
+    weights = formats.load_weights(run()[0])
+    before = torch.random.get_rng_state()
+    one, other = (formats.as_nnunet(weights)["network_weights"] for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("format_name", formats.FORMATS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"network_class_name": "os.system"},
+        {"conv_op": "os.system"},
+        {"conv_op": "torch.nn.modules.module.os.system"},
+        {"conv_op": "torch.nn.init.os"},
+    ],
+)
+def test_a_file_cannot_name_what_is_called(run, tmp_path, format_name, changes):
+    folder, _ = run()
+    content = checkpoints.load(folder / checkpoints.ENCODER_FILE)
+    where = content["architecture"] if "network_class_name" in changes else content["architecture"]["arch_kwargs"]
+    where |= changes
+    checkpoints.save(content, tmp_path / "hostile.pth")
+    with pytest.raises(UserError, match=r"hostile\.pth names the network .* can be exported"):
+        formats.export(tmp_path / "hostile.pth", tmp_path / "out.pth", format_name)
+
+
+def test_weights_that_belie_their_architecture_are_told(run, tmp_path):
+    folder, _ = run()
+    content = checkpoints.load(folder / checkpoints.ENCODER_FILE)
+    content["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 8, 16]
+    checkpoints.save(content, tmp_path / "edited.pth")
+    with pytest.raises(
+        UserError, match=r"edited\.pth do not fit .*encoder\.stages\.2\.\S+ is \[12, 8, 3, 3, 3\] in the file"
+    ):
+        formats.export(tmp_path / "edited.pth", tmp_path / "out.pth", "nnunet")
+
+
+# --- nnssl's checkpoints, as nnssl writes them -------------------------------------------------------------------------------
+
+
+def nnssl_checkpoint(own, state, prefix="", **changes):
+    """Content of a checkpoint as an nnssl trainer saves it, its networks's names below ``prefix``."""
+    kind = own["network_class_name"].rpartition(".")[2]
+    stem = "encoder.stages.0" if kind == "PlainConvUNet" else "encoder.stem"
+    plan = {
+        "architecture_plans": {
+            "arch_class_name": kind,
+            "arch_kwargs": own["arch_kwargs"],
+            "arch_kwargs_requiring_import": ["conv_op", "norm_op"],
+        },
+        "pretrain_plan": {"configurations": {"onemmiso": {"patch_size": (160, 160, 160), "spacing": [1, 1, 1]}}},
+        "pretrain_num_input_channels": own["input_channels"],
+        "recommended_downstream_patchsize": (160, 160, 160),
+        "key_to_encoder": f"{prefix}encoder.stages",
+        "key_to_stem": f"{prefix}{stem}",
+        "keys_to_in_proj": (f"{prefix}{stem}.convs.0.conv", f"{prefix}{stem}.convs.0.all_modules.0"),
+        "key_to_lpe": None,
+    }
+    return {
+        "network_weights": {f"{prefix}{key}": value for key, value in state.items()},
+        "optimizer_state": {"state": {}, "param_groups": [{"lr": 0.01}]},
+        "trainer_name": "BaseMAETrainer",
+        "citations": [{"type": "Dataset", "name": "OpenMind", "apa_citations": ["Someone (2024)"]}],
+        "nnssl_adaptation_plan": plan | changes,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prefix", ["", "online_network."])
+def test_an_nnssl_checkpoint_gives_its_encoder(tmp_path, kind, prefix):
+    own = architecture(kind, 3, features=[4, 8, 12])
+    state = unet(own, seed=5).state_dict()
+    checkpoints.save(nnssl_checkpoint(own, state, prefix), tmp_path / "checkpoint_final.pth")
+    weights = formats.load_weights(tmp_path / "checkpoint_final.pth")
+    encoder = {key for key in state if key.startswith("encoder.")}
+    assert weights.weights.keys() == encoder
+    assert all(torch.equal(weights.weights[key], state[key]) for key in encoder)
+    assert weights.description["citations"][0]["name"] == "OpenMind"
+    ours = architecture(kind, 3, features=[4, 8, 12], channels=3)
+    fitted = plan_transfer(weights, unet(ours).state_dict(), ours)
+    assert fitted.count("encoder") == (len(encoder), len(encoder)) and fitted.count("decoder")[0] == 0
+    assert fitted.rows[0].how == ADAPTED
+    assert fitted.difference == "input_channels is 1 there and 3 here"
+
+
+def test_the_networks_that_nnssl_knows_by_name(tmp_path):
+    """The state dict has the shapes that the name stands for."""
+    own = architecture(ResidualEncoderUNet, 3)
+    named = {"arch_class_name": "ResEncL", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
+    checkpoints.save(nnssl_checkpoint(own, {}, architecture_plans=named), tmp_path / "resencl.pth")
+    found = formats.load_weights(tmp_path / "resencl.pth").architecture
+    assert found["network_class_name"] == f"{ResidualEncoderUNet.__module__}.ResidualEncoderUNet"
+    with torch.device("meta"):
+        kwargs = {k: v for k, v in found["arch_kwargs"].items() if k not in ("conv_op", "norm_op", "nonlin")}
+        network = ResidualEncoderUNet(
+            1,
+            conv_op=torch.nn.Conv3d,
+            norm_op=torch.nn.InstanceNorm3d,
+            nonlin=torch.nn.LeakyReLU,
+            num_classes=1,
+            **kwargs,
+        )
+    # 102 million parameters make it L
+    assert 100e6 < sum(parameter.numel() for parameter in network.parameters()) < 104e6
+
+
+def test_nnssl_checkpoints_of_other_networks_and_damaged_ones_are_named(tmp_path):
+    own = architecture(ResidualEncoderUNet, 3)
+    state = unet(own).state_dict()
+    file = tmp_path / "checkpoint.pth"
+    primus = {"arch_class_name": "PrimusM", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
+    checkpoints.save(nnssl_checkpoint(own, state, architecture_plans=primus), file)
+    with pytest.raises(UserError, match=r"checkpoint\.pth holds weights of the network 'PrimusM'"):
+        formats.load_weights(file)
+    content = nnssl_checkpoint(own, state)
+    del content["nnssl_adaptation_plan"]["key_to_stem"]
+    checkpoints.save(content, file)
+    with pytest.raises(UserError, match=r"checkpoint\.pth is no whole nnssl checkpoint: .* lacks 'key_to_stem'"):
+        formats.load_weights(file)
+    # what older ones hold; to load it, code in the file would have to be run
+    torch.save(nnssl_checkpoint(own, state) | {"_best_ema": np.float64(0.5)}, file)
+    with pytest.raises(UserError, match=r"checkpoint\.pth cannot be loaded: .*more than tensors and plain values"):
+        formats.load_weights(file)
+
+
+def test_an_nnssl_checkpoint_becomes_one_of_nnunet(tmp_path):
+    own = architecture(ResidualEncoderUNet, 3, features=[4, 8, 12])
+    network = unet(own, seed=5)
+    checkpoints.save(nnssl_checkpoint(own, network.state_dict()), tmp_path / "nnssl.pth")
+    formats.export(tmp_path / "nnssl.pth", tmp_path / "nnunet.pth", "nnunet")
+    fresh = unet(own, classes=4)
+    load_pretrained_weights(fresh, tmp_path / "nnunet.pth")
+    image = torch.randn(1, 1, 16, 16, 16)
+    assert torch.equal(fresh.encoder(image)[-1], network.encoder(image)[-1])

@@ -1,0 +1,259 @@
+"""Weights of one real U-Net fitted to another."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from nnunetv2_macl.checkpoints import PretrainedWeights
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.transfer import ADAPTED, AS_IT_IS, NOT_TAKEN, fit_input_channels, plan_transfer
+
+KINDS = [PlainConvUNet, ResidualEncoderUNet]
+FEATURES = [4, 8, 12, 16]
+
+
+def architecture(kind=PlainConvUNet, axes=2, features=FEATURES, channels=1, strides=None, kernels=None, depth=1):
+    conv, norm = (("Conv2d", "InstanceNorm2d"), ("Conv3d", "InstanceNorm3d"))[axes - 2]
+    stages = len(features)
+    blocks = "n_conv_per_stage" if kind is PlainConvUNet else "n_blocks_per_stage"
+    return {
+        "network_class_name": f"{kind.__module__}.{kind.__name__}",
+        "arch_kwargs": {
+            "n_stages": stages,
+            "features_per_stage": features,
+            "conv_op": f"torch.nn.{conv}",
+            "kernel_sizes": kernels or [[3] * axes] * stages,
+            "strides": strides or [[1] * axes] + [[2] * axes] * (stages - 1),
+            blocks: [depth] * stages,
+            "n_conv_per_stage_decoder": [1] * (stages - 1),
+            "conv_bias": True,
+            "norm_op": f"torch.nn.{norm}",
+            "norm_op_kwargs": {"affine": True},
+        },
+        "input_channels": channels,
+    }
+
+
+def unet(architecture, classes=2, seed=0):
+    kwargs = dict(architecture["arch_kwargs"])
+    for key in ("conv_op", "norm_op"):
+        kwargs[key] = getattr(nn, kwargs[key].rpartition(".")[2])
+    kind = {k.__name__: k for k in KINDS}[architecture["network_class_name"].rpartition(".")[2]]
+    torch.manual_seed(seed)
+    network = kind(
+        input_channels=architecture["input_channels"],
+        num_classes=classes,
+        nonlin=nn.LeakyReLU,
+        deep_supervision=True,
+        **kwargs,
+    )
+    # as after training: no two norms are alike
+    for parameter in network.parameters():
+        nn.init.normal_(parameter)
+    return network
+
+
+def pretrained_weights(architecture, trained=("encoder.", "decoder.transpconvs.0.", "decoder.stages.0.")):
+    weights = {k: v for k, v in unet(architecture, seed=1).state_dict().items() if k.startswith(trained)}
+    return PretrainedWeights([Path("macl_encoder.pth")], weights, architecture, {})
+
+
+def transfer(theirs, ours, trained=("encoder.", "decoder.transpconvs.", "decoder.stages."), classes=2, **options):
+    """The transfer, the weights it came from, the target, and the target after loading."""
+    source, network = pretrained_weights(theirs, trained), unet(ours, classes)
+    fitted = plan_transfer(source, network.state_dict(), ours, **options)
+    after = unet(ours, classes)
+    after.load_state_dict({**network.state_dict(), **fitted.weights})
+    return fitted, source.weights, network.state_dict(), after.state_dict()
+
+
+def rows(fitted):
+    return {row.part: row for row in fitted.rows}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axes", [2, 3])
+def test_the_same_network_takes_all_that_was_trained(kind, axes):
+    own = architecture(kind, axes)
+    fitted, theirs, before, after = transfer(own, own, ("encoder.", "decoder.transpconvs.0.", "decoder.stages.0."))
+    assert fitted.difference is None
+    assert all(torch.equal(after[key], theirs[key]) for key in theirs)
+    # the twins are the same parameters: loading them stale would undo the transfer
+    assert {f"decoder.{key}" for key in theirs if key.startswith("encoder.")} <= fitted.weights.keys()
+    rest = [key for key in after if key not in theirs and not key.startswith("decoder.encoder.")]
+    assert rest and all(torch.equal(after[key], before[key]) for key in rest)
+    table = rows(fitted)
+    assert table["decoder.stages.0"].how == AS_IT_IS and table["decoder.stages.1"].why == "not pre-trained"
+    assert table["decoder.seg_layers"].how == NOT_TAKEN and "trained anew" in table["decoder.seg_layers"].why
+    encoder = [key for key in after if key.startswith("encoder.")]
+    assert fitted.count("encoder") == (len(encoder), len(encoder))
+    decoder = [key for key in after if key.startswith("decoder.") and not key.startswith("decoder.encoder.")]
+    assert fitted.count("decoder") == (len([key for key in theirs if key.startswith("decoder.")]), len(decoder))
+
+
+@pytest.mark.parametrize("kind, stem", [(PlainConvUNet, "encoder.stages.0"), (ResidualEncoderUNet, "encoder.stem")])
+@pytest.mark.parametrize("channels, wanted", [(1, 3), (2, 3), (3, 1), (4, 2)])
+def test_another_number_of_channels_keeps_the_response_to_equal_inputs(kind, stem, channels, wanted):
+    theirs, ours = architecture(kind, channels=channels), architecture(kind, channels=wanted)
+    fitted, _, _, after = transfer(theirs, ours)
+    source, target = unet(theirs, seed=1), unet(ours)
+    target.load_state_dict(after)
+    image = torch.randn(2, 1, 16, 16)
+    expected = source.encoder(image.expand(-1, channels, -1, -1))
+    for got, want in zip(target.encoder(image.expand(-1, wanted, -1, -1)), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    row = rows(fitted)[stem]
+    assert row.how == ADAPTED and row.taken == row.tensors
+    assert f"{channels} image channels there, {wanted} here" in row.why
+    assert rows(fitted)["encoder.stages.1"].how == AS_IT_IS
+
+
+@given(own=st.integers(1, 5), wanted=st.integers(1, 5))
+def test_every_input_channel_counts(own, wanted):
+    weight = torch.randn(3, own, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(own))
+    fitted = fit_input_channels(weight, wanted)
+    assert fitted.shape == (3, wanted, 3, 3)
+    torch.testing.assert_close(fitted.sum(1), weight.sum(1))
+    # by hand, channel by channel
+    for channel in range(wanted):
+        if wanted >= own:
+            copies = len(range(channel % own, wanted, own))
+            torch.testing.assert_close(fitted[:, channel], weight[:, channel % own] / copies)
+        else:
+            torch.testing.assert_close(fitted[:, channel], weight[:, channel::wanted].sum(1))
+
+
+def test_no_channels_are_refused():
+    with pytest.raises(ValueError, match="channels must be 1 or more, got 0"):
+        fit_input_channels(torch.zeros(1, 1, 3, 3), 0)
+
+
+@pytest.mark.parametrize("channels, images, segmentations", [(2, 2, 3), (1, 2, 1), (3, 1, 2)])
+def test_the_segmentation_channels_of_a_cascade_start_fresh(channels, images, segmentations):
+    theirs, ours = architecture(channels=channels), architecture(channels=images + segmentations)
+    fitted, source, before, after = transfer(theirs, ours, image_channels=images)
+    key = "encoder.stages.0.0.convs.0.conv.weight"
+    expected = source[key] if channels == images else fit_input_channels(source[key], images)
+    torch.testing.assert_close(after[key][:, :images], expected)
+    assert torch.equal(after[key][:, images:], before[key][:, images:])
+    row = rows(fitted)["encoder.stages.0"]
+    assert row.how == ADAPTED and f"{segmentations} further input channels start fresh" in row.why
+    assert ("image channels there" in row.why) == (channels != images)
+
+
+def test_another_number_of_classes_changes_nothing_else():
+    own = architecture()
+    fitted, theirs, _, _ = transfer(own, own, classes=7)
+    assert theirs.keys() <= fitted.weights.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "theirs, ours, offset, shift",
+    [
+        ([4, 8, 12, 16], [4, 8, 12, 16, 20], 0, -1),
+        ([4, 8, 12, 16, 20], [4, 8, 12, 16], 0, 1),
+        ([8, 12, 16], [4, 8, 12, 16], -1, 0),
+        ([4, 8, 12, 16], [8, 12, 16], 1, 0),
+    ],
+    ids=["one more at the bottom", "one less at the bottom", "one more at the top", "one less at the top"],
+)
+def test_a_stage_more_or_less(kind, theirs, ours, offset, shift):
+    """``offset`` from a target's encoder stage to the source's, ``shift`` from decoder stage to decoder stage."""
+    fitted, source, before, after = transfer(architecture(kind, features=theirs), architecture(kind, features=ours))
+    name = "convs.0" if kind is PlainConvUNet else "blocks.0.conv2"
+    inner = f"0.{name}" if kind is PlainConvUNet else name
+    encoder_pairs = 0
+    for stage in range(len(ours)):
+        key, own = f"encoder.stages.{stage + offset}.{inner}.conv.weight", f"encoder.stages.{stage}.{inner}.conv.weight"
+        if key in source and source[key].shape == after[own].shape:
+            assert torch.equal(after[own], source[key]), own
+            encoder_pairs += 1
+    assert encoder_pairs >= 2
+    decoder_pairs = 0
+    for stage in range(len(ours) - 1):
+        for part, rest in (("transpconvs", "weight"), ("stages", "convs.0.conv.weight")):
+            own, key = f"decoder.{part}.{stage}.{rest}", f"decoder.{part}.{stage + shift}.{rest}"
+            if key in source and source[key].shape == after[own].shape:
+                assert torch.equal(after[own], source[key]), own
+                decoder_pairs += 1
+            else:
+                assert torch.equal(after[own], before[own]), own
+    assert decoder_pairs >= 2
+    if offset:
+        assert f"from encoder.stages.{2 + offset}" in rows(fitted)["encoder.stages.2"].why
+    assert any(row.why == "no such stage there" for row in fitted.rows) == (len(ours) > len(theirs))
+
+
+def test_other_strides_are_told_and_other_kernels_left():
+    strides = [[1, 1], [2, 2], [2, 2], [2, 1]]
+    fitted, _, _, _ = transfer(architecture(strides=strides), architecture())
+    assert "stride [2, 1] there, [2, 2] here" in rows(fitted)["encoder.stages.3"].why
+    assert rows(fitted)["encoder.stages.3"].how == AS_IT_IS
+    # the transposed convolution's kernel is the stride
+    assert rows(fitted)["decoder.transpconvs.0"].how == NOT_TAKEN
+    assert "[16, 12, 2, 1] there, [16, 12, 2, 2] here" in rows(fitted)["decoder.transpconvs.0"].why
+
+    kernels = [[1, 3], [3, 3], [3, 3], [3, 3]]
+    fitted, _, before, after = transfer(architecture(kernels=kernels), architecture())
+    row = rows(fitted)["encoder.stages.0"]
+    assert row.how == NOT_TAKEN and "[4, 1, 1, 3] there, [4, 1, 3, 3] here" in row.why
+    # a norm without its convolution would be of no use
+    for rest in ("norm.weight", "conv.bias", "all_modules.1.weight"):
+        key = f"encoder.stages.0.0.convs.0.{rest}"
+        assert torch.equal(after[key], before[key])
+
+
+def test_a_deeper_stage_is_taken_as_far_as_it_goes():
+    fitted, _, _, _ = transfer(architecture(depth=1), architecture(depth=2))
+    row = rows(fitted)["encoder.stages.2"]
+    assert (row.taken, row.tensors, row.how) == (8, 16, AS_IT_IS)
+    assert "encoder.stages.2.0.convs.1.conv.weight is not there" in row.why
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, first",
+    [
+        (architecture(axes=2), architecture(axes=3), "arch_kwargs.conv_op is torch.nn.Conv2d there"),
+        (
+            architecture(features=[5, 9, 13, 17]),
+            architecture(),
+            r"arch_kwargs.features_per_stage is \[5, 9, 13, 17\] there",
+        ),
+        (
+            architecture(PlainConvUNet),
+            architecture(ResidualEncoderUNet),
+            "arch_kwargs.n_blocks_per_stage is None there",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_first_difference(theirs, ours, first):
+    with pytest.raises(UserError, match=f"macl_encoder.pth are for another network: 0.0% of .*{first}.*Type THIS"):
+        transfer(theirs, ours, command="Type THIS")
+
+
+def test_less_than_a_quarter_of_the_encoder_is_refused():
+    """Two of four stages fit, and hold few of the parameters."""
+    theirs, ours = architecture(features=[4, 8, 40, 80]), architecture(features=[4, 8, 16, 32])
+    with pytest.raises(UserError, match=r"[1-9]\.\d% of this one's encoder .* less than the 25%"):
+        transfer(theirs, ours)
+    fitted, *_ = transfer(architecture(features=[4, 8, 16, 80]), architecture(features=[4, 8, 16, 16]))
+    assert fitted.count("encoder") == (24, 32)
+
+
+def test_weights_without_an_encoder_are_refused():
+    with pytest.raises(UserError, match=r"0\.0% of .*less than that of an encoder"):
+        transfer(architecture(), architecture(), trained=("decoder.stages.",))
+
+
+def test_the_table_has_a_line_for_every_part():
+    fitted, *_ = transfer(architecture(channels=1), architecture(channels=2))
+    lines = fitted.table().splitlines()
+    assert len(lines) == 1 + 4 + 3 + 3 + 1
+    assert lines[0].split() == ["part", "tensors", "taken", "how", "why"]
+    assert lines[1].startswith("encoder.stages.0") and "8 of 8" in lines[1] and "adapted" in lines[1]
