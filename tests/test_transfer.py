@@ -1,5 +1,7 @@
 """Weights of one real U-Net fitted to another."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from nnunetv2_macl import checkpoints, cli
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.transfer import ADAPTED, AS_IT_IS, NOT_TAKEN, fit_input_channels, plan_transfer
@@ -257,3 +260,68 @@ def test_the_table_has_a_line_for_every_part():
     assert len(lines) == 1 + 4 + 3 + 3 + 1
     assert lines[0].split() == ["part", "tensors", "taken", "how", "why"]
     assert lines[1].startswith("encoder.stages.0") and "8 of 8" in lines[1] and "adapted" in lines[1]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------------
+
+DATASET = "Dataset903_Cascade"
+
+
+@pytest.fixture
+def show(tmp_path, monkeypatch, capsys):
+    """The command on a planned data set with a cascade: one channel, two labels. Returns what it printed."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    folder = tmp_path / "nnUNet_preprocessed" / DATASET
+    folder.mkdir(parents=True)
+    labels = {"background": 0, "liver": 1, "tumour": 2}
+    dataset = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz", "numTraining": 1}
+    own = architecture(axes=3)
+    network = {**own, "arch_kwargs": own["arch_kwargs"] | {"nonlin": "torch.nn.LeakyReLU"}}
+    network["_kw_requires_import"] = ["conv_op", "norm_op", "nonlin"]
+    del network["input_channels"]
+    configurations = {
+        "3d_lowres": {"architecture": network, "patch_size": [16, 16, 16], "next_stage": "3d_cascade_fullres"},
+        "3d_fullres": {"architecture": network, "patch_size": [16, 16, 16]},
+        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+    }
+    plans = {"dataset_name": DATASET, "plans_name": "nnUNetPlans", "configurations": configurations}
+    plans["label_manager"] = "LabelManager"
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+
+    def command(pretrained, *arguments):
+        state = unet(pretrained, seed=1).state_dict()
+        checkpoints.export_weights(
+            tmp_path,
+            encoder={k: v for k, v in state.items() if k.startswith("encoder.")},
+            decoder={},
+            unet_weights=state,
+            description={"architecture": pretrained, "configuration": "3d_fullres"},
+        )
+        monkeypatch.setattr(
+            sys, "argv", ["nnUNetv2_macl_transfer", str(tmp_path / "macl_encoder.pth"), DATASET, *arguments]
+        )
+        cli.transfer_entry()
+        return capsys.readouterr().out
+
+    return command
+
+
+def test_the_command_shows_what_a_cascades_second_stage_takes(show):
+    out = show(architecture(axes=3), "-c", "3d_cascade_fullres")
+    assert f"macl_encoder.pth\nfor {DATASET}, nnUNetPlans, 3d_cascade_fullres: of another network, " in out
+    first = next(line for line in out.splitlines() if line.startswith("encoder.stages.0"))
+    assert "8 of 8" in first and "adapted" in first and first.endswith("2 further input channels start fresh")
+    assert "not pre-trained" in out and "trained anew" in out
+
+
+def test_the_command_takes_pre_trainings_default_configuration(show):
+    assert f"for {DATASET}, nnUNetPlans, 3d_fullres: of " in show(architecture(axes=3))
+
+
+def test_the_command_refuses_with_what_to_pre_train(show):
+    with pytest.raises(SystemExit, match=r"nnUNetv2_train_macl_pretrain 903 -c 3d_fullres$"):
+        show(architecture(axes=2), "-c", "3d_cascade_fullres")
+    with pytest.raises(SystemExit, match="has no configuration '4d'"):
+        show(architecture(axes=3), "-c", "4d")
