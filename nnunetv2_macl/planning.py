@@ -136,12 +136,16 @@ def plan_levels(patch_size: Sequence[int], strides: Sequence[Sequence[int]], rec
         step = scale * total[-1]
         return scale, np.maximum(np.floor(patch / step + 0.5), 1).astype(int) * step
 
+    def enlarge(size: np.ndarray, step: np.ndarray) -> None:
+        """By whole steps, the axis first that is smallest beside nnU-Net's, until the dominant bottleneck is large enough."""
+        while np.prod(size // step) < minimum:
+            axis = np.argmin(size / patch)
+            size[axis] += step[axis]
+
     if recipe.decoder_stages != AUTO or recipe.auxiliary_stage != AUTO or recipe.scale != AUTO:
         decoder_stages, auxiliary_stage = _asked_levels(total, recipe)
         scale, size = levels(decoder_stages, auxiliary_stage)
-        step = scale * total[-1]
-        while np.prod(size // step) < minimum:
-            size[np.argmin(size / patch)] += step[np.argmin(size / patch)]
+        enlarge(size, scale * total[-1])
         reason = f"asked for by the recipe; the patch is the nearest to nnU-Net's {_words(patch)} that this allows"
         return Levels(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
 
@@ -155,11 +159,18 @@ def plan_levels(patch_size: Sequence[int], strides: Sequence[Sequence[int]], rec
     where = f"the auxiliary map is read at stage {auxiliary_stage}, the deepest with a stride of at most {_AUXILIARY_STRIDE}"
     if not candidates:
         decoder_stages = stages - auxiliary_stage
+        scale, size = levels(decoder_stages, auxiliary_stage)
+        enlarge(size, total[-1])
         reason = (
-            f"{where}; no scale of 2 or more leaves the dominant bottleneck {minimum} voxels, so both branches see the "
-            f"full patch" + ("" if decoder_stages else " and only the encoder is trained")
+            f"{where}; no scale from 2 to {_LARGEST_SCALE} leaves the dominant bottleneck {minimum} voxels, so both branches "
+            "see the full patch" + ("" if decoder_stages else " and only the encoder is trained")
         )
-        return Levels(decoder_stages, auxiliary_stage, [1] * len(patch), patch.tolist(), reason)
+        if (size != patch).any():
+            reason += (
+                f"; the patch is changed from nnU-Net's {_words(patch)} so that it is a multiple of {_words(total[-1])} and the "
+                f"bottleneck has {minimum} voxels"
+            )
+        return Levels(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
 
     low, high = _PATCH_RATIO
     near = [c for c in candidates if low <= c[3] <= high]
