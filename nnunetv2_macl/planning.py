@@ -342,6 +342,14 @@ def build_loss(recipe: Recipe) -> MultiLevelContrastiveLoss:
     )
 
 
+def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=recipe.momentum, **settings)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](parameters, **settings)
+
+
 class MemoryEstimate:
     """Memory of a training step, from a forward pass that computes shapes only (torch's meta device)."""
 
@@ -353,13 +361,17 @@ class MemoryEstimate:
         self._small = [n // s for n, s in zip(levels.patch_size, levels.scale, strict=True)]
         self._loss = build_loss(recipe)
         weights = sum(p.numel() for p in self._network.parameters())
+        trained = sum(p.numel() for p in self._network.parameters() if p.requires_grad)
         # weight, gradient, and what the optimiser keeps
-        self._fixed = weights * 4 * (2 + {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer])
+        self._fixed = 4 * (weights + trained * (1 + {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer]))
 
     def gib(self, batch_size: int, *, mixed_precision: bool = False) -> float:
         """Activations kept for the backward pass, weights, gradients and optimiser state, GiB."""
         share = _AUTOCAST_SHARE if mixed_precision else 1.0
         return (self._activations(batch_size) * share + self._fixed) / 2**30
+
+    def kept(self, batch_size: int) -> int:
+        return self._activations(batch_size) + self._fixed
 
     def _activations(self, batch_size: int) -> int:
         kept: dict[int, torch.UntypedStorage] = {}

@@ -17,6 +17,7 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 )
 from torch import nn
 
+from benchmarks.planned import FLAT, Fingerprint, plan_with_nnunet
 from nnunetv2_macl.network import MACLNetwork
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
 from nnunetv2_macl.planning import (
@@ -32,18 +33,6 @@ from nnunetv2_macl.planning import (
 from nnunetv2_macl.recipe import Recipe
 
 PLANNERS = (ExperimentPlanner, nnUNetPlannerResEncM, nnUNetPlannerResEncL, nnUNetPlannerResEncXL)
-FLAT = 999.0  # nnU-Net's spacing for the axis that 2D files lack
-
-
-class Fingerprint(NamedTuple):
-    """A data set as nnU-Net's fingerprint sees it: median shape (voxels) and spacing (mm), slices first."""
-
-    name: str
-    channels: tuple[str, ...]
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    planner: type = ExperimentPlanner
-    cases: int = 20
 
 
 CT, MR = ("CT",), ("MR",)
@@ -97,7 +86,7 @@ _SHAPES = (
 MATRIX = QUICK + tuple(
     Fingerprint(
         f"{'x'.join(map(str, shape))}_{'ct' if number % 2 else 'mr'}",
-        (("CT" if number % 2 else "MR"),) + tuple(f"extra{i}" for i in range(number % 5)),
+        ("CT" if number % 2 else "MR", *(f"extra{i}" for i in range(number % 5))),
         shape,
         spacing,
         PLANNERS[number % 4],
@@ -105,56 +94,6 @@ MATRIX = QUICK + tuple(
     )
     for number, (shape, spacing) in enumerate(_SHAPES)
 )
-
-
-def plan_with_nnunet(fingerprint: Fingerprint, folder) -> tuple[str, str]:
-    """Run nnU-Net's planner; returns data set and plans name. nnU-Net's variables must point into ``folder``."""
-    dataset = "Dataset950_Topology"
-    raw, preprocessed = folder / "nnUNet_raw" / dataset, folder / "nnUNet_preprocessed" / dataset
-    for path in (raw, preprocessed):
-        path.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    factors = rng.uniform(0.9, 1.1, (fingerprint.cases, 3))
-    shapes = [[max(1, round(n * f)) if n > 1 else 1 for n, f in zip(fingerprint.shape, row)] for row in factors]
-    shapes[0] = list(fingerprint.shape)
-    channels = range(len(fingerprint.channels))
-    intensities = {"max": 900.0, "mean": 80.0, "median": 70.0, "min": -90.0, "percentile_00_5": -50.0}
-    (preprocessed / "dataset_fingerprint.json").write_text(
-        json.dumps(
-            {
-                "spacings": [list(fingerprint.spacing)] * fingerprint.cases,
-                "shapes_after_crop": shapes,
-                "median_relative_size_after_cropping": 0.9,
-                "foreground_intensity_properties_per_channel": {
-                    str(channel): intensities | {"percentile_99_5": 500.0, "std": 120.0} for channel in channels
-                },
-            }
-        )
-    )
-    cases = [f"case_{number:03d}" for number in range(fingerprint.cases)]
-    (raw / "dataset.json").write_text(
-        json.dumps(
-            {
-                "channel_names": {str(channel): fingerprint.channels[channel] for channel in channels},
-                "labels": {"background": 0, "organ": 1},
-                "numTraining": fingerprint.cases,
-                "file_ending": ".nii.gz",
-                "overwrite_image_reader_writer": "SimpleITKIO",
-                "dataset": {
-                    case: {
-                        "images": [f"imagesTr/{case}_{channel:04d}.nii.gz" for channel in channels],
-                        "label": f"labelsTr/{case}.nii.gz",
-                    }
-                    for case in cases
-                },
-            }
-        )
-    )
-    # the planner builds networks to count their voxels; it needs no weights for that
-    with torch.device("meta"):
-        planner = fingerprint.planner(dataset)
-        planner.plan_experiment()
-    return dataset, planner.plans_identifier
 
 
 def outputs_of(network: MACLNetwork, plan, channels: int, batch_size: int) -> dict[str, torch.Tensor]:

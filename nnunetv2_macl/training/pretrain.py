@@ -29,7 +29,7 @@ from nnunetv2_macl.data import PretrainingBatches
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.monitoring import LOSS_NAMES
 from nnunetv2_macl.nnunet import Configuration, read_json
-from nnunetv2_macl.planning import MACLPlan, build_loss, build_network, check_plan, plan_file, read_plan, write_plan
+from nnunetv2_macl.planning import MACLPlan, build_loss, build_network, build_optimizer, check_plan, plan_file, read_plan, write_plan
 from nnunetv2_macl.preparation import prepare
 from nnunetv2_macl.preprocessing import Preprocessed, preprocess_unlabelled, training_cases
 from nnunetv2_macl.recipe import Recipe
@@ -131,13 +131,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         return build_network(self.macl_configuration, self.macl_plan, self.recipe, self.unet)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        recipe = self.recipe
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
-        settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
-        if recipe.optimizer == "sgd":
-            optimizer = torch.optim.SGD(parameters, momentum=recipe.momentum, **settings)
-        else:
-            optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](parameters, **settings)
+        optimizer = build_optimizer(self.network, self.recipe)
         return optimizer, LambdaLR(optimizer, self._learning_rate_share)
 
     def _learning_rate_share(self, step: int) -> float:
