@@ -25,9 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.planned import FLAT, Fingerprint, plan_with_nnunet
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
-from nnunetv2_macl.planning import Levels, MemoryEstimate, build_loss, build_network, plan_levels
+from nnunetv2_macl.planning import Levels, MemoryEstimate, build_loss, build_network, build_optimizer, plan_levels
 from nnunetv2_macl.recipe import Recipe
-from nnunetv2_macl.planning import build_optimizer
 from nnunetv2_macl.views import down
 
 
@@ -45,8 +44,8 @@ _MR = ("MR",)
 CASES = (
     Case(Fingerprint("2D plain", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)), "2d", 4, _ADAMW),
     Case(Fingerprint("2D ResEnc", ("MR", "MR"), (1, 128, 96), (FLAT, 1.0, 1.0), nnUNetPlannerResEncM), "2d", 4, _ADAMW),
-    Case(Fingerprint("3D plain", _MR, (36, 50, 35), (1.0, 1.0, 1.0)), "3d_fullres", 4, _ADAMW),
-    Case(Fingerprint("3D ResEnc", _MR, (32, 32, 32), (1.0, 1.0, 1.0), nnUNetPlannerResEncM), "3d_fullres", 4, _SGD),
+    Case(Fingerprint("3D plain", _MR, (36, 50, 35), (1.0, 1.0, 1.0)), "3d_fullres", 2, _ADAMW),
+    Case(Fingerprint("3D ResEnc", _MR, (32, 32, 32), (1.0, 1.0, 1.0), nnUNetPlannerResEncM), "3d_fullres", 2, _SGD),
     Case(Fingerprint("3D plain, anisotropic", _MR, (8, 96, 80), (10.0, 1.5, 1.5)), "3d_fullres", 2, _ADAMW),
     Case(
         Fingerprint("3D ResEnc, anisotropic", _MR, (8, 96, 80), (10.0, 1.5, 1.5), nnUNetPlannerResEncM),
@@ -61,10 +60,10 @@ CASES = (
         Recipe(decoder_stages=0, auxiliary_stage="bottleneck", weight_dense=0, weight_equivariance=0),
     ),
     Case(
-        Fingerprint("2D plain, dense loss in chunks", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)),
+        Fingerprint("2D plain, dense loss in chunks", _MR, (1, 32, 32), (FLAT, 1.0, 1.0)),
         "2d",
-        40,
-        Recipe(decoder_stages=4, auxiliary_stage=1),
+        128,
+        Recipe(decoder_stages=3, auxiliary_stage=1),
     ),
     Case(
         Fingerprint("2D plain, averaged encoder", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)),

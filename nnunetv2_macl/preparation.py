@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning import MACLPlan, check_plan, derive_plan, plan_file, read_plan, write_plan
+from nnunetv2_macl.planning import MACLPlan, check_gpu_memory, check_plan, derive_plan, plan_file, read_plan, write_plan
 from nnunetv2_macl.recipe import check_values, load_recipe, recipe_from_values
 from nnunetv2_macl.resources import resource_folder
 
@@ -26,6 +26,7 @@ def prepare(
     values: dict[str, Any] | None = None,
     unlabelled_datasets: Sequence[str] = (),
     skip_unreadable: bool = False,
+    gpu_memory_gb: float | None = None,
 ) -> MACLPlan:
     """Derive the MACL plan and write it beside nnU-Net's. One that the user edited is kept, and only given ``values``.
 
@@ -35,17 +36,25 @@ def prepare(
         values: recipe keys that win over the recipe's own.
         unlabelled_datasets: further raw data sets, by full name.
         skip_unreadable: leave out images that cannot be used.
+        gpu_memory_gb: what the batch may take; None is what nnU-Net planned for.
 
     Raises:
         UserError: a wrong recipe or value; an edited plan that does not fit its network or the recipe asked for.
     """
     values = values or {}
     check_values(values, "Command line")
+    if gpu_memory_gb is not None:
+        check_gpu_memory(gpu_memory_gb)
     file = plan_file(configuration)
     if file.is_file():
         plan, edited = read_plan(file)
         if edited:
             check_plan(plan, configuration, file)
+            if gpu_memory_gb is not None:
+                raise UserError(
+                    f"{file} was edited, so its batch is not planned again for -gpu_memory {gpu_memory_gb:g}. Leave that out "
+                    "and give -batch_size, or move the file away."
+                )
             return _adapt_edited(plan, file, recipe, values, unlabelled_datasets, skip_unreadable)
     name = recipe or DEFAULT_RECIPE
     wanted = load_recipe(name, resource_folder("plans"))
@@ -54,6 +63,7 @@ def prepare(
         recipe_from_values(wanted.as_dict() | values, f"Recipe {name}"),
         unlabelled_datasets=unlabelled_datasets,
         skip_unreadable=skip_unreadable,
+        gpu_memory_gb=gpu_memory_gb,
     )
     write_plan(plan, file)
     return plan
