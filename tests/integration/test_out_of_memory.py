@@ -13,7 +13,7 @@ from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 def test_the_user_is_told_a_smaller_batch(workspace):
-    command = "ulimit -v 9000000; exec nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu -np 1 -batch_size"
+    command = "ulimit -v 5500000; exec nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu -np 1 -batch_size"
     short = "-num_epochs 2 -num_iterations_per_epoch 1"
     out = workspace.run("bash", "-c", f"{command} 600 {short}", code=1)
     assert "Traceback" not in out
