@@ -54,6 +54,12 @@ def _pretrain_parser() -> argparse.ArgumentParser:
     add("-num_iterations_per_epoch", type=int, help="recipe key")
     add("-batch_size", type=int, help="recipe key: patches a step, over all GPUs")
     add("-seed", type=int, help="recipe key")
+    add(
+        "-gpu_memory",
+        type=float,
+        metavar="GB",
+        help="GPU memory that the batch is planned for. Default: what the nnU-Net plan was made for",
+    )
     add("-np", dest="processes", type=int, default=8, help="processes for preprocessing. Default: 8")
     add("-device", default="cuda", help="cuda, cpu or mps. Default: cuda. Which GPU: CUDA_VISIBLE_DEVICES=X")
     add("-num_gpus", type=int, default=1, help="GPUs to train on. Default: 1")

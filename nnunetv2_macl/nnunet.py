@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nnunetv2
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_macl.errors import UserError
@@ -17,6 +20,8 @@ from nnunetv2_macl.errors import UserError
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 # 3d first, as most of nnU-Net's users work in 3D
 SUPPORTED_CONFIGURATIONS = ("3d_fullres", "3d_lowres", "2d")
+# what nnU-Net's default planner aims at
+DEFAULT_GPU_MEMORY_GB = 8.0
 
 
 def require_folders() -> None:
@@ -151,6 +156,22 @@ class Configuration:
     @property
     def channel_names(self) -> list[str]:
         return channel_names(self.dataset_json)
+
+    def gpu_memory_target(self) -> tuple[float, str]:
+        """GPU memory in GB that nnU-Net planned for, and how that is known.
+
+        A plan names its planner, not the target: it is the planner's default. One that was changed with
+        -gpu_memory_target leaves no trace in the plan.
+        """
+        name = self.plans_manager.plans.get("experiment_planner_used")
+        planner = name and recursive_find_python_class(
+            str(Path(nnunetv2.__path__[0]) / "experiment_planning"), name, "nnunetv2.experiment_planning"
+        )
+        parameters = inspect.signature(planner).parameters if planner else {}
+        default = getattr(parameters.get("gpu_memory_target_in_gb"), "default", None)
+        if isinstance(default, (int, float)):
+            return float(default), f"what {name}, which made the nnU-Net plan, aims at"
+        return DEFAULT_GPU_MEMORY_GB, f"nnU-Net's default: {name or 'an unnamed planner'} tells no target of its own"
 
     def architecture(self) -> dict[str, Any]:
         """What decides the shapes of the weights, in plain JSON types: compare it to tell whether weights fit."""

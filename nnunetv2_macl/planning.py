@@ -24,7 +24,7 @@ from torch import nn
 from nnunetv2_macl.checkpoints import write_json
 from nnunetv2_macl.data import Sampling, draw_corner, position
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.losses import MultiLevelContrastiveLoss
+from nnunetv2_macl.losses import _MAX_SIMILARITIES, MultiLevelContrastiveLoss
 from nnunetv2_macl.network import MACLNetwork
 from nnunetv2_macl.nnunet import Configuration, checksum, read_json
 from nnunetv2_macl.recipe import AUTO, Recipe, recipe_from_values
@@ -32,9 +32,8 @@ from nnunetv2_macl.recipe import AUTO, Recipe, recipe_from_values
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-# nnU-Net's default target for planning, and the batch beyond which more memory is not spent
-_MEMORY_TARGET_GIB = 8.0
-_LARGEST_BATCH = 32
+# the batch beyond which more memory is not spent
+_BATCH_SIZES = (32, 24, 16, 12, 8, 6, 4, 2)
 # the paper's dense map lies at stride 16
 _AUXILIARY_STRIDE = 16
 _LARGEST_SCALE = 4
@@ -42,6 +41,8 @@ _PATCH_RATIO = (0.7, 1.5)
 _MIN_BOTTLENECK = {2: 4, 3: 8}
 # torch's autocast keeps about half of what float32 would
 _AUTOCAST_SHARE = 0.55
+# arrays of similarities that the dense loss holds at once in its backward pass
+_SIMILARITY_ARRAYS = 5
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class MACLPlan:
     threshold: float
     expected_positives: float
     out_of_plane_rotation: float
+    gpu_memory_gb: float
     memory_gib: float
     memory_mixed_precision_gib: float
     recipe: dict[str, Any]
@@ -137,12 +139,16 @@ def plan_levels(patch_size: Sequence[int], strides: Sequence[Sequence[int]], rec
         step = scale * total[-1]
         return scale, np.maximum(np.floor(patch / step + 0.5), 1).astype(int) * step
 
+    def enlarge(size: np.ndarray, step: np.ndarray) -> None:
+        """By whole steps, the axis first that is smallest beside nnU-Net's, until the dominant bottleneck is large enough."""
+        while np.prod(size // step) < minimum:
+            axis = np.argmin(size / patch)
+            size[axis] += step[axis]
+
     if recipe.decoder_stages != AUTO or recipe.auxiliary_stage != AUTO or recipe.scale != AUTO:
         decoder_stages, auxiliary_stage = _asked_levels(total, recipe)
         scale, size = levels(decoder_stages, auxiliary_stage)
-        step = scale * total[-1]
-        while np.prod(size // step) < minimum:
-            size[np.argmin(size / patch)] += step[np.argmin(size / patch)]
+        enlarge(size, scale * total[-1])
         reason = f"asked for by the recipe; the patch is the nearest to nnU-Net's {_words(patch)} that this allows"
         return Levels(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
 
@@ -156,11 +162,18 @@ def plan_levels(patch_size: Sequence[int], strides: Sequence[Sequence[int]], rec
     where = f"the auxiliary map is read at stage {auxiliary_stage}, the deepest with a stride of at most {_AUXILIARY_STRIDE}"
     if not candidates:
         decoder_stages = stages - auxiliary_stage
+        scale, size = levels(decoder_stages, auxiliary_stage)
+        enlarge(size, total[-1])
         reason = (
-            f"{where}; no scale of 2 or more leaves the dominant bottleneck {minimum} voxels, so both branches see the "
-            f"full patch" + ("" if decoder_stages else " and only the encoder is trained")
+            f"{where}; no scale from 2 to {_LARGEST_SCALE} leaves the dominant bottleneck {minimum} voxels, so both branches "
+            "see the full patch" + ("" if decoder_stages else " and only the encoder is trained")
         )
-        return Levels(decoder_stages, auxiliary_stage, [1] * len(patch), patch.tolist(), reason)
+        if (size != patch).any():
+            reason += (
+                f"; the patch is changed from nnU-Net's {_words(patch)} so that it is a multiple of {_words(total[-1])} and the "
+                f"bottleneck has {minimum} voxels"
+            )
+        return Levels(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
 
     low, high = _PATCH_RATIO
     near = [c for c in candidates if low <= c[3] <= high]
@@ -332,6 +345,14 @@ def build_loss(recipe: Recipe) -> MultiLevelContrastiveLoss:
     )
 
 
+def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=recipe.momentum, **settings)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](parameters, **settings)
+
+
 class MemoryEstimate:
     """Memory of a training step, from a forward pass that computes shapes only (torch's meta device)."""
 
@@ -343,15 +364,23 @@ class MemoryEstimate:
         self._small = [n // s for n, s in zip(levels.patch_size, levels.scale, strict=True)]
         self._loss = build_loss(recipe)
         weights = sum(p.numel() for p in self._network.parameters())
+        trained = sum(p.numel() for p in self._network.parameters() if p.requires_grad)
         # weight, gradient, and what the optimiser keeps
-        self._fixed = weights * 4 * (2 + {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer])
+        self._fixed = 4 * (weights + trained * (1 + {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer]))
 
     def gib(self, batch_size: int, *, mixed_precision: bool = False) -> float:
-        """Activations kept for the backward pass, weights, gradients and optimiser state, GiB."""
+        """The most that a training step holds, GiB."""
         share = _AUTOCAST_SHARE if mixed_precision else 1.0
-        return (self._activations(batch_size) * share + self._fixed) / 2**30
+        kept, largest, chunks = self._activations(batch_size)
+        # the backward pass of the largest layer holds two gradients of its size
+        return ((kept + 2 * largest) * share + chunks + self._fixed) / 2**30
 
-    def _activations(self, batch_size: int) -> int:
+    def kept(self, batch_size: int) -> int:
+        """What autograd keeps for the backward pass, and weights, gradients and optimiser state, bytes in float32."""
+        return self._activations(batch_size)[0] + self._fixed
+
+    def _activations(self, batch_size: int) -> tuple[int, int, int]:
+        """Bytes in float32: all that autograd keeps; the largest of it; what the dense loss in chunks holds besides."""
         kept: dict[int, torch.UntypedStorage] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -371,17 +400,38 @@ class MemoryEstimate:
                 full if image_level else None,
             )
             self._loss(outputs, torch.empty(batch_size, 3, device="meta"))
-        return sum(storage.nbytes() for storage in kept.values())
+        sizes = [storage.nbytes() for storage in kept.values()]
+        return sum(sizes), max(sizes), _dense_loss_in_chunks(outputs.get("dense_dominant"))
 
 
-def _plan_batch_size(memory: MemoryEstimate, recipe: Recipe) -> tuple[int, str]:
+def _dense_loss_in_chunks(dense: torch.Tensor | None) -> int:
+    """Bytes that autograd does not see: what the dense loss computes again from, whole, and the one chunk at work.
+
+    Args:
+        dense: (N, C, *grid); None without the dense loss.
+    """
+    if dense is None:
+        return 0
+    vectors, channels, locations = 2 * dense.shape[0], dense.shape[1], math.prod(dense.shape[2:])
+    if locations <= max(1, _MAX_SIMILARITIES // vectors**2):
+        return 0
+    return 4 * (vectors * channels * locations + _SIMILARITY_ARRAYS * max(_MAX_SIMILARITIES, vectors**2))
+
+
+def _plan_batch_size(memory: MemoryEstimate, recipe: Recipe, target: float) -> tuple[int, str]:
+    """The batch, and the reason. target: GPU memory, GB as nnU-Net counts them."""
     if recipe.batch_size != AUTO:
-        return int(recipe.batch_size), "as the recipe has it"
-    for batch_size in (_LARGEST_BATCH, 24, 16, 12, 8, 6, 4, 2):
-        if memory.gib(batch_size, mixed_precision=True) <= _MEMORY_TARGET_GIB:
-            break
-    reason = f"the largest up to {_LARGEST_BATCH} that fits {_MEMORY_TARGET_GIB:g} GiB in mixed precision, nnU-Net's own target"
-    return batch_size, reason
+        batch_size, reason = int(recipe.batch_size), "as the recipe has it"
+    else:
+        fits = (n for n in _BATCH_SIZES if memory.gib(n, mixed_precision=True) <= target)
+        batch_size = next(fits, _BATCH_SIZES[-1])
+        reason = f"the largest of up to {_BATCH_SIZES[0]} that fits gpu_memory_gb in mixed precision"
+    needed = memory.gib(batch_size, mixed_precision=True)
+    if needed <= target:
+        return batch_size, reason
+    if recipe.batch_size == AUTO:
+        reason = "the smallest there can be"
+    return batch_size, f"{reason}, though it takes about {needed:.1f} GB in mixed precision: more than gpu_memory_gb"
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------------
@@ -394,8 +444,16 @@ def derive_plan(
     unlabelled_datasets: Sequence[str] = (),
     skip_unreadable: bool = False,
     channel_map: Mapping[str, str] | None = None,
+    gpu_memory_gb: float | None = None,
 ) -> MACLPlan:
     """The MACL plan of a configuration.
+
+    Args:
+        configuration: of nnU-Net.
+        recipe: what is trained, and how.
+        unlabelled_datasets: further raw data sets, by full name.
+        skip_unreadable: leave out images that cannot be used.
+        gpu_memory_gb: what the batch may take; None is what nnU-Net planned for.
 
     Raises:
         UserError: the recipe and the network do not go together; nnU-Net's fingerprint is missing.
@@ -406,7 +464,10 @@ def derive_plan(
     axes = len(patch)
     stride = np.prod(np.asarray(configuration.strides)[: levels.auxiliary_stage], axis=0)
     memory = MemoryEstimate(configuration, levels, recipe)
-    batch_size, batch_reason = _plan_batch_size(memory, recipe)
+    target, target_reason = configuration.gpu_memory_target()
+    if gpu_memory_gb is not None:
+        target, target_reason = check_gpu_memory(gpu_memory_gb), "asked for with -gpu_memory"
+    batch_size, batch_reason = _plan_batch_size(memory, recipe, target)
     group_size, group_reason = _position_group_size(axes, batch_size, recipe)
     sampling = Sampling(volume_patch(patch), batch_size, group_size, recipe.seed)
     threshold, expected, threshold_reason = plan_threshold(resampled_shapes(configuration), sampling, recipe)
@@ -435,6 +496,7 @@ def derive_plan(
         threshold=threshold,
         expected_positives=round(expected, 2),
         out_of_plane_rotation=out_of_plane,
+        gpu_memory_gb=target,
         memory_gib=round(memory.gib(batch_size), 2),
         memory_mixed_precision_gib=round(memory.gib(batch_size, mixed_precision=True), 2),
         recipe=recipe.as_dict(),
@@ -442,15 +504,29 @@ def derive_plan(
             "decoder_stages, auxiliary_stage, scale, patch_size": levels.reason,
             "dominant_patch_size": "patch_size divided by scale",
             "grid": f"where both dense maps lie: patch_size divided by the stride at stage {levels.auxiliary_stage}",
+            "gpu_memory_gb": target_reason,
             "batch_size": batch_reason,
             "position_group_size": group_reason,
             "threshold": threshold_reason,
             "expected_positives": "of an anchor, its own view included, counted over batches drawn as in training",
             "out_of_plane_rotation": out_reason,
-            "memory_gib": "activations of both branches, weights, gradients and optimiser state in float32; "
+            "memory_gib": "activations of both branches, weights, gradients and optimiser state at their peak in float32; "
             "memory_mixed_precision_gib as a GPU has it",
         },
     )
+
+
+def check_gpu_memory(gpu_memory_gb: float) -> float:
+    """The value itself. Raises UserError unless it is a number above 0."""
+    if not _above_zero(gpu_memory_gb):
+        raise UserError(
+            f"-gpu_memory must be a number of GB above 0, got {gpu_memory_gb!r}. Type, for example: -gpu_memory 24"
+        )
+    return float(gpu_memory_gb)
+
+
+def _above_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def plan_file(configuration: Configuration) -> Path:
@@ -523,6 +599,7 @@ def check_plan(plan: MACLPlan, configuration: Configuration, file: Path) -> None
     require(plan.dominant_patch_size == small, "dominant_patch_size", f"{small}, patch_size divided by scale")
     require(whole(plan.batch_size, 2), "batch_size", "a whole number from 2")
     require(whole(plan.position_group_size, 1), "position_group_size", "a whole number from 1")
+    require(_above_zero(plan.gpu_memory_gb), "gpu_memory_gb", "a number above 0")
     for key, high in (("threshold", 1), ("out_of_plane_rotation", 180)):
         value = getattr(plan, key)
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= high

@@ -10,7 +10,16 @@ from typing import Any
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning import MACLPlan, check_plan, derive_plan, plan_file, read_plan, was_edited, write_plan
+from nnunetv2_macl.planning import (
+    MACLPlan,
+    check_gpu_memory,
+    check_plan,
+    derive_plan,
+    plan_file,
+    read_plan,
+    was_edited,
+    write_plan,
+)
 from nnunetv2_macl.recipe import check_values, load_recipe, recipe_from_values
 from nnunetv2_macl.resources import resource_folder
 
@@ -27,6 +36,7 @@ def prepare(
     unlabelled_datasets: Sequence[str] = (),
     skip_unreadable: bool = False,
     channel_map: Mapping[str, str] | None = None,
+    gpu_memory_gb: float | None = None,
 ) -> MACLPlan:
     """Derive the MACL plan and write it beside nnU-Net's. One that the user edited is kept, and only given ``values``.
 
@@ -37,12 +47,15 @@ def prepare(
         unlabelled_datasets: further raw data sets, by full name.
         skip_unreadable: leave out images that cannot be used.
         channel_map: the configuration's channel names to those of ``unlabelled_datasets``, where they have other names.
+        gpu_memory_gb: what the batch may take; None is what nnU-Net planned for.
 
     Raises:
         UserError: a wrong recipe or value; an edited plan that does not fit its network or the recipe asked for.
     """
     values = values or {}
     check_values(values, "Command line")
+    if gpu_memory_gb is not None:
+        check_gpu_memory(gpu_memory_gb)
     file = plan_file(configuration)
     if file.is_file() and was_edited(file):
         plan = read_plan(file)
@@ -51,6 +64,11 @@ def prepare(
             raise UserError(
                 f"{file} was edited, so it is not derived again from recipe '{recipe}'. Leave out -recipe to use it as it "
                 "stands, or move it away."
+            )
+        if gpu_memory_gb is not None:
+            raise UserError(
+                f"{file} was edited, so its batch is not planned again for -gpu_memory {gpu_memory_gb:g}. Leave that out "
+                "and give -batch_size, or move the file away."
             )
         given = {
             "unlabelled_datasets": list(unlabelled_datasets),
@@ -66,6 +84,7 @@ def prepare(
         unlabelled_datasets=unlabelled_datasets,
         skip_unreadable=skip_unreadable,
         channel_map=channel_map,
+        gpu_memory_gb=gpu_memory_gb,
     )
     write_plan(plan, file)
     return plan

@@ -15,7 +15,7 @@ from nnunetv2.run.run_training import run_training
 from nnunetv2_macl import nnunet
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning import describe, read_plan
+from nnunetv2_macl.planning import MACLPlan, describe, read_plan
 from nnunetv2_macl.preparation import prepare
 from nnunetv2_macl.preprocessing import UNLABELLED_FOLDER, find_sources, preprocess_unlabelled, training_cases
 from nnunetv2_macl.resources import resource_folder
@@ -43,6 +43,7 @@ def pretrain(
     skip_unreadable: bool = False,
     channel_map: Mapping[str, str] | None = None,
     plan_only: bool = False,
+    gpu_memory: float | None = None,
     **values: Any,
 ) -> Path:
     """Plan, preprocess, pre-train, and write weights that ``nnUNetTrainerMACL`` fine-tunes from.
@@ -62,6 +63,7 @@ def pretrain(
         skip_unreadable: leave out images that cannot be used.
         channel_map: the data set's channel names to those of ``unlabelled``, where they have other names.
         plan_only: write the MACL plan and stop.
+        gpu_memory: GB that the batch is planned for; None is what nnU-Net planned for.
         **values: recipe keys that win over the recipe's own.
 
     Returns:
@@ -84,7 +86,7 @@ def pretrain(
     )
     if continue_training:
         plan = read_plan(_plan_of_run(folder))
-        _refuse_changes(plan.recipe, values, recipe, folder)
+        _refuse_changes(plan, values, recipe, gpu_memory, folder)
     else:
         training_cases(target)
         names = list(dict.fromkeys(nnunet.dataset_name(name) for name in unlabelled))
@@ -100,6 +102,7 @@ def pretrain(
             unlabelled_datasets=names,
             skip_unreadable=skip_unreadable,
             channel_map=channel_map,
+            gpu_memory_gb=gpu_memory,
         )
         logger.info("%s", describe(plan))
         if plan_only:
@@ -178,10 +181,14 @@ def _plan_of_run(folder: Path) -> Path:
     return file
 
 
-def _refuse_changes(ran_with: dict[str, Any], values: dict[str, Any], recipe: Any, folder: Path) -> None:
+def _refuse_changes(
+    plan: MACLPlan, values: dict[str, Any], recipe: Any, gpu_memory: float | None, folder: Path
+) -> None:
     changed = [
-        f"-{key} {value} (was {ran_with.get(key)})" for key, value in values.items() if ran_with.get(key) != value
+        f"-{key} {value} (was {plan.recipe.get(key)})" for key, value in values.items() if plan.recipe.get(key) != value
     ]
+    if gpu_memory is not None and gpu_memory != plan.gpu_memory_gb:
+        changed.append(f"-gpu_memory {gpu_memory:g} (was {plan.gpu_memory_gb:g})")
     if recipe is not None:
         changed.append(f"-recipe {recipe}")
     if changed:

@@ -53,7 +53,7 @@ def test_worked_examples(patch, strides, e, k, scale, planned):
 def test_where_no_scale_fits_both_branches_see_the_full_patch():
     levels = plan_levels([32, 32], [[1, 1], [2, 2], [4, 4], [4, 4]], Recipe())
     assert (levels.auxiliary_stage, levels.decoder_stages, levels.scale) == (3, 1, [1, 1])
-    assert levels.patch_size == [32, 32] and "no scale" in levels.reason
+    assert levels.patch_size == [64, 64] and "no scale" in levels.reason  # 32x32 would leave a bottleneck of one voxel
 
 
 @pytest.mark.parametrize("k", range(5))

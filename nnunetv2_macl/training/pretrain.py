@@ -29,10 +29,20 @@ from nnunetv2_macl.data import PretrainingBatches
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.monitoring import LOSS_NAMES
 from nnunetv2_macl.nnunet import Configuration, read_json
-from nnunetv2_macl.planning import MACLPlan, build_loss, build_network, check_plan, plan_file, read_plan, write_plan
+from nnunetv2_macl.planning import (
+    MACLPlan,
+    build_loss,
+    build_network,
+    build_optimizer,
+    check_plan,
+    plan_file,
+    read_plan,
+    write_plan,
+)
 from nnunetv2_macl.preparation import prepare
 from nnunetv2_macl.preprocessing import Preprocessed, preprocess_unlabelled, training_cases
 from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice
 from nnunetv2_macl.training.run_folder import RunLock, set_aside
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
 from nnunetv2_macl.views import SpatialViews, down
@@ -133,13 +143,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         return build_network(self.macl_configuration, self.macl_plan, self.recipe, self.unet)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        recipe = self.recipe
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
-        settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
-        if recipe.optimizer == "sgd":
-            optimizer = torch.optim.SGD(parameters, momentum=recipe.momentum, **settings)
-        else:
-            optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](parameters, **settings)
+        optimizer = build_optimizer(self.network, self.recipe)
         return optimizer, LambdaLR(optimizer, self._learning_rate_share)
 
     def _learning_rate_share(self, step: int) -> float:
@@ -254,7 +258,25 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             disable=not sys.stderr.isatty() or distributed.rank() != 0,
         )
 
+    @user_errors_end_the_run
     def train_step(self, batch: dict) -> dict[str, float]:
+        try:
+            return self._train_step(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._lock.release()
+            raise UserError(
+                out_of_memory_advice(
+                    self.macl_plan,
+                    self.device.type,
+                    0 if self.disable_checkpointing else self.current_epoch,
+                    distributed.world_size(),
+                    Path(self.output_folder),
+                )
+            ) from error
+
+    def _train_step(self, batch: dict) -> dict[str, float]:
         patches = batch["data"].to(self.device, non_blocking=True)
         positions = distributed.gather(batch["positions"].to(self.device))
         self.loss.threshold = self._threshold()

@@ -1,0 +1,84 @@
+"""nnU-Net's real planners on data sets of which there is nothing but a fingerprint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+FLAT = 999.0  # nnU-Net's spacing for the axis that 2D files lack
+
+
+class Fingerprint(NamedTuple):
+    """A data set as nnU-Net's fingerprint sees it: median shape (voxels) and spacing (mm), slices first."""
+
+    name: str
+    channels: tuple[str, ...]
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    planner: type = ExperimentPlanner
+    cases: int = 20
+
+
+def plan_with_nnunet(fingerprint: Fingerprint, folder: Path) -> tuple[str, str]:
+    """Let nnU-Net's planner plan a data set that has nothing but its fingerprint.
+
+    Args:
+        fingerprint: of the data set.
+        folder: nnU-Net's three variables point to the folders of their names in it.
+
+    Returns:
+        Data set and plans name.
+    """
+    dataset = "Dataset950_Topology"
+    raw, preprocessed = folder / "nnUNet_raw" / dataset, folder / "nnUNet_preprocessed" / dataset
+    for path in (raw, preprocessed):
+        path.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    factors = rng.uniform(0.9, 1.1, (fingerprint.cases, 3))
+    shapes = [
+        [max(1, round(n * f)) if n > 1 else 1 for n, f in zip(fingerprint.shape, row, strict=True)] for row in factors
+    ]
+    shapes[0] = list(fingerprint.shape)
+    channels = range(len(fingerprint.channels))
+    intensities = {"max": 900.0, "mean": 80.0, "median": 70.0, "min": -90.0, "percentile_00_5": -50.0}
+    (preprocessed / "dataset_fingerprint.json").write_text(
+        json.dumps(
+            {
+                "spacings": [list(fingerprint.spacing)] * fingerprint.cases,
+                "shapes_after_crop": shapes,
+                "median_relative_size_after_cropping": 0.9,
+                "foreground_intensity_properties_per_channel": {
+                    str(channel): intensities | {"percentile_99_5": 500.0, "std": 120.0} for channel in channels
+                },
+            }
+        )
+    )
+    cases = [f"case_{number:03d}" for number in range(fingerprint.cases)]
+    (raw / "dataset.json").write_text(
+        json.dumps(
+            {
+                "channel_names": {str(channel): fingerprint.channels[channel] for channel in channels},
+                "labels": {"background": 0, "organ": 1},
+                "numTraining": fingerprint.cases,
+                "file_ending": ".nii.gz",
+                "overwrite_image_reader_writer": "SimpleITKIO",
+                "dataset": {
+                    case: {
+                        "images": [f"imagesTr/{case}_{channel:04d}.nii.gz" for channel in channels],
+                        "label": f"labelsTr/{case}.nii.gz",
+                    }
+                    for case in cases
+                },
+            }
+        )
+    )
+    # the planner builds networks to count their voxels; it needs no weights for that
+    with torch.device("meta"):
+        planner = fingerprint.planner(dataset)
+        planner.plan_experiment()
+    return dataset, planner.plans_identifier

@@ -1,0 +1,46 @@
+"""Memory that really runs out: an address space too small for the batch."""
+
+import re
+import sys
+
+import pytest
+import torch
+
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.preparation import prepare
+from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice, smaller_batch
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+def test_the_user_is_told_a_smaller_batch(workspace):
+    command = "ulimit -v 5500000; exec nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu -np 1 -batch_size"
+    short = "-num_epochs 2 -num_iterations_per_epoch 1"
+    out = workspace.run("bash", "-c", f"{command} 600 {short}", code=1)
+    assert "Traceback" not in out
+    message = re.search(r"Error: Memory ran out on cpu with a batch of 600 patches of .*", out)[0]
+    assert "Type: -batch_size 420." in message and "-gpu_memory" not in message  # the batch was not planned
+    # the same limit is enough for a small batch, and nothing of the failed run is in its way
+    assert "Fine-tune from them" in workspace.run("bash", "-c", f"{command} 2 {short}")
+
+
+def test_what_is_said_where_the_batch_was_planned(workspace):
+    plan = prepare(Configuration.load("901", "nnUNetPlans", "2d"))
+    message = out_of_memory_advice(plan, "cuda", 3, 1, workspace.folder)
+    assert f"a batch of {plan.batch_size} " in message and f"-batch_size {smaller_batch(plan.batch_size)}" in message
+    assert "-gpu_memory 5.6" in message and "3 finished epochs are kept" in message and "--c" in message
+    smallest = prepare(Configuration.load("901", "nnUNetPlans", "2d"), values={"batch_size": 2})
+    assert "smallest batch there is" in out_of_memory_advice(smallest, "cuda", 0, 1, workspace.folder)
+
+
+def test_smaller_batches_are_even_and_end_at_two_patches_a_gpu():
+    assert [smaller_batch(n) for n in (32, 24, 16, 5, 4, 3, 2)] == [22, 16, 10, 2, 2, 2, 2]
+    assert smaller_batch(8, world_size=4) == 8
+
+
+def test_real_failures_are_recognised_and_others_are_not():
+    with pytest.raises(RuntimeError) as too_large:
+        torch.empty(2**59)
+    assert is_out_of_memory(too_large.value)
+    with pytest.raises(RuntimeError) as wrong_shape:
+        torch.zeros(2) @ torch.zeros(3)
+    assert not is_out_of_memory(wrong_shape.value)

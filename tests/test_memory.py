@@ -1,0 +1,77 @@
+"""Predicted memory against what real steps take, and the batch that is planned from it."""
+
+import json
+
+import pytest
+
+from benchmarks.memory import CASES, compare
+from benchmarks.planned import Fingerprint, plan_with_nnunet
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
+from nnunetv2_macl.planning import MemoryEstimate, derive_plan, plan_file, plan_levels
+from nnunetv2_macl.preparation import prepare
+from nnunetv2_macl.recipe import Recipe
+
+QUICK = ("2D plain", "3D plain", "2D plain, dense loss in chunks", "2D plain, averaged encoder")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, id=c.fingerprint.name, marks=() if c.fingerprint.name in QUICK else pytest.mark.slow)
+        for c in CASES
+    ],
+)
+def test_prediction_against_a_real_step(case, tmp_path):
+    estimate, measured, _ = compare(case, tmp_path)
+    assert estimate.kept(case.batch_size) == pytest.approx(measured.activations + measured.state, rel=0.1)
+    assert estimate.gib(case.batch_size) * 2**30 == pytest.approx(measured.peak, rel=0.25)
+
+
+@pytest.fixture
+def configuration(tmp_path, monkeypatch):
+    """A 3D configuration whose batch memory limits, planned by nnU-Net's default planner."""
+    for name in FOLDER_VARIABLES:
+        monkeypatch.setenv(name, str(tmp_path / name))
+    dataset, plans = plan_with_nnunet(Fingerprint("limited", ("CT",), (96, 96, 96), (1.0, 1.0, 1.0)), tmp_path)
+    return Configuration.load(dataset, plans, "3d_fullres")
+
+
+def test_the_batch_fits_what_nnunet_planned_for_or_what_is_asked_for(configuration):
+    plans = {gb: derive_plan(configuration, Recipe(), gpu_memory_gb=gb) for gb in (None, 8.0, 24.0, 80.0, 0.5)}
+    assert plans[None].gpu_memory_gb == 8 and "ExperimentPlanner" in plans[None].reasons["gpu_memory_gb"]
+    assert plans[None].batch_size == plans[8.0].batch_size < plans[24.0].batch_size < plans[80.0].batch_size
+    levels = plan_levels(configuration.patch_size, configuration.strides, Recipe())
+    memory = MemoryEstimate(configuration, levels, Recipe())
+    for gb in (8.0, 24.0, 80.0):
+        fitting = [n for n in (32, 24, 16, 12, 8, 6, 4, 2) if memory.gib(n, mixed_precision=True) <= gb]
+        assert plans[gb].batch_size == fitting[0]
+        assert "-gpu_memory" in plans[gb].reasons["gpu_memory_gb"]
+    assert plans[0.5].batch_size == 2 and "more than gpu_memory_gb" in plans[0.5].reasons["batch_size"]
+
+
+@pytest.mark.parametrize(
+    "planner, gb",
+    [("nnUNetPlannerResEncM", 8), ("nnUNetPlannerResEncL", 24), ("nnUNetPlannerResEncXL", 40), ("Mine", 8)],
+)
+def test_each_planner_has_its_target(configuration, planner, gb):
+    configuration.plans_manager.plans["experiment_planner_used"] = planner
+    target, reason = configuration.gpu_memory_target()
+    assert target == gb and planner in reason
+
+
+@pytest.mark.parametrize("value", [0, -8, float("nan"), float("inf"), True, "24"])
+def test_impossible_memory_is_refused(configuration, value):
+    with pytest.raises(UserError, match="-gpu_memory must be a number of GB above 0"):
+        prepare(configuration, gpu_memory_gb=value)
+
+
+def test_an_edited_plan_is_not_planned_again(configuration):
+    assert prepare(configuration, gpu_memory_gb=24).gpu_memory_gb == 24
+    file = plan_file(configuration)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"batch_size": 6}))
+    with pytest.raises(UserError, match=r"was edited.*-gpu_memory 16.*-batch_size"):
+        prepare(configuration, gpu_memory_gb=16)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"gpu_memory_gb": 0}))
+    with pytest.raises(UserError, match="'gpu_memory_gb' must be a number above 0, got 0"):
+        prepare(configuration)

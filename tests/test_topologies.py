@@ -1,0 +1,269 @@
+"""Every network that nnU-Net's planners make must get a legal MACL plan; so must networks that they would not make."""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
+    nnUNetPlannerResEncL,
+    nnUNetPlannerResEncM,
+    nnUNetPlannerResEncXL,
+)
+from torch import nn
+
+from benchmarks.planned import FLAT, Fingerprint, plan_with_nnunet
+from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
+from nnunetv2_macl.planning import (
+    MACLPlan,
+    build_network,
+    check_plan,
+    derive_plan,
+    plan_file,
+    plan_levels,
+    read_plan,
+    write_plan,
+)
+from nnunetv2_macl.recipe import Recipe
+
+PLANNERS = (ExperimentPlanner, nnUNetPlannerResEncM, nnUNetPlannerResEncL, nnUNetPlannerResEncXL)
+
+
+CT, MR = ("CT",), ("MR",)
+QUICK = (
+    Fingerprint("ct_isotropic", CT, (200, 256, 256), (1.0, 1.0, 1.0)),
+    Fingerprint("hippocampus", MR, (36, 50, 35), (1.0, 1.0, 1.0)),
+    Fingerprint("acdc", MR, (9, 237, 208), (10.0, 1.5, 1.5), nnUNetPlannerResEncM),
+    Fingerprint("photographs", ("R", "G", "B"), (1, 512, 512), (FLAT, 1.0, 1.0), nnUNetPlannerResEncL),
+    Fingerprint("brain_of_four", ("T1", "T1c", "T2", "FLAIR"), (138, 170, 138), (1.0, 1.0, 1.0), nnUNetPlannerResEncM),
+    Fingerprint("smallest", MR, (32, 32, 32), (1.0, 1.0, 1.0)),
+)
+# shape, spacing; planners, channels and kinds are spread over them in turn
+_SHAPES = (
+    ((32, 32, 32), (3.0, 3.0, 3.0)),
+    ((32, 512, 512), (5.0, 0.5, 0.5)),
+    ((32, 320, 320), (3.6, 0.6, 0.6)),
+    ((33, 47, 61), (1.0, 1.0, 1.0)),
+    ((40, 40, 400), (1.0, 1.0, 1.0)),
+    ((48, 512, 512), (5.0, 0.8, 0.8)),
+    ((50, 380, 380), (3.0, 0.4, 0.4)),
+    ((64, 64, 64), (2.0, 2.0, 2.0)),
+    ((64, 128, 96), (1.5, 1.0, 1.25)),
+    ((80, 300, 60), (1.0, 1.0, 1.0)),
+    ((96, 512, 512), (2.5, 0.75, 0.75)),
+    ((100, 512, 512), (8.0, 0.8, 0.8)),
+    ((128, 128, 128), (1.0, 1.0, 1.0)),
+    ((150, 150, 150), (0.3, 0.3, 0.3)),
+    ((155, 240, 240), (1.0, 1.0, 1.0)),
+    ((200, 64, 64), (1.0, 4.0, 4.0)),
+    ((256, 256, 36), (0.7, 0.7, 6.5)),
+    ((256, 256, 256), (0.8, 0.8, 0.8)),
+    ((300, 512, 512), (1.0, 0.7, 0.7)),
+    ((320, 320, 32), (0.5, 0.5, 5.0)),
+    ((350, 350, 350), (0.5, 0.5, 0.5)),
+    ((400, 512, 512), (1.25, 0.8, 0.8)),
+    ((512, 512, 512), (0.5, 0.5, 0.5)),
+    ((512, 32, 512), (0.6, 6.0, 0.6)),
+    ((32, 60, 60), (10.0, 1.0, 1.0)),
+    ((35, 36, 512), (2.0, 2.0, 0.4)),
+    ((32, 512, 40), (4.0, 1.0, 4.0)),
+    ((1, 32, 32), (FLAT, 1.0, 1.0)),
+    ((1, 33, 500), (FLAT, 1.0, 1.0)),
+    ((1, 48, 64), (FLAT, 1.0, 1.0)),
+    ((1, 128, 128), (FLAT, 0.5, 0.5)),
+    ((1, 224, 224), (FLAT, 1.0, 1.0)),
+    ((1, 300, 40), (FLAT, 1.0, 1.0)),
+    ((1, 400, 256), (FLAT, 0.2, 0.4)),
+    ((1, 512, 512), (FLAT, 1.0, 1.0)),
+    ((1, 512, 512), (FLAT, 0.1, 1.0)),
+)
+MATRIX = QUICK + tuple(
+    Fingerprint(
+        f"{'x'.join(map(str, shape))}_{'ct' if number % 2 else 'mr'}",
+        ("CT" if number % 2 else "MR", *(f"extra{i}" for i in range(number % 5))),
+        shape,
+        spacing,
+        PLANNERS[number % 4],
+        cases=4 + 3 * (number % 5),
+    )
+    for number, (shape, spacing) in enumerate(_SHAPES)
+)
+
+
+def outputs_of(network: MACLNetwork, plan, channels: int, batch_size: int) -> dict[str, torch.Tensor]:
+    """What a meta-device network returns for patches of the plan's size."""
+    small = torch.empty(batch_size, channels, *plan.dominant_patch_size, device="meta")
+    full = torch.empty(batch_size, channels, *plan.patch_size, device="meta")
+    return network(small, full, small, full)
+
+
+def check_legal(plan: MACLPlan, configuration: Configuration) -> None:
+    with torch.device("meta"):
+        network = build_network(configuration, plan, Recipe())
+    outputs = outputs_of(network, plan, len(configuration.channel_names), 2)
+    assert outputs["dense_dominant"].shape == outputs["dense_auxiliary"].shape
+    assert list(outputs["dense_dominant"].shape[2:]) == plan.grid
+    assert np.prod(outputs["bottleneck_dominant"].shape[2:]) >= (4 if len(plan.patch_size) == 2 else 8)
+
+    deepest = np.prod(np.asarray(configuration.strides), axis=0)
+    assert not (np.asarray(plan.patch_size) % (np.asarray(plan.scale) * deepest)).any()
+    voxels = np.prod(plan.patch_size) / np.prod(configuration.patch_size)
+    assert 0.25 <= voxels <= 4, f"the patch has {voxels:.2f} times the voxels of nnU-Net's"
+    assert plan.batch_size >= 2 and 0 < plan.memory_mixed_precision_gib < plan.memory_gib
+    assert 1 <= plan.expected_positives <= 2 * plan.batch_size - 1
+    assert all(reason for reason in plan.reasons.values())
+    file = plan_file(configuration)
+    write_plan(plan, file)
+    assert read_plan(file) == (plan, False)
+    check_plan(plan, configuration, file)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    for name in FOLDER_VARIABLES:
+        monkeypatch.setenv(name, str(tmp_path / name))
+    return tmp_path
+
+
+def check_all_configurations(fingerprint: Fingerprint, folder) -> list[MACLPlan]:
+    dataset, plans_name = plan_with_nnunet(fingerprint, folder)
+    names = json.loads((folder / "nnUNet_preprocessed" / dataset / f"{plans_name}.json").read_text())["configurations"]
+    plans = []
+    for name in sorted(set(names) - {"3d_cascade_fullres"}):
+        configuration = Configuration.load(dataset, plans_name, name)
+        plan = derive_plan(configuration, Recipe())
+        check_legal(plan, configuration)
+        plans.append(plan)
+    expected = {"2d"} if fingerprint.shape[0] == 1 else {"2d", "3d_fullres"}
+    assert expected <= {plan.configuration for plan in plans}
+    return plans
+
+
+@pytest.mark.parametrize("fingerprint", QUICK, ids=lambda f: f.name)
+def test_planned_networks(fingerprint, folders):
+    check_all_configurations(fingerprint, folders)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fingerprint", MATRIX[len(QUICK) :], ids=lambda f: f.name)
+def test_all_planned_networks(fingerprint, folders):
+    check_all_configurations(fingerprint, folders)
+
+
+@st.composite
+def fingerprints(draw) -> Fingerprint:
+    flat = draw(st.booleans())
+    size = st.integers(32, 512)
+    mm = st.floats(0.2, 8.0).map(lambda value: round(value, 2))
+    shape = (1 if flat else draw(size), draw(size), draw(size))
+    spacing = (FLAT if flat else draw(mm), draw(mm), draw(mm))
+    channels = tuple(draw(st.lists(st.sampled_from(("CT", "MR", "PET")), min_size=1, max_size=5)))
+    return Fingerprint("drawn", channels, shape, spacing, draw(st.sampled_from(PLANNERS)), draw(st.integers(1, 60)))
+
+
+_ANY_FOLDER = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # each example writes over the last
+
+
+@given(fingerprints())
+@settings(max_examples=4, deadline=None, suppress_health_check=_ANY_FOLDER)
+def test_drawn_fingerprints(folders, fingerprint):
+    check_all_configurations(fingerprint, folders)
+
+
+@pytest.mark.slow
+@given(fingerprints())
+@settings(max_examples=40, deadline=None, suppress_health_check=_ANY_FOLDER)
+def test_many_drawn_fingerprints(folders, fingerprint):
+    check_all_configurations(fingerprint, folders)
+
+
+class Topology(NamedTuple):
+    """A U-Net that a user may have written into the plan by hand."""
+
+    patch: list[int]
+    strides: list[list[int]]
+    kernels: list[list[int]]
+    blocks: list[int]
+    decoder_blocks: list[int]
+    residual: bool
+
+
+@st.composite
+def topologies(draw) -> Topology:
+    """3 to 8 stages, any strides, kernels and depths; patches down to a bottleneck of one voxel, multiples or not."""
+    axes, stages = draw(st.integers(2, 3)), draw(st.integers(3, 8))
+
+    def each(values: st.SearchStrategy[int], number: int) -> list[int]:
+        return draw(st.lists(values, min_size=number, max_size=number))
+
+    strides = [[1] * axes] + [each(st.sampled_from((1, 2, 2, 2, 3, 4)), axes) for _ in range(stages - 1)]
+    deepest = np.prod(strides, axis=0)
+    patch = [max(1, int(n * draw(st.floats(1.0, 6.0)))) for n in np.minimum(deepest, 256)]
+    kernels = [each(st.sampled_from((1, 3, 3)), axes) for _ in range(stages)]
+    depth = st.integers(1, 4)
+    return Topology(patch, strides, kernels, each(depth, stages), each(depth, stages - 1), draw(st.booleans()))
+
+
+def build(topology: Topology, **levels) -> MACLNetwork:
+    axes, stages = len(topology.patch), len(topology.strides)
+    depth = "n_blocks_per_stage" if topology.residual else "n_conv_per_stage"
+    with torch.device("meta"):
+        unet = (ResidualEncoderUNet if topology.residual else PlainConvUNet)(
+            1,
+            stages,
+            [min(4 * 2**i, 32) for i in range(stages)],
+            (nn.Conv2d, nn.Conv3d)[axes - 2],
+            topology.kernels,
+            topology.strides,
+            num_classes=2,
+            n_conv_per_stage_decoder=topology.decoder_blocks,
+            norm_op=(nn.InstanceNorm2d, nn.InstanceNorm3d)[axes - 2],
+            norm_op_kwargs={"affine": True},
+            nonlin=nn.LeakyReLU,
+            nonlin_kwargs={"inplace": True},
+            **{depth: topology.blocks},
+        )
+        return MACLNetwork(unet, **levels)
+
+
+def check_topology(topology: Topology, recipe: Recipe) -> None:
+    levels = plan_levels(topology.patch, topology.strides, recipe)
+    total = np.cumprod(topology.strides, axis=0)
+    scale, patch = np.array(levels.scale), np.array(levels.patch_size)
+    assert levels.reason and not (patch % (scale * total[-1])).any()
+    network = build(topology, decoder_stages=levels.decoder_stages, auxiliary_stage=levels.auxiliary_stage)
+    small = torch.empty(2, 1, *(patch // scale), device="meta")
+    full = torch.empty(2, 1, *patch, device="meta")
+    outputs = network(small, full, small, full)  # instance norm refuses a single voxel
+    assert outputs["dense_dominant"].shape == outputs["dense_auxiliary"].shape
+    assert tuple(outputs["dense_dominant"].shape[2:]) == tuple(patch // total[levels.auxiliary_stage - 1])
+    assert np.prod(outputs["bottleneck_dominant"].shape[2:]) >= (4 if len(patch) == 2 else 8)
+
+
+@given(topologies())
+@settings(max_examples=40, deadline=None)
+def test_networks_written_by_hand(topology):
+    check_topology(topology, Recipe())
+
+
+@pytest.mark.slow
+@given(topologies(), st.data())
+@settings(max_examples=150, deadline=None)
+def test_recipes_on_networks_written_by_hand(topology, data):
+    """K and e as a recipe may fix them, each that the network has."""
+    stages = len(topology.strides)
+    k = data.draw(st.integers(0, stages - 1))
+    check_topology(topology, Recipe())
+    check_topology(topology, Recipe(decoder_stages=k, auxiliary_stage=data.draw(st.integers(stages - k, stages))))
+
+
+def test_a_bottleneck_of_one_voxel_gets_a_larger_patch():
+    levels = plan_levels([8, 8], [[1, 1], [8, 8], [1, 1]], Recipe())
+    assert (levels.decoder_stages, levels.scale, levels.patch_size) == (0, [1, 1], [16, 16])
+    assert "only the encoder is trained" in levels.reason and "changed from nnU-Net's 8x8" in levels.reason
