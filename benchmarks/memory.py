@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.planned import FLAT, Fingerprint, plan_with_nnunet
+from nnunetv2_macl.building import build_loss, build_network, build_optimizer
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
-from nnunetv2_macl.planning import Levels, MemoryEstimate, build_loss, build_network, build_optimizer, plan_levels
+from nnunetv2_macl.planning.levels import Levels, plan_levels
+from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.views import down
 

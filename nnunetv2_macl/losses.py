@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # Similarities held at once by the dense loss (float32: 64 MiB). More locations than that are computed in turn.
-_MAX_SIMILARITIES = 2**24
+MAX_SIMILARITIES = 2**24
 
 _LINEAR_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -107,7 +107,7 @@ def _full_precision(tensor: Tensor) -> AbstractContextManager:
 
 def _in_chunks(embeddings: Tensor, weights: Tensor, temperature: float) -> Tensor:
     locations, vectors, _ = embeddings.shape
-    chunk = max(1, _MAX_SIMILARITIES // vectors**2)
+    chunk = max(1, MAX_SIMILARITIES // vectors**2)
     if locations <= chunk:
         return _contrast(embeddings, weights, temperature)
     # the similarities are computed again in the backward pass, so that only one chunk of them is ever held

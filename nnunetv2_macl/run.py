@@ -15,9 +15,10 @@ from nnunetv2.run.run_training import run_training
 from nnunetv2_macl import nnunet
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning import MACLPlan, describe, read_plan
-from nnunetv2_macl.preparation import prepare
-from nnunetv2_macl.preprocessing import UNLABELLED_FOLDER, find_sources, preprocess_unlabelled, training_cases
+from nnunetv2_macl.planning.plan import MACLPlan, describe, read_plan
+from nnunetv2_macl.planning.prepare import prepare
+from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
+from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, find_sources, training_cases
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.pretrain import PLAN_COPY
 

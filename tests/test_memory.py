@@ -8,8 +8,11 @@ from benchmarks.memory import CASES, compare
 from benchmarks.planned import Fingerprint, plan_with_nnunet
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
-from nnunetv2_macl.planning import MemoryEstimate, derive_plan, plan_file, plan_levels
-from nnunetv2_macl.preparation import prepare
+from nnunetv2_macl.planning.derive import derive_plan
+from nnunetv2_macl.planning.levels import plan_levels
+from nnunetv2_macl.planning.memory import MemoryEstimate
+from nnunetv2_macl.planning.plan import plan_file
+from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.recipe import Recipe
 
 QUICK = ("2D plain", "3D plain", "2D plain, dense loss in chunks", "2D plain, averaged encoder")

@@ -10,18 +10,11 @@ from hypothesis import strategies as st
 from nnunetv2_macl.data import Sampling
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration, checksum
-from nnunetv2_macl.planning import (
-    MemoryEstimate,
-    check_plan,
-    describe,
-    plan_file,
-    plan_levels,
-    plan_threshold,
-    read_plan,
-    was_edited,
-    write_plan,
-)
-from nnunetv2_macl.preparation import prepare
+from nnunetv2_macl.planning.levels import plan_levels
+from nnunetv2_macl.planning.memory import MemoryEstimate
+from nnunetv2_macl.planning.plan import check_plan, describe, plan_file, read_plan, was_edited, write_plan
+from nnunetv2_macl.planning.positives import plan_threshold
+from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.recipe import Recipe
 
 

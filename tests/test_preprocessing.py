@@ -12,7 +12,8 @@ from conftest import DATASET
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.preprocessing import find_sources, preprocess_unlabelled, training_cases, unlabelled_folder
+from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled, unlabelled_folder
+from nnunetv2_macl.preprocessing.sources import find_sources, training_cases
 from nnunetv2_macl.synthetic import generate_dataset
 
 

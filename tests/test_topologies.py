@@ -18,18 +18,12 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from torch import nn
 
 from benchmarks.planned import FLAT, Fingerprint, plan_with_nnunet
+from nnunetv2_macl.building import build_network
 from nnunetv2_macl.network import MACLNetwork
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
-from nnunetv2_macl.planning import (
-    MACLPlan,
-    build_network,
-    check_plan,
-    derive_plan,
-    plan_file,
-    plan_levels,
-    read_plan,
-    write_plan,
-)
+from nnunetv2_macl.planning.derive import derive_plan
+from nnunetv2_macl.planning.levels import plan_levels
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, write_plan
 from nnunetv2_macl.recipe import Recipe
 
 PLANNERS = (ExperimentPlanner, nnUNetPlannerResEncM, nnUNetPlannerResEncL, nnUNetPlannerResEncXL)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nnunetv2_macl.planning import MACLPlan
+from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.recipe import AUTO
 
 # what CUDA and MPS, cuDNN and cuBLAS, the CPU allocator and oneDNN say

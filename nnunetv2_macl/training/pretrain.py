@@ -25,22 +25,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from nnunetv2_macl import checkpoints, distributed, monitoring
+from nnunetv2_macl.building import build_loss, build_network, build_optimizer
 from nnunetv2_macl.data import PretrainingBatches
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.monitoring import LOSS_NAMES
 from nnunetv2_macl.nnunet import Configuration, read_json
-from nnunetv2_macl.planning import (
-    MACLPlan,
-    build_loss,
-    build_network,
-    build_optimizer,
-    check_plan,
-    plan_file,
-    read_plan,
-    write_plan,
-)
-from nnunetv2_macl.preparation import prepare
-from nnunetv2_macl.preprocessing import Preprocessed, preprocess_unlabelled, training_cases
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, write_plan
+from nnunetv2_macl.planning.prepare import prepare
+from nnunetv2_macl.preprocessing.cases import Preprocessed, preprocess_unlabelled
+from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice
 from nnunetv2_macl.training.run_folder import RunLock, set_aside

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.preparation import prepare
+from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice, smaller_batch
 
 

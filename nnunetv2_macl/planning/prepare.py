@@ -10,16 +10,9 @@ from typing import Any
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning import (
-    MACLPlan,
-    check_gpu_memory,
-    check_plan,
-    derive_plan,
-    plan_file,
-    read_plan,
-    was_edited,
-    write_plan,
-)
+from nnunetv2_macl.planning.derive import derive_plan
+from nnunetv2_macl.planning.memory import check_gpu_memory
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.recipe import check_values, load_recipe, recipe_from_values
 from nnunetv2_macl.resources import resource_folder
 

@@ -1,0 +1,72 @@
+"""Network, loss and optimiser that a recipe asks for."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import nn
+
+from nnunetv2_macl.losses import MultiLevelContrastiveLoss
+from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.recipe import Recipe
+
+
+class Meeting(Protocol):
+    """Where the branches meet, as `Levels` and `MACLPlan` say it."""
+
+    @property
+    def decoder_stages(self) -> int: ...
+
+    @property
+    def auxiliary_stage(self) -> int: ...
+
+
+def build_network(
+    configuration: Configuration, levels: Meeting, recipe: Recipe, unet: nn.Module | None = None
+) -> MACLNetwork:
+    """The pre-training network around ``unet``, or around nnU-Net's own network for the configuration."""
+    if unet is None:
+        manager = configuration.manager
+        unet = get_network_from_plans(
+            manager.network_arch_class_name,
+            manager.network_arch_init_kwargs,
+            manager.network_arch_init_kwargs_req_import,
+            len(configuration.channel_names),
+            2,
+            allow_init=False,
+        )
+    return MACLNetwork(
+        unet,
+        decoder_stages=levels.decoder_stages,
+        auxiliary_stage=levels.auxiliary_stage,
+        image_level=recipe.weight_global > 0,
+        pixel_level=recipe.weight_dense > 0,
+        feature_level=recipe.weight_equivariance > 0,
+        embedding_dim=recipe.embedding_dim,
+        standardise=recipe.standardise_projector,
+        auxiliary_encoder=recipe.auxiliary_encoder,
+        ema_decay=recipe.ema_decay,
+    )
+
+
+def build_loss(recipe: Recipe) -> MultiLevelContrastiveLoss:
+    return MultiLevelContrastiveLoss(
+        weight_global=recipe.weight_global,
+        weight_dense=recipe.weight_dense,
+        weight_equivariance=recipe.weight_equivariance,
+        temperature=recipe.temperature,
+        threshold=recipe.threshold,
+        base_temperature=recipe.base_temperature,
+        own_view_weight=recipe.own_view_weight,
+    )
+
+
+def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=recipe.momentum, **settings)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](parameters, **settings)

@@ -1,0 +1,95 @@
+"""nnU-Net plan and recipe -> MACL plan, each derived number with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from nnunetv2.configuration import ANISO_THRESHOLD
+
+from nnunetv2_macl.data import Sampling
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.planning.levels import plan_levels
+from nnunetv2_macl.planning.memory import MemoryEstimate, check_gpu_memory, plan_batch_size
+from nnunetv2_macl.planning.plan import MACLPlan, volume_patch
+from nnunetv2_macl.planning.positives import plan_position_groups, plan_threshold, resampled_shapes
+from nnunetv2_macl.recipe import Recipe
+
+
+def derive_plan(
+    configuration: Configuration,
+    recipe: Recipe,
+    *,
+    unlabelled_datasets: Sequence[str] = (),
+    skip_unreadable: bool = False,
+    channel_map: Mapping[str, str] | None = None,
+    gpu_memory_gb: float | None = None,
+) -> MACLPlan:
+    """The MACL plan of a configuration.
+
+    Args:
+        configuration: of nnU-Net.
+        recipe: what is trained, and how.
+        unlabelled_datasets: further raw data sets, by full name.
+        skip_unreadable: leave out images that cannot be used.
+        gpu_memory_gb: what the batch may take; None is what nnU-Net planned for.
+
+    Raises:
+        UserError: the recipe and the network do not go together; nnU-Net's fingerprint is missing.
+        NotImplementedError: a network that is no U-Net.
+    """
+    levels = plan_levels(configuration.patch_size, configuration.strides, recipe)
+    patch = levels.patch_size
+    axes = len(patch)
+    stride = np.prod(np.asarray(configuration.strides)[: levels.auxiliary_stage], axis=0)
+    memory = MemoryEstimate(configuration, levels, recipe)
+    target, target_reason = configuration.gpu_memory_target()
+    if gpu_memory_gb is not None:
+        target, target_reason = check_gpu_memory(gpu_memory_gb), "asked for with -gpu_memory"
+    batch_size, batch_reason = plan_batch_size(memory, recipe, target)
+    group_size, group_reason = plan_position_groups(axes, batch_size, recipe)
+    sampling = Sampling(volume_patch(patch), batch_size, group_size, recipe.seed)
+    threshold, expected, threshold_reason = plan_threshold(resampled_shapes(configuration), sampling, recipe)
+    if axes == 2:
+        out_of_plane, out_reason = 0.0, "2D"
+    elif max(patch) / patch[0] > ANISO_THRESHOLD:
+        out_of_plane, out_reason = 0.0, "the patch is anisotropic: nnU-Net rotates in plane only"
+    else:
+        out_of_plane, out_reason = 30.0, "nnU-Net's own range for isotropic patches, degrees"
+    return MACLPlan(
+        dataset_name=configuration.dataset_name,
+        plans_name=configuration.plans_name,
+        configuration=configuration.name,
+        nnunet_plan_checksum=configuration.plan_checksum(),
+        unlabelled_datasets=list(unlabelled_datasets),
+        skip_unreadable=skip_unreadable,
+        channel_map=dict(channel_map or {}),
+        decoder_stages=levels.decoder_stages,
+        auxiliary_stage=levels.auxiliary_stage,
+        scale=levels.scale,
+        patch_size=patch,
+        dominant_patch_size=[n // s for n, s in zip(patch, levels.scale, strict=True)],
+        grid=[n // int(s) for n, s in zip(patch, stride, strict=True)],
+        batch_size=batch_size,
+        position_group_size=group_size,
+        threshold=threshold,
+        expected_positives=round(expected, 2),
+        out_of_plane_rotation=out_of_plane,
+        gpu_memory_gb=target,
+        memory_gib=round(memory.gib(batch_size), 2),
+        memory_mixed_precision_gib=round(memory.gib(batch_size, mixed_precision=True), 2),
+        recipe=recipe.as_dict(),
+        reasons={
+            "decoder_stages, auxiliary_stage, scale, patch_size": levels.reason,
+            "dominant_patch_size": "patch_size divided by scale",
+            "grid": f"where both dense maps lie: patch_size divided by the stride at stage {levels.auxiliary_stage}",
+            "gpu_memory_gb": target_reason,
+            "batch_size": batch_reason,
+            "position_group_size": group_reason,
+            "threshold": threshold_reason,
+            "expected_positives": "of an anchor, its own view included, counted over batches drawn as in training",
+            "out_of_plane_rotation": out_reason,
+            "memory_gib": "activations of both branches, weights, gradients and optimiser state at their peak in float32; "
+            "memory_mixed_precision_gib as a GPU has it",
+        },
+    )

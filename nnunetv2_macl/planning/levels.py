@@ -1,0 +1,151 @@
+"""Where the two branches meet in a U-Net, and the patch that makes their grids equal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.recipe import AUTO, Recipe
+
+# the paper's dense map lies at stride 16
+_AUXILIARY_STRIDE = 16
+_LARGEST_SCALE = 4
+_PATCH_RATIO = (0.7, 1.5)
+_MIN_BOTTLENECK = {2: 4, 3: 8}
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Where the two branches meet, and the patch that makes their grids equal."""
+
+    decoder_stages: int
+    auxiliary_stage: int
+    scale: list[int]
+    patch_size: list[int]
+    reason: str
+
+
+def plan_levels(patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Recipe) -> Levels:
+    """Choose K, e, s and the patch for a U-Net.
+
+    The auxiliary map is read at stage e, the deepest whose stride is at most 16; the dominant one after K decoder stages, at
+    stage m = L-K, from a patch s = T_e / T_m times as small, so that both have one grid. The largest s up to 4 is taken whose
+    patch (a multiple of s·T_L) stays near nnU-Net's and whose dominant bottleneck is no single voxel.
+
+    Args:
+        patch_size: of the nnU-Net plan, voxels.
+        strides: of each encoder stage, an axis.
+        recipe: may fix K, e or s.
+
+    Raises:
+        UserError: the recipe asks for what this network cannot give.
+    """
+    total = np.cumprod(np.asarray(strides), axis=0)
+    stages = len(total)
+    patch = np.asarray(patch_size)
+    minimum = _MIN_BOTTLENECK[len(patch)]
+
+    def levels(decoder_stages: int, auxiliary_stage: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scale, and the patch: nnU-Net's to the nearest multiple of s·T_L, halves up."""
+        scale = total[auxiliary_stage - 1] // total[stages - decoder_stages - 1]
+        step = scale * total[-1]
+        return scale, np.maximum(np.floor(patch / step + 0.5), 1).astype(int) * step
+
+    def enlarge(size: np.ndarray, step: np.ndarray) -> None:
+        """By whole steps, the axis first that is smallest beside nnU-Net's, until the dominant bottleneck is large enough."""
+        while np.prod(size // step) < minimum:
+            axis = np.argmin(size / patch)
+            size[axis] += step[axis]
+
+    if recipe.decoder_stages != AUTO or recipe.auxiliary_stage != AUTO or recipe.scale != AUTO:
+        decoder_stages, auxiliary_stage = _asked_levels(total, recipe)
+        scale, size = levels(decoder_stages, auxiliary_stage)
+        enlarge(size, scale * total[-1])
+        reason = f"asked for by the recipe; the patch is the nearest to nnU-Net's {_by(patch)} that this allows"
+        return Levels(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
+
+    auxiliary_stage = _auxiliary_stage(total)
+    candidates = []
+    for decoder_stages in range(max(1, stages - auxiliary_stage), stages):
+        scale, size = levels(decoder_stages, auxiliary_stage)
+        bottleneck = np.prod(size // (scale * total[-1]))
+        if scale.max() >= 2 and scale.max() <= _LARGEST_SCALE and bottleneck >= minimum:
+            candidates.append((decoder_stages, scale, size, np.prod(size) / np.prod(patch)))
+    where = f"the auxiliary map is read at stage {auxiliary_stage}, the deepest with a stride of at most {_AUXILIARY_STRIDE}"
+    if not candidates:
+        decoder_stages = stages - auxiliary_stage
+        scale, size = levels(decoder_stages, auxiliary_stage)
+        enlarge(size, total[-1])
+        reason = (
+            f"{where}; no scale from 2 to {_LARGEST_SCALE} leaves the dominant bottleneck {minimum} voxels, so both branches "
+            "see the full patch" + ("" if decoder_stages else " and only the encoder is trained")
+        )
+        if (size != patch).any():
+            reason += (
+                f"; the patch is changed from nnU-Net's {_by(patch)} so that it is a multiple of {_by(total[-1])} and the "
+                f"bottleneck has {minimum} voxels"
+            )
+        return Levels(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
+
+    low, high = _PATCH_RATIO
+    near = [c for c in candidates if low <= c[3] <= high]
+    if near:
+        best = max(near, key=lambda c: np.prod(c[1]))
+        why = "is the largest"
+    else:
+        best = min(candidates, key=lambda c: max(math.log(low / c[3]), math.log(c[3] / high)))
+        why = "comes nearest to those"
+    decoder_stages, scale, size, ratio = best
+    reason = (
+        f"{where}; a scale of {_by(scale)} {why} of up to {_LARGEST_SCALE} whose patch has {low} to {high} times the voxels "
+        f"of nnU-Net's {_by(patch)} ({ratio:.2f} here), rounded to multiples of {_by(scale * total[-1])}"
+    )
+    return Levels(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
+
+
+def _auxiliary_stage(total_strides: np.ndarray) -> int:
+    return int(np.flatnonzero(total_strides.max(1) <= _AUXILIARY_STRIDE)[-1]) + 1
+
+
+def _asked_levels(total: np.ndarray, recipe: Recipe) -> tuple[int, int]:
+    """K and e from a recipe that fixes at least one of K, e, s; the rest as near to the rule as it can be."""
+    stages = len(total)
+    decoder_stages = [recipe.decoder_stages] if recipe.decoder_stages != AUTO else range(stages)
+    if recipe.auxiliary_stage == "bottleneck":
+        auxiliary = [stages]
+    elif recipe.auxiliary_stage != AUTO:
+        auxiliary = [recipe.auxiliary_stage]
+    else:
+        # the stage of the rule first, then deeper ones
+        first = _auxiliary_stage(total)
+        auxiliary = [first, *range(first + 1, stages + 1), *range(first - 1, 0, -1)]
+    possible = []
+    for e in auxiliary:
+        for k in decoder_stages:
+            if k < stages and stages - k <= e <= stages:
+                scale = (total[e - 1] // total[stages - k - 1]).tolist()
+                possible.append((k, e, scale))
+    for k, e, scale in possible:
+        if recipe.scale == AUTO and (recipe.decoder_stages != AUTO or max(scale) <= _LARGEST_SCALE):
+            return k, e
+        if recipe.scale != AUTO and recipe.scale in (scale, max(scale)):
+            return k, e
+    asked = {key: getattr(recipe, key) for key in ("decoder_stages", "auxiliary_stage", "scale")}
+    raise UserError(
+        f"The recipe asks for {', '.join(f'{k}={v}' for k, v in asked.items())}, which a network of {stages} stages with "
+        f"strides {total.tolist()} cannot give. What it can: "
+        + "; ".join(f"decoder_stages={k} auxiliary_stage={e} scale={max(s)}" for k, e, s in possible[:12])
+        + (
+            ". Take one of these, or leave the keys at 'auto'."
+            if possible
+            else f"decoder_stages from 0 to {stages - 1}."
+        )
+    )
+
+
+def _by(sizes: Sequence[int] | np.ndarray) -> str:
+    return "x".join(str(n) for n in sizes)

@@ -1,0 +1,187 @@
+"""The MACL plan: what it holds, how it lies on disk, what may be edited, how it is told.
+
+It lies beside nnU-Net's own plan as ``P_macl_C.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_macl.checkpoints import write_json
+from nnunetv2_macl.data import Sampling
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration, checksum, read_json
+from nnunetv2_macl.planning.memory import is_above_zero
+from nnunetv2_macl.recipe import Recipe, recipe_from_values
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MACLPlan:
+    """What is trained, on what, and how: the recipe, and all that follows from it and the nnU-Net plan.
+
+    Per-axis values are in the order of the nnU-Net plan, sizes in voxels, memory in GiB.
+    """
+
+    dataset_name: str
+    plans_name: str
+    configuration: str
+    nnunet_plan_checksum: str
+    unlabelled_datasets: list[str]
+    skip_unreadable: bool
+    channel_map: dict[str, str]
+    decoder_stages: int
+    auxiliary_stage: int
+    scale: list[int]
+    patch_size: list[int]
+    dominant_patch_size: list[int]
+    grid: list[int]
+    batch_size: int
+    position_group_size: int
+    threshold: float
+    expected_positives: float
+    out_of_plane_rotation: float
+    gpu_memory_gb: float
+    memory_gib: float
+    memory_mixed_precision_gib: float
+    recipe: dict[str, Any]
+    reasons: dict[str, str]
+
+    def get_recipe(self) -> Recipe:
+        return recipe_from_values(self.recipe, "MACL plan")
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(volume_patch(self.patch_size), self.batch_size, self.position_group_size, self.recipe["seed"])
+
+    def with_recipe(self, values: dict[str, Any]) -> MACLPlan:
+        """The same plan with other recipe values, none of which anything else is derived from but the batch size."""
+        plan = replace(self, recipe=self.recipe | values)
+        return replace(plan, batch_size=values["batch_size"]) if "batch_size" in values else plan
+
+    def as_json(self, *, edited: bool = False) -> dict[str, Any]:
+        """Content of the file. The checksum tells later whether the user edited it; an edited plan stays edited."""
+        content = {"format_version": FORMAT_VERSION} | asdict(self)
+        return content | {"checksum": "edited" if edited else checksum(content)}
+
+
+def volume_patch(patch_size: Sequence[int]) -> tuple[int, ...]:
+    """Patch on the three axes of a volume: a 2D patch is one slice thick."""
+    return (1,) * (3 - len(patch_size)) + tuple(patch_size)
+
+
+def plan_file(configuration: Configuration) -> Path:
+    return configuration.folder / f"{configuration.plans_name}_macl_{configuration.name}.json"
+
+
+_MEND_PLAN = "Correct it, or move it away to have it derived again."
+
+
+def was_edited(file: Path) -> bool:
+    """Whether a MACL plan was changed since it was written. Raises UserError where it is no JSON file."""
+    content = read_json(file, _MEND_PLAN)
+    if not isinstance(content, dict):
+        return True
+    return content.get("checksum") != checksum({key: value for key, value in content.items() if key != "checksum"})
+
+
+def read_plan(file: Path) -> MACLPlan:
+    """Read a MACL plan.
+
+    Raises:
+        UserError: no such file, or not a MACL plan; names the key.
+    """
+    content = read_json(file, _MEND_PLAN)
+    names = [f.name for f in fields(MACLPlan)]
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is no MACL plan. {_MEND_PLAN}")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format version {content.get('format_version')!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "
+            f"Update nnunetv2_macl, or move the file away to have it derived again."
+        )
+    if missing := [name for name in names if name not in content]:
+        raise UserError(f"{file} lacks {', '.join(missing)}. {_MEND_PLAN}")
+    plan = MACLPlan(**{name: content[name] for name in names})
+    recipe_from_values(plan.recipe, f"{file}, 'recipe'")
+    return plan
+
+
+def check_plan(plan: MACLPlan, configuration: Configuration, file: Path) -> None:
+    """Check a plan that was edited against its network. Raises UserError that names the key, the rule and the value."""
+    mend = f"Correct it in {file}, or move the file away to have it derived again."
+    axes, stages = len(configuration.patch_size), len(configuration.strides)
+
+    def require(true: bool, key: str, rule: str) -> None:
+        if not true:
+            raise UserError(f"'{key}' must be {rule}, got {getattr(plan, key)!r}. {mend}")
+
+    def whole(value: Any, low: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+    for key, low, high in (("decoder_stages", 0, stages - 1), ("auxiliary_stage", 1, stages)):
+        require(
+            whole(getattr(plan, key), low) and getattr(plan, key) <= high, key, f"a whole number from {low} to {high}"
+        )
+    require(
+        stages - plan.decoder_stages <= plan.auxiliary_stage, "auxiliary_stage", f"at least {stages} - decoder_stages"
+    )
+    for key in ("scale", "patch_size", "dominant_patch_size", "grid"):
+        value = getattr(plan, key)
+        good = isinstance(value, list) and len(value) == axes and all(whole(n, 1) for n in value)
+        require(good, key, f"a list of {axes} whole numbers above 0")
+    total = np.cumprod(np.asarray(configuration.strides), axis=0)
+    scale = total[plan.auxiliary_stage - 1] // total[stages - plan.decoder_stages - 1]
+    require(plan.scale == scale.tolist(), "scale", f"{scale.tolist()}, from decoder_stages and auxiliary_stage")
+    step = scale * total[-1]
+    require(not (np.asarray(plan.patch_size) % step).any(), "patch_size", f"a multiple of {step.tolist()}")
+    require(np.prod(np.asarray(plan.patch_size) // step) > 1, "patch_size", f"more than {step.tolist()} on some axis")
+    small = (np.asarray(plan.patch_size) // scale).tolist()
+    require(plan.dominant_patch_size == small, "dominant_patch_size", f"{small}, patch_size divided by scale")
+    require(whole(plan.batch_size, 2), "batch_size", "a whole number from 2")
+    require(whole(plan.position_group_size, 1), "position_group_size", "a whole number from 1")
+    require(is_above_zero(plan.gpu_memory_gb), "gpu_memory_gb", "a number above 0")
+    for key, high in (("threshold", 1), ("out_of_plane_rotation", 180)):
+        value = getattr(plan, key)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= high
+        require(good, key, f"a number from 0 to {high}")
+    good = isinstance(plan.unlabelled_datasets, list) and all(isinstance(d, str) for d in plan.unlabelled_datasets)
+    require(good, "unlabelled_datasets", "a list of data set names")
+    require(isinstance(plan.skip_unreadable, bool), "skip_unreadable", "true or false")
+    good = isinstance(plan.channel_map, dict) and all(isinstance(c, str) for c in plan.channel_map.values())
+    require(good, "channel_map", "channel names by channel names")
+    if plan.nnunet_plan_checksum != configuration.plan_checksum():
+        raise UserError(
+            f"{file} was derived from another nnU-Net plan than the one there is now. Move it away to have it derived again."
+        )
+
+
+def write_plan(plan: MACLPlan, file: Path, *, edited: bool = False) -> None:
+    write_json(plan.as_json(edited=edited), file)
+
+
+def describe(plan: MACLPlan) -> str:
+    """The plan in words, a line a derived value with its reason."""
+    lines = [f"MACL plan of {plan.dataset_name}, {plan.plans_name}, {plan.configuration}"]
+    for keys, reason in plan.reasons.items():
+        values = ", ".join(f"{key} {_words(getattr(plan, key))}" for key in keys.split(", "))
+        lines.append(f"  {values}\n      {reason}")
+    lines.append(
+        f"  memory: about {plan.memory_mixed_precision_gib} GiB on a GPU in mixed precision, {plan.memory_gib} GiB in float32"
+    )
+    if plan.unlabelled_datasets:
+        lines.append(f"  unlabelled images also from {', '.join(plan.unlabelled_datasets)}")
+    return "\n".join(lines)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return "x".join(str(n) for n in value)
+    return json.dumps(value)

@@ -1,0 +1,181 @@
+"""Where the images to pre-train on lie, and which files make a case."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunetv2_macl.data import Case
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration, channel_names, raw_folder, read_json
+
+UNLABELLED_FOLDER = "imagesUn"
+
+
+class CaseFiles(NamedTuple):
+    """Files of one case in the order of DATASET's channels, or one file and the channels to take from it."""
+
+    files: list[str]
+    channels: list[int] | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Unlabelled images of one raw data set, what reads them, and the cases that lack something."""
+
+    dataset_name: str
+    cases: dict[str, CaseFiles]
+    incomplete: dict[str, str]
+    reader: type[BaseReaderWriter]
+
+
+def find_sources(
+    configuration: Configuration, datasets: Sequence[str], channel_map: Mapping[str, str] | None = None
+) -> list[Source]:
+    """Unlabelled images: DATASET's ``imagesUn``, and ``imagesTr`` and ``imagesUn`` of the data sets in ``datasets``.
+
+    Args:
+        configuration: of DATASET.
+        datasets: further raw data sets, by full name.
+        channel_map: DATASET's channel names to those of ``datasets``, where they have other names.
+
+    Raises:
+        UserError: a data set is missing, has other channels, or has no image.
+    """
+    sources = []
+    own = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
+    ending = configuration.dataset_json["file_ending"]
+    files = _group_channels(own, ending)
+    if files:
+        channels = list(range(len(configuration.channel_names)))
+        cases, incomplete = _pick_channels(files, channels, configuration.channel_names)
+        reader = configuration.plans_manager.image_reader_writer_class
+        sources.append(Source(configuration.dataset_name, cases, incomplete, reader))
+    elif own.is_dir() and any(own.iterdir()):
+        found = sorted(p.name for p in own.iterdir())[0]
+        raise UserError(
+            f"{own} holds no image named as nnU-Net names them (CASE_0000{ending}); there is {found}. "
+            f"Rename the files, one a channel: CASE_0000{ending}, CASE_0001{ending}, ..."
+        )
+    return sources + [_other_dataset(configuration, name, channel_map or {}) for name in datasets]
+
+
+def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping[str, str]) -> Source:
+    folder = raw_folder(name)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} does not exist, so there are no images of {name} to use. Put them there or leave out -u."
+        )
+    file = folder / "dataset.json"
+    dataset_json = read_json(file, "Write one, as for any nnU-Net data set: channel_names and file_ending are needed.")
+    for key in ("channel_names", "file_ending"):
+        if key not in dataset_json and not (key == "channel_names" and "modality" in dataset_json):
+            raise UserError(f"{file} has no '{key}'. Add it, as for any nnU-Net data set.")
+    theirs = channel_names(dataset_json)
+    channels = _match_channels(configuration, name, theirs, channel_map)
+    ending = dataset_json["file_ending"]
+    if "dataset" in dataset_json:  # nnU-Net's other way to name files
+        listed = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
+        files = {case: dict(enumerate(entry["images"])) for case, entry in listed.items()}
+    else:
+        files = _group_channels(folder / "imagesTr", ending)
+    for case, more in _group_channels(folder / UNLABELLED_FOLDER, ending).items():
+        if case in files:
+            raise UserError(
+                f"{name} has a case {case} both in imagesTr and in {UNLABELLED_FOLDER}. Rename one of them in "
+                f"{folder / UNLABELLED_FOLDER}."
+            )
+        files[case] = more
+    if not files:
+        raise UserError(f"No image found in {folder / 'imagesTr'} or {folder / UNLABELLED_FOLDER} (CASE_0000{ending}).")
+    cases, incomplete = _pick_channels(files, channels, theirs)
+    example = next(iter(next(iter(files.values())).values()))
+    reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+    return Source(name, cases, incomplete, reader)
+
+
+def _match_channels(
+    configuration: Configuration, name: str, theirs: list[str], channel_map: Mapping[str, str]
+) -> list[int]:
+    """Which of the other data set's channels is each of DATASET's, by name."""
+    ours = configuration.channel_names
+    if unknown := [key for key in channel_map if key not in ours]:
+        raise UserError(f"--channel_map: {configuration.dataset_name} has no channel {unknown[0]!r}, it has {ours}.")
+    wanted = [channel_map.get(channel, channel) for channel in ours]
+    if wanted == theirs:
+        return list(range(len(ours)))
+    if all(theirs.count(channel) == 1 for channel in wanted) and len(set(wanted)) == len(wanted):
+        return [theirs.index(channel) for channel in wanted]
+    example = " ".join(f"{mine}={their}" for mine, their in zip(ours, theirs, strict=False))
+    raise UserError(
+        f"{configuration.dataset_name} has the channels {ours}, {name} has {theirs}. "
+        f"Say which is which, ours=theirs, for example: --channel_map {example}; or leave {name} out of -u."
+    )
+
+
+def _group_channels(folder: Path, ending: str) -> dict[str, dict[int, str]]:
+    """Files named CASE_0000ENDING, CASE_0001ENDING, ... by case and channel, in one pass over the folder."""
+    if not folder.is_dir():
+        return {}
+    pattern = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(ending))
+    cases: dict[str, dict[int, str]] = defaultdict(dict)
+    for name in sorted(entry.name for entry in os.scandir(folder)):
+        if match := pattern.fullmatch(name):
+            cases[match["case"]][int(match["channel"])] = str(folder / name)
+    return dict(cases)
+
+
+def _pick_channels(
+    files: dict[str, dict[int, str]], channels: list[int], names: list[str]
+) -> tuple[dict[str, CaseFiles], dict[str, str]]:
+    """Files of each case in the order of ``channels``; and what is wrong with the cases that lack one or have too many."""
+    cases: dict[str, CaseFiles] = {}
+    incomplete: dict[str, str] = {}
+    # all channels in one file, as in RGB images
+    one_file = len(names) > 1 and all(len(by_channel) == 1 for by_channel in files.values())
+    for case, by_channel in files.items():
+        missing = [c for c in channels if c not in by_channel]
+        unknown = [c for c in by_channel if c >= len(names)]
+        if one_file:
+            cases[case] = CaseFiles(list(by_channel.values()), channels)
+        elif missing or unknown:
+            what = (
+                f"lacks channel {names[missing[0]]} (_{missing[0]:04d})" if missing else f"has a file _{unknown[0]:04d}"
+            )
+            incomplete[case] = (
+                f"Case {case} {what}, and the data set has the channels {names}: {', '.join(by_channel.values())}."
+            )
+        else:
+            cases[case] = CaseFiles([by_channel[c] for c in channels], None)
+    return cases, incomplete
+
+
+def training_cases(configuration: Configuration) -> list[Case]:
+    """DATASET's own training cases, where nnU-Net's preprocessing put them. Labels are not opened.
+
+    Raises:
+        UserError: nnU-Net has not preprocessed the configuration, or in a format that cannot be read in parts.
+    """
+    folder = configuration.cases_folder
+    mend = f"Type: nnUNetv2_preprocess -d {configuration.id} -plans_name {configuration.plans_name} -c {configuration.name}"
+    if not folder.is_dir():
+        raise UserError(
+            f"nnU-Net has not preprocessed the images of {configuration.dataset_name} yet: no {folder}. {mend}"
+        )
+    names = sorted(
+        entry.name[: -len(".b2nd")]
+        for entry in os.scandir(folder)
+        if entry.name.endswith(".b2nd") and not entry.name.endswith("_seg.b2nd")
+    )
+    if not names:
+        raise UserError(f"{folder} holds no case in nnU-Net's current format (.b2nd). {mend}")
+    return [Case(name, str(folder / f"{name}.b2nd")) for name in names]
