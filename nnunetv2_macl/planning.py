@@ -364,15 +364,19 @@ class MemoryEstimate:
         self._loss = build_loss(recipe)
         weights = sum(p.numel() for p in self._network.parameters())
         trained = sum(p.numel() for p in self._network.parameters() if p.requires_grad)
+        self._half_weights = 2 * weights
         # weight, gradient, and what the optimiser keeps
         self._fixed = 4 * (weights + trained * (1 + {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer]))
 
     def gib(self, batch_size: int, *, mixed_precision: bool = False) -> float:
         """The most that a training step holds, GiB."""
-        share = _AUTOCAST_SHARE if mixed_precision else 1.0
         kept, largest, chunks = self._activations(batch_size)
         # the backward pass of the largest layer holds two gradients of its size
-        return ((kept + 2 * largest) * share + chunks + self._fixed) / 2**30
+        activations = kept + 2 * largest
+        if mixed_precision:
+            # autocast keeps a copy of the weights in half precision for the backward pass
+            activations = activations * _AUTOCAST_SHARE + self._half_weights
+        return (activations + chunks + self._fixed) / 2**30
 
     def kept(self, batch_size: int) -> int:
         """What autograd keeps for the backward pass, and weights, gradients and optimiser state, bytes in float32."""
