@@ -11,6 +11,8 @@ from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice, smaller_batch
 
 
+# the limit is near what torch alone takes of the address space, which differs between builds
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 def test_the_user_is_told_a_smaller_batch(workspace):
     command = "ulimit -v 5500000; exec nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu -np 1 -batch_size"
