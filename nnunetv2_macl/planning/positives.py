@@ -63,6 +63,8 @@ def plan_threshold(shapes: Sequence[Sequence[int]], sampling: Sampling, recipe: 
         f"lowered from {recipe.threshold}, where an anchor would have {at_recipe - 1:.1f} positives beside its own view: more "
         f"than {limit:.3g} dilute the own view, which is learned first, and the run collapses"
     )
+    if threshold == 0:
+        reason += "; too many patches share one position here to leave a few, so the own view alone is a positive"
     return threshold, expected, reason
 
 
