@@ -16,7 +16,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_macl.data import Case
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration, channel_names, raw_folder, read_json
+from nnunetv2_macl.nnunet import SUPPORTED_CONFIGURATIONS, Configuration, channel_names, raw_folder, read_json
 
 UNLABELLED_FOLDER = "imagesUn"
 
@@ -168,8 +168,12 @@ def training_cases(configuration: Configuration) -> list[Case]:
     folder = configuration.cases_folder
     mend = f"Type: nnUNetv2_preprocess -d {configuration.id} -plans_name {configuration.plans_name} -c {configuration.name}"
     if not folder.is_dir():
+        manager = configuration.plans_manager
+        others = [c for c in SUPPORTED_CONFIGURATIONS if c in manager.available_configurations]
+        ready = [c for c in others if (configuration.folder / manager.get_configuration(c).data_identifier).is_dir()]
+        mend += f", or take one that is: -c {' or '.join(ready)}" if ready else ""
         raise UserError(
-            f"nnU-Net has not preprocessed the images of {configuration.dataset_name} yet: no {folder}. {mend}"
+            f"nnU-Net has not preprocessed {configuration.dataset_name} for {configuration.name} yet: no {folder}. {mend}"
         )
     names = sorted(
         entry.name[: -len(".b2nd")]

@@ -259,7 +259,7 @@ def test_two_runs_into_one_folder(workspace):
         (dict(dataset="hippo"), ["'hippo'", DATASET]),
         (dict(plans="Nope"), ["Nope.json", "-p nnUNetPlans", "nnUNetv2_plan_and_preprocess -d 901"]),
         (dict(configuration="4d"), ["'4d'", "2d"]),
-        (dict(configuration="3d_fullres"), ["nnUNetv2_preprocess -d 901"]),
+        (dict(configuration="3d_fullres"), ["nnUNetv2_preprocess -d 901", "-c 2d"]),
         (dict(recipe="nope"), ["'nope'", "macl"]),
         (dict(exclude_fold=9), ["--exclude_fold 9", "0 to 4"]),
         (dict(device="gpu"), ["cuda, cpu, mps", "'gpu'"]),
