@@ -23,7 +23,7 @@ from nnunetv2_macl.network import MACLNetwork
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.planning.levels import plan_levels
-from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, write_plan
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.recipe import Recipe
 
 PLANNERS = (ExperimentPlanner, nnUNetPlannerResEncM, nnUNetPlannerResEncL, nnUNetPlannerResEncXL)
@@ -114,7 +114,7 @@ def check_legal(plan: MACLPlan, configuration: Configuration) -> None:
     assert all(reason for reason in plan.reasons.values())
     file = plan_file(configuration)
     write_plan(plan, file)
-    assert read_plan(file) == (plan, False)
+    assert read_plan(file) == plan and not was_edited(file)
     check_plan(plan, configuration, file)
 
 

@@ -321,7 +321,7 @@ def test_the_command_takes_pre_trainings_default_configuration(show):
 
 
 def test_the_command_refuses_with_what_to_pre_train(show):
-    with pytest.raises(SystemExit, match=r"nnUNetv2_train_macl_pretrain 903 -c 3d_fullres$"):
+    with pytest.raises(SystemExit, match=r"nnUNetv2_train_macl_pretrain 903 -c 3d_cascade_fullres$"):
         show(architecture(axes=2), "-c", "3d_cascade_fullres")
     with pytest.raises(SystemExit, match="has no configuration '4d'"):
         show(architecture(axes=3), "-c", "4d")
