@@ -66,7 +66,7 @@ def demo(folder: Path) -> dict[str, float]:
             tail = "\n".join(lines[-15:])
             raise UserError(f"'{command}' failed with code {process.returncode}; {log} ends with\n{tail}")
         for line in lines:
-            if any(word in line for word in _SHOWN):
+            if any(word in line for word in _SHOWN) and "data_identifier" not in line:
                 print(f"    | {line}", flush=True)
 
     quoted = shlex.quote
