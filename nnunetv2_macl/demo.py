@@ -73,12 +73,12 @@ def demo(folder: Path) -> dict[str, float]:
     run("2. nnU-Net plans and preprocesses.", "nnUNetv2_plan_and_preprocess -d 900 -c 2d -np 2")
     run(
         "3. MACL pre-trains encoder and decoder on all images, without labels (much shorter than you would).",
-        "nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -np 2 -batch_size 16 -num_epochs 10 -num_iterations_per_epoch 20",
+        "nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -np 2 -batch_size 16 -num_epochs 14 -num_iterations_per_epoch 20",
     )
-    run("4. nnU-Net fine-tunes from it.", "nnUNetv2_train 900 2d all -tr nnUNetTrainerMACL_1epoch -device cpu")
+    run("4. nnU-Net fine-tunes from it.", "nnUNetv2_train 900 2d 0 -tr nnUNetTrainerMACL_1epoch -device cpu")
     run(
         "5. nnU-Net predicts. This package is no longer needed, here or on another machine.",
-        f"nnUNetv2_predict -d 900 -c 2d -f all -tr nnUNetTrainerMACL_1epoch -device cpu --disable_tta "
+        f"nnUNetv2_predict -d 900 -c 2d -f 0 -tr nnUNetTrainerMACL_1epoch -device cpu --disable_tta "
         f"-i {quoted(str(raw / 'imagesTs'))} -o {quoted(str(predictions))}",
     )
     run(
@@ -90,7 +90,7 @@ def demo(folder: Path) -> dict[str, float]:
     dice = float(summary["foreground_mean"]["Dice"])
     seconds = perf_counter() - began
     pretraining = results / "nnUNetTrainerMACLPretrain__nnUNetPlans__2d" / "fold_all"
-    finetuning = results / "nnUNetTrainerMACL_1epoch__nnUNetPlans__2d" / "fold_all"
+    finetuning = results / "nnUNetTrainerMACL_1epoch__nnUNetPlans__2d" / "fold_0"
     print(f"\nMean Dice of the predictions on 4 unseen cases: {dice:.3f} (done in {seconds / 60:.1f} minutes)")
     print("Pictures:")
     for picture in (pretraining / "views.png", pretraining / "progress.png", finetuning / "progress.png"):

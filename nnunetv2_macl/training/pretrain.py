@@ -384,14 +384,16 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self._watch_collapse(monitoring.collapse_reason(epoch, before, references, self._step))
 
     def _watch_collapse(self, reason: str | None) -> None:
-        if reason and not self.collapsed:
+        self._collapsed_epochs = self._collapsed_epochs + 1 if reason else 0
+        # one epoch may be chance
+        told = reason if self._collapsed_epochs >= 2 else None
+        if told and not self.collapsed:
             self.print_to_log_file(
-                f"WARNING: the run has COLLAPSED: {reason}.\n{monitoring.collapse_advice(self.recipe)}"
+                f"WARNING: the run has COLLAPSED: {told}.\n{monitoring.collapse_advice(self.recipe)}"
             )
         elif self.collapsed and not reason:
             self.print_to_log_file("The run is no longer collapsed.")
-        self.collapsed = reason
-        self._collapsed_epochs = self._collapsed_epochs + 1 if reason else 0
+        self.collapsed = told
 
     def on_validation_epoch_start(self) -> None:
         """There are no labels to validate on."""
