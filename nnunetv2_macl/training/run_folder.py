@@ -84,7 +84,8 @@ def set_aside(folder: Path, keep: Path, say: Callable[[str], None]) -> None:
         keep: this run's own log file.
         say: tells the user.
     """
-    old = [p for p in folder.iterdir() if p != keep and not p.name.startswith((".", "previous_"))]
+    # nnU-Net has opened this run's W&B folder by now
+    old = [p for p in folder.iterdir() if p != keep and not p.name.startswith((".", "previous_", "wandb"))]
     if not any(p.suffix == ".pth" for p in old):
         return
     target = folder / f"previous_{datetime.now():%Y%m%d_%H%M%S}"
