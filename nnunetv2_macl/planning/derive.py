@@ -32,6 +32,7 @@ def derive_plan(
         recipe: what is trained, and how.
         unlabelled_datasets: further raw data sets, by full name.
         skip_unreadable: leave out images that cannot be used.
+        channel_map: the configuration's channel names to those of ``unlabelled_datasets``, where they have other names.
         gpu_memory_gb: what the batch may take; None is what nnU-Net planned for.
 
     Raises:

@@ -130,10 +130,10 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     ) -> nn.Module:
         # without labels there is no first stage's segmentation for the second stage of a cascade
         image_channels = len(self.macl_configuration.channel_names)
-        self.unet = nnUNetTrainer.build_network_architecture(
+        unet = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, image_channels, num_output_channels, enable_deep_supervision
         )
-        return build_network(self.macl_configuration, self.macl_plan, self.recipe, self.unet)
+        return build_network(self.macl_configuration, self.macl_plan, self.recipe, unet)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
         optimizer = build_optimizer(self.network, self.recipe)
@@ -414,7 +414,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             )
         self.current_epoch += 1
         patience = self.recipe.collapse_patience
-        if patience and self._collapsed_epochs >= patience and not last:
+        if patience and self.collapsed and self._collapsed_epochs >= patience and not last:
             self._stop_collapsed()
 
     @user_errors_end_the_run
