@@ -53,6 +53,7 @@ def _pretrain_parser() -> argparse.ArgumentParser:
     add("-num_epochs", type=int, help="recipe key")
     add("-num_iterations_per_epoch", type=int, help="recipe key")
     add("-batch_size", type=int, help="recipe key: patches a step, over all GPUs")
+    add("-patches_at_once", type=int, help="recipe key: fewer than the batch take less memory and a third more time")
     add("-seed", type=int, help="recipe key")
     add(
         "-gpu_memory",
@@ -74,6 +75,9 @@ def _pretrain_parser() -> argparse.ArgumentParser:
         help="channel names of DATASET and those of the -u data sets, where they differ",
     )
     add("--plan_only", action="store_true", help="print and write the MACL plan, and stop")
+    add("--preprocess_only", action="store_true", help="preprocess the unlabelled images, and stop")
+    add("-num_parts", type=int, default=1, help="machines that share the preprocessing. Default: 1")
+    add("-part_id", type=int, default=0, help="which of them this is, from 0")
     return parser
 
 
@@ -87,7 +91,7 @@ def _pair(text: str) -> tuple[str, str]:
 def pretrain_entry() -> None:
     """``nnUNetv2_train_macl_pretrain``."""
     arguments = vars(_pretrain_parser().parse_args())
-    for key in ("num_epochs", "num_iterations_per_epoch", "batch_size", "seed"):
+    for key in ("num_epochs", "num_iterations_per_epoch", "batch_size", "patches_at_once", "seed"):
         if arguments[key] is None:
             del arguments[key]
 

@@ -12,6 +12,7 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -135,6 +136,13 @@ class MACLNetwork(nn.Module):
         """Whether the invariance group is used at all; it is not where only the image level is trained."""
         return self.pixel_level or self.feature_level
 
+    @property
+    def features_vary(self) -> bool:
+        """Whether `features` of a patch depend on more than the patch: batch norm or dropout in the U-Net."""
+        parts = (self.encoder, self.transpconvs, self.decoder_stages)
+        modules = [module for part in parts for module in part.modules()]
+        return any(isinstance(m, (_BatchNorm, nn.modules.dropout._DropoutNd)) for m in modules)
+
     def forward(
         self,
         invariance_small: Tensor | None,
@@ -155,6 +163,19 @@ class MACLNetwork(nn.Module):
             ``dense_dominant``, ``dense_auxiliary``: (N, channels, *grid), from the invariance group;
             ``bottleneck_dominant``, ``bottleneck_auxiliary``: (N, channels, *bottleneck), from the invariance group.
         """
+        return self.project(self.features(invariance_small, invariance, variance_small, variance))
+
+    def features(
+        self,
+        invariance_small: Tensor | None,
+        invariance: Tensor | None,
+        variance_small: Tensor | None,
+        variance: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """What the U-Net makes of the four groups, before any projector: where nothing ties one patch to another.
+
+        Arguments as in `forward`. Returns maps by name, each (N, channels, *spatial), for `project`.
+        """
         small = [group for group in (invariance_small, variance_small) if group is not None]
         full = [group for group in (invariance, variance) if group is not None]
         patches = len(full[0])
@@ -162,16 +183,30 @@ class MACLNetwork(nn.Module):
         bottleneck, decoded = self._dominant(torch.cat(small))
         skips = (self.auxiliary_encoder or self.encoder)(torch.cat(full))
 
+        features: dict[str, Tensor] = {}
+        if self.image_level:
+            features["variance_dominant"] = decoded[-patches:]
+            features["variance_auxiliary"] = skips[-1][-patches:]
+        if self.pixel_level:
+            features["dense_dominant"] = decoded[:patches]
+            features["dense_auxiliary"] = skips[self.auxiliary_stage - 1][:patches]
+        if self.feature_level:
+            features["bottleneck_dominant"] = bottleneck[:patches]
+            features["bottleneck_auxiliary"] = skips[-1][:patches]
+        return features
+
+    def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From `features` of the whole batch to what `forward` returns."""
         outputs: dict[str, Tensor] = {}
         if self.image_level:
-            outputs["global_dominant"] = self.instance_projector_dominant(decoded[-patches:])
-            outputs["global_auxiliary"] = self.instance_projector_auxiliary(skips[-1][-patches:])
+            outputs["global_dominant"] = self.instance_projector_dominant(features["variance_dominant"])
+            outputs["global_auxiliary"] = self.instance_projector_auxiliary(features["variance_auxiliary"])
         if self.pixel_level:
-            outputs["dense_dominant"] = decoded[:patches]
-            outputs["dense_auxiliary"] = self.pixel_projector(skips[self.auxiliary_stage - 1][:patches])
+            outputs["dense_dominant"] = features["dense_dominant"]
+            outputs["dense_auxiliary"] = self.pixel_projector(features["dense_auxiliary"])
         if self.feature_level:
-            outputs["bottleneck_dominant"] = bottleneck[:patches]
-            outputs["bottleneck_auxiliary"] = skips[-1][:patches]
+            outputs["bottleneck_dominant"] = features["bottleneck_dominant"]
+            outputs["bottleneck_auxiliary"] = features["bottleneck_auxiliary"]
         return outputs
 
     def _dominant(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.run.run_training import run_training
 
-from nnunetv2_macl import nnunet
+from nnunetv2_macl import distributed, nnunet
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.plan import MACLPlan, describe, read_plan
@@ -20,6 +18,7 @@ from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, find_sources, training_cases
 from nnunetv2_macl.resources import resource_folder
+from nnunetv2_macl.training.launch import join_ranks, leave_ranks, train
 from nnunetv2_macl.training.pretrain import PLAN_COPY
 
 logger = logging.getLogger(__name__)
@@ -44,10 +43,15 @@ def pretrain(
     skip_unreadable: bool = False,
     channel_map: Mapping[str, str] | None = None,
     plan_only: bool = False,
+    preprocess_only: bool = False,
+    num_parts: int = 1,
+    part_id: int = 0,
     gpu_memory: float | None = None,
     **values: Any,
 ) -> Path:
     """Plan, preprocess, pre-train, and write weights that ``nnUNetTrainerMACL`` fine-tunes from.
+
+    Under torchrun each of its processes calls this and takes its share of every batch.
 
     Args:
         dataset: id or name, as nnU-Net takes it.
@@ -64,76 +68,102 @@ def pretrain(
         skip_unreadable: leave out images that cannot be used.
         channel_map: the data set's channel names to those of ``unlabelled``, where they have other names.
         plan_only: write the MACL plan and stop.
+        preprocess_only: preprocess the unlabelled images and stop.
+        num_parts, part_id: with ``preprocess_only``, every ``num_parts``-th image from ``part_id`` on, so that machines can
+            share the work, as in nnU-Net's prediction.
         gpu_memory: GB that the batch is planned for; None is what nnU-Net planned for.
         **values: recipe keys that win over the recipe's own.
 
     Returns:
-        The run's folder, where the weights are; with ``plan_only`` the folder where they would be.
+        The run's folder, where the weights are; with ``plan_only`` or ``preprocess_only`` the folder where they would be.
 
     Raises:
         UserError: a mistake that the user can mend.
     """
-    target = Configuration.load(dataset, plans, configuration)
-    if configuration is None:
-        others = [c for c in nnunet.SUPPORTED_CONFIGURATIONS if c in target.plans_manager.available_configurations]
-        logger.info(
-            "Configuration %s: the first of %s that the plan has (-c takes another)", target.name, ", ".join(others)
-        )
-    if not plan_only:
+    train_too = not (plan_only or preprocess_only)
+    if train_too:
         _check_device(device, num_gpus)
-    fold = "all" if exclude_fold is None else _check_fold(exclude_fold, target)
-    folder = (
-        Path(os.environ["nnUNet_results"]) / target.dataset_name / f"{TRAINER}__{plans}__{target.name}" / f"fold_{fold}"
-    )
-    if continue_training:
-        plan = read_plan(_plan_of_run(folder))
-        _refuse_changes(plan, values, recipe, gpu_memory, folder)
-    else:
-        training_cases(target)
-        names = list(dict.fromkeys(nnunet.dataset_name(name) for name in unlabelled))
-        if target.dataset_name in names:
-            raise UserError(
-                f"-u {target.dataset_name} is the data set itself, whose images are used anyway. Leave it out."
+    _check_parts(num_parts, part_id, preprocess_only)
+    join_ranks(device)
+    try:
+        with distributed.first_rank_first() as first:
+            target = Configuration.load(dataset, plans, configuration)
+            fold = "all" if exclude_fold is None else _check_fold(exclude_fold, target)
+            run = f"{TRAINER}__{plans}__{target.name}"
+            folder = Path(os.environ["nnUNet_results"]) / target.dataset_name / run / f"fold_{fold}"
+            if first:
+                if configuration is None:
+                    _say_which(target)
+                if continue_training:
+                    plan = read_plan(_plan_of_run(folder))
+                    _refuse_changes(plan, values, recipe, gpu_memory, folder)
+                else:
+                    plan = _plan(target, unlabelled, recipe, values, skip_unreadable, channel_map, gpu_memory)
+                if not plan_only:
+                    preprocess_unlabelled(
+                        target,
+                        plan.unlabelled_datasets,
+                        processes=processes,
+                        skip_unreadable=plan.skip_unreadable,
+                        channel_map=plan.channel_map,
+                        part=slice(part_id, None, num_parts),
+                    )
+        if train_too:
+            add_trainers_folder()
+            train(
+                dataset_name_or_id=target.dataset_name,
+                configuration=target.name,
+                fold=fold,
+                trainer_class_name=TRAINER,
+                plans_identifier=plans,
+                num_gpus=num_gpus,
+                continue_training=continue_training,
+                disable_checkpointing=disable_checkpointing,
+                device=device,
             )
-        sources = find_sources(target, names, channel_map)
-        plan = prepare(
-            target,
-            recipe=recipe,
-            values=values,
-            unlabelled_datasets=names,
-            skip_unreadable=skip_unreadable,
-            channel_map=channel_map,
-            gpu_memory_gb=gpu_memory,
-        )
-        logger.info("%s", describe(plan))
-        if plan_only:
-            return folder
-        if not sources:
-            logger.info(
-                "No unlabelled images: pre-training on the training images alone. More go into %s, or come with -u.",
-                nnunet.raw_folder(target.dataset_name) / UNLABELLED_FOLDER,
-            )
-    preprocess_unlabelled(
-        target,
-        plan.unlabelled_datasets,
-        processes=processes,
-        skip_unreadable=plan.skip_unreadable,
-        channel_map=plan.channel_map,
-    )
-    add_trainers_folder()
-    _set_threads(device)
-    run_training(
-        target.dataset_name,
-        target.name,
-        fold,
-        trainer_class_name=TRAINER,
-        plans_identifier=plans,
-        num_gpus=num_gpus,
-        continue_training=continue_training,
-        disable_checkpointing=disable_checkpointing,
-        device=torch.device(device),
-    )
+    finally:
+        leave_ranks()
     return folder
+
+
+def _say_which(target: Configuration) -> None:
+    others = [c for c in nnunet.SUPPORTED_CONFIGURATIONS if c in target.plans_manager.available_configurations]
+    logger.info(
+        "Configuration %s: the first of %s that the plan has (-c takes another)", target.name, ", ".join(others)
+    )
+
+
+def _plan(
+    target: Configuration,
+    unlabelled: Sequence[str | int],
+    recipe: str | Path | None,
+    values: dict[str, Any],
+    skip_unreadable: bool,
+    channel_map: Mapping[str, str] | None,
+    gpu_memory: float | None,
+) -> MACLPlan:
+    """Check what there is to train on, write the MACL plan and tell it."""
+    training_cases(target)
+    names = list(dict.fromkeys(nnunet.dataset_name(name) for name in unlabelled))
+    if target.dataset_name in names:
+        raise UserError(f"-u {target.dataset_name} is the data set itself, whose images are used anyway. Leave it out.")
+    sources = find_sources(target, names, channel_map)
+    plan = prepare(
+        target,
+        recipe=recipe,
+        values=values,
+        unlabelled_datasets=names,
+        skip_unreadable=skip_unreadable,
+        channel_map=channel_map,
+        gpu_memory_gb=gpu_memory,
+    )
+    logger.info("%s", describe(plan))
+    if not sources:
+        logger.info(
+            "No unlabelled images: pre-training on the training images alone. More go into %s, or come with -u.",
+            nnunet.raw_folder(target.dataset_name) / UNLABELLED_FOLDER,
+        )
+    return plan
 
 
 def add_trainers_folder() -> None:
@@ -153,10 +183,27 @@ def _check_device(device: str, num_gpus: int) -> None:
         raise UserError("-device is mps, and torch finds no such device. Type: -device cpu")
     if num_gpus < 1:
         raise UserError(f"-num_gpus must be 1 or more, got {num_gpus}.")
+    if num_gpus > 1 and distributed.started_by_torchrun():
+        raise UserError(f"-num_gpus {num_gpus} under torchrun, which has started the processes. Leave out -num_gpus.")
     if num_gpus > 1 and device != "cuda":
-        raise UserError(f"-num_gpus {num_gpus} needs -device cuda, got -device {device}. Leave out -num_gpus.")
+        raise UserError(
+            f"-num_gpus {num_gpus} needs -device cuda, got -device {device}. Leave out -num_gpus; processes on"
+            " CPUs: torchrun --nproc_per_node G --no-python nnUNetv2_train_macl_pretrain ... -device cpu"
+        )
     if num_gpus > 1 and num_gpus > torch.cuda.device_count():
         raise UserError(f"-num_gpus is {num_gpus}, and torch finds {torch.cuda.device_count()}. Give at most that.")
+
+
+def _check_parts(num_parts: int, part_id: int, preprocess_only: bool) -> None:
+    if num_parts < 1:
+        raise UserError(f"-num_parts must be 1 or more, got {num_parts}.")
+    if not 0 <= part_id < num_parts:
+        raise UserError(f"-part_id must lie between 0 and {num_parts - 1} with -num_parts {num_parts}, got {part_id}.")
+    if num_parts > 1 and not preprocess_only:
+        raise UserError(
+            f"-num_parts {num_parts} splits the preprocessing alone. Type it with --preprocess_only, on each machine, and "
+            "then train without it."
+        )
 
 
 def _check_fold(fold: int, configuration: Configuration) -> int:
@@ -197,11 +244,3 @@ def _refuse_changes(
             f"The run in {folder} goes on as it began; {', '.join(changed)} cannot change now. "
             "Leave that out, or leave out --c to start a new run."
         )
-
-
-def _set_threads(device: str) -> None:
-    """As nnU-Net's training command sets them."""
-    if device == "cpu":
-        torch.set_num_threads(multiprocessing.cpu_count())
-    elif device == "cuda":
-        torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2_macl.data import Sampling
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.levels import plan_levels
-from nnunetv2_macl.planning.memory import MemoryEstimate, check_gpu_memory, plan_batch_size
+from nnunetv2_macl.planning.memory import MemoryEstimate, check_gpu_memory, plan_batch
 from nnunetv2_macl.planning.plan import MACLPlan, volume_patch
 from nnunetv2_macl.planning.positives import plan_position_groups, plan_threshold, resampled_shapes
 from nnunetv2_macl.recipe import Recipe
@@ -47,9 +47,9 @@ def derive_plan(
     target, target_reason = configuration.gpu_memory_target()
     if gpu_memory_gb is not None:
         target, target_reason = check_gpu_memory(gpu_memory_gb), "asked for with -gpu_memory"
-    batch_size, batch_reason = plan_batch_size(memory, recipe, target)
-    group_size, group_reason = plan_position_groups(axes, batch_size, recipe)
-    sampling = Sampling(volume_patch(patch), batch_size, group_size, recipe.seed)
+    batch = plan_batch(memory, recipe, target)
+    group_size, group_reason = plan_position_groups(axes, batch.size, recipe)
+    sampling = Sampling(volume_patch(patch), batch.size, group_size, recipe.seed)
     threshold, expected, threshold_reason = plan_threshold(resampled_shapes(configuration), sampling, recipe)
     if axes == 2:
         out_of_plane, out_reason = 0.0, "2D"
@@ -71,21 +71,23 @@ def derive_plan(
         patch_size=patch,
         dominant_patch_size=[n // s for n, s in zip(patch, levels.scale, strict=True)],
         grid=[n // int(s) for n, s in zip(patch, stride, strict=True)],
-        batch_size=batch_size,
+        batch_size=batch.size,
+        patches_at_once=batch.at_once,
         position_group_size=group_size,
         threshold=threshold,
         expected_positives=round(expected, 2),
         out_of_plane_rotation=out_of_plane,
         gpu_memory_gb=target,
-        memory_gib=round(memory.gib(batch_size), 2),
-        memory_mixed_precision_gib=round(memory.gib(batch_size, mixed_precision=True), 2),
+        memory_gib=round(memory.gib(batch.size, batch.at_once), 2),
+        memory_mixed_precision_gib=round(memory.gib(batch.size, batch.at_once, mixed_precision=True), 2),
         recipe=recipe.as_dict(),
         reasons={
             "decoder_stages, auxiliary_stage, scale, patch_size": levels.reason,
             "dominant_patch_size": "patch_size divided by scale",
             "grid": f"where both dense maps lie: patch_size divided by the stride at stage {levels.auxiliary_stage}",
             "gpu_memory_gb": target_reason,
-            "batch_size": batch_reason,
+            "batch_size": batch.size_reason,
+            "patches_at_once": batch.at_once_reason,
             "position_group_size": group_reason,
             "threshold": threshold_reason,
             "expected_positives": "of an anchor, its own view included, counted over batches drawn as in training",

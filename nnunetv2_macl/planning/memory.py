@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,20 +29,33 @@ class MemoryEstimate:
 
     def __init__(self, configuration: Configuration, levels: Levels, recipe: Recipe) -> None:
         with torch.device("meta"):
-            self._network = build_network(configuration, levels, recipe)
+            self.network = build_network(configuration, levels, recipe)
         self._channels = len(configuration.channel_names)
         self._patch = levels.patch_size
         self._small = [n // s for n, s in zip(levels.patch_size, levels.scale, strict=True)]
         self._loss = build_loss(recipe)
-        weights = sum(p.numel() for p in self._network.parameters())
-        trained = sum(p.numel() for p in self._network.parameters() if p.requires_grad)
+        weights = sum(p.numel() for p in self.network.parameters())
+        trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
         self._half_weights = 2 * weights
         # weight, gradient, and what the optimiser keeps
         self._fixed = 4 * (weights + trained * (1 + {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer]))
 
-    def gib(self, batch_size: int, *, mixed_precision: bool = False) -> float:
-        """The most that a training step holds, GiB."""
-        kept, largest, chunks = self._activations(batch_size)
+    def gib(self, batch_size: int, patches_at_once: int | None = None, *, mixed_precision: bool = False) -> float:
+        """The most that a training step holds, GiB.
+
+        Args:
+            batch_size: N.
+            patches_at_once: patches whose activations are held at a time; None is all.
+            mixed_precision: under torch's autocast.
+        """
+        if patches_at_once is None or patches_at_once >= batch_size:
+            kept, largest, chunks = self._step(batch_size)
+        else:
+            features = self._features(patches_at_once)
+            projectors, largest, chunks = self._projectors(batch_size)
+            # the features of all patches and their gradients lie there while the projectors and then the patches pass
+            kept = 2 * self._feature_bytes(batch_size) + max(features[0], projectors)
+            largest = max(features[1], largest)
         # the backward pass of the largest layer holds two gradients of its size
         activations = kept + 2 * largest
         if mixed_precision:
@@ -51,10 +65,45 @@ class MemoryEstimate:
 
     def kept(self, batch_size: int) -> int:
         """What autograd keeps for the backward pass, and weights, gradients and optimiser state, bytes in float32."""
-        return self._activations(batch_size)[0] + self._fixed
+        return self._step(batch_size)[0] + self._fixed
 
-    def _activations(self, batch_size: int) -> tuple[int, int, int]:
-        """Bytes in float32: all that autograd keeps; the largest of it; what the dense loss in chunks holds besides."""
+    # Each returns bytes in float32: all that autograd keeps; the largest of it; what the dense loss in chunks holds besides.
+
+    def _step(self, batch_size: int) -> tuple[int, int, int]:
+        return self._count(lambda: self._loss_of(self.network(*self._groups(batch_size))))
+
+    def _features(self, batch_size: int) -> tuple[int, int, int]:
+        return self._count(lambda: self.network.features(*self._groups(batch_size)) and None)
+
+    def _projectors(self, batch_size: int) -> tuple[int, int, int]:
+        with torch.no_grad():
+            features = self.network.features(*self._groups(batch_size))
+        features = {key: torch.empty_like(value).requires_grad_() for key, value in features.items()}
+        return self._count(lambda: self._loss_of(self.network.project(features)))
+
+    def _feature_bytes(self, batch_size: int) -> int:
+        with torch.no_grad():
+            return 4 * sum(f.numel() for f in self.network.features(*self._groups(batch_size)).values())
+
+    def _groups(self, batch_size: int) -> tuple[torch.Tensor | None, ...]:
+        image_level, invariance = self.network.image_level, self.network.needs_invariance
+        small = torch.empty(batch_size, self._channels, *self._small, device="meta")
+        full = torch.empty(batch_size, self._channels, *self._patch, device="meta")
+        return (
+            small if invariance else None,
+            full if invariance else None,
+            small if image_level else None,
+            full if image_level else None,
+        )
+
+    def _loss_of(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        patches = len(next(iter(outputs.values())))
+        self._loss(outputs, torch.empty(patches, 3, device="meta"))
+        return outputs.get("dense_dominant")
+
+    @staticmethod
+    def _count(compute: Callable[[], torch.Tensor | None]) -> tuple[int, int, int]:
+        """``compute`` returns the dense embeddings where the dense loss is part of it."""
         kept: dict[int, torch.UntypedStorage] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -63,19 +112,10 @@ class MemoryEstimate:
                 kept[storage._cdata] = storage
             return tensor
 
-        image_level, invariance = self._network.image_level, self._network.needs_invariance
-        small = torch.empty(batch_size, self._channels, *self._small, device="meta")
-        full = torch.empty(batch_size, self._channels, *self._patch, device="meta")
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = self._network(
-                small if invariance else None,
-                full if invariance else None,
-                small if image_level else None,
-                full if image_level else None,
-            )
-            self._loss(outputs, torch.empty(batch_size, 3, device="meta"))
+            dense = compute()
         sizes = [storage.nbytes() for storage in kept.values()]
-        return sum(sizes), max(sizes), _dense_loss_in_chunks(outputs.get("dense_dominant"))
+        return sum(sizes), max(sizes), _dense_loss_in_chunks(dense)
 
 
 def _dense_loss_in_chunks(dense: torch.Tensor | None) -> int:
@@ -92,20 +132,44 @@ def _dense_loss_in_chunks(dense: torch.Tensor | None) -> int:
     return 4 * (vectors * channels * locations + _SIMILARITY_ARRAYS * max(MAX_SIMILARITIES, vectors**2))
 
 
-def plan_batch_size(memory: MemoryEstimate, recipe: Recipe, target: float) -> tuple[int, str]:
-    """The batch, and the reason. target: GPU memory, GB as nnU-Net counts them."""
-    if recipe.batch_size != AUTO:
-        batch_size, reason = int(recipe.batch_size), "as the recipe has it"
-    else:
-        fits = (n for n in _BATCH_SIZES if memory.gib(n, mixed_precision=True) <= target)
-        batch_size = next(fits, _BATCH_SIZES[-1])
-        reason = f"the largest of up to {_BATCH_SIZES[0]} that fits gpu_memory_gb in mixed precision"
-    needed = memory.gib(batch_size, mixed_precision=True)
-    if needed <= target:
-        return batch_size, reason
+class Batch(NamedTuple):
+    """The batch, how many of its patches are computed at a time, and the reason for each."""
+
+    size: int
+    at_once: int
+    size_reason: str
+    at_once_reason: str
+
+
+def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> Batch:
+    """The batch that fits. target: GPU memory, GB as nnU-Net counts them."""
+
+    def fits(size: int, at_once: int | None = None) -> bool:
+        return memory.gib(size, at_once, mixed_precision=True) <= target
+
     if recipe.batch_size == AUTO:
-        reason = "the smallest there can be"
-    return batch_size, f"{reason}, though it takes about {needed:.1f} GB in mixed precision: more than gpu_memory_gb"
+        size = next(filter(fits, _BATCH_SIZES), _BATCH_SIZES[-1])
+        reason = f"the largest of up to {_BATCH_SIZES[0]} that fits gpu_memory_gb in mixed precision"
+        if not fits(size):
+            reason = "the smallest there can be"
+    else:
+        size, reason = int(recipe.batch_size), "as the recipe has it"
+    if recipe.patches_at_once != AUTO:
+        at_once, at_once_reason = min(int(recipe.patches_at_once), size), "as the recipe has it"
+    elif fits(size) or memory.network.features_vary:
+        at_once, at_once_reason = size, "the whole batch"
+    else:
+        at_once = next((n for n in _BATCH_SIZES if n < size and fits(size, n)), 1)
+        at_once_reason = "the most that fits; the gradient is that of the whole batch, at a third more time"
+    if at_once < size and memory.network.features_vary:
+        raise UserError(
+            f"patches_at_once is {at_once} of a batch of {size}, and this network has batch norm or dropout, so that a batch "
+            "cannot be computed in parts. Leave patches_at_once out."
+        )
+    needed = memory.gib(size, at_once, mixed_precision=True)
+    if needed > target:
+        reason += f", though it takes about {needed:.1f} GB in mixed precision: more than gpu_memory_gb"
+    return Batch(size, at_once, reason, at_once_reason)
 
 
 def check_gpu_memory(gpu_memory_gb: float) -> float:

@@ -44,6 +44,7 @@ class MACLPlan:
     dominant_patch_size: list[int]
     grid: list[int]
     batch_size: int
+    patches_at_once: int
     position_group_size: int
     threshold: float
     expected_positives: float
@@ -64,7 +65,11 @@ class MACLPlan:
     def with_recipe(self, values: dict[str, Any]) -> MACLPlan:
         """The same plan with other recipe values, none of which anything else is derived from but the batch size."""
         plan = replace(self, recipe=self.recipe | values)
-        return replace(plan, batch_size=values["batch_size"]) if "batch_size" in values else plan
+        if "batch_size" not in values:
+            return plan
+        # a batch that was computed whole stays whole
+        at_once = plan.patches_at_once if plan.patches_at_once < plan.batch_size else values["batch_size"]
+        return replace(plan, batch_size=values["batch_size"], patches_at_once=at_once)
 
     def as_json(self, *, edited: bool = False) -> dict[str, Any]:
         """Content of the file. The checksum tells later whether the user edited it; an edited plan stays edited."""
@@ -146,6 +151,7 @@ def check_plan(plan: MACLPlan, configuration: Configuration, file: Path) -> None
     small = (np.asarray(plan.patch_size) // scale).tolist()
     require(plan.dominant_patch_size == small, "dominant_patch_size", f"{small}, patch_size divided by scale")
     require(whole(plan.batch_size, 2), "batch_size", "a whole number from 2")
+    require(whole(plan.patches_at_once, 1), "patches_at_once", "a whole number from 1")
     require(whole(plan.position_group_size, 1), "position_group_size", "a whole number from 1")
     require(is_above_zero(plan.gpu_memory_gb), "gpu_memory_gb", "a number above 0")
     for key, high in (("threshold", 1), ("out_of_plane_rotation", 180)):

@@ -58,6 +58,7 @@ def preprocess_unlabelled(
     processes: int,
     skip_unreadable: bool = False,
     channel_map: Mapping[str, str] | None = None,
+    part: slice = slice(None),
 ) -> Preprocessed:
     """Preprocess all unlabelled images that are not done yet.
 
@@ -67,6 +68,7 @@ def preprocess_unlabelled(
         processes: at work at a time.
         skip_unreadable: leave images out that cannot be used, instead of stopping.
         channel_map: see `find_sources`.
+        part: of each data set's cases, in the order of their names: what this machine does.
 
     Raises:
         UserError: an image that cannot be used (named), or too little space.
@@ -78,7 +80,7 @@ def preprocess_unlabelled(
     for source in find_sources(configuration, datasets, channel_map):
         for name, reason in source.incomplete.items():
             _skip_or_raise(reason, folder / source.dataset_name / name, skipped, skip_unreadable)
-        for name, files in source.cases.items():
+        for name, files in list(source.cases.items())[part]:
             target = folder / source.dataset_name / name
             cases.append(Case(name, f"{target}.b2nd"))
             try:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -37,8 +34,8 @@ from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice
 from nnunetv2_macl.training.run_folder import RunLock, set_aside
+from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
-from nnunetv2_macl.views import SpatialViews, down
 
 PLAN_COPY = "macl_plan.json"
 
@@ -63,6 +60,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     ) -> None:
         self._continue_training = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self._take_own_device(device)
         self.num_val_iterations_per_epoch = 0
         self.save_every = self.save_every_epochs
         self.enable_deep_supervision = False
@@ -73,6 +71,15 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self._collapsed_epochs = 0
         self._step = 0
         self._lock = RunLock(Path(self.output_folder))
+
+    def _take_own_device(self, device: torch.device) -> None:
+        """This rank's device. Ranks work together in `TrainingStep`, so nnU-Net shall not wrap the network in DDP."""
+        if not self.is_ddp:
+            return
+        self.is_ddp = False
+        self.device = torch.device("cuda", distributed.local_rank()) if device.type == "cuda" else device
+        if self.device.type != "cuda":
+            self.grad_scaler = None
 
     # --- set-up ----------------------------------------------------------------------------------------------------------
 
@@ -92,9 +99,14 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             self.plans_manager,
             self.dataset_json,
         )
-        self._lock.acquire()
-        training_cases(self.macl_configuration)
-        self.macl_plan = self._load_plan()
+        with distributed.first_rank_first() as first:
+            if first:
+                self._lock.acquire()
+                training_cases(self.macl_configuration)
+                if not self._plan_file.is_file():
+                    prepare(self.macl_configuration)
+        self.macl_plan = read_plan(self._plan_file)
+        check_plan(self.macl_plan, self.macl_configuration, self._plan_file)
         self.recipe = self.macl_plan.get_recipe()
         self.num_epochs = self.recipe.num_epochs
         self.num_iterations_per_epoch = self.recipe.num_iterations_per_epoch
@@ -103,22 +115,16 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         torch.manual_seed(self.recipe.seed)
         self._register_log_keys()
         super().initialize()
+        self.step = TrainingStep(
+            self.network, self.loss, self.optimizer, self.lr_scheduler, self.grad_scaler, self.macl_plan, self.device
+        )
         self.logger.update_config({"macl_plan": self.macl_plan.as_json()})
 
-    def _load_plan(self) -> MACLPlan:
-        """The plan of the run that goes on, or the plan beside nnU-Net's, derived first where there is none."""
+    @property
+    def _plan_file(self) -> Path:
+        """The plan of the run that goes on, or the plan beside nnU-Net's."""
         copy = Path(self.output_folder) / PLAN_COPY
-        if self._continue_training and copy.is_file():
-            plan = read_plan(copy)
-            check_plan(plan, self.macl_configuration, copy)
-        else:
-            file = plan_file(self.macl_configuration)
-            if not file.is_file() and distributed.rank() == 0:
-                prepare(self.macl_configuration)
-            self._barrier()
-            plan = read_plan(file)
-            check_plan(plan, self.macl_configuration, file)
-        return plan
+        return copy if self._continue_training and copy.is_file() else plan_file(self.macl_configuration)
 
     def build_network_architecture(  # type: ignore[override]
         self,
@@ -133,22 +139,14 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         unet = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, image_channels, num_output_channels, enable_deep_supervision
         )
-        return build_network(self.macl_configuration, self.macl_plan, self.recipe, unet)
+        network = build_network(self.macl_configuration, self.macl_plan, self.recipe, unet)
+        if distributed.world_size() > 1:
+            distributed.synchronise_batch_norm(network)
+        return network
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
         optimizer = build_optimizer(self.network, self.recipe)
-        return optimizer, LambdaLR(optimizer, self._learning_rate_share)
-
-    def _learning_rate_share(self, step: int) -> float:
-        """Of the recipe's rate at a step: linear warm-up, then the schedule to 0."""
-        steps = self._total_steps
-        warmup = round(self.recipe.learning_rate_warmup * steps)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return {"cosine": (1 + math.cos(math.pi * done)) / 2, "poly": (1 - done) ** 0.9, "constant": 1.0}[
-            self.recipe.schedule
-        ]
+        return optimizer, LambdaLR(optimizer, partial(learning_rate_share, self.recipe))
 
     def _build_loss(self) -> nn.Module:
         return build_loss(self.recipe)
@@ -172,25 +170,18 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def on_train_start(self) -> None:
         if not self.was_initialized:
             self.initialize()
+        with distributed.first_rank_first() as first:
+            if first:
+                if self.current_epoch == 0:
+                    set_aside(Path(self.output_folder), keep=Path(self.log_file), say=self.print_to_log_file)
+                self.data = self._prepare_data()
         if distributed.rank() == 0:
-            if self.current_epoch == 0:
-                set_aside(Path(self.output_folder), keep=Path(self.log_file), say=self.print_to_log_file)
-            self.data = self._prepare_data()
-        self._barrier()
-        if distributed.rank() != 0:
-            self.data = self._prepare_data()
-        self.views = SpatialViews(
-            self.macl_plan.patch_size,
-            mirroring=self.recipe.mirroring,
-            rotation=self.recipe.rotation,
-            out_of_plane_rotation=self.macl_plan.out_of_plane_rotation,
-            scaling=tuple(self.recipe.scaling),
-            translation=self.recipe.translation,
-        )
-        self._step = self.current_epoch * self.num_iterations_per_epoch
-        super().on_train_start()
-        if distributed.rank() == 0:
+            super().on_train_start()
             write_plan(self.macl_plan, Path(self.output_folder) / PLAN_COPY)
+        else:
+            self.data = self._prepare_data()
+            self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+        distributed.spread(self.step.module)
         if self.macl_configuration.is_cascaded:
             self.print_to_log_file(
                 f"{self.configuration_name} is the second stage of a cascade: the image channels are pre-trained; the stem's "
@@ -217,7 +208,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         return Preprocessed(own + unlabelled.cases, unlabelled.skipped)
 
     def get_dataloaders(self) -> tuple[Any, None]:
-        steps = self._total_steps
+        steps = self.step.steps
         batches = PretrainingBatches(
             self.data.cases, self.macl_plan.sampling, distributed.share(self.macl_plan.batch_size), steps
         )
@@ -270,91 +261,11 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             ) from error
 
     def _train_step(self, batch: dict) -> dict[str, float]:
-        patches = batch["data"].to(self.device, non_blocking=True)
-        positions = distributed.gather(batch["positions"].to(self.device))
-        self.loss.threshold = self._threshold()
-        shown = self._show(patches)
         if self._step == 0:
-            self._plot_views(shown, positions, batch["cases"])
-
-        self.optimizer.zero_grad(set_to_none=True)
-        # as nnU-Net: autocast pays on a GPU only
-        with torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context():
-            outputs = self.network(*shown)
-        everyone = {name: distributed.gather(output) for name, output in outputs.items()}
-        losses = self.loss(everyone, positions)
-        self._stage_loss(losses).backward() if self.grad_scaler is None else self._scaled_backward(losses)
-        self._optimise()
-        self.module.update_ema()
-
+            self._plot_views(batch)
+        measured = self.step(batch, self._step)
         self._step += 1
         self._bar.update()
-        return self._measure(losses, everyone, positions)
-
-    def _show(self, patches: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """What the branches see: down(I1), I2, down(V1), V2; None for a group that no loss asks for."""
-        small = self.macl_plan.dominant_patch_size
-        # the views of the whole batch are drawn, so that ranks show what one process would
-        generator = torch.Generator().manual_seed(_mix(self.recipe.seed, self._step))
-        first, last = distributed.share(self.macl_plan.batch_size)
-        view1, view2 = (self.views.draw(self.macl_plan.batch_size, generator)[first:last] for _ in range(2))
-        invariance = (down(patches, small), patches) if self.module.needs_invariance else (None, None)
-        if not self.module.image_level:
-            return (*invariance, None, None)
-        return (*invariance, self.views.apply(patches, view1, small), self.views.apply(patches, view2))
-
-    def _threshold(self) -> float:
-        warmup = self.recipe.threshold_warmup * self._total_steps
-        return self.macl_plan.threshold * min(1.0, self._step / warmup if warmup else 1.0)
-
-    @property
-    def _total_steps(self) -> int:
-        return self.num_epochs * self.num_iterations_per_epoch
-
-    @property
-    def _in_decoder_stage(self) -> bool:
-        """The second of two training stages: the dense loss alone, on the fixed encoder."""
-        return self.recipe.training_stages == 2 and self.current_epoch >= self.num_epochs // 2
-
-    def _stage_loss(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The total; with two training stages the dense loss waits for the second, which has it alone."""
-        if self.recipe.training_stages == 1 or "dense" not in losses or "global" not in losses:
-            return losses["total"]
-        # a weight of 0 rather than no term: DDP wants a gradient for every parameter
-        return sum(
-            loss * self.loss.weights[name] * ((name == "dense") == self._in_decoder_stage)
-            for name, loss in losses.items()
-            if name != "total"
-        )
-
-    def _scaled_backward(self, losses: dict[str, torch.Tensor]) -> None:
-        self.grad_scaler.scale(self._stage_loss(losses)).backward()
-        self.grad_scaler.unscale_(self.optimizer)
-
-    def _optimise(self) -> None:
-        if self._in_decoder_stage:
-            for parameter in self.module.encoder.parameters():
-                parameter.grad = None
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-        if self.grad_scaler is None:
-            self.optimizer.step()
-        else:
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
-        self.lr_scheduler.step()
-
-    def _measure(
-        self, losses: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], positions: torch.Tensor
-    ) -> dict[str, float]:
-        measured = {name: loss.item() for name, loss in losses.items()}
-        measured["positives"] = monitoring.mean_positives(positions, self.loss.threshold)
-        embeddings = outputs.get("global_dominant")
-        if embeddings is None:
-            embeddings = outputs["dense_dominant"].flatten(2).mean(-1)
-        measured["embedding_variance"] = monitoring.embedding_variance(embeddings).item()
-        if "bottleneck_dominant" in outputs:
-            rms, between = monitoring.feature_statistics(outputs["bottleneck_dominant"])
-            measured["bottleneck_rms"], measured["bottleneck_variance"] = rms.item(), between.item()
         return measured
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
@@ -459,7 +370,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             {
                 "format_version": checkpoints.FORMAT_VERSION,
                 "kind": "macl_checkpoint",
-                "network_weights": self.module.state_dict(),
+                "network_weights": self.step.module.state_dict(),
                 "optimizer_state": self.optimizer.state_dict(),
                 "lr_scheduler_state": {"last_epoch": self._step},
                 "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
@@ -474,7 +385,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         )
 
     def _export_weights(self) -> None:
-        encoder, decoder = self.module.unet_weights()
+        encoder, decoder = self.step.module.unet_weights()
         log = self.logger.local_logger.my_fantastic_logging
         torch.manual_seed(self.recipe.seed)
         fresh = nnUNetTrainer.build_network_architecture(
@@ -522,7 +433,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             raise UserError(
                 f"{filename_or_checkpoint} is no checkpoint of MACL pre-training. Leave out --c to start anew."
             )
-        self.module.load_state_dict(checkpoint["network_weights"])
+        self.step.module.load_state_dict(checkpoint["network_weights"])
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         self.current_epoch = checkpoint["current_epoch"]
         self.lr_scheduler.last_epoch = checkpoint["lr_scheduler_state"]["last_epoch"]
@@ -533,16 +444,6 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     # --- helpers ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def module(self) -> Any:
-        """The network itself, out of DDP and torch.compile."""
-        module = self.network.module if self.is_ddp else self.network
-        return module._orig_mod if isinstance(module, OptimizedModule) else module
-
-    def _barrier(self) -> None:
-        if self.is_ddp:
-            torch.distributed.barrier()
-
     def _register_log_keys(self) -> None:
         """nnU-Net's logger takes only keys that it knows, one value an epoch."""
         names = [name for name, weight in build_loss(self.recipe).weights.items() if weight]
@@ -552,22 +453,17 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         keys += [key for key in _STATISTICS if not key.startswith("bottleneck") or "equivariance" in names]
         self.logger.local_logger.my_fantastic_logging = {key: [] for key in keys}
 
-    def _plot_views(self, shown: tuple, positions: torch.Tensor, names: list[str]) -> None:
+    def _plot_views(self, batch: dict) -> None:
         if distributed.rank() != 0:
             return
         titles = ("dominant: down(I1)", "auxiliary: I2", "dominant: down(V1)", "auxiliary: V2")
-        groups = {title: patches for title, patches in zip(titles, shown, strict=True) if patches is not None}
+        shown = self.step.show(batch["data"], self._step)
         # a picture is no reason to end a run
         with contextlib.suppress(OSError):
             monitoring.plot_views(
-                groups, positions[: len(names)].cpu(), names, self.macl_plan.threshold,
-                Path(self.output_folder) / "views.png",
+                {title: patches for title, patches in zip(titles, shown, strict=True) if patches is not None},
+                batch["positions"], batch["cases"], self.macl_plan.threshold, Path(self.output_folder) / "views.png",
             )  # fmt: skip
 
 
 _STATISTICS = ("positives", "embedding_variance", "bottleneck_rms", "bottleneck_variance")
-
-
-def _mix(seed: int, step: int) -> int:
-    """One seed for torch from two numbers."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)

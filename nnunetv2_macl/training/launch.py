@@ -1,0 +1,76 @@
+"""nnU-Net's training in this process, in one process a GPU, or in the processes that torchrun started."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from nnunetv2.run.run_training import run_training
+
+from nnunetv2_macl import distributed
+
+
+def train(*, device: str, num_gpus: int, **arguments: Any) -> None:
+    """Run nnU-Net's ``run_training``.
+
+    Args:
+        device: ``cuda``, ``cpu`` or ``mps``.
+        num_gpus: processes to start; 1 in a process that torchrun started, which has started the others.
+        **arguments: of ``run_training``.
+
+    Raises:
+        SystemExit: a process failed; the others are stopped. It has said why.
+    """
+    _set_threads(device)
+    if num_gpus == 1:
+        run_training(device=torch.device(device), **arguments)
+        return
+    try:
+        mp.spawn(_run_rank, (num_gpus, _free_port(), device, arguments), nprocs=num_gpus)
+    except mp.ProcessExitedException as error:
+        raise SystemExit(error.exit_code or 1) from None
+
+
+def join_ranks(device: str) -> None:
+    """Join the processes that torchrun started; does nothing where it started none."""
+    if distributed.started_by_torchrun() and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(distributed.local_rank())
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def leave_ranks() -> None:
+    """End what `join_ranks` began."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _run_rank(rank: int, ranks: int, port: int, device: str, arguments: dict[str, Any]) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+    }  # fmt: skip
+    torch.cuda.set_device(rank)
+    _set_threads(device)
+    dist.init_process_group("nccl")
+    run_training(device=torch.device(device), **arguments)
+    leave_ranks()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _set_threads(device: str) -> None:
+    """As nnU-Net's training command sets them; ranks on one CPU share its cores."""
+    if device == "cuda":
+        torch.set_num_threads(1)
+    elif device == "cpu":
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))

@@ -1,0 +1,201 @@
+"""One step of MACL: what the branches see, the losses, their gradients, the update of the weights."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from nnunetv2.utilities.helpers import dummy_context
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.optim.lr_scheduler import LambdaLR
+
+from nnunetv2_macl import distributed, monitoring
+from nnunetv2_macl.losses import MultiLevelContrastiveLoss
+from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.planning.plan import MACLPlan
+from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.views import SpatialViews, down
+
+_MAX_GRADIENT_NORM = 12  # nnU-Net's own
+
+Shown = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def learning_rate_share(recipe: Recipe, step: int) -> float:
+    """Of the recipe's rate at a step: linear warm-up, then the schedule to 0."""
+    steps = recipe.num_epochs * recipe.num_iterations_per_epoch
+    warmup = round(recipe.learning_rate_warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return {"cosine": (1 + math.cos(math.pi * done)) / 2, "poly": (1 - done) ** 0.9, "constant": 1.0}[recipe.schedule]
+
+
+class TrainingStep:
+    """Takes a batch and the number of the step, and moves the weights by it.
+
+    Every random number is a function of (seed, step), and each rank shows its share of what one process would.
+
+    Args:
+        network: the pre-training network, compiled or not.
+        loss: of all levels.
+        optimizer, scheduler: stepped once a step.
+        grad_scaler: None without mixed precision in float16.
+        plan: sizes, batch, threshold.
+        device: where the network is.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: MultiLevelContrastiveLoss,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LambdaLR,
+        grad_scaler: torch.amp.GradScaler | None,
+        plan: MACLPlan,
+        device: torch.device,
+    ) -> None:
+        self.network, self.loss = network, loss
+        self.optimizer, self.scheduler, self.grad_scaler = optimizer, scheduler, grad_scaler
+        self.plan, self.recipe, self.device = plan, plan.get_recipe(), device
+        self.steps = self.recipe.num_epochs * self.recipe.num_iterations_per_epoch
+        self.first, self.last = distributed.share(plan.batch_size)
+        self.views = SpatialViews(
+            plan.patch_size,
+            mirroring=self.recipe.mirroring,
+            rotation=self.recipe.rotation,
+            out_of_plane_rotation=plan.out_of_plane_rotation,
+            scaling=(self.recipe.scaling[0], self.recipe.scaling[1]),
+            translation=self.recipe.translation,
+        )
+
+    @property
+    def module(self) -> MACLNetwork:
+        """The network itself, out of torch.compile."""
+        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network  # type: ignore
+
+    def __call__(self, batch: dict, step: int) -> dict[str, float]:
+        """Train on this rank's share of a batch; returns losses and statistics of the whole batch by name."""
+        positions = distributed.gather(batch["positions"].to(self.device))
+        self.loss.threshold = self.threshold(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, outputs = self._backward(self.show(batch["data"], step), positions, step)
+        self._update(step)
+        return self._measure(losses, outputs, positions)
+
+    def show(self, patches: Tensor, step: int) -> Shown:
+        """What the branches see: down(I1), I2, down(V1), V2; None for a group that no loss asks for.
+
+        Args:
+            patches: (n, C, *patch), this rank's share.
+            step: number of the step.
+        """
+        patches = patches.to(self.device, non_blocking=True)
+        small = self.plan.dominant_patch_size
+        # the views of the whole batch are drawn, so that ranks show what one process would
+        generator = torch.Generator().manual_seed(_mix(self.recipe.seed, step))
+        view1, view2 = (self.views.draw(self.plan.batch_size, generator)[self.first : self.last] for _ in range(2))
+        invariance = (down(patches, small), patches) if self.module.needs_invariance else (None, None)
+        if not self.module.image_level:
+            return (*invariance, None, None)
+        return (*invariance, self.views.apply(patches, view1, small), self.views.apply(patches, view2))
+
+    def threshold(self, step: int) -> float:
+        """t in force at a step, fraction of the volume."""
+        warmup = self.recipe.threshold_warmup * self.steps
+        return self.plan.threshold * min(1.0, step / warmup if warmup else 1.0)
+
+    def _backward(self, shown: Shown, positions: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of the whole batch's loss, and that loss and the embeddings it was computed from."""
+        patches, at_once = self.last - self.first, self.plan.patches_at_once
+        if at_once >= patches:
+            with self._autocast():
+                outputs = self.network(*shown)
+            losses, everyone = self._losses(outputs, positions)
+            self._scaled(self._stage_loss(losses, step)).backward()
+            return losses, everyone
+        # Gradient caching (Gao et al., 2021, https://arxiv.org/abs/2101.06983): features of all patches without a graph,
+        # the gradient of the loss at these features, then the graph of a few patches at a time.
+        cuts = range(0, patches, at_once)
+        parts = [[None if group is None else group[i : i + at_once] for group in shown] for i in cuts]
+        with torch.no_grad(), self._autocast():
+            pieces = [self.module.features(*part) for part in parts]
+        features = {key: torch.cat([piece[key] for piece in pieces]).requires_grad_() for key in pieces[0]}
+        del pieces
+        with self._autocast():
+            outputs = self.module.project(features)
+        losses, everyone = self._losses(outputs, positions)
+        self._scaled(self._stage_loss(losses, step)).backward()
+        gradients = {key: feature.grad for key, feature in features.items()}
+        del features, outputs
+        for first, part in zip(cuts, parts, strict=True):
+            with self._autocast():
+                piece = self.module.features(*part)
+            # an averaged encoder has no gradient; with two training stages some features have none
+            used = [key for key in piece if piece[key].requires_grad and gradients[key] is not None]
+            torch.autograd.backward(
+                [piece[key] for key in used], [gradients[key][first : first + at_once] for key in used]
+            )
+        return losses, everyone
+
+    def _autocast(self):
+        # as nnU-Net: autocast pays on a GPU only
+        return torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context()
+
+    def _losses(self, outputs: dict[str, Tensor], positions: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        everyone = {name: distributed.gather(output) for name, output in outputs.items()}
+        return self.loss(everyone, positions), everyone
+
+    def _in_decoder_stage(self, step: int) -> bool:
+        """The second of two training stages: the dense loss alone, on the fixed encoder."""
+        half = self.recipe.num_epochs // 2 * self.recipe.num_iterations_per_epoch
+        return self.recipe.training_stages == 2 and step >= half
+
+    def _stage_loss(self, losses: dict[str, Tensor], step: int) -> Tensor:
+        """The total; with two training stages the dense loss waits for the second, which has it alone."""
+        if self.recipe.training_stages == 1 or "dense" not in losses or "global" not in losses:
+            return losses["total"]
+        decoder_stage = self._in_decoder_stage(step)
+        return sum(  # type: ignore[return-value]
+            loss * self.loss.weights[name]
+            for name, loss in losses.items()
+            if name != "total" and (name == "dense") == decoder_stage
+        )
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+
+    def _update(self, step: int) -> None:
+        if self._in_decoder_stage(step):
+            for parameter in self.module.encoder.parameters():
+                parameter.grad = None
+        distributed.sum_gradients(self.module)
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), _MAX_GRADIENT_NORM)
+        if self.grad_scaler is None:
+            self.optimizer.step()
+        else:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        self.scheduler.step()
+        self.module.update_ema()
+
+    def _measure(self, losses: dict[str, Tensor], outputs: dict[str, Tensor], positions: Tensor) -> dict[str, float]:
+        measured = {name: loss.item() for name, loss in losses.items()}
+        measured["positives"] = monitoring.mean_positives(positions, self.loss.threshold)
+        embeddings = outputs.get("global_dominant")
+        if embeddings is None:
+            embeddings = outputs["dense_dominant"].flatten(2).mean(-1)
+        measured["embedding_variance"] = monitoring.embedding_variance(embeddings).item()
+        if "bottleneck_dominant" in outputs:
+            rms, between = monitoring.feature_statistics(outputs["bottleneck_dominant"])
+            measured["bottleneck_rms"], measured["bottleneck_variance"] = rms.item(), between.item()
+        return measured
+
+
+def _mix(seed: int, step: int) -> int:
+    """One seed for torch from two numbers."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)

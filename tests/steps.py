@@ -1,0 +1,60 @@
+"""A training step on a small U-Net, for tests that compare one way of computing it with another."""
+
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from nnunetv2_macl import distributed
+from nnunetv2_macl.building import build_loss, build_optimizer
+from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.planning.plan import MACLPlan
+from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.training.step import TrainingStep
+
+PATCH = 32
+
+
+def unet(norm=nn.InstanceNorm2d):
+    torch.manual_seed(0)
+    return PlainConvUNet(
+        1, 4, (4, 8, 12, 16), nn.Conv2d, 3, (1, 2, 2, 2), 1, 3, 1, norm_op=norm, norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True}, conv_bias=True, deep_supervision=True,
+    )  # fmt: skip
+
+
+def plan(batch_size, patches_at_once, recipe):
+    return MACLPlan(
+        dataset_name="Dataset001_Test", plans_name="nnUNetPlans", configuration="2d", nnunet_plan_checksum="",
+        unlabelled_datasets=[], skip_unreadable=False, channel_map={}, decoder_stages=1, auxiliary_stage=4, scale=[2, 2],
+        patch_size=[PATCH, PATCH], dominant_patch_size=[PATCH // 2] * 2, grid=[4, 4], batch_size=batch_size,
+        patches_at_once=patches_at_once, position_group_size=1, threshold=0.3, expected_positives=1.0,
+        out_of_plane_rotation=0.0, gpu_memory_gb=8, memory_gib=1, memory_mixed_precision_gib=1, recipe=recipe.as_dict(),
+        reasons={},
+    )  # fmt: skip
+
+
+def training_step(batch_size, patches_at_once, recipe=None, dtype=torch.float64, norm=nn.InstanceNorm2d):
+    recipe = recipe or Recipe(own_view_weight=0.5)
+    network = MACLNetwork(
+        unet(norm), decoder_stages=1, auxiliary_stage=4, auxiliary_encoder=recipe.auxiliary_encoder
+    ).to(dtype)
+    if distributed.world_size() > 1:
+        distributed.synchronise_batch_norm(network)
+    optimizer = build_optimizer(network, recipe)
+    return TrainingStep(
+        network, build_loss(recipe), optimizer, LambdaLR(optimizer, lambda step: 1.0), None,
+        plan(batch_size, patches_at_once, recipe), torch.device("cpu"),
+    )  # fmt: skip
+
+
+def batch(patches, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "data": torch.randn(patches, 1, PATCH, PATCH, generator=generator, dtype=dtype),
+        "positions": torch.rand(patches, 3, generator=generator),
+    }
+
+
+def gradients(step):
+    return {name: p.grad.clone() for name, p in step.module.named_parameters() if p.grad is not None}
