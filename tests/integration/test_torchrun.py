@@ -1,0 +1,62 @@
+"""Two processes started by torchrun: the same weights as one, one writer, and no hang when one dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import torch
+from conftest import DATASET
+
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.run import pretrain
+
+PRETRAIN = "nnUNetTrainerMACLPretrain"
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    return [*command, "nnUNetv2_train_macl_pretrain", "901", "-c", "2d", "-device", "cpu", "-batch_size", "5", *arguments]
+
+
+def test_two_processes_make_the_weights_of_one(workspace, tmp_path):
+    # AdamW divides by the gradient's size, so that rounding alone moves a weight that has none
+    recipe = tmp_path / "sgd.json"
+    recipe.write_text(json.dumps({"inherits_from": "macl", "optimizer": "sgd", "learning_rate": 0.01}))
+    short = dict(num_epochs=2, num_iterations_per_epoch=2, recipe=recipe)
+    folder = pretrain(DATASET, "2d", device="cpu", batch_size=5, **short)
+    alone = checkpoints.load(folder / "macl_network.pth")["network_weights"]
+    out = workspace.run(*torchrun("-num_epochs", "2", "-num_iterations_per_epoch", "2", "-recipe", recipe))
+    together = checkpoints.load(folder / "macl_network.pth")["network_weights"]
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    assert out.count("Epoch 1 ") == 1 and out.count("MACL plan of") == 1
+    assert len(list(folder.glob("training_log_*"))) == 1 and len(list(folder.glob("previous_*"))) == 1
+
+
+def test_a_mistake_is_told_once_and_ends_all(workspace):
+    out = workspace.run(*torchrun("-recipe", "nope"), code=1)
+    assert out.count("Error: No recipe 'nope'") == 1
+
+
+def test_a_process_that_dies_takes_the_job_down(workspace):
+    command = torchrun("-num_epochs", "100", "-num_iterations_per_epoch", "100")
+    log = workspace.folder / "torchrun.txt"
+    with log.open("w") as stream:
+        job = subprocess.Popen(command, env=workspace.environment, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 300
+        while "Pre-training on" not in log.read_text():
+            assert job.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        time.sleep(2)
+        ranks = [p for p in psutil.Process(job.pid).children() if p.environ().get("RANK") == "1"]
+        os.kill(ranks[0].pid, signal.SIGKILL)
+        assert job.wait(60) != 0
+        assert "exitcode" in log.read_text()
+    finally:
+        for process in (*psutil.Process(os.getpid()).children(recursive=True),):
+            process.kill()
