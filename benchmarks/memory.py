@@ -8,9 +8,6 @@ state as allocated after a step. Peak is the most that torch's allocator held du
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,11 +18,11 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncM,
 )
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.planned import FLAT, Fingerprint, plan_with_nnunet
+from benchmarks.measure import peak_allocated
+from benchmarks.planned import FLAT, Fingerprint, planned
 from nnunetv2_macl.building import build_loss, build_network, build_optimizer
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
+from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.levels import Levels, plan_levels
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.recipe import Recipe
@@ -123,17 +120,8 @@ def measure(configuration: Configuration, levels: Levels, recipe: Recipe, batch_
     before = _bytes(held)
     gradients.clear()
     optimizer.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        activations = step()
-    allocated = peak = 0
-    for event in sorted(_memory_events(profiled), key=lambda e: e.start_ns()):
-        allocated += event.nbytes()
-        peak = max(peak, allocated)
+    activations, peak = peak_allocated(step)
     return Memory(activations, state, before + peak)
-
-
-def _memory_events(profiled: profile) -> list:
-    return [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
 
 
 def _tensors(state: dict) -> list[Tensor]:
@@ -143,20 +131,6 @@ def _tensors(state: dict) -> list[Tensor]:
 def _bytes(tensors: Iterable[Tensor]) -> int:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
-
-
-@contextlib.contextmanager
-def planned(fingerprint: Fingerprint, configuration: str, folder: Path):
-    """The configuration as nnU-Net's planner makes it; its three folders are in ``folder`` meanwhile."""
-    before = {name: os.environ.get(name) for name in FOLDER_VARIABLES}
-    os.environ.update({name: str(folder / name) for name in FOLDER_VARIABLES})
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            dataset, plans = plan_with_nnunet(fingerprint, folder)
-        yield Configuration.load(dataset, plans, configuration)
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def compare(case: Case, folder: Path) -> tuple[MemoryEstimate, Memory, Levels]:

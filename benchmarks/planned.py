@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
 
 FLAT = 999.0  # nnU-Net's spacing for the axis that 2D files lack
 
@@ -82,3 +88,17 @@ def plan_with_nnunet(fingerprint: Fingerprint, folder: Path) -> tuple[str, str]:
         planner = fingerprint.planner(dataset)
         planner.plan_experiment()
     return dataset, planner.plans_identifier
+
+
+@contextlib.contextmanager
+def planned(fingerprint: Fingerprint, configuration: str, folder: Path) -> Iterator[Configuration]:
+    """The configuration as nnU-Net's planner makes it; its three folders are in ``folder`` meanwhile."""
+    before = {name: os.environ.get(name) for name in FOLDER_VARIABLES}
+    os.environ.update({name: str(folder / name) for name in FOLDER_VARIABLES})
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            dataset, plans = plan_with_nnunet(fingerprint, folder)
+        yield Configuration.load(dataset, plans, configuration)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -16,10 +16,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 # Similarities held at once by the dense loss (float32: 64 MiB). More locations than that are computed in turn.
 MAX_SIMILARITIES = 2**24
+# as torch's normalize
+_SMALLEST_NORM = 1e-12
 
 _LINEAR_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -79,13 +81,12 @@ class _ContrastiveLoss(nn.Module):
         if len(positions) != len(dominant):
             raise ValueError(f"positions must have one row a patch: {len(dominant)} patches, got {len(positions)} rows")
         with _full_precision(dominant):
-            # (P, 2N, C); half precision leaves too few digits for a similarity divided by 0.1
-            embeddings = torch.cat((dominant, auxiliary)).permute(2, 0, 1)
-            if embeddings.dtype not in (torch.float32, torch.float64):
-                embeddings = embeddings.float()
-            embeddings = F.normalize(embeddings, dim=-1)
-            weights = self._positive_weights(positions.to(embeddings.device), embeddings.dtype)
-            loss = _in_chunks(embeddings, weights, self.temperature)
+            vectors = torch.cat((dominant, auxiliary))
+            # half precision leaves too few digits for a similarity divided by 0.1
+            if vectors.dtype not in (torch.float32, torch.float64):
+                vectors = vectors.float()
+            weights = self._positive_weights(positions.to(vectors.device), vectors.dtype)
+            loss = _Contrast.apply(vectors, weights, self.temperature)
         if self.base_temperature is not None:
             loss = loss * (self.temperature / self.base_temperature)
         return loss
@@ -105,24 +106,52 @@ def _full_precision(tensor: Tensor) -> AbstractContextManager:
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
-def _in_chunks(embeddings: Tensor, weights: Tensor, temperature: float) -> Tensor:
-    locations, vectors, _ = embeddings.shape
-    chunk = max(1, MAX_SIMILARITIES // vectors**2)
-    if locations <= chunk:
-        return _contrast(embeddings, weights, temperature)
-    # the similarities are computed again in the backward pass, so that only one chunk of them is ever held
-    return torch.cat(
-        [checkpoint(_contrast, part, weights, temperature, use_reentrant=False) for part in embeddings.split(chunk)]
-    )
+class _Contrast(torch.autograd.Function):
+    """(V, C, P) vectors, (V, V) weights of which each row sums to 1 -> (P,): mean over anchors i of -sum_j w_ij log p_ij.
 
+    p_i is the softmax of the cosine similarities s_ij = u_i·u_j / τ over all j but i, with u_i = x_i / |x_i|. The gradient has a
+    closed form, which is computed along with the loss: that saves keeping or computing again what autograd would need, and
+    locations pass in chunks, so that similarities of only one chunk are ever held. With d_ij = p_ij - w_ij, D = d + dᵀ:
 
-def _contrast(embeddings: Tensor, weights: Tensor, temperature: float) -> Tensor:
-    """(P, 2N, C) unit vectors, (2N, 2N) weights -> (P,): mean over anchors of -sum_j w_ij log p_ij."""
-    similarities = embeddings @ embeddings.transpose(1, 2) / temperature
-    itself = torch.eye(similarities.shape[-1], dtype=torch.bool, device=similarities.device)
-    log_denominator = similarities.masked_fill(itself, -math.inf).logsumexp(-1)
-    # each row of weights sums to 1: sum_j w_ij (log_denominator_i - s_ij)
-    return (log_denominator - (weights * similarities).sum(-1)).mean(-1)
+        V · dL/dx_i = ( sum_j D_ij u_j / τ  -  (sum_j D_ij s_ij) u_i ) / |x_i|
+    """
+
+    @staticmethod
+    def forward(ctx, vectors: Tensor, weights: Tensor, temperature: float) -> Tensor:
+        count, channels, locations = vectors.shape
+        # (P, V, C) by way of two axes, for which torch's transposed copy is fast
+        by_location = vectors.flatten(0, 1).t().contiguous().view(locations, count, channels)
+        losses, gradient = vectors.new_empty(locations), torch.empty_like(by_location)
+        chunk = max(1, MAX_SIMILARITIES // count**2)
+        parts = (tensor.split(chunk) for tensor in (by_location, losses, gradient))
+        for part, loss, part_gradient in zip(*parts, strict=True):
+            similarities = part @ part.transpose(1, 2)
+            inverse_norms = similarities.diagonal(dim1=1, dim2=2).clamp_min(_SMALLEST_NORM**2).rsqrt()
+            similarities *= (inverse_norms / temperature).unsqueeze(2)
+            similarities *= inverse_norms.unsqueeze(1)
+            similarities.diagonal(dim1=1, dim2=2).fill_(-math.inf)
+            log_denominator = similarities.logsumexp(-1, keepdim=True)
+            probabilities = (similarities - log_denominator).exp_()
+            similarities.diagonal(dim1=1, dim2=2).zero_()
+            # each row of weights sums to 1: sum_j w_ij (log_denominator_i - s_ij)
+            weighted = torch.einsum("pij,ij->p", similarities, weights)
+            torch.sub(log_denominator.sum((1, 2)), weighted, out=loss).div_(count)
+            if ctx.needs_input_grad[0]:
+                difference = probabilities.sub_(weights)
+                both = difference + difference.transpose(1, 2)
+                own = similarities.mul_(both).sum(-1)
+                both *= (inverse_norms / (temperature * count)).unsqueeze(2)
+                both *= inverse_norms.unsqueeze(1)
+                both.diagonal(dim1=1, dim2=2).copy_(own * inverse_norms.square() / -count)
+                torch.bmm(both, part, out=part_gradient)
+        ctx.save_for_backward(gradient.flatten(1).t().contiguous().view_as(vectors))
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_losses, None, None
 
 
 class PositionalContrastiveLoss(_ContrastiveLoss):
@@ -164,8 +193,7 @@ class PositionalContrastiveLoss(_ContrastiveLoss):
 class DenseContrastiveLoss(_ContrastiveLoss):
     """Pixel-level contrastive loss, L_d: `PositionalContrastiveLoss` at each grid location, averaged over locations.
 
-    Memory stays bounded whatever the grid: locations are computed in chunks and, where there is more than one, again in the
-    backward pass.
+    Memory stays bounded whatever the grid: locations are computed in chunks.
 
     Source: MACL Eq. 8-9 (pixel level). Arguments as in `PositionalContrastiveLoss`.
     """

@@ -20,8 +20,8 @@ from nnunetv2_macl.recipe import AUTO, Recipe
 _BATCH_SIZES = (32, 24, 16, 12, 8, 6, 4, 2)
 # torch's autocast keeps about half of what float32 would
 _AUTOCAST_SHARE = 0.55
-# arrays of similarities that the dense loss holds at once in its backward pass
-_SIMILARITY_ARRAYS = 5
+# arrays of similarities that the dense loss holds at once
+_SIMILARITY_ARRAYS = 4
 
 
 class MemoryEstimate:
@@ -49,10 +49,10 @@ class MemoryEstimate:
             mixed_precision: under torch's autocast.
         """
         if patches_at_once is None or patches_at_once >= batch_size:
-            kept, largest, chunks = self._step(batch_size)
+            kept, largest, dense_loss = self._step(batch_size)
         else:
             features = self._features(patches_at_once)
-            projectors, largest, chunks = self._projectors(batch_size)
+            projectors, largest, dense_loss = self._projectors(batch_size)
             # the features of all patches and their gradients lie there while the projectors and then the patches pass
             kept = 2 * self._feature_bytes(batch_size) + max(features[0], projectors)
             largest = max(features[1], largest)
@@ -61,13 +61,13 @@ class MemoryEstimate:
         if mixed_precision:
             # autocast keeps a copy of the weights in half precision for the backward pass
             activations = activations * _AUTOCAST_SHARE + self._half_weights
-        return (activations + chunks + self._fixed) / 2**30
+        return (activations + dense_loss + self._fixed) / 2**30
 
     def kept(self, batch_size: int) -> int:
         """What autograd keeps for the backward pass, and weights, gradients and optimiser state, bytes in float32."""
         return self._step(batch_size)[0] + self._fixed
 
-    # Each returns bytes in float32: all that autograd keeps; the largest of it; what the dense loss in chunks holds besides.
+    # Each returns bytes in float32: all that autograd keeps; the largest of it; what the dense loss holds besides.
 
     def _step(self, batch_size: int) -> tuple[int, int, int]:
         return self._count(lambda: self._loss_of(self.network(*self._groups(batch_size))))
@@ -115,11 +115,11 @@ class MemoryEstimate:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             dense = compute()
         sizes = [storage.nbytes() for storage in kept.values()]
-        return sum(sizes), max(sizes), _dense_loss_in_chunks(dense)
+        return sum(sizes), max(sizes), _dense_loss(dense)
 
 
-def _dense_loss_in_chunks(dense: torch.Tensor | None) -> int:
-    """Bytes that autograd does not see: what the dense loss computes again from, whole, and the one chunk at work.
+def _dense_loss(dense: torch.Tensor | None) -> int:
+    """Bytes that the dense loss holds while it computes: vectors and gradients by location, similarities of one chunk.
 
     Args:
         dense: (N, C, *grid); None without the dense loss.
@@ -127,9 +127,8 @@ def _dense_loss_in_chunks(dense: torch.Tensor | None) -> int:
     if dense is None:
         return 0
     vectors, channels, locations = 2 * dense.shape[0], dense.shape[1], math.prod(dense.shape[2:])
-    if locations <= max(1, MAX_SIMILARITIES // vectors**2):
-        return 0
-    return 4 * (vectors * channels * locations + _SIMILARITY_ARRAYS * max(MAX_SIMILARITIES, vectors**2))
+    at_once = min(locations, max(1, MAX_SIMILARITIES // vectors**2))
+    return 4 * (2 * vectors * channels * locations + _SIMILARITY_ARRAYS * at_once * vectors**2)
 
 
 class Batch(NamedTuple):
