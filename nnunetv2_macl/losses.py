@@ -118,9 +118,9 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, vectors: Tensor, weights: Tensor, temperature: float) -> Tensor:
-        count, channels, locations = vectors.shape
-        # (P, V, C) by way of two axes, for which torch's transposed copy is fast
-        by_location = vectors.flatten(0, 1).t().contiguous().view(locations, count, channels)
+        count, _, locations = vectors.shape
+        # seen as (P, V, C), but each vector's locations turned on their own: that copy is the fastest
+        by_location = vectors.transpose(1, 2).contiguous().transpose(0, 1)
         losses, gradient = vectors.new_empty(locations), torch.empty_like(by_location)
         chunk = max(1, MAX_SIMILARITIES // count**2)
         parts = (tensor.split(chunk) for tensor in (by_location, losses, gradient))
@@ -144,7 +144,7 @@ class _Contrast(torch.autograd.Function):
                 both *= inverse_norms.unsqueeze(1)
                 both.diagonal(dim1=1, dim2=2).copy_(own * inverse_norms.square() / -count)
                 torch.bmm(both, part, out=part_gradient)
-        ctx.save_for_backward(gradient.flatten(1).t().contiguous().view_as(vectors))
+        ctx.save_for_backward(gradient.permute(1, 2, 0).contiguous())
         return losses
 
     @staticmethod
