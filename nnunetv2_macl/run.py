@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from nnunetv2_macl import distributed, nnunet
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.plan import MACLPlan, describe, read_plan
+from nnunetv2_macl.planning.plan import MACLPlan, describe, read_plan, write_plan
 from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, find_sources, training_cases
+from nnunetv2_macl.recipe import check_values
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.launch import join_ranks, leave_ranks, train
 from nnunetv2_macl.training.pretrain import PLAN_COPY
@@ -95,8 +97,7 @@ def pretrain(
                 if configuration is None:
                     _say_which(target)
                 if continue_training:
-                    plan = read_plan(_plan_of_run(folder))
-                    _refuse_changes(plan, values, recipe, gpu_memory, folder)
+                    plan = _plan_to_go_on(folder, values, recipe, gpu_memory)
                 else:
                     plan = _plan(target, unlabelled, recipe, values, skip_unreadable, channel_map, gpu_memory)
                 if not plan_only:
@@ -222,11 +223,19 @@ def _check_fold(fold: int, configuration: Configuration) -> int:
     return fold
 
 
-def _plan_of_run(folder: Path) -> Path:
+def _plan_to_go_on(folder: Path, values: dict[str, Any], recipe: Any, gpu_memory: float | None) -> MACLPlan:
+    """The plan that the run began with; all that may change is how many patches are computed at once."""
     file = folder / PLAN_COPY
     if not file.is_file():
         raise UserError(f"There is no run to go on with in {folder}. Leave out --c to start one.")
-    return file
+    check_values(values, "Command line")
+    plan = read_plan(file)
+    kept = {key: value for key, value in values.items() if key != "patches_at_once"}
+    _refuse_changes(plan, kept, recipe, gpu_memory, folder)
+    if "patches_at_once" in values:
+        plan = replace(plan, patches_at_once=min(values["patches_at_once"], plan.batch_size))
+        write_plan(plan, file)
+    return plan
 
 
 def _refuse_changes(

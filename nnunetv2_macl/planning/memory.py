@@ -18,6 +18,8 @@ from nnunetv2_macl.recipe import AUTO, Recipe
 
 # the batch beyond which more memory is not spent
 _BATCH_SIZES = (32, 24, 16, 12, 8, 6, 4, 2)
+# patches in a batch below which an anchor has little to be told apart from
+_FEW_NEGATIVES = 8
 # torch's autocast keeps about half of what float32 would
 _AUTOCAST_SHARE = 0.55
 # arrays of similarities that the dense loss holds at once
@@ -151,6 +153,10 @@ def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> Batch:
         reason = f"the largest of up to {_BATCH_SIZES[0]} that fits gpu_memory_gb in mixed precision"
         if not fits(size):
             reason = "the smallest there can be"
+        if size < _FEW_NEGATIVES and not memory.network.features_vary:
+            reason += (
+                f"; few negatives: -batch_size {_FEW_NEGATIVES} would be computed in parts, at the memory of a part"
+            )
     else:
         size, reason = int(recipe.batch_size), "as the recipe has it"
     if recipe.patches_at_once != AUTO:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -26,12 +27,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def smaller_batch(batch_size: int, world_size: int = 1) -> int:
-    """About 70 % of the batch, even, at least two patches a GPU."""
-    return max(2 * world_size, int(batch_size * 0.7) // 2 * 2)
-
-
-def out_of_memory_advice(plan: MACLPlan, device: str, finished_epochs: int, world_size: int, folder: Path) -> str:
+def out_of_memory_advice(
+    plan: MACLPlan, device: str, finished_epochs: int, world_size: int, folder: Path, *, in_parts: bool
+) -> str:
     """What the user is told.
 
     Args:
@@ -40,24 +38,32 @@ def out_of_memory_advice(plan: MACLPlan, device: str, finished_epochs: int, worl
         finished_epochs: of the run.
         world_size: number of GPUs, 1 without.
         folder: of the run.
+        in_parts: whether the network's batch can be computed in parts.
     """
-    smaller = smaller_batch(plan.batch_size, world_size)
-    happened = (
-        f"Memory ran out on {device} with a batch of {plan.batch_size} patches of {'x'.join(map(str, plan.patch_size))}"
-    )
-    if smaller >= plan.batch_size:
-        mend = (
-            "This is the smallest batch there is. Pre-train another configuration (-c 2d or -c 3d_lowres, where the plan has "
-            "it), or plan a smaller network: nnUNetv2_plan_experiment with -gpu_memory_target"
-        )
-    else:
-        mend = f"Start anew with a smaller one. Type: -batch_size {smaller}"
-        if plan.recipe["batch_size"] == AUTO:
-            mend += f", or have it planned for less than {plan.gpu_memory_gb:g} GB: -gpu_memory {plan.gpu_memory_gb * 0.7:.2g}"
-    kept = ""
+    at_once = min(plan.patches_at_once, math.ceil(plan.batch_size / world_size))
+    size = "x".join(map(str, plan.patch_size))
+    told = f"Memory ran out on {device} with {at_once} patches of {size} at once, of a batch of {plan.batch_size}."
     if finished_epochs:
-        kept = (
-            f" The {finished_epochs} finished epochs are kept in {folder}; --c would go on from there, but with the same "
-            "batch: it cannot be changed within a run."
+        told += f" The {finished_epochs} finished epochs are kept in {folder}."
+    tries = []
+    if in_parts and at_once > 1:
+        go_on = "--c " if finished_epochs else ""
+        tries.append(
+            f"{go_on}-patches_at_once {max(1, int(at_once * 0.7))} (the same batch in parts: same gradient, a third more time)"
         )
-    return f"{happened}. {mend}.{kept}"
+    smaller = smaller_batch(plan.batch_size, world_size)
+    if smaller < plan.batch_size:
+        tries.append(f"-batch_size {smaller} in a new run")
+        if plan.recipe["batch_size"] == AUTO:
+            tries.append(f"-gpu_memory {plan.gpu_memory_gb * 0.7:.2g} in a new run, which plans its batch for that")
+    if tries:
+        return f"{told} Type the same command with {'; or with '.join(tries)}."
+    return (
+        f"{told} This is the least there can be. Pre-train another configuration (-c 2d or -c 3d_lowres, where the plan has it), "
+        "or plan a smaller network: nnUNetv2_plan_experiment with -gpu_memory_target."
+    )
+
+
+def smaller_batch(batch_size: int, world_size: int = 1) -> int:
+    """About 70 % of the batch, even, at least two patches a GPU."""
+    return max(2 * world_size, int(batch_size * 0.7) // 2 * 2)

@@ -257,6 +257,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                     0 if self.disable_checkpointing else self.current_epoch,
                     distributed.world_size(),
                     Path(self.output_folder),
+                    in_parts=not self.step.module.features_vary,
                 )
             ) from error
 

@@ -19,19 +19,26 @@ def test_the_user_is_told_a_smaller_batch(workspace):
     short = "-num_epochs 2 -num_iterations_per_epoch 1"
     out = workspace.run("bash", "-c", f"{command} 600 {short}", code=1)
     assert "Traceback" not in out
-    message = re.search(r"Error: Memory ran out on cpu with a batch of 600 patches of .*", out)[0]
-    assert "Type: -batch_size 420." in message and "-gpu_memory" not in message  # the batch was not planned
-    # the same limit is enough for a small batch, and nothing of the failed run is in its way
-    assert "Fine-tune from them" in workspace.run("bash", "-c", f"{command} 2 {short}")
+    message = re.search(r"Error: Memory ran out on cpu with 600 patches of .*", out)[0]
+    assert (
+        "-patches_at_once 420 " in message
+        and "-batch_size 420 in a new run" in message
+        and "-gpu_memory" not in message
+    )  # the batch was not planned
+    # what is told helps, and nothing of the failed run is in its way
+    assert "Fine-tune from them" in workspace.run("bash", "-c", f"{command} 600 -patches_at_once 20 {short}")
 
 
 def test_what_is_said_where_the_batch_was_planned(workspace):
     plan = prepare(Configuration.load("901", "nnUNetPlans", "2d"))
-    message = out_of_memory_advice(plan, "cuda", 3, 1, workspace.folder)
-    assert f"a batch of {plan.batch_size} " in message and f"-batch_size {smaller_batch(plan.batch_size)}" in message
-    assert "-gpu_memory 5.6" in message and "3 finished epochs are kept" in message and "--c" in message
-    smallest = prepare(Configuration.load("901", "nnUNetPlans", "2d"), values={"batch_size": 2})
-    assert "smallest batch there is" in out_of_memory_advice(smallest, "cuda", 0, 1, workspace.folder)
+    message = out_of_memory_advice(plan, "cuda", 3, 1, workspace.folder, in_parts=True)
+    assert f"a batch of {plan.batch_size}." in message and f"-batch_size {smaller_batch(plan.batch_size)}" in message
+    assert (
+        "-gpu_memory 5.6" in message and "3 finished epochs are kept" in message and "--c -patches_at_once" in message
+    )
+    assert "patches_at_once" not in out_of_memory_advice(plan, "cuda", 0, 1, workspace.folder, in_parts=False)
+    smallest = prepare(Configuration.load("901", "nnUNetPlans", "2d"), values={"batch_size": 2, "patches_at_once": 1})
+    assert "the least there can be" in out_of_memory_advice(smallest, "cuda", 0, 1, workspace.folder, in_parts=True)
 
 
 def test_smaller_batches_are_even_and_end_at_two_patches_a_gpu():

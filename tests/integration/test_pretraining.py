@@ -300,3 +300,17 @@ def test_options_that_cannot_change_are_told_when_going_on(workspace):
     pretrain("901", "2d", num_epochs=1, **options)
     with pytest.raises(UserError, match=r"-batch_size 8 \(was 4\)"):
         pretrain("901", "2d", device="cpu", batch_size=8, continue_training=True)
+
+
+def test_a_run_goes_on_in_smaller_parts_to_nearly_the_same_weights(workspace):
+    options = dict(device="cpu", batch_size=4, recipe="paper")
+    folder = pretrain("901", "2d", num_epochs=2, num_iterations_per_epoch=1, **options)
+    whole = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
+    shutil.rmtree(folder)
+    pretrain("901", "2d", num_epochs=2, num_iterations_per_epoch=1, **options)
+    (folder / "checkpoint_final.pth").unlink()
+    pretrain("901", "2d", device="cpu", continue_training=True, patches_at_once=1)
+    assert checkpoints.load(folder / "checkpoint_final.pth")["macl_plan"]["patches_at_once"] == 1
+    cut = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
+    for name, value in whole.items():
+        torch.testing.assert_close(cut[name], value, rtol=1e-3, atol=1e-4, msg=name)
