@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from nnunetv2_macl import doctor
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.resources import resource_folder
 
@@ -158,6 +160,34 @@ def export_entry() -> None:
         export(Path(arguments.weights).expanduser(), Path(arguments.output).expanduser(), arguments.format)
 
     _run(action)
+
+
+def doctor_entry() -> None:
+    """``nnUNetv2_macl_doctor``: exit code 0 only when all is right."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_doctor",
+        description="Say what is right on this machine and what is not, and the command that mends it.",
+        epilog="Example: nnUNetv2_macl_doctor 27 -c 2d",
+    )
+    parser.add_argument("dataset_name_or_id", nargs="?", help="data set to look at as well, by name or id")
+    parser.add_argument("-c", dest="configuration", help="nnU-Net configuration. Default: as in pre-training")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier. Default: nnUNetPlans")
+    parser.add_argument("-device", default="cuda", help="cuda, cpu or mps. Default: cuda")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    arguments = parser.parse_args()
+    results = []
+    for result in doctor.examine(
+        arguments.dataset_name_or_id, arguments.configuration, arguments.plans, arguments.device
+    ):
+        results.append(result)
+        if not arguments.json:
+            print(doctor.as_lines(result), flush=True)
+    wrong = sum(result.status == doctor.WRONG for result in results)
+    if arguments.json:
+        print(json.dumps(doctor.as_json(results), indent=2))
+    else:
+        print(f"\n{wrong} to mend: the lines after '>'." if wrong else "\nAll is right.")
+    sys.exit(1 if wrong else 0)
 
 
 def demo_entry() -> None:
