@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -141,23 +142,68 @@ def export_entry() -> None:
     """``nnUNetv2_macl_export``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_export",
-        description="Write pre-trained weights in a format that others fine-tune from.",
-        epilog="Example: nnUNetv2_macl_export macl_encoder.pth -o for_nnunet.pth --format nnunet",
+        description="Write pre-trained weights for others, or in a format that others fine-tune from.",
+        epilog="Examples: nnUNetv2_macl_export RUN_FOLDER -o weights.zip; "
+        "nnUNetv2_macl_export macl_encoder.pth -o for_nnunet.pth --format nnunet",
     )
     parser.add_argument("weights", help="a pre-training run's folder, a file in it, or a checkpoint of nnssl")
     parser.add_argument("-o", dest="output", required=True, help="file to write")
     parser.add_argument(
         "--format",
-        required=True,
-        help="nnunet: for nnUNetv2_train -pretrained_weights; "
+        help="zip: one file for others, for nnUNetv2_macl_install (default where the file ends in .zip); "
+        "nnunet: for nnUNetv2_train -pretrained_weights; "
         "nnssl: for nnUNetv2_preprocess_like_nnssl and nnUNetv2_train_pretrained of nnU-Net's master branch",
     )
+    parser.add_argument("--license", default="unknown", help="for the model card in a zip, as hubs write it: cc-by-4.0")
     arguments = parser.parse_args()
 
     def action() -> None:
         from nnunetv2_macl.formats import export
 
-        export(Path(arguments.weights).expanduser(), Path(arguments.output).expanduser(), arguments.format)
+        export(
+            Path(arguments.weights).expanduser(),
+            Path(arguments.output).expanduser(),
+            arguments.format,
+            arguments.license,
+        )
+
+    _run(action)
+
+
+def install_entry() -> None:
+    """``nnUNetv2_macl_install``."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_install",
+        description="Put weights that others share where nnUNetTrainerMACL finds them. Nothing is overwritten.",
+        epilog="Example: nnUNetv2_macl_install weights.zip",
+    )
+    parser.add_argument("file", help="that nnUNetv2_macl_export wrote")
+    file = Path(parser.parse_args().file).expanduser()
+
+    def action() -> None:
+        from nnunetv2_macl.nnunet import require_folders
+        from nnunetv2_macl.sharing.install import install
+
+        require_folders()
+        install(file, Path(os.environ["nnUNet_results"]))
+
+    _run(action)
+
+
+def inspect_entry() -> None:
+    """``nnUNetv2_macl_inspect``."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_inspect",
+        description="Say what a file is, what it was trained on and how, and whether it is whole.",
+        epilog="Example: nnUNetv2_macl_inspect macl_encoder.pth",
+    )
+    parser.add_argument("file", help="checkpoint, exported weights, MACL plan, package (.zip), or checkpoint of nnssl")
+    file = Path(parser.parse_args().file).expanduser()
+
+    def action() -> None:
+        from nnunetv2_macl.sharing.inspect import inspect
+
+        print(inspect(file))
 
     _run(action)
 
