@@ -208,6 +208,27 @@ def inspect_entry() -> None:
     _run(action)
 
 
+def report_entry() -> None:
+    """``nnUNetv2_macl_report``."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_report",
+        description="Write the report of a pre-training run, finished or not: one HTML file.",
+        epilog="Example: nnUNetv2_macl_report nnUNet_results/Dataset027_ACDC/nnUNetTrainerMACLPretrain__nnUNetPlans__2d/fold_all",
+    )
+    parser.add_argument("folder", help="of the run")
+    parser.add_argument("-o", dest="output", help="file to write. Default: report.html in the folder")
+    parser.add_argument("-device", default="cpu", help="to compute features on. Default: cpu")
+    arguments = parser.parse_args()
+
+    def action() -> None:
+        from nnunetv2_macl.report import write_report
+
+        output = Path(arguments.output).expanduser() if arguments.output else None
+        print(write_report(Path(arguments.folder).expanduser(), output, arguments.device))
+
+    _run(action)
+
+
 def doctor_entry() -> None:
     """``nnUNetv2_macl_doctor``: exit code 0 only when all is right."""
     parser = argparse.ArgumentParser(

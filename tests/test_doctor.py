@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DATASET
+from conftest import DATASET, environment_without_nnunet
 
 from nnunetv2_macl import cli, doctor
 from nnunetv2_macl.doctor import dataset, environment, finder, machine, shell
@@ -63,12 +63,8 @@ def test_json_is_json_and_nothing_else(bare, monkeypatch, capsys):
 def test_a_fresh_process_without_variables_has_no_traceback(bare, tmp_path):
     """As it is typed: nnU-Net itself complains about unset variables when it is imported; none of that is shown."""
     command = [sys.executable, "-c", "from nnunetv2_macl.cli import doctor_entry; doctor_entry()", "--json"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=_with_package())
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment_without_nnunet())
     assert process.returncode == 1 and json.loads(process.stdout) and "Traceback" not in process.stderr
-
-
-def _with_package():
-    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 @pytest.mark.parametrize("value", ["missing", "file"])
