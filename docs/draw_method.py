@@ -55,7 +55,12 @@ def main() -> None:
     arrow((53, 5), (84, 5.5), 0.12)
     axis.text(20, 53, "dominant branch", fontsize=11, weight="bold", color=TEXT)
     axis.text(20, 18, "auxiliary branch", fontsize=11, weight="bold", color=TEXT)
-    axis.text(1, 1, "I: the patch itself.  V: mirrored, turned, scaled, moved.  L_ER is taken at the bottleneck of both.", fontsize=9)
+    axis.text(
+        1,
+        1,
+        "I: the patch itself.  V: mirrored, turned, scaled, moved.  L_ER is taken at the bottleneck of both.",
+        fontsize=9,
+    )
     figure.savefig(Path(__file__).parent / "method.svg", metadata={"Date": None})
 
 

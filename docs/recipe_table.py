@@ -11,7 +11,9 @@ def table() -> str:
     values = Recipe().as_dict()
     for field in fields(Recipe):
         allowed = field.metadata["allowed"].words
-        rows.append(f"| `{field.name}` | `{json.dumps(values[field.name])}` | {allowed} | {field.metadata['meaning']} |")
+        rows.append(
+            f"| `{field.name}` | `{json.dumps(values[field.name])}` | {allowed} | {field.metadata['meaning']} |"
+        )
     return "\n".join(rows)
 
 
