@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from nnunetv2_macl.errors import UserError
-    from nnunetv2_macl.losses import (
-        DenseContrastiveLoss,
-        EquivarianceLoss,
-        MultiLevelContrastiveLoss,
-        PositionalContrastiveLoss,
-        down,
-        positive_mask,
-        reference_values,
-    )
-    from nnunetv2_macl.network import InstanceProjector, MACLNetwork, PixelProjector
-    from nnunetv2_macl.recipe import Recipe, load_recipe
-    from nnunetv2_macl.report import write_report
-    from nnunetv2_macl.run import pretrain
-    from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
-    from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
-    from nnunetv2_macl.views import SpatialViews
+    from nnunetv2_macl.errors import UserError as UserError
+    from nnunetv2_macl.losses import DenseContrastiveLoss as DenseContrastiveLoss
+    from nnunetv2_macl.losses import EquivarianceLoss as EquivarianceLoss
+    from nnunetv2_macl.losses import MultiLevelContrastiveLoss as MultiLevelContrastiveLoss
+    from nnunetv2_macl.losses import PositionalContrastiveLoss as PositionalContrastiveLoss
+    from nnunetv2_macl.losses import down as down
+    from nnunetv2_macl.losses import positive_mask as positive_mask
+    from nnunetv2_macl.losses import reference_values as reference_values
+    from nnunetv2_macl.network import InstanceProjector as InstanceProjector
+    from nnunetv2_macl.network import MACLNetwork as MACLNetwork
+    from nnunetv2_macl.network import PixelProjector as PixelProjector
+    from nnunetv2_macl.recipe import Recipe as Recipe
+    from nnunetv2_macl.recipe import load_recipe as load_recipe
+    from nnunetv2_macl.report import write_report as write_report
+    from nnunetv2_macl.run import pretrain as pretrain
+    from nnunetv2_macl.training.finetune import nnUNetTrainerMACL as nnUNetTrainerMACL
+    from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain as nnUNetTrainerMACLPretrain
+    from nnunetv2_macl.views import SpatialViews as SpatialViews
 
 _FOUND_IN = {
     "DenseContrastiveLoss": "losses",
@@ -50,26 +51,6 @@ _FOUND_IN = {
     "reference_values": "losses",
     "write_report": "report",
 }
-__all__ = [
-    "DenseContrastiveLoss",
-    "EquivarianceLoss",
-    "InstanceProjector",
-    "MACLNetwork",
-    "MultiLevelContrastiveLoss",
-    "PixelProjector",
-    "PositionalContrastiveLoss",
-    "Recipe",
-    "SpatialViews",
-    "UserError",
-    "down",
-    "load_recipe",
-    "nnUNetTrainerMACL",
-    "nnUNetTrainerMACLPretrain",
-    "positive_mask",
-    "pretrain",
-    "reference_values",
-    "write_report",
-]
 
 
 def __getattr__(name: str) -> Any:

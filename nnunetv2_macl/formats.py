@@ -202,14 +202,18 @@ def as_nnssl(pretrained: PretrainedWeights) -> dict[str, Any]:
     }
 
 
-def _adaptation_plan(
-    pretrained: PretrainedWeights, preprocessing: dict[str, Any], network: nn.Module
-) -> dict[str, Any]:
+def _adaptation_plan(pretrained: PretrainedWeights, preprocessing: dict[str, Any], network: Any) -> dict[str, Any]:
     architecture, description = pretrained.architecture, pretrained.description
     kwargs = architecture["arch_kwargs"]
-    plan_keys = ("original_median_spacing_after_transp", "image_reader_writer", "transpose_forward")
+    plan_keys: tuple[str, ...] = ("original_median_spacing_after_transp", "image_reader_writer", "transpose_forward")
     plan_keys += ("transpose_backward", "experiment_planner_used")
-    own_keys = ("data_identifier", "preprocessor_name", "normalization_schemes", "use_mask_for_norm", "spacing")
+    own_keys: tuple[str, ...] = (
+        "data_identifier",
+        "preprocessor_name",
+        "normalization_schemes",
+        "use_mask_for_norm",
+        "spacing",
+    )
     own_keys += ("patch_size", "resampling_fn_data", "resampling_fn_data_kwargs")
     configuration = {key: preprocessing[key] for key in own_keys} | {
         # nnU-Net plans the spacing from the data set's median

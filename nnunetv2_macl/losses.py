@@ -277,7 +277,7 @@ class MultiLevelContrastiveLoss(nn.Module):
             losses["equivariance"] = self.equivariance_loss(
                 outputs["bottleneck_dominant"], outputs["bottleneck_auxiliary"]
             )
-        losses["total"] = sum(self.weights[name] * loss for name, loss in losses.items())
+        losses["total"] = torch.as_tensor(sum(self.weights[name] * loss for name, loss in losses.items()))
         return losses
 
 

@@ -43,7 +43,7 @@ class MemoryEstimate:
         """The most that a training step holds, GiB."""
         kept, largest, chunks = self._activations(batch_size)
         # the backward pass of the largest layer holds two gradients of its size
-        activations = kept + 2 * largest
+        activations = float(kept + 2 * largest)
         if mixed_precision:
             # autocast keeps a copy of the weights in half precision for the backward pass
             activations = activations * _AUTOCAST_SHARE + self._half_weights

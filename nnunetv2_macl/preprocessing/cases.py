@@ -204,7 +204,7 @@ def _preprocess_case(
 
 def nifti_is_cut_short(file: str) -> bool:
     """Whether a NIfTI file has another size than its header says. Reads no more than the header and the last bytes."""
-    image = nibabel.load(file)
+    image: Any = nibabel.load(file)
     wanted = int(image.dataobj.offset) + math.prod(image.shape) * image.get_data_dtype().itemsize
     with open(file, "rb") as stream:
         size = stream.seek(0, os.SEEK_END)
@@ -218,7 +218,7 @@ def _check_nifti(file: str) -> None:
     """Raise ValueError for what ITK's NIfTI reader passes over: a file cut short, and NaN; it fills in 0 for both."""
     if not file.endswith((".nii", ".nii.gz")):
         return
-    image = nibabel.load(file)
+    image: Any = nibabel.load(file)
     if not nifti_is_cut_short(file) and image.get_data_dtype().kind not in "fc":
         return
     # read whole: fails where data are missing

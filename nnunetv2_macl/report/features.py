@@ -61,7 +61,11 @@ def show_features(run: Run, device: str = "cpu") -> Features:
         batch = PretrainingBatches(cases, sampling, (0, number), 1)[0]
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(f"The preprocessed images cannot be read: {error}") from None
-    patches, positions, names = batch["data"], batch["positions"].numpy(), np.asarray(batch["cases"])
+    patches, positions, names = (
+        torch.as_tensor(batch["data"]),
+        np.asarray(batch["positions"]),
+        np.asarray(batch["cases"]),
+    )
     # the first patches from as many cases as there are, and not from the rims of the volume
     order = _varied(positions, names)
     patches, positions, names = patches[order], positions[order], names[order]
@@ -116,7 +120,7 @@ def _networks(run: Run, device: str) -> dict[str, MACLNetwork]:
         )
         network = build_network(run.configuration, run.plan, recipe, unet)
         if when == "after":
-            network.load_state_dict(run.weights)
+            network.load_state_dict(run.weights or {})
         networks[when] = network.to(device).eval()
     return networks
 
@@ -125,11 +129,12 @@ def _networks(run: Run, device: str) -> dict[str, MACLNetwork]:
 def _features(network: MACLNetwork, patches: Tensor, device: str) -> tuple[Tensor, np.ndarray]:
     """Dense features of the first patches at their middle slice, (COLOURED, C, h, w), and pooled ones of all, (N, C)."""
     size = max(1, _BATCH_VOXELS // int(np.prod(patches.shape[2:])))
-    dense, pooled = [], []
+    dense: list[Tensor] = []
+    pooled: list[Tensor] = []
     for batch in patches.split(size):
         features = network.dense_features(batch.to(device)).float().cpu()
         pooled.append(features.flatten(2).mean(-1))
-        if sum(map(len, dense)) < COLOURED:
+        if sum(len(part) for part in dense) < COLOURED:
             dense.append(features[:, :, features.shape[2] // 2] if features.ndim == 5 else features)
     return torch.cat(dense)[:COLOURED], torch.cat(pooled).numpy()
 

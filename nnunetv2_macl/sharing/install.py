@@ -50,9 +50,9 @@ def install(file: Path, results: Path) -> Path:
     """
     with open_package(file) as archive:
         manifest = read_manifest(archive, file)
-        names = {key: manifest.get(key) for key in _FOLDER_NAMES}
+        names = {key: str(manifest.get(key)) for key in _FOLDER_NAMES}
         for key, name in names.items():
-            if not (isinstance(name, str) and _FOLDER_NAMES[key].fullmatch(name)):
+            if not _FOLDER_NAMES[key].fullmatch(name):
                 raise UserError(f"{file} names a {key} that no folder can have: {name!r}. Take another file.")
         folder = results / names["dataset_name"] / RUN.format(**names) / "fold_all"
         if folder.exists() or folder.is_symlink():

@@ -54,9 +54,7 @@ def space(tmp_path_factory):
     bash(
         space,
         "nnUNetv2_plan_and_preprocess -d 27 -c 2d 3d_fullres\n"
-        "nnUNetv2_train_macl_pretrain 27 -c 2d\nnnUNetv2_train_macl_pretrain 27 -c 3d_fullres".replace(
-            "\nnUN", "\nnnUN"
-        ),
+        "nnUNetv2_train_macl_pretrain 27 -c 2d\nnnUNetv2_train_macl_pretrain 27 -c 3d_fullres",
     )
     runs = space.results / "Dataset027_ACDC"
     encoder = runs / "nnUNetTrainerMACLPretrain__nnUNetPlans__3d_fullres" / "fold_all" / "macl_encoder.pth"
