@@ -161,7 +161,7 @@ def test_the_network_before_is_a_fresh_one_and_after_the_runs(run):
     """Put the fresh weights where the trained ones are, and both are alike."""
     from nnunetv2_macl.report.features import _networks
 
-    networks = _networks(read_run(run), "cpu")
+    networks = _networks(read_run(run))
     weights = [network.state_dict() for network in networks.values()]
     trained = checkpoints.load(run / "checkpoint_final.pth")["network_weights"]
     assert all(torch.equal(weights[1][key], trained[key]) for key in trained)

@@ -75,8 +75,12 @@ def show_features(run: Run, device: str = "cpu") -> Features:
     if not others.any(1).all():
         raise UserError("There is one image only: its patches have no neighbours in others.")
     colours, neighbours, near = {}, {}, {}
-    for when, network in _networks(run, device).items():
-        dense, pooled = _features(network, patches, device)
+    for when, network in _networks(run).items():
+        try:
+            dense, pooled = _features(network.to(device).eval(), patches, device)
+        except torch.OutOfMemoryError:
+            raise UserError(f"There is too little memory on {device}: nnUNetv2_macl_report ... -device cpu") from None
+        network.cpu()
         colours[when] = main_components(dense)
         neighbours[when] = nearest(pooled, others)
         near[when] = float(np.mean([distances[i, row].mean() for i, row in enumerate(neighbours[when])]))
@@ -110,18 +114,23 @@ def _varied(positions: np.ndarray, names: np.ndarray) -> list[int]:
     return first + [i for i in range(len(positions)) if i not in first]
 
 
-def _networks(run: Run, device: str) -> dict[str, MACLNetwork]:
+def _networks(run: Run) -> dict[str, MACLNetwork]:
     """A fresh network as nnU-Net initialises it with the run's seed, and the run's own."""
     recipe, networks = run.plan.get_recipe(), {}
     for when in ("before", "after"):
-        torch.manual_seed(recipe.seed)
-        unet = nnUNetTrainer.build_network_architecture(
-            run.configuration.plans_manager, run.configuration.manager, len(run.configuration.channel_names), 2, True
-        )
-        network = build_network(run.configuration, run.plan, recipe, unet)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            unet = nnUNetTrainer.build_network_architecture(
+                run.configuration.plans_manager,
+                run.configuration.manager,
+                len(run.configuration.channel_names),
+                2,
+                True,
+            )
+            network = build_network(run.configuration, run.plan, recipe, unet)
         if when == "after":
             network.load_state_dict(run.weights or {})
-        networks[when] = network.to(device).eval()
+        networks[when] = network
     return networks
 
 
