@@ -44,7 +44,7 @@ class nnUNetTrainerMACL_quick(nnUNetTrainerMACL):
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    """Dataset027_ACDC with everything that a page may take for granted: planned, pre-trained, fine-tuned once."""
+    """Dataset027_ACDC with everything that a page may take for granted: planned and pre-trained."""
     space = Workspace(tmp_path_factory.mktemp("docs") / "nnunet")
     raw = space.raw / "Dataset027_ACDC"
     generate_dataset(raw, labelled=5, unlabelled=3, test=1, shape=(8, 40, 48))
