@@ -14,6 +14,7 @@ from conftest import DATASET, environment_without_nnunet
 from nnunetv2_macl import cli, doctor
 from nnunetv2_macl.doctor import dataset, environment, finder, machine, shell
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES
+from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.resources import resource_folder
 
 # a class of the same name that is no subclass of ours
@@ -194,7 +195,9 @@ def test_the_open_file_limit():
 
 
 def test_a_data_set_with_everything_measured_and_nothing_written(workspace):
-    """Three real steps; one image cut short, one empty."""
+    """Three real steps, more than the plan asks for; one image cut short, one empty."""
+    target = dataset.Configuration.load("901", "nnUNetPlans", "2d")
+    prepare(target, values={"num_epochs": 1, "num_iterations_per_epoch": 2, "batch_size": 4})
     images = workspace.raw / DATASET / "imagesUn"
     cut, empty = sorted(images.iterdir())[:2]
     cut.write_bytes(cut.read_bytes()[:-4] + b"\0\0\0\1")
@@ -208,6 +211,7 @@ def test_a_data_set_with_everything_measured_and_nothing_written(workspace):
     measured = results["estimate"].values
     assert results["estimate"].status == doctor.NOTE
     steps = measured["steps_per_epoch"] * measured["epochs"]
+    assert steps == 2
     assert measured["hours"] == pytest.approx(measured["seconds_per_step"] * steps / 3600)
     assert 0 < measured["seconds_per_step"] < 60 and 0.05 < measured["memory_gib"] < 16 and measured["run_gib"] > 0
     assert results["weights"].mend == "nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu"

@@ -49,6 +49,11 @@ class _Measured(nnUNetTrainerMACLPretrain):
     def _prepare_data(self) -> Preprocessed:
         return Preprocessed(training_cases(self.macl_configuration), {})
 
+    @property
+    def _total_steps(self) -> int:
+        # a plan may be for fewer
+        return max(super()._total_steps, 1 + STEPS)
+
 
 def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[str, Any]:
     """Seconds a step, memory and the size of what a run leaves, from `STEPS` steps after a first one that warms up."""
