@@ -23,7 +23,7 @@ from nnunetv2_macl.errors import UserError
 FORMAT_VERSION = 1
 
 
-def write_whole(file: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that it is there complete or not at all, whatever happens meanwhile.
 
     Raises:

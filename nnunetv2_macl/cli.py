@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from nnunetv2_macl import doctor
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.resources import resource_folder
 
@@ -143,25 +146,119 @@ def export_entry() -> None:
     """``nnUNetv2_macl_export``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_export",
-        description="Write pre-trained weights in a format that others fine-tune from.",
-        epilog="Example: nnUNetv2_macl_export macl_encoder.pth -o for_nnunet.pth --format nnunet",
+        description="Write pre-trained weights for others, or in a format that others fine-tune from.",
+        epilog="Examples: nnUNetv2_macl_export RUN_FOLDER -o weights.zip; "
+        "nnUNetv2_macl_export macl_encoder.pth -o for_nnunet.pth --format nnunet",
     )
     parser.add_argument("weights", help="a pre-training run's folder, a file in it, or a checkpoint of nnssl")
     parser.add_argument("-o", dest="output", required=True, help="file to write")
     parser.add_argument(
         "--format",
-        required=True,
-        help="nnunet: for nnUNetv2_train -pretrained_weights; "
+        help="zip: one file for others, for nnUNetv2_macl_install (default where the file ends in .zip); "
+        "nnunet: for nnUNetv2_train -pretrained_weights; "
         "nnssl: for nnUNetv2_preprocess_like_nnssl and nnUNetv2_train_pretrained of nnU-Net's master branch",
     )
+    parser.add_argument("--license", default="unknown", help="for the model card in a zip, as hubs write it: cc-by-4.0")
     arguments = parser.parse_args()
 
     def action() -> None:
         from nnunetv2_macl.formats import export
 
-        export(Path(arguments.weights).expanduser(), Path(arguments.output).expanduser(), arguments.format)
+        export(
+            Path(arguments.weights).expanduser(),
+            Path(arguments.output).expanduser(),
+            arguments.format,
+            arguments.license,
+        )
 
     _run(action)
+
+
+def install_entry() -> None:
+    """``nnUNetv2_macl_install``."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_install",
+        description="Put weights that others share where nnUNetTrainerMACL finds them. Nothing is overwritten.",
+        epilog="Example: nnUNetv2_macl_install weights.zip",
+    )
+    parser.add_argument("file", help="that nnUNetv2_macl_export wrote")
+    file = Path(parser.parse_args().file).expanduser()
+
+    def action() -> None:
+        from nnunetv2_macl.nnunet import require_folders
+        from nnunetv2_macl.sharing.install import install
+
+        require_folders()
+        install(file, Path(os.environ["nnUNet_results"]))
+
+    _run(action)
+
+
+def inspect_entry() -> None:
+    """``nnUNetv2_macl_inspect``."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_inspect",
+        description="Say what a file is, what it was trained on and how, and whether it is whole.",
+        epilog="Example: nnUNetv2_macl_inspect macl_encoder.pth",
+    )
+    parser.add_argument("file", help="checkpoint, exported weights, MACL plan, package (.zip), or checkpoint of nnssl")
+    file = Path(parser.parse_args().file).expanduser()
+
+    def action() -> None:
+        from nnunetv2_macl.sharing.inspect import inspect
+
+        print(inspect(file))
+
+    _run(action)
+
+
+def report_entry() -> None:
+    """``nnUNetv2_macl_report``."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_report",
+        description="Write the report of a pre-training run, finished or not: one HTML file.",
+        epilog="Example: nnUNetv2_macl_report nnUNet_results/Dataset027_ACDC/nnUNetTrainerMACLPretrain__nnUNetPlans__2d/fold_all",
+    )
+    parser.add_argument("folder", help="of the run")
+    parser.add_argument("-o", dest="output", help="file to write. Default: report.html in the folder")
+    parser.add_argument("-device", default="cpu", help="to compute features on. Default: cpu")
+    arguments = parser.parse_args()
+
+    def action() -> None:
+        from nnunetv2_macl.report import write_report
+
+        output = Path(arguments.output).expanduser() if arguments.output else None
+        print(write_report(Path(arguments.folder).expanduser(), output, arguments.device))
+
+    _run(action)
+
+
+def doctor_entry() -> None:
+    """``nnUNetv2_macl_doctor``: exit code 0 only when all is right."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_doctor",
+        description="Say what is right on this machine and what is not, and the command that mends it.",
+        epilog="Example: nnUNetv2_macl_doctor 27 -c 2d",
+    )
+    parser.add_argument("dataset_name_or_id", nargs="?", help="data set to look at as well, by name or id")
+    parser.add_argument("-c", dest="configuration", help="nnU-Net configuration. Default: as in pre-training")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier. Default: nnUNetPlans")
+    parser.add_argument("-device", default="cuda", help="cuda, cpu or mps. Default: cuda")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    arguments = parser.parse_args()
+    results = []
+    for result in doctor.examine(
+        arguments.dataset_name_or_id, arguments.configuration, arguments.plans, arguments.device
+    ):
+        results.append(result)
+        if not arguments.json:
+            print(doctor.as_lines(result), flush=True)
+    wrong = sum(result.status == doctor.WRONG for result in results)
+    if arguments.json:
+        print(json.dumps(doctor.as_json(results), indent=2))
+    else:
+        print(f"\n{wrong} to mend: the lines after '>'." if wrong else "\nAll is right.")
+    sys.exit(1 if wrong else 0)
 
 
 def demo_entry() -> None:

@@ -68,10 +68,10 @@ def draw_corner(
         generator: draws the place.
         place: (3,), 0 to 1 an axis, from the first legal corner to the last; None draws one.
     """
-    shape, patch_size = np.asarray(shape), np.asarray(patch_size)
-    padding = np.maximum(patch_size - shape, 0)
+    size, patch = np.asarray(shape), np.asarray(patch_size)
+    padding = np.maximum(patch - size, 0)
     lowest = -padding // 2
-    highest = shape + padding // 2 + padding % 2 - patch_size
+    highest = size + padding // 2 + padding % 2 - patch
     if place is None:
         return generator.integers(lowest, highest + 1)
     return np.minimum((lowest + place * (highest + 1 - lowest)).astype(int), highest)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,7 @@ def gather(local: Tensor) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, local: Tensor) -> Tensor:
+    def forward(ctx: Any, local: Tensor) -> Tensor:
         sizes = [torch.zeros(1, dtype=torch.long, device=local.device) for _ in range(world_size())]
         dist.all_gather(sizes, torch.tensor([len(local)], device=local.device))
         ctx.sizes = [int(size) for size in sizes]
@@ -70,7 +71,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part[:size] for part, size in zip(parts, ctx.sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         first = sum(ctx.sizes[: rank()])
         return gradient[first : first + ctx.sizes[rank()]]
 

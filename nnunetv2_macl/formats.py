@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.sharing.package import write_package
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("nnssl", "nnunet")
+PACKAGE = "zip"
 ADAPTATION_PLAN = "nnssl_adaptation_plan"
 
 _UNETS = "dynamic_network_architectures.architectures.unet."
@@ -103,22 +105,30 @@ def _from_nnssl(content: dict[str, Any], file: Path) -> PretrainedWeights:
 # --- writing -------------------------------------------------------------------------------------------------------------
 
 
-def export(source: Path, file: Path, name: str) -> None:
+def export(source: Path, file: Path, name: str | None = None, license_id: str = "unknown") -> None:
     """Write pre-trained weights in another format.
 
     Args:
         source: what `load_weights` takes.
         file: to write.
         name: ``nnunet``, for ``nnUNetv2_train -pretrained_weights``, or ``nnssl``, for ``nnUNetv2_preprocess_like_nnssl`` and
-            ``nnUNetv2_train_pretrained`` of nnU-Net's master branch.
+            ``nnUNetv2_train_pretrained`` of nnU-Net's master branch, or ``zip``, for ``nnUNetv2_macl_install``. None: ``zip``
+            where the file ends so.
+        license_id: of the weights, for the model card in a ``zip``.
 
     Raises:
         UserError: no such format, weights that do not go into it, or a file that cannot be written.
     """
-    if name not in FORMATS:
-        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got '{name}'.")
+    if name is None and file.suffix == ".zip":
+        name = PACKAGE
+    if name not in (*FORMATS, PACKAGE):
+        got = f"got '{name}'" if name else f"and {file.name} does not say which: only .zip does"
+        raise UserError(f"--format must be one of {', '.join((*FORMATS, PACKAGE))}, {got}.")
     if file.is_dir():
         raise UserError(f"-o {file} is a folder. Give a file: -o {file / 'weights.pth'}")
+    if name == PACKAGE:
+        write_package(source, file, license_id)
+        return
     pretrained = load_weights(source)
     content = as_nnunet(pretrained) if name == "nnunet" else as_nnssl(pretrained)
     checkpoints.save(content, file)
@@ -192,14 +202,18 @@ def as_nnssl(pretrained: PretrainedWeights) -> dict[str, Any]:
     }
 
 
-def _adaptation_plan(
-    pretrained: PretrainedWeights, preprocessing: dict[str, Any], network: nn.Module
-) -> dict[str, Any]:
+def _adaptation_plan(pretrained: PretrainedWeights, preprocessing: dict[str, Any], network: Any) -> dict[str, Any]:
     architecture, description = pretrained.architecture, pretrained.description
     kwargs = architecture["arch_kwargs"]
-    plan_keys = ("original_median_spacing_after_transp", "image_reader_writer", "transpose_forward")
+    plan_keys: tuple[str, ...] = ("original_median_spacing_after_transp", "image_reader_writer", "transpose_forward")
     plan_keys += ("transpose_backward", "experiment_planner_used")
-    own_keys = ("data_identifier", "preprocessor_name", "normalization_schemes", "use_mask_for_norm", "spacing")
+    own_keys: tuple[str, ...] = (
+        "data_identifier",
+        "preprocessor_name",
+        "normalization_schemes",
+        "use_mask_for_norm",
+        "spacing",
+    )
     own_keys += ("patch_size", "resampling_fn_data", "resampling_fn_data_kwargs")
     configuration = {key: preprocessing[key] for key in own_keys} | {
         # nnU-Net plans the spacing from the data set's median

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +117,7 @@ class _Contrast(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, vectors: Tensor, weights: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, vectors: Tensor, weights: Tensor, temperature: float) -> Tensor:
         count, _, locations = vectors.shape
         # seen as (P, V, C), but each vector's locations turned on their own: that copy is the fastest
         by_location = vectors.transpose(1, 2).contiguous().transpose(0, 1)
@@ -149,7 +149,7 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_losses: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_losses, None, None
 
@@ -305,7 +305,7 @@ class MultiLevelContrastiveLoss(nn.Module):
             losses["equivariance"] = self.equivariance_loss(
                 outputs["bottleneck_dominant"], outputs["bottleneck_auxiliary"]
             )
-        losses["total"] = sum(self.weights[name] * loss for name, loss in losses.items())
+        losses["total"] = torch.as_tensor(sum(self.weights[name] * loss for name, loss in losses.items()))
         return losses
 
 

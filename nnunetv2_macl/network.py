@@ -216,6 +216,10 @@ class MACLNetwork(nn.Module):
             decoded = stage(torch.cat((transpconv(decoded), skips[-depth - 2]), 1))
         return skips[-1], decoded
 
+    def dense_features(self, images: Tensor) -> Tensor:
+        """(N, C, *spatial) -> (N, channels, *grid): what the trained part of the U-Net, encoder and decoder, makes of images."""
+        return self._dominant(images)[1]
+
     @torch.no_grad()
     def update_ema(self) -> None:
         """Move the averaged encoder towards the trained one; does nothing unless ``auxiliary_encoder`` is ``ema``."""

@@ -188,10 +188,20 @@ class Configuration:
 
     def preprocessing(self) -> dict[str, Any]:
         """How nnU-Net prepares images for this network, in plain JSON types: what others need to prepare theirs alike."""
-        keys = ("data_identifier", "preprocessor_name", "spacing", "patch_size", "normalization_schemes")
+        keys: tuple[str, ...] = (
+            "data_identifier",
+            "preprocessor_name",
+            "spacing",
+            "patch_size",
+            "normalization_schemes",
+        )
         keys += ("use_mask_for_norm", "resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_seg")
         keys += ("resampling_fn_seg_kwargs",)
-        plan_keys = ("original_median_spacing_after_transp", "image_reader_writer", "transpose_forward")
+        plan_keys: tuple[str, ...] = (
+            "original_median_spacing_after_transp",
+            "image_reader_writer",
+            "transpose_forward",
+        )
         plan_keys += ("transpose_backward", "experiment_planner_used")
         configuration, plans = self.manager.configuration, self.plans_manager.plans
         content = {key: configuration.get(key) for key in keys} | {key: plans.get(key) for key in plan_keys}
@@ -200,7 +210,13 @@ class Configuration:
     def preprocessing_checksum(self) -> str:
         """Changes when, and only when, nnU-Net would preprocess an image otherwise or lay it out otherwise."""
         configuration, plans = self.manager.configuration, self.plans_manager.plans
-        keys = ("patch_size", "spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name")
+        keys: tuple[str, ...] = (
+            "patch_size",
+            "spacing",
+            "normalization_schemes",
+            "use_mask_for_norm",
+            "preprocessor_name",
+        )
         keys += ("resampling_fn_data", "resampling_fn_data_kwargs")
         return checksum(
             [

@@ -145,6 +145,11 @@ class Recipe:
 _FIELDS = {f.name: f for f in fields(Recipe)}
 
 
+def meaning(key: str) -> str:
+    """What a recipe key means, in words; empty where its name says it."""
+    return _FIELDS[key].metadata["meaning"]
+
+
 def check_values(values: dict[str, Any], where: str) -> None:
     """Check recipe keys and values.
 

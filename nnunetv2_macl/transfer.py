@@ -269,9 +269,9 @@ class _Plan:
         unequal = [key for key in left if not self._fits(key) and key not in absent]
         if not unequal:
             return f"{self.source_of(absent[0])} is not there"
-        ours, theirs = unequal[0], self.source_of(unequal[0])
-        here = "" if ours == theirs else f"{ours} is "
-        return f"{theirs} is {list(self.source[theirs].shape)} there, {here}{list(self.state[ours].shape)} here"
+        ours, source = unequal[0], self.source_of(unequal[0])
+        here = "" if ours == source else f"{ours} is "
+        return f"{source} is {list(self.source[source].shape)} there, {here}{list(self.state[ours].shape)} here"
 
 
 def _unit(key: str) -> str:

@@ -84,7 +84,7 @@ class SpatialViews:
                 matrix = matrix @ _rotation(axes, *plane, uniform(-angle, angle))
         # drawn always, so that leaving mirroring out changes no other number of the view
         mirrored = torch.where(uniform(0, 1, axes) < 0.5, -1.0, 1.0)
-        factors = uniform(*self.scaling, axes if axes == 3 else 1).expand(-1, axes)
+        factors = uniform(self.scaling[0], self.scaling[1], axes if axes == 3 else 1).expand(-1, axes)
         # a factor of 2 shows things twice as large: the view's voxels lie half as far apart in the patch
         matrix = matrix / factors[:, None]
         if self.mirroring:

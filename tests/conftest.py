@@ -21,6 +21,12 @@ from nnunetv2_macl.synthetic import generate_dataset
 DATASET = "Dataset901_Generated"
 
 
+def environment_without_nnunet() -> dict[str, str]:
+    """The environment without nnU-Net's variables, in which this package is found as it is found here."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")}
+    return kept | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
 class Workspace:
     """nnU-Net's three folders, and commands run in them."""
 

@@ -192,7 +192,7 @@ def test_what_nnssl_cannot_hold_is_told(run, tmp_path):
     folder, _ = run(preprocessing=None)
     with pytest.raises(UserError, match=r"does not say how its images were preprocessed.*Pre-train again"):
         formats.export(folder, target, "nnssl")
-    with pytest.raises(UserError, match="--format must be one of nnssl, nnunet, got 'onnx'"):
+    with pytest.raises(UserError, match="--format must be one of nnssl, nnunet, zip, got 'onnx'"):
         formats.export(folder, target, "onnx")
     with pytest.raises(UserError, match="is a folder"):
         formats.export(folder, tmp_path, "nnunet")

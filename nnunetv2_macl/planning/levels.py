@@ -114,11 +114,11 @@ def _auxiliary_stage(total_strides: np.ndarray) -> int:
 def _asked_levels(total: np.ndarray, recipe: Recipe) -> tuple[int, int]:
     """K and e from a recipe that fixes at least one of K, e, s; the rest as near to the rule as it can be."""
     stages = len(total)
-    decoder_stages = [recipe.decoder_stages] if recipe.decoder_stages != AUTO else range(stages)
+    decoder_stages = range(stages) if recipe.decoder_stages == AUTO else [int(recipe.decoder_stages)]
     if recipe.auxiliary_stage == "bottleneck":
         auxiliary = [stages]
     elif recipe.auxiliary_stage != AUTO:
-        auxiliary = [recipe.auxiliary_stage]
+        auxiliary = [int(recipe.auxiliary_stage)]
     else:
         # the stage of the rule first, then deeper ones
         first = _auxiliary_stage(total)

@@ -59,7 +59,7 @@ class MemoryEstimate:
             kept = 2 * self._feature_bytes(batch_size) + max(features[0], projectors)
             largest = max(features[1], largest)
         # the backward pass of the largest layer holds two gradients of its size
-        activations = kept + 2 * largest
+        activations = float(kept + 2 * largest)
         if mixed_precision:
             # autocast keeps a copy of the weights in half precision for the backward pass
             activations = activations * _AUTOCAST_SHARE + self._half_weights

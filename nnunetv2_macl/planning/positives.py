@@ -35,8 +35,8 @@ def positive_distances(shapes: Sequence[Sequence[int]], sampling: Sampling, batc
             shape = shapes[int(generator.integers(len(shapes)))]
             corner = draw_corner(shape, sampling.patch_size, generator, place)
             positions.append(position(corner, sampling.patch_size, shape))
-        positions = np.stack(positions)
-        distances.append(np.abs(positions[:, None] - positions[None]).max(-1))
+        stacked = np.stack(positions)
+        distances.append(np.abs(stacked[:, None] - stacked[None]).max(-1))
     return distances
 
 

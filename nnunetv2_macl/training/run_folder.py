@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
@@ -41,17 +42,22 @@ class RunLock:
             return
         raise UserError(f"{self.file.parent} was taken by another run just now. Wait for it, or use another fold.")
 
-    def _refuse_if_alive(self) -> None:
+    def holder(self) -> dict[str, Any] | None:
+        """Host, pid and start of the run that holds the folder, as far as can be told from here; None where there is none."""
         try:
             other = json.loads(self.file.read_text())
             host, pid = other["host"], int(other["pid"])
         except (OSError, ValueError, KeyError, TypeError):
-            return
-        if host == socket.gethostname() and not _alive(pid):
+            return None
+        return None if host == socket.gethostname() and not _alive(pid) else other
+
+    def _refuse_if_alive(self) -> None:
+        other = self.holder()
+        if other is None:
             return
         raise UserError(
-            f"Another run is writing into {self.file.parent}: process {pid} on {host}, since {other.get('started')}. "
-            f"Wait for it or stop it. If it is gone, type: rm '{self.file}'"
+            f"Another run is writing into {self.file.parent}: process {other['pid']} on {other['host']}, since "
+            f"{other.get('started')}. Wait for it or stop it. If it is gone, type: rm '{self.file}'"
         )
 
     def release(self) -> None:

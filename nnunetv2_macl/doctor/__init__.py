@@ -1,0 +1,111 @@
+"""What is right on this machine and what is not, each wrong thing with the command that mends it.
+
+A check is a function that returns a `Result`. None of them raises: a check that fails is a result too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from nnunetv2_macl import __version__
+from nnunetv2_macl.doctor import environment, machine
+from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
+from nnunetv2_macl.doctor.shell import for_good, shell_in_use
+
+__all__ = ["NOTE", "RIGHT", "WRONG", "Result", "as_json", "as_lines", "examine"]
+
+_FOLDERS = {"nnUNet_raw": False, "nnUNet_preprocessed": True, "nnUNet_results": True}
+
+
+def examine(
+    dataset: str | None = None, configuration: str | None = None, plans: str = "nnUNetPlans", device: str = "cuda"
+) -> Iterator[Result]:
+    """Check this machine, and a data set if one is given; a result at a time.
+
+    Args:
+        dataset: by name or id; None looks at the machine alone.
+        configuration: of the nnU-Net plan; None takes the first supported one.
+        plans: plans identifier.
+        device: ``cuda``, ``cpu`` or ``mps``.
+    """
+    wrong = set()
+    checks: list[tuple[str, Callable[[], Result]]] = [
+        ("python", environment.python_version),
+        ("torch", partial(environment.torch_and_device, device)),
+        ("nnunet", environment.nnunet_version),
+        *((name, partial(environment.folder_variable, name, written)) for name, written in _FOLDERS.items()),
+        ("nnUNet_extTrainer", environment.trainers_are_found),
+        ("shared_memory", machine.shared_memory),
+        ("open_files", machine.open_files),
+        *((f"disk_{name}", partial(machine.free_disk, name)) for name, written in _FOLDERS.items() if written),
+    ]
+    for name, check in checks:
+        if name.removeprefix("disk_") in wrong:
+            continue
+        for result in _guarded(name, partial(_alone, check)):
+            wrong |= {result.check} if result.status == WRONG else set()
+            yield result
+    if wrong & {*_FOLDERS, "nnUNet_extTrainer"}:
+        yield Result("shell", NOTE, "a variable set so holds in this shell alone; for good:", for_good(shell_in_use()))
+    if dataset is None:
+        return
+    if needed := wrong & {"torch", "nnunet", *_FOLDERS}:
+        yield Result("dataset", NOTE, f"{dataset} is looked at when this is mended: {', '.join(sorted(needed))}")
+        return
+
+    def of_dataset() -> Iterator[Result]:
+        # needs torch and nnU-Net
+        from nnunetv2_macl.doctor.dataset import dataset_checks
+
+        yield from dataset_checks(dataset, configuration, plans, device)
+
+    yield from _guarded("dataset", of_dataset)
+
+
+def _alone(check: Callable[[], Result]) -> list[Result]:
+    return [check()]
+
+
+def _guarded(name: str, check: Callable[[], Iterable[Result]]) -> Iterator[Result]:
+    """The results; what nnU-Net prints meanwhile is kept off the screen, and an error becomes a result."""
+    results = None
+    while True:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                results = iter(check()) if results is None else results
+                result = next(results)
+        except StopIteration:
+            return
+        except Exception as error:
+            yield Result(name, WRONG, f"this could not be checked: {type(error).__name__}: {error}")
+            return
+        yield result
+
+
+def as_lines(result: Result) -> str:
+    """A result for the screen."""
+    mark = {RIGHT: "  ok   ", WRONG: "  WRONG", NOTE: "  --   "}[result.status]
+    first, *more = result.words.splitlines() or [""]
+    lines = [f"{mark} {first}", *(f"        {line}" for line in more)]
+    lines += [f"        > {line}" for line in (result.mend or "").splitlines()]
+    return "\n".join(lines)
+
+
+def as_json(results: Iterable[Result]) -> dict[str, Any]:
+    """All results in plain JSON types."""
+    results = list(results)
+    return {
+        "nnunetv2_macl": __version__,
+        "python": sys.version.split()[0],
+        "shell": shell_in_use(),
+        "right": all(result.status != WRONG for result in results),
+        "results": [
+            {"check": r.check, "status": r.status, "words": r.words, "mend": r.mend, "values": r.values}
+            for r in results
+        ],
+    }

@@ -1,0 +1,221 @@
+"""Checks of one data set: what nnU-Net has of it, its images, what a run would take, and what there is to fine-tune from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
+from nnunetv2_macl.doctor.shell import shell_in_use
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration, raw_folder
+from nnunetv2_macl.planning.plan import plan_file, read_plan, was_edited
+from nnunetv2_macl.planning.positives import resampled_shapes
+from nnunetv2_macl.preprocessing.cases import nifti_is_cut_short
+from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, Source, find_sources, training_cases
+from nnunetv2_macl.training.finetune import PRETRAINER, WEIGHTS_VARIABLE
+
+_MEASURE_TIMEOUT = 600
+_TOLD = 3
+
+
+def dataset_checks(
+    dataset: str, configuration: str | None, plans: str, device: str, timeout: float = _MEASURE_TIMEOUT
+) -> Iterator[Result]:
+    """The checks of a data set, one after the other; those that need what is missing are left out.
+
+    Args:
+        dataset: by name or id.
+        configuration: of the nnU-Net plan; None takes the first supported one.
+        plans: plans identifier.
+        device: to measure on.
+        timeout: of the measurement, seconds.
+    """
+    try:
+        target = Configuration.load(dataset, plans, configuration)
+        yield plan_is_there(target)
+        labelled = len(training_cases(target))
+        yield macl_plan(target)
+        sources = _sources(target)
+    except UserError as error:
+        yield from_error("plan", error)
+        return
+    yield images(target, labelled, sources)
+    yield headers(sources)
+    yield estimate(target, sources, device, timeout)
+    yield weights(target, device)
+
+
+def from_error(check: str, error: UserError) -> Result:
+    """A user's mistake as a result: what the message says to type is what mends it."""
+    words, _, mend = str(error).partition("Type:")
+    return Result(check, WRONG, words.strip(), mend.strip() or None)
+
+
+def plan_is_there(target: Configuration) -> Result:
+    size = "x".join(map(str, target.patch_size))
+    words = f"{target.dataset_name}, {target.plans_name}, {target.name}: patch {size}, {len(target.channel_names)} channel(s)"
+    others = [c for c in target.plans_manager.available_configurations if c != target.name]
+    if others:
+        words += f"; the plan also has {', '.join(others)} (-c)"
+    values = {"configuration": target.name, "patch_size": target.patch_size, "other_configurations": others}
+    return Result("plan", RIGHT, words, values=values)
+
+
+def macl_plan(target: Configuration) -> Result:
+    """Which MACL plan a run would follow. Raises UserError for one that cannot be used."""
+    from nnunetv2_macl.doctor.measure import plan_in_use
+
+    file = plan_file(target)
+    plan = plan_in_use(target)
+    origin = "derived at the start" if not file.is_file() else "as edited" if was_edited(file) else "of the last start"
+    words = f"MACL plan, {origin}: batch {plan.batch_size}, {plan.decoder_stages} decoder stage(s), threshold {plan.threshold:g}"
+    return Result("macl_plan", RIGHT, words)
+
+
+def _sources(target: Configuration) -> list[Source]:
+    file = plan_file(target)
+    if not file.is_file():
+        return find_sources(target, ())
+    plan = read_plan(file)
+    return find_sources(target, plan.unlabelled_datasets, plan.channel_map)
+
+
+def images(target: Configuration, labelled: int, sources: list[Source]) -> Result:
+    """How many images there are to learn from."""
+    counts = {source.dataset_name: len(source.cases) + len(source.incomplete) for source in sources}
+    unlabelled = sum(counts.values())
+    words = f"{labelled} labelled images, {unlabelled} unlabelled"
+    if len(counts) > 1:
+        words += f" ({', '.join(f'{count} of {name}' for name, count in counts.items())})"
+    values = {"labelled": labelled, "unlabelled": unlabelled}
+    if unlabelled:
+        return Result("images", RIGHT, words, values=values)
+    folder = raw_folder(target.dataset_name) / UNLABELLED_FOLDER
+    ending = target.dataset_json["file_ending"]
+    mend = f"# put unlabelled images into {folder}, named CASE_0000{ending}, or add -u DATASET2"
+    return Result("images", NOTE, f"{words}: pre-training would see the labelled images alone", mend, values)
+
+
+def headers(sources: list[Source]) -> Result:
+    """Which unlabelled images could not be used, as far as their headers tell."""
+    wrong = [reason for source in sources for reason in source.incomplete.values()]
+    files = [file for source in sources for case in source.cases.values() for file in case.files]
+    with ThreadPoolExecutor(8) as pool:
+        wrong += [reason for reason in pool.map(header_problem, files) if reason]
+    values = {"files": len(files), "skipped": len(wrong)}
+    if not wrong:
+        return Result("headers", RIGHT, f"{len(files)} unlabelled files have sound headers", values=values)
+    told = "\n".join(wrong[:_TOLD]) + (f"\nand {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else "")
+    mend = "# mend or remove them, or go on without\nnnUNetv2_train_macl_pretrain ... --skip_unreadable"
+    return Result("headers", WRONG, f"{len(wrong)} unlabelled images cannot be used:\n{told}", mend, values)
+
+
+def header_problem(file: str) -> str | None:
+    """What is wrong with an image as far as its header and size tell, or None."""
+    try:
+        if os.path.getsize(file) == 0:
+            return f"{file} is empty"
+        if file.endswith((".nii", ".nii.gz")) and nifti_is_cut_short(file):
+            return f"{file} is cut short: it holds less or more than its header says"
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(file)
+        reader.ReadImageInformation()
+        if 0 in reader.GetSize():
+            return f"{file} has no voxels"
+    except Exception as error:
+        # ITK's last line says what, those before where in ITK
+        return f"{file} cannot be read: {(str(error).strip().splitlines() or [type(error).__name__])[-1]}"
+    return None
+
+
+def estimate(target: Configuration, sources: list[Source], device: str, timeout: float) -> Result:
+    """Hours, memory and disk of a run, from three real training steps in a process of its own."""
+    check = "estimate"
+    command = [sys.executable, "-m", "nnunetv2_macl.doctor.measure"]
+    command += [target.dataset_name, target.name, target.plans_name, device]
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        measured = json.loads(process.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        mend = "# take a GPU (-device cuda) or a smaller configuration (-c 2d)"
+        return Result(check, WRONG, f"three training steps took more than {timeout:.0f} s on {device}", mend)
+    except (IndexError, ValueError):
+        said = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        measured = {
+            "error": f"the process ended with code {process.returncode}, most likely for want of memory: {said}"
+        }
+    if "error" in measured:
+        reason = measured["error"].strip().removeprefix("Error: ")
+        return from_error(check, UserError(f"three training steps could not be run on {device}: {reason}"))
+    hours = measured["seconds_per_step"] * measured["steps_per_epoch"] * measured["epochs"] / 3600
+    shapes = [math.prod(shape) for shape in resampled_shapes(target)]
+    number = sum(len(source.cases) for source in sources)
+    disk = number * len(target.channel_names) * 4 * float(np.median(shapes)) / 2**30
+    values = measured | {"hours": hours, "preprocessed_gib": disk}
+    words = (
+        f"three real steps on {device}: {measured['seconds_per_step']:.3g} s each; {measured['epochs']} epochs of "
+        f"{measured['steps_per_epoch']} take about {_hours(hours)}, {_size(measured['memory_gib'])} of memory, "
+        f"{_size(disk)} on disk for the images and {_size(measured['run_gib'])} for the run"
+    )
+    for variable, needed in (("nnUNet_preprocessed", disk), ("nnUNet_results", measured["run_gib"])):
+        free = shutil.disk_usage(os.environ[variable]).free / 2**30
+        if free < needed:
+            return Result(
+                check, WRONG, f"{words}; {variable} has {_size(free)} free", f"# make space in {variable}", values
+            )
+    return Result(check, NOTE, words, values=values)
+
+
+def _size(gib: float) -> str:
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
+
+
+def _hours(hours: float) -> str:
+    if hours < 1:
+        return f"{max(1, round(hours * 60))} min"
+    return f"{hours:.0f} h" if hours < 72 else f"{hours / 24:.0f} days (fewer: -num_epochs)"
+
+
+def weights(target: Configuration, device: str) -> Result:
+    """What fine-tuning would start from, and the command for what comes next."""
+    check = "weights"
+    plans = "" if target.plans_name == "nnUNetPlans" else f" -p {target.plans_name}"
+    options = plans if device == "cuda" else f"{plans} -device {device}"
+    finetune = f"nnUNetv2_train {target.id} {target.name} {{fold}} -tr nnUNetTrainerMACL{options}"
+    if named := os.environ.get(WEIGHTS_VARIABLE):
+        if not Path(named).expanduser().exists():
+            unset = {"fish": f"set -e {WEIGHTS_VARIABLE}", "powershell": f"Remove-Item Env:{WEIGHTS_VARIABLE}"}
+            mend = unset.get(shell_in_use(), f"unset {WEIGHTS_VARIABLE}")
+            return Result(check, WRONG, f"{WEIGHTS_VARIABLE} names weights that are not there: {named}", mend)
+        return Result(check, NOTE, f"fine-tuning takes what {WEIGHTS_VARIABLE} names: {named}", finetune.format(fold=0))
+    results = Path(os.environ["nnUNet_results"]) / target.dataset_name
+    run = results / f"{PRETRAINER}__{target.plans_name}__{target.name}"
+    folders = sorted(file.parent for file in run.glob(f"fold_*/{checkpoints.ENCODER_FILE}"))
+    if not folders:
+        command = f"nnUNetv2_train_macl_pretrain {target.id} -c {target.name}{options}"
+        return Result(check, NOTE, "no pre-trained weights yet", command, {"found": []})
+    told = []
+    for folder in folders:
+        try:
+            pretrained = checkpoints.load_weights(folder)
+        except UserError as error:
+            return from_error(check, error)
+        collapsed = ", COLLAPSED" if pretrained.description.get("collapsed") else ""
+        told.append(f"{folder.name} ({pretrained.description.get('epochs')} epochs{collapsed})")
+    fold = folders[0].name.removeprefix("fold_")
+    return Result(
+        check, RIGHT, f"pre-trained weights in {run}: {', '.join(told)}",
+        finetune.format(fold=0 if fold == "all" else fold), {"found": [str(folder) for folder in folders]},
+    )  # fmt: skip

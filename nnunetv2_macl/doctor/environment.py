@@ -1,0 +1,150 @@
+"""Checks of what is installed, and of nnU-Net's variables."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from nnunetv2_macl.doctor.result import RIGHT, WRONG, Result
+from nnunetv2_macl.doctor.shell import set_trainers, set_variable, shell_in_use
+
+TRAINER = "nnUNetTrainerMACL"
+_OLDEST_PYTHON = (3, 10)
+_FIND_TIMEOUT = 180
+
+
+def python_version() -> Result:
+    words = f"Python {platform.python_version()} in {sys.prefix}"
+    if sys.version_info < _OLDEST_PYTHON:
+        return Result("python", WRONG, f"{words}: 3.10 or newer is needed", "conda create -n macl python=3.12")
+    return Result("python", RIGHT, words)
+
+
+def torch_and_device(device: str) -> Result:
+    """Whether torch is there and computes on the device."""
+    if device not in ("cuda", "cpu", "mps"):
+        return Result(
+            "torch", WRONG, f"-device must be cuda, cpu or mps, got '{device}'", "nnUNetv2_macl_doctor -device cpu"
+        )
+    install = "# the command for your system stands at https://pytorch.org/get-started/locally, for example\n"
+    install += "pip install --force-reinstall torch"
+    try:
+        torch = importlib.import_module("torch")
+    except Exception as error:
+        return Result("torch", WRONG, f"torch cannot be imported: {_short(error)}", install)
+    words = f"torch {torch.__version__}"
+    without = "# for a first look without a GPU, each command takes: -device cpu"
+    if device == "cpu":
+        return Result("torch", RIGHT, f"{words} on the CPU, {os.cpu_count()} cores", values={"device": "cpu"})
+    if device == "mps":
+        if not torch.backends.mps.is_available():
+            return Result("torch", WRONG, f"{words} finds no Apple GPU (mps)", without)
+        return Result("torch", RIGHT, f"{words} on an Apple GPU", values={"device": "mps"})
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            return Result("torch", WRONG, f"{words} is built without CUDA", f"{install}\n{without}")
+        look = "# is there a driver and a GPU? In a container: docker run --gpus all\nnvidia-smi"
+        return Result(
+            "torch", WRONG, f"{words} is built for CUDA {torch.version.cuda} and finds no device", f"{look}\n{without}"
+        )
+    gpu = torch.cuda.get_device_properties(0)
+    words += f", CUDA {torch.version.cuda}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
+    if torch.cuda.device_count() > 1:
+        words += f", and {torch.cuda.device_count() - 1} more"
+    try:
+        (torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum().item()
+    except Exception as error:
+        return Result("torch", WRONG, f"{words}, which cannot compute: {_short(error)}", f"{install}\n{without}")
+    return Result("torch", RIGHT, words, values={"device": "cuda", "gpu_memory_gib": gpu.total_memory / 2**30})
+
+
+def nnunet_version() -> Result:
+    """Whether nnU-Net is there, and knows nnUNet_extTrainer (2.8.0 on)."""
+    mend = 'pip install --upgrade "nnunetv2>=2.8.1"'
+    try:
+        words = f"nnU-Net {version('nnunetv2')}"
+    except PackageNotFoundError:
+        words = "nnU-Net"
+    try:
+        paths = importlib.import_module("nnunetv2.paths")
+    except Exception as error:
+        return Result("nnunet", WRONG, f"nnU-Net cannot be imported: {_short(error)}", mend)
+    if not hasattr(paths, "nnUNet_extTrainer"):
+        return Result("nnunet", WRONG, f"{words} does not know nnUNet_extTrainer, which 2.8.0 brought", mend)
+    return Result("nnunet", RIGHT, f"{words}, which finds trainers through nnUNet_extTrainer")
+
+
+def folder_variable(name: str, written: bool = True) -> Result:
+    """Whether a folder variable is set and names a folder that can be used.
+
+    Args:
+        name: ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.
+        written: whether anything is written there.
+    """
+    shell = shell_in_use()
+    example = f"/path/to/{name}"
+    value = os.environ.get(name)
+    if not value:
+        mend = set_variable(name, example, shell)
+        return Result(name, WRONG, f"{name} is not set: nnU-Net does not know where data lie", mend)
+    folder = Path(value)
+    if folder.is_file():
+        return Result(name, WRONG, f"{name} names a file: {value}", set_variable(name, example, shell))
+    if not folder.is_dir():
+        mend = f'mkdir -p "{value}"\n# or, where it lies elsewhere\n{set_variable(name, example, shell)}'
+        return Result(name, WRONG, f"{name} names a folder that is not there: {value}", mend)
+    if not os.access(folder, os.R_OK | os.X_OK | (os.W_OK if written else 0)):
+        return Result(
+            name, WRONG, f"{name}: no permission to {'write' if written else 'read'} in {value}", f'ls -ld "{value}"'
+        )
+    return Result(name, RIGHT, f"{name}={value}")
+
+
+def trainers_are_found() -> Result:
+    """Whether nnU-Net, asked as its commands ask it, takes our fine-tuning trainer for its name."""
+    check, shell = "nnUNet_extTrainer", shell_in_use()
+    value = os.environ.get(check)
+    if not value:
+        return Result(check, WRONG, f"{check} is not set: nnU-Net does not find {TRAINER}", set_trainers(shell))
+    command = [sys.executable, "-m", "nnunetv2_macl.doctor.finder", TRAINER]
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=_FIND_TIMEOUT)
+        found = json.loads(process.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return Result(
+            check, WRONG, f"nnU-Net searched {value} for {_FIND_TIMEOUT} s and found no {TRAINER}: are these trainers' "
+            "folders only?", set_trainers(shell, first=True),
+        )  # fmt: skip
+    except (IndexError, ValueError):
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        return Result(check, WRONG, f"nnU-Net's search for {TRAINER} ended with code {process.returncode}: {last}")
+    if found.get("ours"):
+        return Result(check, RIGHT, f"nnU-Net finds {TRAINER} through {check}")
+    if "error" not in found:
+        mend = f"# rename the class {TRAINER} in {found['file']}, or have nnU-Net look in our folder first\n"
+        mend += set_trainers(shell, first=True)
+        return Result(
+            check, WRONG, f"{TRAINER} is hidden by another class of that name: {found['file']} won", mend,
+            {"file": found["file"]},
+        )  # fmt: skip
+    if found["file"]:
+        return Result(
+            check, WRONG, f"nnU-Net's search stops at {found['file']}, which cannot be imported: {found['error']}",
+            f"# correct that file, or move it out of the folders in {check}", {"file": found["file"]},
+        )  # fmt: skip
+    if missing := [p for p in value.split(os.pathsep) if p.strip() and not os.path.isdir(p)]:
+        return Result(check, WRONG, f"{check} names a folder that is not there: {missing[0]}", set_trainers(shell))
+    return Result(
+        check, WRONG, f"nnU-Net does not find {TRAINER} in {value}: {found['error'][:100]}", set_trainers(shell)
+    )
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

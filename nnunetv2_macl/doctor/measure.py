@@ -1,0 +1,115 @@
+"""Three real training steps, in a process of their own and a folder that is thrown away.
+
+``python -m nnunetv2_macl.doctor.measure DATASET CONFIGURATION PLANS DEVICE`` prints one line of JSON last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from time import perf_counter
+from typing import Any
+
+import torch
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+from nnunetv2_macl.data import PretrainingBatches
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.planning.derive import derive_plan
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan
+from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
+from nnunetv2_macl.preprocessing.cases import Preprocessed
+from nnunetv2_macl.preprocessing.sources import training_cases
+from nnunetv2_macl.recipe import load_recipe
+from nnunetv2_macl.resources import resource_folder
+from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
+
+STEPS = 3
+
+
+def plan_in_use(configuration: Configuration) -> MACLPlan:
+    """The MACL plan that lies beside nnU-Net's; where there is none, what the default recipe would give. Writes nothing."""
+    file = plan_file(configuration)
+    if file.is_file():
+        plan = read_plan(file)
+        check_plan(plan, configuration, file)
+        return plan
+    return derive_plan(configuration, load_recipe(DEFAULT_RECIPE, resource_folder("plans")))
+
+
+class _Measured(nnUNetTrainerMACLPretrain):
+    """The pre-training as it is, on the training images, which are preprocessed already; leaves nothing."""
+
+    def _load_plan(self) -> MACLPlan:
+        return plan_in_use(self.macl_configuration)
+
+    def _prepare_data(self) -> Preprocessed:
+        return Preprocessed(training_cases(self.macl_configuration), {})
+
+    @property
+    def _total_steps(self) -> int:
+        # a plan may be for fewer
+        return max(super()._total_steps, 1 + STEPS)
+
+
+def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[str, Any]:
+    """Seconds a step, memory and the size of what a run leaves, from `STEPS` steps after a first one that warms up."""
+    target = Configuration.load(dataset, plans, configuration)
+    plans_content = target.plans_manager.plans | {"continue_training": False}
+    trainer = _Measured(plans_content, target.name, "all", target.dataset_json, torch.device(device))
+    trainer.disable_checkpointing = True
+    trainer.print_to_log_file = lambda *_, **__: None  # type: ignore[method-assign]
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    batches = trainer.dataloader_train
+    trainer.train_step(next(batches))
+    began = perf_counter()
+    for _ in range(STEPS):
+        trainer.train_step(next(batches))
+    seconds = (perf_counter() - began) / STEPS
+    # what was read ahead hides how long reading takes
+    plan = trainer.macl_plan
+    began = perf_counter()
+    PretrainingBatches(trainer.data.cases, plan.sampling, (0, plan.batch_size), STEPS + 2)[STEPS + 1]
+    reading = (perf_counter() - began) / max(1, get_allowed_n_proc_DA())
+    recipe = plan.get_recipe()
+    states = {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer]
+    parameters = sum(p.numel() for p in trainer.network.parameters())
+    return {
+        "seconds_per_step": max(seconds, reading),
+        "epochs": recipe.num_epochs,
+        "steps_per_epoch": recipe.num_iterations_per_epoch,
+        "batch_size": plan.batch_size,
+        "patch_size": plan.patch_size,
+        "memory_gib": _memory(device) / 2**30,
+        # the latest and the final checkpoint, and three files of weights
+        "run_gib": 4 * parameters * (2 * (1 + states) + 3) / 2**30,
+    }
+
+
+def _memory(device: str) -> float:
+    """The most that this process held, bytes."""
+    if device == "cuda":
+        return torch.cuda.max_memory_reserved()
+    if device == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"nnUNet_results": folder, "nnUNet_wandb_enabled": "0"}
+        try:
+            measured = measure(*sys.argv[1:5])
+        except (Exception, SystemExit) as error:
+            # a trainer's mistakes of the user end in SystemExit
+            told = isinstance(error, (UserError, SystemExit))
+            measured = {"error": str(error) if told else f"{type(error).__name__}: {error}"}
+        print("\n" + json.dumps(measured), flush=True)

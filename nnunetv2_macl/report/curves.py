@@ -1,0 +1,97 @@
+"""Curves as SVG that takes the page's own colours, in the light and in the dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from nnunetv2_macl.monitoring import LOSS_NAMES
+
+# stands in the SVG for the colour of the text around it
+_TEXT = "#010203"
+# readable on white and on black
+BLUE, RED, ORANGE, GREEN, VIOLET = "#3b82c4", "#d64545", "#d98a1f", "#3f9b62", "#8f6cc9"
+_REFERENCES = (
+    ("collapse", RED, "collapse: one embedding for every image"),
+    ("own_view_only", ORANGE, "knows the own view alone"),
+    ("all_found", GREEN, "all positives found"),
+)
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "axes.edgecolor": _TEXT,
+    "xtick.color": _TEXT,
+    "ytick.color": _TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+def loss_curves(log: dict[str, list[float]]) -> dict[str, str]:
+    """Title -> SVG of each loss with its reference lines."""
+    curves = {}
+    for name, title in LOSS_NAMES.items():
+        values = log.get(f"train_losses/{name}")
+        if not values:
+            continue
+        lines = [(values, BLUE, "-", f"{title.split(',')[0]} of this run")]
+        if name != "equivariance":
+            lines += [
+                (log[f"references/{key}"], colour, "--", label)
+                for key, colour, label in _REFERENCES
+                if log.get(f"references/{key}")
+            ]
+        curves[title] = _figure(lines, name, from_zero=name == "equivariance")
+    return curves
+
+
+def other_curves(log: dict[str, list[float]]) -> dict[str, str]:
+    """Title -> SVG of what tells how the run goes besides its losses."""
+    wanted = (
+        ("embedding_variance", "Variance of embeddings between images (0: collapsed)", VIOLET),
+        ("positives", "Positives an anchor, its own view included", GREEN),
+        ("lrs", "Learning rate", ORANGE),
+        ("patches_per_second", "Patches a second", BLUE),
+    )
+    return {
+        title: _figure([(log[key], colour, "-", title)], key, from_zero=True, legend=False)
+        for key, title, colour in wanted
+        if log.get(key)
+    }
+
+
+def _figure(
+    lines: Sequence[tuple[list[float], str, str, str]], name: str, *, from_zero: bool, legend: bool = True
+) -> str:
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(6.4, 3.3 if legend else 2.4))
+        axis = figure.subplots()
+        for values, colour, style, label in lines:
+            marker = "o" if style == "-" and len(values) < 60 else None
+            axis.plot(range(len(values)), values, style, color=colour, lw=1.8, marker=marker, ms=3.5, label=label)
+        if from_zero:
+            axis.set_ylim(bottom=0)
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.25, lw=0.6)
+        if legend:
+            # below, where no line is
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2, fontsize=9)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
+    # several figures stand in one page: their names must not meet
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]+"', r"\1", svg, count=1, flags=re.S)
+    return re.sub(r'(<svg[^>]*?) height="[^"]+"', r"\1", svg, count=1, flags=re.S)

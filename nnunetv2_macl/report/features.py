@@ -1,0 +1,175 @@
+"""What the features show, before and after pre-training: their colours beside the image, and which patches lie near."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
+
+from nnunetv2_macl.building import build_network
+from nnunetv2_macl.data import Case, PretrainingBatches
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.preprocessing.cases import unlabelled_folder
+from nnunetv2_macl.preprocessing.sources import training_cases
+from nnunetv2_macl.report.run import Run
+
+# voxels of all patches: minutes of a CPU at most
+_VOXELS = 2**24
+_PATCHES = (24, 128)
+_BATCH_VOXELS = 2**21
+COLOURED, QUERIES, NEIGHBOURS = 4, 6, 3
+# of the variance between patches: below this a feature is rounding
+_SMALLEST_DEVIATION = 1e-6
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of some patches, by ``before`` and ``after`` where there are two networks.
+
+    Args:
+        slices: (N, H, W), the middle slice of each patch.
+        colours: (COLOURED, h, w, 3), 0 to 1: the three main components of the dense features, of the first patches.
+        neighbours: (QUERIES, NEIGHBOURS), the nearest patches of other cases, of the first patches.
+        distances: mean distance in position, fraction of the volume, of each of the ``QUERIES`` to its neighbours.
+        chance: the same of a patch to any other.
+    """
+
+    slices: np.ndarray
+    colours: dict[str, np.ndarray]
+    neighbours: dict[str, np.ndarray]
+    distances: dict[str, float]
+    chance: float
+
+
+def show_features(run: Run, device: str = "cpu") -> Features:
+    """Compute the features of patches of the run's own images with a fresh network and with the run's.
+
+    Raises:
+        UserError: no checkpoint, or no preprocessed images to show; says which.
+    """
+    if run.weights is None:
+        raise UserError("There is no checkpoint yet: the first one is written after the first epoch.")
+    cases = _cases(run)
+    patch = run.plan.sampling.patch_size
+    number = int(np.clip(_VOXELS // np.prod(patch), *_PATCHES))
+    sampling = replace(run.plan.sampling, batch_size=number, position_group_size=1, seed=run.plan.recipe["seed"] + 1)
+    try:
+        batch = PretrainingBatches(cases, sampling, (0, number), 1)[0]
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"The preprocessed images cannot be read: {error}") from None
+    patches, positions, names = (
+        torch.as_tensor(batch["data"]),
+        np.asarray(batch["positions"]),
+        np.asarray(batch["cases"]),
+    )
+    # the first patches from as many cases as there are, and not from the rims of the volume
+    order = _varied(positions, names)
+    patches, positions, names = patches[order], positions[order], names[order]
+
+    distances = np.abs(positions[:, None] - positions[None]).max(-1)
+    others = names[:, None] != names[None]
+    if not others.any(1).all():
+        raise UserError("There is one image only: its patches have no neighbours in others.")
+    colours, neighbours, near = {}, {}, {}
+    for when, network in _networks(run).items():
+        try:
+            dense, pooled = _features(network.to(device).eval(), patches, device)
+        except torch.OutOfMemoryError:
+            raise UserError(f"There is too little memory on {device}: nnUNetv2_macl_report ... -device cpu") from None
+        network.cpu()
+        colours[when] = main_components(dense)
+        neighbours[when] = nearest(pooled, others)
+        near[when] = float(np.mean([distances[i, row].mean() for i, row in enumerate(neighbours[when])]))
+    middle = patches[:, 0].numpy()
+    if middle.ndim == 4:
+        middle = middle[:, middle.shape[1] // 2]
+    chance = float(distances[:QUERIES][others[:QUERIES]].mean())
+    return Features(middle, colours, neighbours, near, chance)
+
+
+def _cases(run: Run) -> list[Case]:
+    try:
+        cases = training_cases(run.configuration)
+    except KeyError:
+        raise UserError("nnUNet_preprocessed is not set, so there are no images to show.") from None
+    # written last: whoever has one is whole
+    records = sorted(unlabelled_folder(run.configuration).glob("*/*.json"))
+    return cases + [Case(record.stem, str(record.with_suffix(".b2nd"))) for record in records]
+
+
+def _varied(positions: np.ndarray, names: np.ndarray) -> list[int]:
+    """All patches, those first that show different cases at different places near the middle."""
+    central = [int(i) for i in np.argsort(np.abs(positions - 0.5).max(1)) if np.abs(positions[i] - 0.5).max() < 0.4]
+    first: list[int] = []
+    seen: set[str] = set()
+    # along the slices, from one end to the other
+    for i in sorted(central, key=lambda i: positions[i, 0])[:: max(1, len(central) // (2 * QUERIES))]:
+        if names[i] not in seen and len(first) < QUERIES:
+            first.append(i)
+            seen.add(names[i])
+    return first + [i for i in range(len(positions)) if i not in first]
+
+
+def _networks(run: Run) -> dict[str, MACLNetwork]:
+    """A fresh network as nnU-Net initialises it with the run's seed, and the run's own."""
+    recipe, networks = run.plan.get_recipe(), {}
+    for when in ("before", "after"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            unet = nnUNetTrainer.build_network_architecture(
+                run.configuration.plans_manager,
+                run.configuration.manager,
+                len(run.configuration.channel_names),
+                2,
+                True,
+            )
+            network = build_network(run.configuration, run.plan, recipe, unet)
+        if when == "after":
+            network.load_state_dict(run.weights or {})
+        networks[when] = network
+    return networks
+
+
+@torch.no_grad()
+def _features(network: MACLNetwork, patches: Tensor, device: str) -> tuple[Tensor, np.ndarray]:
+    """Dense features of the first patches at their middle slice, (COLOURED, C, h, w), and pooled ones of all, (N, C)."""
+    size = max(1, _BATCH_VOXELS // int(np.prod(patches.shape[2:])))
+    dense: list[Tensor] = []
+    pooled: list[Tensor] = []
+    for batch in patches.split(size):
+        features = network.dense_features(batch.to(device)).float().cpu()
+        pooled.append(features.flatten(2).mean(-1))
+        if sum(len(part) for part in dense) < COLOURED:
+            dense.append(features[:, :, features.shape[2] // 2] if features.ndim == 5 else features)
+    return torch.cat(dense)[:COLOURED], torch.cat(pooled).numpy()
+
+
+def main_components(dense: Tensor) -> np.ndarray:
+    """(N, C, h, w) features -> (N, h, w, 3) colours, 0 to 1, the same colour for the same feature in every image."""
+    vectors = dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1]).double().numpy()
+    vectors = vectors - vectors.mean(0)
+    _, _, axes = np.linalg.svd(vectors, full_matrices=False)
+    components = np.zeros((len(vectors), 3))
+    components[:, : len(axes[:3])] = vectors @ axes[:3].T
+    low, high = np.percentile(components, (2, 98), axis=0)
+    colours = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
+    return colours.reshape(len(dense), *dense.shape[2:], 3)
+
+
+def nearest(pooled: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(QUERIES, NEIGHBOURS) nearest patches of other cases by cosine similarity of standardised features, nearest first.
+
+    Args:
+        pooled: (N, C).
+        others: (N, N) bool, whether two patches are of different cases.
+    """
+    deviation = pooled.std(0)
+    vectors = (pooled - pooled.mean(0)) / np.maximum(deviation, _SMALLEST_DEVIATION)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    similarities = np.where(others, vectors @ vectors.T, -np.inf)
+    number = min(NEIGHBOURS, int(others[:QUERIES].sum(1).min()))
+    return np.argsort(-similarities[:QUERIES], axis=1, kind="stable")[:, :number]

@@ -1,0 +1,186 @@
+"""What a run's folder tells: plan, curves, state, images; of a finished run, of one at work, and of one that was stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration, read_json
+from nnunetv2_macl.planning.plan import MACLPlan, read_plan
+from nnunetv2_macl.preprocessing.cases import unlabelled_folder
+from nnunetv2_macl.training.pretrain import PLAN_COPY
+from nnunetv2_macl.training.run_folder import RunLock
+
+FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"
+_CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth")
+_NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?|nan|inf)"
+_EPOCH = re.compile(
+    rf"Epoch (?P<epoch>\d+)  loss {_NUMBER}(?P<losses>(?:  L_\w+ {_NUMBER})+)  \(collapse {_NUMBER}\)  "
+    rf"positives {_NUMBER}  {_NUMBER} s  {_NUMBER} patches/s"
+)
+_IN_LOG = {"L_g": "train_losses/global", "L_d": "train_losses/dense", "L_ER": "train_losses/equivariance"}
+_IMAGES = re.compile(r"Pre-training on (\d+) images.*left out as unreadable: (\d+)")
+_STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?: ")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A pre-training run, as far as its folder tells.
+
+    Args:
+        folder: of the run.
+        configuration: nnU-Net's, from the copies in the run's folder.
+        plan: that the run follows.
+        state: ``finished``, ``running`` or ``stopped``.
+        log: values an epoch by nnU-Net's logger's keys; from a checkpoint, else from what the log file says.
+        weights: of the pre-training network; None where there is no checkpoint yet.
+        images: that were pre-trained on; None where the log does not say.
+        skipped: images that were left out.
+        collapsed: the reason, or None.
+        warnings: that the log holds.
+        versions: of the packages that the run was made with.
+    """
+
+    folder: Path
+    configuration: Configuration
+    plan: MACLPlan
+    state: str
+    log: dict[str, list[float]]
+    weights: dict[str, Any] | None
+    images: int | None
+    skipped: int
+    collapsed: str | None
+    warnings: list[str]
+    versions: dict[str, str]
+
+    @property
+    def fold(self) -> str:
+        return self.folder.name.removeprefix("fold_")
+
+    @property
+    def epochs(self) -> int:
+        """That are done."""
+        return len(self.log.get("train_losses", []))
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder, or one that `nnunetv2_macl.sharing` installed.
+
+    Raises:
+        UserError: no run there, or a damaged one; names the file.
+    """
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}. Give a pre-training run's folder: .../fold_all")
+    if not (folder / PLAN_COPY).is_file():
+        inner = sorted(str(path.parent) for path in folder.glob(f"**/{PLAN_COPY}") if "previous_" not in str(path))
+        where = f"Give one of: {', '.join(inner[:5])}" if inner else "Give a pre-training run's folder: .../fold_all"
+        raise UserError(f"{folder} holds no {PLAN_COPY}, so no pre-training has begun in it. {where}")
+    plan = read_plan(folder / PLAN_COPY)
+    mend = "It is a copy that nnU-Net makes; copy it from nnUNet_preprocessed."
+    configuration = Configuration(
+        plan.dataset_name,
+        plan.plans_name,
+        plan.configuration,
+        PlansManager(read_json(folder.parent / "plans.json", mend)),
+        read_json(folder.parent / "dataset.json", mend),
+    )
+    lines = _log_lines(folder)
+    images, skipped = None, 0
+    for line in lines:
+        if match := _IMAGES.search(line):
+            images, skipped = int(match[1]), int(match[2])
+    file = next((folder / name for name in _CHECKPOINTS if (folder / name).is_file()), None)
+    checkpoint = checkpoints.load(file) if file else {}
+    log = checkpoint.get("logging") or {}
+    if not log.get("train_losses"):
+        log = _curves_in_log(lines)
+    state = RUNNING if RunLock(folder).holder() else STOPPED
+    if file and file.name == _CHECKPOINTS[0]:
+        state = FINISHED
+    exported = folder / checkpoints.ENCODER_FILE
+    versions = checkpoints.package_versions()
+    if state == FINISHED and exported.is_file():
+        versions = checkpoints.load_weights(exported).description.get("package_versions", versions)
+    return Run(
+        folder=folder,
+        configuration=configuration,
+        plan=plan,
+        state=state,
+        log={key: values for key, values in log.items() if isinstance(values, list)},
+        weights=checkpoint.get("network_weights"),
+        images=images,
+        skipped=skipped,
+        collapsed=checkpoint.get("collapsed"),
+        warnings=list(dict.fromkeys(_STAMP.sub("", line) for line in lines if "WARNING" in line or "Left out" in line)),
+        versions=versions,
+    )
+
+
+def _log_lines(folder: Path) -> list[str]:
+    """Of all log files, in their order: a run that went on has several."""
+    files = sorted(folder.glob("training_log_*.txt"), key=lambda file: file.stat().st_mtime)
+    return [line.strip() for file in files for line in file.read_text(errors="replace").splitlines()]
+
+
+def _curves_in_log(lines: list[str]) -> dict[str, list[float]]:
+    """Losses, the collapse line, positives and speed of each epoch, where there is no checkpoint yet."""
+    epochs: dict[int, dict[str, float]] = {}
+    for line in lines:
+        if match := _EPOCH.search(line):
+            losses = re.findall(rf"(L_\w+) {_NUMBER}", match["losses"])
+            numbers = match.groups()
+            epochs[int(match["epoch"])] = {
+                "train_losses": float(numbers[1]),
+                **{_IN_LOG[name]: float(value) for name, value in losses if name in _IN_LOG},
+                "references/collapse": float(numbers[-4]),
+                "positives": float(numbers[-3]),
+                "seconds": float(numbers[-2]),
+                "patches_per_second": float(numbers[-1]),
+            }
+    ordered = [epochs[epoch] for epoch in sorted(epochs)]
+    return {key: [epoch[key] for epoch in ordered] for key in (ordered[0] if ordered else {})}
+
+
+def image_sources(run: Run) -> list[dict[str, Any]]:
+    """Of each source of images: ``name``, ``images``, ``size`` (voxels) and ``spacing`` (mm), (images, 3) arrays in file order.
+
+    The labelled images from nnU-Net's fingerprint, the unlabelled ones from what preprocessing wrote.
+    """
+    sources = []
+    fingerprint = run.folder.parent / "dataset_fingerprint.json"
+    if fingerprint.is_file():
+        content = read_json(fingerprint, "")
+        if content.get("shapes_after_crop"):
+            sources.append(
+                {
+                    "name": f"{run.plan.dataset_name}, labelled (labels are not read)",
+                    "images": len(content["shapes_after_crop"]),
+                    "size": np.asarray(content["shapes_after_crop"], dtype=float),
+                    "spacing": np.asarray(content["spacings"], dtype=float),
+                }
+            )
+    try:
+        folders = sorted(path for path in unlabelled_folder(run.configuration).iterdir() if path.is_dir())
+    except (OSError, KeyError):  # nnUNet_preprocessed is elsewhere, or not set
+        return sources
+    for folder in folders:
+        if folder.name not in (run.plan.dataset_name, *run.plan.unlabelled_datasets):
+            continue
+        records = []
+        for file in sorted(folder.glob("*.json")):
+            record = json.loads(file.read_text(encoding="utf-8"))
+            records.append((record["shape"][1:], record["original_spacing"]))
+        if records:
+            sizes, spacings = (np.asarray(column, dtype=float) for column in zip(*records, strict=True))
+            sources.append(
+                {"name": f"{folder.name}, unlabelled", "images": len(records), "size": sizes, "spacing": spacings}
+            )
+    return sources

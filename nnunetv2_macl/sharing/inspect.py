@@ -1,0 +1,114 @@
+"""What a file of ours is: checkpoint, weights, MACL plan, package, or an nnssl checkpoint."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_macl import checkpoints, formats
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.planning.plan import describe, read_plan, was_edited
+from nnunetv2_macl.sharing.install import open_package, read_manifest, verify
+from nnunetv2_macl.sharing.model_card import facts_of
+from nnunetv2_macl.sharing.package import MANIFEST
+
+_KINDS = {
+    "macl_encoder": "encoder weights, pre-trained by MACL",
+    "macl_decoder": "decoder weights, pre-trained by MACL",
+    "macl_network": "weights of a whole nnU-Net network, partly pre-trained by MACL, for -pretrained_weights",
+    "macl_checkpoint": "checkpoint of a MACL pre-training run, to go on with (--c)",
+}
+
+
+def inspect(file: Path) -> str:
+    """A file of ours in words: what it is, what it was trained on, how, and whether it is whole.
+
+    Args:
+        file: a checkpoint, exported weights, a MACL plan, a package, or a checkpoint of nnssl.
+
+    Raises:
+        UserError: none of these, or damaged; names the file.
+    """
+    if file.is_dir():
+        known = sorted(path.name for path in file.iterdir() if path.suffix in (".pth", ".zip") or "macl" in path.name)
+        raise UserError(f"{file} is a folder. Give a file in it: {', '.join(known[:8]) or 'none there is of ours'}.")
+    if not file.is_file():
+        raise UserError(f"There is no file {file}. Check the path.")
+    read = _plan if file.suffix == ".json" else _package if _is_package(file) else _checkpoint
+    try:
+        return read(file)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # it says it is of ours, and is made otherwise
+        raise UserError(f"{file} is damaged: {type(error).__name__}: {error}. Get it again.") from None
+
+
+def _is_package(file: Path) -> bool:
+    """A checkpoint is a ZIP file too; its members lie in a folder."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return file.suffix == ".zip" or MANIFEST in archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return file.suffix == ".zip"
+
+
+def _package(file: Path) -> str:
+    with open_package(file) as archive:
+        manifest = read_manifest(archive, file)
+        verify(archive, file)
+        number = len(archive.infolist())
+    facts = {"licence": str(manifest.get("license"))} | facts_of(manifest)
+    whole = f"yes: {number} files agree with their SHA-256 checksums"
+    return _told(file, "package of MACL weights, for nnUNetv2_macl_install", facts, whole, manifest.get("citations"))
+
+
+def _plan(file: Path) -> str:
+    plan = read_plan(file)
+    whole = "yes, as it was derived" if not was_edited(file) else "yes; edited since it was derived"
+    return (
+        _told(file, "MACL plan", {"epochs": str(plan.recipe.get("num_epochs"))}, whole, None) + f"\n\n{describe(plan)}"
+    )
+
+
+def _checkpoint(file: Path) -> str:
+    content = checkpoints.load(file)
+    if formats.ADAPTATION_PLAN in content:
+        pretrained = formats.load_weights(file)
+        facts = {"network": pretrained.architecture["network_class_name"].rpartition(".")[2]}
+        facts["tensors"] = str(len(pretrained.weights))
+        citations = [json.dumps(citation) for citation in pretrained.description["citations"]]
+        return _told(file, "checkpoint of nnssl", facts, _wholeness(file), citations)
+    kind = content.get("kind")
+    if kind not in _KINDS:
+        raise UserError(f"{file} is no file of nnunetv2_macl: it holds {', '.join(map(str, list(content)[:8]))}.")
+    if kind == "macl_checkpoint":
+        plan = content.get("macl_plan") or {}
+        log = (content.get("logging") or {}) if isinstance(content.get("logging"), dict) else {}
+        losses = {key: values[-1] for key, values in log.items() if key.startswith("train_losses/") and values}
+        description = {
+            "macl_plan": plan,
+            "epochs": f"{content.get('current_epoch')} of {(plan.get('recipe') or {}).get('num_epochs')}",
+            "final_losses": losses,
+            "collapsed": content.get("collapsed"),
+        }
+        return _told(file, _KINDS[kind], facts_of(description), _wholeness(file), checkpoints.CITATIONS)
+    facts = facts_of(content) | {"tensors": str(len(content["network_weights"]))}
+    return _told(file, _KINDS[kind], facts, _wholeness(file), content.get("citations"))
+
+
+def _wholeness(file: Path) -> str:
+    """Of a checkpoint that was loaded. A checksum that lies beside the file is to be compared here, and nowhere else."""
+    return "it loads"
+
+
+def _told(file: Path, kind: str, facts: dict[str, str], whole: str, citations: Any) -> str:
+    rows = {"what": kind, **facts, "whole": whole}
+    width = max(map(len, rows))
+    lines = [(name, value) for name, value in rows.items()] + [("cite", str(citation)) for citation in citations or []]
+    return "\n".join([str(file), *(f"  {name.ljust(width)}  {_printable(value)}" for name, value in lines)])
+
+
+def _printable(text: str) -> str:
+    """Without what would steer a terminal: files come from anyone."""
+    return "".join(c if c.isprintable() else " " for c in text)

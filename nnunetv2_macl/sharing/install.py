@@ -1,0 +1,196 @@
+"""Packages of others, put where fine-tuning finds them: checked first, whole or not at all, nothing overwritten."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.checkpoints import DECODER_FILE, ENCODER_FILE
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.sharing.package import FORMAT, FORMAT_VERSION, MANIFEST, MEMBERS, SUMS
+
+logger = logging.getLogger(__name__)
+
+RUN = "nnUNetTrainerMACLPretrain__{plans_name}__{configuration}"
+# of the file as it would lie on disk: the largest of nnU-Net's networks takes less than 1 GiB
+_MOST_BYTES = {True: 8 * 2**30, False: 64 * 2**20}
+_MOST_COMPRESSED = 200
+_CHUNK = 2**20
+_FOLDER_NAMES = {
+    "dataset_name": re.compile(r"Dataset\d{3}_[\w+-][\w.+-]*"),
+    "plans_name": re.compile(r"[\w+-][\w.+-]*"),
+    "configuration": re.compile(r"[\w+-][\w.+-]*"),
+}
+
+
+def install(file: Path, results: Path) -> Path:
+    """Put the weights of a package where ``nnUNetTrainerMACL`` finds them.
+
+    Args:
+        file: that ``nnUNetv2_macl_export`` wrote.
+        results: nnU-Net's results folder.
+
+    Returns:
+        The folder of the weights.
+
+    Raises:
+        UserError: no package, damaged, with anything in it that does not belong there, or a folder that is there already.
+    """
+    with open_package(file) as archive:
+        manifest = read_manifest(archive, file)
+        names = {key: str(manifest.get(key)) for key in _FOLDER_NAMES}
+        for key, name in names.items():
+            if not _FOLDER_NAMES[key].fullmatch(name):
+                raise UserError(f"{file} names a {key} that no folder can have: {name!r}. Take another file.")
+        folder = results / names["dataset_name"] / RUN.format(**names) / "fold_all"
+        if folder.exists() or folder.is_symlink():
+            there = sorted(path.name for path in folder.iterdir())[:5] if folder.is_dir() else []
+            raise UserError(
+                f"{folder} is there already, with {', '.join(there) or 'nothing in it'}; nothing is overwritten. Move it away "
+                f"first, for example: mv '{folder}' '{folder}_before'"
+            )
+        _extract(archive, file, folder)
+    logger.info(
+        "Installed into %s\nFine-tune %s from them:\n    nnUNetv2_train %d %s 0 -tr nnUNetTrainerMACL\n"
+        "or any other data set:\n    nnUNet_macl_weights='%s' nnUNetv2_train DATASET %s 0 -tr nnUNetTrainerMACL",
+        folder, names["dataset_name"], int(names["dataset_name"][7:10]), names["configuration"], folder,
+        names["configuration"],
+    )  # fmt: skip
+    return folder
+
+
+@contextlib.contextmanager
+def open_package(file: Path) -> Iterator[zipfile.ZipFile]:
+    """A package whose table of contents holds what a package holds and nothing else.
+
+    Raises:
+        UserError: no such file, no ZIP file, or members that do not belong in one: other names, folders, links, names twice,
+            sizes that cannot be.
+    """
+    if not file.is_file():
+        raise UserError(f"There is no file {file}. Check the path.")
+    try:
+        archive = zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise UserError(f"{file} is no ZIP file, or a damaged one: {error}. Get it again.") from None
+    with archive:
+        members = archive.infolist()
+        for member in members:
+            if member.filename not in MEMBERS:
+                raise UserError(
+                    f"{file} holds {member.filename!r}, which does not belong in a package. Take another file."
+                )
+            if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG) or member.is_dir():
+                raise UserError(
+                    f"{file}: {member.filename} is no plain file but a link or the like. Take another file."
+                )
+            if member.flag_bits & 1:
+                raise UserError(f"{file}: {member.filename} is encrypted. Take another file.")
+            most = _MOST_BYTES[member.filename.endswith(".pth")]
+            if member.file_size > min(most, _MOST_COMPRESSED * max(member.compress_size, 1024)):
+                raise UserError(
+                    f"{file}: {member.filename} would take {member.file_size:,} bytes, packed into {member.compress_size:,}. "
+                    "No package does that; take another file."
+                )
+        names = [member.filename for member in members]
+        if len(set(names)) < len(names):
+            raise UserError(f"{file} holds one name twice: {sorted(n for n in names if names.count(n) > 1)[0]}.")
+        if missing := sorted(set(MEMBERS) - set(names)):
+            raise UserError(
+                f"{file} is no package of nnunetv2_macl, or not a whole one: it lacks {', '.join(missing)}."
+            )
+        yield archive
+
+
+def read_manifest(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
+    """What a package says of itself. Raises UserError for one of another format."""
+    try:
+        manifest = json.loads(archive.read(MANIFEST))
+    except (ValueError, RecursionError, zipfile.BadZipFile, OSError, EOFError) as error:
+        raise UserError(f"{file}: {MANIFEST} cannot be read: {error}. Get the file again.") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{file} is no package of nnunetv2_macl. Take another file.")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format version {manifest.get('format_version')!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "
+            "Type: pip install --upgrade nnunetv2-macl"
+        )
+    return manifest
+
+
+def verify(archive: zipfile.ZipFile, file: Path, into: Path | None = None) -> None:
+    """Compare every member with its checksum.
+
+    Args:
+        archive: open.
+        file: its name, for messages.
+        into: write the members into this folder meanwhile.
+
+    Raises:
+        UserError: a member is damaged, or has no checksum; names it.
+    """
+    try:
+        lines = archive.read(SUMS).decode().splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        for name in MEMBERS:
+            with contextlib.ExitStack() as stack:
+                stream = stack.enter_context(archive.open(name))
+                target = stack.enter_context((into / name).open("xb")) if into else None
+                digest = _copy(stream, target)
+            if name != SUMS and sums.get(name) != digest:
+                raise UserError(
+                    f"{file} is damaged: {name} does not have the checksum that {SUMS} gives. Get it again."
+                )
+    except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{file} is damaged: {error}. Get it again.") from None
+    except OSError as error:
+        raise UserError(f"{file} could not be unpacked: {error.strerror or error}.") from None
+
+
+def _copy(source: Any, target: BinaryIO | None) -> str:
+    digest = hashlib.sha256()
+    while chunk := source.read(_CHUNK):
+        digest.update(chunk)
+        if target is not None:
+            target.write(chunk)
+    return digest.hexdigest()
+
+
+def _extract(archive: zipfile.ZipFile, file: Path, folder: Path) -> None:
+    """Unpack beside the folder, check, and give the folder its name last."""
+    made = [path for path in folder.parents if not path.exists()]
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = sum(m.file_size for m in archive.infolist()), shutil.disk_usage(folder.parent).free
+        if needed > free:
+            raise UserError(f"{file} needs {needed:,} bytes in {folder.parent}, and {free:,} are free. Make space.")
+        temporary = Path(tempfile.mkdtemp(prefix=".macl_install_", dir=folder.parent))
+        verify(archive, file, into=temporary)
+        for name in (ENCODER_FILE, DECODER_FILE):
+            checkpoints.load_weights(temporary / name)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        temporary.rename(folder)
+    except OSError as error:
+        raise UserError(f"{file} could not be installed into {folder}: {error.strerror or error}.") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for path in made:
+            # what is empty is ours, and of no use
+            with contextlib.suppress(OSError):
+                path.rmdir()

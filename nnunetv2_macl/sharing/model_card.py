@@ -1,0 +1,114 @@
+"""The model card of shared weights: Markdown with the YAML front matter that hubs read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+_LOSSES = {"train_losses/global": "L_g", "train_losses/dense": "L_d", "train_losses/equivariance": "L_ER"}
+
+
+def model_card(description: dict[str, Any], license_id: str) -> str:
+    """A model card from the description that comes with exported weights."""
+    facts = "\n".join(f"| {name} | {value} |" for name, value in facts_of(description).items())
+    reasons = (description.get("macl_plan") or {}).get("reasons") or {}
+    plan = "\n".join(f"- `{key}`: {reason}" for key, reason in reasons.items())
+    citations = "\n".join(f"- {citation}" for citation in description.get("citations", []))
+    configuration = description.get("configuration")
+    collapsed = description.get("collapsed")
+    warning = (
+        f"\n**This run collapsed: {collapsed}. Fine-tuning from it is not likely to help.**\n" if collapsed else ""
+    )
+    return f"""---
+license: {license_id}
+library_name: nnunetv2
+pipeline_tag: image-segmentation
+tags:
+- medical-imaging
+- nnU-Net
+- self-supervised-learning
+- contrastive-learning
+- MACL
+---
+
+# {description.get("dataset_name")}, {configuration}: MACL pre-training for nnU-Net
+
+Weights of a nnU-Net encoder and part of its decoder, pre-trained on images without labels by MACL with
+[nnunetv2_macl](https://pypi.org/project/nnunetv2-macl). They segment nothing yet: fine-tune them on labelled images.
+{warning}
+| | |
+|---|---|
+{facts}
+
+## Use
+
+```bash
+nnUNetv2_macl_install THIS_FILE.zip
+export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"
+nnUNet_macl_weights=FOLDER_THAT_WAS_TOLD nnUNetv2_train YOUR_DATASET {configuration} 0 -tr nnUNetTrainerMACL
+```
+
+`nnUNetv2_macl_transfer` says which of the weights another network takes.
+
+## How it was trained
+
+{plan}
+
+## Limits
+
+Trained on images of one kind; whether they help on others is to be measured. The weights are made from images of patients:
+names, paths and images are not in this file.
+
+## Citation
+
+{citations}
+"""
+
+
+def facts_of(description: dict[str, Any]) -> dict[str, str]:
+    """What pre-trained weights are, in words: name -> value; only what the description says."""
+    plan = description.get("macl_plan") or {}
+    fingerprint = description.get("dataset_fingerprint") or {}
+    preprocessing = description.get("preprocessing") or {}
+    recipe = description.get("recipe") or plan.get("recipe") or {}
+    architecture = description.get("architecture") or {}
+    facts: dict[str, str] = {}
+
+    def add(name: str, value: Any) -> None:
+        if value not in (None, "", [], {}):
+            facts[name] = str(value)
+
+    add("data set", description.get("dataset_name") or plan.get("dataset_name"))
+    configuration = description.get("configuration") or plan.get("configuration")
+    add("plan", ", ".join(filter(None, (description.get("plans_name") or plan.get("plans_name"), configuration))))
+    add("images", fingerprint.get("images"))
+    add("also from", ", ".join(fingerprint.get("unlabelled_datasets") or plan.get("unlabelled_datasets") or []))
+    add("channels", ", ".join(fingerprint.get("channel_names") or []))
+    if description.get("fold") not in (None, "all"):
+        add("left out", f"the validation images of fold {description['fold']}")
+    own = fingerprint.get("nnunet") or {}
+    if own.get("shapes_after_crop") and own.get("spacings"):
+        add("median size", f"{_by(np.median(own['shapes_after_crop'], 0))} voxels")
+        add("median spacing", f"{_by(np.median(own['spacings'], 0))} mm")
+    add("spacing of the plan", preprocessing.get("spacing") and f"{_by(preprocessing['spacing'])} mm")
+    add("network", (architecture.get("network_class_name") or "").rpartition(".")[2])
+    add("patch", plan.get("patch_size") and f"{_by(plan['patch_size'])} voxels, batch {plan.get('batch_size')}")
+    add("decoder stages", plan.get("decoder_stages"))
+    add("recipe", ", ".join(f"{key} {value}" for key, value in _told(recipe).items()))
+    add("epochs", description.get("epochs") or recipe.get("num_epochs"))
+    losses = description.get("final_losses") or {}
+    add("final losses", ", ".join(f"{short} {losses[key]:.3f}" for key, short in _LOSSES.items() if key in losses))
+    add("collapsed", description.get("collapsed"))
+    versions = description.get("package_versions") or {}
+    add("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))
+    return facts
+
+
+def _told(recipe: dict[str, Any]) -> dict[str, Any]:
+    keys = ("weight_global", "weight_dense", "weight_equivariance", "temperature", "own_view_weight", "optimizer")
+    return {key: recipe[key] for key in (*keys, "learning_rate", "num_iterations_per_epoch", "seed") if key in recipe}
+
+
+def _by(sizes: Any) -> str:
+    return " x ".join(f"{float(n):.4g}" for n in sizes)

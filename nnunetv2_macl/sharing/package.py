@@ -1,0 +1,128 @@
+"""The file that is shared: what is in it, and what is left out of it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.checkpoints import DECODER_FILE, ENCODER_FILE, PretrainedWeights
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.sharing.model_card import model_card
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "nnunetv2_macl package"
+FORMAT_VERSION = 1
+MANIFEST, PLAN, FINGERPRINT, CARD, SUMS = (
+    "manifest.json", "macl_plan.json", "dataset_fingerprint.json", "README.md", "SHA256SUMS",
+)  # fmt: skip
+MEMBERS = (MANIFEST, ENCODER_FILE, DECODER_FILE, PLAN, FINGERPRINT, CARD, SUMS)
+
+# what a description may say; anything else that a file may hold stays at home
+_SHARED_KEYS = (
+    "dataset_name", "plans_name", "configuration", "fold", "architecture", "preprocessing", "dataset_fingerprint", "macl_plan",
+    "recipe", "epochs", "final_losses", "collapsed", "package_versions", "citations",
+)  # fmt: skip
+_FINGERPRINT_KEYS = (
+    "foreground_intensity_properties_per_channel", "median_relative_size_after_cropping", "shapes_after_crop", "spacings",
+)  # fmt: skip
+# to the end of the text: a folder's name may have spaces in it
+_A_PATH = re.compile(r"""(?<![\w:/.)\]])(?:file://|~[\w.-]*/|[A-Za-z]:[\\/]|\\\\|/(?=[\w.~]))[^'"<>|\n]*""")
+# every package of the same weights has the same bytes
+_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+def write_package(source: Path, file: Path, license_id: str = "unknown") -> None:
+    """Write a run's weights to one file for others.
+
+    Args:
+        source: the folder of a finished run, or one that `install` made.
+        file: to write.
+        license_id: of the weights, as hubs write it (``cc-by-4.0``); for the model card.
+
+    Raises:
+        UserError: no weights there, or a file that cannot be written.
+    """
+    if source.is_file():
+        raise UserError(
+            f"{source} is a file, and a package holds encoder and decoder. Give the run's folder: {source.parent}"
+        )
+    if not source.is_dir():
+        raise UserError(f"There is no folder {source}. Give the folder of a pre-training run, where {ENCODER_FILE} is.")
+    contents = {name: _shared(checkpoints.load_weights(source / name)) for name in (ENCODER_FILE, DECODER_FILE)}
+    description = {key: value for key, value in contents[ENCODER_FILE].items() if key in _SHARED_KEYS}
+    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "license": license_id} | description
+    members = {
+        MANIFEST: _json(manifest),
+        PLAN: _json(description.get("macl_plan", {})),
+        FINGERPRINT: _json((description.get("dataset_fingerprint") or {}).get("nnunet") or {}),
+        CARD: model_card(description, license_id).encode(),
+    }
+    for name, content in contents.items():
+        stream = io.BytesIO()
+        torch.save(content, stream)
+        members[name] = stream.getvalue()
+    members[SUMS] = "".join(
+        f"{hashlib.sha256(members[name]).hexdigest()}  {name}\n" for name in sorted(members)
+    ).encode()
+    checkpoints.write_whole(file, lambda stream: _write(stream, members))
+    logger.info(
+        "%s: %.1f MiB with %s. No images, no case names, no paths.\nOn another machine: nnUNetv2_macl_install %s",
+        file, file.stat().st_size / 2**20, ", ".join(members), file.name,
+    )  # fmt: skip
+    if description.get("collapsed"):
+        logger.warning("These weights are of a run that collapsed; the model card says so.")
+
+
+def _write(stream: BinaryIO, members: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(stream, "w") as archive:
+        # the model card first: it is what people look for
+        for name in sorted(members, key=(CARD, MANIFEST, *MEMBERS).index):
+            member = zipfile.ZipInfo(name, _DATE)
+            member.external_attr = 0o644 << 16
+            # weights do not get smaller
+            member.compress_type = zipfile.ZIP_STORED if name.endswith(".pth") else zipfile.ZIP_DEFLATED
+            archive.writestr(member, members[name])
+
+
+def _shared(pretrained: PretrainedWeights) -> dict[str, Any]:
+    """What of exported weights may leave the house, as a checkpoint's content."""
+    description = pretrained.description
+    shared = {key: without_paths(description[key]) for key in _SHARED_KEYS if key in description}
+    if isinstance(fingerprint := shared.get("dataset_fingerprint"), dict):
+        own = fingerprint.get("nnunet")
+        kept = {key: own[key] for key in _FINGERPRINT_KEYS if key in own} if isinstance(own, dict) else {}
+        shared["dataset_fingerprint"] = fingerprint | {"nnunet": kept}
+    for recipe in (shared.get("recipe"), (shared.get("macl_plan") or {}).get("recipe")):
+        # whoever wrote a recipe of his own may have written anything into this
+        if isinstance(recipe, dict) and "description" in recipe:
+            recipe["description"] = ""
+    return {
+        "format_version": description["format_version"],
+        "kind": description["kind"],
+        "network_weights": pretrained.weights,
+        "trained_keys": sorted(pretrained.weights),
+        **shared,
+    }
+
+
+def without_paths(value: Any) -> Any:
+    """Plain JSON content, with whatever looks like a path taken out of its texts."""
+    if isinstance(value, dict):
+        return {without_paths(key): without_paths(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_paths(item) for item in value]
+    return _A_PATH.sub("(path removed)", value) if isinstance(value, str) else value
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=4, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,90 @@
+"""Every command block of README and docs, run for real on a generated data set: as it stands, but on a CPU and for a moment."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import Workspace
+from test_docs import PAGES, blocks
+
+from nnunetv2_macl.synthetic import generate_dataset
+
+pytestmark = pytest.mark.slow
+
+# what a block may not do here: it would install, or run these tests again
+NOT_HERE = "git clone"
+# the same commands, shorter
+PRELUDE = """
+set -euo pipefail
+nnUNetv2_plan_and_preprocess() { command nnUNetv2_plan_and_preprocess "$@" -np 2; }
+nnUNetv2_macl_doctor() { command nnUNetv2_macl_doctor "$@" -device cpu; }
+nnUNetv2_train_macl_pretrain() {
+  command nnUNetv2_train_macl_pretrain "$@" -device cpu -np 2 -num_epochs 1 -num_iterations_per_epoch 2 -batch_size 4
+}
+nnUNetv2_train() {
+  local arguments=("${@/%nnUNetTrainerMACL/nnUNetTrainerMACL_quick}")
+  nnUNet_extTrainer="$nnUNet_extTrainer:$QUICK" command nnUNetv2_train "${arguments[@]}" -device cpu
+}
+nnUNetv2_predict() { command nnUNetv2_predict "${@/%nnUNetTrainerMACL/nnUNetTrainerMACL_quick}" -device cpu; }
+"""
+QUICK = """
+from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
+
+class nnUNetTrainerMACL_quick(nnUNetTrainerMACL):
+    finetuning_epochs = 1
+
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_iterations_per_epoch = 1
+        self.num_val_iterations_per_epoch = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    """Dataset027_ACDC with everything that a page may take for granted: planned and pre-trained."""
+    space = Workspace(tmp_path_factory.mktemp("docs") / "nnunet")
+    raw = space.raw / "Dataset027_ACDC"
+    generate_dataset(raw, labelled=5, unlabelled=3, test=1, shape=(8, 40, 48))
+    (space.folder / "quick").mkdir()
+    (space.folder / "quick" / "nnUNetTrainerMACL_quick.py").write_text(QUICK)
+    shutil.copytree(raw / "imagesTs", space.folder / "images")
+    bash(
+        space,
+        "nnUNetv2_plan_and_preprocess -d 27 -c 2d 3d_fullres\n"
+        "nnUNetv2_train_macl_pretrain 27 -c 2d\nnnUNetv2_train_macl_pretrain 27 -c 3d_fullres",
+    )
+    runs = space.results / "Dataset027_ACDC"
+    encoder = runs / "nnUNetTrainerMACLPretrain__nnUNetPlans__3d_fullres" / "fold_all" / "macl_encoder.pth"
+    shutil.copy(encoder, space.folder)
+    return space
+
+
+def bash(space, script):
+    environment = space.environment | {"QUICK": str(space.folder / "quick")}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    process = subprocess.run(
+        ["bash", "-c", PRELUDE + script],
+        cwd=space.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout[-5000:]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=lambda page: page.name)
+def test_the_commands_of_a_page(page, space):
+    """In their order, in one shell, as a reader types them."""
+    script = "\n".join(block for block in blocks(page, "bash") if NOT_HERE not in block)
+    assert script
+    bash(space, script)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_the_programs_of_a_page(page, space):
+    for number, block in enumerate(blocks(page, "python")):
+        file = space.folder / f"{page.stem}_{number}.py"
+        file.write_text(block)
+        bash(space, f"{sys.executable} {file}")

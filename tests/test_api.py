@@ -1,0 +1,80 @@
+"""What a program may import, and that the method works on any such network without nnU-Net's folders."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import environment_without_nnunet
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from torch import nn
+
+import nnunetv2_macl
+
+
+def run(code):
+    """In a process of its own, without nnU-Net's variables; returns what was printed."""
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment_without_nnunet(), capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_importing_the_package_loads_nothing_heavy_and_says_nothing():
+    out = run("import nnunetv2_macl, sys; print([m for m in ('torch', 'nnunetv2', 'matplotlib') if m in sys.modules])")
+    assert out == "[]\n"
+
+
+def test_the_method_is_imported_without_nnunet():
+    names = "MACLNetwork, PositionalContrastiveLoss, DenseContrastiveLoss, SpatialViews, MultiLevelContrastiveLoss"
+    assert run(f"from nnunetv2_macl import {names}; import sys; print('nnunetv2' in sys.modules)") == "False\n"
+
+
+def test_every_name_is_there():
+    for name in nnunetv2_macl._FOUND_IN:
+        assert getattr(nnunetv2_macl, name).__name__ == name
+        assert name in dir(nnunetv2_macl)
+    with pytest.raises(AttributeError, match="no attribute 'MACLLoss'"):
+        _ = nnunetv2_macl.MACLLoss
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("kind", [PlainConvUNet, ResidualEncoderUNet])
+def test_pre_training_any_network_of_the_kind(kind, axes):
+    """The example of docs/python.md: its loss falls, and the U-Net itself has learned."""
+    from nnunetv2_macl import MACLNetwork, MultiLevelContrastiveLoss, SpatialViews, down
+
+    torch.manual_seed(0)
+    blocks = "n_conv_per_stage" if kind is PlainConvUNet else "n_blocks_per_stage"
+    unet = kind(
+        input_channels=1, num_classes=2, n_stages=4, features_per_stage=[4, 8, 16, 16],
+        conv_op=(nn.Conv2d, nn.Conv3d)[axes - 2], kernel_sizes=3, strides=[1, 2, 2, 2], n_conv_per_stage_decoder=1,
+        conv_bias=True, norm_op=(nn.InstanceNorm2d, nn.InstanceNorm3d)[axes - 2], norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU, **{blocks: 1},
+    )  # fmt: skip
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    network = MACLNetwork(unet, decoder_stages=1, auxiliary_stage=4)
+    loss = MultiLevelContrastiveLoss(own_view_weight=0.5)
+    views = SpatialViews([32] * axes)
+    small = [16] * axes
+    optimizer = torch.optim.AdamW((p for p in network.parameters() if p.requires_grad), 1e-3)
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.rand(4, 1, *[32] * axes, generator=generator)
+    positions = torch.tensor([0.1, 0.15, 0.5, 0.9])
+    totals = []
+    for _ in range(8):
+        one, two = views.draw(4, generator), views.draw(4, generator)
+        outputs = network(
+            down(patches, small), patches, views.apply(patches, one, small), views.apply(patches, two)
+        )  # fmt: skip
+        total = loss(outputs, positions)["total"]
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[-1] < totals[0]
+    changed = [key for key, value in unet.state_dict().items() if not torch.equal(value, before[key])]
+    assert any(key.startswith("encoder.") for key in changed)
+    assert any(key.startswith("decoder.stages.0.") for key in changed)
+    assert not any(key.startswith(("decoder.stages.1.", "decoder.seg_layers.")) for key in changed)

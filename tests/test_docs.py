@@ -1,0 +1,82 @@
+"""The documentation says what is there: links, tables, recipes, options, commands."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_macl import __version__, cli
+from nnunetv2_macl.recipe import load_recipe
+from nnunetv2_macl.resources import resource_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = {
+    "nnUNetv2_train_macl_pretrain": cli.pretrain_entry,
+    "nnUNetv2_macl_trainers": cli.trainers_entry,
+    "nnUNetv2_macl_transfer": cli.transfer_entry,
+    "nnUNetv2_macl_export": cli.export_entry,
+    "nnUNetv2_macl_install": cli.install_entry,
+    "nnUNetv2_macl_inspect": cli.inspect_entry,
+    "nnUNetv2_macl_report": cli.report_entry,
+    "nnUNetv2_macl_doctor": cli.doctor_entry,
+    "nnUNetv2_macl_demo": cli.demo_entry,
+}
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", page.read_text()):
+        assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=lambda page: page.name)
+def test_pages_are_short(page):
+    assert len(page.read_text().splitlines()) <= 100
+
+
+def test_the_table_of_recipe_keys_is_that_of_the_code():
+    table = runpy.run_path(str(ROOT / "docs" / "recipe_table.py"))["table"]()
+    assert table in (ROOT / "docs" / "plan.md").read_text(), "type: python docs/recipe_table.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_recipes_in_the_text_load(page, tmp_path):
+    for number, block in enumerate(blocks(page, "json")):
+        file = tmp_path / f"{number}.json"
+        file.write_text(block)
+        assert (
+            load_recipe(file, resource_folder("plans")).as_dict().items()
+            >= {key: value for key, value in json.loads(block).items() if key != "inherits_from"}.items()
+        )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_in_the_text_is_one_of_its_command(page, capsys, monkeypatch):
+    """Of our commands, wherever they stand in the text."""
+    for name, entry in COMMANDS.items():
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit):
+            entry()
+        known = set(re.findall(r"(?<![\w-])--?[a-zA-Z_]+", capsys.readouterr().out))
+        for line in re.findall(rf"{name} ([^\n`|&;#)]*)", page.read_text()):
+            options = set(re.findall(r"(?<![\w-])--?[a-zA-Z_]+", line))
+            assert options <= known, f"{name} has no {options - known}"
+    told = set(re.findall(r"nnUNetv2_(?:macl_\w+|train_macl\w*)", page.read_text()))
+    assert told <= set(COMMANDS), told - set(COMMANDS)
+
+
+def test_the_commands_are_those_of_setup_cfg():
+    listed = re.findall(r"(nnUNetv2_\w+) = nnunetv2_macl\.cli:(\w+)", (ROOT / "setup.cfg").read_text())
+    assert {name: entry for name, entry in listed if name in COMMANDS} == {n: e.__name__ for n, e in COMMANDS.items()}
+
+
+def test_the_version_is_one():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()

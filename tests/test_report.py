@@ -1,0 +1,203 @@
+"""The report: of a finished run, of one that was stopped, of one that has a log and nothing else."""
+
+import json
+import re
+import shutil
+import socket
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from conftest import Workspace
+
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES
+from nnunetv2_macl.report import page, write_report, write_report_after_run
+from nnunetv2_macl.report.features import main_components, nearest
+from nnunetv2_macl.report.run import read_run
+
+
+@pytest.fixture(scope="module")
+def finished(planned, tmp_path_factory):
+    """A run of three epochs, in folders of its own."""
+    space = Workspace(tmp_path_factory.mktemp("report") / "nnunet")
+    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
+    space.pretrain("901", "-c", "2d", epochs=3, steps=2)
+    return space
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """A copy of the run's folder to change, and nnU-Net's variables."""
+    for name in FOLDER_VARIABLES:
+        monkeypatch.setenv(name, str(finished.folder / name))
+    folder = finished.run_folder("nnUNetTrainerMACLPretrain")
+    shutil.copytree(folder.parent, tmp_path / "run")
+    return tmp_path / "run" / "fold_all"
+
+
+class Page(HTMLParser):
+    """Checks that tags close, and keeps what is referred to and what is said."""
+
+    VOID = ("meta", "img", "br", "link", "path", "use", "input")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.references, self.words = [], set(), [], ""
+        self.feed(text)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.references += [v for k, v in attributes if k in ("src", "href", "xlink:href", "srcset", "action", "data")]
+        assert not [k for k, _ in attributes if k.startswith("on")], "a script in an attribute"
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open and self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words += " " + " ".join(data.split())
+
+
+def test_a_finished_run(run):
+    file = write_report(run)
+    text = file.read_text()
+    shown = Page(text)
+    assert file == run / "report.html" and file.stat().st_size < page.MOST_BYTES
+    assert not shown.tags & {"script", "link", "iframe", "object", "embed"}
+    assert all(r.startswith(("data:image/", "#")) for r in shown.references), "something is fetched"
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    for words in (
+        "finished, 3 of 3 epochs", "9 images, none of their labels", "nnUNetv2_train 901 2d 0 -tr nnUNetTrainerMACL",
+        "L_g, image level", "nearest before", "patches at random", "JBHI 2026", "nnunetv2 2.", "own_view_weight",
+        "Dataset901_Generated, labelled (labels are not read)", "Dataset901_Generated, unlabelled",
+    ):  # fmt: skip
+        assert words in shown.words, words
+    for reason in read_run(run).plan.reasons.values():
+        assert reason in shown.words
+    # slices and colours of four patches; six queries, each with three neighbours before and after; the views
+    assert text.count("data:image/") == 4 * 3 + 6 * (1 + 2 * 3) + 1
+    # names within the figures do not meet
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids)) > 50
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(ids)
+
+
+def test_the_same_run_gives_the_same_report(run):
+    first, second = (write_report(run, run / name).read_bytes() for name in ("a.html", "b.html"))
+    assert first == second
+
+
+def test_a_run_that_was_stopped_or_is_at_work(run):
+    (run / "checkpoint_final.pth").rename(run / "checkpoint_latest.pth")
+    words = Page(write_report(run).read_text()).words
+    assert "stopped, 3 of 3 epochs" in words and "nnUNetv2_train_macl_pretrain 901 -c 2d --c" in words
+    (run / ".macl_running.json").write_text('{"host": "elsewhere", "pid": 1, "started": "now"}')
+    assert "running, 3 of 3" in Page(write_report(run).read_text()).words
+    gone = {"host": socket.gethostname(), "pid": 2**22 + 1}
+    (run / ".macl_running.json").write_text(json.dumps(gone))
+    assert "stopped, 3 of 3" in Page(write_report(run).read_text()).words
+
+
+def test_a_log_is_enough(run):
+    """The curves that it holds are those of the checkpoint, to the digits that are printed."""
+    there = read_run(run).log
+    (run / "checkpoint_final.pth").unlink()
+    (run / "views.png").unlink()
+    here = read_run(run)
+    assert here.images == 9 and here.epochs == 3
+    for key in ("train_losses", "train_losses/global", "train_losses/dense", "train_losses/equivariance"):
+        assert here.log[key] == pytest.approx(there[key], abs=1e-4)
+    assert here.log["references/collapse"] == pytest.approx(there["references/collapse"], abs=1e-3)
+    assert here.log["positives"] == pytest.approx(there["positives"], abs=0.051)
+    words = Page(write_report(run).read_text()).words
+    assert "There is no checkpoint yet" in words and "no views.png" in words and "L_d, pixel level" in words
+    for log in run.glob("training_log_*.txt"):
+        log.unlink()
+    assert "No epoch is done yet" in Page(write_report(run).read_text()).words
+
+
+def test_where_the_images_are_not(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    words = Page(write_report(run).read_text()).words
+    assert "has not preprocessed" in words and "finished, 3 of 3" in words
+    monkeypatch.delenv("nnUNet_preprocessed")
+    assert "nnUNet_preprocessed is not set" in Page(write_report(run).read_text()).words
+
+
+def test_collapse_and_warnings_are_shown_and_nothing_in_them_is_run(run):
+    checkpoint = checkpoints.load(run / "checkpoint_final.pth")
+    checkpoints.save(checkpoint | {"collapsed": "L_g is 5.919 <b>"}, run / "checkpoint_final.pth")
+    with next(iter(run.glob("training_log_*.txt"))).open("a") as log:
+        log.write("2026-01-01 10:00:00.000000: WARNING: <script>alert(1)</script>\n")
+    text = write_report(run).read_text()
+    assert "<script" not in text and "<b>" not in text
+    words = Page(text).words
+    assert "The run has collapsed:" in words and "Recipe keys to try" in words
+    assert "WARNING: <script>alert(1)</script>" in words
+
+
+def test_mistakes_are_told(run, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="There is no folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"holds no macl_plan\.json.*Give one of: .*fold_all"):
+        write_report(run.parent)
+    said = []
+    write_report_after_run(tmp_path / "nowhere", said.append)
+    assert "No report was written" in said[0] and "nnUNetv2_macl_report" in said[0]
+    monkeypatch.setattr(page, "MOST_BYTES", 10)
+    with pytest.raises(UserError, match="more than the 10 that it may"):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_the_network_before_is_a_fresh_one_and_after_the_runs(run):
+    """Put the fresh weights where the trained ones are, and both are alike."""
+    from nnunetv2_macl.report.features import _networks
+
+    networks = _networks(read_run(run))
+    weights = [network.state_dict() for network in networks.values()]
+    trained = checkpoints.load(run / "checkpoint_final.pth")["network_weights"]
+    assert all(torch.equal(weights[1][key], trained[key]) for key in trained)
+    key = "encoder.stages.1.0.convs.0.conv.weight"
+    assert not torch.equal(weights[0][key], weights[1][key])
+
+
+# --- what is computed -------------------------------------------------------------------------------------------------------
+
+
+def test_main_components_have_one_colour_for_one_feature():
+    generator = np.random.default_rng(0)
+    kinds = generator.normal(size=(3, 16))
+    where = generator.integers(0, 3, (2, 5, 6))
+    dense = torch.from_numpy(np.moveaxis(kinds[where], -1, 1))
+    colours = main_components(dense)
+    assert colours.shape == (2, 5, 6, 3) and colours.min() >= 0 and colours.max() <= 1
+    means = np.stack([colours[where == kind].mean(0) for kind in range(3)])
+    for kind in range(3):
+        np.testing.assert_allclose(
+            colours[where == kind], np.broadcast_to(means[kind], colours[where == kind].shape), atol=1e-9
+        )
+    distances = np.abs(means[:, None] - means[None]).max(-1)[np.triu_indices(3, 1)]
+    assert distances.min() > 0.3
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_main_components_of_little(channels):
+    assert np.isfinite(main_components(torch.ones(1, channels, 2, 2))).all()
+
+
+def test_nearest_are_of_other_cases_and_nearest_first():
+    angles = np.deg2rad([0, 1, 5, 20, 90, 180, 185, 270])
+    pooled = np.stack((np.cos(angles), np.sin(angles), np.ones(8)), 1)
+    cases = np.array([0, 0, 1, 2, 3, 4, 5, 6])
+    rows = nearest(pooled, cases[:, None] != cases[None])
+    assert rows.shape == (6, 3)
+    assert rows[0].tolist()[:2] == [2, 3] and 1 not in rows[0]
+    assert rows[5][0] == 6

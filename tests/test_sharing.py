@@ -1,0 +1,343 @@
+"""Packages of weights: what is in them and what is not, and that a hostile or damaged one leaves nothing behind."""
+
+import getpass
+import hashlib
+import io
+import json
+import stat
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_formats import preprocessing
+from test_transfer import architecture, unet
+
+from nnunetv2_macl import checkpoints, cli
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.sharing import install as installing
+from nnunetv2_macl.sharing.inspect import inspect
+from nnunetv2_macl.sharing.install import install
+from nnunetv2_macl.sharing.package import MEMBERS, SUMS, without_paths, write_package
+
+NAME = "Mueller_Anna_1951"
+HOME = "/home/dr.mueller/study"
+INSTALLED = "Dataset901_Generated/nnUNetTrainerMACLPretrain__nnUNetPlans__3d_fullres/fold_all"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder whose files hold names and paths wherever a user could have put them."""
+    folder = tmp_path_factory.mktemp("study") / "run"
+    own = architecture(axes=3, features=[4, 8, 12])
+    own["arch_kwargs"] |= {"nonlin": "torch.nn.LeakyReLU", "dropout_op": None}
+    state = unet({**own, "arch_kwargs": {k: v for k, v in own["arch_kwargs"].items() if k != "nonlin"}}).state_dict()
+    recipe = {"description": f"for {NAME} in {HOME}", "weight_global": 1.0, "num_epochs": 3}
+    checkpoints.export_weights(
+        folder,
+        encoder={k: v for k, v in state.items() if k.startswith("encoder.")},
+        decoder={k: v for k, v in state.items() if k.startswith(("decoder.stages.0.", "decoder.transpconvs.0."))},
+        unet_weights=state,
+        description={
+            "architecture": own,
+            "preprocessing": preprocessing(3),
+            "dataset_name": "Dataset901_Generated",
+            "plans_name": "nnUNetPlans",
+            "configuration": "3d_fullres",
+            "fold": "all",
+            "dataset_fingerprint": {
+                "images": 7,
+                "unlabelled_datasets": [],
+                "channel_names": ["MR"],
+                "nnunet": {
+                    "shapes_after_crop": [[10, 20, 30]] * 3,
+                    "spacings": [[2.5, 1.0, 1.0]] * 3,
+                    "cases": [NAME],
+                },
+            },
+            "macl_plan": {
+                "patch_size": [16, 24, 32],
+                "batch_size": 2,
+                "recipe": dict(recipe),
+                "reasons": {"threshold": f"as in {HOME}/{NAME}.json, asked for", "batch_size": "it fits"},
+            },
+            "recipe": recipe,
+            "epochs": 3,
+            "final_losses": {"train_losses/global": 1.25},
+            "collapsed": None,
+            "skipped": {f"{HOME}/{NAME}_0000.nii.gz": "empty"},
+        },
+    )
+    (folder / "training_log_1.txt").write_text(NAME)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def package(run, tmp_path_factory):
+    file = tmp_path_factory.mktemp("package") / "weights.zip"
+    write_package(run, file, "cc-by-4.0")
+    return file
+
+
+def members(file):
+    with zipfile.ZipFile(file) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write(file, content, **attributes):
+    with zipfile.ZipFile(file, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name twice
+        for name, data in content.items() if isinstance(content, dict) else content:
+            member = zipfile.ZipInfo(name)
+            member.external_attr = attributes.get(name, 0o644) << 16
+            member.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(member, data)
+    return file
+
+
+def resummed(content):
+    """The same with checksums that agree."""
+    lines = [f"{hashlib.sha256(data).hexdigest()}  {name}" for name, data in content.items() if name != SUMS]
+    return content | {SUMS: "\n".join(lines).encode()}
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------------
+
+
+def test_no_names_and_no_paths_in_the_bytes_of_any_member(package, run):
+    """Of a member itself, and of what is in it: weights are packed once more."""
+    private = [NAME, "Mueller", "dr.mueller", "/home/", HOME, str(run), str(run.parent), str(Path.home())]
+    private += [getpass.getuser()] if getpass.getuser() != "root" else []
+
+    def look(name, data):
+        for word in private:
+            for encoding in ("utf-8", "utf-16-le"):
+                assert word.encode(encoding) not in data, f"{word} in {name}"
+        if name.endswith(".pth"):
+            inner = zipfile.ZipFile(io.BytesIO(data))
+            for part in inner.namelist():
+                look(f"{name}/{part}", inner.read(part))
+
+    content = members(package)
+    assert set(content) == set(MEMBERS)
+    for name, data in content.items():
+        look(name, data)
+    look("the archive", package.read_bytes())
+
+
+def test_what_is_said_of_the_weights(package):
+    content = members(package)
+    card = content["README.md"].decode()
+    assert card.startswith("---\nlicense: cc-by-4.0\nlibrary_name: nnunetv2\n") and card.count("\n---\n") == 1
+    for words in ("| images | 7 |", "10 x 20 x 30 voxels", "2.5 x 1 x 1 mm", "JBHI 2026", "`batch_size`: it fits"):
+        assert words in card
+    assert json.loads(content["dataset_fingerprint.json"])["spacings"] == [[2.5, 1.0, 1.0]] * 3
+    assert json.loads(content["macl_plan.json"])["reasons"]["threshold"] == "as in (path removed)"
+
+
+def test_checksums_are_those_of_sha256sum(package, tmp_path):
+    content = members(package)
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+    lines = dict(reversed(line.split("  ")) for line in content[SUMS].decode().splitlines())
+    assert lines == {name: hashlib.sha256(data).hexdigest() for name, data in content.items() if name != SUMS}
+
+
+def test_the_same_weights_give_the_same_bytes(package, run, tmp_path):
+    write_package(run, tmp_path / "again.zip", "cc-by-4.0")
+    assert (tmp_path / "again.zip").read_bytes() == package.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("see '/data/Anna M/case.nii.gz' now", "see '(path removed)' now"),
+        ("see /data/Anna Mueller/case.nii.gz", "see (path removed)"),
+        ("C:/Users/anna/x.nii", "(path removed)"),
+        (r"C:\Users\anna\x.nii", "(path removed)"),
+        (r"\\server\share\x", "(path removed)"),
+        ("~/x/y", "(path removed)"),
+        ("file:///data/x", "(path removed)"),
+        ("https://arxiv.org/abs/2309.11876", "https://arxiv.org/abs/2309.11876"),
+        ("τ / this, N/8, 10.1109/JBHI.2026", "τ / this, N/8, 10.1109/JBHI.2026"),
+        ("torch.nn.modules.conv.Conv2d", "torch.nn.modules.conv.Conv2d"),
+    ],
+)
+def test_what_looks_like_a_path_is_taken_out(text, cleaned):
+    assert without_paths({"a": [text]}) == {"a": [cleaned]}
+
+
+def test_the_ending_says_the_format_and_mistakes_are_told(run, tmp_path, monkeypatch, capsys):
+    def export(*arguments):
+        monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_export", *map(str, arguments)])
+        cli.export_entry()
+        return capsys.readouterr().out
+
+    assert "No images, no case names" in export(run, "-o", tmp_path / "a.zip")
+    for arguments, words in (
+        ((run, "-o", tmp_path / "a.pth"), "only .zip does"),
+        ((run / "macl_encoder.pth", "-o", tmp_path / "b.zip"), f"Give the run's folder: {run}"),
+        ((tmp_path / "nowhere", "-o", tmp_path / "b.zip"), "There is no folder"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            export(*arguments)
+        assert words in str(end.value)
+    assert not (tmp_path / "b.zip").exists()
+
+
+# --- installing -------------------------------------------------------------------------------------------------------------
+
+
+def test_installed_where_fine_tuning_looks_with_the_same_weights(package, run, tmp_path, monkeypatch, capsys):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_install", str(package)])
+    cli.install_entry()
+    assert "nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerMACL" in capsys.readouterr().out
+    folder = tmp_path / INSTALLED
+    here, there = checkpoints.load_weights(run), checkpoints.load_weights(folder)
+    assert here.weights.keys() == there.weights.keys() and here.architecture == there.architecture
+    assert all(torch.equal(here.weights[key], there.weights[key]) for key in here.weights)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(MEMBERS)
+    assert stat.S_IMODE(folder.stat().st_mode) & 0o500 == 0o500
+    assert [p.name for p in folder.parent.iterdir()] == ["fold_all"], "something was left beside it"
+    # what was installed can be passed on
+    write_package(folder, tmp_path / "onwards.zip")
+    with pytest.raises(SystemExit, match=r"is there already, with README\.md"):
+        cli.install_entry()
+
+
+def replace(content, name, old, new):
+    assert old in content[name]
+    return resummed(content | {name: content[name].replace(old, new)})
+
+
+HOSTILE = {
+    "absolute": lambda c: [*c.items(), ("/tmp/macl_escaped", b"x")],
+    "parent": lambda c: [*c.items(), ("../../macl_escaped", b"x")],
+    "backslash": lambda c: [*c.items(), ("..\\macl_escaped", b"x")],
+    "folder": lambda c: [*c.items(), ("sub/", b"")],
+    "another file": lambda c: [*c.items(), ("trainer.py", b"print()")],
+    "a name twice": lambda c: [*c.items(), ("macl_plan.json", b"{}")],
+    "one missing": lambda c: {k: v for k, v in c.items() if k != "macl_decoder.pth"},
+    "no checksums": lambda c: c | {SUMS: b""},
+    "garbled checksums": lambda c: c | {SUMS: b"\xff\xfe\x00"},
+    "changed weights": lambda c: c | {"macl_encoder.pth": c["macl_encoder.pth"][:-200] + bytes(200)},
+    "changed card": lambda c: c | {"README.md": b"mine"},
+    "a bomb": lambda c: resummed(c | {"README.md": bytes(60 * 2**20)}),
+    "path in the data set": lambda c: replace(c, "manifest.json", b'"Dataset901_Generated"', b'"Dataset901_../../x"'),
+    "path in the plans": lambda c: replace(c, "manifest.json", b'"nnUNetPlans"', b'"../../nnUNetPlans"'),
+    "no manifest": lambda c: resummed(c | {"manifest.json": b"[]"}),
+    "a later version": lambda c: replace(c, "manifest.json", b'"format_version": 1', b'"format_version": 9'),
+    "no weights": lambda c: resummed(c | {"macl_encoder.pth": b"not weights"}),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_and_damaged_packages_leave_nothing(case, package, tmp_path):
+    file = write(tmp_path / "hostile.zip", HOSTILE[case](members(package)))
+    with pytest.raises(UserError, match=r"hostile\.zip|macl_encoder\.pth"):
+        install(file, tmp_path / "results")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["hostile.zip"]
+    assert not Path("/tmp/macl_escaped").exists()
+
+
+def test_a_link_is_refused_even_under_a_name_that_belongs(package, tmp_path):
+    content = members(package) | {"README.md": b"/etc/passwd"}
+    file = write(tmp_path / "link.zip", resummed(content), **{"README.md": stat.S_IFLNK | 0o777})
+    with pytest.raises(UserError, match=r"README\.md is no plain file"):
+        install(file, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_sizes_that_lie_are_found_out(package, tmp_path):
+    """The table of contents says less than what comes out."""
+    data = bytearray(write(tmp_path / "lie.zip", members(package)).read_bytes())
+    with zipfile.ZipFile(tmp_path / "lie.zip") as archive:
+        member = archive.getinfo("macl_encoder.pth")
+        at = data.rindex(b"PK\x01\x02", 0, data.rindex(b"macl_encoder.pth"))
+        data[at + 24 : at + 28] = (member.file_size // 2).to_bytes(4, "little")
+    (tmp_path / "lie.zip").write_bytes(data)
+    with pytest.raises(UserError, match="is damaged"):
+        install(tmp_path / "lie.zip", tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x05\x06", b"no zip"])
+def test_what_is_no_zip(content, tmp_path):
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.zip"):
+        install(tmp_path / "a.zip", tmp_path / "results")
+    with pytest.raises(UserError, match="There is no file"):
+        install(tmp_path / "b.zip", tmp_path / "results")
+
+
+def test_cut_short_anywhere_is_refused(package, tmp_path):
+    whole = package.read_bytes()
+    for share in (0.1, 0.5, 0.9, 0.999):
+        file = tmp_path / "cut.zip"
+        file.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(UserError, match=r"cut\.zip"):
+            install(file, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_disk_without_room_is_told(package, tmp_path, monkeypatch):
+    free = installing.shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(installing.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(UserError, match="and 10 are free"):
+        install(package, tmp_path / "results")
+    assert not list((tmp_path / "results").rglob("*"))
+
+
+# --- inspecting -------------------------------------------------------------------------------------------------------------
+
+
+def test_each_kind_of_file_is_told(package, run, monkeypatch, capsys):
+    for file, words in (
+        (package, ["package", "cc-by-4.0", "7 files agree with their SHA-256"]),
+        (run / "macl_encoder.pth", ["encoder weights", "it loads"]),
+        (run / "macl_decoder.pth", ["decoder weights"]),
+        (run / "macl_network.pth", ["whole nnU-Net network"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_inspect", str(file)])
+        cli.inspect_entry()
+        out = capsys.readouterr().out
+        for word in [*words, "Dataset901_Generated", "16 x 24 x 32 voxels", "L_g 1.250", "torch", "JBHI 2026"]:
+            assert word in out, (file, word)
+
+
+def test_a_checkpoint_and_a_stranger(tmp_path):
+    checkpoints.save(
+        {
+            "kind": "macl_checkpoint",
+            "current_epoch": 2,
+            "logging": {"train_losses/dense": [3.0, 2.5]},
+            "macl_plan": {"dataset_name": "Dataset901_X", "recipe": {"num_epochs": 9}},
+            "collapsed": "L_g is 5.919\x1b[31m",
+        },
+        tmp_path / "checkpoint_latest.pth",
+    )
+    out = inspect(tmp_path / "checkpoint_latest.pth")
+    assert "2 of 9" in out and "L_d 2.500" in out and "L_g is 5.919" in out and "\x1b" not in out
+    torch.save({"state_dict": {}}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    checkpoints.save({"kind": "macl_encoder", "architecture": 3, "network_weights": {}}, tmp_path / "odd.pth")
+    for name, words in (
+        ("other.pth", "no file of nnunetv2_macl"),
+        ("text.pth", "cannot be loaded"),
+        ("odd.pth", "is damaged"),
+        ("none.pth", "no file"),
+    ):
+        with pytest.raises(UserError, match=words):
+            inspect(tmp_path / name)
+    with pytest.raises(UserError, match=r"Give a file in it: checkpoint_latest\.pth"):
+        inspect(tmp_path)
+
+
+def test_a_damaged_package_is_told(package, tmp_path):
+    content = members(package)
+    with pytest.raises(UserError, match=r"README\.md does not have the checksum"):
+        inspect(write(tmp_path / "a.zip", content | {"README.md": b"mine"}))
