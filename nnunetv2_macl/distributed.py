@@ -107,7 +107,7 @@ def any_rank(true_here: bool) -> bool:
 @lru_cache(maxsize=1)
 def _patient_group() -> dist.ProcessGroup:
     """All ranks, on the CPU, for what may take longer than an exchange of gradients ever should."""
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[return-value]
 
 
 @contextmanager
@@ -152,7 +152,7 @@ class SynchronisedBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, variance: Tensor) -> None:
-        if not self.track_running_stats:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
         share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum

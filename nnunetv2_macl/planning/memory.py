@@ -75,7 +75,10 @@ class MemoryEstimate:
         return self._count(lambda: self._loss_of(self.network(*self._groups(batch_size))))
 
     def _features(self, batch_size: int) -> tuple[int, int, int]:
-        return self._count(lambda: self.network.features(*self._groups(batch_size)) and None)
+        def compute() -> None:
+            self.network.features(*self._groups(batch_size))
+
+        return self._count(compute)
 
     def _projectors(self, batch_size: int) -> tuple[int, int, int]:
         with torch.no_grad():
