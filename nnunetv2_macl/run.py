@@ -80,7 +80,7 @@ def pretrain(
             "Configuration %s: the first of %s that the plan has (-c takes another)", target.name, ", ".join(others)
         )
     if not plan_only:
-        _check_device(device, num_gpus)
+        check_device(device, num_gpus)
     fold = "all" if exclude_fold is None else _check_fold(exclude_fold, target)
     folder = (
         Path(os.environ["nnUNet_results"]) / target.dataset_name / f"{TRAINER}__{plans}__{target.name}" / f"fold_{fold}"
@@ -144,7 +144,8 @@ def add_trainers_folder() -> None:
         os.environ["nnUNet_extTrainer"] = os.pathsep.join([*theirs, ours])
 
 
-def _check_device(device: str, num_gpus: int) -> None:
+def check_device(device: str, num_gpus: int = 1) -> None:
+    """Raise UserError unless torch has the device."""
     if device not in DEVICES:
         raise UserError(f"-device must be one of {', '.join(DEVICES)}, got '{device}'.")
     if device == "cuda" and not torch.cuda.is_available():
