@@ -13,6 +13,7 @@ from nnunetv2_macl.checkpoints import write_whole
 from nnunetv2_macl.compare.results import Results
 from nnunetv2_macl.compare.statistics import Estimate, estimate
 from nnunetv2_macl.compare.study import SCRATCH
+from nnunetv2_macl.compare.words import counted
 
 
 def draw(results: Results, file: Path) -> None:
@@ -34,10 +35,9 @@ def draw(results: Results, file: Path) -> None:
     panels = np.atleast_1d(below.subplots(1, len(labels), sharey=True))
     for panel, number in zip(panels, labels, strict=True):
         _over_epochs(panel, results, number, colours)
-    panels[0].set_ylabel(f"Dice, {len(study.split.validation)} validation cases")
-    figure.suptitle(
-        f"{study.options.dataset}, {study.options.c}: mean and 95 % interval over patients and {study.options.seeds} seeds"
-    )
+    panels[0].set_ylabel(f"Dice, {counted(len(study.split.validation), 'validation case')}")
+    seeds = counted(study.options.seeds, "seed")
+    figure.suptitle(f"{study.options.dataset}, {study.options.c}: mean and 95 % interval over patients and {seeds}")
     write_whole(file, lambda stream: figure.savefig(stream, dpi=130, format="png"))
 
 
@@ -62,7 +62,7 @@ def _over_labels(axes: Any, results: Results, colours: dict[str, str]) -> None:
         axis.set_xlim(labels[0] / 1.25, labels[-1] * 1.25)
         axis.set_xlabel("labelled cases")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"Dice, {len(study.split.test)} test cases")
+    axes[0].set_ylabel(f"Dice, {counted(len(study.split.test), 'test case')}")
     axes[0].legend(loc="best")
     axes[1].axhline(0, color=colours[SCRATCH], lw=1.5)
     axes[1].set_ylabel("Dice above scratch, paired")
@@ -85,7 +85,7 @@ def _over_epochs(axis: Any, results: Results, labels: int, colours: dict[str, st
         axis.fill_between(epochs, [e.low for e in values], [e.high for e in values], color=colour, alpha=0.15, lw=0)
         if arm.slug == SCRATCH:
             axis.axhline(values[-1].value, color=colour, ls=":", lw=1)
-    axis.set_title(f"{labels} labelled cases", fontsize=10)
+    axis.set_title(counted(labels, "labelled case"), fontsize=10)
     axis.set_xlabel("epochs of fine-tuning")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunetv2_macl.checkpoints import write_json
+from nnunetv2_macl.checkpoints import write_json, write_whole
 from nnunetv2_macl.compare.split import patients_of
 from nnunetv2_macl.compare.study import Study
 from nnunetv2_macl.errors import UserError
@@ -146,7 +147,8 @@ def _link(file: Path, link: Path, case: str) -> None:
             target.unlink(missing_ok=True)
             target.symlink_to(source.resolve())
         except OSError:  # no links on this disk, or not allowed
-            shutil.copyfile(source, target)
+            with source.open("rb") as stream:
+                write_whole(target, functools.partial(shutil.copyfileobj, stream))
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,9 +11,13 @@ from nnunetv2_macl.checkpoints import write_whole
 from nnunetv2_macl.compare.figure import draw
 from nnunetv2_macl.compare.results import Results, write_csv
 from nnunetv2_macl.compare.statistics import Estimate, Resampling, estimate, estimate_first_reached
-from nnunetv2_macl.compare.steps import DONE_FILE, duration
+from nnunetv2_macl.compare.steps import DONE_FILE
 from nnunetv2_macl.compare.study import SCRATCH, Study
+from nnunetv2_macl.compare.words import counted, duration, listed
 from nnunetv2_macl.nnunet import read_json
+
+# with fewer, all pairs agree in sign by chance more often than once in 20: 2 ** (1 - 5) > 0.05
+FEWEST_PATIENTS = 6
 
 
 def write_report(study: Study) -> str:
@@ -21,7 +25,7 @@ def write_report(study: Study) -> str:
     results = Results.read(study)
     write_csv(results)
     draw(results, study.folder / "compare.png")
-    sentence = verdict(differences(results))
+    sentence = verdict(differences(results), _patients(study, study.split.test), study.options.seeds)
     text = "\n".join(_lines(results, sentence)) + "\n"
     write_whole(study.folder / "compare.md", lambda file: file.write(text.encode()))
     return f"{sentence}\n\nTables and figure: {study.folder / 'compare.md'}"
@@ -44,34 +48,40 @@ def differences(results: Results) -> dict[str, dict[int, Estimate]]:
     }
 
 
-def verdict(found: dict[str, dict[int, Estimate]]) -> str:
-    """Whether pre-training helps, in one sentence. A difference is one whose interval does not hold 0."""
+def verdict(found: dict[str, dict[int, Estimate]], patients: int, seeds: int) -> str:
+    """Whether pre-training helps, in one sentence. A difference is one whose interval does not hold 0.
+
+    Args:
+        found: by arm and number of labels, Dice above scratch's.
+        patients: tested on.
+        seeds: of the study.
+    """
     if not found:
         return "Only scratch was trained, so there is nothing to compare it with."
-    if not any(difference.sign for by_labels in found.values() for difference in by_labels.values()):
-        labels = dict.fromkeys(labels for by_labels in found.values() for labels in by_labels)
+    if patients < FEWEST_PATIENTS:
         return (
-            f"No difference: with {_listed(labels)} labelled cases, the Dice of {_listed(found)} cannot be told from "
-            "that of training from scratch."
+            f"Too few to tell: {counted(patients, 'test patient')}, and at least {FEWEST_PATIENTS} are needed to tell a "
+            "difference from chance."
         )
+    caveat = " (one seed: what another draw and another training would change is not known)" if seeds == 1 else ""
     clauses = []
     for arm, by_labels in found.items():
         parts = []
         for sign, words in ((1, "better than scratch"), (-1, "worse than scratch")):
             of_sign = {labels: d for labels, d in by_labels.items() if d.sign == sign}
             if of_sign:
-                values = ", ".join(f"{d.value:+.3f} Dice with {labels}" for labels, d in of_sign.items())
+                values = listed(f"{d.value:+.3f} Dice with {labels}" for labels, d in of_sign.items())
                 parts.append(f"{words} ({values} labelled cases)")
         if same := [labels for labels, d in by_labels.items() if not d.sign]:
-            parts.append(f"no different from it with {_listed(same)}" if parts else "no different from scratch")
+            parts.append(f"not told apart from {'it' if parts else 'scratch'} with {listed(same)} labelled cases")
         clauses.append(f"{arm} is {' and '.join(parts)}")
-    sentence = "; ".join(clauses)
-    return f"{sentence[0].upper()}{sentence[1:]}." if clauses[0].startswith("recipe") else f"{sentence}."
-
-
-def _listed(items: Iterable[object]) -> str:
-    *first, last = map(str, items)
-    return f"{', '.join(first)} and {last}" if first else last
+    if not any(difference.sign for by_labels in found.values() for difference in by_labels.values()):
+        labels = dict.fromkeys(labels for by_labels in found.values() for labels in by_labels)
+        return (
+            f"No difference: the Dice of {listed(found)} is not told apart from that of scratch with {listed(labels)} "
+            f"labelled cases{caveat}."
+        )
+    return f"{'; '.join(clauses)}{caveat}."
 
 
 def _lines(results: Results, sentence: str) -> list[str]:
@@ -79,7 +89,7 @@ def _lines(results: Results, sentence: str) -> list[str]:
     options, split = study.options, study.split
     resampling = results.resampling(split.test)
     groups = results.groups
-    tested = f"{len(split.test)} test cases"
+    tested = counted(len(split.test), "test case")
     few = [
         what
         for what, number in (("seeds", options.seeds), ("test patients", _patients(study, split.test)))
@@ -87,7 +97,7 @@ def _lines(results: Results, sentence: str) -> list[str]:
     ]
     lines = [f"# Does pre-training help? {options.dataset}, {options.c}", "", f"**{sentence}**", ""]
     if few:
-        lines += [f"Few {_listed(few)}: the intervals are rough, and rather too narrow.", ""]
+        lines += [f"Few {listed(few)}: the intervals are rough, and rather too narrow.", ""]
     lines += ["![Dice](compare.png)", "", f"## Dice on {tested}", ""]
     lines += _table(results, lambda arm, n: _with_interval(estimate(groups[arm, n].measures["dice"], resampling)))
     lines += ["", "## Dice above scratch, on the same cases and seeds", ""]
@@ -178,21 +188,22 @@ def _method(results: Results) -> list[str]:
         for arm in study.arms
         if arm.weights
     ]
+    budget = f"{counted(options.epochs, 'epoch')} of {counted(options.iterations, 'step')}"
     rates = ", ".join(f"{rate:g}" for rate in options.rates)
     lines.append(
-        f"Each arm has {options.epochs} epochs of {options.iterations} steps, the same labelled cases, the same seeds and the "
-        f"same patches in the same order. Each had the choice of the rates {rates}: for each number of labels the one "
-        "with the highest mean Dice on the validation cases over the seeds."
+        f"Each arm has {budget}, the same labelled cases, the same seeds and the same patches in the same order. Each had the "
+        f"choice of the rates {rates}: for each number of labels the one with the highest mean Dice on the validation cases "
+        "over the seeds."
     )
+    shares = f"{counted(len(split.test), 'case')} for test, {len(split.validation)} for validation"
     lines.append(
-        f"Split by {'patient' if options.group_regex else 'case'}: {len(split.test)} cases for test, "
-        f"{len(split.validation)} for validation, the labelled ones from {share}. The labels of the validation cases were "
-        f"used beside those counted here, in every arm. {options.seeds} draws of labelled cases (seeds); those of fewer "
-        "labels are among those of more."
+        f"Split by {'patient' if options.group_regex else 'case'}: {shares}, the labelled ones from {share}. The labels of the "
+        f"validation cases were used beside those counted here, in every arm. {counted(options.seeds, 'draw')} of labelled "
+        "cases (a seed each); those of fewer labels are among those of more."
     )
     used = {n: sorted({len(subset[n]) for subset in split.subsets}) for n in split.labels}
     if any(counts != [n] for n, counts in used.items()):
-        words = "; ".join(f"{n}: {_listed(counts)}" for n, counts in used.items())
+        words = "; ".join(f"{n}: {listed(counts)}" for n, counts in used.items())
         lines.append(f"Whole patients were taken, so the labelled cases really were {words}.")
     if results.pretraining_seconds:
         times = "; ".join(
@@ -201,7 +212,7 @@ def _method(results: Results) -> list[str]:
         lines.append(
             f"Pre-training saw {share + planned['unlabelled']} images without their labels, {planned['unlabelled']} of them "
             f"from imagesUn, and none of a patient of the test or validation cases. It ran once a recipe, so the "
-            f"intervals do not hold its own variation ({times}, which is not in the times above)."
+            f"intervals do not hold its own variation ({times}, not in the times above)."
         )
     lines.append(
         f"nnU-Net planned ({planned['planner']}) on all {share + len(split.validation)} cases of the training share and "
@@ -220,6 +231,6 @@ def _method(results: Results) -> list[str]:
     )
     lines.append(
         "The curves are the Dice of whole validation cases at the network's resolution without mirroring, after "
-        f"{_listed(results.curve_epochs)} epochs. That time counts training and nnU-Net's own online validation."
+        f"{listed(results.curve_epochs)} epochs. That time counts training and nnU-Net's own online validation."
     )
     return lines

@@ -12,7 +12,7 @@ import numpy as np
 from nnunetv2_macl.checkpoints import write_whole
 from nnunetv2_macl.compare.statistics import Resampling
 from nnunetv2_macl.compare.steps import DONE_FILE
-from nnunetv2_macl.compare.study import Cell, Study
+from nnunetv2_macl.compare.study import RESULT_FILE, Cell, Study
 from nnunetv2_macl.nnunet import read_json
 
 MEASURES = ("dice", "hd95", "asd")
@@ -56,7 +56,7 @@ class Results:
     @classmethod
     def read(cls, study: Study) -> Results:
         """Read the cells, all of which must be done."""
-        found = {cell: read_json(study.cell_folder(cell) / DONE_FILE, "") for cell in study.cells}
+        found = {cell: _read(study, cell) for cell in study.cells}
         any_cell = next(iter(found.values()))
         keys = list(dict.fromkeys(row["label"] for row in any_cell["test"]))
         groups = {
@@ -71,6 +71,11 @@ class Results:
 
     def resampling(self, cases: list[str]) -> Resampling:
         return Resampling.draw([self.study.patients[case] for case in cases], self.study.options.seeds)
+
+
+def _read(study: Study, cell: Cell) -> dict[str, Any]:
+    folder = study.cell_folder(cell)
+    return read_json(folder / RESULT_FILE, f"To train it again: rm -r '{folder}'")
 
 
 def _group(study: Study, arm: str, labels: int, found: dict[Cell, dict[str, Any]], classes: int) -> Group:
@@ -106,7 +111,7 @@ def write_csv(results: Results) -> None:
     columns = ["arm", "labels", "labelled_cases", "seed", "rate", "chosen", "case", "patient", "class"]
     writer.writerow([*columns, "dice", "hd95_mm", "asd_mm"])
     for cell in study.cells:
-        found = read_json(study.cell_folder(cell) / DONE_FILE, "")
+        found = _read(study, cell)
         used = len(study.split.subsets[cell.seed][cell.labels])
         chosen = int(results.groups[cell.arm, cell.labels].rate == cell.rate)
         for number, row in enumerate(found["test"]):

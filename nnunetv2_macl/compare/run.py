@@ -16,9 +16,9 @@ from nnunetv2_macl.compare.folders import RawImages, plan, planner, pretraining_
 from nnunetv2_macl.compare.report import write_report
 from nnunetv2_macl.compare.split import patients_of, split_cases
 from nnunetv2_macl.compare.steps import Step, run_steps
-from nnunetv2_macl.compare.study import RESULT_FILE, Cell, Options, Study, parse_arm
+from nnunetv2_macl.compare.study import Cell, Options, Study, parse_arm
+from nnunetv2_macl.compare.words import counted
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.run import check_device
 from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
 
@@ -97,9 +97,8 @@ def describe(study: Study, images: RawImages) -> str:
     split, options = study.split, study.options
 
     def patients(cases: list[str]) -> str:
-        return f"{len(cases)} cases" + (
-            f" of {len({study.patients[case] for case in cases})} patients" if options.group_regex else ""
-        )
+        of = f" of {counted(len({study.patients[case] for case in cases}), 'patient')}" if options.group_regex else ""
+        return counted(len(cases), "case") + of
 
     kept = pretraining_images(study, list(images.unlabelled))
     share = len(images.labelled) - len(split.test) - len(split.validation)
@@ -117,8 +116,10 @@ def describe(study: Study, images: RawImages) -> str:
         for labels, cases in subset.items():
             lines.append(f"labelled, seed {seed}, {labels}: {patients(cases)}: {_names(cases)}")
     lines.append(
-        f"{len(study.cells)} cells: {len(study.arms)} arms x {len(split.labels)} numbers of labels x {options.seeds} "
-        f"seeds x {len(options.rates)} rates, each {options.epochs} epochs of {options.iterations} steps"
+        f"{counted(len(study.cells), 'cell')}: {counted(len(study.arms), 'arm')} x "
+        f"{counted(len(split.labels), 'number')} of labels x {counted(options.seeds, 'seed')} x "
+        f"{counted(len(options.rates), 'rate')}, each {counted(options.epochs, 'epoch')} of "
+        f"{counted(options.iterations, 'step')}"
     )
     lines += [f"    {cell.name}" for cell in study.cells]
     return "\n".join(lines)
@@ -188,4 +189,4 @@ def _run_cell(study: Study, cell: Cell, device: str, processes: int, jobs: int) 
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     command = [sys.executable, "-m", "nnunetv2_macl.compare.cell", str(study.folder), cell.name]
     run_command([*command, "-device", device, "-np", str(processes)], environment, folder / "log.txt")
-    return read_json(folder / RESULT_FILE, f"Remove {folder} to train again.")
+    return {}

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 from nnunetv2_macl.checkpoints import write_json
+from nnunetv2_macl.compare.words import duration
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.training.run_folder import RunLock
 
@@ -58,8 +59,12 @@ def run_steps(steps: Sequence[Step], jobs: int, poll_seconds: float = 5.0) -> No
     work = _Work(steps, poll_seconds)
     with ThreadPoolExecutor(jobs) as pool:
         workers = [pool.submit(work.go_on) for _ in range(jobs)]
-    for worker in workers:
-        worker.result()
+        try:
+            for worker in workers:
+                worker.result()
+        finally:
+            # also where the user interrupts
+            work.stop()
 
 
 class _Work:
@@ -73,6 +78,9 @@ class _Work:
         if self._done:
             logger.info("%d of %d steps are done already", self._done, self._total)
 
+    def stop(self) -> None:
+        self._stop.set()
+
     def go_on(self) -> None:
         while not self._stop.is_set():
             claimed = self._claim()
@@ -85,7 +93,7 @@ class _Work:
             try:
                 self._do(step)
             except BaseException:
-                self._stop.set()
+                self.stop()
                 raise
             finally:
                 lock.release()
@@ -125,10 +133,3 @@ class _Work:
         with self._guard:
             self._done += 1
             logger.info("[%d/%d] %s, done in %s", self._done, self._total, step.name, duration(seconds))
-
-
-def duration(seconds: float) -> str:
-    """Time in words."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
