@@ -159,24 +159,23 @@ def _steps(study: Study, images: RawImages, planner_name: str, device: str, proc
 
 
 def _pretrain(study: Study, recipe: str, device: str, processes: int) -> dict[str, Any]:
-    options, run = study.options, study.pretraining_run(recipe)
+    options, folder, run = study.options, study.pretraining_folder(recipe), study.pretraining_run(recipe)
+    goes_on = (run / "checkpoint_latest.pth").is_file()
+    if (run / ENCODER_FILE).is_file() and not goes_on:
+        return {}  # ended, and stopped before that was written down
     command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.c, "-p", options.p]
     # each fold has the validation cases of all
     command += ["--exclude_fold", "0", "-device", device, "-np", str(processes)]
-    if (run / "checkpoint_latest.pth").is_file():
-        command.append("--c")
-    else:
-        command += ["-recipe", recipe]
-        for name, value in (
-            ("-num_epochs", options.pretrain_epochs),
-            ("-num_iterations_per_epoch", options.pretrain_iterations),
-            ("-batch_size", options.pretrain_batch_size),
-        ):
-            command += [name, str(value)] if value is not None else []
-    folder = study.pretraining_folder(recipe)
-    finished = (run / ENCODER_FILE).is_file() and "--c" not in command
-    if not finished:
-        run_command(command, study.environment(folder / "nnUNet_results"), folder / "log.txt")
+    values = {
+        "-recipe": recipe,
+        "-num_epochs": options.pretrain_epochs,
+        "-num_iterations_per_epoch": options.pretrain_iterations,
+        "-batch_size": options.pretrain_batch_size,
+    }
+    for name, value in values.items():
+        command += [name, str(value)] if value is not None and not goes_on else []
+    command += ["--c"] if goes_on else []
+    run_command(command, study.environment(folder / "nnUNet_results"), folder / "log.txt")
     return {}
 
 

@@ -240,7 +240,9 @@ class Study:
         return self.folder / "planning"
 
     def pretraining_folder(self, recipe: str) -> Path:
-        return self.folder / "pretraining" / _slug(Path(recipe).stem)
+        # a user's file may be called as one that comes with the package
+        kind = "file-" if Path(recipe).is_absolute() else ""
+        return self.folder / "pretraining" / f"{kind}{_slug(Path(recipe).stem)}"
 
     def pretraining_run(self, recipe: str) -> Path:
         """The run's folder as nnU-Net names it: the validation cases, those of any fold, are left out."""

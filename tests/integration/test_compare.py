@@ -3,7 +3,11 @@
 import csv
 import hashlib
 import json
+import os
 import re
+import signal
+import subprocess
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -60,8 +64,6 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path):
     before = hashes(workspace.folder)
     folder = tmp_path / "study"
     command = ["nnUNetv2_macl_compare", *SHORT, "-o", folder]
-    out = workspace.run(*command, "--dry_run")
-    assert "2 cells" in out and "macl_2cases_seed0_lr0.01" in out and not folder.exists()
     out = workspace.run(*command)
     assert "[4/4]" in out and "Too few to tell: 2 test patients" in out
     assert hashes(workspace.folder) == before, "the user's own folders changed"
@@ -93,8 +95,9 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path):
     out = workspace.run(*command)
     assert "4 of 4 steps are done already" in out and "..." not in out.partition("steps are done")[2]
     assert hashes(folder) == done
-    out = workspace.run(*command, "--epochs", "3", code=1)
-    assert "--epochs 3 (was 1)" in out and "Traceback" not in out
+    with pytest.raises(UserError, match=r"--epochs 3 \(was 1\)"):
+        compare(replace(OPTIONS, epochs=3), folder=folder, device="cpu")
+    assert hashes(folder) == done
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,7 @@ def test_a_case_without_label(workspace, tmp_path):
         compare(OPTIONS, folder=tmp_path / "study", device="cpu")
 
 
-def test_unlabelled_images_of_a_test_patient_are_left_out(workspace, tmp_path, caplog):
+def test_a_dry_run_and_unlabelled_images_of_a_test_patient(workspace, tmp_path, caplog):
     """The cases are of two a patient, one of them in imagesUn for some."""
     raw = workspace.raw / DATASET
     for folder in ("imagesTr", "labelsTr", "imagesUn"):
@@ -131,6 +134,8 @@ def test_unlabelled_images_of_a_test_patient_are_left_out(workspace, tmp_path, c
             path.rename(path.with_name(f"p{number}_{folder[-2:].replace('Tr', 'a').replace('Un', 'b')}{ending}"))
     caplog.set_level("INFO", logger="nnunetv2_macl")
     compare(replace(OPTIONS, group_regex=r"^p\d"), folder=tmp_path / "study", device="cpu", dry_run=True)
+    assert "2 cells" in caplog.text and "macl_2cases_seed0_lr0.01" in caplog.text
+    assert not (tmp_path / "study").exists()
     (line,) = re.findall(r"pre-training: .*", caplog.text)
     apart = re.findall(r"(?:test|validation): .*: (.*)", caplog.text)
     left_out = sum(f"p{n}_" in " ".join(apart) for n in range(4))
@@ -143,6 +148,38 @@ def test_unlabelled_images_of_a_test_patient_are_left_out(workspace, tmp_path, c
 def test_a_configuration_that_is_not_in_the_plan(workspace, tmp_path):
     with pytest.raises(UserError, match="no configuration '3d_lowres', only 2d"):
         compare(replace(OPTIONS, c="3d_lowres"), folder=tmp_path / "study", device="cpu", processes=2)
+
+
+@pytest.mark.slow
+def test_a_killed_study_in_3d_goes_on(workspace, tmp_path):
+    """Two numbers of labels, two seeds, two at a time; killed after its first cell."""
+    folder = tmp_path / "study"
+    more = ["-c", "3d_fullres", "--labels", "1", "2", "--seeds", "2", "--arms", "scratch", "recipe:pcl", "--jobs", "2"]
+    command = ["nnUNetv2_macl_compare", *SHORT, *more, "-o", folder]
+    process = subprocess.Popen(
+        command,
+        env=workspace.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 600
+    while not (finished := list(folder.glob("cells/*/done.json"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in finished}
+    out = workspace.run(*command)
+    assert "steps are done already" in out and "[10/10]" in out
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
+    with (folder / "compare.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 8 * 2 * 2 and {row["arm"] for row in rows} == {"scratch", "recipe-pcl"}
+    assert (
+        "recipe-pcl starts from encoder and decoder, pre-trained with recipe pcl" in (folder / "compare.md").read_text()
+    )
+    assert not list(folder.rglob(".macl_running*"))
 
 
 # --- the trainer ---------------------------------------------------------------------------------------------------------
