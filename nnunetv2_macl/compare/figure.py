@@ -31,10 +31,13 @@ def draw(results: Results, file: Path) -> None:
     figure = Figure(figsize=(max(11.0, 3.6 * len(labels)), 8.5), layout="constrained")
     above, below = figure.subfigures(2, 1, hspace=0.06)
     colours = {arm.slug: f"C{number}" for number, arm in enumerate(study.arms)}
-    _over_labels(above.subplots(1, 2), results, colours)
+    over_labels = above.subplots(1, 2)
+    _over_labels(over_labels, results, colours)
+    above.legend(*over_labels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(study.arms))
     panels = np.atleast_1d(below.subplots(1, len(labels), sharey=True))
     for panel, number in zip(panels, labels, strict=True):
         _over_epochs(panel, results, number, colours)
+    panels[-1].legend(loc="lower right", fontsize=8)
     panels[0].set_ylabel(f"Dice, {counted(len(study.split.validation), 'validation case')}")
     seeds = counted(study.options.seeds, "seed")
     figure.suptitle(f"{study.options.dataset}, {study.options.c}: mean and 95 % interval over patients and {seeds}")
@@ -63,7 +66,6 @@ def _over_labels(axes: Any, results: Results, colours: dict[str, str]) -> None:
         axis.set_xlabel("labelled cases")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"Dice, {counted(len(study.split.test), 'test case')}")
-    axes[0].legend(loc="best")
     axes[1].axhline(0, color=colours[SCRATCH], lw=1.5)
     axes[1].set_ylabel("Dice above scratch, paired")
 
@@ -84,7 +86,7 @@ def _over_epochs(axis: Any, results: Results, labels: int, colours: dict[str, st
         axis.plot(epochs, [e.value for e in values], "o-", ms=3, color=colour)
         axis.fill_between(epochs, [e.low for e in values], [e.high for e in values], color=colour, alpha=0.15, lw=0)
         if arm.slug == SCRATCH:
-            axis.axhline(values[-1].value, color=colour, ls=":", lw=1)
+            axis.axhline(values[-1].value, color=colour, ls=":", lw=1, label="scratch at its end")
     axis.set_title(counted(labels, "labelled case"), fontsize=10)
     axis.set_xlabel("epochs of fine-tuning")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -25,17 +25,22 @@ CURVE_POINTS = 10
 CURVE_FILE = "curve.json"
 
 
-class ComparisonTrainer(nnUNetTrainerMACL):
+class nnUNetTrainerMACLCompare(nnUNetTrainerMACL):
     """nnU-Net's own training with a fixed budget, where every random number is decided by the seed.
 
-    Batch n holds the same patches, augmented alike, in each arm, whatever the number of workers. Set the attributes below
-    before the training begins.
+    Batch n holds the same patches, augmented alike, in each arm, whatever the number of workers. ``set_budget`` comes before
+    the training; the weights are those that ``nnUNet_macl_weights`` names.
     """
 
-    from_scratch: bool
-    seed: int
-
     def set_budget(self, *, epochs: int, iterations: int, rate: float, seed: int, from_scratch: bool) -> None:
+        """Say how long and how to train.
+
+        Args:
+            epochs, iterations: of the training, of an epoch.
+            rate: learning rate at its highest.
+            seed: of the initial weights, the patches and their augmentation.
+            from_scratch: leave the initial weights as they are.
+        """
         self.num_epochs = epochs
         self.num_iterations_per_epoch = iterations
         # nnU-Net's own proportion
@@ -113,7 +118,7 @@ class ComparisonTrainer(nnUNetTrainerMACL):
         scores = []
         for case in dataset.identifiers:
             data, reference, _, _ = dataset.load_case(case)
-            logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(np.array(data)))
+            logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(np.array(data[:])))
             predicted = np.asarray(labels.convert_logits_to_segmentation(logits.cpu()))
             reference = np.asarray(reference[:])[0]
             ignored = reference == labels.ignore_label if labels.has_ignore_label else None

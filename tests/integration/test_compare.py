@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.compare.run import compare
 from nnunetv2_macl.compare.study import Options
-from nnunetv2_macl.compare.trainer import ComparisonTrainer, SeededBatches
+from nnunetv2_macl.compare.trainer import SeededBatches, nnUNetTrainerMACLCompare
 from nnunetv2_macl.errors import UserError
 
 OPTIONS = Options(
@@ -191,7 +191,7 @@ def trainer_of(workspace, monkeypatch, name, epochs):
     plans = json.loads((workspace.preprocessed / DATASET / "nnUNetPlans.json").read_text())
     plans["configurations"]["2d"]["batch_size"] = 2
     dataset_json = json.loads((workspace.preprocessed / DATASET / "dataset.json").read_text())
-    trainer = ComparisonTrainer(plans | {"continue_training": False}, "2d", 0, dataset_json, torch.device("cpu"))
+    trainer = nnUNetTrainerMACLCompare(plans | {"continue_training": False}, "2d", 0, dataset_json, torch.device("cpu"))
     trainer.set_budget(epochs=epochs, iterations=2, rate=1e-2, seed=3, from_scratch=True)
     trainer.save_every = 1
     return trainer
