@@ -181,8 +181,14 @@ def _compare_parser() -> argparse.ArgumentParser:
         help="scratch; encoder (its weights only); macl (encoder and decoder); recipe:NAME_OR_FILE (pre-trained with that "
         "recipe); weights:FILE (that are there already). Default: scratch encoder macl",
     )
-    amount = "cases, or a fraction of them (0.1 or 10%%)"
-    add("--labels", nargs="+", default=["5", "10", "20"], metavar="N", help=f"labelled {amount}. Default: 5 10 20")
+    amount = "cases, or a fraction (0.1 or 10%%) of all"
+    add(
+        "--labels",
+        nargs="+",
+        default=["5", "10", "20"],
+        metavar="N",
+        help="labelled cases, or a fraction (0.1 or 10%%) of those not kept for test and validation. Default: 5 10 20",
+    )
     add("--seeds", type=int, default=3, help="draws of labelled cases, each trained on. Default: 3")
     add(
         "--rates",
