@@ -18,6 +18,8 @@ from nnunetv2_macl.nnunet import read_json
 
 # with fewer, all pairs agree in sign by chance more often than once in 20: 2 ** (1 - 5) > 0.05
 FEWEST_PATIENTS = 6
+# mean Dice below which arms are compared in nothing
+LEARNED = 0.2
 
 
 def write_report(study: Study) -> str:
@@ -98,6 +100,9 @@ def _lines(results: Results, sentence: str) -> list[str]:
     lines = [f"# Does pre-training help? {options.dataset}, {options.c}", "", f"**{sentence}**", ""]
     if few:
         lines += [f"Few {listed(few)}: the intervals are rough, and rather too narrow.", ""]
+    best = max((estimate(group.measures["dice"], resampling).value for group in groups.values()), default=0.0)
+    if best < LEARNED:
+        lines += [f"No arm has learned to segment (Dice below {LEARNED:g}): train longer, --epochs, --iterations.", ""]
     lines += ["![Dice](compare.png)", "", f"## Dice on {tested}", ""]
     lines += _table(results, lambda arm, n: _with_interval(estimate(groups[arm, n].measures["dice"], resampling)))
     lines += ["", "## Dice above scratch, on the same cases and seeds", ""]
@@ -160,7 +165,8 @@ def _reached(results: Results, arm: str, labels: int) -> str:
         return "never" if math.isinf(epochs) else f"{epochs:.0f}"
 
     time = "" if math.isinf(e.value) else f", {duration(e.value * group.epoch_seconds)}"
-    return f"{words(e.value)} ({words(e.low)} to {words(e.high)}){time}"
+    interval = "" if math.isinf(e.low) else f" ({words(e.low)} to {words(e.high)})"
+    return f"{words(e.value)}{interval}{time}"
 
 
 def _patients(study: Study, cases: list[str]) -> int:
