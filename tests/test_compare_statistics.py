@@ -104,12 +104,17 @@ BETTER, WORSE, SAME = Estimate(0.03, 0.01, 0.05), Estimate(-0.02, -0.03, -0.01),
     ],
 )
 def test_verdict(found, words, not_words):
-    sentence = verdict(found, patients=20, seeds=3)
+    sentence = verdict(found, patients=20, seeds=3, best=0.7)
     assert all(word in sentence for word in words) and not any(word in sentence for word in not_words), sentence
     assert sentence.endswith(".") and sentence.count(". ") == 0
 
 
 def test_verdict_on_too_few():
-    assert "better" not in verdict({"macl": {5: BETTER}}, patients=5, seeds=3)
-    assert "5 test patients" in verdict({"macl": {5: BETTER}}, patients=5, seeds=3)
-    assert "one seed" in verdict({"macl": {5: BETTER}}, patients=20, seeds=1)
+    assert "better" not in verdict({"macl": {5: BETTER}}, patients=5, seeds=3, best=0.7)
+    assert "5 test patients" in verdict({"macl": {5: BETTER}}, patients=5, seeds=3, best=0.7)
+    assert "one seed" in verdict({"macl": {5: BETTER}}, patients=20, seeds=1, best=0.7)
+
+
+def test_verdict_on_arms_that_learned_nothing():
+    sentence = verdict({"macl": {5: WORSE}}, patients=20, seeds=3, best=0.17)
+    assert "worse" not in sentence and "best Dice 0.17" in sentence and "--epochs" in sentence

@@ -37,7 +37,7 @@ def draw(results: Results, file: Path) -> None:
     panels = np.atleast_1d(below.subplots(1, len(labels), sharey=True))
     for panel, number in zip(panels, labels, strict=True):
         _over_epochs(panel, results, number, colours)
-    panels[-1].legend(loc="lower right", fontsize=8)
+    panels[-1].legend(loc="best", fontsize=8)
     panels[0].set_ylabel(f"Dice, {counted(len(study.split.validation), 'validation case')}")
     seeds = counted(study.options.seeds, "seed")
     figure.suptitle(f"{study.options.dataset}, {study.options.c}: mean and 95 % interval over patients and {seeds}")

@@ -27,7 +27,10 @@ def write_report(study: Study) -> str:
     results = Results.read(study)
     write_csv(results)
     draw(results, study.folder / "compare.png")
-    sentence = verdict(differences(results), _patients(study, study.split.test), study.options.seeds)
+    whole = Resampling.whole(study.options.seeds, len(study.split.test))
+    best = max(float(whole.mean(group.measures["dice"])[0]) for group in results.groups.values())
+    patients = _patients(study, study.split.test)
+    sentence = verdict(differences(results), patients=patients, seeds=study.options.seeds, best=best)
     text = "\n".join(_lines(results, sentence)) + "\n"
     write_whole(study.folder / "compare.md", lambda file: file.write(text.encode()))
     return f"{sentence}\n\nTables and figure: {study.folder / 'compare.md'}"
@@ -50,13 +53,14 @@ def differences(results: Results) -> dict[str, dict[int, Estimate]]:
     }
 
 
-def verdict(found: dict[str, dict[int, Estimate]], patients: int, seeds: int) -> str:
+def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, seeds: int, best: float) -> str:
     """Whether pre-training helps, in one sentence. A difference is one whose interval does not hold 0.
 
     Args:
         found: by arm and number of labels, Dice above scratch's.
         patients: tested on.
         seeds: of the study.
+        best: mean Dice of the arm that has the highest.
     """
     if not found:
         return "Only scratch was trained, so there is nothing to compare it with."
@@ -64,6 +68,11 @@ def verdict(found: dict[str, dict[int, Estimate]], patients: int, seeds: int) ->
         return (
             f"Too few to tell: {counted(patients, 'test patient')}, and at least {FEWEST_PATIENTS} are needed to tell a "
             "difference from chance."
+        )
+    if best < LEARNED:
+        return (
+            f"Nothing to tell yet: no arm has learned to segment (best Dice {best:.2f}), so train longer, with more --epochs "
+            "or --iterations."
         )
     caveat = " (one seed: what another draw and another training would change is not known)" if seeds == 1 else ""
     clauses = []
@@ -100,9 +109,6 @@ def _lines(results: Results, sentence: str) -> list[str]:
     lines = [f"# Does pre-training help? {options.dataset}, {options.c}", "", f"**{sentence}**", ""]
     if few:
         lines += [f"Few {listed(few)}: the intervals are rough, and rather too narrow.", ""]
-    best = max((estimate(group.measures["dice"], resampling).value for group in groups.values()), default=0.0)
-    if best < LEARNED:
-        lines += [f"No arm has learned to segment (Dice below {LEARNED:g}): train longer, --epochs, --iterations.", ""]
     lines += ["![Dice](compare.png)", "", f"## Dice on {tested}", ""]
     lines += _table(results, lambda arm, n: _with_interval(estimate(groups[arm, n].measures["dice"], resampling)))
     lines += ["", "## Dice above scratch, on the same cases and seeds", ""]

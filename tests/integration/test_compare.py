@@ -76,11 +76,7 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     assert len(rows) == 8 and all(r["chosen"] == "1" and r["labelled_cases"] == "2" for r in rows)
     assert all(0 <= float(r["dice"]) <= 1 for r in rows if r["dice"])
     text = (folder / "compare.md").read_text()
-    assert (
-        "**Too few to tell" in text
-        and "No arm has learned" in text
-        and re.search(r"\| macl \| [+-]\d\.\d{3} \([+-]", text)
-    )
+    assert "**Too few to tell" in text and re.search(r"\| macl \| [+-]\d\.\d{3} \([+-]", text)
     assert (folder / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
     raw = folder / "nnUNet_raw" / DATASET
