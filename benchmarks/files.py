@@ -123,7 +123,7 @@ def _start(configuration: Configuration, device: torch.device) -> Row:
     ours = ["nnUNetv2_train_macl_pretrain", "960", "-c", "2d", "-batch_size", "4", *common]
     theirs = ["nnUNetv2_train", "960", "2d", "0", *common]
     seconds = side_by_side(
-        lambda: _first_step("nnunetv2_macl.cli", "pretrain_entry", ours),
+        lambda: _first_step("nnunetv2_macl.cli.pretrain", "pretrain_entry", ours),
         lambda: _first_step("nnunetv2.run.run_training", "run_training_entry", theirs),
         repeats=3,
     )

@@ -84,7 +84,7 @@ def pretrain(
     """
     train_too = not (plan_only or preprocess_only)
     if train_too:
-        _check_device(device, num_gpus)
+        check_device(device, num_gpus)
     _check_parts(num_parts, part_id, preprocess_only)
     join_ranks(device)
     try:
@@ -175,7 +175,8 @@ def add_trainers_folder() -> None:
         os.environ["nnUNet_extTrainer"] = os.pathsep.join([*theirs, ours])
 
 
-def _check_device(device: str, num_gpus: int) -> None:
+def check_device(device: str, num_gpus: int = 1) -> None:
+    """Raise UserError unless torch has the device."""
     if device not in DEVICES:
         raise UserError(f"-device must be one of {', '.join(DEVICES)}, got '{device}'.")
     if device == "cuda" and not torch.cuda.is_available():

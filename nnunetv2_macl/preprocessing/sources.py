@@ -54,7 +54,7 @@ def find_sources(
     sources = []
     own = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
     ending = configuration.dataset_json["file_ending"]
-    files = _group_channels(own, ending)
+    files = group_channels(own, ending)
     if files:
         channels = list(range(len(configuration.channel_names)))
         cases, incomplete = _pick_channels(files, channels, configuration.channel_names)
@@ -87,8 +87,8 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
         listed = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
         files = {case: dict(enumerate(entry["images"])) for case, entry in listed.items()}
     else:
-        files = _group_channels(folder / "imagesTr", ending)
-    for case, more in _group_channels(folder / UNLABELLED_FOLDER, ending).items():
+        files = group_channels(folder / "imagesTr", ending)
+    for case, more in group_channels(folder / UNLABELLED_FOLDER, ending).items():
         if case in files:
             raise UserError(
                 f"{name} has a case {case} both in imagesTr and in {UNLABELLED_FOLDER}. Rename one of them in "
@@ -122,7 +122,7 @@ def _match_channels(
     )
 
 
-def _group_channels(folder: Path, ending: str) -> dict[str, dict[int, str]]:
+def group_channels(folder: Path, ending: str) -> dict[str, dict[int, str]]:
     """Files named CASE_0000ENDING, CASE_0001ENDING, ... by case and channel, in one pass over the folder."""
     if not folder.is_dir():
         return {}

@@ -1,0 +1,1 @@
+"""Command lines: arguments in, messages out; what is done lies elsewhere."""

@@ -1,0 +1,71 @@
+"""What is right on a machine, what a run came to, where the trainers are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from nnunetv2_macl import doctor
+from nnunetv2_macl.cli.messages import run
+from nnunetv2_macl.resources import resource_folder
+
+
+def doctor_entry() -> None:
+    """``nnUNetv2_macl_doctor``: exit code 0 only when all is right."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_doctor",
+        description="Say what is right on this machine and what is not, and the command that mends it.",
+        epilog="Example: nnUNetv2_macl_doctor 27 -c 2d",
+    )
+    parser.add_argument("dataset_name_or_id", nargs="?", help="data set to look at as well, by name or id")
+    parser.add_argument("-c", dest="configuration", help="nnU-Net configuration. Default: as in pre-training")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier. Default: nnUNetPlans")
+    parser.add_argument("-device", default="cuda", help="cuda, cpu or mps. Default: cuda")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    arguments = parser.parse_args()
+    results = []
+    for result in doctor.examine(
+        arguments.dataset_name_or_id, arguments.configuration, arguments.plans, arguments.device
+    ):
+        results.append(result)
+        if not arguments.json:
+            print(doctor.as_lines(result), flush=True)
+    wrong = sum(result.status == doctor.WRONG for result in results)
+    if arguments.json:
+        print(json.dumps(doctor.as_json(results), indent=2))
+    else:
+        print(f"\n{wrong} to mend: the lines after '>'." if wrong else "\nAll is right.")
+    sys.exit(1 if wrong else 0)
+
+
+def report_entry() -> None:
+    """``nnUNetv2_macl_report``."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_report",
+        description="Write the report of a pre-training run, finished or not: one HTML file.",
+        epilog="Example: nnUNetv2_macl_report nnUNet_results/Dataset027_ACDC/nnUNetTrainerMACLPretrain__nnUNetPlans__2d/fold_all",
+    )
+    parser.add_argument("folder", help="of the run")
+    parser.add_argument("-o", dest="output", help="file to write. Default: report.html in the folder")
+    parser.add_argument("-device", default="cpu", help="to compute features on. Default: cpu")
+    arguments = parser.parse_args()
+
+    def action() -> None:
+        from nnunetv2_macl.report import write_report
+
+        output = Path(arguments.output).expanduser() if arguments.output else None
+        print(write_report(Path(arguments.folder).expanduser(), output, arguments.device))
+
+    run(action)
+
+
+def trainers_entry() -> None:
+    """``nnUNetv2_macl_trainers``: the folder for nnUNet_extTrainer."""
+    argparse.ArgumentParser(
+        prog="nnUNetv2_macl_trainers",
+        description="Print the folder of the MACL trainers, for nnU-Net to find.",
+        epilog='Example: export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"',
+    ).parse_args()
+    print(resource_folder("trainers"))

@@ -1,0 +1,107 @@
+"""``nnUNetv2_train_macl_pretrain`` and ``nnUNetv2_macl_demo``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nnunetv2_macl.cli.messages import run
+from nnunetv2_macl.errors import UserError
+
+
+def _pretrain_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_train_macl_pretrain",
+        description="Pre-train encoder and partial decoder of DATASET's own nnU-Net on unlabelled images (MACL).",
+        epilog="Example: nnUNetv2_train_macl_pretrain 4 -c 2d, then nnUNetv2_train 4 2d 0 -tr nnUNetTrainerMACL",
+    )
+    add = parser.add_argument
+    add(
+        "dataset_name_or_id",
+        help="data set, by name or id; its nnU-Net plan is used. Unlabelled images lie in its imagesUn",
+    )
+    add("-c", dest="configuration", help="nnU-Net configuration. Default: 3d_fullres where the plan has it, else 2d")
+    add("-p", dest="plans", default="nnUNetPlans", help="plans identifier. Default: nnUNetPlans")
+    add(
+        "-u",
+        dest="unlabelled",
+        nargs="+",
+        default=[],
+        metavar="DATASET2",
+        help="further raw data sets to take images from",
+    )
+    add("-recipe", help="a recipe that comes with the package, or a JSON file of your own. Default: macl")
+    add("--exclude_fold", type=int, metavar="F", help="leave out the validation images of fold F")
+    add("-num_epochs", type=int, help="recipe key")
+    add("-num_iterations_per_epoch", type=int, help="recipe key")
+    add("-batch_size", type=int, help="recipe key: patches a step, over all GPUs")
+    add("-patches_at_once", type=int, help="recipe key: fewer than the batch take less memory and a third more time")
+    add("-seed", type=int, help="recipe key")
+    add(
+        "-gpu_memory",
+        type=float,
+        metavar="GB",
+        help="GPU memory that the batch is planned for. Default: what the nnU-Net plan was made for",
+    )
+    add("-np", dest="processes", type=int, default=8, help="processes for preprocessing. Default: 8")
+    add("-device", default="cuda", help="cuda, cpu or mps. Default: cuda. Which GPU: CUDA_VISIBLE_DEVICES=X")
+    add("-num_gpus", type=int, default=1, help="GPUs to train on. Default: 1")
+    add("--c", dest="continue_training", action="store_true", help="go on with the run that was stopped")
+    add("--disable_checkpointing", action="store_true", help="write no checkpoints and no weights")
+    add("--skip_unreadable", action="store_true", help="leave out images that cannot be used, instead of stopping")
+    add(
+        "--channel_map",
+        nargs="+",
+        type=_pair,
+        metavar="OURS=THEIRS",
+        help="channel names of DATASET and those of the -u data sets, where they differ",
+    )
+    add("--plan_only", action="store_true", help="print and write the MACL plan, and stop")
+    add("--preprocess_only", action="store_true", help="preprocess the unlabelled images, and stop")
+    add("-num_parts", type=int, default=1, help="machines that share the preprocessing. Default: 1")
+    add("-part_id", type=int, default=0, help="which of them this is, from 0")
+    return parser
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise argparse.ArgumentTypeError(f"must be OURS=THEIRS, got '{text}'")
+    return ours, theirs
+
+
+def pretrain_entry() -> None:
+    """``nnUNetv2_train_macl_pretrain``."""
+    arguments = vars(_pretrain_parser().parse_args())
+    for key in ("num_epochs", "num_iterations_per_epoch", "batch_size", "patches_at_once", "seed"):
+        if arguments[key] is None:
+            del arguments[key]
+
+    def action() -> None:
+        # nnU-Net takes seconds to import, and says so when folders are unset
+        from nnunetv2_macl.run import pretrain
+
+        if arguments["processes"] < 1:
+            raise UserError(f"-np must be 1 or more, got {arguments['processes']}.")
+        arguments["channel_map"] = dict(arguments["channel_map"] or {})
+        pretrain(arguments.pop("dataset_name_or_id"), **arguments)
+
+    run(action)
+
+
+def demo_entry() -> None:
+    """``nnUNetv2_macl_demo``."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_demo",
+        description="Generate a small data set and run it all on a CPU: planning, pre-training, fine-tuning, prediction.",
+        epilog="Example: nnUNetv2_macl_demo /tmp/macl_demo",
+    )
+    parser.add_argument("folder", nargs="?", default="macl_demo", help="where to write. Default: ./macl_demo")
+    folder = Path(parser.parse_args().folder)
+
+    def action() -> None:
+        from nnunetv2_macl.demo import demo
+
+        demo(folder)
+
+    run(action)

@@ -1,0 +1,124 @@
+"""One cell of a study, in a process of its own: train, predict the test cases, measure.
+
+``python -m nnunetv2_macl.compare.cell STUDY CELL``, with nnU-Net's folder variables set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunetv2_macl.checkpoints import write_json
+from nnunetv2_macl.compare.measure import measure
+from nnunetv2_macl.compare.study import RESULT_FILE, Cell, Study
+from nnunetv2_macl.compare.trainer import CURVE_FILE, nnUNetTrainerMACLCompare
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration, read_json
+from nnunetv2_macl.training.run_folder import RunLock
+
+
+def run_cell(study: Study, cell: Cell, device: str, processes: int) -> None:
+    """Train a cell, or go on with its training, and write ``result.json``.
+
+    Args:
+        study: planned and pre-trained.
+        cell: one of its cells.
+        device: ``cuda``, ``cpu`` or ``mps``.
+        processes: for preprocessing and export; with 1 all is done in this process.
+    """
+    folder, options = study.cell_folder(cell), study.options
+    target = Configuration.load(options.dataset, options.p, options.c)
+    plans = target.plans_manager.plans | {"continue_training": False}
+    fold = study.fold(cell)
+    trainer = nnUNetTrainerMACLCompare(plans, options.c, fold, target.dataset_json, torch.device(device))
+    lock = RunLock(Path(trainer.output_folder))
+    lock.acquire()
+    trainer.set_budget(
+        epochs=options.epochs,
+        iterations=options.iterations,
+        rate=cell.rate,
+        seed=cell.seed,
+        from_scratch=study.weights(study.arm(cell.arm)) is None,
+    )
+    final, latest = (Path(trainer.output_folder) / f"checkpoint_{which}.pth" for which in ("final", "latest"))
+    if not final.is_file():
+        if latest.is_file():
+            trainer.load_checkpoint(str(latest))
+        trainer.run_training()
+    predictions = folder / "predictions"
+    _predict(study, Path(trainer.output_folder_base), fold, predictions, device, processes)
+    write_json(
+        {
+            "test": _measure(study, target, predictions),
+            "curve": read_json(Path(trainer.output_folder) / CURVE_FILE, f"Remove {folder} to train again."),
+            "epoch_seconds": _epoch_seconds(final),
+        },
+        folder / RESULT_FILE,
+    )
+    lock.release()
+
+
+def _predict(study: Study, model: Path, fold: int, predictions: Path, device: str, processes: int) -> None:
+    predictor = nnUNetPredictor(
+        use_mirroring=not study.options.disable_tta, device=torch.device(device), allow_tqdm=False
+    )
+    predictor.initialize_from_trained_model_folder(str(model), (fold,), "checkpoint_final.pth")
+    predictions.mkdir(exist_ok=True)
+    files = str(study.raw / "imagesTs"), str(predictions)
+    if processes == 1:
+        predictor.predict_from_files_sequential(*files)
+    else:
+        predictor.predict_from_files(
+            *files, num_processes_preprocessing=processes, num_processes_segmentation_export=processes
+        )
+
+
+def _measure(study: Study, target: Configuration, predictions: Path) -> list[dict[str, Any]]:
+    labels = target.plans_manager.get_label_manager(target.dataset_json)
+    classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    ending = target.dataset_json["file_ending"]
+    rows = []
+    for case in study.split.test:
+        files = (str(folder / f"{case}{ending}") for folder in (study.raw / "labelsTs", predictions))
+        reader = target.plans_manager.image_reader_writer_class()
+        for agreement in measure(*files, reader, classes, labels.ignore_label):
+            values = {key: _json(value) for key, value in asdict(agreement).items()}
+            rows.append({"case": case} | values)
+    return rows
+
+
+def _epoch_seconds(checkpoint: Path) -> float:
+    # written by this package, through nnU-Net, which puts more than tensors into it
+    log = torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]
+    times = [end - start for start, end in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)]
+    return sum(times) / len(times)
+
+
+def _json(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("study", type=Path)
+    parser.add_argument("cell")
+    parser.add_argument("-device", required=True)
+    parser.add_argument("-np", dest="processes", type=int, required=True)
+    arguments = parser.parse_args()
+    study = Study.read(arguments.study)
+    cell = next(cell for cell in study.cells if cell.name == arguments.cell)
+    try:
+        run_cell(study, cell, arguments.device, arguments.processes)
+    except UserError as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The study's own three nnU-Net folders: raw images linked, planned and preprocessed from the training share alone."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunetv2_macl.checkpoints import write_json, write_whole
+from nnunetv2_macl.compare.split import patients_of
+from nnunetv2_macl.compare.study import Study
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import preprocessed_folder, raw_folder, read_json
+from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, group_channels
+from nnunetv2_macl.resources import resource_folder
+
+DEFAULT_PLANS, DEFAULT_PLANNER = "nnUNetPlans", "ExperimentPlanner"
+
+
+@dataclass(frozen=True)
+class RawImages:
+    """The user's raw data set.
+
+    Attributes:
+        labelled: by case, its ``images`` and its ``label``.
+        unlabelled: by case, the images in ``imagesUn``.
+        dataset_json: of the data set.
+    """
+
+    labelled: dict[str, dict[str, Any]]
+    unlabelled: dict[str, list[str]]
+    dataset_json: dict[str, Any]
+
+    @classmethod
+    def find(cls, dataset: str) -> RawImages:
+        """Raises UserError: no data set, no cases, or a case without a label; names it."""
+        folder = raw_folder(dataset)
+        dataset_json = read_json(folder / "dataset.json", "The study needs the raw data set: put it there.")
+        if not (folder / "imagesTr").is_dir() and "dataset" not in dataset_json:
+            raise UserError(f"{folder / 'imagesTr'} does not exist. Put the labelled cases there and in labelsTr.")
+        labelled = get_filenames_of_train_images_and_targets(str(folder), dict(dataset_json))
+        for case, entry in labelled.items():
+            if not os.path.isfile(entry["label"]):
+                raise UserError(
+                    f"Case {case} has no label: {entry['label']} does not exist. Put it there, or the image into "
+                    f"{folder / UNLABELLED_FOLDER}."
+                )
+        files = group_channels(folder / UNLABELLED_FOLDER, dataset_json["file_ending"])
+        unlabelled = {case: [channels[c] for c in sorted(channels)] for case, channels in files.items()}
+        return cls({str(case): entry for case, entry in labelled.items()}, unlabelled, dataset_json)
+
+
+def pretraining_images(study: Study, unlabelled: Sequence[str]) -> list[str]:
+    """The cases of ``imagesUn`` that are pre-trained on: none of a patient who is tested or validated on.
+
+    Raises:
+        UserError: ``--group_regex`` does not match a name.
+    """
+    kept_apart = {study.patients[case] for case in (*study.split.test, *study.split.validation)}
+    patients = patients_of(unlabelled, study.options.group_regex)
+    return [case for case in unlabelled if patients[case] not in kept_apart]
+
+
+def planner(dataset: str, plans: str) -> str:
+    """The nnU-Net planner that makes plans of this name.
+
+    Raises:
+        UserError: the data set has no such plan that would tell.
+    """
+    if plans == DEFAULT_PLANS:
+        return DEFAULT_PLANNER
+    file = preprocessed_folder(dataset) / f"{plans}.json"
+    number = int(dataset[7:10])
+    mend = f"-p {plans} is planned anew from the training share, by the planner that {file} names. Type: "
+    content = read_json(file, f"{mend}nnUNetv2_plan_experiment -d {number} -pl PLANNER")
+    if not isinstance(content, dict) or not content.get("experiment_planner_used"):
+        raise UserError(f"{file} names no planner. {mend}nnUNetv2_plan_experiment -d {number} -pl PLANNER")
+    return str(content["experiment_planner_used"])
+
+
+def plan(study: Study, images: RawImages, planner_name: str, processes: int) -> dict[str, Any]:
+    """Link the raw images, and have nnU-Net plan and preprocess those of the training share.
+
+    Raises:
+        UserError: no such configuration in the plan, or nnU-Net failed.
+    """
+    options = study.options
+    _link_images(study, images)
+    _require_no_rest(study)
+    command = ["nnUNetv2_plan_and_preprocess", "-d", options.dataset[7:10], "-c", options.c, "-pl", planner_name]
+    command += ["-overwrite_plans_name", options.p, "-npfp", str(processes), "-np", str(processes), "--no_pbar"]
+    environment = study.environment(study.folder / "nnUNet_results")
+    run_command(command, environment, study.planning_folder / "log.txt")
+    content = read_json(study.plan_file, "")
+    configurations = content["configurations"]
+    if options.c not in configurations:
+        raise UserError(
+            f"nnU-Net's plan for the training share has no configuration '{options.c}', only "
+            f"{', '.join(configurations)}. Give one of these with -c, and another folder: -o FOLDER"
+        )
+    if options.batch_size is not None:
+        configurations[options.c]["batch_size"] = options.batch_size
+        write_json(content, study.plan_file)
+    write_json(study.splits, study.preprocessed / "splits_final.json")
+    kept = pretraining_images(study, list(images.unlabelled))
+    return {"planner": planner_name, "unlabelled": len(kept), "unlabelled_left_out": len(images.unlabelled) - len(kept)}
+
+
+def _require_no_rest(study: Study) -> None:
+    """What a planning that was killed left behind is made again: nnU-Net would take it for done."""
+    if study.preprocessed.is_dir():
+        shutil.rmtree(study.preprocessed)
+
+
+def _link_images(study: Study, images: RawImages) -> None:
+    ending = images.dataset_json["file_ending"]
+    tested = set(study.split.test)
+    for case, entry in images.labelled.items():
+        where = "Ts" if case in tested else "Tr"
+        for channel, file in enumerate(entry["images"]):
+            _link(Path(file), study.raw / f"images{where}" / f"{case}_{channel:04d}{ending}", case)
+        _link(Path(entry["label"]), study.raw / f"labels{where}" / f"{case}{ending}", case)
+    for case in pretraining_images(study, list(images.unlabelled)):
+        for file in map(Path, images.unlabelled[case]):
+            _link(file, study.raw / UNLABELLED_FOLDER / file.name, case)
+    description = {key: value for key, value in images.dataset_json.items() if key != "dataset"}
+    write_json(description | {"numTraining": len(images.labelled) - len(tested)}, study.raw / "dataset.json")
+
+
+def _link(file: Path, link: Path, case: str) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    # the spacing of a TIFF lies in a JSON file beside it
+    beside = file.parent / f"{case}.json"
+    for source, target in ((file, link), (beside, link.parent / beside.name)):
+        if not source.exists() or target.exists():
+            continue
+        try:
+            target.unlink(missing_ok=True)
+            target.symlink_to(source.resolve())
+        except OSError:  # no links on this disk, or not allowed
+            with source.open("rb") as stream:
+                write_whole(target, functools.partial(shutil.copyfileobj, stream))
+
+
+def run_command(command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    """Run a command, what it says into a file.
+
+    Raises:
+        UserError: it failed; shows how the file ends.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # the environment's own scripts first, also where it was not activated
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    ours = {"PATH": path, "nnUNet_extTrainer": str(resource_folder("trainers"))}
+    with log.open("a") as stream:
+        process = subprocess.run(
+            command, env=dict(os.environ) | ours | environment, stdout=stream, stderr=subprocess.STDOUT
+        )
+    if process.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise UserError(
+            f"'{shlex.join(command)}' failed with code {process.returncode}; what is done stays done, start again when "
+            f"it is mended. {log} ends with\n{tail}"
+        )

@@ -1,0 +1,80 @@
+"""How well a prediction agrees with its reference: nnU-Net's Dice, and MONAI's surface distances in mm."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics, label_or_region_to_key, region_or_label_to_mask
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One class of one case. NaN is not defined.
+
+    Attributes:
+        label: the class, as nnU-Net's ``summary.json`` names it.
+        dice: 0 to 1; NaN where the class is in neither segmentation.
+        hd95: mm, the larger of the two directions' 95th percentiles; NaN where the class lacks in either segmentation.
+        asd: mm, the mean over the surface voxels of both; NaN as ``hd95``.
+    """
+
+    label: str
+    dice: float
+    hd95: float
+    asd: float
+
+
+def measure(
+    reference_file: str,
+    prediction_file: str,
+    reader: BaseReaderWriter,
+    classes: Sequence[int | tuple[int, ...]],
+    ignore_label: int | None = None,
+) -> list[Agreement]:
+    """Compare two segmentation files, class by class.
+
+    Args:
+        reference_file, prediction_file: in the format of ``reader``.
+        reader: nnU-Net's.
+        classes: labels, or regions of several labels.
+        ignore_label: where the reference has it, nothing is compared.
+    """
+    metrics = compute_metrics(reference_file, prediction_file, reader, list(classes), ignore_label)["metrics"]
+    reference, properties = reader.read_seg(reference_file)
+    prediction, _ = reader.read_seg(prediction_file)
+    reference, prediction = reference[0], prediction[0]
+    compared = reference != ignore_label if ignore_label is not None else np.ones_like(reference, dtype=bool)
+    found = []
+    for label in classes:
+        masks = (region_or_label_to_mask(array, label) & compared for array in (reference, prediction))
+        hd95, asd = surface_distances(*masks, spacing=properties["spacing"])
+        found.append(Agreement(label_or_region_to_key(label), float(metrics[label]["Dice"]), hd95, asd))
+    return found
+
+
+def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> tuple[float, float]:
+    """95th percentile Hausdorff distance and symmetric average surface distance.
+
+    Args:
+        reference, prediction: masks, bool, (*spatial) of 2 or 3 axes. An axis of one voxel is no axis: a slice is 2D.
+        spacing: mm an axis.
+
+    Returns:
+        Both in the unit of ``spacing``; NaN where a mask is empty, as there is no surface to measure to.
+    """
+    if not (reference.any() and prediction.any()):
+        return float("nan"), float("nan")
+    spacing = [float(s) for s, n in zip(spacing, reference.shape, strict=True) if n > 1]
+    masks = [torch.from_numpy(np.squeeze(mask).copy())[None, None] for mask in (prediction, reference)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"include_background": True, "spacing": spacing}
+        hd95 = compute_hausdorff_distance(*masks, percentile=95, **options)
+        asd = compute_average_surface_distance(*masks, symmetric=True, **options)
+    return float(hd95), float(asd)

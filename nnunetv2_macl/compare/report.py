@@ -1,0 +1,248 @@
+"""What came out of a study, in words and tables: ``compare.md``, beside ``compare.csv`` and ``compare.png``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from nnunetv2_macl.checkpoints import write_whole
+from nnunetv2_macl.compare.figure import draw
+from nnunetv2_macl.compare.results import Results, write_csv
+from nnunetv2_macl.compare.statistics import Estimate, Resampling, estimate, estimate_first_reached
+from nnunetv2_macl.compare.steps import DONE_FILE
+from nnunetv2_macl.compare.study import SCRATCH, Study
+from nnunetv2_macl.compare.words import counted, duration, listed
+from nnunetv2_macl.nnunet import read_json
+
+# with fewer, all pairs agree in sign by chance more often than once in 20: 2 ** (1 - 5) > 0.05
+FEWEST_PATIENTS = 6
+# mean Dice below which arms are compared in nothing
+LEARNED = 0.2
+
+
+def write_report(study: Study) -> str:
+    """Write ``compare.csv``, ``compare.md`` and ``compare.png`` of a study whose cells are done. Returns the verdict."""
+    results = Results.read(study)
+    write_csv(results)
+    draw(results, study.folder / "compare.png")
+    whole = Resampling.whole(study.options.seeds, len(study.split.test))
+    best = max(float(whole.mean(group.measures["dice"])[0]) for group in results.groups.values())
+    patients = _patients(study, study.split.test)
+    sentence = verdict(differences(results), patients=patients, seeds=study.options.seeds, best=best)
+    text = "\n".join(_lines(results, sentence)) + "\n"
+    write_whole(study.folder / "compare.md", lambda file: file.write(text.encode()))
+    return f"{sentence}\n\nTables and figure: {study.folder / 'compare.md'}"
+
+
+def differences(results: Results) -> dict[str, dict[int, Estimate]]:
+    """Mean Dice on the test cases above scratch's, by arm and number of labels."""
+    resampling = results.resampling(results.study.split.test)
+    return {
+        arm.slug: {
+            labels: estimate(
+                results.groups[arm.slug, labels].measures["dice"],
+                resampling,
+                results.groups[SCRATCH, labels].measures["dice"],
+            )
+            for labels in results.study.split.labels
+        }
+        for arm in results.study.arms
+        if arm.slug != SCRATCH
+    }
+
+
+def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, seeds: int, best: float) -> str:
+    """Whether pre-training helps, in one sentence. A difference is one whose interval does not hold 0.
+
+    Args:
+        found: by arm and number of labels, Dice above scratch's.
+        patients: tested on.
+        seeds: of the study.
+        best: mean Dice of the arm that has the highest.
+    """
+    if not found:
+        return "Only scratch was trained, so there is nothing to compare it with."
+    if patients < FEWEST_PATIENTS:
+        return (
+            f"Too few to tell: {counted(patients, 'test patient')}, and at least {FEWEST_PATIENTS} are needed to tell a "
+            "difference from chance."
+        )
+    if best < LEARNED:
+        return (
+            f"Nothing to tell yet: no arm has learned to segment (best Dice {best:.2f}), so train longer, with more --epochs "
+            "or --iterations."
+        )
+    caveat = " (one seed: what another draw and another training would change is not known)" if seeds == 1 else ""
+    clauses = []
+    for arm, by_labels in found.items():
+        parts = []
+        for sign, words in ((1, "better than scratch"), (-1, "worse than scratch")):
+            of_sign = {labels: d for labels, d in by_labels.items() if d.sign == sign}
+            if of_sign:
+                values = listed(f"{d.value:+.3f} Dice with {labels}" for labels, d in of_sign.items())
+                parts.append(f"{words} ({values} labelled cases)")
+        if same := [labels for labels, d in by_labels.items() if not d.sign]:
+            parts.append(f"not told apart from {'it' if parts else 'scratch'} with {listed(same)} labelled cases")
+        clauses.append(f"{arm} is {' and '.join(parts)}")
+    if not any(difference.sign for by_labels in found.values() for difference in by_labels.values()):
+        labels = dict.fromkeys(labels for by_labels in found.values() for labels in by_labels)
+        return (
+            f"No difference: the Dice of {listed(found)} is not told apart from that of scratch with {listed(labels)} "
+            f"labelled cases{caveat}."
+        )
+    return f"{'; '.join(clauses)}{caveat}."
+
+
+def _lines(results: Results, sentence: str) -> list[str]:
+    study = results.study
+    options, split = study.options, study.split
+    resampling = results.resampling(split.test)
+    groups = results.groups
+    tested = counted(len(split.test), "test case")
+    few = [
+        what
+        for what, number in (("seeds", options.seeds), ("test patients", _patients(study, split.test)))
+        if number < 5
+    ]
+    lines = [f"# Does pre-training help? {options.dataset}, {options.c}", "", f"**{sentence}**", ""]
+    if few:
+        lines += [f"Few {listed(few)}: the intervals are rough, and rather too narrow.", ""]
+    lines += ["![Dice](compare.png)", "", f"## Dice on {tested}", ""]
+    lines += _table(results, lambda arm, n: _with_interval(estimate(groups[arm, n].measures["dice"], resampling)))
+    lines += ["", "## Dice above scratch, on the same cases and seeds", ""]
+    found = differences(results)
+    lines += _table(results, lambda arm, n: _with_interval(found[arm][n], "+"), skip=SCRATCH)
+    for name, title in (("hd95", "HD95"), ("asd", "ASD")):
+        lines += ["", f"## {title} in mm on {tested}", ""]
+        lines += _table(results, lambda arm, n, name=name: _distance(groups[arm, n].measures[name], resampling))
+    if len(results.classes) > 1:
+        lines += ["", "## Dice by class", ""]
+        lines += _table(
+            results,
+            lambda arm, n: ", ".join(
+                f"{name} {_number(Resampling.whole(*v.shape[:2]).mean(v[:, :, [c]])[0])}"
+                for v in [groups[arm, n].measures["dice"]]
+                for c, name in enumerate(results.classes)
+            ),
+        )
+    lines += ["", "## Epochs until the validation Dice is scratch's final one", ""]
+    lines += _table(results, lambda arm, n: _reached(results, arm, n))
+    lines += ["", "## Learning rate, chosen on the validation cases", ""]
+    lines += _table(results, lambda arm, n: f"{groups[arm, n].rate:g}")
+    return [*lines, "", "## How this was measured", "", *(f"- {line}" for line in _method(results))]
+
+
+def _table(results: Results, entry: Callable[[str, int], str], skip: str = "") -> list[str]:
+    labels = results.study.split.labels
+    rows = [f"| labelled cases | {' | '.join(map(str, labels))} |", f"|---|{'---|' * len(labels)}"]
+    rows += [
+        f"| {arm.slug} | {' | '.join(entry(arm.slug, n) for n in labels)} |"
+        for arm in results.study.arms
+        if arm.slug != skip
+    ]
+    return rows
+
+
+def _number(value: float, sign: str = "", digits: int = 3) -> str:
+    return "not defined" if math.isnan(value) else f"{value:{sign}.{digits}f}"
+
+
+def _with_interval(e: Estimate, sign: str = "", digits: int = 3) -> str:
+    if math.isnan(e.value):
+        return "not defined"
+    return f"{e.value:{sign}.{digits}f} ({e.low:{sign}.{digits}f} to {e.high:{sign}.{digits}f})"
+
+
+def _distance(values: np.ndarray, resampling: Resampling) -> str:
+    missing = int(np.isnan(values).sum())
+    return _with_interval(estimate(values, resampling), digits=2) + (
+        f", {missing} of {values.size} not defined" if missing else ""
+    )
+
+
+def _reached(results: Results, arm: str, labels: int) -> str:
+    group, scratch = results.groups[arm, labels], results.groups[SCRATCH, labels]
+    resampling = results.resampling(results.study.split.validation)
+    e = estimate_first_reached(group.curve, scratch.curve[-1], results.curve_epochs, resampling)
+
+    def words(epochs: float) -> str:
+        return "never" if math.isinf(epochs) else f"{epochs:.0f}"
+
+    time = "" if math.isinf(e.value) else f", {duration(e.value * group.epoch_seconds)}"
+    interval = "" if math.isinf(e.low) else f" ({words(e.low)} to {words(e.high)})"
+    return f"{words(e.value)}{interval}{time}"
+
+
+def _patients(study: Study, cases: list[str]) -> int:
+    return len({study.patients[case] for case in cases})
+
+
+def _method(results: Results) -> list[str]:
+    study = results.study
+    options, split = study.options, study.split
+    planned = read_json(study.planning_folder / DONE_FILE, "")
+    share = len(study.patients) - len(split.test) - len(split.validation)
+    arms = {
+        SCRATCH: "starts from nnU-Net's own initialisation",
+        "encoder": "starts from the pre-trained encoder alone",
+        "macl": "starts from the pre-trained encoder and decoder",
+    }
+    lines = [f"{arm.slug} {arms[arm.slug]}." for arm in study.arms if arm.slug in arms]
+    lines += [
+        f"{arm.slug} starts from encoder and decoder, pre-trained with recipe {arm.recipe}."
+        for arm in study.arms
+        if arm.slug not in arms and arm.recipe
+    ]
+    lines += [
+        f"{arm.slug} starts from {arm.weights}; whether the test cases were among what these were trained on is not known here."
+        for arm in study.arms
+        if arm.weights
+    ]
+    budget = f"{counted(options.epochs, 'epoch')} of {counted(options.iterations, 'step')}"
+    rates = ", ".join(f"{rate:g}" for rate in options.rates)
+    lines.append(
+        f"Each arm has {budget}, the same labelled cases, the same seeds and the same patches in the same order. Each had the "
+        f"choice of the rates {rates}: for each number of labels the one with the highest mean Dice on the validation cases "
+        "over the seeds."
+    )
+    shares = f"{counted(len(split.test), 'case')} for test, {len(split.validation)} for validation"
+    lines.append(
+        f"Split by {'patient' if options.group_regex else 'case'}: {shares}, the labelled ones from {share}. The labels of the "
+        f"validation cases were used beside those counted here, in every arm. {counted(options.seeds, 'draw')} of labelled "
+        "cases (a seed each); those of fewer labels are among those of more."
+    )
+    used = {n: sorted({len(subset[n]) for subset in split.subsets}) for n in split.labels}
+    if any(counts != [n] for n, counts in used.items()):
+        words = "; ".join(f"{n}: {listed(counts)}" for n, counts in used.items())
+        lines.append(f"Whole patients were taken, so the labelled cases really were {words}.")
+    if results.pretraining_seconds:
+        times = "; ".join(
+            f"{recipe} took {duration(seconds)}" for recipe, seconds in results.pretraining_seconds.items()
+        )
+        lines.append(
+            f"Pre-training saw {share + planned['unlabelled']} images without their labels, {planned['unlabelled']} of them "
+            f"from imagesUn, and none of a patient of the test or validation cases. It ran once a recipe, so the "
+            f"intervals do not hold its own variation ({times}, not in the times above)."
+        )
+    lines.append(
+        f"nnU-Net planned ({planned['planner']}) on all {share + len(split.validation)} cases of the training share and "
+        "their labels, for all arms alike. The last checkpoint predicts, "
+        + ("without" if options.disable_tta else "with")
+        + " mirroring."
+    )
+    lines.append(
+        "Dice is nnU-Net's, the mean of each class over cases and seeds, then over classes; a class that is in neither "
+        "segmentation is left out. HD95 and ASD are MONAI's, in mm (in the unit of the files' spacing), and not defined where "
+        "a class is in one segmentation only: compare them where nothing is missing."
+    )
+    lines.append(
+        "In brackets: 95 % intervals of a bootstrap over patients and seeds, the same draws in each arm, so that differences "
+        "are paired. They are for one comparison each, not corrected for several."
+    )
+    lines.append(
+        "The curves are the Dice of whole validation cases at the network's resolution without mirroring, after "
+        f"{listed(results.curve_epochs)} epochs. That time counts training and nnU-Net's own online validation."
+    )
+    return lines

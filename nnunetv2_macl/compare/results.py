@@ -1,0 +1,122 @@
+"""What the cells of a study found, and which learning rate each arm goes with."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_macl.checkpoints import write_whole
+from nnunetv2_macl.compare.statistics import Resampling
+from nnunetv2_macl.compare.steps import DONE_FILE
+from nnunetv2_macl.compare.study import RESULT_FILE, Cell, Study
+from nnunetv2_macl.nnunet import read_json
+
+MEASURES = ("dice", "hd95", "asd")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells of one arm and one number of labels at the rate that did best on the validation cases.
+
+    Attributes:
+        rate: that one.
+        measures: ``dice``, ``hd95`` (mm), ``asd`` (mm), each (S, N, C) over the test cases, NaN where not defined.
+        curve: Dice of the validation cases over the training, (P, S, M, C).
+        epoch_seconds: mean over the cells.
+    """
+
+    rate: float
+    measures: dict[str, np.ndarray]
+    curve: np.ndarray
+    epoch_seconds: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """All groups of a study.
+
+    Attributes:
+        study: whose.
+        classes: names, in the order of the arrays' C.
+        curve_epochs: (P,).
+        groups: by arm and number of labels.
+        pretraining_seconds: by recipe.
+    """
+
+    study: Study
+    classes: list[str]
+    curve_epochs: list[int]
+    groups: dict[tuple[str, int], Group]
+    pretraining_seconds: dict[str, float]
+
+    @classmethod
+    def read(cls, study: Study) -> Results:
+        """Read the cells, all of which must be done."""
+        found = {cell: _read(study, cell) for cell in study.cells}
+        any_cell = next(iter(found.values()))
+        keys = list(dict.fromkeys(row["label"] for row in any_cell["test"]))
+        groups = {
+            (arm.slug, labels): _group(study, arm.slug, labels, found, len(keys))
+            for arm in study.arms
+            for labels in study.split.labels
+        }
+        recipes = {arm.recipe for arm in study.arms if arm.recipe is not None}
+        seconds = {recipe: read_json(study.pretraining_folder(recipe) / DONE_FILE, "")["seconds"] for recipe in recipes}
+        names = _class_names(read_json(study.raw / "dataset.json", ""))
+        return cls(study, [names.get(key, key) for key in keys], [int(e) for e in any_cell["curve"]], groups, seconds)
+
+    def resampling(self, cases: list[str]) -> Resampling:
+        return Resampling.draw([self.study.patients[case] for case in cases], self.study.options.seeds)
+
+
+def _read(study: Study, cell: Cell) -> dict[str, Any]:
+    folder = study.cell_folder(cell)
+    return read_json(folder / RESULT_FILE, f"To train it again: rm -r '{folder}'")
+
+
+def _group(study: Study, arm: str, labels: int, found: dict[Cell, dict[str, Any]], classes: int) -> Group:
+    seeds = range(study.options.seeds)
+    by_rate = {rate: [found[Cell(arm, labels, seed, rate)] for seed in seeds] for rate in study.options.rates}
+    curves = {
+        # (S, P, M, C) -> (P, S, M, C)
+        rate: np.array([list(cell["curve"].values()) for cell in cells], dtype=float).swapaxes(0, 1)
+        for rate, cells in by_rate.items()
+    }
+    whole = Resampling.whole(len(seeds), len(study.split.validation))
+    at_the_end = {rate: whole.mean(curve[-1])[0] for rate, curve in curves.items()}
+    rate = max(at_the_end, key=lambda r: -np.inf if np.isnan(at_the_end[r]) else at_the_end[r])
+    cells = by_rate[rate]
+    measures = {
+        name: np.array([[row[name] for row in cell["test"]] for cell in cells], dtype=float).reshape(
+            len(cells), -1, classes
+        )
+        for name in MEASURES
+    }
+    return Group(rate, measures, curves[rate], float(np.mean([cell["epoch_seconds"] for cell in cells])))
+
+
+def _class_names(dataset_json: dict[str, Any]) -> dict[str, str]:
+    labels = dataset_json["labels"].items()
+    return {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels}
+
+
+def write_csv(results: Results) -> None:
+    """``compare.csv``: a line for each cell, test case and class; empty where a measure is not defined."""
+    study, stream = results.study, io.StringIO(newline="")
+    writer = csv.writer(stream)
+    columns = ["arm", "labels", "labelled_cases", "seed", "rate", "chosen", "case", "patient", "class"]
+    writer.writerow([*columns, "dice", "hd95_mm", "asd_mm"])
+    for cell in study.cells:
+        found = _read(study, cell)
+        used = len(study.split.subsets[cell.seed][cell.labels])
+        chosen = int(results.groups[cell.arm, cell.labels].rate == cell.rate)
+        for number, row in enumerate(found["test"]):
+            name = results.classes[number % len(results.classes)]
+            values = ["" if row[key] is None else row[key] for key in MEASURES]
+            where = [cell.arm, cell.labels, used, cell.seed, f"{cell.rate:g}", chosen]
+            writer.writerow([*where, row["case"], study.patients[row["case"]], name, *values])
+    write_whole(study.folder / "compare.csv", lambda file: file.write(stream.getvalue().encode()))

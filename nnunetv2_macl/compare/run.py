@@ -1,0 +1,191 @@
+"""The study from beginning to end: what the command does, as a function."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_macl import nnunet
+from nnunetv2_macl.checkpoints import ENCODER_FILE
+from nnunetv2_macl.compare.folders import RawImages, plan, planner, pretraining_images, run_command
+from nnunetv2_macl.compare.report import write_report
+from nnunetv2_macl.compare.split import patients_of, split_cases
+from nnunetv2_macl.compare.steps import Step, run_steps
+from nnunetv2_macl.compare.study import Cell, Options, Study, parse_arm
+from nnunetv2_macl.compare.words import counted
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.run import check_device
+from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
+
+logger = logging.getLogger(__name__)
+
+
+def compare(
+    options: Options,
+    *,
+    folder: Path | None = None,
+    device: str = "cuda",
+    processes: int = 8,
+    jobs: int = 1,
+    dry_run: bool = False,
+) -> Path:
+    """Run a label-efficiency study, or go on with it: plan, pre-train, fine-tune each cell, report.
+
+    nnU-Net's folders of the user are only read. Started several times, on one machine or on several that share ``folder``,
+    the cells are shared out.
+
+    Args:
+        options: what makes the study.
+        folder: of the study. None: ``macl_compare_DATASET_C`` in the working directory.
+        device: ``cuda``, ``cpu`` or ``mps``.
+        processes: for preprocessing and export.
+        jobs: cells at a time.
+        dry_run: show split and cells, and stop.
+
+    Returns:
+        The study's folder, with ``compare.md``, ``compare.csv`` and ``compare.png``.
+
+    Raises:
+        UserError: a mistake that the user can mend.
+    """
+    nnunet.require_folders()
+    options = replace(options, dataset=nnunet.dataset_name(options.dataset))
+    options.check()
+    # the same files, wherever the study is started from next time
+    options = replace(options, arms=[parse_arm(text).name for text in options.arms])
+    for name, value in (("--jobs", jobs), ("-np", processes)):
+        if value < 1:
+            raise UserError(f"{name} must be 1 or more, got {value}.")
+    if options.c == "3d_cascade_fullres":
+        raise UserError("-c 3d_cascade_fullres needs a first stage for each cell. Compare its stages: -c 3d_lowres")
+    if not dry_run:
+        check_device(device)
+    images = RawImages.find(options.dataset)
+    patients = patients_of(images.labelled, options.group_regex)
+    split = split_cases(
+        patients,
+        test=options.test,
+        validation=options.validation,
+        labels=options.labels,
+        seeds=options.seeds,
+    )
+    planner_name = planner(options.dataset, options.p)
+    folder = (folder or Path(_default_name(options))).expanduser().resolve()
+    study = Study(folder, options, split, patients)
+    logger.info("%s", describe(study, images))
+    if dry_run:
+        return folder
+    study = Study.open(folder, options, split, patients)
+    logger.info("Study in %s", folder)
+    run_steps(_steps(study, images, planner_name, device, processes, jobs), jobs)
+    logger.info("\n%s", write_report(study))
+    return folder
+
+
+def _default_name(options: Options) -> str:
+    # outside nnU-Net's own folders, which are the user's
+    return "_".join(["macl_compare", options.dataset, options.c, *([options.p] if options.p != "nnUNetPlans" else [])])
+
+
+def describe(study: Study, images: RawImages) -> str:
+    """Split and cells in words."""
+    split, options = study.split, study.options
+
+    def patients(cases: list[str]) -> str:
+        of = f" of {counted(len({study.patients[case] for case in cases}), 'patient')}" if options.group_regex else ""
+        return counted(len(cases), "case") + of
+
+    kept = pretraining_images(study, list(images.unlabelled))
+    share = len(images.labelled) - len(split.test) - len(split.validation)
+    lines = [
+        f"{options.dataset}, {options.c}, {options.p}",
+        f"test:        {patients(split.test)}: {_names(split.test)}",
+        f"validation:  {patients(split.validation)}: {_names(split.validation)}",
+        f"pre-training: {share + len(kept)} images, {len(kept)} of them from imagesUn"
+        + (
+            f" ({len(images.unlabelled) - len(kept)} there are of patients above)"
+            * (len(kept) < len(images.unlabelled))
+        ),
+    ]
+    for seed, subset in enumerate(split.subsets):
+        for labels, cases in subset.items():
+            lines.append(f"labelled, seed {seed}, {labels}: {patients(cases)}: {_names(cases)}")
+    lines.append(
+        f"{counted(len(study.cells), 'cell')}: {counted(len(study.arms), 'arm')} x "
+        f"{counted(len(split.labels), 'number')} of labels x {counted(options.seeds, 'seed')} x "
+        f"{counted(len(options.rates), 'rate')}, each {counted(options.epochs, 'epoch')} of "
+        f"{counted(options.iterations, 'step')}"
+    )
+    lines += [f"    {cell.name}" for cell in study.cells]
+    return "\n".join(lines)
+
+
+def _names(cases: list[str], shown: int = 6) -> str:
+    return ", ".join(sorted(cases)[:shown]) + (", ..." if len(cases) > shown else "")
+
+
+def _steps(study: Study, images: RawImages, planner_name: str, device: str, processes: int, jobs: int) -> list[Step]:
+    planning = Step(
+        "planning and preprocessing",
+        study.planning_folder,
+        functools.partial(plan, study, images, planner_name, processes),
+    )
+    steps, pretrained = [planning], {}
+    for recipe in dict.fromkeys(arm.recipe for arm in study.arms if arm.recipe is not None):
+        # one after the other: they share the MACL plan's file
+        pretrained[recipe] = Step(
+            f"pre-training, recipe {Path(recipe).stem}",
+            study.pretraining_folder(recipe),
+            functools.partial(_pretrain, study, recipe, device, processes),
+            needs=(steps[-1],),
+        )
+        steps.append(pretrained[recipe])
+    for cell in study.cells:
+        recipe = study.arm(cell.arm).recipe
+        steps.append(
+            Step(
+                cell.name,
+                study.cell_folder(cell),
+                functools.partial(_run_cell, study, cell, device, processes, jobs),
+                needs=(pretrained[recipe] if recipe else planning,),
+            )
+        )
+    return steps
+
+
+def _pretrain(study: Study, recipe: str, device: str, processes: int) -> dict[str, Any]:
+    options, folder, run = study.options, study.pretraining_folder(recipe), study.pretraining_run(recipe)
+    goes_on = (run / "checkpoint_latest.pth").is_file()
+    if (run / ENCODER_FILE).is_file() and not goes_on:
+        return {}  # ended, and stopped before that was written down
+    command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.c, "-p", options.p]
+    # each fold has the validation cases of all
+    command += ["--exclude_fold", "0", "-device", device, "-np", str(processes)]
+    values = {
+        "-recipe": recipe,
+        "-num_epochs": options.pretrain_epochs,
+        "-num_iterations_per_epoch": options.pretrain_iterations,
+        "-batch_size": options.pretrain_batch_size,
+    }
+    for name, value in values.items():
+        command += [name, str(value)] if value is not None and not goes_on else []
+    command += ["--c"] if goes_on else []
+    run_command(command, study.environment(folder / "nnUNet_results"), folder / "log.txt")
+    return {}
+
+
+def _run_cell(study: Study, cell: Cell, device: str, processes: int, jobs: int) -> dict[str, Any]:
+    folder = study.cell_folder(cell)
+    environment = study.environment(folder)
+    if weights := study.weights(study.arm(cell.arm)):
+        environment[WEIGHTS_VARIABLE] = str(weights)
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    command = [sys.executable, "-m", "nnunetv2_macl.compare.cell", str(study.folder), cell.name]
+    run_command([*command, "-device", device, "-np", str(processes)], environment, folder / "log.txt")
+    return {}

@@ -1,0 +1,271 @@
+"""A study: what was asked for, its cells, and the folder in which it lies."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_macl import formats
+from nnunetv2_macl.checkpoints import ENCODER_FILE, write_json
+from nnunetv2_macl.compare.split import Split
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
+from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
+from nnunetv2_macl.recipe import load_recipe
+from nnunetv2_macl.resources import resource_folder
+
+SCRATCH = "scratch"
+STUDY_FILE = "study.json"
+# what a cell found
+RESULT_FILE = "result.json"
+PRETRAINER = "nnUNetTrainerMACLPretrain"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What makes a study what it is. A name here is the option's name on the command line."""
+
+    dataset: str
+    c: str
+    p: str
+    arms: list[str]
+    labels: list[str]
+    seeds: int
+    rates: list[float]
+    test: str
+    validation: str
+    group_regex: str | None
+    epochs: int
+    iterations: int
+    batch_size: int | None
+    pretrain_epochs: int | None
+    pretrain_iterations: int | None
+    pretrain_batch_size: int | None
+    disable_tta: bool
+
+    def check(self) -> None:
+        """Raises UserError for a value that cannot be; names the option."""
+        for key in ("seeds", "epochs", "iterations", "batch_size", "pretrain_epochs", "pretrain_iterations"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise UserError(f"{option(key)} must be 1 or more, got {value}.")
+        if self.pretrain_batch_size is not None and self.pretrain_batch_size < 2:
+            raise UserError(f"--pretrain_batch_size must be 2 or more, got {self.pretrain_batch_size}.")
+        if wrong := [rate for rate in self.rates if not 0 < rate < 1]:
+            raise UserError(f"--rates must lie between 0 and 1, got {wrong[0]:g}.")
+        if len(set(self.rates)) < len(self.rates):
+            raise UserError(f"--rates has a rate twice: {' '.join(f'{rate:g}' for rate in self.rates)}. Give it once.")
+        arms = [parse_arm(text) for text in self.arms]
+        if SCRATCH not in self.arms:
+            raise UserError(f"--arms must hold {SCRATCH}, which the others are compared with, got {self.arms}.")
+        for number, arm in enumerate(arms):
+            if arm.slug in [other.slug for other in arms[:number]]:
+                raise UserError(
+                    f"--arms: two arms would be called {arm.slug}. Give each once, and files names of their own."
+                )
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Where the weights come from that fine-tuning starts with.
+
+    Attributes:
+        name: as on the command line.
+        slug: as in file names.
+        recipe: of the pre-training, or None.
+        encoder_only: whether the pre-trained decoder is left out.
+        weights: a file that is there already, or None.
+    """
+
+    name: str
+    slug: str
+    recipe: str | None = None
+    encoder_only: bool = False
+    weights: str | None = None
+
+
+def parse_arm(text: str) -> Arm:
+    """Read an arm from the command line. Raises UserError: no such arm, recipe or file."""
+    kind, _, what = text.partition(":")
+    if text == SCRATCH:
+        return Arm(text, text)
+    if text in ("encoder", "macl"):
+        return Arm(text, text, recipe=DEFAULT_RECIPE, encoder_only=text == "encoder")
+    if kind == "recipe" and what:
+        load_recipe(what, resource_folder("plans"))
+        recipe = str(Path(what).resolve()) if Path(what).is_file() else what
+        return Arm(f"{kind}:{recipe}", f"recipe-{_slug(Path(what).stem)}", recipe=recipe)
+    if kind == "weights" and what:
+        file = Path(what).expanduser().resolve()
+        formats.load_weights(file)
+        return Arm(f"{kind}:{file}", f"weights-{_slug(file.stem)}", weights=str(file))
+    raise UserError(
+        f"--arms: there is no arm '{text}'. Take from: {SCRATCH}, encoder, macl, recipe:NAME_OR_FILE, weights:FILE."
+    )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"\W+", "-", text)[:60]
+
+
+def option(key: str) -> str:
+    """A field of `Options` as it is typed."""
+    return {"dataset": "DATASET", "c": "-c", "p": "-p", "batch_size": "-batch_size"}.get(key, f"--{key}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: an arm, a number of labelled cases, a seed and a learning rate."""
+
+    arm: str
+    labels: int
+    seed: int
+    rate: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}_{self.labels}cases_seed{self.seed}_lr{self.rate:g}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study in its folder."""
+
+    folder: Path
+    options: Options
+    split: Split
+    patients: dict[str, str]
+
+    @classmethod
+    def open(cls, folder: Path, options: Options, split: Split, patients: dict[str, str]) -> Study:
+        """The study in a folder, begun where there is none.
+
+        Raises:
+            UserError: the folder holds something else, or a study with other options or other cases; names them.
+        """
+        study = cls(folder, options, split, patients)
+        file = folder / STUDY_FILE
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file. Give a folder: -o FOLDER")
+        if not file.is_file():
+            if folder.is_dir() and any(folder.iterdir()):
+                raise UserError(f"{folder} is not empty and holds no study. Give another folder: -o FOLDER")
+            write_json(study._as_json(), file)
+            return study
+        there = cls.read(folder)
+        changed = [
+            f"{option(f.name)} {_typed(getattr(options, f.name))} (was {_typed(getattr(there.options, f.name))})"
+            for f in fields(Options)
+            if getattr(options, f.name) != getattr(there.options, f.name)
+        ]
+        if changed:
+            raise UserError(
+                f"{folder} holds a study that goes on as it began; changed: {', '.join(changed)}. "
+                "Give the options that it began with, or another folder: -o FOLDER"
+            )
+        if there.split != split or there.patients != patients:
+            raise UserError(
+                f"{folder} holds a study of other cases: the images of {options.dataset} have changed since. "
+                "Put them back, or give another folder: -o FOLDER"
+            )
+        return there
+
+    @classmethod
+    def read(cls, folder: Path) -> Study:
+        """Raises UserError where there is none, or a damaged one."""
+        file = folder / STUDY_FILE
+        mend = "Give another folder: -o FOLDER"
+        content = read_json(file, mend)
+        try:
+            split = content["split"]
+            subsets = [{int(labels): cases for labels, cases in subset.items()} for subset in split["subsets"]]
+            return cls(
+                folder,
+                Options(**content["options"]),
+                Split(split["test"], split["validation"], subsets),
+                content["patients"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{file} is no study of this nnunetv2_macl: {error}. {mend}") from None
+
+    def _as_json(self) -> dict[str, Any]:
+        return {"options": asdict(self.options), "split": asdict(self.split), "patients": self.patients}
+
+    @cached_property
+    def arms(self) -> list[Arm]:
+        return [parse_arm(text) for text in self.options.arms]
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [
+            Cell(arm.slug, labels, seed, rate)
+            for seed in range(self.options.seeds)
+            for labels in self.split.labels
+            for rate in self.options.rates
+            for arm in self.arms
+        ]
+
+    def arm(self, slug: str) -> Arm:
+        return next(arm for arm in self.arms if arm.slug == slug)
+
+    def fold(self, cell: Cell) -> int:
+        """Number of the cell's split in the study's ``splits_final.json``."""
+        return cell.seed * len(self.split.labels) + self.split.labels.index(cell.labels)
+
+    @property
+    def splits(self) -> list[dict[str, list[str]]]:
+        """What ``splits_final.json`` holds, in the order of `fold`."""
+        return [
+            {"train": cases, "val": self.split.validation} for subset in self.split.subsets for cases in subset.values()
+        ]
+
+    # --- places ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def raw(self) -> Path:
+        return self.folder / "nnUNet_raw" / self.options.dataset
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.folder / "nnUNet_preprocessed" / self.options.dataset
+
+    @property
+    def plan_file(self) -> Path:
+        return self.preprocessed / f"{self.options.p}.json"
+
+    @property
+    def planning_folder(self) -> Path:
+        return self.folder / "planning"
+
+    def pretraining_folder(self, recipe: str) -> Path:
+        # a user's file may be called as one that comes with the package
+        kind = "file-" if Path(recipe).is_absolute() else ""
+        return self.folder / "pretraining" / f"{kind}{_slug(Path(recipe).stem)}"
+
+    def pretraining_run(self, recipe: str) -> Path:
+        """The run's folder as nnU-Net names it: the validation cases, those of any fold, are left out."""
+        results = self.pretraining_folder(recipe) / "nnUNet_results" / self.options.dataset
+        return results / f"{PRETRAINER}__{self.options.p}__{self.options.c}" / "fold_0"
+
+    def cell_folder(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.name
+
+    def weights(self, arm: Arm) -> Path | None:
+        """What fine-tuning starts from, as ``nnUNet_macl_weights`` takes it."""
+        if arm.recipe is None:
+            return Path(arm.weights) if arm.weights else None
+        run = self.pretraining_run(arm.recipe)
+        return run / ENCODER_FILE if arm.encoder_only else run
+
+    def environment(self, results: Path) -> dict[str, str]:
+        """nnU-Net's three folder variables inside the study."""
+        places = (self.raw.parent, self.preprocessed.parent, results)
+        return {name: str(place) for name, place in zip(FOLDER_VARIABLES, places, strict=True)}
+
+
+def _typed(value: Any) -> str:
+    return (
+        " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value) if isinstance(value, list) else str(value)
+    )

@@ -1,0 +1,242 @@
+"""The study for real: planning, pre-training, fine-tuning, prediction; what is told of mistakes; what it does twice."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATASET
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch.utils.data import DataLoader
+
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.compare.run import compare
+from nnunetv2_macl.compare.study import Options
+from nnunetv2_macl.compare.trainer import SeededBatches, nnUNetTrainerMACLCompare
+from nnunetv2_macl.errors import UserError
+
+OPTIONS = Options(
+    dataset="901", c="2d", p="nnUNetPlans", arms=["scratch", "macl"], labels=["2"], seeds=1, rates=[1e-2], test="2",
+    validation="1", group_regex=None, epochs=1, iterations=2, batch_size=2, pretrain_epochs=1, pretrain_iterations=1,
+    pretrain_batch_size=4, disable_tta=True,
+)  # fmt: skip
+SHORT = [
+    *(
+        "901",
+        "-c",
+        "2d",
+        "--arms",
+        "scratch",
+        "macl",
+        "--labels",
+        "2",
+        "--seeds",
+        "1",
+        "--rates",
+        "1e-2",
+        "--test",
+        "2",
+    ),
+    *("--validation", "1", "--epochs", "1", "--iterations", "2", "-batch_size", "2", "--disable_tta", "-np", "1"),
+    *("--pretrain_epochs", "1", "--pretrain_iterations", "1", "--pretrain_batch_size", "4", "-device", "cpu"),
+]
+
+
+def hashes(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
+    before = hashes(workspace.folder)
+    folder = tmp_path / "study"
+    out = workspace.run("nnUNetv2_macl_compare", *SHORT, "-o", folder)
+    assert "[4/4]" in out and "Too few to tell: 2 test patients" in out
+    assert hashes(workspace.folder) == before, "the user's own folders changed"
+
+    split = json.loads((folder / "study.json").read_text())["split"]
+    with (folder / "compare.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {(r["arm"], r["case"], r["class"]) for r in rows} == {
+        (arm, case, label) for arm in ("scratch", "macl") for case in split["test"] for label in ("liver", "vessel")
+    }
+    assert len(rows) == 8 and all(r["chosen"] == "1" and r["labelled_cases"] == "2" for r in rows)
+    assert all(0 <= float(r["dice"]) <= 1 for r in rows if r["dice"])
+    text = (folder / "compare.md").read_text()
+    assert "**Too few to tell" in text and re.search(r"\| macl \| [+-]\d\.\d{3} \([+-]", text)
+    assert (folder / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+    raw = folder / "nnUNet_raw" / DATASET
+    trained_on = {path.name.rpartition("_")[0] for path in (raw / "imagesTr").iterdir()}
+    assert trained_on.isdisjoint(split["test"]) and len(trained_on) == 3
+    assert all(path.is_symlink() for path in raw.rglob("*.nii.gz"))
+    (encoder,) = folder.glob("pretraining/macl/**/macl_encoder.pth")
+    # two labelled, four unlabelled, neither of test nor of validation
+    assert checkpoints.load(encoder)["dataset_fingerprint"]["images"] == 6
+    taken = next((folder / "cells").glob("macl*/**/training_log*")).read_text()
+    assert "encoder: 64 of 64 tensors taken" in taken
+    assert "tensors taken" not in next((folder / "cells").glob("scratch*/**/training_log*")).read_text()
+
+    done = hashes(folder)
+    caplog.set_level("INFO", logger="nnunetv2_macl")
+    compare(OPTIONS, folder=folder, device="cpu")
+    assert "4 of 4 steps are done already" in caplog.text and "[4/4]" not in caplog.text
+    assert hashes(folder) == done
+    with pytest.raises(UserError, match=r"--epochs 3 \(was 1\)"):
+        compare(replace(OPTIONS, epochs=3), folder=folder, device="cpu")
+    assert hashes(folder) == done
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(dataset="555"), ["'555'", DATASET]),
+        (dict(labels=["7"]), ["--labels 7", "only 2 are left"]),
+        (dict(group_regex="^patient"), ["--group_regex '^patient'", "case_00"]),
+        (dict(arms=["scratch", "magic"]), ["'magic'"]),
+        (dict(c="3d_cascade_fullres"), ["-c 3d_lowres"]),
+        (dict(p="nnUNetOtherPlans"), ["nnUNetOtherPlans.json", "nnUNetv2_plan_experiment -d 901"]),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(workspace, tmp_path, change, words):
+    with pytest.raises(UserError) as error:
+        compare(replace(OPTIONS, **change), folder=tmp_path / "study", device="cpu")
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_case_without_label(workspace, tmp_path):
+    label = next((workspace.raw / DATASET / "labelsTr").iterdir())
+    label.unlink()
+    with pytest.raises(UserError, match=label.name.partition(".")[0]):
+        compare(OPTIONS, folder=tmp_path / "study", device="cpu")
+
+
+def test_a_dry_run_and_unlabelled_images_of_a_test_patient(workspace, tmp_path, caplog):
+    """The cases are of two a patient, one of them in imagesUn for some."""
+    raw = workspace.raw / DATASET
+    for folder in ("imagesTr", "labelsTr", "imagesUn"):
+        for number, path in enumerate(sorted((raw / folder).iterdir())):
+            ending = "_0000.nii.gz" if folder.startswith("images") else ".nii.gz"
+            path.rename(path.with_name(f"p{number}_{folder[-2:].replace('Tr', 'a').replace('Un', 'b')}{ending}"))
+    caplog.set_level("INFO", logger="nnunetv2_macl")
+    compare(replace(OPTIONS, group_regex=r"^p\d"), folder=tmp_path / "study", device="cpu", dry_run=True)
+    assert "2 cells" in caplog.text and "macl_2cases_seed0_lr0.01" in caplog.text
+    assert not (tmp_path / "study").exists()
+    (line,) = re.findall(r"pre-training: .*", caplog.text)
+    apart = re.findall(r"(?:test|validation): .*: (.*)", caplog.text)
+    left_out = sum(f"p{n}_" in " ".join(apart) for n in range(4))
+    assert (
+        left_out >= 2 and f"{2 + 4 - left_out} images" in line and f"({left_out} there are of patients above)" in line
+    )
+
+
+@pytest.mark.slow
+def test_a_configuration_that_is_not_in_the_plan(workspace, tmp_path):
+    with pytest.raises(UserError, match="no configuration '3d_lowres', only 2d"):
+        compare(replace(OPTIONS, c="3d_lowres"), folder=tmp_path / "study", device="cpu", processes=2)
+
+
+@pytest.mark.slow
+def test_a_killed_study_in_3d_goes_on(workspace, tmp_path):
+    """Two numbers of labels, two seeds, two at a time; killed after its first cell."""
+    folder = tmp_path / "study"
+    more = ["-c", "3d_fullres", "--labels", "1", "2", "--seeds", "2", "--arms", "scratch", "recipe:pcl", "--jobs", "2"]
+    command = ["nnUNetv2_macl_compare", *SHORT, *more, "-o", folder]
+    process = subprocess.Popen(
+        command,
+        env=workspace.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 600
+    while not (finished := list(folder.glob("cells/*/done.json"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in finished}
+    out = workspace.run(*command)
+    assert "steps are done already" in out and "[10/10]" in out
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
+    with (folder / "compare.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 8 * 2 * 2 and {row["arm"] for row in rows} == {"scratch", "recipe-pcl"}
+    assert (
+        "recipe-pcl starts from encoder and decoder, pre-trained with recipe pcl" in (folder / "compare.md").read_text()
+    )
+    assert not list(folder.rglob(".macl_running*"))
+
+
+# --- the trainer ---------------------------------------------------------------------------------------------------------
+
+
+def trainer_of(workspace, monkeypatch, name, epochs):
+    monkeypatch.setenv("nnUNet_results", str(workspace.folder / name))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    plans = json.loads((workspace.preprocessed / DATASET / "nnUNetPlans.json").read_text())
+    plans["configurations"]["2d"]["batch_size"] = 2
+    dataset_json = json.loads((workspace.preprocessed / DATASET / "dataset.json").read_text())
+    trainer = nnUNetTrainerMACLCompare(plans | {"continue_training": False}, "2d", 0, dataset_json, torch.device("cpu"))
+    trainer.set_budget(epochs=epochs, iterations=2, rate=1e-2, seed=3, from_scratch=True)
+    trainer.save_every = 1
+    return trainer
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(workspace, monkeypatch):
+    whole = trainer_of(workspace, monkeypatch, "whole", epochs=2)
+    whole.run_training()
+
+    first = trainer_of(workspace, monkeypatch, "parts", epochs=2)
+    end_of_epoch = first.on_epoch_end
+
+    def stop():
+        end_of_epoch()
+        raise Interrupted
+
+    first.on_epoch_end = stop
+    with pytest.raises(Interrupted):
+        first.run_training()
+    second = trainer_of(workspace, monkeypatch, "parts", epochs=2)
+    second.load_checkpoint(f"{second.output_folder}/checkpoint_latest.pth")
+    second.run_training()
+
+    assert list(second.curve) == list(whole.curve) == [1, 2] and second.curve == whole.curve
+    ours, theirs = whole.network.state_dict(), second.network.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    checkpoint = torch.load(f"{second.output_folder}/checkpoint_final.pth", weights_only=False)
+    assert checkpoint["trainer_name"] == "nnUNetTrainer"
+
+
+def test_batches_are_decided_by_seed_and_number(workspace):
+    """Whatever the workers, and whatever was drawn before."""
+    plans = PlansManager(json.loads((workspace.preprocessed / DATASET / "nnUNetPlans.json").read_text()))
+    dataset_json = json.loads((workspace.preprocessed / DATASET / "dataset.json").read_text())
+    cases = nnUNetDatasetBlosc2(str(workspace.preprocessed / DATASET / "nnUNetPlans_2d"))
+    loader = nnUNetDataLoader(cases, 3, (32, 32), (32, 32), plans.get_label_manager(dataset_json), 0.33)
+    batches = SeededBatches(loader, (1, 0))
+    inside = [batches[step] for step in (3, 4, 5)]
+    np.random.rand(5)
+    outside = list(DataLoader(batches, None, sampler=[3, 4, 5], num_workers=2))
+    for one, other in zip(inside, outside, strict=True):
+        assert torch.equal(one["data"], other["data"]) and list(one["keys"]) == list(other["keys"])
+    assert not torch.equal(inside[0]["data"], inside[1]["data"])
+    assert not torch.equal(inside[0]["data"], SeededBatches(loader, (2, 0))[3]["data"])

@@ -1,0 +1,108 @@
+"""What is made of the cells' results: the choice of the rate, what is not defined, tables, figure."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from test_compare_study import OPTIONS, PATIENTS, SPLIT
+
+from nnunetv2_macl.compare.report import differences, write_report
+from nnunetv2_macl.compare.results import Results
+from nnunetv2_macl.compare.steps import DONE_FILE
+from nnunetv2_macl.compare.study import RESULT_FILE, Study
+
+EPOCHS = [1, 3, 5]
+# on the test cases; the rate 0.01 does better there, 0.001 on the validation cases
+GAIN = {"scratch": 0.0, "encoder": 0.0, "macl": 0.08, "recipe-pcl": -0.2}
+
+
+def write(content, file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study with made up results; class 2 lacks in the first test case, and was found there by scratch and encoder."""
+    study = Study.open(tmp_path / "study", OPTIONS, SPLIT, PATIENTS)
+    write({"labels": {"background": 0, "heart": 1, "lung": 2}}, study.raw / "dataset.json")
+    write({"seconds": 9, "planner": "ExperimentPlanner", "unlabelled": 7}, study.planning_folder / DONE_FILE)
+    for recipe in ("macl", "pcl"):
+        write({"seconds": 3600}, study.pretraining_folder(recipe) / DONE_FILE)
+    for cell in study.cells:
+        rng = np.random.default_rng(cell.seed)
+        noise = np.random.default_rng(list(GAIN).index(cell.arm)).normal(0, 0.004, 100)
+        better = cell.rate == 1e-3
+        level = 0.6 + 0.02 * cell.labels + GAIN[cell.arm]
+        rows = []
+        for number, case in enumerate(SPLIT.test):
+            for label in ("1", "2"):
+                dice = level + rng.normal(0, 0.05) + noise[number] + (0.05 if not better else 0)
+                row = {"case": case, "label": label, "dice": dice, "hd95": 10 * (1 - dice), "asd": 3 * (1 - dice)}
+                if number == 0 and label == "2":
+                    row |= {"dice": 0.0 if cell.arm in ("scratch", "encoder") else None, "hd95": None, "asd": None}
+                rows.append(row)
+        curve = {
+            str(epoch): [[level * (1 - 1 / (2 * epoch)) - 0.1 * (not better)] * 2 for _ in SPLIT.validation]
+            for epoch in EPOCHS
+        }
+        write({"test": rows, "curve": curve, "epoch_seconds": 30.0}, study.cell_folder(cell) / RESULT_FILE)
+    return study
+
+
+def test_the_rate_is_chosen_on_the_validation_cases(study):
+    results = Results.read(study)
+    assert {group.rate for group in results.groups.values()} == {1e-3}
+    assert results.classes == ["heart", "lung"] and results.curve_epochs == EPOCHS
+    group = results.groups["macl", 3]
+    assert group.measures["dice"].shape == (2, len(SPLIT.test), 2) and group.curve.shape == (3, 2, 4, 2)
+    assert math.isnan(group.measures["dice"][0, 0, 1])
+    assert results.groups["scratch", 3].measures["dice"][0, 0, 1] == 0
+
+
+def test_differences_are_found_where_they_are(study):
+    found = differences(Results.read(study))
+    assert {arm: {d.sign for d in by_labels.values()} for arm, by_labels in found.items()} == {
+        "encoder": {0},
+        "macl": {1},
+        "recipe-pcl": {-1},
+    }
+    # 0.08, and the class that scratch found where it is not
+    assert 0.08 < found["macl"][3].value < 0.14
+
+
+def test_report(study):
+    sentence = write_report(study)
+    assert (
+        "macl is better than scratch" in sentence and "recipe-pcl is worse" in sentence and "encoder is not" in sentence
+    )
+    text = (study.folder / "compare.md").read_text()
+    assert sentence.partition("\n")[0] in text
+    tables = {
+        title: table.split("\n\n")[0] for title, _, table in (part.partition("\n\n") for part in text.split("## "))
+    }
+    rows = {
+        row.split("|")[1].strip(): row for row in tables["Learning rate, chosen on the validation cases"].splitlines()
+    }
+    assert rows["macl"].split("|")[2:4] == [" 0.001 ", " 0.001 "]
+    reached = {
+        row.split("|")[1].strip(): row.split("|")[2].strip()
+        for row in tables["Epochs until the validation Dice is scratch's final one"].splitlines()
+    }
+    assert reached["scratch"].startswith("5 (5 to 5)") and reached["macl"].startswith("3 (3 to 3), 90 s")
+    assert reached["recipe-pcl"] == "never"
+    assert "2 of 40 not defined" in tables["HD95 in mm on 10 test cases"]
+    assert "+0.1" in tables["Dice above scratch, on the same cases and seeds"]
+    assert "Few seeds" in text and "33 images without their labels, 7 of them from imagesUn" in text
+    assert (study.folder / "compare.png").stat().st_size > 20_000
+
+    with (study.folder / "compare.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == len(study.cells) * len(SPLIT.test) * 2
+    assert {row["chosen"] for row in rows if row["rate"] == "0.001"} == {"1"}
+    assert {row["chosen"] for row in rows if row["rate"] == "0.01"} == {"0"}
+    empty = [row for row in rows if not row["dice"]]
+    assert {(row["case"], row["class"]) for row in empty} == {(SPLIT.test[0], "lung")}
+    assert {row["arm"] for row in empty} == {"macl", "recipe-pcl"}

@@ -1,0 +1,90 @@
+"""Who is tested on and whose labels are used: whole patients, apart, nested, always the same."""
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from nnunetv2_macl.compare.split import number_of_cases, patients_of, split_cases
+from nnunetv2_macl.errors import UserError
+
+
+@st.composite
+def cohorts(draw):
+    """Patients of one to four cases each."""
+    sizes = draw(st.lists(st.integers(1, 4), min_size=12, max_size=40))
+    return {f"p{p:02d}_t{t}": f"p{p:02d}" for p, size in enumerate(sizes) for t in range(size)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(cohorts(), st.integers(1, 4), st.integers(1, 3), st.sampled_from(["20%", "0.3", "3"]))
+def test_splits_are_apart_nested_whole_and_the_same_again(patients, fewest, seeds, test):
+    options = dict(test=test, validation="10%", labels=[str(fewest + 8), str(fewest)], seeds=seeds)
+    try:
+        split = split_cases(patients, **options)
+    except UserError:
+        assume(False)
+    assert split == split_cases(dict(reversed(patients.items())), **options)
+    assert split.labels == [fewest, fewest + 8]
+    assert len(split.test) >= number_of_cases(test, len(patients), "--test")
+    for subset in split.subsets:
+        few, more = subset[fewest], subset[fewest + 8]
+        assert set(few) < set(more) and fewest <= len(few) < fewest + 4
+        whole = [set(split.test), set(split.validation), set(more)]
+        for number, cases in enumerate(whole):
+            mine = {patients[case] for case in cases}
+            assert {case for case in patients if patients[case] in mine} == cases, "a patient was cut"
+            assert all(mine.isdisjoint({patients[c] for c in other}) for other in whole[number + 1 :])
+
+
+def test_seeds_draw_other_cases_and_leave_the_test_cases():
+    patients = {f"c{n}": f"c{n}" for n in range(40)}
+    split = split_cases(patients, test="25%", validation="10%", labels=["5"], seeds=4)
+    assert (len(split.test), len(split.validation)) == (10, 4)
+    assert len({tuple(subset[5]) for subset in split.subsets}) == 4
+    assert split.test == split_cases(patients, test="25%", validation="10%", labels=["8"], seeds=1).test
+
+
+@pytest.mark.parametrize(
+    "amount, number", [("5", 5), ("0.1", 4), ("10%", 4), (" 1e1 ", 10), ("0.001", 1), ("1", 1), ("2.5%", 1)]
+)
+def test_amounts(amount, number):
+    assert number_of_cases(amount, 40, "--labels") == number
+
+
+@pytest.mark.parametrize("amount", ["0", "-3", "1.5", "0%", "100%", "150%", "many", "", "nan", "inf"])
+def test_amounts_that_are_none(amount):
+    with pytest.raises(UserError, match="--labels must be"):
+        number_of_cases(amount, 40, "--labels")
+
+
+def test_patients_by_expression():
+    cases = ["patient01_frame1", "patient01_frame9", "patient02_frame1"]
+    assert patients_of(cases, r"^patient\d+")["patient01_frame9"] == "patient01"
+    assert patients_of(cases, r"^patient(\d+)_")["patient02_frame1"] == "02"
+    assert patients_of(cases, None) == {case: case for case in cases}
+    with pytest.raises(UserError, match="no patient in the name of case case_1"):
+        patients_of([*cases, "case_1"], r"^patient\d+")
+    with pytest.raises(UserError, match="no regular expression"):
+        patients_of(cases, "(")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(labels=["20"]), ["--labels 20", "only 13 are left", "5 for test", "2 for validation"]),
+        (dict(test="30"), ["--test 30", "only 20 are left"]),
+        (dict(validation="17"), ["--validation 17", "only 15 are left"]),
+        (dict(labels=["4", "30%"]), ["--labels 4 and 30%", "both 4 of 13"]),
+    ],
+)
+def test_too_few_cases(options, words):
+    patients = {f"c{n}": f"c{n}" for n in range(20)}
+    with pytest.raises(UserError) as error:
+        split_cases(patients, **(dict(test="25%", validation="10%", labels=["5"], seeds=1) | options))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_numbers_of_labels_that_come_to_the_same_patients():
+    patients = {f"p{p}_t{t}": f"p{p}" for p in range(10) for t in range(4)}
+    with pytest.raises(UserError, match="--labels 5 and 6 come to the same patients"):
+        split_cases(patients, test="4", validation="4", labels=["5", "6"], seeds=1)

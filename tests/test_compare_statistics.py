@@ -1,0 +1,120 @@
+"""Means as nnU-Net makes them, and intervals that hold what they should."""
+
+import numpy as np
+import pytest
+
+from nnunetv2_macl.compare.report import verdict
+from nnunetv2_macl.compare.statistics import Estimate, Resampling, estimate, estimate_first_reached, first_reached
+
+NAN = np.nan
+
+
+def names(number):
+    return [f"p{n}" for n in range(number)]
+
+
+def test_mean_leaves_out_what_is_not_defined():
+    # two seeds, two cases, two classes
+    values = np.array([[[0.8, NAN], [0.6, 0.2]], [[1.0, NAN], [0.4, 0.4]]])
+    assert Resampling.whole(2, 2).mean(values) == pytest.approx([(0.7 + 0.3) / 2])
+    assert np.isnan(Resampling.whole(2, 2).mean(np.full((2, 2, 2), NAN)))
+    only_one_class = np.where([True, False], values, NAN)
+    assert Resampling.whole(2, 2).mean(only_one_class) == pytest.approx([0.7])
+
+
+def test_resampled_means_are_those_of_the_drawn_cases():
+    rng = np.random.default_rng(0)
+    values = rng.uniform(size=(3, 6, 2))
+    values[rng.uniform(size=values.shape) < 0.2] = NAN
+    resampling = Resampling.draw(names(6), 3, resamples=20, seed=1)
+    for b, mean in enumerate(resampling.mean(values)):
+        drawn = values.repeat(resampling.seeds[b], axis=0).repeat(resampling.cases[b], axis=1)
+        assert mean == pytest.approx(np.nanmean(np.nanmean(drawn, axis=(0, 1))))
+
+
+def test_patients_are_drawn_whole():
+    resampling = Resampling.draw(["a", "a", "b", "c", "c", "c"], 4, resamples=300)
+    a, other_a, b, *c = resampling.cases.T
+    assert (a == other_a).all() and all((c[0] == other).all() for other in c)
+    assert (a + b + c[0] == 3).all() and (resampling.seeds.sum(1) == 4).all()
+    assert a.min() == 0 and a.max() == 3
+
+
+def test_known_intervals():
+    base = np.random.default_rng(0).uniform(0.2, 0.9, (3, 20, 2))
+    resampling = Resampling.draw(names(20), 3)
+    # the same everywhere: paired, nothing is left to vary, however much the cases do
+    assert estimate(base + 0.05, resampling, base) == Estimate(pytest.approx(0.05), *[pytest.approx(0.05)] * 2)
+    assert estimate(base, resampling, base).sign == 0
+    unpaired = estimate(base, resampling)
+    assert unpaired.low < unpaired.value < unpaired.high and unpaired.high - unpaired.low > 0.05
+    assert (estimate(base - 0.05, resampling, base).sign, estimate(base + 0.05, resampling, base).sign) == (-1, 1)
+
+
+def test_one_seed_and_many_cases_is_the_interval_of_a_mean():
+    values = np.random.default_rng(0).normal(size=(1, 400, 1))
+    e = estimate(values, Resampling.draw(names(400), 1))
+    half = 1.96 * values.std() / 20
+    assert (e.low, e.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.012)
+
+
+def test_seeds_widen_the_interval():
+    rng = np.random.default_rng(0)
+    noise, of_seed = rng.normal(0, 0.01, (4, 50, 1)), np.array([-0.05, 0.0, 0.02, 0.06])[:, None, None]
+    resampling = Resampling.draw(names(50), 4)
+    narrow, wide = estimate(noise, resampling), estimate(noise + of_seed, resampling)
+    assert wide.high - wide.low > 5 * (narrow.high - narrow.low)
+
+
+def test_intervals_cover():
+    """No true difference, noise by patient, by seed and by both: about 95 of 100 intervals hold 0."""
+    rng = np.random.default_rng(7)
+    held = 0
+    for trial in range(200):
+        base = rng.normal(0.7, 0.1, (1, 30, 1)) + np.zeros((3, 1, 1))
+        difference = rng.normal(0, 0.005, (3, 1, 1)) + rng.normal(0, 0.03, (1, 30, 1)) + rng.normal(0, 0.03, (3, 30, 1))
+        resampling = Resampling.draw(names(30), 3, resamples=400, seed=trial)
+        held += estimate(base + difference, resampling, base).sign == 0
+    assert 0.9 <= held / 200 <= 0.99
+
+
+def test_when_a_goal_is_reached():
+    curve = np.array([[0.1, 0.5, 0.2], [0.6, 0.6, 0.3], [0.7, 0.4, 0.4]])
+    assert first_reached(curve, np.array([0.6, 0.5, 0.5]), [2, 4, 6]).tolist() == [4, 2, np.inf]
+    flat = np.ones((3, 2, 5, 1)) * np.array([0.2, 0.5, 0.8])[:, None, None, None]
+    resampling = Resampling.draw(names(5), 2, resamples=50)
+    assert estimate_first_reached(flat, np.full((2, 5, 1), 0.5), [1, 2, 3], resampling) == Estimate(2, 2, 2)
+    assert estimate_first_reached(flat, np.full((2, 5, 1), 0.9), [1, 2, 3], resampling).value == np.inf
+
+
+BETTER, WORSE, SAME = Estimate(0.03, 0.01, 0.05), Estimate(-0.02, -0.03, -0.01), Estimate(0.01, -0.01, 0.03)
+
+
+@pytest.mark.parametrize(
+    "found, words, not_words",
+    [
+        ({"macl": {5: SAME, 10: SAME}}, ["No difference", "macl", "5 and 10"], ["better", "worse"]),
+        ({"macl": {5: BETTER, 10: SAME}}, ["better than scratch (+0.030 Dice with 5", "apart from it with 10"], ["No"]),
+        (
+            {"encoder": {5: SAME}, "macl": {5: WORSE}},
+            ["encoder is not told", "macl is worse than scratch (-0.020"],
+            ["better"],
+        ),
+        ({}, ["nothing to compare"], []),
+    ],
+)
+def test_verdict(found, words, not_words):
+    sentence = verdict(found, patients=20, seeds=3, best=0.7)
+    assert all(word in sentence for word in words) and not any(word in sentence for word in not_words), sentence
+    assert sentence.endswith(".") and sentence.count(". ") == 0
+
+
+def test_verdict_on_too_few():
+    assert "better" not in verdict({"macl": {5: BETTER}}, patients=5, seeds=3, best=0.7)
+    assert "5 test patients" in verdict({"macl": {5: BETTER}}, patients=5, seeds=3, best=0.7)
+    assert "one seed" in verdict({"macl": {5: BETTER}}, patients=20, seeds=1, best=0.7)
+
+
+def test_verdict_on_arms_that_learned_nothing():
+    sentence = verdict({"macl": {5: WORSE}}, patients=20, seeds=3, best=0.17)
+    assert "worse" not in sentence and "best Dice 0.17" in sentence and "--epochs" in sentence

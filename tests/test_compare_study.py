@@ -1,0 +1,219 @@
+"""A study's folder: what it was asked for stays; each step is done once, whoever does it."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from nnunetv2_macl.compare.split import split_cases
+from nnunetv2_macl.compare.steps import DONE_FILE, Step, run_steps
+from nnunetv2_macl.compare.study import Options, Study, parse_arm
+from nnunetv2_macl.errors import UserError
+
+PATIENTS = {f"c{n:02d}": f"c{n:02d}" for n in range(40)}
+OPTIONS = Options(
+    dataset="Dataset901_Generated", c="2d", p="nnUNetPlans", arms=["scratch", "encoder", "macl", "recipe:pcl"],
+    labels=["3", "6"], seeds=2, rates=[1e-2, 1e-3], test="25%", validation="10%", group_regex=None, epochs=5, iterations=4,
+    batch_size=None, pretrain_epochs=None, pretrain_iterations=None, pretrain_batch_size=None, disable_tta=False,
+)  # fmt: skip
+SPLIT = split_cases(PATIENTS, test="25%", validation="10%", labels=["3", "6"], seeds=2)
+
+
+def test_a_study_is_read_back_as_it_was_written(tmp_path):
+    begun = Study.open(tmp_path / "study", OPTIONS, SPLIT, PATIENTS)
+    assert begun == Study.read(tmp_path / "study") == Study.open(tmp_path / "study", OPTIONS, SPLIT, PATIENTS)
+    assert len(begun.cells) == 4 * 2 * 2 * 2 and len({cell.name for cell in begun.cells}) == len(begun.cells)
+    for cell in begun.cells:
+        split = begun.splits[begun.fold(cell)]
+        assert split == {"train": SPLIT.subsets[cell.seed][cell.labels], "val": SPLIT.validation}
+    assert not set(SPLIT.test) & {case for split in begun.splits for cases in split.values() for case in cases}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(epochs=9), "--epochs 9 (was 5)"),
+        (dict(batch_size=4), "-batch_size 4 (was None)"),
+        (dict(rates=[1e-2]), "--rates 0.01 (was 0.01 0.001)"),
+        (dict(arms=["scratch", "macl"]), "--arms scratch macl (was scratch encoder macl recipe:pcl)"),
+        (dict(c="3d_fullres", seeds=1), "-c 3d_fullres (was 2d), --seeds 1 (was 2)"),
+    ],
+)
+def test_changed_options_are_refused_by_name(tmp_path, change, words):
+    Study.open(tmp_path, OPTIONS, SPLIT, PATIENTS)
+    with pytest.raises(UserError) as error:
+        Study.open(tmp_path, replace(OPTIONS, **change), SPLIT, PATIENTS)
+    assert words in str(error.value) and "-o FOLDER" in str(error.value)
+
+
+def test_folders_of_something_else_are_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no study"):
+        Study.open(tmp_path, OPTIONS, SPLIT, PATIENTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match="is a file"):
+        Study.open(tmp_path / "thesis.txt", OPTIONS, SPLIT, PATIENTS)
+    Study.open(tmp_path / "study", OPTIONS, SPLIT, PATIENTS)
+    with pytest.raises(UserError, match="other cases"):
+        Study.open(tmp_path / "study", OPTIONS, SPLIT, PATIENTS | {"c99": "c99"})
+    (tmp_path / "study" / "study.json").write_text('{"options": {}}')
+    with pytest.raises(UserError, match="no study of this"):
+        Study.read(tmp_path / "study")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(arms=["macl"]), "--arms must hold scratch"),
+        (dict(arms=["scratch", "magic"]), "no arm 'magic'"),
+        (dict(arms=["scratch", "recipe:nope"]), "No recipe 'nope'"),
+        (dict(arms=["scratch", "weights:/no/file.pth"]), "/no/file.pth"),
+        (dict(arms=["scratch", "macl", "macl"]), "two arms would be called macl"),
+        (dict(epochs=0), "--epochs must be 1 or more, got 0"),
+        (dict(batch_size=0), "-batch_size must be 1 or more"),
+        (dict(pretrain_batch_size=1), "--pretrain_batch_size must be 2 or more"),
+        (dict(rates=[2.0]), "--rates must lie"),
+        (dict(rates=[0.1, 0.1]), "--rates has a rate twice"),
+    ],
+)
+def test_values_that_cannot_be(change, words):
+    OPTIONS.check()
+    with pytest.raises(UserError, match=words):
+        replace(OPTIONS, **change).check()
+
+
+def test_arms_say_where_weights_come_from(tmp_path, monkeypatch):
+    study = Study(tmp_path, OPTIONS, SPLIT, PATIENTS)
+    weights = {arm.slug: study.weights(arm) for arm in study.arms}
+    assert weights["scratch"] is None and weights["encoder"] == weights["macl"] / "macl_encoder.pth"
+    assert weights["recipe-pcl"] != weights["macl"] and weights["recipe-pcl"].name == "fold_0"
+    (tmp_path / "mine.json").write_text('{"inherits_from": "macl"}')
+    monkeypatch.chdir(tmp_path)
+    assert parse_arm("recipe:mine.json").recipe == str(tmp_path / "mine.json")
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------------
+
+
+class Work:
+    """Steps that write down what was done."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.done = []
+
+    def step(self, name, *needs, action=lambda: None):
+        def run():
+            action()
+            self.done.append(name)
+            return {"name": name}
+
+        return Step(name, self.folder / name, run, needs)
+
+
+def test_steps_are_done_once_in_the_order_of_their_needs(tmp_path):
+    work = Work(tmp_path)
+    plan = work.step("plan")
+    pretrain = work.step("pretrain", plan)
+    steps = [plan, pretrain, work.step("scratch", plan), work.step("macl", pretrain)]
+    run_steps(steps, jobs=3, poll_seconds=0.01)
+    assert sorted(work.done) == ["macl", "plan", "pretrain", "scratch"]
+    assert work.done[0] == "plan" and work.done.index("macl") > work.done.index("pretrain")
+    assert json.loads((tmp_path / "macl" / DONE_FILE).read_text())["name"] == "macl"
+    run_steps(steps, jobs=2, poll_seconds=0.01)
+    assert len(work.done) == 4
+    assert not list(tmp_path.rglob(".macl_running*"))
+
+
+def test_a_failed_step_stops_the_study_and_is_tried_again(tmp_path):
+    work = Work(tmp_path)
+    broken = [True]
+
+    def fail():
+        if broken:
+            raise UserError("the disk is full")
+
+    first, second = work.step("first"), work.step("second", action=fail)
+    steps = [first, second, work.step("third", second)]
+    with pytest.raises(UserError, match="the disk is full"):
+        run_steps(steps, jobs=1, poll_seconds=0.01)
+    assert work.done == ["first"] and not second.is_done
+    broken.clear()
+    run_steps(steps, jobs=1, poll_seconds=0.01)
+    assert work.done == ["first", "second", "third"]
+
+
+@pytest.fixture
+def sleeper():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def claim(folder, host, pid):
+    folder.mkdir(parents=True)
+    file = folder / ".macl_running.json"
+    file.write_text(json.dumps({"host": host, "pid": pid, "started": "2026-01-01 10:00:00"}))
+    return file
+
+
+def test_a_step_of_a_process_that_is_gone_is_taken_over(tmp_path, sleeper):
+    work = Work(tmp_path)
+    claim(tmp_path / "cell", socket.gethostname(), sleeper.pid)
+    sleeper.kill()
+    sleeper.wait()
+    run_steps([work.step("cell")], jobs=1, poll_seconds=0.01)
+    assert work.done == ["cell"]
+
+
+def test_a_step_of_another_machine_is_waited_for_and_named(tmp_path, caplog):
+    work = Work(tmp_path)
+    file = claim(tmp_path / "theirs", "another-machine", 4242)
+    caplog.set_level("INFO", logger="nnunetv2_macl")
+
+    def they_finish():
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "ours" / DONE_FILE).is_file() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        (tmp_path / "theirs" / DONE_FILE).write_text("{}")
+        file.unlink()
+
+    them = threading.Thread(target=they_finish)
+    them.start()
+    run_steps([work.step("theirs"), work.step("ours")], jobs=1, poll_seconds=0.01)
+    them.join()
+    assert work.done == ["ours"]
+    waiting = [record.getMessage() for record in caplog.records if "Waiting" in record.getMessage()]
+    assert len(waiting) == 1 and "process 4242 on another-machine, since 2026-01-01" in waiting[0]
+    assert f"rm '{file}'" in waiting[0]
+
+
+SHARING = """
+import sys, time
+from pathlib import Path
+from nnunetv2_macl.compare.steps import Step, run_steps
+
+folder = Path(sys.argv[1])
+
+def step(name):
+    def run():
+        time.sleep(0.1)
+        with (folder / "log").open("a") as log:
+            log.write(f"{name} ")
+        return {}
+    return Step(name, folder / name, run)
+
+run_steps([step(f"cell{n}") for n in range(20)], jobs=2, poll_seconds=0.02)
+"""
+
+
+def test_two_processes_share_the_steps(tmp_path):
+    both = [subprocess.Popen([sys.executable, "-c", SHARING, tmp_path]) for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert sorted((tmp_path / "log").read_text().split()) == sorted(f"cell{n}" for n in range(20))
