@@ -121,7 +121,7 @@ def export(source: Path, file: Path, name: str) -> None:
         raise UserError(f"-o {file} is a folder. Give a file: -o {file / 'weights.pth'}")
     pretrained = load_weights(source)
     content = as_nnunet(pretrained) if name == "nnunet" else as_nnssl(pretrained)
-    checkpoints.save(content, file)
+    checkpoints.save(content, file, checksum=True)
     logger.info("%s holds %d tensors, in the format %s.", file, len(content["network_weights"]), name)
     if name == "nnssl":
         schemes = set(pretrained.description["preprocessing"]["normalization_schemes"]) - {"ZScoreNormalization"}

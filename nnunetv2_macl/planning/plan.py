@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_macl.checkpoints import write_json
 from nnunetv2_macl.data import Sampling
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import Configuration, checksum, read_json
 from nnunetv2_macl.planning.memory import is_above_zero
 from nnunetv2_macl.recipe import Recipe, recipe_from_values

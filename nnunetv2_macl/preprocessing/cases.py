@@ -26,9 +26,9 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from tqdm import tqdm
 
-from nnunetv2_macl.checkpoints import write_json
 from nnunetv2_macl.data import Case
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import Configuration, read_json
 from nnunetv2_macl.preprocessing.sources import CaseFiles, find_sources
 
