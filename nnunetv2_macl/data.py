@@ -7,6 +7,7 @@ where a run was stopped and resumed, and the ranks of a distributed run share th
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -193,10 +194,16 @@ def load_batches(
         pin_memory=pin_memory,
         worker_init_fn=prepare_worker,
     )
-    for batch in loader:
-        if isinstance(batch, str):
-            raise UserError(batch)
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield batch
+    except RuntimeError as error:
+        # torch says it a second time, from a signal handler, in the middle of whatever the caller does about it
+        if worker_was_killed(error) and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise
 
 
 class _ErrorsAsItems(Dataset):

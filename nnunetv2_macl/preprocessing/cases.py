@@ -1,7 +1,8 @@
 """Preprocessing of unlabelled images, each once.
 
 A case is two files: ``CASE.b2nd`` (C, *volume) float32 and, written last, ``CASE.json``, which says what it was made from. A
-case whose JSON agrees with the images and the plan is done; any other is made again. nnU-Net's own folders are only read.
+case whose JSON agrees with the images and the plan is done; any other is made again. So that a start need not open each, what
+is done is listed in an index, see `index`. nnU-Net's own folders are only read.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from tqdm import tqdm
 
 from nnunetv2_macl.data import Case
+from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import write_json
-from nnunetv2_macl.nnunet import Configuration, read_json
+from nnunetv2_macl.files import write_json, write_whole
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.preprocessing.index import Index
 from nnunetv2_macl.preprocessing.sources import CaseFiles, find_sources
 
 logger = logging.getLogger(__name__)
@@ -75,37 +78,33 @@ def preprocess_unlabelled(
     """
     signature = configuration.preprocessing_checksum()
     folder = unlabelled_folder(configuration)
-    cases, todo = [], []
+    cases, todo, made, indices = [], [], [], []
     skipped: dict[Path, str] = {}
     for source in find_sources(configuration, datasets, channel_map):
         for name, reason in source.incomplete.items():
             _skip_or_raise(reason, folder / source.dataset_name / name, skipped, skip_unreadable)
+        index = Index(folder / source.dataset_name, signature)
+        indices.append(index)
         for name, files in list(source.cases.items())[part]:
             target = folder / source.dataset_name / name
             cases.append(Case(name, f"{target}.b2nd"))
-            try:
-                made_from = _made_from(files, signature)
-            except OSError as error:
-                raise UserError(
-                    f"{error.filename} cannot be read: {error.strerror}. Correct it and try again."
-                ) from None
-            if not _is_done(target, made_from):
+            made_from = {"files": files.made_from, "channels": files.channels, "plan": signature}
+            if not index.is_done(name, made_from):
                 todo.append((files, source.reader, target, made_from))
+                made.append((index, name, made_from))
     if todo:
         _require_space(configuration, folder, len(todo))
         logger.info("Preprocessing %d unlabelled cases into %s", len(todo), folder)
         _run(configuration, todo, processes, skipped, skip_unreadable)
+        for index in indices:
+            index.look_again()
+        for index, name, made_from in made:
+            index.is_done(name, made_from)
+    if rank() == 0:
+        for index in indices:
+            index.write()
     left_out = {f"{target}.b2nd" for target in skipped}
     return Preprocessed([case for case in cases if case.file not in left_out], skipped)
-
-
-def _made_from(case: CaseFiles, signature: str) -> dict[str, Any]:
-    stats = {os.path.basename(file): os.stat(file) for file in case.files}
-    return {
-        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
-        "channels": case.channels,
-        "plan": signature,
-    }
 
 
 def _skip_or_raise(reason: str, target: Path, skipped: dict[Path, str], skip_unreadable: bool) -> None:
@@ -113,14 +112,6 @@ def _skip_or_raise(reason: str, target: Path, skipped: dict[Path, str], skip_unr
         raise UserError(f"{reason} Correct it, or go on without such images: --skip_unreadable")
     logger.warning("Left out: %s", reason)
     skipped[target] = reason
-
-
-def _is_done(target: Path, made_from: dict[str, Any]) -> bool:
-    try:
-        record = read_json(Path(f"{target}.json"), "")
-        return record["made_from"] == made_from and record["bytes"] == os.stat(f"{target}.b2nd").st_size
-    except (UserError, OSError, KeyError, TypeError):
-        return False
 
 
 def _require_space(configuration: Configuration, folder: Path, cases: int) -> None:
@@ -240,26 +231,16 @@ def _whats_wrong(images: np.ndarray) -> str | None:
 
 def _write_case(data: np.ndarray, target: Path, made_from: dict[str, Any], spacing: list[float]) -> None:
     file = Path(f"{target}.b2nd")
-    file.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{target}.json").unlink(missing_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp.b2nd")
     blocks, chunks = comp_blosc2_params(data.shape, tuple(_configuration.patch_size), data.itemsize)
-    try:
-        blosc2.asarray(
-            data,
-            urlpath=str(temporary),
-            mode="w",
-            chunks=chunks,
-            blocks=blocks,
-            cparams={"codec": blosc2.Codec.LZ4HC, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1, "clevel": 5},
-        )
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    cparams = {"codec": blosc2.Codec.LZ4HC, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1, "clevel": 5}
+    # in memory first: blosc2 does not say why a file could not be written
+    content = blosc2.asarray(data, chunks=chunks, blocks=blocks, cparams=cparams).to_cframe()
+    write_whole(file, lambda stream: stream.write(content), needed=len(content))
     record = {
         "shape": list(data.shape),
         "original_spacing": spacing,
-        "bytes": file.stat().st_size,
+        "bytes": len(content),
         "made_from": made_from,
     }
     write_json(record, Path(f"{target}.json"))
