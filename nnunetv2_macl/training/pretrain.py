@@ -206,6 +206,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 f"workers: nnUNet_n_proc_DA=2 {self._command_to_go_on()}"
             ) from error
         finally:
+            if self.dataloader_train is not None:
+                self.dataloader_train.close()  # its workers heed no signal
             self._signals.restore()
             self._lock.release()
 

@@ -1,12 +1,10 @@
 """Every test in this folder injects a fault."""
 
-import contextlib
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 
 def pytest_collection_modifyitems(items):
@@ -44,25 +42,3 @@ def own_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def after_step(monkeypatch, number, do):
-    """Do something right after a step was computed, in the process that trains."""
-    from nnunetv2_macl.training.step import TrainingStep
-
-    original = TrainingStep.__call__
-
-    def call(self, batch, step):
-        measured = original(self, batch, step)
-        if step == number:
-            do()
-        return measured
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingStep, "__call__", call)
-        yield
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

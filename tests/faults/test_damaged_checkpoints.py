@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 import torch
-from test_killed import RUN, checkpoint, load, write
 
+from faults.test_killed import RUN, checkpoint, load, write
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import sidecar, verify

@@ -7,8 +7,8 @@ import blosc2
 import numpy as np
 import pytest
 import torch
-from test_killed import load, write
 
+from faults.test_killed import load, write
 from nnunetv2_macl import checkpoints, monitoring
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json
