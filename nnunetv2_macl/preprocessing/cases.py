@@ -23,6 +23,7 @@ from typing import Any
 import blosc2
 import nibabel
 import numpy as np
+from nibabel.openers import ImageOpener
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from tqdm import tqdm
@@ -36,6 +37,11 @@ from nnunetv2_macl.preprocessing.index import Index
 from nnunetv2_macl.preprocessing.sources import CaseFiles, find_sources
 
 logger = logging.getLogger(__name__)
+
+# gzip makes nothing smaller than by this
+_MOST_COMPRESSED = 1032
+# 16 GiB, beyond which a spacing is wrong rather than an image large
+_MOST_VOXELS = 2**32
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,12 @@ def _preprocess_case(
         images = images[case.channels]
     if wrong := _whats_wrong(images):
         return f"{names} {wrong}"
+    resampled = _resampled_shape(images.shape[1:], properties["spacing"])
+    if not 0 < math.prod(resampled) <= _MOST_VOXELS:
+        return (
+            f"{names} cannot be used: at the plan's spacing it would have {'x'.join(map(str, resampled))} voxels. "
+            f"Is its spacing of {', '.join(f'{mm:g}' for mm in properties['spacing'])} mm right?"
+        )
     manager = _configuration.manager
     try:
         data, _, properties = manager.preprocessor_class(verbose=False).run_case_npy(
@@ -191,27 +203,49 @@ def _preprocess_case(
     except Exception as error:
         return f"{names} cannot be preprocessed: {type(error).__name__}: {error}."
     data = np.ascontiguousarray(data, dtype=np.float32)
+    if not np.isfinite(data).all() or not np.ptp(data.reshape(len(data), -1), axis=1).any():
+        largest = f"{np.abs(images).max():g}"
+        return f"{names} cannot be used: nothing is left of it after normalisation. Its largest value is {largest}."
     _write_case(data, target, made_from, [float(s) for s in properties["spacing"]])
     return None
 
 
 def _check_nifti(file: str) -> None:
-    """Raise ValueError for what ITK's NIfTI reader passes over: a file cut short, and NaN; it fills in 0 for both."""
+    """Raise ValueError for what ITK's NIfTI reader passes over: a file cut short, and NaN, for which it fills in 0; a spacing
+    of 0, for which it takes 1; the imaginary part of complex numbers.
+    """
     if not file.endswith((".nii", ".nii.gz")):
         return
     image = nibabel.load(file)
     dtype = image.get_data_dtype()
+    if dtype.kind == "c":
+        raise ValueError("it holds complex numbers")
+    with ImageOpener(file) as stream:  # nibabel corrects what it loads
+        spacing = np.abs(type(image.header).from_fileobj(stream, check=False)["pixdim"][1:4])
+    if not (np.isfinite(spacing) & (spacing > 0)).all():
+        raise ValueError(f"its spacing is {', '.join(f'{mm:g}' for mm in spacing)} mm")
     wanted = int(image.dataobj.offset) + math.prod(image.shape) * dtype.itemsize
+    compressed = file.endswith(".gz")
     with open(file, "rb") as stream:
         size = stream.seek(0, os.SEEK_END)
-        if file.endswith(".gz"):
+        if size * (_MOST_COMPRESSED if compressed else 1) < wanted:
+            raise ValueError(f"it was cut short: {size:,} bytes of the {wanted:,} that its header promises")
+        if compressed:
             stream.seek(-4, os.SEEK_END)
             size = int.from_bytes(stream.read(), "little")  # a gzip file ends with its size, modulo 2^32
-    if size % 2**32 == wanted % 2**32 and dtype.kind not in "fc":
+    if size % 2**32 == wanted % 2**32 and dtype.kind != "f":
         return
     # read whole: fails where data are missing
     if not np.isfinite(np.asanyarray(image.dataobj)).all():
         raise ValueError("it holds NaN or infinite values")
+
+
+def _resampled_shape(shape: Sequence[int], spacing: Sequence[float]) -> list[int]:
+    """Voxels an axis at the plan's spacing, as nnU-Net will make them; in 2D the slices stay."""
+    order, target = _configuration.plans_manager.transpose_forward, _configuration.manager.spacing
+    shape, spacing = [shape[axis] for axis in order], [spacing[axis] for axis in order]
+    target = [*spacing[: len(spacing) - len(target)], *target]
+    return [round(n * mm / wanted) for n, mm, wanted in zip(shape, spacing, target, strict=True)]
 
 
 def _whats_wrong(images: np.ndarray) -> str | None:
