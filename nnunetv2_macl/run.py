@@ -13,7 +13,7 @@ import torch
 from nnunetv2_macl import distributed, nnunet
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.plan import MACLPlan, describe, read_plan
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, read_plan
 from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, find_sources, training_cases
@@ -96,6 +96,7 @@ def pretrain(
                     _say_which(target)
                 if continue_training:
                     plan = read_plan(_plan_of_run(folder))
+                    check_plan(plan, target, _plan_of_run(folder))
                     _refuse_changes(plan, values, recipe, gpu_memory, folder)
                 else:
                     plan = _plan(target, unlabelled, recipe, values, skip_unreadable, channel_map, gpu_memory)
