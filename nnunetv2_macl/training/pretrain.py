@@ -26,14 +26,16 @@ from nnunetv2_macl.data import PretrainingBatches, load_batches, worker_was_kill
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import cannot_write, is_refused_write, remove_temporary
 from nnunetv2_macl.monitoring import LOSS_NAMES
-from nnunetv2_macl.nnunet import Configuration, checksum, read_json
+from nnunetv2_macl.nnunet import Configuration, checksum
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, write_plan
 from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.preprocessing.cases import Preprocessed, preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.training import resume
+from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
 from nnunetv2_macl.training.epoch_log import CollapseWatch, Epoch, EpochSums, log_keys
+from nnunetv2_macl.training.export import export_run
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice
 from nnunetv2_macl.training.run_folder import RunLock, set_aside
 from nnunetv2_macl.training.signals import Signals, ignore_in_worker
@@ -412,14 +414,24 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def on_train_end(self) -> None:
         super().on_train_end()
         if distributed.rank() == 0 and not self.disable_checkpointing:
-            self._export_weights()
+            log = self.logger.local_logger.my_fantastic_logging
+            export_run(
+                Path(self.output_folder),
+                self.macl_configuration,
+                self.macl_plan,
+                self.step.module,
+                {
+                    "fold": str(self.fold),
+                    "epochs": self.num_epochs,
+                    "images": len(self.data.cases),
+                    "final_losses": {key: log[key][-1] for key in log if key.startswith("train_losses")},
+                    "collapsed": self.collapse.reason,
+                },
+            )
             resume.remove_previous(Path(self.output_folder))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Nothing to validate; what comes next is fine-tuning, and this is the command for it."""
-        fold = 0 if self.fold == "all" else self.fold
-        plans = "" if self.plans_manager.plans_name == "nnUNetPlans" else f" -p {self.plans_manager.plans_name}"
-        device = "" if self.device.type == "cuda" else f" -device {self.device.type}"
         if self.disable_checkpointing:
             self.print_to_log_file("No weights were written: checkpointing is disabled.")
             return
@@ -428,22 +440,12 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         )
         self.print_to_log_file(
             f"{collapsed}Weights: {self.output_folder}\nFine-tune from them:\n"
-            f'    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"\n'
-            f"    nnUNetv2_train {self.macl_configuration.id} {self.configuration_name} {fold} "
-            f"-tr nnUNetTrainerMACL{plans}{device}"
+            f'    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"\n    '
+            + command_to_fine_tune(self.macl_configuration, self.fold, self.device.type)
         )
 
     def _command_to_go_on(self) -> str:
-        fold = "" if self.fold == "all" else f" --exclude_fold {self.fold}"
-        plans = "" if self.plans_manager.plans_name == "nnUNetPlans" else f" -p {self.plans_manager.plans_name}"
-        device = "" if self.device.type == "cuda" else f" -device {self.device.type}"
-        gpus = f" -num_gpus {distributed.world_size()}" if distributed.world_size() > 1 else ""
-        if distributed.started_by_torchrun():
-            gpus = ""
-        return (
-            f"nnUNetv2_train_macl_pretrain {self.macl_configuration.id} -c {self.configuration_name}{plans}{fold}{device}"
-            f"{gpus} --c"
-        )
+        return command_to_go_on(self.macl_configuration, self.fold, self.device.type)
 
     # --- files -----------------------------------------------------------------------------------------------------------
 
@@ -482,44 +484,6 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def _run(self) -> dict[str, Any]:
         """What tells this run's checkpoints from another's."""
         return {"fold": str(self.fold), "macl_plan": self.macl_plan.as_json()}
-
-    def _export_weights(self) -> None:
-        encoder, decoder = self.step.module.unet_weights()
-        log = self.logger.local_logger.my_fantastic_logging
-        torch.manual_seed(self.recipe.seed)
-        fresh = nnUNetTrainer.build_network_architecture(
-            self.plans_manager,
-            self.configuration_manager,
-            self.num_input_channels,
-            self.label_manager.num_segmentation_heads,
-            True,
-        )
-        fingerprint = Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json"
-        checkpoints.export_weights(
-            Path(self.output_folder),
-            encoder=encoder,
-            decoder=decoder,
-            unet_weights=fresh.state_dict(),
-            description={
-                "architecture": self.macl_configuration.architecture(),
-                "preprocessing": self.macl_configuration.preprocessing(),
-                "dataset_name": self.plans_manager.dataset_name,
-                "plans_name": self.plans_manager.plans_name,
-                "configuration": self.configuration_name,
-                "fold": str(self.fold),
-                "dataset_fingerprint": {
-                    "images": len(self.data.cases),
-                    "unlabelled_datasets": self.macl_plan.unlabelled_datasets,
-                    "channel_names": self.macl_configuration.channel_names,
-                    "nnunet": read_json(fingerprint, ""),
-                },
-                "macl_plan": self.macl_plan.as_json(),
-                "recipe": self.macl_plan.recipe,
-                "epochs": self.num_epochs,
-                "final_losses": {key: log[key][-1] for key in log if key.startswith("train_losses")},
-                "collapsed": self.collapse.reason,
-            },
-        )
 
     @user_errors_end_the_run
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
