@@ -79,22 +79,21 @@ class _Remembering:
             raise
 
 
-def cannot_write(error: OSError, file: Path | None = None, needed: int | None = None) -> UserError:
+def cannot_write(error: OSError, file: Path, needed: int | None = None) -> UserError:
     """What to tell the user of an error in writing.
 
     Args:
         error: it.
-        file: that was written; None where the error knows.
+        file: that was written, or its folder.
         needed: bytes that it takes.
     """
-    file = Path(error.filename or ".") if file is None else file
     if error.errno not in _FULL:
         return UserError(
             f"{file} could not be written: {error.strerror or error}. Check the folder's permissions and try again."
         )
     takes = f"{needed:,} bytes needed, " if needed else ""
     try:
-        free = f"{shutil.disk_usage(file.parent).free:,} bytes"
+        free = f"{shutil.disk_usage(file if file.is_dir() else file.parent).free:,} bytes"
     except OSError:
         free = "an unknown number of bytes"
     return UserError(f"{file} could not be written: the disk is full ({takes}{free} free). Make space and try again.")

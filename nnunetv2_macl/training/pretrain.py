@@ -72,7 +72,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         except OSError as error:
             if not is_refused_write(error):
                 raise
-            raise SystemExit(f"\nError: {cannot_write(error)}") from error
+            raise SystemExit(f"\nError: {cannot_write(error, self._where(error))}") from error
         self._take_own_device(device)
         self.num_val_iterations_per_epoch = 0
         self.save_every = self.save_every_epochs
@@ -199,7 +199,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         except OSError as error:  # of nnU-Net's own files too
             if not is_refused_write(error):
                 raise
-            raise cannot_write(error) from error
+            raise cannot_write(error, self._where(error)) from error
         except RuntimeError as error:
             if not worker_was_killed(error):
                 raise
@@ -212,6 +212,10 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 self.dataloader_train.close()  # its workers heed no signal
             self._signals.restore()
             self._lock.release()
+
+    def _where(self, error: OSError) -> Path:
+        """The file that could not be written, or at least its folder: not every such error names it."""
+        return Path(error.filename or self.output_folder)
 
     def on_train_start(self) -> None:
         if not self.was_initialized:

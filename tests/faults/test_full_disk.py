@@ -1,6 +1,7 @@
 """No space, no permission: the message names path, needed and free bytes, and what was there is still there."""
 
 import os
+import subprocess
 import sys
 
 import blosc2
@@ -74,21 +75,6 @@ def test_read_only_results(tmp_path, small_disk):
             action()
 
 
-def test_nnunets_own_files(tmp_path, small_disk, monkeypatch):
-    """The folder, the log, plans.json: nnU-Net writes these by itself."""
-    from nnunetv2_macl.files import cannot_write, is_refused_write
-
-    folder = tmp_path / "results"
-    small_disk(folder, "size=4k")
-    (folder / "filled").write_bytes(bytes(4096))
-    with pytest.raises(OSError) as caught, open(folder / "plans.json", "w") as stream:
-        stream.write("x" * 5000)
-    assert is_refused_write(caught.value)
-    assert "plans.json could not be written: the disk is full (0 bytes free)" in str(
-        cannot_write(caught.value, folder / "plans.json")
-    )
-
-
 def test_an_earlier_run_is_not_moved_by_halves(tmp_path, small_disk):
     small_disk(tmp_path / "results", "size=64k")
     log = tmp_path / "results" / "log.txt"
@@ -96,3 +82,33 @@ def test_an_earlier_run_is_not_moved_by_halves(tmp_path, small_disk):
     (tmp_path / "results" / "macl_encoder.pth").write_bytes(b"weights")
     set_aside(tmp_path / "results", log, print)
     assert len(list((tmp_path / "results").glob("previous_*/macl_encoder.pth"))) == 1
+
+
+def run(**options):
+    from nnunetv2_macl.run import pretrain
+
+    return pretrain("901", "2d", device="cpu", processes=1, **options)
+
+
+SHORT = {"num_epochs": 2, "num_iterations_per_epoch": 1, "batch_size": 4}
+
+
+def test_a_run_whose_disk_fills_goes_on_once_there_is_space(workspace, small_disk):
+    small_disk(workspace.results, "size=45m")  # one checkpoint, not two
+    folder = workspace.run_folder("nnUNetTrainerMACLPretrain")
+    with pytest.raises(SystemExit, match=f"checkpoint_final.pth {FULL}"):
+        run(**SHORT)
+    assert checkpoints.load(folder / resume.LATEST)["current_epoch"] == 1
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")] and not (folder / resume.FINAL).exists()
+    subprocess.run(["mount", "-o", "remount,size=200m", str(workspace.results)], check=True)
+    run(continue_training=True)
+    assert checkpoints.load(folder / resume.FINAL)["current_epoch"] == 2 and (folder / "macl_encoder.pth").exists()
+
+
+@pytest.mark.parametrize("options, said", [("size=32k", "the disk is full"), ("ro,size=1m", "Read-only file system")])
+def test_what_nnunet_writes_by_itself(workspace, small_disk, options, said):
+    """The run's folder, its log, plans.json, debug.json."""
+    small_disk(workspace.results, options)
+    with pytest.raises(SystemExit, match=f"could not be written: {said}") as stop:
+        run(**SHORT)
+    assert str(workspace.results) in str(stop.value)
