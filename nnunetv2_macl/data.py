@@ -22,6 +22,8 @@ from nnunetv2_macl.errors import UserError
 
 # Draws of a patch before giving up on finding one that is not constant.
 _MAX_DRAWS = 50
+# how torch's message begins
+_WORKER_KILLED = "DataLoader worker"
 _MMAP = {} if os.name == "nt" else {"mmap_mode": "r"}
 
 
@@ -199,6 +201,8 @@ def load_batches(
             if isinstance(batch, str):
                 raise UserError(batch)
             yield batch
+    except (EOFError, OSError) as error:  # it was in the middle of handing over a batch
+        raise RuntimeError(f"{_WORKER_KILLED} is gone ({type(error).__name__})") from error
     except RuntimeError as error:
         # torch says it a second time, from a signal handler, in the middle of whatever the caller does about it
         if worker_was_killed(error) and hasattr(signal, "SIGCHLD"):
@@ -221,4 +225,4 @@ class _ErrorsAsItems(Dataset):
 
 def worker_was_killed(error: RuntimeError) -> bool:
     """Whether it is what torch says, at any moment, when a data worker is gone."""
-    return str(error).startswith("DataLoader worker")
+    return str(error).startswith(_WORKER_KILLED)

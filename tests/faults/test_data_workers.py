@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def cases(tmp_path):
     return made
 
 
-def load(cases, first=0, workers=1, steps=1000):
+def load(cases, first=0, workers=1, steps=100_000):
     batches = PretrainingBatches(cases, Sampling((1, 32, 32), 4, 1, 0), (0, 4), steps)
     return load_batches(batches, first, workers=workers, prepare_worker=ignore_in_worker)
 
@@ -46,11 +47,13 @@ def started_worker(cases, **options):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_a_killed_worker_is_told(cases):
+@pytest.mark.parametrize("time_to_live", [0, 0.001, 0.003, 0.01])
+def test_a_killed_worker_is_told(cases, time_to_live):
+    """Whatever it was doing."""
     loader, worker = started_worker(cases)
     began = time.monotonic()
     with pytest.raises(RuntimeError) as caught:
-        os.kill(worker, signal.SIGKILL)
+        threading.Timer(time_to_live, os.kill, (worker, signal.SIGKILL)).start()
         while True:
             next(loader)
     assert worker_was_killed(caught.value) and time.monotonic() - began < 30

@@ -177,6 +177,19 @@ def test_a_case_that_vanishes_stops_the_run_with_what_was_done(workspace, monkey
     assert checkpoints.load(folder / resume.LATEST)["step"] >= 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_killed_worker_ends_the_run_with_what_to_type(workspace, monkeypatch):
+    def kill():
+        for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+            if b"tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(int(child), signal.SIGKILL)
+
+    said = r"data worker was killed.*nnUNet_n_proc_DA=2 nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu --c"
+    with after_step(monkeypatch, 1, kill), pytest.raises(SystemExit, match=said):
+        pretrain(DATASET, "2d", device="cpu", processes=1, num_epochs=1, num_iterations_per_epoch=500, batch_size=4)
+    assert not (workspace.run_folder(PRETRAIN) / ".macl_running.json").exists()
+
+
 def test_ten_steps_without_a_gradient_stop_the_run(workspace, monkeypatch):
     from nnunetv2_macl.data import PretrainingBatches
 
