@@ -60,11 +60,11 @@ def test_a_killed_worker_is_told(cases, time_to_live):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_clusters_signal_to_all_processes_ends_no_worker(cases, number):
     """So that the training process can finish its step, whatever the worker was doing."""
     loader, worker = started_worker(cases, steps=12)
-    os.kill(worker, number)
+    os.kill(worker, getattr(signal, number))
     assert len(list(loader)) == 11
 
 

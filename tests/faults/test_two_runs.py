@@ -28,7 +28,7 @@ def hold(folder, ready):
 def other(tmp_path):
     """Another process that holds the folder."""
     ready = fork.Event()
-    process = fork.Process(target=hold, args=(tmp_path, ready))
+    process = fork.Process(target=hold, args=(tmp_path, ready), daemon=True)
     process.start()
     assert ready.wait(30)
     yield process
@@ -97,7 +97,9 @@ def test_of_many_that_find_a_dead_ones_lock_one_gets_it(tmp_path):
             json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "process_start": "x", "started": "then"})
         )
         start, done, taken = fork.Event(), fork.Event(), fork.Semaphore(0)
-        processes = [fork.Process(target=try_to_take, args=(tmp_path, start, taken, done)) for _ in range(8)]
+        processes = [
+            fork.Process(target=try_to_take, args=(tmp_path, start, taken, done), daemon=True) for _ in range(8)
+        ]
         for process in processes:
             process.start()
         start.set()
