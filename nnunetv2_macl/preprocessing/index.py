@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +81,7 @@ class Index:
     def _list(self) -> dict[str, list[int]]:
         """Size and time of every file, in one pass. A link is no case: what it points to is not ours to trust."""
         with contextlib.suppress(FileNotFoundError):
-            found = ((entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(self.folder))
-            return {name: _written(status) for name, status in found if stat.S_ISREG(status.st_mode)}
+            return {entry.name: _written(entry.stat(follow_symlinks=False)) for entry in os.scandir(self.folder)}
         return {}
 
 
