@@ -1,74 +1,49 @@
-"""Files on disk: written whole or not at all, read without running what is in them."""
+"""Weights on disk: written whole or not at all, read without running what is in them."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import sidecar, verify, write_sidecar, write_whole
 
 FORMAT_VERSION = 1
 
 
-def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that it is there complete or not at all, whatever happens meanwhile.
+def save(content: dict[str, Any], file: Path, *, checksum: bool = False) -> None:
+    """`torch.save`, whole or not at all.
+
+    Args:
+        content: tensors and plain types.
+        file: to write.
+        checksum: write its side-car too, see `files.sidecar`.
 
     Raises:
-        UserError: no space or no permission; names the file.
+        UserError: as `write_whole` does.
     """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                write(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise UserError(_cannot_write(file, error)) from error
+    # a kill between the two leaves a file without a side-car, never one with another's
+    with contextlib.suppress(OSError):
+        sidecar(file).unlink()
+    write_whole(file, lambda stream: torch.save(content, stream), needed=_size(content))
+    if checksum:
+        write_sidecar(file)
 
 
-def _cannot_write(file: Path, error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
-        free = shutil.disk_usage(file.parent).free
-        return f"{file} could not be written: the disk is full ({free:,} bytes free). Make space and try again."
-    return f"{file} could not be written: {error.strerror or error}. Check the folder's permissions and try again."
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_json(content: Any, file: Path) -> None:
-    """JSON, indented as nnU-Net does. Raises UserError as `write_whole` does."""
-    text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
-    write_whole(file, lambda stream: stream.write(text.encode()))
-
-
-def save(content: dict[str, Any], file: Path) -> None:
-    """`torch.save`, whole or not at all. Raises UserError as `write_whole` does."""
-    write_whole(file, lambda stream: torch.save(content, stream))
+def _size(content: Any) -> int:
+    """Bytes of the tensors in it."""
+    if isinstance(content, Tensor):
+        return content.nbytes
+    if isinstance(content, dict):
+        return sum(map(_size, content.values()))
+    return sum(map(_size, content)) if isinstance(content, (list, tuple)) else 0
 
 
 def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -77,10 +52,9 @@ def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     Raises:
         UserError: no such file, damaged, or holding anything else; names the file.
     """
+    verify(file)
     try:
         content = torch.load(file, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist. Check the path.") from None
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise UserError(
@@ -154,7 +128,7 @@ def export_weights(
         if kind == "macl_network":
             # what nnU-Net's own checkpoints say, for tools that ask
             content |= {"trainer_name": "nnUNetTrainer", "init_args": {"configuration": description["configuration"]}}
-        save(content, folder / name)
+        save(content, folder / name, checksum=True)
 
 
 def _own_or_twin(key: str, weights: dict[str, Tensor], otherwise: Any) -> Any:

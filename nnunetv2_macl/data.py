@@ -7,7 +7,8 @@ where a run was stopped and resumed, and the ranks of a distributed run share th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,10 +16,14 @@ from typing import NamedTuple
 import blosc2
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+
+from nnunetv2_macl.errors import UserError
 
 # Draws of a patch before giving up on finding one that is not constant.
 _MAX_DRAWS = 50
+# how torch's message begins
+_WORKER_KILLED = "DataLoader worker"
 _MMAP = {} if os.name == "nt" else {"mmap_mode": "r"}
 
 
@@ -121,17 +126,24 @@ class PretrainingBatches(Dataset):
         size = self.sampling.patch_size
         for _ in range(_MAX_DRAWS):
             case = self.cases[int(generator.integers(len(self.cases)))]
-            volume = _open(case.file)
-            shape = volume.shape[1:]
-            corner = draw_corner(shape, size, generator, place)
-            inside = tuple(slice(max(c, 0), min(c + n, s)) for c, n, s in zip(corner, size, shape, strict=True))
-            patch = volume[(slice(None), *inside)]
+            try:
+                volume = _open_unchanged(case.file)
+                shape = volume.shape[1:]
+                corner = draw_corner(shape, size, generator, place)
+                inside = tuple(slice(max(c, 0), min(c + n, s)) for c, n, s in zip(corner, size, shape, strict=True))
+                patch = volume[(slice(None), *inside)]
+            except (OSError, RuntimeError) as error:
+                raise UserError(
+                    f"{case.file} cannot be read: {error}. It was removed, changed or cut short. Have it made again: by --c "
+                    "where it is of unlabelled images, by nnUNetv2_preprocess where it is nnU-Net's own."
+                ) from None
             if np.ptp(patch.reshape(len(patch), -1), axis=1).any():
                 break
             place = None  # the group's place is empty in this case
         else:
-            raise ValueError(
-                f"{_MAX_DRAWS} patches in a row were constant, the last from {case.file}: are the images empty?"
+            raise UserError(
+                f"{_MAX_DRAWS} patches in a row were constant, the last from {case.file}: are the images empty? Take those "
+                "out, and start anew."
             )
         padding = [
             (inside_n.start - c, c + n - inside_n.stop) for inside_n, c, n in zip(inside, corner, size, strict=True)
@@ -143,5 +155,74 @@ class PretrainingBatches(Dataset):
 
 
 @lru_cache(maxsize=64)
-def _open(file: str) -> blosc2.NDArray:
-    return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **_MMAP)
+def _open(file: str) -> tuple[blosc2.NDArray, int]:
+    return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **_MMAP), os.stat(file).st_size
+
+
+def _open_unchanged(file: str) -> blosc2.NDArray:
+    volume, size = _open(file)
+    # reading beyond the end of a file that is mapped into memory kills the process
+    if (now := os.stat(file).st_size) != size:
+        raise OSError(f"it had {size:,} bytes and now has {now:,}")
+    return volume
+
+
+def load_batches(
+    batches: PretrainingBatches,
+    first: int,
+    *,
+    workers: int,
+    pin_memory: bool = False,
+    prepare_worker: Callable[[int], None] | None = None,
+) -> Iterator[dict[str, torch.Tensor | list[str]]]:
+    """The batches from step ``first`` on, read ahead by worker processes.
+
+    Args:
+        batches: what to load.
+        first: step.
+        workers: processes; 0 reads in this one.
+        pin_memory: for a GPU.
+        prepare_worker: called with a worker's number in each.
+
+    Raises:
+        UserError: a case cannot be read, or a worker was killed; in the order of steps.
+    """
+    loader = DataLoader(
+        _ErrorsAsItems(batches),
+        batch_size=None,
+        sampler=range(first, len(batches)),
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=prepare_worker,
+    )
+    try:
+        for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield batch
+    except (EOFError, OSError) as error:  # it was in the middle of handing over a batch
+        raise RuntimeError(f"{_WORKER_KILLED} is gone ({type(error).__name__})") from error
+    except RuntimeError as error:
+        # torch says it a second time, from a signal handler, in the middle of whatever the caller does about it
+        if worker_was_killed(error) and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise
+
+
+class _ErrorsAsItems(Dataset):
+    """A user's error as its message: torch would wrap it into the worker's traceback."""
+
+    def __init__(self, batches: PretrainingBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor | list[str]] | str:
+        try:
+            return self.batches[step]
+        except UserError as error:
+            return str(error)
+
+
+def worker_was_killed(error: RuntimeError) -> bool:
+    """Whether it is what torch says, at any moment, when a data worker is gone."""
+    return str(error).startswith(_WORKER_KILLED)

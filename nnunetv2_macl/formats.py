@@ -131,7 +131,7 @@ def export(source: Path, file: Path, name: str | None = None, license_id: str = 
         return
     pretrained = load_weights(source)
     content = as_nnunet(pretrained) if name == "nnunet" else as_nnssl(pretrained)
-    checkpoints.save(content, file)
+    checkpoints.save(content, file, checksum=True)
     logger.info("%s holds %d tensors, in the format %s.", file, len(content["network_weights"]), name)
     if name == "nnssl":
         schemes = set(pretrained.description["preprocessing"]["normalization_schemes"]) - {"ZScoreNormalization"}

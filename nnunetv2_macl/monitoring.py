@@ -11,9 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from nnunetv2_macl.files import write_whole
 from nnunetv2_macl.losses import ReferenceValues, positive_mask, reference_values
 from nnunetv2_macl.recipe import Recipe
 
@@ -136,8 +138,7 @@ def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    _write(figure, file, dpi=100)
 
 
 def _line(axis: Any, epochs: range, values: Sequence[float], label: str, colour: str) -> None:
@@ -189,5 +190,12 @@ def plot_views(
         rule = "Only the two views of one patch are positives."
     figure.suptitle(f"What the branches are shown. {rule}", fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.98))
-    figure.savefig(file, dpi=90)
-    plt.close(figure)
+    _write(figure, file, dpi=90)
+
+
+def _write(figure: Figure, file: Path, dpi: int) -> None:
+    """Raises UserError where the file cannot be written."""
+    try:
+        write_whole(file, lambda stream: figure.savefig(stream, dpi=dpi, format="png"))
+    finally:
+        plt.close(figure)

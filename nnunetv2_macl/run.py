@@ -14,7 +14,7 @@ import torch
 from nnunetv2_macl import distributed, nnunet
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.plan import MACLPlan, describe, read_plan, write_plan
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, read_plan, write_plan
 from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, find_sources, training_cases
@@ -97,7 +97,7 @@ def pretrain(
                 if configuration is None:
                     _say_which(target)
                 if continue_training:
-                    plan = _plan_to_go_on(folder, values, recipe, gpu_memory)
+                    plan = _plan_to_go_on(folder, target, values, recipe, gpu_memory)
                 else:
                     plan = _plan(target, unlabelled, recipe, values, skip_unreadable, channel_map, gpu_memory)
                 if not plan_only:
@@ -224,13 +224,16 @@ def _check_fold(fold: int, configuration: Configuration) -> int:
     return fold
 
 
-def _plan_to_go_on(folder: Path, values: dict[str, Any], recipe: Any, gpu_memory: float | None) -> MACLPlan:
+def _plan_to_go_on(
+    folder: Path, target: Configuration, values: dict[str, Any], recipe: Any, gpu_memory: float | None
+) -> MACLPlan:
     """The plan that the run began with; all that may change is how many patches are computed at once."""
     file = folder / PLAN_COPY
     if not file.is_file():
         raise UserError(f"There is no run to go on with in {folder}. Leave out --c to start one.")
     check_values(values, "Command line")
     plan = read_plan(file)
+    check_plan(plan, target, file)
     kept = {key: value for key, value in values.items() if key != "patches_at_once"}
     _refuse_changes(plan, kept, recipe, gpu_memory, folder)
     if "patches_at_once" in values:

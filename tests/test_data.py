@@ -7,6 +7,7 @@ import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
 from nnunetv2_macl.data import Case, PretrainingBatches, Sampling, draw_corner, position
+from nnunetv2_macl.errors import UserError
 
 
 def make_case(folder, name, volume):
@@ -84,5 +85,5 @@ def test_constant_slices_are_not_drawn(tmp_path):
     volume[:, 4] = np.random.default_rng(0).normal(size=(16, 16))
     batch = batches([make_case(tmp_path, "sparse", volume)], (1, 16, 16), n=16)[0]
     assert (batch["data"].flatten(1).std(1) > 0).all()
-    with pytest.raises(ValueError, match=r"constant.*empty"):
+    with pytest.raises(UserError, match=r"constant.*empty"):
         batches([make_case(tmp_path, "blank", np.zeros((1, 4, 16, 16)))], (1, 16, 16))[0]

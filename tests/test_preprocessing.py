@@ -64,6 +64,7 @@ def test_done_is_done_and_changes_are_seen(workspace):
     with open(folder / "case_007.b2nd", "r+b") as stream:
         stream.truncate(100)  # cut short
     (folder / "case_008.json").unlink()  # stopped before it was done
+    os.utime(folder / "case_008.b2nd")
     assert made_again() == {"case_007", "case_008"}
     plans = configuration.folder / "nnUNetPlans.json"
     content = json.loads(plans.read_text())

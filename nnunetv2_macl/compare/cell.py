@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunetv2_macl.checkpoints import write_json
 from nnunetv2_macl.compare.measure import measure
 from nnunetv2_macl.compare.study import RESULT_FILE, Cell, Study
 from nnunetv2_macl.compare.trainer import CURVE_FILE, nnUNetTrainerMACLCompare
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import Configuration, read_json
 from nnunetv2_macl.training.run_folder import RunLock
 

@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from nnunetv2_macl.checkpoints import write_whole
 from nnunetv2_macl.compare.results import Results
 from nnunetv2_macl.compare.statistics import Estimate, estimate
 from nnunetv2_macl.compare.study import SCRATCH
 from nnunetv2_macl.compare.words import counted
+from nnunetv2_macl.files import write_whole
 
 
 def draw(results: Results, file: Path) -> None:

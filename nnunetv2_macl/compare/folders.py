@@ -1,4 +1,4 @@
-"""The study's own three nnU-Net folders: raw images linked, planned and preprocessed from the training share alone."""
+"""The study's own three nnU-Net folders: raw images by a second name, planned and preprocessed from its training share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunetv2_macl.checkpoints import write_json, write_whole
 from nnunetv2_macl.compare.split import patients_of
 from nnunetv2_macl.compare.study import Study
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import write_json, write_whole
 from nnunetv2_macl.nnunet import preprocessed_folder, raw_folder, read_json
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, group_channels
 from nnunetv2_macl.resources import resource_folder
@@ -55,7 +55,7 @@ class RawImages:
                     f"{folder / UNLABELLED_FOLDER}."
                 )
         files = group_channels(folder / UNLABELLED_FOLDER, dataset_json["file_ending"])
-        unlabelled = {case: [channels[c] for c in sorted(channels)] for case, channels in files.items()}
+        unlabelled = {case: [channels[c].path for c in sorted(channels)] for case, channels in files.items()}
         return cls({str(case): entry for case, entry in labelled.items()}, unlabelled, dataset_json)
 
 
@@ -144,9 +144,9 @@ def _link(file: Path, link: Path, case: str) -> None:
         if not source.exists() or target.exists():
             continue
         try:
-            target.unlink(missing_ok=True)
-            target.symlink_to(source.resolve())
-        except OSError:  # no links on this disk, or not allowed
+            # a second name rather than a symbolic link, which pre-training follows within a data set only
+            os.link(source.resolve(), target)
+        except OSError:  # another disk, or not allowed
             with source.open("rb") as stream:
                 write_whole(target, functools.partial(shutil.copyfileobj, stream))
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nnunetv2_macl.checkpoints import write_whole
 from nnunetv2_macl.compare.figure import draw
 from nnunetv2_macl.compare.results import Results, write_csv
 from nnunetv2_macl.compare.statistics import Estimate, Resampling, estimate, estimate_first_reached
 from nnunetv2_macl.compare.steps import DONE_FILE
 from nnunetv2_macl.compare.study import SCRATCH, Study
 from nnunetv2_macl.compare.words import counted, duration, listed
+from nnunetv2_macl.files import write_whole
 from nnunetv2_macl.nnunet import read_json
 
 # with fewer, all pairs agree in sign by chance more often than once in 20: 2 ** (1 - 5) > 0.05

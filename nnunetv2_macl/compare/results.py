@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_macl.checkpoints import write_whole
 from nnunetv2_macl.compare.statistics import Resampling
 from nnunetv2_macl.compare.steps import DONE_FILE
 from nnunetv2_macl.compare.study import RESULT_FILE, Cell, Study
+from nnunetv2_macl.files import write_whole
 from nnunetv2_macl.nnunet import read_json
 
 MEASURES = ("dice", "hd95", "asd")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_macl import formats
-from nnunetv2_macl.checkpoints import ENCODER_FILE, write_json
+from nnunetv2_macl.checkpoints import ENCODER_FILE
 from nnunetv2_macl.compare.split import Split
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
 from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
 from nnunetv2_macl.recipe import load_recipe

@@ -16,7 +16,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch.utils.data import DataLoader, Dataset
 
-from nnunetv2_macl.checkpoints import write_json
+from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 

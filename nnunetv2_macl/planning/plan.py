@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_macl.checkpoints import write_json
 from nnunetv2_macl.data import Sampling
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import Configuration, checksum, read_json
 from nnunetv2_macl.planning.memory import is_above_zero
 from nnunetv2_macl.recipe import Recipe, recipe_from_values
@@ -163,6 +163,9 @@ def check_plan(plan: MACLPlan, configuration: Configuration, file: Path) -> None
     require(isinstance(plan.skip_unreadable, bool), "skip_unreadable", "true or false")
     good = isinstance(plan.channel_map, dict) and all(isinstance(c, str) for c in plan.channel_map.values())
     require(good, "channel_map", "channel names by channel names")
+    names = {f.name for f in fields(MACLPlan)}
+    good = isinstance(plan.reasons, dict) and all(names.issuperset(keys.split(", ")) for keys in plan.reasons)
+    require(good, "reasons", "words by keys of the plan")
     if plan.nnunet_plan_checksum != configuration.plan_checksum():
         raise UserError(
             f"{file} was derived from another nnU-Net plan than the one there is now. Move it away to have it derived again."

@@ -1,7 +1,8 @@
 """Preprocessing of unlabelled images, each once.
 
 A case is two files: ``CASE.b2nd`` (C, *volume) float32 and, written last, ``CASE.json``, which says what it was made from. A
-case whose JSON agrees with the images and the plan is done; any other is made again. nnU-Net's own folders are only read.
+case whose JSON agrees with the images and the plan is done; any other is made again. So that a start need not open each, what
+is done is listed in an index, see `index`. nnU-Net's own folders are only read.
 """
 
 from __future__ import annotations
@@ -22,17 +23,25 @@ from typing import Any
 import blosc2
 import nibabel
 import numpy as np
+from nibabel.openers import ImageOpener
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from tqdm import tqdm
 
-from nnunetv2_macl.checkpoints import write_json
 from nnunetv2_macl.data import Case
+from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration, read_json
+from nnunetv2_macl.files import write_json, write_whole
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.preprocessing.index import Index
 from nnunetv2_macl.preprocessing.sources import CaseFiles, find_sources
 
 logger = logging.getLogger(__name__)
+
+# gzip makes nothing smaller than by this
+_MOST_COMPRESSED = 1032
+# 16 GiB, beyond which a spacing is wrong rather than an image large
+_MOST_VOXELS = 2**32
 
 
 @dataclass(frozen=True)
@@ -75,37 +84,33 @@ def preprocess_unlabelled(
     """
     signature = configuration.preprocessing_checksum()
     folder = unlabelled_folder(configuration)
-    cases, todo = [], []
+    cases, todo, made, indices = [], [], [], []
     skipped: dict[Path, str] = {}
     for source in find_sources(configuration, datasets, channel_map):
         for name, reason in source.incomplete.items():
             _skip_or_raise(reason, folder / source.dataset_name / name, skipped, skip_unreadable)
+        index = Index(folder / source.dataset_name, signature)
+        indices.append(index)
         for name, files in list(source.cases.items())[part]:
             target = folder / source.dataset_name / name
             cases.append(Case(name, f"{target}.b2nd"))
-            try:
-                made_from = _made_from(files, signature)
-            except OSError as error:
-                raise UserError(
-                    f"{error.filename} cannot be read: {error.strerror}. Correct it and try again."
-                ) from None
-            if not _is_done(target, made_from):
+            made_from = {"files": files.made_from, "channels": files.channels, "plan": signature}
+            if not index.is_done(name, made_from):
                 todo.append((files, source.reader, target, made_from))
+                made.append((index, name, made_from))
     if todo:
         _require_space(configuration, folder, len(todo))
         logger.info("Preprocessing %d unlabelled cases into %s", len(todo), folder)
         _run(configuration, todo, processes, skipped, skip_unreadable)
+        for index in indices:
+            index.look_again()
+        for index, name, made_from in made:
+            index.is_done(name, made_from)
+    if rank() == 0:
+        for index in indices:
+            index.write()
     left_out = {f"{target}.b2nd" for target in skipped}
     return Preprocessed([case for case in cases if case.file not in left_out], skipped)
-
-
-def _made_from(case: CaseFiles, signature: str) -> dict[str, Any]:
-    stats = {os.path.basename(file): os.stat(file) for file in case.files}
-    return {
-        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
-        "channels": case.channels,
-        "plan": signature,
-    }
 
 
 def _skip_or_raise(reason: str, target: Path, skipped: dict[Path, str], skip_unreadable: bool) -> None:
@@ -113,14 +118,6 @@ def _skip_or_raise(reason: str, target: Path, skipped: dict[Path, str], skip_unr
         raise UserError(f"{reason} Correct it, or go on without such images: --skip_unreadable")
     logger.warning("Left out: %s", reason)
     skipped[target] = reason
-
-
-def _is_done(target: Path, made_from: dict[str, Any]) -> bool:
-    try:
-        record = read_json(Path(f"{target}.json"), "")
-        return record["made_from"] == made_from and record["bytes"] == os.stat(f"{target}.b2nd").st_size
-    except (UserError, OSError, KeyError, TypeError):
-        return False
 
 
 def _require_space(configuration: Configuration, folder: Path, cases: int) -> None:
@@ -192,6 +189,12 @@ def _preprocess_case(
         images = images[case.channels]
     if wrong := _whats_wrong(images):
         return f"{names} {wrong}"
+    resampled = _resampled_shape(images.shape[1:], properties["spacing"])
+    if not 0 < math.prod(resampled) <= _MOST_VOXELS:
+        return (
+            f"{names} cannot be used: at the plan's spacing it would have {'x'.join(map(str, resampled))} voxels. "
+            f"Is its spacing of {', '.join(f'{mm:g}' for mm in properties['spacing'])} mm right?"
+        )
     manager = _configuration.manager
     try:
         data, _, properties = manager.preprocessor_class(verbose=False).run_case_npy(
@@ -200,32 +203,61 @@ def _preprocess_case(
     except Exception as error:
         return f"{names} cannot be preprocessed: {type(error).__name__}: {error}."
     data = np.ascontiguousarray(data, dtype=np.float32)
+    if not np.isfinite(data).all() or not np.ptp(data.reshape(len(data), -1), axis=1).any():
+        largest = f"{np.abs(images).max():g}"
+        return f"{names} cannot be used: nothing is left of it after normalisation. Its largest value is {largest}."
     _write_case(data, target, made_from, [float(s) for s in properties["spacing"]])
     return None
 
 
 def nifti_is_cut_short(file: str) -> bool:
     """Whether a NIfTI file has another size than its header says. Reads no more than the header and the last bytes."""
-    image: Any = nibabel.load(file)
-    wanted = int(image.dataobj.offset) + math.prod(image.shape) * image.get_data_dtype().itemsize
+    wanted = _promised_bytes(nibabel.load(file))
     with open(file, "rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         if file.endswith(".gz"):
+            if size * _MOST_COMPRESSED < wanted:
+                return True
             stream.seek(-4, os.SEEK_END)
             size = int.from_bytes(stream.read(), "little")  # a gzip file ends with its size, modulo 2^32
-    return size % 2**32 != wanted % 2**32
+            return size != wanted % 2**32
+    return size != wanted
+
+
+def _promised_bytes(image: Any) -> int:
+    return int(image.dataobj.offset) + math.prod(image.shape) * image.get_data_dtype().itemsize
 
 
 def _check_nifti(file: str) -> None:
-    """Raise ValueError for what ITK's NIfTI reader passes over: a file cut short, and NaN; it fills in 0 for both."""
+    """Raise ValueError for what ITK's NIfTI reader passes over: a file cut short, and NaN, for which it fills in 0; a spacing
+    of 0, for which it takes 1; the imaginary part of complex numbers.
+    """
     if not file.endswith((".nii", ".nii.gz")):
         return
     image: Any = nibabel.load(file)
-    if not nifti_is_cut_short(file) and image.get_data_dtype().kind not in "fc":
+    dtype = image.get_data_dtype()
+    if dtype.kind == "c":
+        raise ValueError("it holds complex numbers")
+    with ImageOpener(file) as stream:  # nibabel corrects what it loads
+        spacing = np.abs(type(image.header).from_fileobj(stream, check=False)["pixdim"][1:4])
+    if not (np.isfinite(spacing) & (spacing > 0)).all():
+        raise ValueError(f"its spacing is {', '.join(f'{mm:g}' for mm in spacing)} mm")
+    size, promised = os.stat(file).st_size, _promised_bytes(image)
+    if size * (_MOST_COMPRESSED if file.endswith(".gz") else 1) < promised:
+        raise ValueError(f"it was cut short: {size:,} bytes of the {promised:,} that its header promises")
+    if not nifti_is_cut_short(file) and dtype.kind != "f":
         return
     # read whole: fails where data are missing
     if not np.isfinite(np.asanyarray(image.dataobj)).all():
         raise ValueError("it holds NaN or infinite values")
+
+
+def _resampled_shape(shape: Sequence[int], spacing: Sequence[float]) -> list[int]:
+    """Voxels an axis at the plan's spacing, as nnU-Net will make them; in 2D the slices stay."""
+    order, target = _configuration.plans_manager.transpose_forward, _configuration.manager.spacing
+    shape, spacing = [shape[axis] for axis in order], [spacing[axis] for axis in order]
+    target = [*spacing[: len(spacing) - len(target)], *target]
+    return [round(n * mm / wanted) for n, mm, wanted in zip(shape, spacing, target, strict=True)]
 
 
 def _whats_wrong(images: np.ndarray) -> str | None:
@@ -245,26 +277,16 @@ def _whats_wrong(images: np.ndarray) -> str | None:
 
 def _write_case(data: np.ndarray, target: Path, made_from: dict[str, Any], spacing: list[float]) -> None:
     file = Path(f"{target}.b2nd")
-    file.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{target}.json").unlink(missing_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp.b2nd")
     blocks, chunks = comp_blosc2_params(data.shape, tuple(_configuration.patch_size), data.itemsize)
-    try:
-        blosc2.asarray(
-            data,
-            urlpath=str(temporary),
-            mode="w",
-            chunks=chunks,
-            blocks=blocks,
-            cparams={"codec": blosc2.Codec.LZ4HC, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1, "clevel": 5},
-        )
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    cparams = {"codec": blosc2.Codec.LZ4HC, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1, "clevel": 5}
+    # in memory first: blosc2 does not say why a file could not be written
+    content = blosc2.asarray(data, chunks=chunks, blocks=blocks, cparams=cparams).to_cframe()
+    write_whole(file, lambda stream: stream.write(content), needed=len(content))
     record = {
         "shape": list(data.shape),
         "original_spacing": spacing,
-        "bytes": file.stat().st_size,
+        "bytes": len(content),
         "made_from": made_from,
     }
     write_json(record, Path(f"{target}.json"))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,37 @@ class CaseFiles(NamedTuple):
 
     files: list[str]
     channels: list[int] | None
+    # name, bytes, time of the last change (ns) of each file
+    made_from: list[list[str | int]]
+
+
+class RawFile(NamedTuple):
+    """An image file as it stands in its folder; ``wrong`` says why it cannot be taken."""
+
+    path: str
+    made_from: list[str | int]
+    wrong: str | None
+
+    @classmethod
+    def look(cls, path: str, status: Callable[[], os.stat_result], is_link: bool, inside: Sequence[str]) -> RawFile:
+        name = os.path.basename(path)
+        try:
+            found = status()
+        except OSError as error:
+            return cls(path, [], f"{path} cannot be read: {error.strerror}.")
+        wrong = None
+        if not stat.S_ISREG(found.st_mode):
+            wrong = f"{path} is no file, but a folder or a device."
+        elif is_link and not _lies_in(os.path.realpath(path), inside):
+            wrong = (
+                f"{path} is a link to {os.path.realpath(path)}, which lies outside of nnUNet_raw. A link for the whole "
+                "folder is followed; one in a data set from elsewhere is not."
+            )
+        return cls(path, [name, found.st_size, found.st_mtime_ns], wrong)
+
+
+def _lies_in(path: str, folders: Sequence[str]) -> bool:
+    return any(os.path.commonpath([path, folder]) == folder for folder in folders)
 
 
 @dataclass(frozen=True)
@@ -85,7 +118,19 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
     ending = dataset_json["file_ending"]
     if "dataset" in dataset_json:  # nnU-Net's other way to name files
         listed = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
-        files = {case: dict(enumerate(entry["images"])) for case, entry in listed.items()}
+        if bad := [
+            case for case in listed if case != os.path.basename(case) or case in ("", ".", "..") or "\\" in case
+        ]:
+            raise UserError(
+                f"{file} lists a case {bad[0]!r}, which is no name for a file. Correct it, or leave out -u."
+            )
+        files = {
+            case: {
+                channel: RawFile.look(path, partial(os.stat, path), False, ())
+                for channel, path in enumerate(entry["images"])
+            }
+            for case, entry in listed.items()
+        }
     else:
         files = group_channels(folder / "imagesTr", ending)
     for case, more in group_channels(folder / UNLABELLED_FOLDER, ending).items():
@@ -98,7 +143,7 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
     if not files:
         raise UserError(f"No image found in {folder / 'imagesTr'} or {folder / UNLABELLED_FOLDER} (CASE_0000{ending}).")
     cases, incomplete = _pick_channels(files, channels, theirs)
-    example = next(iter(next(iter(files.values())).values()))
+    example = next(iter(next(iter(files.values())).values())).path
     reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
     return Source(name, cases, incomplete, reader)
 
@@ -122,22 +167,24 @@ def _match_channels(
     )
 
 
-def group_channels(folder: Path, ending: str) -> dict[str, dict[int, str]]:
+def group_channels(folder: Path, ending: str) -> dict[str, dict[int, RawFile]]:
     """Files named CASE_0000ENDING, CASE_0001ENDING, ... by case and channel, in one pass over the folder."""
     if not folder.is_dir():
         return {}
-    pattern = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(ending))
-    cases: dict[str, dict[int, str]] = defaultdict(dict)
-    for name in sorted(entry.name for entry in os.scandir(folder)):
-        if match := pattern.fullmatch(name):
-            cases[match["case"]][int(match["channel"])] = str(folder / name)
+    inside = [os.path.realpath(folder), os.path.realpath(os.environ["nnUNet_raw"])]
+    pattern = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(ending), re.DOTALL)
+    cases: dict[str, dict[int, RawFile]] = defaultdict(dict)
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if match := pattern.fullmatch(entry.name):
+            file = RawFile.look(str(folder / entry.name), entry.stat, entry.is_symlink(), inside)
+            cases[match["case"]][int(match["channel"])] = file
     return dict(cases)
 
 
 def _pick_channels(
-    files: dict[str, dict[int, str]], channels: list[int], names: list[str]
+    files: dict[str, dict[int, RawFile]], channels: list[int], names: list[str]
 ) -> tuple[dict[str, CaseFiles], dict[str, str]]:
-    """Files of each case in the order of ``channels``; and what is wrong with the cases that lack one or have too many."""
+    """Files of each case in the order of ``channels``; and what is wrong with the cases that cannot be taken."""
     cases: dict[str, CaseFiles] = {}
     incomplete: dict[str, str] = {}
     # all channels in one file, as in RGB images
@@ -145,18 +192,26 @@ def _pick_channels(
     for case, by_channel in files.items():
         missing = [c for c in channels if c not in by_channel]
         unknown = [c for c in by_channel if c >= len(names)]
-        if one_file:
-            cases[case] = CaseFiles(list(by_channel.values()), channels)
+        wrong = [file.wrong for file in by_channel.values() if file.wrong]
+        if wrong:
+            incomplete[case] = wrong[0]
+        elif one_file:
+            cases[case] = _case_files(list(by_channel.values()), channels)
         elif missing or unknown:
             what = (
                 f"lacks channel {names[missing[0]]} (_{missing[0]:04d})" if missing else f"has a file _{unknown[0]:04d}"
             )
             incomplete[case] = (
-                f"Case {case} {what}, and the data set has the channels {names}: {', '.join(by_channel.values())}."
+                f"Case {case} {what}, and the data set has the channels {names}: "
+                f"{', '.join(file.path for file in by_channel.values())}."
             )
         else:
-            cases[case] = CaseFiles([by_channel[c] for c in channels], None)
+            cases[case] = _case_files([by_channel[c] for c in channels], None)
     return cases, incomplete
+
+
+def _case_files(files: Sequence[RawFile], channels: list[int] | None) -> CaseFiles:
+    return CaseFiles([file.path for file in files], channels, [file.made_from for file in files])
 
 
 def training_cases(configuration: Configuration) -> list[Case]:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,18 +34,43 @@ def train(*, device: str, num_gpus: int, **arguments: Any) -> None:
     if num_gpus == 1:
         run_training(device=torch.device(device), **arguments)
         return
+    ranks = mp.spawn(_run_rank, (num_gpus, _free_port(), device, arguments), nprocs=num_gpus, join=False)
     try:
-        mp.spawn(_run_rank, (num_gpus, _free_port(), device, arguments), nprocs=num_gpus)
+        with _signals_passed_on(ranks.processes):
+            while not ranks.join():
+                pass
     except mp.ProcessExitedException as error:
         raise SystemExit(error.exit_code or 1) from None
+
+
+@contextmanager
+def _signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[None]:
+    """What a cluster or the user says to this process is for the ranks, which write a checkpoint before they end."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.signal(getattr(signal, name), pass_on) for name in names}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def join_ranks(device: str) -> None:
     """Join the processes that torchrun started; does nothing where it started none."""
     if distributed.started_by_torchrun() and not dist.is_initialized():
-        if device == "cuda":
-            torch.cuda.set_device(distributed.local_rank())
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        _join(device)
+
+
+def _join(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(distributed.local_rank())
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
 def leave_ranks() -> None:
@@ -52,11 +82,10 @@ def leave_ranks() -> None:
 def _run_rank(rank: int, ranks: int, port: int, device: str, arguments: dict[str, Any]) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
     }  # fmt: skip
-    torch.cuda.set_device(rank)
     _set_threads(device)
-    dist.init_process_group("nccl")
+    _join(device)
     run_training(device=torch.device(device), **arguments)
     leave_ranks()
 

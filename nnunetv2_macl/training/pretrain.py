@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-from datetime import timedelta
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter, time
@@ -18,26 +18,35 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from nnunetv2_macl import checkpoints, distributed, monitoring
 from nnunetv2_macl.building import build_loss, build_network, build_optimizer
-from nnunetv2_macl.data import PretrainingBatches
+from nnunetv2_macl.data import PretrainingBatches, load_batches, worker_was_killed
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import cannot_write, is_refused_write, remove_temporary
 from nnunetv2_macl.monitoring import LOSS_NAMES
-from nnunetv2_macl.nnunet import Configuration, read_json
+from nnunetv2_macl.nnunet import Configuration, checksum
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, write_plan
 from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.preprocessing.cases import Preprocessed, preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.report import write_report_after_run
+from nnunetv2_macl.training import resume
+from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
+from nnunetv2_macl.training.epoch_log import CollapseWatch, Epoch, EpochSums, log_keys
+from nnunetv2_macl.training.export import export_run
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice
 from nnunetv2_macl.training.run_folder import RunLock, set_aside
+from nnunetv2_macl.training.signals import Signals, ignore_in_worker
 from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
 
 PLAN_COPY = "macl_plan.json"
+BAD_BATCH = "bad_batch.pth"
+# a GPU in mixed precision skips a few steps by itself, until it has found its scale
+_MOST_SKIPPED = 10
 
 
 class nnUNetTrainerMACLPretrain(nnUNetTrainer):
@@ -59,7 +68,12 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which it inspects
     ) -> None:
         self._continue_training = bool(plans.get("continue_training"))
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        try:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+        except OSError as error:
+            if not is_refused_write(error):
+                raise
+            raise SystemExit(f"\nError: {cannot_write(error, self._where(error))}") from error
         self._take_own_device(device)
         self.num_val_iterations_per_epoch = 0
         self.save_every = self.save_every_epochs
@@ -67,9 +81,13 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self.macl_plan: MACLPlan
         self.recipe: Recipe
         self.data: Preprocessed
-        self.collapsed: str | None = None
-        self._collapsed_epochs = 0
+        self.sums = EpochSums()
+        self.collapse = CollapseWatch()
         self._step = 0
+        # where --c goes on: this epoch while it runs, the next one when it is through
+        self._next_epoch = 0
+        self._resumed_images: str | None = None
+        self._signals = Signals()
         self._lock = RunLock(Path(self.output_folder))
 
     def _take_own_device(self, device: torch.device) -> None:
@@ -85,8 +103,14 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     @user_errors_end_the_run
     def initialize(self) -> None:
-        try:
+        with self._folder_given_back():
             self._initialize()
+
+    @contextlib.contextmanager
+    def _folder_given_back(self) -> Iterator[None]:
+        """Where what is in it fails."""
+        try:
+            yield
         except UserError:
             self._lock.release()
             raise
@@ -102,6 +126,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         with distributed.first_rank_first() as first:
             if first:
                 self._lock.acquire()
+                remove_temporary(Path(self.output_folder))
                 training_cases(self.macl_configuration)
                 if not self._plan_file.is_file():
                     prepare(self.macl_configuration)
@@ -113,7 +138,9 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self.initial_lr = self.recipe.learning_rate
         self.weight_decay = self.recipe.weight_decay
         torch.manual_seed(self.recipe.seed)
-        self._register_log_keys()
+        # nnU-Net's logger takes only keys that it knows, one value an epoch
+        losses = [name for name, weight in build_loss(self.recipe).weights.items() if weight]
+        self.logger.local_logger.my_fantastic_logging = {key: [] for key in log_keys(losses)}
         super().initialize()
         self.step = TrainingStep(
             self.network, self.loss, self.optimizer, self.lr_scheduler, self.grad_scaler, self.macl_plan, self.device
@@ -167,12 +194,39 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         """nnU-Net's plot draws networks of one input; this one has four."""
 
     @user_errors_end_the_run
+    def run_training(self) -> None:
+        try:
+            super().run_training()
+        except OSError as error:  # of nnU-Net's own files too
+            if not is_refused_write(error):
+                raise
+            raise cannot_write(error, self._where(error)) from error
+        except RuntimeError as error:
+            if not worker_was_killed(error):
+                raise
+            raise UserError(
+                f"A data worker was killed, most likely for want of memory ({str(error).splitlines()[0]}). Type, with fewer "
+                f"workers: nnUNet_n_proc_DA=2 {self._command_to_go_on()}"
+            ) from error
+        finally:
+            if self.dataloader_train is not None:
+                self.dataloader_train.close()  # its workers heed no signal
+            self._signals.restore()
+            self._lock.release()
+
+    def _where(self, error: OSError) -> Path:
+        """The file that could not be written, or at least its folder: not every such error names it."""
+        return Path(error.filename or self.output_folder)
+
     def on_train_start(self) -> None:
         if not self.was_initialized:
             self.initialize()
+        if self._continue_training and self._resumed_images is None:
+            # nnU-Net has found none by the names that it knows
+            self._resume()
         with distributed.first_rank_first() as first:
             if first:
-                if self.current_epoch == 0:
+                if self._resumed_images is None:
                     set_aside(Path(self.output_folder), keep=Path(self.log_file), say=self.print_to_log_file)
                 self.data = self._prepare_data()
         if distributed.rank() == 0:
@@ -191,6 +245,14 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             f"Pre-training on {len(self.data.cases)} images, {self.num_epochs} epochs of {self.num_iterations_per_epoch} "
             f"steps of {self.macl_plan.batch_size} patches; left out as unreadable: {len(self.data.skipped)}"
         )
+        if self._resumed_images not in (None, self._images()):
+            self.print_to_log_file(
+                "WARNING: the images are no longer those that the run began with; it goes on with these"
+            )
+        self._signals.listen()
+
+    def _images(self) -> str:
+        return checksum([case.name for case in self.data.cases])
 
     def _prepare_data(self) -> Preprocessed:
         unlabelled = preprocess_unlabelled(
@@ -208,20 +270,25 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         return Preprocessed(own + unlabelled.cases, unlabelled.skipped)
 
     def get_dataloaders(self) -> tuple[Any, None]:
-        steps = self.step.steps
+        return self._batches(), None
+
+    def _batches(self) -> Iterator[dict]:
         batches = PretrainingBatches(
-            self.data.cases, self.macl_plan.sampling, distributed.share(self.macl_plan.batch_size), steps
+            self.data.cases, self.macl_plan.sampling, distributed.share(self.macl_plan.batch_size), self.step.steps
         )
-        workers = get_allowed_n_proc_DA()
-        loader = DataLoader(
-            batches,
-            batch_size=None,
-            sampler=range(self._step, steps),
-            num_workers=workers,
-            prefetch_factor=2 if workers else None,
-            pin_memory=self.device.type == "cuda",
-        )
-        return iter(loader), None
+        try:
+            yield from load_batches(
+                batches,
+                self._step,
+                workers=get_allowed_n_proc_DA(),
+                pin_memory=self.device.type == "cuda",
+                prepare_worker=ignore_in_worker,
+            )
+        except (UserError, RuntimeError):
+            # between two steps, so what was trained so far is whole
+            if self._step:
+                self.save_checkpoint(str(Path(self.output_folder) / resume.LATEST))
+            raise
 
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
         """As nnU-Net's, but every rank says the same, so one is enough."""
@@ -230,26 +297,33 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     # --- one epoch -------------------------------------------------------------------------------------------------------
 
+    def on_epoch_start(self) -> None:
+        if not self.sums.steps:
+            super().on_epoch_start()
+
     def on_train_epoch_start(self) -> None:
         self.network.train()
-        self.logger.log("lrs", self.optimizer.param_groups[0]["lr"], self.current_epoch)
-        self._epoch_began = perf_counter()
+        done = self.sums.steps  # of an epoch that was stopped and goes on
+        if not done:
+            self.logger.log("lrs", self.optimizer.param_groups[0]["lr"], self.current_epoch)
+        self.num_iterations_per_epoch = self.recipe.num_iterations_per_epoch - done
+        self._next_epoch = self.current_epoch
+        self._measured_until = perf_counter()
         self._bar = tqdm(
-            total=self.num_iterations_per_epoch,
+            total=self.recipe.num_iterations_per_epoch,
+            initial=done,
             desc=f"epoch {self.current_epoch}",
             unit="step",
             leave=False,
             disable=not sys.stderr.isatty() or distributed.rank() != 0,
         )
 
-    @user_errors_end_the_run
     def train_step(self, batch: dict) -> dict[str, float]:
         try:
-            return self._train_step(batch)
+            measured = self._train_step(batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self._lock.release()
             raise UserError(
                 out_of_memory_advice(
                     self.macl_plan,
@@ -260,52 +334,60 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                     in_parts=not self.step.module.features_vary,
                 )
             ) from error
+        stop, save = self._signals.asked()
+        if stop or save:
+            self.save_checkpoint(str(Path(self.output_folder) / resume.LATEST))
+        if stop:
+            self._stop()
+        return measured
 
     def _train_step(self, batch: dict) -> dict[str, float]:
         if self._step == 0:
             self._plot_views(batch)
         measured = self.step(batch, self._step)
+        if self.step.skipped_in_a_row >= _MOST_SKIPPED:
+            self._stop_without_gradient(batch, measured)
         self._step += 1
+        self.sums.add(measured, skipped=self.step.skipped_in_a_row > 0)
+        now = perf_counter()
+        self.sums.seconds += now - self._measured_until
+        self._measured_until = now
         self._bar.update()
         return measured
 
+    def _stop(self) -> None:
+        self._bar.close()
+        kept = "Nothing was kept: checkpointing is disabled."
+        if not self.disable_checkpointing:
+            kept = f"To go on, type:\n    {self._command_to_go_on()}"
+        self.print_to_log_file(f"Stopped as asked, after {self._step} of {self.step.steps} steps. {kept}")
+        raise SystemExit(0)
+
+    def _stop_without_gradient(self, batch: dict, measured: dict[str, float]) -> None:
+        self._bar.close()
+        rank = distributed.rank()
+        file = Path(self.output_folder) / (f"rank{rank}_{BAD_BATCH}" if rank else BAD_BATCH)
+        checkpoints.save({**batch, "step": self._step, "measured": measured}, file)
+        raise UserError(
+            f"{_MOST_SKIPPED} steps in a row had no finite loss or gradient (loss {measured['total']:g}), and the run was "
+            f"stopped. The last batch is in {file}, for inspection; the checkpoints are of before. Look at the images it "
+            f"names, or start anew with a smaller learning_rate (now {self.recipe.learning_rate:g})."
+        )
+
     def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
         self._bar.close()
-        seconds = perf_counter() - self._epoch_began
-        epoch = {key: sum(o[key] for o in train_outputs) / len(train_outputs) for key in train_outputs[0]}
-        references = monitoring.contrastive_references(self.macl_plan.batch_size, epoch["positives"], self.recipe)
-        speed = self.macl_plan.batch_size * len(train_outputs) / seconds
-        logged = {f"train_losses/{name}": epoch[name] for name in LOSS_NAMES if name in epoch}
-        logged |= {f"references/{key}": value for key, value in references._asdict().items()}
-        logged |= {key: epoch[key] for key in _STATISTICS if key in epoch}
-        logged |= {"train_losses": epoch["total"], "patches_per_second": speed}
-        for key, value in logged.items():
-            self.logger.log(key, float(value), self.current_epoch)
-
-        left = timedelta(seconds=round(seconds * (self.num_epochs - self.current_epoch - 1)))
-        names = {"global": "L_g", "dense": "L_d", "equivariance": "L_ER"}
-        shown = "  ".join(f"{short} {epoch[name]:.4f}" for name, short in names.items() if name in epoch)
-        self.print_to_log_file(
-            f"Epoch {self.current_epoch}  loss {epoch['total']:.4f}  {shown}  (collapse {references.collapse:.3f})  "
-            f"positives {epoch['positives']:.1f}  {seconds:.1f} s  {speed:.1f} patches/s  {left} left"
-        )
+        # of the whole epoch, of which nnU-Net knows the part since the last start
+        epoch = Epoch(self.current_epoch, self.num_epochs, self.macl_plan.batch_size, self.sums, self.recipe)
         log = self.logger.local_logger.my_fantastic_logging
+        for key, value in epoch.log_values(log).items():
+            self.logger.log(key, value, self.current_epoch)
+        self.print_to_log_file(epoch.line())
         before = {
             name: log[f"train_losses/{name}"][-2] for name in LOSS_NAMES if len(log.get(f"train_losses/{name}", [])) > 1
         }
-        self._watch_collapse(monitoring.collapse_reason(epoch, before, references, self._step))
-
-    def _watch_collapse(self, reason: str | None) -> None:
-        self._collapsed_epochs = self._collapsed_epochs + 1 if reason else 0
-        # one epoch may be chance
-        told = reason if self._collapsed_epochs >= 2 else None
-        if told and not self.collapsed:
-            self.print_to_log_file(
-                f"WARNING: the run has COLLAPSED: {told}.\n{monitoring.collapse_advice(self.recipe)}"
-            )
-        elif self.collapsed and not reason:
-            self.print_to_log_file("The run is no longer collapsed.")
-        self.collapsed = told
+        reason = monitoring.collapse_reason(self.sums.means(), before, epoch.references, self._step)
+        if told := self.collapse.see(reason, self.recipe):
+            self.print_to_log_file(told)
 
     def on_validation_epoch_start(self) -> None:
         """There are no labels to validate on."""
@@ -315,48 +397,62 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     def on_epoch_end(self) -> None:
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
-        last = self.current_epoch == self.num_epochs - 1
-        if not last and (self.current_epoch + 1) % self.save_every == 0:
-            self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
+        self.sums, self._next_epoch = EpochSums(), self.current_epoch + 1
+        last = self._next_epoch == self.num_epochs
+        if not last and self._next_epoch % self.save_every == 0:
+            self.save_checkpoint(str(Path(self.output_folder) / resume.LATEST))
         if distributed.rank() == 0:
-            monitoring.plot_progress(
-                self.logger.local_logger.my_fantastic_logging,
-                Path(self.output_folder) / "progress.png",
-                f"MACL pre-training, {self.plans_manager.dataset_name}, {self.configuration_name}, fold {self.fold}",
-            )
+            # a picture is no reason to end a run
+            with contextlib.suppress(UserError):
+                monitoring.plot_progress(
+                    self.logger.local_logger.my_fantastic_logging,
+                    Path(self.output_folder) / "progress.png",
+                    f"MACL pre-training, {self.plans_manager.dataset_name}, {self.configuration_name}, fold {self.fold}",
+                )
         self.current_epoch += 1
         patience = self.recipe.collapse_patience
-        if patience and self.collapsed and self._collapsed_epochs >= patience and not last:
-            self._stop_collapsed()
-
-    @user_errors_end_the_run
-    def _stop_collapsed(self) -> None:
-        raise UserError(
-            f"The run sat in collapse for {self._collapsed_epochs} epochs and was stopped: {self.collapsed}. "
-            f"{monitoring.collapse_advice(self.recipe)} To go on all the same: collapse_patience 0."
-        )
+        if patience and self.collapse.reason and self.collapse.epochs >= patience and not last:
+            raise UserError(
+                f"The run sat in collapse for {self.collapse.epochs} epochs and was stopped: {self.collapse.reason}. "
+                f"{monitoring.collapse_advice(self.recipe)} To go on all the same: collapse_patience 0."
+            )
 
     def on_train_end(self) -> None:
         super().on_train_end()
         if distributed.rank() == 0 and not self.disable_checkpointing:
-            self._export_weights()
-        self._lock.release()
+            log = self.logger.local_logger.my_fantastic_logging
+            export_run(
+                Path(self.output_folder),
+                self.macl_configuration,
+                self.macl_plan,
+                self.step.module,
+                {
+                    "fold": str(self.fold),
+                    "epochs": self.num_epochs,
+                    "images": len(self.data.cases),
+                    "final_losses": {key: log[key][-1] for key in log if key.startswith("train_losses")},
+                    "collapsed": self.collapse.reason,
+                },
+            )
+            resume.remove_previous(Path(self.output_folder))
+            write_report_after_run(Path(self.output_folder), self.print_to_log_file, self.device.type)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Nothing to validate; what comes next is fine-tuning, and this is the command for it."""
-        fold = 0 if self.fold == "all" else self.fold
-        plans = "" if self.plans_manager.plans_name == "nnUNetPlans" else f" -p {self.plans_manager.plans_name}"
-        device = "" if self.device.type == "cuda" else f" -device {self.device.type}"
         if self.disable_checkpointing:
             self.print_to_log_file("No weights were written: checkpointing is disabled.")
             return
-        collapsed = "The run ended COLLAPSED: fine-tuning from it is not likely to help.\n" if self.collapsed else ""
+        collapsed = (
+            "The run ended COLLAPSED: fine-tuning from it is not likely to help.\n" if self.collapse.reason else ""
+        )
         self.print_to_log_file(
             f"{collapsed}Weights: {self.output_folder}\nFine-tune from them:\n"
-            f'    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"\n'
-            f"    nnUNetv2_train {self.macl_configuration.id} {self.configuration_name} {fold} "
-            f"-tr nnUNetTrainerMACL{plans}{device}"
+            f'    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"\n    '
+            + command_to_fine_tune(self.macl_configuration, self.fold, self.device.type)
         )
+
+    def _command_to_go_on(self) -> str:
+        return command_to_go_on(self.macl_configuration, self.fold, self.device.type)
 
     # --- files -----------------------------------------------------------------------------------------------------------
 
@@ -367,92 +463,70 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
+        file = Path(filename)
+        if file.name == resume.LATEST:
+            resume.keep_previous(file)
         checkpoints.save(
             {
-                "format_version": checkpoints.FORMAT_VERSION,
-                "kind": "macl_checkpoint",
+                "format_version": resume.FORMAT_VERSION,
+                "kind": resume.KIND,
+                "run": self._run,
                 "network_weights": self.step.module.state_dict(),
                 "optimizer_state": self.optimizer.state_dict(),
                 "lr_scheduler_state": {"last_epoch": self._step},
                 "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
                 "logging": self.logger.get_checkpoint(),
-                "current_epoch": self.current_epoch + 1,
+                "current_epoch": self._next_epoch,
+                # no state of a random generator: batches, views and dropout are functions of (seed, step)
+                "step": self._step,
+                "epoch_sums": self.sums.as_dict(),
+                "collapse": asdict(self.collapse),
+                "images": self._images(),
                 "trainer_name": self.__class__.__name__,
-                "macl_plan": self.macl_plan.as_json(),
-                "collapsed": self.collapsed,
-                "collapsed_epochs": self._collapsed_epochs,
             },
-            Path(filename),
+            file,
         )
 
-    def _export_weights(self) -> None:
-        encoder, decoder = self.step.module.unet_weights()
-        log = self.logger.local_logger.my_fantastic_logging
-        torch.manual_seed(self.recipe.seed)
-        fresh = nnUNetTrainer.build_network_architecture(
-            self.plans_manager,
-            self.configuration_manager,
-            self.num_input_channels,
-            self.label_manager.num_segmentation_heads,
-            True,
-        )
-        fingerprint = Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json"
-        checkpoints.export_weights(
-            Path(self.output_folder),
-            encoder=encoder,
-            decoder=decoder,
-            unet_weights=fresh.state_dict(),
-            description={
-                "architecture": self.macl_configuration.architecture(),
-                "preprocessing": self.macl_configuration.preprocessing(),
-                "dataset_name": self.plans_manager.dataset_name,
-                "plans_name": self.plans_manager.plans_name,
-                "configuration": self.configuration_name,
-                "fold": str(self.fold),
-                "dataset_fingerprint": {
-                    "images": len(self.data.cases),
-                    "unlabelled_datasets": self.macl_plan.unlabelled_datasets,
-                    "channel_names": self.macl_configuration.channel_names,
-                    "nnunet": read_json(fingerprint, ""),
-                },
-                "macl_plan": self.macl_plan.as_json(),
-                "recipe": self.macl_plan.recipe,
-                "epochs": self.num_epochs,
-                "final_losses": {key: log[key][-1] for key in log if key.startswith("train_losses")},
-                "collapsed": self.collapsed,
-            },
-        )
+    @property
+    def _run(self) -> dict[str, Any]:
+        """What tells this run's checkpoints from another's."""
+        # in how many parts a batch is computed may change within a run
+        plan = replace(self.macl_plan, patches_at_once=self.macl_plan.batch_size)
+        return {"fold": str(self.fold), "macl_plan": plan.as_json()}
 
     @user_errors_end_the_run
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Go on with the run: from the checkpoint given, or from the newest good one in the folder of the file given."""
         if not self.was_initialized:
             self.initialize()
-        checkpoint = filename_or_checkpoint
-        if not isinstance(checkpoint, dict):
-            checkpoint = checkpoints.load(Path(filename_or_checkpoint), self.device)
-        if checkpoint.get("kind") != "macl_checkpoint":
-            raise UserError(
-                f"{filename_or_checkpoint} is no checkpoint of MACL pre-training. Leave out --c to start anew."
-            )
+        with self._folder_given_back():
+            if isinstance(filename_or_checkpoint, dict):
+                self._restore(filename_or_checkpoint)
+            else:
+                self._resume()
+
+    def _resume(self) -> None:
+        arguments = (Path(self.output_folder), self._run, self.device, self.print_to_log_file)
+        with distributed.first_rank_first() as first:
+            checkpoint = resume.load_checkpoint(*arguments) if first else None
+        if distributed.rank() != 0:
+            checkpoint = resume.load_checkpoint(*arguments)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
         self.step.module.load_state_dict(checkpoint["network_weights"])
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
-        self.current_epoch = checkpoint["current_epoch"]
-        self.lr_scheduler.last_epoch = checkpoint["lr_scheduler_state"]["last_epoch"]
+        self._step = self.lr_scheduler.last_epoch = checkpoint["step"]
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self.logger.load_checkpoint(checkpoint["logging"])
-        self.collapsed, self._collapsed_epochs = checkpoint["collapsed"], checkpoint["collapsed_epochs"]
+        self.current_epoch = self._next_epoch = checkpoint["current_epoch"]
+        self.sums = EpochSums(**checkpoint["epoch_sums"])
+        self.collapse = CollapseWatch(**checkpoint["collapse"])
+        self._resumed_images = checkpoint["images"]
 
     # --- helpers ---------------------------------------------------------------------------------------------------------
-
-    def _register_log_keys(self) -> None:
-        """nnU-Net's logger takes only keys that it knows, one value an epoch."""
-        names = [name for name, weight in build_loss(self.recipe).weights.items() if weight]
-        keys = ["train_losses", "lrs", "epoch_start_timestamps", "epoch_end_timestamps", "patches_per_second"]
-        keys += [f"train_losses/{name}" for name in names]
-        keys += [f"references/{key}" for key in ("collapse", "own_view_only", "all_found")]
-        keys += [key for key in _STATISTICS if not key.startswith("bottleneck") or "equivariance" in names]
-        self.logger.local_logger.my_fantastic_logging = {key: [] for key in keys}
 
     def _plot_views(self, batch: dict) -> None:
         if distributed.rank() != 0:
@@ -460,11 +534,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         titles = ("dominant: down(I1)", "auxiliary: I2", "dominant: down(V1)", "auxiliary: V2")
         shown = self.step.show(batch["data"], self._step)
         # a picture is no reason to end a run
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(UserError):
             monitoring.plot_views(
                 {title: patches for title, patches in zip(titles, shown, strict=True) if patches is not None},
                 batch["positions"], batch["cases"], self.macl_plan.threshold, Path(self.output_folder) / "views.png",
             )  # fmt: skip
-
-
-_STATISTICS = ("positives", "embedding_variance", "bottleneck_rms", "bottleneck_variance")

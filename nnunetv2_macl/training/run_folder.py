@@ -6,71 +6,107 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import cannot_write
 
 
 class RunLock:
-    """Held while a run writes into a folder; a second run is refused. A lock whose process is gone is taken over."""
+    """Held while a run writes into a folder; a second run is refused. A lock whose process is gone is taken over.
+
+    The file says who holds it, and is there as long as it is held. It is read and written under a lock of the operating
+    system, so that of several runs that find it free, or find its process gone, one gets it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / ".macl_running.json"
         self._held = False
 
     def acquire(self) -> None:
-        """Raises UserError where another run holds the folder; names its host, process and start."""
+        """Raises UserError where another run holds the folder, with its host, process and start; or if it is read-only."""
         if self._held or rank() != 0:
             return
-        mine = json.dumps(
-            {"host": socket.gethostname(), "pid": os.getpid(), "started": datetime.now().isoformat(" ", "seconds")}
-        )
-        for _ in range(2):
-            try:
-                handle = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
-                self._refuse_if_alive()
-                self.file.unlink(missing_ok=True)
-                continue
-            with os.fdopen(handle, "w") as stream:
-                stream.write(mine)
-            self._held = True
-            return
-        raise UserError(f"{self.file.parent} was taken by another run just now. Wait for it, or use another fold.")
+        try:
+            with self._open_alone() as stream:
+                self._refuse_if_alive(stream.read())
+                stream.seek(0)
+                stream.truncate()
+                json.dump(_this_process(), stream)
+        except OSError as error:
+            raise cannot_write(error, self.file) from error
+        self._held = True
+
+    @contextlib.contextmanager
+    def _open_alone(self) -> Iterator[TextIO]:
+        while True:
+            with open(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8") as stream:
+                _lock(stream)
+                if self._is(stream):
+                    yield stream
+                    return
+
+    def _is(self, stream: TextIO) -> bool:
+        """The file may have been given back, and removed, since it was opened."""
+        try:
+            return os.path.samestat(os.stat(self.file), os.fstat(stream.fileno()))
+        except FileNotFoundError:
+            return False
 
     def holder(self) -> dict[str, Any] | None:
         """Host, pid and start of the run that holds the folder, as far as can be told from here; None where there is none."""
         try:
-            other = json.loads(self.file.read_text())
-            host, pid = other["host"], int(other["pid"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return _alive_one(self.file.read_text(encoding="utf-8"))
+        except OSError:
             return None
-        return None if host == socket.gethostname() and not _alive(pid) else other
 
-    def _refuse_if_alive(self) -> None:
-        other = self.holder()
-        if other is None:
-            return
-        raise UserError(
-            f"Another run is writing into {self.file.parent}: process {other['pid']} on {other['host']}, since "
-            f"{other.get('started')}. Wait for it or stop it. If it is gone, type: rm '{self.file}'"
-        )
+    def _refuse_if_alive(self, content: str) -> None:
+        if other := _alive_one(content):
+            raise UserError(
+                f"Another run is writing into {self.file.parent}: process {other['pid']} on {other['host']}, since "
+                f"{other.get('started')}. Wait for it or stop it. If it is gone, type: rm '{self.file}'"
+            )
 
     def release(self) -> None:
         if self._held:
-            self.file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.file.unlink(missing_ok=True)
             self._held = False
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.release()
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_start": _process_start(os.getpid()),
+        "started": datetime.now().isoformat(" ", "seconds"),
+    }
 
 
-def _alive(pid: int) -> bool:
+def _lock(stream: TextIO) -> None:
+    # not on Windows, and not on every file system: there the moment between reading and writing is not covered
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(stream, fcntl.LOCK_EX)
+
+
+def _alive_one(content: str) -> dict[str, Any] | None:
+    """Who holds a folder, of what its lock file says; None where its process is gone."""
+    try:
+        other = json.loads(content)
+        host, pid, begun = other["host"], int(other["pid"]), other.get("process_start")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None  # nobody's: its writer was killed in the middle
+    return None if host == socket.gethostname() and not _alive(pid, begun) else other
+
+
+def _alive(pid: int, begun: str | None) -> bool:
+    """Whether the process that wrote a lock is alive: its number may be another's by now."""
     if pid == os.getpid():
         return False
     try:
@@ -78,8 +114,19 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    now = _process_start(pid)
+    return begun is None or now is None or begun == now
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process of this machine began, as Linux counts it; None where that is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # the second field is the command's name in brackets, with anything in it
+        return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except (OSError, IndexError):
+        return None
 
 
 def set_aside(folder: Path, keep: Path, say: Callable[[str], None]) -> None:

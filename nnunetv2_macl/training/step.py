@@ -62,6 +62,7 @@ class TrainingStep:
         self.plan, self.recipe, self.device = plan, plan.get_recipe(), device
         self.steps = self.recipe.num_epochs * self.recipe.num_iterations_per_epoch
         self.first, self.last = distributed.share(plan.batch_size)
+        self.skipped_in_a_row = 0
         self.views = SpatialViews(
             plan.patch_size,
             mirroring=self.recipe.mirroring,
@@ -77,12 +78,23 @@ class TrainingStep:
         return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network  # type: ignore
 
     def __call__(self, batch: dict, step: int) -> dict[str, float]:
-        """Train on this rank's share of a batch; returns losses and statistics of the whole batch by name."""
+        """Train on this rank's share of a batch; returns losses and statistics of the whole batch by name.
+
+        Without a finite loss and gradient the weights stay as they are, on all ranks, and `skipped_in_a_row` counts.
+        """
+        # for a network with dropout; all else that is random has a generator of its own
+        torch.manual_seed(_mix(self.recipe.seed, step))
         positions = distributed.gather(batch["positions"].to(self.device))
         self.loss.threshold = self.threshold(step)
         self.optimizer.zero_grad(set_to_none=True)
+        # statistics of batch norms, which a forward pass with NaN would spoil for good
+        buffers = [buffer.clone() for buffer in self.module.buffers()]
         losses, outputs = self._backward(self.show(batch["data"], step), positions, step)
-        self._update(step)
+        finite = self._update(step, losses["total"])
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if not finite:
+            for buffer, before in zip(self.module.buffers(), buffers, strict=True):
+                buffer.copy_(before)
         return self._measure(losses, outputs, positions)
 
     def show(self, patches: Tensor, step: int) -> Shown:
@@ -167,21 +179,26 @@ class TrainingStep:
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
 
-    def _update(self, step: int) -> None:
+    def _update(self, step: int, loss: Tensor) -> bool:
+        """Move the weights, unless loss or gradient is not finite; returns whether it did. The schedule goes on anyway."""
         if self._in_decoder_stage(step):
             for parameter in self.module.encoder.parameters():
                 parameter.grad = None
         distributed.sum_gradients(self.module)
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), _MAX_GRADIENT_NORM)
-        if self.grad_scaler is None:
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), _MAX_GRADIENT_NORM)
+        finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
+        if finite and self.grad_scaler is None:
             self.optimizer.step()
-        else:
+        elif finite:
             self.grad_scaler.step(self.optimizer)
+        if self.grad_scaler is not None:
             self.grad_scaler.update()
         self.scheduler.step()
-        self.module.update_ema()
+        if finite:
+            self.module.update_ema()
+        return finite
 
     def _measure(self, losses: dict[str, Tensor], outputs: dict[str, Tensor], positions: Tensor) -> dict[str, float]:
         measured = {name: loss.item() for name, loss in losses.items()}

@@ -8,6 +8,7 @@ import sys
 import time
 
 import psutil
+import pytest
 import torch
 from conftest import DATASET
 
@@ -71,3 +72,28 @@ def test_a_process_that_dies_takes_the_job_down(workspace):
     finally:
         for process in (*psutil.Process(os.getpid()).children(recursive=True),):
             process.kill()
+
+
+@pytest.mark.slow
+def test_what_is_said_to_the_process_that_started_the_ranks_is_passed_on(workspace):
+    workspace.pretrain("901", "-c", "2d", "--plan_only", epochs=100, steps=100)
+    script = (
+        "if __name__ == '__main__':\n"
+        "    from nnunetv2_macl.training.launch import train\n"
+        f"    train(device='cpu', num_gpus=2, dataset_name_or_id='{DATASET}', configuration='2d', fold='all',"
+        f" trainer_class_name='{PRETRAIN}')\n"
+    )
+    file, log = workspace.folder / "start.py", workspace.folder / "start.txt"
+    file.write_text(script)
+    with log.open("w") as stream:
+        job = subprocess.Popen(
+            [sys.executable, file], env=workspace.environment, stdout=stream, stderr=subprocess.STDOUT
+        )
+    deadline = time.monotonic() + 300
+    while "Pre-training on" not in log.read_text():
+        assert job.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+    time.sleep(3)
+    job.terminate()
+    assert job.wait(60) == 0, log.read_text()
+    assert "--c" in log.read_text() and (workspace.run_folder(PRETRAIN) / "checkpoint_latest.pth").is_file()

@@ -1,0 +1,183 @@
+"""Files: written whole or not at all, and told apart from damaged ones."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nnunetv2_macl.errors import UserError
+
+_TEMPORARY = ".tmp"
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def write_whole(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | None = None) -> None:
+    """Write a file so that it is there complete or not at all, whatever happens meanwhile.
+
+    Args:
+        file: to write; one that is there is replaced at once.
+        write: writes the content to a stream.
+        needed: bytes that it will write, to be told where the disk is full.
+
+    Raises:
+        UserError: no space or no permission; names the file.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=_TEMPORARY, dir=file.parent)
+        try:
+            with os.fdopen(handle, "wb") as opened:
+                stream = _Remembering(opened)
+                try:
+                    write(stream)  # type: ignore[arg-type]
+                    stream.flush()
+                except Exception as error:
+                    if stream.error is None:
+                        raise
+                    # torch.save answers a full disk with an error of its own
+                    raise stream.error from error
+                os.fsync(opened.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise cannot_write(error, file, needed) from error
+
+
+class _Remembering:
+    """A stream that remembers why it could not be written to."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        return self._remember(self._stream.write, data)
+
+    def flush(self) -> None:
+        self._remember(self._stream.flush)
+
+    def _remember(self, method: Callable, *arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def cannot_write(error: OSError, file: Path, needed: int | None = None) -> UserError:
+    """What to tell the user of an error in writing.
+
+    Args:
+        error: it.
+        file: that was written, or its folder.
+        needed: bytes that it takes.
+    """
+    if error.errno not in _FULL:
+        return UserError(
+            f"{file} could not be written: {error.strerror or error}. Check the folder's permissions and try again."
+        )
+    takes = f"{needed:,} bytes needed, " if needed else ""
+    try:
+        free = f"{shutil.disk_usage(file if file.is_dir() else file.parent).free:,} bytes"
+    except OSError:
+        free = "an unknown number of bytes"
+    return UserError(f"{file} could not be written: the disk is full ({takes}{free} free). Make space and try again.")
+
+
+def is_refused_write(error: OSError) -> bool:
+    """Whether the disk is full or its owner said no, which the user can mend."""
+    return error.errno in (*_FULL, *_REFUSED)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def remove_temporary(folder: Path, *, older_than: float = 0) -> None:
+    """Remove what `write_whole` leaves where its process was killed.
+
+    Args:
+        folder: to clean.
+        older_than: seconds since they were last written to, where another process may be at work.
+    """
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if not (entry.name.startswith(".") and entry.name.endswith(_TEMPORARY)):
+                continue
+            with contextlib.suppress(OSError):
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime >= older_than:
+                    os.unlink(entry.path)
+
+
+def write_json(content: Any, file: Path) -> None:
+    """JSON, indented as nnU-Net does. Raises UserError as `write_whole` does."""
+    text = (json.dumps(content, indent=4, ensure_ascii=False) + "\n").encode()
+    write_whole(file, lambda stream: stream.write(text), needed=len(text))
+
+
+# --- checksums -----------------------------------------------------------------------------------------------------------
+
+
+def sidecar(file: Path) -> Path:
+    """``FILE.sha256``, in the format of sha256sum."""
+    return file.with_name(f"{file.name}.sha256")
+
+
+def write_sidecar(file: Path) -> None:
+    line = f"{_sha256(file)}  {file.name}\n".encode()
+    write_whole(sidecar(file), lambda stream: stream.write(line), needed=len(line))
+
+
+def verify(file: Path) -> bool:
+    """Check a file of ours for damage, without loading it.
+
+    Returns:
+        True where its side-car says so; False where there is no side-car, and only the checksums within the file agree.
+
+    Raises:
+        UserError: the file is not what was written, or cannot be read; names it.
+    """
+    mend = "It was cut short, or changed since it was written: take another copy."
+    try:
+        if sidecar(file).is_file():
+            wanted = sidecar(file).read_text(encoding="utf-8", errors="replace").split()[:1]
+            if wanted != [_sha256(file)]:
+                raise UserError(f"{file} is damaged: its SHA-256 is not the one in {sidecar(file).name}. {mend}")
+            return True
+        # torch.save writes a zip archive with a checksum of each tensor, and torch.load does not look at it
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if (bad := archive.testzip()) is not None:
+                    raise UserError(f"{file} is damaged: the checksum of {bad} in it is wrong. {mend}")
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist. Check the path.") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}. Check the path and its permissions.") from None
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{file} is damaged: {error}. {mend}") from None
+    return False
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

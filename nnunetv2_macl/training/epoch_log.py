@@ -1,0 +1,125 @@
+"""What an epoch came to: means over its steps, nnU-Net's log, the line that is shown, the watch for collapse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from nnunetv2_macl import monitoring
+from nnunetv2_macl.losses import ReferenceValues
+from nnunetv2_macl.monitoring import LOSS_NAMES
+from nnunetv2_macl.recipe import Recipe
+
+SKIPPED = "skipped_steps"
+_STATISTICS = ("positives", "embedding_variance", "bottleneck_rms", "bottleneck_variance")
+_SHOWN = {"global": "L_g", "dense": "L_d", "equivariance": "L_ER"}
+
+
+def log_keys(losses: Iterable[str]) -> list[str]:
+    """Keys to tell nnU-Net's logger of, which takes no other; ``losses`` are those that are trained."""
+    losses = list(losses)
+    keys = ["train_losses", "lrs", "epoch_start_timestamps", "epoch_end_timestamps", "patches_per_second", SKIPPED]
+    keys += [f"train_losses/{name}" for name in losses]
+    keys += [f"references/{key}" for key in ReferenceValues._fields]
+    return keys + [key for key in _STATISTICS if not key.startswith("bottleneck") or "equivariance" in losses]
+
+
+@dataclass
+class EpochSums:
+    """Sums over the steps of an epoch so far; a run that is stopped within an epoch goes on with them."""
+
+    steps: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, measured: dict[str, float], *, skipped: bool) -> None:
+        self.steps += 1
+        if skipped:
+            self.skipped += 1
+            return
+        self.sums = {key: self.sums.get(key, 0) + value for key, value in measured.items()}
+
+    def means(self) -> dict[str, float]:
+        """Over the steps that were not skipped; empty where all were."""
+        return {key: value / (self.steps - self.skipped) for key, value in self.sums.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch that is through.
+
+    Args:
+        number: from 0.
+        epochs: of the run.
+        batch_size: patches a step.
+        sums: of its steps.
+        recipe: of the run.
+    """
+
+    number: int
+    epochs: int
+    batch_size: int
+    sums: EpochSums
+    recipe: Recipe
+
+    @property
+    def references(self) -> ReferenceValues:
+        positives = self.sums.means().get("positives", 1.0)
+        return monitoring.contrastive_references(self.batch_size, positives, self.recipe)
+
+    @property
+    def patches_per_second(self) -> float:
+        return self.batch_size * self.sums.steps / self.sums.seconds
+
+    def log_values(self, keys: Iterable[str]) -> dict[str, float]:
+        """Values for those of `log_keys` that an epoch has; NaN for a loss of which every step was skipped."""
+        means = self.sums.means()
+        known = {f"train_losses/{name}": means.get(name, math.nan) for name in LOSS_NAMES}
+        known |= {f"references/{key}": value for key, value in self.references._asdict().items()}
+        known |= {key: means.get(key, math.nan) for key in _STATISTICS}
+        known |= {"train_losses": means.get("total", math.nan), "patches_per_second": self.patches_per_second}
+        known |= {SKIPPED: self.sums.skipped}
+        return {key: float(known[key]) for key in keys if key in known}
+
+    def line(self) -> str:
+        means, seconds = self.sums.means(), self.sums.seconds
+        left = timedelta(seconds=round(seconds * (self.epochs - self.number - 1)))
+        shown = "  ".join(f"{short} {means[name]:.4f}" for name, short in _SHOWN.items() if name in means)
+        skipped = f"skipped {self.sums.skipped} steps without a finite gradient  " if self.sums.skipped else ""
+        return (
+            f"Epoch {self.number}  loss {means.get('total', math.nan):.4f}  {shown}  "
+            f"(collapse {self.references.collapse:.3f})  positives {means.get('positives', math.nan):.1f}  "
+            f"{skipped}{seconds:.1f} s  {self.patches_per_second:.1f} patches/s  {left} left"
+        )
+
+
+@dataclass
+class CollapseWatch:
+    """Tells that a run has collapsed, where it lasts, and that it no longer has.
+
+    Args:
+        reason: why it counts as collapsed, once it was told.
+        epochs: in collapse so far, in a row.
+    """
+
+    reason: str | None = None
+    epochs: int = 0
+
+    def see(self, reason: str | None, recipe: Recipe) -> str | None:
+        """Take note of an epoch; returns what to tell the user, if anything."""
+        self.epochs = self.epochs + 1 if reason else 0
+        before = self.reason
+        # one epoch may be chance
+        self.reason = reason if self.epochs >= 2 else None
+        if self.reason and not before:
+            return f"WARNING: the run has COLLAPSED: {self.reason}.\n{monitoring.collapse_advice(recipe)}"
+        if before and not reason:
+            return "The run is no longer collapsed."
+        return None

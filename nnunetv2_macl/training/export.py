@@ -1,0 +1,67 @@
+"""What a run leaves for others: weights, and what they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.nnunet import Configuration, read_json
+from nnunetv2_macl.planning.plan import MACLPlan
+
+
+def export_run(
+    folder: Path, configuration: Configuration, plan: MACLPlan, network: MACLNetwork, outcome: dict[str, Any]
+) -> None:
+    """Write the three files of weights, see `checkpoints.export_weights`.
+
+    Args:
+        folder: of the run.
+        configuration: that it trained.
+        plan: by which.
+        network: trained.
+        outcome: ``fold``, ``epochs``, number of ``images``, ``final_losses``, ``collapsed``.
+
+    Raises:
+        UserError: a file could not be written.
+    """
+    encoder, decoder = network.unet_weights()
+    torch.manual_seed(plan.recipe["seed"])
+    plans, manager, dataset_json = configuration.plans_manager, configuration.manager, configuration.dataset_json
+    fresh = nnUNetTrainer.build_network_architecture(
+        plans,
+        manager,
+        determine_num_input_channels(plans, manager, dataset_json),
+        plans.get_label_manager(dataset_json).num_segmentation_heads,
+        True,
+    )
+    checkpoints.export_weights(
+        folder,
+        encoder=encoder,
+        decoder=decoder,
+        unet_weights=fresh.state_dict(),
+        description={
+            "architecture": configuration.architecture(),
+            "preprocessing": configuration.preprocessing(),
+            "dataset_name": configuration.dataset_name,
+            "plans_name": configuration.plans_name,
+            "configuration": configuration.name,
+            "fold": outcome["fold"],
+            "dataset_fingerprint": {
+                "images": outcome["images"],
+                "unlabelled_datasets": plan.unlabelled_datasets,
+                "channel_names": configuration.channel_names,
+                "nnunet": read_json(configuration.folder / "dataset_fingerprint.json", ""),
+            },
+            "macl_plan": plan.as_json(),
+            "recipe": plan.recipe,
+            "epochs": outcome["epochs"],
+            "final_losses": outcome["final_losses"],
+            "collapsed": outcome["collapsed"],
+        },
+    )

@@ -1,0 +1,116 @@
+"""A run's checkpoints: which one to go on from, and what becomes of a damaged one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import cannot_write, write_whole
+
+FINAL, LATEST, PREVIOUS = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_previous.pth"
+KIND = "macl_checkpoint"
+FORMAT_VERSION = 2
+
+
+def keep_previous(latest: Path) -> None:
+    """Give the latest checkpoint a second name before it is replaced. It keeps its own: a kill here costs nothing.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if not latest.is_file():
+        return
+    previous, link = latest.with_name(PREVIOUS), latest.with_name(f".{PREVIOUS}.tmp")
+    try:
+        link.unlink(missing_ok=True)
+        try:
+            os.link(latest, link)
+        except OSError:  # a file system without hard links
+            write_whole(link, lambda stream: stream.write(latest.read_bytes()), needed=latest.stat().st_size)
+        os.replace(link, previous)
+    except OSError as error:
+        raise cannot_write(error, previous) from error
+
+
+def load_checkpoint(
+    folder: Path, run: dict[str, Any], device: torch.device, say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """The newest good checkpoint of a run; damaged ones in front of it are renamed ``.corrupt``.
+
+    Args:
+        folder: of the run.
+        run: what a checkpoint of this run says of its run.
+        device: to load to.
+        say: tells the user.
+
+    Returns:
+        The checkpoint; None where there is no file of one.
+
+    Raises:
+        UserError: one of a newer version, or none of those that are there is good. Nothing is renamed then.
+    """
+    bad: dict[Path, str] = {}
+    for file in (folder / name for name in (FINAL, LATEST, PREVIOUS)):
+        if not file.is_file():
+            continue
+        try:
+            checkpoint = _read(file, run, device)
+        except _BadCheckpointError as error:
+            bad[file] = str(error)
+            continue
+        for other, reason in bad.items():
+            aside = _set_aside(other)
+            say(f"WARNING: {reason} It is kept as {aside.name}; the run goes on from {file.name}.")
+        return checkpoint
+    if bad or any(folder.glob("checkpoint_*.corrupt*")):
+        reasons = " ".join(bad.values()) or "All that was there was damaged, see the files that end in .corrupt."
+        raise UserError(f"No checkpoint in {folder} is good to go on from. {reasons} Leave out --c to start anew.")
+    return None
+
+
+class _BadCheckpointError(Exception):
+    """Says what is wrong with a checkpoint."""
+
+
+def _read(file: Path, run: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    try:
+        checkpoint = checkpoints.load(file, device)
+    except UserError as error:
+        raise _BadCheckpointError(str(error)) from error
+    if checkpoint.get("kind") != KIND:
+        raise _BadCheckpointError(f"{file} is no checkpoint of MACL pre-training.")
+    version = checkpoint.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format version {version!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "
+            "Go on with the nnunetv2_macl that wrote it, or leave out --c to start anew."
+        )
+    theirs = checkpoint.get("run")
+    if theirs != run:
+        difference = checkpoints.first_difference(theirs or {}, run)
+        raise _BadCheckpointError(f"{file} is of another run: {difference}.")
+    return checkpoint
+
+
+def _set_aside(file: Path) -> Path:
+    aside, number = file.with_name(f"{file.name}.corrupt"), 1
+    while aside.exists():
+        aside, number = file.with_name(f"{file.name}.corrupt{number}"), number + 1
+    try:
+        file.rename(aside)
+    except OSError as error:
+        raise cannot_write(error, aside) from error
+    return aside
+
+
+def remove_previous(folder: Path) -> None:
+    """Once the run is through and exported."""
+    with contextlib.suppress(OSError):
+        (folder / PREVIOUS).unlink(missing_ok=True)

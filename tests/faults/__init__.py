@@ -1,0 +1,1 @@
+"""Faults injected for real, and what is left of a run then."""

@@ -1,0 +1,14 @@
+"""A process that is told to stop, and told again."""
+
+import os
+import signal
+
+from nnunetv2_macl.training.signals import Signals
+
+signals = Signals()
+signals.listen()
+os.kill(os.getpid(), signal.SIGTERM)
+assert signals.asked() == (True, False)
+print("first", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("second", flush=True)

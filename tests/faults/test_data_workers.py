@@ -1,0 +1,110 @@
+"""A data worker that is killed, a case that vanishes or is cut short: an error that names it, at once, never a hang."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+
+from nnunetv2_macl.data import Case, PretrainingBatches, Sampling, load_batches, worker_was_killed
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.training.signals import ignore_in_worker
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.skipif(sys.platform == "win32", reason="signals")]
+
+
+@pytest.fixture
+def cases(tmp_path):
+    made, rng = [], np.random.default_rng(0)
+    for number in range(2):
+        file = str(tmp_path / f"case{number}.b2nd")
+        blosc2.asarray(
+            rng.normal(size=(1, 20, 64, 64)).astype(np.float32), urlpath=file, mode="w", chunks=(1, 4, 64, 64)
+        )
+        made.append(Case(f"case{number}", file))
+    return made
+
+
+def load(cases, first=0, workers=1, steps=100_000):
+    batches = PretrainingBatches(cases, Sampling((1, 32, 32), 4, 1, 0), (0, 4), steps)
+    return load_batches(batches, first, workers=workers, prepare_worker=ignore_in_worker)
+
+
+def started_worker(cases, **options):
+    """A loader that has given its first batch, and the number of its worker process."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    before = children.read_text().split()
+    loader = load(cases, **options)
+    next(loader)
+    new = [int(pid) for pid in children.read_text().split() if pid not in before]
+    (worker,) = [pid for pid in new if b"tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return loader, worker
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("time_to_live", [0, 0.001, 0.003, 0.01])
+def test_a_killed_worker_is_told(cases, time_to_live):
+    """Whatever it was doing."""
+    loader, worker = started_worker(cases)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        threading.Timer(time_to_live, os.kill, (worker, signal.SIGKILL)).start()
+        while True:
+            next(loader)
+    assert worker_was_killed(caught.value) and time.monotonic() - began < 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_clusters_signal_to_all_processes_ends_no_worker(cases, number):
+    """So that the training process can finish its step, whatever the worker was doing."""
+    loader, worker = started_worker(cases, steps=12)
+    os.kill(worker, getattr(signal, number))
+    assert len(list(loader)) == 11
+
+
+@pytest.mark.parametrize("worker_processes", [0, 1])
+@pytest.mark.parametrize("kind", ["vanishes", "cut short", "replaced", "unreadable"])
+def test_a_case_that_changes_is_named(cases, kind, worker_processes):
+    loader = load(cases, workers=worker_processes)
+    for _ in range(3):  # both are open by now
+        next(loader)
+    file = cases[1].file
+    if kind == "vanishes":
+        os.unlink(file)
+    elif kind == "cut short":  # mapped into memory: reading it would kill the process
+        os.truncate(file, os.path.getsize(file) // 2)
+    elif kind == "replaced":
+        os.unlink(file)
+        with open(file, "wb") as stream:
+            stream.write(b"another file")
+    else:
+        size = os.path.getsize(file)
+        os.unlink(file)
+        os.mkdir(file)
+        assert os.path.getsize(file) != size
+    with pytest.raises(UserError, match=r"case1\.b2nd cannot be read.*--c") as caught:
+        while True:
+            next(loader)
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["absent", "cut short", "empty"])
+def test_a_case_that_was_cut_short_before(cases, kind):
+    file = cases[0].file
+    size = {"absent": None, "cut short": os.path.getsize(file) - 100, "empty": 0}[kind]
+    os.unlink(file) if size is None else os.truncate(file, size)
+    with pytest.raises(UserError, match=r"case0\.b2nd cannot be read"):
+        list(load(cases, workers=0, steps=5))
+
+
+def test_a_resumed_loader_goes_on_with_the_same_batches(cases):
+    whole = list(load(cases, workers=0, steps=6))
+    rest = list(load(cases, first=4, workers=1, steps=6))
+    assert [b["cases"] for b in rest] == [b["cases"] for b in whole[4:]]
+    assert all((a["data"] == b["data"]).all() for a, b in zip(rest, whole[4:], strict=True))

@@ -1,0 +1,114 @@
+"""No space, no permission: the message names path, needed and free bytes, and what was there is still there."""
+
+import os
+import subprocess
+import sys
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+
+from faults.test_killed import load, write
+from nnunetv2_macl import checkpoints, monitoring
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import write_json
+from nnunetv2_macl.training import resume
+from nnunetv2_macl.training.run_folder import RunLock, set_aside
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a small file system is mounted")
+FULL = r"could not be written: the disk is full \([\d,]+ bytes needed, [\d,]+ bytes free\)\. Make space"
+
+
+def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(tmp_path, small_disk):
+    folder = tmp_path / "results"
+    small_disk(folder, "size=2m")
+    write(folder, 1)
+    with pytest.raises(UserError, match=f"checkpoint_latest.pth {FULL}"):
+        write(folder, 2, values=400_000)
+    assert load(folder)["step"] == 1
+    assert set(os.listdir(folder)) <= {resume.LATEST, resume.PREVIOUS}
+    write(folder, 2)  # there is space now
+    assert load(folder)["step"] == 2
+
+
+def test_every_other_file_of_a_run_on_a_full_disk(tmp_path, small_disk):
+    folder = tmp_path / "results"
+    small_disk(folder, "size=64k")
+    with pytest.raises(UserError, match=f"plan.json {FULL}"):
+        write_json({"text": "x" * 100_000}, folder / "plan.json")
+    weights = {"encoder.a": torch.zeros(100_000)}
+    with pytest.raises(UserError, match=f"macl_encoder.pth {FULL}"):
+        checkpoints.export_weights(folder, encoder=weights, decoder={}, unet_weights=weights, description={})
+    log = {key: [1.0] for key in ("lrs", "embedding_variance", "patches_per_second", "train_losses/equivariance")}
+    (folder / "filled").write_bytes(bytes(60_000))
+    with pytest.raises(UserError, match=r"progress\.png could not be written: the disk is full"):
+        monitoring.plot_progress(log, folder / "progress.png", "a")
+    assert os.listdir(folder) == ["filled"]
+
+
+def test_a_preprocessed_case_on_a_full_disk(tmp_path, small_disk, monkeypatch):
+    from types import SimpleNamespace
+
+    from nnunetv2_macl.preprocessing import cases
+
+    monkeypatch.setattr(cases, "_configuration", SimpleNamespace(patch_size=[64, 64]), raising=False)
+    folder = tmp_path / "preprocessed"
+    small_disk(folder, "size=200k")
+    data = np.random.default_rng(0).normal(size=(1, 20, 64, 64)).astype(np.float32)
+    with pytest.raises(UserError, match=f"case.b2nd {FULL}"):
+        cases._write_case(data, folder / "case", {}, [1.0, 1.0, 1.0])
+    assert os.listdir(folder) == []
+    cases._write_case(data[:, :2], folder / "case", {}, [1.0, 1.0, 1.0])
+    np.testing.assert_array_equal(blosc2.open(str(folder / "case.b2nd"))[:], data[:, :2])
+
+
+def test_read_only_results(tmp_path, small_disk):
+    folder = tmp_path / "results"
+    small_disk(folder, "ro,size=64k")
+    for action in (
+        lambda: RunLock(folder).acquire(),
+        lambda: checkpoints.save({}, folder / "a.pth"),
+        lambda: checkpoints.save({}, folder / "new" / "a.pth"),
+    ):
+        with pytest.raises(UserError, match=r"could not be written: Read-only file system.*permissions"):
+            action()
+
+
+def test_an_earlier_run_is_not_moved_by_halves(tmp_path, small_disk):
+    small_disk(tmp_path / "results", "size=64k")
+    log = tmp_path / "results" / "log.txt"
+    log.write_text("")
+    (tmp_path / "results" / "macl_encoder.pth").write_bytes(b"weights")
+    set_aside(tmp_path / "results", log, print)
+    assert len(list((tmp_path / "results").glob("previous_*/macl_encoder.pth"))) == 1
+
+
+def run(**options):
+    from nnunetv2_macl.run import pretrain
+
+    return pretrain("901", "2d", device="cpu", processes=1, **options)
+
+
+SHORT = {"num_epochs": 2, "num_iterations_per_epoch": 1, "batch_size": 4}
+
+
+def test_a_run_whose_disk_fills_goes_on_once_there_is_space(workspace, small_disk):
+    small_disk(workspace.results, "size=45m")  # one checkpoint, not two
+    folder = workspace.run_folder("nnUNetTrainerMACLPretrain")
+    with pytest.raises(SystemExit, match=f"checkpoint_final.pth {FULL}"):
+        run(**SHORT)
+    assert checkpoints.load(folder / resume.LATEST)["current_epoch"] == 1
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")] and not (folder / resume.FINAL).exists()
+    subprocess.run(["mount", "-o", "remount,size=200m", str(workspace.results)], check=True)
+    run(continue_training=True)
+    assert checkpoints.load(folder / resume.FINAL)["current_epoch"] == 2 and (folder / "macl_encoder.pth").exists()
+
+
+@pytest.mark.parametrize("options, said", [("size=32k", "the disk is full"), ("ro,size=1m", "Read-only file system")])
+def test_what_nnunet_writes_by_itself(workspace, small_disk, options, said):
+    """The run's folder, its log, plans.json, debug.json."""
+    small_disk(workspace.results, options)
+    with pytest.raises(SystemExit, match=f"could not be written: {said}") as stop:
+        run(**SHORT)
+    assert str(workspace.results) in str(stop.value)

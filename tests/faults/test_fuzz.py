@@ -1,0 +1,83 @@
+"""Recipes and MACL plans of any content: valid, or an error that names what is wrong; 2,000 of them."""
+
+import json
+from copy import deepcopy
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from steps import plan as make_plan
+
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, read_plan, was_edited
+from nnunetv2_macl.recipe import Recipe, load_recipe
+from nnunetv2_macl.resources import resource_folder
+
+SETTINGS = settings(
+    max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+)
+KEYS = [*Recipe().as_dict(), "inherits_from", "unknown"]
+NUMBERS = st.integers(-(10**30), 10**30) | st.floats() | st.sampled_from([0, 1, -1, 0.5, 1e308, 2**63])
+TEXTS = st.text(max_size=8) | st.sampled_from(["auto", "macl", "bottleneck", "ema", "sgd", "../x", "\0", "a" * 5000])
+LEAVES = st.none() | st.booleans() | NUMBERS | TEXTS
+VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=4) | st.dictionaries(TEXTS, v, max_size=3), max_leaves=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@SETTINGS
+@given(content=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5) | VALUES | st.binary(max_size=60))
+def test_recipes(folder, content):
+    file = folder / "recipe.json"
+    file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode("utf-8", "surrogatepass"))
+    try:
+        recipe = load_recipe(file, resource_folder("plans"))
+    except UserError as error:
+        assert len(str(error)) > 20
+        return
+    assert isinstance(recipe, Recipe) and recipe.weight_global + recipe.weight_dense > 0
+
+
+@pytest.fixture(scope="module")
+def configuration(planned):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("raw", "preprocessed", "results"):
+            patch.setenv(f"nnUNet_{name}", str(planned.folder / f"nnUNet_{name}"))
+        yield Configuration.load("901", "nnUNetPlans", "2d")
+
+
+@pytest.fixture(scope="module")
+def good(configuration):
+    from nnunetv2_macl.planning.derive import derive_plan
+
+    return derive_plan(configuration, Recipe()).as_json()
+
+
+PLAN_KEYS = st.sampled_from([*make_plan(4, 4, Recipe()).as_json(), "unknown"])
+
+
+@SETTINGS
+@given(
+    changes=st.dictionaries(PLAN_KEYS, VALUES, max_size=3),
+    recipe=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=2),
+    missing=st.sets(PLAN_KEYS, max_size=1),
+)
+def test_plans(folder, configuration, good, changes, recipe, missing):
+    content = deepcopy(good)
+    content["recipe"] |= recipe
+    content = {key: value for key, value in (content | changes).items() if key not in missing}
+    file = folder / "plan.json"
+    file.write_text(json.dumps(content), encoding="utf-8", errors="surrogatepass")
+    try:
+        was_edited(file)
+        plan = read_plan(file)
+        check_plan(plan, configuration, file)
+    except UserError as error:
+        assert len(str(error)) > 20
+        return
+    assert isinstance(plan, MACLPlan) and plan.sampling.batch_size >= 2
+    assert plan.get_recipe() and describe(plan) and plan.as_json()

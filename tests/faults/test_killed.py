@@ -1,0 +1,75 @@
+"""SIGKILL while a checkpoint is written: the previous one or the new one is there, and nothing else after the next start."""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.files import remove_temporary
+from nnunetv2_macl.training import resume
+
+RUN = {"fold": "all", "macl_plan": {"recipe": "a"}}
+
+
+def checkpoint(number, values=200_000, run=RUN):
+    weights = torch.from_numpy(np.full(values, float(number), np.float32))  # torch's threads do not survive a fork
+    return {
+        "format_version": resume.FORMAT_VERSION,
+        "kind": resume.KIND,
+        "run": run,
+        "step": number,
+        "weights": weights,
+    }
+
+
+def write(folder, number, **more):
+    latest = folder / resume.LATEST
+    resume.keep_previous(latest)
+    checkpoints.save(checkpoint(number, **more), latest)
+
+
+def load(folder, say=print):
+    return resume.load_checkpoint(folder, RUN, torch.device("cpu"), say)
+
+
+def write_for_ever(folder, first):
+    while True:
+        write(folder, first)
+        first += 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_killed_fifty_times_while_it_writes(tmp_path):
+    write(tmp_path, 0)
+    generator, said, last, moved = random.Random(0), [], 0, 0
+    context = multiprocessing.get_context("fork")
+    for _ in range(50):
+        process = context.Process(target=write_for_ever, args=(tmp_path, last + 1))
+        process.start()
+        time.sleep(generator.uniform(0.002, 0.06))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        remove_temporary(tmp_path)
+        assert set(os.listdir(tmp_path)) <= {resume.LATEST, resume.PREVIOUS}
+        found = checkpoints.load(tmp_path / resume.LATEST)
+        assert found["step"] >= last and (found["weights"] == found["step"]).all()
+        assert load(tmp_path, said.append)["step"] == found["step"]
+        moved += found["step"] > last
+        last = found["step"]
+    assert not said and moved >= 5
+
+
+def test_what_a_kill_leaves_is_removed_but_not_what_another_writes(tmp_path):
+    (tmp_path / ".checkpoint_latest.pth.abc.tmp").write_bytes(b"half")
+    (tmp_path / "notes.tmp").write_bytes(b"the user's")
+    remove_temporary(tmp_path, older_than=60)
+    assert len(os.listdir(tmp_path)) == 2
+    remove_temporary(tmp_path)
+    assert os.listdir(tmp_path) == ["notes.tmp"]

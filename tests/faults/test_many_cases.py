@@ -1,0 +1,137 @@
+"""A start opens no preprocessed case, however many there are; machines may share the work."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from conftest import DATASET
+
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.preprocessing import cases
+from nnunetv2_macl.preprocessing import index as index_module
+from nnunetv2_macl.preprocessing.index import INDEX, Index
+
+
+@pytest.fixture
+def configuration(workspace):
+    return Configuration.load("901", "nnUNetPlans", "2d")
+
+
+def preprocess(configuration, **options):
+    return cases.preprocess_unlabelled(configuration, [], processes=1, **options)
+
+
+def folder(configuration):
+    return cases.unlabelled_folder(configuration) / DATASET
+
+
+def generate(configuration, workspace, number):
+    """Raw images and preprocessed cases by name alone, done by an earlier start without an index."""
+    raw, target = workspace.raw / DATASET / "imagesUn", folder(configuration)
+    for file in raw.iterdir():
+        file.unlink()
+    signature = configuration.preprocessing_checksum()
+    for case in (f"patient {i:06d} ä" for i in range(number)):
+        image = raw / f"{case}_0000.nii.gz"
+        os.close(os.open(image, os.O_CREAT))
+        (target / f"{case}.b2nd").write_bytes(b"x" * 10)
+        made_from = {"files": [[image.name, 0, os.stat(image).st_mtime_ns]], "channels": None, "plan": signature}
+        (target / f"{case}.json").write_text(json.dumps({"made_from": made_from, "bytes": 10}))
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Names of the JSON files that are read."""
+    names, original = [], index_module.read_json
+
+    def read(path, mend):
+        names.append(Path(path).name)
+        return original(path, mend)
+
+    monkeypatch.setattr(index_module, "read_json", read)
+    return names
+
+
+def test_the_second_start_opens_the_index_alone(configuration, workspace, opened):
+    generate(configuration, workspace, 300)
+    assert len(preprocess(configuration).cases) == 300 and len(opened) == 301
+    opened.clear()
+    assert len(preprocess(configuration).cases) == 300 and opened == [INDEX]
+    before = (folder(configuration) / INDEX).stat().st_mtime_ns
+    preprocess(configuration)
+    assert (folder(configuration) / INDEX).stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_hundred_thousand(configuration, workspace, opened):
+    generate(configuration, workspace, 200_000)
+    preprocess(configuration)
+    opened.clear()
+    began = time.monotonic()
+    assert len(preprocess(configuration).cases) == 200_000 and opened == [INDEX]
+    print(f"{time.monotonic() - began:.1f} s")
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "another plan's", "a list", "entries of nonsense"])
+def test_an_index_is_no_authority(configuration, workspace, opened, damage):
+    generate(configuration, workspace, 5)
+    preprocess(configuration)
+    file = folder(configuration) / INDEX
+    content = json.loads(file.read_text())
+    if damage == "gone":
+        file.unlink()
+    elif damage == "cut":
+        file.write_text(file.read_text()[:50])
+    elif damage == "another plan's":
+        file.write_text(json.dumps(content | {"plan": "x"}))
+    else:
+        file.write_text(
+            json.dumps([] if damage == "a list" else content | {"cases": dict.fromkeys(content["cases"], 7)})
+        )
+    opened.clear()
+    assert len(preprocess(configuration).cases) == 5 and len(opened) == 5 + 1
+
+
+def test_what_was_written_since_is_looked_up(configuration, workspace, opened):
+    generate(configuration, workspace, 3)
+    preprocess(configuration)
+    target = folder(configuration)
+    first, second, _ = sorted(target.glob("patient*.b2nd"))
+    first.write_bytes(b"y" * 10)  # made again, as it should be: its own JSON decides
+    second.write_bytes(b"x" * 9)  # cut short
+    index = Index(target, configuration.preprocessing_checksum())
+    opened.clear()
+    made_from = {p: json.loads(p.with_suffix(".json").read_text())["made_from"] for p in (first, second)}
+    assert index.is_done(first.stem, made_from[first]) and not index.is_done(second.stem, made_from[second])
+    assert len(opened) == 2
+
+
+def test_machines_that_share_the_work(configuration, workspace, opened):
+    """Each writes the index without the other's cases in the worst case; what it lacks costs a look, never a case."""
+    target = folder(configuration)
+    for file in target.iterdir():
+        file.unlink()
+    preprocess(configuration, part=slice(0, None, 2))
+    kept = (target / INDEX).read_bytes()
+    preprocess(configuration, part=slice(1, None, 2))
+    (target / INDEX).write_bytes(kept)  # the first machine wrote last
+    opened.clear()
+    written = {file.name: file.stat().st_mtime_ns for file in target.glob("*.b2nd")}
+    assert len(preprocess(configuration).cases) == 4 and len(opened) == 1 + 2
+    assert {file.name: file.stat().st_mtime_ns for file in target.glob("*.b2nd")} == written
+    opened.clear()
+    preprocess(configuration)
+    assert opened == [INDEX]
+
+
+def test_what_killed_preprocessing_leaves_is_removed_once_it_is_old(configuration, workspace):
+    target = folder(configuration)
+    for name, age in ((".new.b2nd.abc.tmp", 0), (".old.b2nd.abc.tmp", 10 * 86400)):
+        (target / name).write_bytes(b"half")
+        os.utime(target / name, (time.time() - age, time.time() - age))
+    preprocess(configuration)
+    assert (target / ".new.b2nd.abc.tmp").exists() and not (target / ".old.b2nd.abc.tmp").exists()

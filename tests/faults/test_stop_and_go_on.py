@@ -1,0 +1,241 @@
+"""A run that is stopped, and goes on as if it never had been."""
+
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATASET
+
+from faults.tools import after_step, same
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.run import pretrain
+from nnunetv2_macl.training import resume
+from nnunetv2_macl.training.signals import Signals
+
+pytestmark = [pytest.mark.usefixtures("own_signals"), pytest.mark.skipif(sys.platform == "win32", reason="signals")]
+EPOCHS, STEPS = 2, 4
+PRETRAIN = "nnUNetTrainerMACLPretrain"
+
+
+def run(**options):
+    size = {} if options.get("continue_training") else dict(
+        num_epochs=EPOCHS, num_iterations_per_epoch=STEPS, batch_size=4
+    )  # fmt: skip
+    return pretrain(DATASET, "2d", device="cpu", processes=1, **size, **options)
+
+
+def stopped_run(monkeypatch, step, number=signal.SIGTERM, **options):
+    """A run that gets a signal within a step; returns its exit code."""
+    with after_step(monkeypatch, step, lambda: os.kill(os.getpid(), number)), pytest.raises(SystemExit) as stop:
+        run(**options)
+    return stop.value.code
+
+
+def result(folder):
+    """All that a run has made, but for what the clock decides."""
+    final = checkpoints.load(folder / resume.FINAL)
+    log = {key: value for key, value in final["logging"].items() if "timestamps" not in key and "second" not in key}
+    state = final["optimizer_state"]["state"]
+    optimizer = {f"{p}.{k}": v for p, values in state.items() for k, v in values.items() if isinstance(v, torch.Tensor)}
+    return (
+        final["network_weights"],
+        optimizer,
+        log,
+        (final["step"], final["current_epoch"], final["lr_scheduler_state"]),
+    )
+
+
+def text_log(folder):
+    return "\n".join(file.read_text() for file in sorted(folder.glob("training_log_*")))
+
+
+@pytest.fixture(scope="module")
+def whole(planned, tmp_path_factory):
+    """The run that was never stopped."""
+    import shutil
+
+    space = type(planned)(tmp_path_factory.mktemp("whole") / "nnunet")
+    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            patch.setenv(name, str(space.folder / name))
+        return result(run())
+
+
+@pytest.mark.parametrize("step, number", [(1, signal.SIGTERM), (STEPS - 1, signal.SIGINT), (STEPS + 2, signal.SIGTERM)])
+def test_a_stopped_run_goes_on_bit_for_bit(workspace, monkeypatch, capfd, whole, step, number):
+    assert stopped_run(monkeypatch, step, number) == 0
+    folder = workspace.run_folder(PRETRAIN)
+    out = capfd.readouterr().out
+    assert f"Stopped as asked, after {step + 1} of {EPOCHS * STEPS} steps" in out
+    (command,) = re.findall(r"^ +(nnUNetv2_train_macl_pretrain .*)$", out, re.MULTILINE)
+    assert command == "nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu --c"
+    assert checkpoints.load(folder / resume.LATEST)["step"] == step + 1
+    assert not (folder / ".macl_running.json").exists() and not (folder / resume.FINAL).exists()
+    run(continue_training=True)
+    weights, optimizer, log, rest = result(folder)
+    assert same(weights, whole[0]) and same(optimizer, whole[1]) and optimizer
+    assert log == whole[2] and rest == whole[3]
+    losses = [re.findall(rf"Epoch {n}  (loss .*?)  [\d.]+ s ", text_log(folder)) for n in range(EPOCHS)]
+    assert [len(lines) for lines in losses] == [1] * EPOCHS  # each epoch is told once
+    assert not any(
+        name.startswith(("checkpoint_latest", "checkpoint_previous", "previous_")) for name in os.listdir(folder)
+    )
+
+
+def test_the_real_command_gets_a_real_signal(workspace):
+    import subprocess
+
+    command = ["nnUNetv2_train_macl_pretrain", "901", "-c", "2d", "-device", "cpu", "-np", "1", "-batch_size", "4"]
+    command += ["-num_epochs", "2", "-num_iterations_per_epoch", "10000"]
+    process = subprocess.Popen(
+        command, env=workspace.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    folder, lines = workspace.run_folder(PRETRAIN), []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if "Pre-training on" in line:
+                break
+        while not (folder / "views.png").exists() and process.poll() is None:  # the first step is on its way
+            os.sched_yield()
+        os.killpg(process.pid, signal.SIGTERM)  # all processes, the data worker too, as a cluster does
+        lines += process.stdout.readlines()
+        assert process.wait(60) == 0, "".join(lines[-30:])
+    finally:
+        process.kill()
+    assert "Stopped as asked" in "".join(lines) and "Traceback" not in "".join(lines)
+    assert checkpoints.load(folder / resume.LATEST)["step"] >= 1
+
+
+def test_a_checkpoint_on_demand(workspace, monkeypatch, whole):
+    seen = []
+    folder = workspace.run_folder(PRETRAIN)
+    original = resume.keep_previous
+
+    def keep(latest):
+        original(latest)
+        seen.append(latest.exists())
+
+    monkeypatch.setattr(resume, "keep_previous", keep)
+    with after_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGUSR1)):
+        run()
+    assert len(seen) == 2  # on demand, and at the end of the first epoch
+    assert all(same(a, b) for a, b in zip(result(folder)[:2], whole[:2], strict=True))
+
+
+def test_a_damaged_checkpoint_costs_what_was_done_since_the_previous_one(workspace, monkeypatch, capfd, whole):
+    stopped_run(monkeypatch, STEPS + 1)
+    folder = workspace.run_folder(PRETRAIN)
+    latest = folder / resume.LATEST
+    content = bytearray(latest.read_bytes())
+    content[len(content) // 2] ^= 1
+    latest.unlink()
+    latest.write_bytes(content)
+    run(continue_training=True)
+    out = capfd.readouterr().out
+    assert f"{resume.LATEST} is damaged" in out and "goes on from checkpoint_previous.pth" in out
+    assert (folder / f"{resume.LATEST}.corrupt").read_bytes() == content
+    assert same(result(folder)[0], whole[0])
+
+
+def test_only_the_previous_checkpoint_is_left(workspace, monkeypatch, whole):
+    """nnU-Net does not know its name, and would start anew."""
+    stopped_run(monkeypatch, STEPS + 1)
+    folder = workspace.run_folder(PRETRAIN)
+    (folder / resume.LATEST).unlink()
+    run(continue_training=True)
+    assert same(result(folder)[0], whole[0]) and not list(folder.glob("previous_*"))
+    (folder / resume.FINAL).write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"checkpoint_final\.pth.*Leave out --c"):
+        run(continue_training=True)
+
+
+def test_other_images_are_told(workspace, monkeypatch, capfd):
+    stopped_run(monkeypatch, 1)
+    next((workspace.raw / DATASET / "imagesUn").iterdir()).unlink()
+    stopped_run(monkeypatch, 2, continue_training=True)
+    assert "the images are no longer those that the run began with" in capfd.readouterr().out
+
+
+def test_a_case_that_vanishes_stops_the_run_with_what_was_done(workspace, monkeypatch):
+    folder = workspace.run_folder(PRETRAIN)
+
+    def vanish():
+        for file in (workspace.preprocessed / DATASET / "nnUNetPlans_macl_2d" / DATASET).glob("*.b2nd"):
+            file.unlink()
+
+    with after_step(monkeypatch, 0, vanish), pytest.raises(SystemExit, match=r"\.b2nd cannot be read.*--c") as stop:
+        pretrain(DATASET, "2d", device="cpu", processes=1, num_epochs=1, num_iterations_per_epoch=30, batch_size=4)
+    assert "Traceback" not in str(stop.value)
+    assert checkpoints.load(folder / resume.LATEST)["step"] >= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_killed_worker_ends_the_run_with_what_to_type(workspace, monkeypatch):
+    def kill():
+        for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+            if b"tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(int(child), signal.SIGKILL)
+
+    said = r"data worker was killed.*nnUNet_n_proc_DA=2 nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu --c"
+    with after_step(monkeypatch, 1, kill), pytest.raises(SystemExit, match=said):
+        pretrain(DATASET, "2d", device="cpu", processes=1, num_epochs=1, num_iterations_per_epoch=500, batch_size=4)
+    assert not (workspace.run_folder(PRETRAIN) / ".macl_running.json").exists()
+
+
+def test_ten_steps_without_a_gradient_stop_the_run(workspace, monkeypatch):
+    from nnunetv2_macl.data import PretrainingBatches
+
+    original = PretrainingBatches.__getitem__
+
+    def spoilt(self, step):
+        batch = original(self, step)
+        batch["data"] *= float("nan") if step >= 2 else 1
+        return batch
+
+    monkeypatch.setattr(PretrainingBatches, "__getitem__", spoilt)
+    with pytest.raises(SystemExit, match=r"10 steps in a row had no finite loss.*bad_batch\.pth"):
+        pretrain(DATASET, "2d", device="cpu", processes=1, num_epochs=9, num_iterations_per_epoch=6, batch_size=4)
+    folder = workspace.run_folder(PRETRAIN)
+    bad = checkpoints.load(folder / "bad_batch.pth")
+    assert bad["step"] == 11 and bad["data"].isnan().all() and len(bad["cases"]) == 4
+    latest = checkpoints.load(folder / resume.LATEST)
+    assert latest["logging"]["skipped_steps"] == [4.0]
+    assert all(value.isfinite().all() for value in latest["network_weights"].values())
+
+
+def test_a_second_signal_stops_at_once():
+    process = Path(__file__).with_name("stop_twice.py")
+    import subprocess
+
+    done = subprocess.run([sys.executable, str(process)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGTERM and done.stdout.split() == ["first"], done
+
+
+def test_torchruns_repetition_is_no_second_signal(monkeypatch):
+    from nnunetv2_macl.training import signals as module
+
+    monkeypatch.setattr(module, "started_by_torchrun", lambda: True)
+    signals = Signals()
+    signals.listen()
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.asked() == (True, False)
+    signals.restore()
+
+
+def test_what_only_one_rank_was_told_all_do(tmp_path):
+    import torch.multiprocessing as mp
+
+    from faults.tools import ask_rank
+
+    mp.spawn(ask_rank, (2, str(tmp_path)), nprocs=2)
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert said[0] == said[1] == [[False, False], [False, True], [False, False], [True, False]]

@@ -1,0 +1,110 @@
+"""One run a folder: the second is refused, a lock whose process is gone is taken over, by one run alone."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.training.run_folder import RunLock, _process_start
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+fork = multiprocessing.get_context("fork") if sys.platform != "win32" else None
+
+
+def hold(folder, ready):
+    RunLock(folder).acquire()
+    ready.set()
+    time.sleep(600)
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that holds the folder."""
+    ready = fork.Event()
+    process = fork.Process(target=hold, args=(tmp_path, ready), daemon=True)
+    process.start()
+    assert ready.wait(30)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_the_second_is_refused_and_a_dead_ones_lock_taken_over(tmp_path, other):
+    with pytest.raises(UserError) as error:
+        RunLock(tmp_path).acquire()
+    started = json.loads((tmp_path / ".macl_running.json").read_text())["started"]
+    for word in (f"process {other.pid}", socket.gethostname(), started, "rm "):
+        assert word in str(error.value)
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert json.loads(lock.file.read_text())["pid"] == os.getpid()
+    lock.release()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(_process_start(os.getpid()) is None, reason="the system does not tell when a process began")
+def test_the_number_of_a_dead_process_that_another_has_now(tmp_path):
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        lock = RunLock(tmp_path)
+        owner = {"host": socket.gethostname(), "pid": sleeper.pid, "started": "then"}
+        lock.file.write_text(json.dumps(owner | {"process_start": _process_start(sleeper.pid)}))
+        with pytest.raises(UserError, match=f"process {sleeper.pid}"):
+            lock.acquire()
+        lock.file.write_text(json.dumps(owner | {"process_start": "boot 1"}))
+        lock.acquire()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_another_machines_lock_stays(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.file.write_text(json.dumps({"host": "elsewhere", "pid": 2**22, "process_start": "x", "started": "then"}))
+    with pytest.raises(UserError, match="on elsewhere, since then"):
+        lock.acquire()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}', "null"])
+def test_a_lock_whose_writer_was_killed_in_the_middle(tmp_path, content):
+    lock = RunLock(tmp_path)
+    lock.file.write_text(content)
+    lock.acquire()
+
+
+def try_to_take(folder, start, taken, done):
+    start.wait()
+    try:
+        RunLock(folder).acquire()
+        taken.release()
+    except UserError:
+        pass
+    done.wait()
+
+
+def test_of_many_that_find_a_dead_ones_lock_one_gets_it(tmp_path):
+    for _ in range(5):
+        (tmp_path / ".macl_running.json").write_text(
+            json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "process_start": "x", "started": "then"})
+        )
+        start, done, taken = fork.Event(), fork.Event(), fork.Semaphore(0)
+        processes = [
+            fork.Process(target=try_to_take, args=(tmp_path, start, taken, done), daemon=True) for _ in range(8)
+        ]
+        for process in processes:
+            process.start()
+        start.set()
+        assert taken.acquire(timeout=30)
+        assert not taken.acquire(timeout=0.1)
+        done.set()
+        for process in processes:
+            process.join()
