@@ -21,7 +21,7 @@ from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, find_sources,
 from nnunetv2_macl.recipe import check_values
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.launch import join_ranks, leave_ranks, train
-from nnunetv2_macl.training.pretrain import PLAN_COPY
+from nnunetv2_macl.training.run_folder import PLAN_COPY
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration, read_json
 from nnunetv2_macl.planning.plan import MACLPlan, read_plan
 from nnunetv2_macl.preprocessing.cases import unlabelled_folder
-from nnunetv2_macl.training.pretrain import PLAN_COPY
-from nnunetv2_macl.training.run_folder import RunLock
+from nnunetv2_macl.training.run_folder import PLAN_COPY, RunLock
 
 FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth")

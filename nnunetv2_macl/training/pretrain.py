@@ -38,12 +38,11 @@ from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_
 from nnunetv2_macl.training.epoch_log import CollapseWatch, Epoch, EpochSums, log_keys
 from nnunetv2_macl.training.export import export_run
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice
-from nnunetv2_macl.training.run_folder import RunLock, set_aside
+from nnunetv2_macl.training.run_folder import PLAN_COPY, RunLock, set_aside
 from nnunetv2_macl.training.signals import Signals, ignore_in_worker
 from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
 
-PLAN_COPY = "macl_plan.json"
 BAD_BATCH = "bad_batch.pth"
 # a GPU in mixed precision skips a few steps by itself, until it has found its scale
 _MOST_SKIPPED = 10
@@ -481,6 +480,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 "step": self._step,
                 "epoch_sums": self.sums.as_dict(),
                 "collapse": asdict(self.collapse),
+                "collapsed": self.collapse.reason,
                 "images": self._images(),
                 "trainer_name": self.__class__.__name__,
             },

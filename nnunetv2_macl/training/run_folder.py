@@ -15,6 +15,9 @@ from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import cannot_write
 
+# the plan that a run began with, in its folder
+PLAN_COPY = "macl_plan.json"
+
 
 class RunLock:
     """Held while a run writes into a folder; a second run is refused. A lock whose process is gone is taken over.
