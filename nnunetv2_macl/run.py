@@ -82,6 +82,7 @@ def pretrain(
     Raises:
         UserError: a mistake that the user can mend.
     """
+    nnunet.require_folders()
     train_too = not (plan_only or preprocess_only)
     if train_too:
         check_device(device, num_gpus)

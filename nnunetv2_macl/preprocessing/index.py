@@ -1,4 +1,4 @@
-"""``index.json`` of a folder of preprocessed cases: what each was made from, so that a start need not open any.
+"""``.index`` of a folder of preprocessed cases: what each was made from, so that a start need not open any.
 
 It only makes starts fast. What it lacks, and what was written since, is looked up in the case's own ``CASE.json``. So machines
 that preprocess parts into one folder need not agree about it, and the last to write wins.
@@ -16,7 +16,8 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import remove_temporary, write_whole
 from nnunetv2_macl.nnunet import read_json
 
-INDEX = "index.json"
+# no name of a case's file
+INDEX = ".index"
 _FORMAT_VERSION = 1
 # longer than a case takes on any machine: another may be writing into the folder
 _ABANDONED = 6 * 3600.0

@@ -310,7 +310,7 @@ def test_a_run_goes_on_in_smaller_parts_to_nearly_the_same_weights(workspace):
     pretrain("901", "2d", num_epochs=2, num_iterations_per_epoch=1, **options)
     (folder / "checkpoint_final.pth").unlink()
     pretrain("901", "2d", device="cpu", continue_training=True, patches_at_once=1)
-    assert checkpoints.load(folder / "checkpoint_final.pth")["macl_plan"]["patches_at_once"] == 1
+    assert json.loads((folder / "macl_plan.json").read_text())["patches_at_once"] == 1
     cut = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
     for name, value in whole.items():
         torch.testing.assert_close(cut[name], value, rtol=1e-3, atol=1e-4, msg=name)
