@@ -151,6 +151,7 @@ def test_mistakes_are_told(run, tmp_path, monkeypatch):
     said = []
     write_report_after_run(tmp_path / "nowhere", said.append)
     assert "No report was written" in said[0] and "nnUNetv2_macl_report" in said[0]
+    (run / "report.html").unlink()
     monkeypatch.setattr(page, "MOST_BYTES", 10)
     with pytest.raises(UserError, match="more than the 10 that it may"):
         write_report(run)
