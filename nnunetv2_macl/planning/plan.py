@@ -60,7 +60,9 @@ class MACLPlan:
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(volume_patch(self.patch_size), self.batch_size, self.position_group_size, self.recipe["seed"])
+        return Sampling(
+            volume_patch(self.patch_size), self.batch_size, self.position_group_size, self.get_recipe().seed
+        )
 
     def with_recipe(self, values: dict[str, Any]) -> MACLPlan:
         """The same plan with other recipe values, none of which anything else is derived from but the batch size."""

@@ -51,8 +51,8 @@ class RawFile(NamedTuple):
             wrong = f"{path} is no file, but a folder or a device."
         elif is_link and not _lies_in(os.path.realpath(path), inside):
             wrong = (
-                f"{path} is a link to {os.path.realpath(path)}, which lies outside of nnUNet_raw. A link for the whole "
-                "folder is followed; one in a data set from elsewhere is not."
+                f"{path} is a link to {os.path.realpath(path)}, which lies outside of nnUNet_raw: such links "
+                "in a data set are not followed. Copy the image there, or make the whole folder a link."
             )
         return cls(path, [name, found.st_size, found.st_mtime_ns], wrong)
 

@@ -56,7 +56,7 @@ def show_features(run: Run, device: str = "cpu") -> Features:
     cases = _cases(run)
     patch = run.plan.sampling.patch_size
     number = int(np.clip(_VOXELS // np.prod(patch), *_PATCHES))
-    sampling = replace(run.plan.sampling, batch_size=number, position_group_size=1, seed=run.plan.recipe["seed"] + 1)
+    sampling = replace(run.plan.sampling, batch_size=number, position_group_size=1, seed=run.plan.get_recipe().seed + 1)
     try:
         batch = PretrainingBatches(cases, sampling, (0, number), 1)[0]
     except (ValueError, OSError, RuntimeError) as error:

@@ -31,7 +31,7 @@ def export_run(
         UserError: a file could not be written.
     """
     encoder, decoder = network.unet_weights()
-    torch.manual_seed(plan.recipe["seed"])
+    torch.manual_seed(plan.get_recipe().seed)
     plans, manager, dataset_json = configuration.plans_manager, configuration.manager, configuration.dataset_json
     fresh = nnUNetTrainer.build_network_architecture(
         plans,

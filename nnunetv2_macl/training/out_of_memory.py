@@ -54,7 +54,7 @@ def out_of_memory_advice(
     smaller = smaller_batch(plan.batch_size, world_size)
     if smaller < plan.batch_size:
         tries.append(f"-batch_size {smaller} in a new run")
-        if plan.recipe["batch_size"] == AUTO:
+        if plan.get_recipe().batch_size == AUTO:
             tries.append(f"-gpu_memory {plan.gpu_memory_gb * 0.7:.2g} in a new run, which plans its batch for that")
     if tries:
         return f"{told} Type the same command with {'; or with '.join(tries)}."

@@ -222,7 +222,7 @@ def test_a_second_signal_stops_at_once():
 def test_torchruns_repetition_is_no_second_signal(monkeypatch):
     from nnunetv2_macl.training import signals as module
 
-    monkeypatch.setattr(module, "started_by_torchrun", lambda: True)
+    monkeypatch.setattr(module, "world_size", lambda: 2)
     signals = Signals()
     signals.listen()
     for _ in range(3):
