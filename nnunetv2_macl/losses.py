@@ -10,6 +10,7 @@ Volumetric Medical Image Segmentation", MICCAI 2021, https://arxiv.org/abs/2106.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -247,7 +248,7 @@ class EquivarianceLoss(nn.Module):
             return F.l1_loss(dominant, down(auxiliary, dominant.shape[2:]))
 
 
-def down(maps: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+def down(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Linear interpolation of (N, C, *spatial) to ``size``, corners aligned: the paper's downsampling."""
     if tuple(maps.shape[2:]) == tuple(size):
         return maps

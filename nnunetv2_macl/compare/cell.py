@@ -86,9 +86,9 @@ def _measure(study: Study, target: Configuration, predictions: Path) -> list[dic
     ending = target.dataset_json["file_ending"]
     rows = []
     for case in study.split.test:
-        files = (str(folder / f"{case}{ending}") for folder in (study.raw / "labelsTs", predictions))
+        reference, prediction = (str(folder / f"{case}{ending}") for folder in (study.raw / "labelsTs", predictions))
         reader = target.plans_manager.image_reader_writer_class()
-        for agreement in measure(*files, reader, classes, labels.ignore_label):
+        for agreement in measure(reference, prediction, reader, classes, labels.ignore_label):
             values = {key: _json(value) for key, value in asdict(agreement).items()}
             rows.append({"case": case} | values)
     return rows

@@ -29,7 +29,7 @@ def draw(results: Results, file: Path) -> None:
     study = results.study
     labels = study.split.labels
     figure = Figure(figsize=(max(11.0, 3.6 * len(labels)), 8.5), layout="constrained")
-    above, below = figure.subfigures(2, 1, hspace=0.06)
+    above, below = figure.subfigures(2, 1, hspace=0.06)  # type: ignore[misc]
     colours = {arm.slug: f"C{number}" for number, arm in enumerate(study.arms)}
     over_labels = above.subplots(1, 2)
     _over_labels(over_labels, results, colours)

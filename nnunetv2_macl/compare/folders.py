@@ -163,7 +163,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], log: Pat
     ours = {"PATH": path, "nnUNet_extTrainer": str(resource_folder("trainers"))}
     with log.open("a") as stream:
         process = subprocess.run(
-            command, env=dict(os.environ) | ours | environment, stdout=stream, stderr=subprocess.STDOUT
+            command, env={**os.environ, **ours, **environment}, stdout=stream, stderr=subprocess.STDOUT
         )
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])

@@ -52,8 +52,8 @@ def measure(
     compared = reference != ignore_label if ignore_label is not None else np.ones_like(reference, dtype=bool)
     found = []
     for label in classes:
-        masks = (region_or_label_to_mask(array, label) & compared for array in (reference, prediction))
-        hd95, asd = surface_distances(*masks, spacing=properties["spacing"])
+        wanted, got = (region_or_label_to_mask(array, label) & compared for array in (reference, prediction))
+        hd95, asd = surface_distances(wanted, got, properties["spacing"])
         found.append(Agreement(label_or_region_to_key(label), float(metrics[label]["Dice"]), hd95, asd))
     return found
 
@@ -71,10 +71,9 @@ def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing: Se
     if not (reference.any() and prediction.any()):
         return float("nan"), float("nan")
     spacing = [float(s) for s, n in zip(spacing, reference.shape, strict=True) if n > 1]
-    masks = [torch.from_numpy(np.squeeze(mask).copy())[None, None] for mask in (prediction, reference)]
+    got, wanted = (torch.from_numpy(np.squeeze(mask).copy())[None, None] for mask in (prediction, reference))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        options = {"include_background": True, "spacing": spacing}
-        hd95 = compute_hausdorff_distance(*masks, percentile=95, **options)
-        asd = compute_average_surface_distance(*masks, symmetric=True, **options)
+        hd95 = compute_hausdorff_distance(got, wanted, include_background=True, percentile=95, spacing=spacing)
+        asd = compute_average_surface_distance(got, wanted, include_background=True, symmetric=True, spacing=spacing)
     return float(hd95), float(asd)

@@ -116,7 +116,7 @@ def _lines(results: Results, sentence: str) -> list[str]:
     lines += _table(results, lambda arm, n: _with_interval(found[arm][n], "+"), skip=SCRATCH)
     for name, title in (("hd95", "HD95"), ("asd", "ASD")):
         lines += ["", f"## {title} in mm on {tested}", ""]
-        lines += _table(results, lambda arm, n, name=name: _distance(groups[arm, n].measures[name], resampling))
+        lines += _table(results, lambda arm, n, name=name: _distance(groups[arm, n].measures[name], resampling))  # type: ignore[misc]
     if len(results.classes) > 1:
         lines += ["", "## Dice by class", ""]
         lines += _table(

@@ -146,13 +146,13 @@ def _steps(study: Study, images: RawImages, planner_name: str, device: str, proc
         )
         steps.append(pretrained[recipe])
     for cell in study.cells:
-        recipe = study.arm(cell.arm).recipe
+        arm_recipe = study.arm(cell.arm).recipe
         steps.append(
             Step(
                 cell.name,
                 study.cell_folder(cell),
                 functools.partial(_run_cell, study, cell, device, processes, jobs),
-                needs=(pretrained[recipe] if recipe else planning,),
+                needs=(pretrained[arm_recipe] if arm_recipe else planning,),
             )
         )
     return steps

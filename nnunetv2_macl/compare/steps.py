@@ -118,7 +118,7 @@ class _Work:
                         logger.info("Waiting: %s", held)
                     continue
                 if step.is_done:  # by the process that held the lock a moment ago
-                    lock.release()
+                    lock.release()  # type: ignore[unreachable]
                     continue
                 self._todo.remove(step)
                 return step, lock

@@ -57,6 +57,10 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     # a lost epoch is what a crash may cost
     save_every_epochs: int = 1
+    # nnU-Net's own, which it does not declare
+    is_ddp: bool
+    current_epoch: int
+    grad_scaler: torch.amp.GradScaler | None
 
     def __init__(
         self,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.optim.lr_scheduler import LambdaLR
@@ -140,21 +140,21 @@ class TrainingStep:
             outputs = self.module.project(features)
         losses, everyone = self._losses(outputs, positions)
         self._scaled(self._stage_loss(losses, step)).backward()
-        gradients = {key: feature.grad for key, feature in features.items()}
+        gradients = {key: feature.grad for key, feature in features.items() if feature.grad is not None}
         del features, outputs
         for first, part in zip(cuts, parts, strict=True):
             with self._autocast():
                 piece = self.module.features(*part)
             # an averaged encoder has no gradient; with two training stages some features have none
-            used = [key for key in piece if piece[key].requires_grad and gradients[key] is not None]
+            used = [key for key in piece if piece[key].requires_grad and key in gradients]
             torch.autograd.backward(
                 [piece[key] for key in used], [gradients[key][first : first + at_once] for key in used]
             )
         return losses, everyone
 
-    def _autocast(self):
+    def _autocast(self) -> AbstractContextManager:
         # as nnU-Net: autocast pays on a GPU only
-        return torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context()
+        return torch.autocast(self.device.type) if self.device.type == "cuda" else nullcontext()
 
     def _losses(self, outputs: dict[str, Tensor], positions: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         everyone = {name: distributed.gather(output) for name, output in outputs.items()}
@@ -182,19 +182,20 @@ class TrainingStep:
     def _update(self, step: int, loss: Tensor) -> bool:
         """Move the weights, unless loss or gradient is not finite; returns whether it did. The schedule goes on anyway."""
         if self._in_decoder_stage(step):
-            for parameter in self.module.encoder.parameters():
-                parameter.grad = None
+            for name, parameter in self.module.named_parameters():
+                if name.startswith("encoder."):
+                    parameter.grad = None
         distributed.sum_gradients(self.module)
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), _MAX_GRADIENT_NORM)
         finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
-        if finite and self.grad_scaler is None:
-            self.optimizer.step()
-        elif finite:
-            self.grad_scaler.step(self.optimizer)
         if self.grad_scaler is not None:
+            if finite:
+                self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
+        elif finite:
+            self.optimizer.step()
         self.scheduler.step()
         if finite:
             self.module.update_ema()
