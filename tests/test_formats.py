@@ -10,7 +10,8 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from test_transfer import KINDS, architecture, unet
 
-from nnunetv2_macl import checkpoints, cli, formats
+from nnunetv2_macl import checkpoints, formats
+from nnunetv2_macl.cli.weights import export_entry
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.transfer import ADAPTED, plan_transfer
 
@@ -67,7 +68,7 @@ def run(tmp_path):
 def export(monkeypatch, capsys, *arguments):
     """The command; returns what it printed."""
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_export", *map(str, arguments)])
-    cli.export_entry()
+    export_entry()
     return capsys.readouterr().out
 
 

@@ -15,7 +15,8 @@ import torch
 from test_formats import preprocessing
 from test_transfer import architecture, unet
 
-from nnunetv2_macl import checkpoints, cli
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.cli.weights import export_entry, inspect_entry, install_entry
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.sharing import install as installing
 from nnunetv2_macl.sharing.inspect import inspect
@@ -172,7 +173,7 @@ def test_what_looks_like_a_path_is_taken_out(text, cleaned):
 def test_the_ending_says_the_format_and_mistakes_are_told(run, tmp_path, monkeypatch, capsys):
     def export(*arguments):
         monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_export", *map(str, arguments)])
-        cli.export_entry()
+        export_entry()
         return capsys.readouterr().out
 
     assert "No images, no case names" in export(run, "-o", tmp_path / "a.zip")
@@ -194,7 +195,7 @@ def test_installed_where_fine_tuning_looks_with_the_same_weights(package, run, t
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_install", str(package)])
-    cli.install_entry()
+    install_entry()
     assert "nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerMACL" in capsys.readouterr().out
     folder = tmp_path / INSTALLED
     here, there = checkpoints.load_weights(run), checkpoints.load_weights(folder)
@@ -206,7 +207,7 @@ def test_installed_where_fine_tuning_looks_with_the_same_weights(package, run, t
     # what was installed can be passed on
     write_package(folder, tmp_path / "onwards.zip")
     with pytest.raises(SystemExit, match=r"is there already, with README\.md"):
-        cli.install_entry()
+        install_entry()
 
 
 def replace(content, name, old, new):
@@ -298,12 +299,12 @@ def test_a_disk_without_room_is_told(package, tmp_path, monkeypatch):
 def test_each_kind_of_file_is_told(package, run, monkeypatch, capsys):
     for file, words in (
         (package, ["package", "cc-by-4.0", "7 files agree with their SHA-256"]),
-        (run / "macl_encoder.pth", ["encoder weights", "it loads"]),
+        (run / "macl_encoder.pth", ["encoder weights", "yes, as far as the checksums"]),
         (run / "macl_decoder.pth", ["decoder weights"]),
         (run / "macl_network.pth", ["whole nnU-Net network"]),
     ):
         monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_inspect", str(file)])
-        cli.inspect_entry()
+        inspect_entry()
         out = capsys.readouterr().out
         for word in [*words, "Dataset901_Generated", "16 x 24 x 32 voxels", "L_g 1.250", "torch", "JBHI 2026"]:
             assert word in out, (file, word)
@@ -315,7 +316,7 @@ def test_a_checkpoint_and_a_stranger(tmp_path):
             "kind": "macl_checkpoint",
             "current_epoch": 2,
             "logging": {"train_losses/dense": [3.0, 2.5]},
-            "macl_plan": {"dataset_name": "Dataset901_X", "recipe": {"num_epochs": 9}},
+            "run": {"macl_plan": {"dataset_name": "Dataset901_X", "recipe": {"num_epochs": 9}}},
             "collapsed": "L_g is 5.919\x1b[31m",
         },
         tmp_path / "checkpoint_latest.pth",

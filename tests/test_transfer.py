@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nnunetv2_macl import checkpoints, cli
+from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
+from nnunetv2_macl.cli.weights import transfer_entry
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.transfer import ADAPTED, AS_IT_IS, NOT_TAKEN, fit_input_channels, plan_transfer
 
@@ -302,7 +303,7 @@ def show(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(
             sys, "argv", ["nnUNetv2_macl_transfer", str(tmp_path / "macl_encoder.pth"), DATASET, *arguments]
         )
-        cli.transfer_entry()
+        transfer_entry()
         return capsys.readouterr().out
 
     return command

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_macl import checkpoints, formats
+from nnunetv2_macl import checkpoints, files, formats
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.planning.plan import describe, read_plan, was_edited
 from nnunetv2_macl.sharing.install import open_package, read_manifest, verify
@@ -83,12 +83,12 @@ def _checkpoint(file: Path) -> str:
     if kind not in _KINDS:
         raise UserError(f"{file} is no file of nnunetv2_macl: it holds {', '.join(map(str, list(content)[:8]))}.")
     if kind == "macl_checkpoint":
-        plan = content.get("macl_plan") or {}
+        plan = content["run"]["macl_plan"]
         log = (content.get("logging") or {}) if isinstance(content.get("logging"), dict) else {}
         losses = {key: values[-1] for key, values in log.items() if key.startswith("train_losses/") and values}
         description = {
             "macl_plan": plan,
-            "epochs": f"{content.get('current_epoch')} of {(plan.get('recipe') or {}).get('num_epochs')}",
+            "epochs": f"{content.get('current_epoch')} of {plan['recipe']['num_epochs']}",
             "final_losses": losses,
             "collapsed": content.get("collapsed"),
         }
@@ -98,8 +98,10 @@ def _checkpoint(file: Path) -> str:
 
 
 def _wholeness(file: Path) -> str:
-    """Of a checkpoint that was loaded. A checksum that lies beside the file is to be compared here, and nowhere else."""
-    return "it loads"
+    """Of a checkpoint that was loaded."""
+    if files.verify(file):
+        return f"yes: it agrees with {files.sidecar(file).name}"
+    return f"yes, as far as the checksums in it tell; there is no {files.sidecar(file).name} beside it"
 
 
 def _told(file: Path, kind: str, facts: dict[str, str], whole: str, citations: Any) -> str:
