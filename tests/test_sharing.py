@@ -299,7 +299,7 @@ def test_a_disk_without_room_is_told(package, tmp_path, monkeypatch):
 def test_each_kind_of_file_is_told(package, run, monkeypatch, capsys):
     for file, words in (
         (package, ["package", "cc-by-4.0", "7 files agree with their SHA-256"]),
-        (run / "macl_encoder.pth", ["encoder weights", "yes, as far as the checksums"]),
+        (run / "macl_encoder.pth", ["encoder weights", "agrees with macl_encoder.pth.sha256"]),
         (run / "macl_decoder.pth", ["decoder weights"]),
         (run / "macl_network.pth", ["whole nnU-Net network"]),
     ):

@@ -9,13 +9,14 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
 
 import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-from nnunetv2_macl.data import PretrainingBatches
+from nnunetv2_macl.data import PretrainingBatches, load_batches
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.derive import derive_plan
@@ -49,10 +50,11 @@ class _Measured(nnUNetTrainerMACLPretrain):
     def _prepare_data(self) -> Preprocessed:
         return Preprocessed(training_cases(self.macl_configuration), {})
 
-    @property
-    def _total_steps(self) -> int:
-        # a plan may be for fewer
-        return max(super()._total_steps, 1 + STEPS)
+    def _batches(self) -> Iterator[dict]:
+        # a plan may be for fewer steps
+        plan = self.macl_plan
+        batches = PretrainingBatches(self.data.cases, plan.sampling, (0, plan.batch_size), 1 + STEPS)
+        return load_batches(batches, 0, workers=get_allowed_n_proc_DA(), pin_memory=self.device.type == "cuda")
 
 
 def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[str, Any]:
@@ -70,6 +72,7 @@ def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[s
     for _ in range(STEPS):
         trainer.train_step(next(batches))
     seconds = (perf_counter() - began) / STEPS
+    batches.close()
     # what was read ahead hides how long reading takes
     plan = trainer.macl_plan
     began = perf_counter()

@@ -131,10 +131,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 self._lock.acquire()
                 remove_temporary(Path(self.output_folder))
                 training_cases(self.macl_configuration)
-                if not self._plan_file.is_file():
-                    prepare(self.macl_configuration)
-        self.macl_plan = read_plan(self._plan_file)
-        check_plan(self.macl_plan, self.macl_configuration, self._plan_file)
+        self.macl_plan = self._load_plan()
         self.recipe = self.macl_plan.get_recipe()
         self.num_epochs = self.recipe.num_epochs
         self.num_iterations_per_epoch = self.recipe.num_iterations_per_epoch
@@ -150,11 +147,17 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         )
         self.logger.update_config({"macl_plan": self.macl_plan.as_json()})
 
-    @property
-    def _plan_file(self) -> Path:
-        """The plan of the run that goes on, or the plan beside nnU-Net's."""
-        copy = Path(self.output_folder) / PLAN_COPY
-        return copy if self._continue_training and copy.is_file() else plan_file(self.macl_configuration)
+    def _load_plan(self) -> MACLPlan:
+        """The plan of the run that goes on, or the plan beside nnU-Net's, derived first where there is none."""
+        file = Path(self.output_folder) / PLAN_COPY
+        if not (self._continue_training and file.is_file()):
+            file = plan_file(self.macl_configuration)
+            with distributed.first_rank_first() as first:
+                if first and not file.is_file():
+                    prepare(self.macl_configuration)
+        plan = read_plan(file)
+        check_plan(plan, self.macl_configuration, file)
+        return plan
 
     def build_network_architecture(  # type: ignore[override]
         self,
