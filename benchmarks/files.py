@@ -26,7 +26,7 @@ from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.synthetic import generate_dataset
 
 DATASET = "Dataset960_Benchmark"
-VOLUMES, SHAPE, BATCHES, CASES, PROCESSES = 60, (24, 96, 96), 40, 1_000, 2
+VOLUMES, SHAPE, BATCHES, CASES, PROCESSES = 60, (24, 160, 160), 40, 1_000, 2
 # run up to the first training step, say so, and leave
 _UP_TO_THE_FIRST_STEP = """
 import os, sys

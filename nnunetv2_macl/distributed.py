@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -126,6 +125,22 @@ def first_rank_first() -> Iterator[bool]:
             raise SystemExit(1)
 
 
+class _Sum(torch.autograd.Function):
+    """Sum over ranks. What the sum is used for on each rank has a gradient of its own: they are summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        summed = local.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        summed = gradient.clone()
+        dist.all_reduce(summed)
+        return summed
+
+
 class SynchronisedBatchNorm(_BatchNorm):
     """Batch norm over the patches of all ranks, on any device: torch's own is for GPUs only."""
 
@@ -141,9 +156,9 @@ class SynchronisedBatchNorm(_BatchNorm):
         shape = [1, -1, *[1] * (input.ndim - 2)]
         count = values.new_tensor([values.numel() / values.shape[1]])
         dist.all_reduce(count)
-        mean = dist_functional.all_reduce(values.sum(axes)) / count
+        mean = _Sum.apply(values.sum(axes)) / count
         centred = values - mean.view(shape)
-        variance = dist_functional.all_reduce(centred.square().sum(axes)) / count
+        variance = _Sum.apply(centred.square().sum(axes)) / count
         self._update_running(mean.detach(), variance.detach() * count / (count - 1))
         normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Similarities held at once by the dense loss (float32: 64 MiB). More locations than that are computed in turn.
-MAX_SIMILARITIES = 2**24
+# Similarities held at once by the dense loss; more locations than that are computed in turn. On a GPU as many as keep it busy
+# (float32: 64 MiB), on a CPU as many as stay in its cache.
+SIMILARITIES_AT_ONCE = {"cuda": 2**24, "cpu": 2**18}
 # as torch's normalize
 _SMALLEST_NORM = 1e-12
 
@@ -82,12 +83,11 @@ class _ContrastiveLoss(nn.Module):
         if len(positions) != len(dominant):
             raise ValueError(f"positions must have one row a patch: {len(dominant)} patches, got {len(positions)} rows")
         with _full_precision(dominant):
-            vectors = torch.cat((dominant, auxiliary))
             # half precision leaves too few digits for a similarity divided by 0.1
-            if vectors.dtype not in (torch.float32, torch.float64):
-                vectors = vectors.float()
-            weights = self._positive_weights(positions.to(vectors.device), vectors.dtype)
-            loss = _Contrast.apply(vectors, weights, self.temperature)
+            if dominant.dtype not in (torch.float32, torch.float64):
+                dominant, auxiliary = dominant.float(), auxiliary.float()
+            weights = self._positive_weights(positions.to(dominant.device), dominant.dtype)
+            loss = _Contrast.apply(dominant, auxiliary, weights, self.temperature)
         if self.base_temperature is not None:
             loss = loss * (self.temperature / self.base_temperature)
         return loss
@@ -107,25 +107,31 @@ def _full_precision(tensor: Tensor) -> AbstractContextManager:
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
+def locations_at_once(vectors: int, device_type: str) -> int:
+    """Locations whose similarities are held at once, for 2N vectors at each; device_type as torch names it."""
+    return max(1, SIMILARITIES_AT_ONCE.get(device_type, SIMILARITIES_AT_ONCE["cuda"]) // vectors**2)
+
+
 class _Contrast(torch.autograd.Function):
-    """(V, C, P) vectors, (V, V) weights of which each row sums to 1 -> (P,): mean over anchors i of -sum_j w_ij log p_ij.
+    """Two (N, C, P) and weights (2N, 2N) of which each row sums to 1 -> (P,): mean over anchors i of -sum_j w_ij log p_ij.
 
     p_i is the softmax of the cosine similarities s_ij = u_i·u_j / τ over all j but i, with u_i = x_i / |x_i|. The gradient has a
     closed form, which is computed along with the loss: that saves keeping or computing again what autograd would need, and
     locations pass in chunks, so that similarities of only one chunk are ever held. With d_ij = p_ij - w_ij, D = d + dᵀ:
 
-        V · dL/dx_i = ( sum_j D_ij u_j / τ  -  (sum_j D_ij s_ij) u_i ) / |x_i|
+        2N · dL/dx_i = ( sum_j D_ij u_j / τ  -  (sum_j D_ij s_ij) u_i ) / |x_i|
     """
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, weights: Tensor, temperature: float) -> Tensor:
-        count, _, locations = vectors.shape
-        # seen as (P, V, C), but each vector's locations turned on their own: that copy is the fastest
+    def forward(ctx: Any, dominant: Tensor, auxiliary: Tensor, weights: Tensor, temperature: float) -> Tensor:
+        vectors = torch.cat((dominant, auxiliary))
+        count = len(vectors)
+        # seen as (P, 2N, C), but each vector's locations turned on their own: that copy is the fastest
         by_location = vectors.transpose(1, 2).contiguous().transpose(0, 1)
-        losses, gradient = vectors.new_empty(locations), torch.empty_like(by_location)
-        chunk = max(1, MAX_SIMILARITIES // count**2)
-        parts = (tensor.split(chunk) for tensor in (by_location, losses, gradient))
-        for part, loss, part_gradient in zip(*parts, strict=True):
+        losses = vectors.new_empty(len(by_location))
+        trained = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        chunk = locations_at_once(count, vectors.device.type)
+        for part, loss in zip(by_location.split(chunk), losses.split(chunk), strict=True):
             similarities = part @ part.transpose(1, 2)
             inverse_norms = similarities.diagonal(dim1=1, dim2=2).clamp_min(_SMALLEST_NORM**2).rsqrt()
             similarities *= (inverse_norms / temperature).unsqueeze(2)
@@ -137,22 +143,24 @@ class _Contrast(torch.autograd.Function):
             # each row of weights sums to 1: sum_j w_ij (log_denominator_i - s_ij)
             weighted = torch.einsum("pij,ij->p", similarities, weights)
             torch.sub(log_denominator.sum((1, 2)), weighted, out=loss).div_(count)
-            if ctx.needs_input_grad[0]:
+            if trained:
                 difference = probabilities.sub_(weights)
                 both = difference + difference.transpose(1, 2)
                 own = similarities.mul_(both).sum(-1)
                 both *= (inverse_norms / (temperature * count)).unsqueeze(2)
                 both *= inverse_norms.unsqueeze(1)
                 both.diagonal(dim1=1, dim2=2).copy_(own * inverse_norms.square() / -count)
-                torch.bmm(both, part, out=part_gradient)
-        ctx.save_for_backward(gradient.permute(1, 2, 0).contiguous())
+                # the vectors are done with, and fresh memory of their size costs more than the product
+                part.copy_(both @ part)
+        if trained:
+            ctx.save_for_backward(vectors.copy_(by_location.permute(1, 2, 0)))
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_losses, None, None
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dominant, auxiliary = ctx.saved_tensors[0].chunk(2)
+        return dominant * grad_losses, auxiliary * grad_losses, None, None
 
 
 class PositionalContrastiveLoss(_ContrastiveLoss):

@@ -11,7 +11,7 @@ from torch import nn
 
 from nnunetv2_macl.building import build_loss, build_network
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.losses import MAX_SIMILARITIES
+from nnunetv2_macl.losses import locations_at_once
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.levels import Levels
 from nnunetv2_macl.recipe import AUTO, Recipe
@@ -24,6 +24,10 @@ _FEW_NEGATIVES = 8
 _AUTOCAST_SHARE = 0.55
 # arrays of similarities that the dense loss holds at once
 _SIMILARITY_ARRAYS = 4
+
+
+# see MemoryEstimate._step
+_Counted = tuple[int, int, torch.Tensor | None]
 
 
 class MemoryEstimate:
@@ -51,10 +55,10 @@ class MemoryEstimate:
             mixed_precision: under torch's autocast.
         """
         if patches_at_once is None or patches_at_once >= batch_size:
-            kept, largest, dense_loss = self._step(batch_size)
+            kept, largest, dense = self._step(batch_size)
         else:
             features = self._features(patches_at_once)
-            projectors, largest, dense_loss = self._projectors(batch_size)
+            projectors, largest, dense = self._projectors(batch_size)
             # the features of all patches and their gradients lie there while the projectors and then the patches pass
             kept = 2 * self._feature_bytes(batch_size) + max(features[0], projectors)
             largest = max(features[1], largest)
@@ -63,24 +67,26 @@ class MemoryEstimate:
         if mixed_precision:
             # autocast keeps a copy of the weights in half precision for the backward pass
             activations = activations * _AUTOCAST_SHARE + self._half_weights
+        # float32 is what a CPU computes in
+        dense_loss = _dense_loss(dense, "cuda" if mixed_precision else "cpu")
         return (activations + dense_loss + self._fixed) / 2**30
 
     def kept(self, batch_size: int) -> int:
         """What autograd keeps for the backward pass, and weights, gradients and optimiser state, bytes in float32."""
         return self._step(batch_size)[0] + self._fixed
 
-    # Each returns bytes in float32: all that autograd keeps; the largest of it; what the dense loss holds besides.
+    # Each returns, in bytes of float32, all that autograd keeps and the largest of it; and the dense embeddings, if any.
 
-    def _step(self, batch_size: int) -> tuple[int, int, int]:
+    def _step(self, batch_size: int) -> _Counted:
         return self._count(lambda: self._loss_of(self.network(*self._groups(batch_size))))
 
-    def _features(self, batch_size: int) -> tuple[int, int, int]:
+    def _features(self, batch_size: int) -> _Counted:
         def compute() -> None:
             self.network.features(*self._groups(batch_size))
 
         return self._count(compute)
 
-    def _projectors(self, batch_size: int) -> tuple[int, int, int]:
+    def _projectors(self, batch_size: int) -> _Counted:
         with torch.no_grad():
             features = self.network.features(*self._groups(batch_size))
         features = {key: torch.empty_like(value).requires_grad_() for key, value in features.items()}
@@ -107,7 +113,7 @@ class MemoryEstimate:
         return outputs.get("dense_dominant")
 
     @staticmethod
-    def _count(compute: Callable[[], torch.Tensor | None]) -> tuple[int, int, int]:
+    def _count(compute: Callable[[], torch.Tensor | None]) -> _Counted:
         """``compute`` returns the dense embeddings where the dense loss is part of it."""
         kept: dict[int, torch.UntypedStorage] = {}
 
@@ -120,20 +126,21 @@ class MemoryEstimate:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             dense = compute()
         sizes = [storage.nbytes() for storage in kept.values()]
-        return sum(sizes), max(sizes), _dense_loss(dense)
+        return sum(sizes), max(sizes), dense
 
 
-def _dense_loss(dense: torch.Tensor | None) -> int:
-    """Bytes that the dense loss holds while it computes: vectors and gradients by location, similarities of one chunk.
+def _dense_loss(dense: torch.Tensor | None, device_type: str) -> int:
+    """Bytes that the dense loss holds while it computes: vectors by location, similarities of one chunk.
 
     Args:
         dense: (N, C, *grid); None without the dense loss.
+        device_type: which decides how large a chunk is.
     """
     if dense is None:
         return 0
     vectors, channels, locations = 2 * dense.shape[0], dense.shape[1], math.prod(dense.shape[2:])
-    at_once = min(locations, max(1, MAX_SIMILARITIES // vectors**2))
-    return 4 * (2 * vectors * channels * locations + _SIMILARITY_ARRAYS * at_once * vectors**2)
+    at_once = min(locations, locations_at_once(vectors, device_type))
+    return 4 * (vectors * channels * (locations + at_once) + _SIMILARITY_ARRAYS * at_once * vectors**2)
 
 
 class Batch(NamedTuple):
