@@ -101,16 +101,16 @@ def export_weights(
     Args:
         folder: of the run.
         encoder, decoder: trained weights by the U-Net's own names.
-        unet_weights: the whole U-Net's state dict, untrained layers freshly initialised. The trained ones are put in.
+        unet_weights: the whole U-Net's state dict, untrained layers freshly initialised. The trained ones are put in. The
+            first convolution of a cascade's second stage has more inputs than were trained; these stay fresh.
         description: architecture, data, recipe, losses: plain JSON types.
 
     Raises:
         UserError: a file could not be written.
     """
     trained = encoder | decoder
-    whole = {
-        key: trained.get(key.removeprefix("decoder."), trained.get(key, value)) for key, value in unet_weights.items()
-    }
+    whole = {key: _fitted(_own_or_twin(key, trained, fresh), fresh) for key, fresh in unet_weights.items()}
+    fresh_inputs = [key for key, value in trained.items() if value.shape != unet_weights[key].shape]
     for name, kind, weights in (
         (ENCODER_FILE, "macl_encoder", encoder),
         (DECODER_FILE, "macl_decoder", decoder),
@@ -128,6 +128,7 @@ def export_weights(
         if kind == "macl_network":
             # what nnU-Net's own checkpoints say, for tools that ask
             content |= {"trainer_name": "nnUNetTrainer", "init_args": {"configuration": description["configuration"]}}
+            content["fresh_inputs"] = fresh_inputs
         save(content, folder / name, checksum=True)
 
 
@@ -194,10 +195,17 @@ def load_weights(path: Path) -> PretrainedWeights:
                 f"{file} has format version {content.get('format_version')!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "
                 "Type: pip install --upgrade nnunetv2-macl"
             )
-        trained = set(content["trained_keys"])
-        weights |= {key: value for key, value in content["network_weights"].items() if key in trained}
-    description = {k: v for k, v in content.items() if k not in ("network_weights", "trained_keys")}
-    return PretrainedWeights(files, weights, content["architecture"], description)
+        try:
+            trained, architecture = set(content["trained_keys"]), content["architecture"]
+            weights |= {key: value for key, value in content["network_weights"].items() if key in trained}
+            for key in content.get("fresh_inputs", ()):
+                weights[key] = weights[key][:, : architecture["input_channels"]]
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"{file} is damaged: {type(error).__name__}: {error}. Take another copy, or pre-train again."
+            ) from None
+    description = {k: v for k, v in content.items() if k not in ("network_weights", "trained_keys", "fresh_inputs")}
+    return PretrainedWeights(files, weights, architecture, description)
 
 
 def weights_for(state: dict[str, Tensor], pretrained: PretrainedWeights) -> dict[str, Tensor]:

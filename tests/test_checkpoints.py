@@ -8,6 +8,7 @@ import torch
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import write_whole
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -19,7 +20,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError):
-        checkpoints.write_whole(file, broken)
+        write_whole(file, broken)
     assert checkpoints.load(file) == {"value": 1}
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
 
@@ -31,7 +32,7 @@ def test_a_full_disk_is_named(tmp_path):
             device.write(b"x" * 100_000)
 
     with pytest.raises(UserError, match=r"a\.pth could not be written: the disk is full \([\d,]+ bytes free\)"):
-        checkpoints.write_whole(tmp_path / "a.pth", full)
+        write_whole(tmp_path / "a.pth", full)
 
 
 class Hostile:
@@ -77,3 +78,34 @@ def test_first_difference_is_named():
     assert checkpoints.first_difference(ours, ours) is None
     theirs = {"a": 1, "arch": {"features": [32, 128], "norm": "y"}}
     assert checkpoints.first_difference(theirs, ours) == "arch.features is [32, 128] there and [32, 64] here"
+
+
+def test_the_whole_network_of_a_cascade_keeps_what_was_not_trained(tmp_path):
+    """Its first convolution takes the first stage's segmentation as well, of which pre-training knows nothing."""
+    image, segmentation = torch.randn(4, 1, 3, 3), torch.randn(4, 3, 3, 3)
+    trained = {"encoder.stem.weight": image, "encoder.stem.bias": torch.randn(4)}
+    fresh = {"encoder.stem.weight": segmentation, "encoder.stem.bias": torch.zeros(4), "decoder.seg": torch.ones(2)}
+    fresh["decoder.encoder.stem.weight"] = segmentation
+    description = {"architecture": {"input_channels": 1}, "configuration": "3d_cascade_fullres"}
+    checkpoints.export_weights(tmp_path, encoder=trained, decoder={}, unet_weights=fresh, description=description)
+    whole = checkpoints.load(tmp_path / "macl_network.pth")["network_weights"]
+    for key in ("encoder.stem.weight", "decoder.encoder.stem.weight"):
+        assert torch.equal(whole[key][:, :1], image) and torch.equal(whole[key][:, 1:], segmentation[:, 1:])
+    assert torch.equal(whole["encoder.stem.bias"], trained["encoder.stem.bias"])
+    again = checkpoints.load_weights(tmp_path / "macl_network.pth").weights
+    assert again.keys() == trained.keys() and all(torch.equal(again[key], trained[key]) for key in trained)
+
+
+@pytest.mark.parametrize("lacking", ["trained_keys", "network_weights", "architecture"])
+def test_weights_that_lack_something_are_named(tmp_path, lacking):
+    content = {
+        "format_version": 1,
+        "kind": "macl_encoder",
+        "trained_keys": [],
+        "network_weights": {},
+        "architecture": {},
+    }
+    del content[lacking]
+    checkpoints.save(content, tmp_path / "macl_encoder.pth")
+    with pytest.raises(UserError, match=rf"macl_encoder\.pth is damaged: .*{lacking}"):
+        checkpoints.load_weights(tmp_path / "macl_encoder.pth")
