@@ -1,8 +1,8 @@
 """No space, no permission: the message names path, needed and free bytes, and what was there is still there."""
 
+import errno
 import os
 import subprocess
-import sys
 
 import blosc2
 import numpy as np
@@ -16,8 +16,37 @@ from nnunetv2_macl.files import write_json
 from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.run_folder import RunLock, set_aside
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a small file system is mounted")
 FULL = r"could not be written: the disk is full \([\d,]+ bytes needed, [\d,]+ bytes free\)\. Make space"
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pth", "plan.json", "progress.png"])
+def test_a_disk_that_fills_while_a_file_is_written(tmp_path, monkeypatch, file):
+    """On any system, by the one function that writes; the tests below fill a real disk, where one can be mounted."""
+    from nnunetv2_macl import files
+
+    log = {key: [1.0] for key in ("lrs", "embedding_variance", "patches_per_second", "train_losses/equivariance")}
+    write_one = {
+        "checkpoint.pth": lambda: checkpoints.save({"weights": torch.zeros(10_000)}, tmp_path / file),
+        "plan.json": lambda: write_json({"text": "x" * 10_000}, tmp_path / file),
+        "progress.png": lambda: monitoring.plot_progress(log, tmp_path / file, "a"),
+    }[file]
+    write_one()
+    before = (tmp_path / file).read_bytes()
+    written = 0
+
+    def fills(self, method, *data):
+        nonlocal written
+        written += len(data[0]) if data else 0
+        if written > 1000:
+            self.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise self.error
+        return method(*data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files._Remembering, "_remember", fills)
+        with pytest.raises(UserError, match=f"{file} could not be written: the disk is full"):
+            write_one()
+    assert os.listdir(tmp_path) == [file] and (tmp_path / file).read_bytes() == before
 
 
 def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(tmp_path, small_disk):
