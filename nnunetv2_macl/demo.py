@@ -92,9 +92,10 @@ def demo(folder: Path) -> dict[str, float]:
     pretraining = results / "nnUNetTrainerMACLPretrain__nnUNetPlans__2d" / "fold_all"
     finetuning = results / "nnUNetTrainerMACL_1epoch__nnUNetPlans__2d" / "fold_0"
     print(f"\nMean Dice of the predictions on 4 unseen cases: {dice:.3f} (done in {seconds / 60:.1f} minutes)")
-    print("Pictures:")
-    for picture in (pretraining / "views.png", pretraining / "progress.png", finetuning / "progress.png"):
-        print(f"    {picture}")
+    print("Pictures, and the report of the pre-training:")
+    pictures = [pretraining / "views.png", pretraining / "progress.png", finetuning / "progress.png"]
+    for file in (*pictures, pretraining / "report.html"):
+        print(f"    {file}")
     return {"dice": dice, "seconds": seconds}
 
 
