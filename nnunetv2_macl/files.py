@@ -48,7 +48,7 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | N
                     # torch.save answers a full disk with an error of its own
                     raise stream.error from error
                 os.fsync(opened.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, 0o666 & ~umask())
             os.replace(temporary, file)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -104,7 +104,8 @@ def is_refused_write(error: OSError) -> bool:
     return error.errno in (*_FULL, *_REFUSED)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Permissions that new files shall not have."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -15,6 +15,7 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.sharing.package import write_package
+from nnunetv2_macl.training.run_folder import PRETRAINER
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ def as_nnssl(pretrained: PretrainedWeights) -> dict[str, Any]:
     return {
         "network_weights": dict(pretrained.weights),
         ADAPTATION_PLAN: _adaptation_plan(pretrained, preprocessing, network),
-        "trainer_name": "nnUNetTrainerMACLPretrain",
+        "trainer_name": PRETRAINER,
         "citations": _citations(pretrained.architecture),
     }
 

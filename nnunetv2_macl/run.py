@@ -21,11 +21,10 @@ from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, find_sources,
 from nnunetv2_macl.recipe import check_values
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.launch import join_ranks, leave_ranks, train
-from nnunetv2_macl.training.run_folder import PLAN_COPY
+from nnunetv2_macl.training.run_folder import PLAN_COPY, PRETRAINER, pretraining_folder
 
 logger = logging.getLogger(__name__)
 
-TRAINER = "nnUNetTrainerMACLPretrain"
 DEVICES = ("cuda", "cpu", "mps")
 
 
@@ -92,8 +91,8 @@ def pretrain(
         with distributed.first_rank_first() as first:
             target = Configuration.load(dataset, plans, configuration)
             fold = "all" if exclude_fold is None else _check_fold(exclude_fold, target)
-            run = f"{TRAINER}__{plans}__{target.name}"
-            folder = Path(os.environ["nnUNet_results"]) / target.dataset_name / run / f"fold_{fold}"
+            results = Path(os.environ["nnUNet_results"])
+            folder = pretraining_folder(results, target.dataset_name, plans, target.name) / f"fold_{fold}"
             if first:
                 if configuration is None:
                     _say_which(target)
@@ -116,7 +115,7 @@ def pretrain(
                 dataset_name_or_id=target.dataset_name,
                 configuration=target.name,
                 fold=fold,
-                trainer_class_name=TRAINER,
+                trainer_class_name=PRETRAINER,
                 plans_identifier=plans,
                 num_gpus=num_gpus,
                 continue_training=continue_training,

@@ -17,12 +17,12 @@ from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
 from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
 from nnunetv2_macl.recipe import load_recipe
 from nnunetv2_macl.resources import resource_folder
+from nnunetv2_macl.training.run_folder import pretraining_folder
 
 SCRATCH = "scratch"
 STUDY_FILE = "study.json"
 # what a cell found
 RESULT_FILE = "result.json"
-PRETRAINER = "nnUNetTrainerMACLPretrain"
 
 
 @dataclass(frozen=True)
@@ -247,8 +247,8 @@ class Study:
 
     def pretraining_run(self, recipe: str) -> Path:
         """The run's folder as nnU-Net names it: the validation cases, those of any fold, are left out."""
-        results = self.pretraining_folder(recipe) / "nnUNet_results" / self.options.dataset
-        return results / f"{PRETRAINER}__{self.options.p}__{self.options.c}" / "fold_0"
+        results = self.pretraining_folder(recipe) / "nnUNet_results"
+        return pretraining_folder(results, self.options.dataset, self.options.p, self.options.c) / "fold_0"
 
     def cell_folder(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.name

@@ -24,7 +24,9 @@ from nnunetv2_macl.planning.plan import plan_file, read_plan, was_edited
 from nnunetv2_macl.planning.positives import resampled_shapes
 from nnunetv2_macl.preprocessing.cases import nifti_is_cut_short
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, Source, find_sources, training_cases
-from nnunetv2_macl.training.finetune import PRETRAINER, WEIGHTS_VARIABLE
+from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
+from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
+from nnunetv2_macl.training.run_folder import pretraining_folder
 
 _MEASURE_TIMEOUT = 600
 _TOLD = 3
@@ -191,20 +193,22 @@ def _hours(hours: float) -> str:
 def weights(target: Configuration, device: str) -> Result:
     """What fine-tuning would start from, and the command for what comes next."""
     check = "weights"
-    plans = "" if target.plans_name == "nnUNetPlans" else f" -p {target.plans_name}"
-    options = plans if device == "cuda" else f"{plans} -device {device}"
-    finetune = f"nnUNetv2_train {target.id} {target.name} {{fold}} -tr nnUNetTrainerMACL{options}"
     if named := os.environ.get(WEIGHTS_VARIABLE):
         if not Path(named).expanduser().exists():
             unset = {"fish": f"set -e {WEIGHTS_VARIABLE}", "powershell": f"Remove-Item Env:{WEIGHTS_VARIABLE}"}
             mend = unset.get(shell_in_use(), f"unset {WEIGHTS_VARIABLE}")
             return Result(check, WRONG, f"{WEIGHTS_VARIABLE} names weights that are not there: {named}", mend)
-        return Result(check, NOTE, f"fine-tuning takes what {WEIGHTS_VARIABLE} names: {named}", finetune.format(fold=0))
-    results = Path(os.environ["nnUNet_results"]) / target.dataset_name
-    run = results / f"{PRETRAINER}__{target.plans_name}__{target.name}"
+        return Result(
+            check,
+            NOTE,
+            f"fine-tuning takes what {WEIGHTS_VARIABLE} names: {named}",
+            command_to_fine_tune(target, device=device),
+        )
+    results = Path(os.environ["nnUNet_results"])
+    run = pretraining_folder(results, target.dataset_name, target.plans_name, target.name)
     folders = sorted(file.parent for file in run.glob(f"fold_*/{checkpoints.ENCODER_FILE}"))
     if not folders:
-        command = f"nnUNetv2_train_macl_pretrain {target.id} -c {target.name}{options}"
+        command = command_to_pretrain(target, device=device)
         return Result(check, NOTE, "no pre-trained weights yet", command, {"found": []})
     told = []
     for folder in folders:
@@ -217,5 +221,5 @@ def weights(target: Configuration, device: str) -> Result:
     fold = folders[0].name.removeprefix("fold_")
     return Result(
         check, RIGHT, f"pre-trained weights in {run}: {', '.join(told)}",
-        finetune.format(fold=0 if fold == "all" else fold), {"found": [str(folder) for folder in folders]},
+        command_to_fine_tune(target, fold, device), {"found": [str(folder) for folder in folders]},
     )  # fmt: skip

@@ -19,10 +19,12 @@ from PIL import Image
 
 from nnunetv2_macl import __version__, checkpoints, monitoring
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import write_whole
 from nnunetv2_macl.recipe import Recipe, meaning
 from nnunetv2_macl.report.curves import loss_curves, other_curves
 from nnunetv2_macl.report.features import Features, show_features
 from nnunetv2_macl.report.run import FINISHED, Run, image_sources, read_run
+from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def write_report(folder: Path, file: Path | None = None, device: str = "cpu") ->
     run = read_run(folder)
     file = file or folder / FILE
     page = _render(run, device)
-    checkpoints.write_whole(file, lambda stream: stream.write(page))
+    write_whole(file, lambda stream: stream.write(page))
     return file
 
 
@@ -170,19 +172,16 @@ def _seconds(log: dict[str, list[float]]) -> list[float]:
 
 def _commands(run: Run) -> list[tuple[str, str]]:
     """What to type next, and what for."""
-    configuration, plans = run.configuration, run.plan.plans_name
-    options = "" if plans == "nnUNetPlans" else f" -p {plans}"
-    left_out = "" if run.fold == "all" else f" --exclude_fold {run.fold}"
-    pretrain = f"nnUNetv2_train_macl_pretrain {configuration.id} -c {configuration.name}{options}{left_out}"
     folder = shlex.quote(str(run.folder))
     if run.state != FINISHED:
-        commands = [(f"{pretrain} --c", "go on with this run, if it was stopped")]
+        commands = [(command_to_go_on(run.configuration, run.fold), "go on with this run, if it was stopped")]
         return [*commands, (f"nnUNetv2_macl_report {folder}", "write this report again")]
-    fold = 0 if run.fold == "all" else run.fold
-    train = f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr nnUNetTrainerMACL{options}"
     return [
         ('export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"', "let nnU-Net find the trainers"),
-        (train, "fine-tune on the labelled images, as nnU-Net always trains"),
+        (
+            command_to_fine_tune(run.configuration, run.fold),
+            "fine-tune on the labelled images, as nnU-Net always trains",
+        ),
         (f"nnUNetv2_macl_transfer {folder} DATASET -c CONFIGURATION", "what another network would take of the weights"),
         (f"nnUNetv2_macl_export {folder} -o weights.zip", "one file for others, without names and paths"),
     ]

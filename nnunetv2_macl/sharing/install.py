@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import stat
@@ -19,11 +18,12 @@ from typing import Any, BinaryIO
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import DECODER_FILE, ENCODER_FILE
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import umask
 from nnunetv2_macl.sharing.package import FORMAT, FORMAT_VERSION, MANIFEST, MEMBERS, SUMS
+from nnunetv2_macl.training.run_folder import pretraining_folder
 
 logger = logging.getLogger(__name__)
 
-RUN = "nnUNetTrainerMACLPretrain__{plans_name}__{configuration}"
 # of the file as it would lie on disk: the largest of nnU-Net's networks takes less than 1 GiB
 _MOST_BYTES = {True: 8 * 2**30, False: 64 * 2**20}
 _MOST_COMPRESSED = 200
@@ -54,7 +54,7 @@ def install(file: Path, results: Path) -> Path:
         for key, name in names.items():
             if not _FOLDER_NAMES[key].fullmatch(name):
                 raise UserError(f"{file} names a {key} that no folder can have: {name!r}. Take another file.")
-        folder = results / names["dataset_name"] / RUN.format(**names) / "fold_all"
+        folder = pretraining_folder(results, **names) / "fold_all"
         if folder.exists() or folder.is_symlink():
             there = sorted(path.name for path in folder.iterdir())[:5] if folder.is_dir() else []
             raise UserError(
@@ -181,9 +181,7 @@ def _extract(archive: zipfile.ZipFile, file: Path, folder: Path) -> None:
         verify(archive, file, into=temporary)
         for name in (ENCODER_FILE, DECODER_FILE):
             checkpoints.load_weights(temporary / name)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        temporary.chmod(0o777 & ~umask())
         temporary.rename(folder)
     except OSError as error:
         raise UserError(f"{file} could not be installed into {folder}: {error.strerror or error}.") from None

@@ -1,4 +1,4 @@
-"""What to type next, as a run tells it."""
+"""What to type next: pre-train, go on, fine-tune."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from nnunetv2_macl import distributed
 from nnunetv2_macl.nnunet import Configuration
 
 
-def command_to_go_on(configuration: Configuration, fold: int | str, device: str) -> str:
-    """Goes on with a run that was stopped. Under torchrun this is what it starts."""
+def command_to_pretrain(configuration: Configuration, fold: int | str = "all", device: str = "cuda") -> str:
+    """Pre-trains, leaving out the validation images of a fold unless it is ``all``."""
     left_out = "" if fold == "all" else f" --exclude_fold {fold}"
+    options = f"{_plans(configuration)}{left_out}{_device(device)}"
+    return f"nnUNetv2_train_macl_pretrain {configuration.id} -c {configuration.name}{options}"
+
+
+def command_to_go_on(configuration: Configuration, fold: int | str, device: str = "cuda") -> str:
+    """Goes on with a run that was stopped. Under torchrun this is what it starts."""
     ranks = distributed.world_size()
     gpus = f" -num_gpus {ranks}" if ranks > 1 and not distributed.started_by_torchrun() else ""
-    return (
-        f"nnUNetv2_train_macl_pretrain {configuration.id} -c {configuration.name}{_plans(configuration)}{left_out}"
-        f"{_device(device)}{gpus} --c"
-    )
+    return f"{command_to_pretrain(configuration, fold, device)}{gpus} --c"
 
 
-def command_to_fine_tune(configuration: Configuration, fold: int | str, device: str) -> str:
-    """Fine-tunes from what a run has made."""
-    return (
-        f"nnUNetv2_train {configuration.id} {configuration.name} {0 if fold == 'all' else fold} -tr nnUNetTrainerMACL"
-        f"{_plans(configuration)}{_device(device)}"
-    )
+def command_to_fine_tune(configuration: Configuration, fold: int | str = "all", device: str = "cuda") -> str:
+    """Fine-tunes from what a run has made; the first fold from a run on all images."""
+    options = f"{_plans(configuration)}{_device(device)}"
+    fold = 0 if fold == "all" else fold
+    return f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr nnUNetTrainerMACL{options}"
 
 
 def _plans(configuration: Configuration) -> str:

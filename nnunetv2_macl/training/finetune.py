@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from torch._dynamo import OptimizedModule
 from nnunetv2_macl import __version__, checkpoints, formats
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.training.commands import command_to_pretrain
+from nnunetv2_macl.training.run_folder import pretraining_folder
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
 from nnunetv2_macl.transfer import NOT_TAKEN, Transfer, plan_transfer
 
 logger = logging.getLogger(__name__)
 
-PRETRAINER = "nnUNetTrainerMACLPretrain"
 WEIGHTS_VARIABLE = "nnUNet_macl_weights"
 
 
@@ -74,23 +76,21 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         if named := os.environ.get(WEIGHTS_VARIABLE):
             return formats.load_weights(Path(named).expanduser())
         plans, configuration = self.plans_manager.plans_name, self.configuration_name
-        results = Path(str(nnUNet_results)) / self.plans_manager.dataset_name
-        run = results / f"{PRETRAINER}__{plans}__{configuration}"
+        runs_of = partial(pretraining_folder, Path(str(nnUNet_results)), self.plans_manager.dataset_name, plans)
+        run = runs_of(configuration)
         runs = [run]
         if self._configuration.is_cascaded:
             # same network but for the stem, same images: the weights of the configuration that it is made from will do
             parent = self.plans_manager.plans["configurations"][configuration].get("inherits_from", configuration)
-            runs.append(results / f"{PRETRAINER}__{plans}__{parent}")
+            runs.append(runs_of(parent))
         for folder in runs:
             for fold in dict.fromkeys((f"fold_{self.fold}", "fold_all")):
                 if (folder / fold / checkpoints.ENCODER_FILE).is_file():
                     return checkpoints.load_weights(folder / fold)
-        dataset = int(self.plans_manager.dataset_name[7:10])
-        plans_option = "" if plans == "nnUNetPlans" else f" -p {plans}"
         raise UserError(
             f"No pre-trained weights for {self.plans_manager.dataset_name}, {plans}, {configuration}: neither fold_{self.fold} "
             f"nor fold_all in {run} holds {checkpoints.ENCODER_FILE}. Type:\n"
-            f"    nnUNetv2_train_macl_pretrain {dataset} -c {configuration}{plans_option}\n"
+            f"    {command_to_pretrain(self._configuration)}\n"
             f"or name weights: export {WEIGHTS_VARIABLE}=/path/to/folder_or_file"
         )
 
@@ -185,13 +185,12 @@ def transfer_to(target: Configuration, state: dict[str, Tensor], pretrained: che
         UserError: weights of a network too unlike this one; names the first difference.
     """
     channels = determine_num_input_channels(target.plans_manager, target.manager, target.dataset_json)
-    plans_option = "" if target.plans_name == "nnUNetPlans" else f" -p {target.plans_name}"
     return plan_transfer(
         pretrained,
         state,
         target.architecture() | {"input_channels": channels},
         image_channels=len(target.channel_names),
-        command=f"nnUNetv2_train_macl_pretrain {target.id} -c {target.name}{plans_option}",
+        command=command_to_pretrain(target),
     )
 
 

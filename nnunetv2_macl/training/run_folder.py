@@ -15,8 +15,21 @@ from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import cannot_write
 
+PRETRAINER = "nnUNetTrainerMACLPretrain"
 # the plan that a run began with, in its folder
 PLAN_COPY = "macl_plan.json"
+
+
+def pretraining_folder(results: Path, dataset_name: str, plans_name: str, configuration: str) -> Path:
+    """Where nnU-Net puts pre-training runs; the folds are in it.
+
+    Args:
+        results: ``nnUNet_results``.
+        dataset_name: by its full name.
+        plans_name: plans identifier.
+        configuration: of the plan.
+    """
+    return results / dataset_name / f"{PRETRAINER}__{plans_name}__{configuration}"
 
 
 class RunLock:
