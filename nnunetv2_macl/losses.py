@@ -124,11 +124,14 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dominant: Tensor, auxiliary: Tensor, weights: Tensor, temperature: float) -> Tensor:
-        vectors = torch.cat((dominant, auxiliary))
-        count = len(vectors)
-        # seen as (P, 2N, C), but each vector's locations turned on their own: that copy is the fastest
-        by_location = vectors.transpose(1, 2).contiguous().transpose(0, 1)
-        losses = vectors.new_empty(len(by_location))
+        patches, channels, locations = dominant.shape
+        count = 2 * patches
+        # one copy and no other tensor of this size: fresh memory costs more than what is computed with it
+        vectors = dominant.new_empty(count, locations, channels)
+        vectors[:patches].copy_(dominant.transpose(1, 2))
+        vectors[patches:].copy_(auxiliary.transpose(1, 2))
+        by_location = vectors.transpose(0, 1)
+        losses = vectors.new_empty(locations)
         trained = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         chunk = locations_at_once(count, vectors.device.type)
         for part, loss in zip(by_location.split(chunk), losses.split(chunk), strict=True):
@@ -149,17 +152,21 @@ class _Contrast(torch.autograd.Function):
                 both *= (inverse_norms / (temperature * count)).unsqueeze(2)
                 both *= inverse_norms.unsqueeze(1)
                 both.diagonal(dim1=1, dim2=2).copy_(own * inverse_norms.square() / -count)
-                # the vectors are done with, and fresh memory of their size costs more than the product
+                # the vectors of these locations are done with
                 part.copy_(both @ part)
         if trained:
-            ctx.save_for_backward(vectors.copy_(by_location.permute(1, 2, 0)))
+            ctx.save_for_backward(vectors)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dominant, auxiliary = ctx.saved_tensors[0].chunk(2)
-        return dominant * grad_losses, auxiliary * grad_losses, None, None
+        dominant, auxiliary = (
+            # turned first: a product of a turned tensor is slow
+            part.transpose(1, 2).clone(memory_format=torch.contiguous_format).mul_(grad_losses)
+            for part in ctx.saved_tensors[0].chunk(2)
+        )
+        return dominant, auxiliary, None, None
 
 
 class PositionalContrastiveLoss(_ContrastiveLoss):
