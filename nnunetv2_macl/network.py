@@ -220,6 +220,10 @@ class MACLNetwork(nn.Module):
         """(N, C, *spatial) -> (N, channels, *grid): what the trained part of the U-Net, encoder and decoder, makes of images."""
         return self._dominant(images)[1]
 
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """(N, C, *spatial) -> what each encoder stage makes of images, the first first."""
+        return list(self.encoder(images))  # type: ignore[operator]
+
     @torch.no_grad()
     def update_ema(self) -> None:
         """Move the averaged encoder towards the trained one; does nothing unless ``auxiliary_encoder`` is ``ema``."""

@@ -128,6 +128,11 @@ class Recipe:
         "less memory, a third more time",
     )
     seed: int = _key(12345, _number(0, 2**32 - 1, whole=True), "of every random number")
+    probe_every: int = _key(
+        0,
+        _number(0, whole=True),
+        "epochs between two looks at what the features are worth, labels being read for that alone; 0: none",
+    )
     collapse_patience: int = _key(
         10, _number(0, whole=True), "epochs in collapse after which the run stops; 0: it goes on whatever happens"
     )

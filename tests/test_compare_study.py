@@ -40,7 +40,7 @@ def test_a_study_is_read_back_as_it_was_written(tmp_path):
         (dict(epochs=9), "--epochs 9 (was 5)"),
         (dict(batch_size=4), "-batch_size 4 (was None)"),
         (dict(rates=[1e-2]), "--rates 0.01 (was 0.01 0.001)"),
-        (dict(arms=["scratch", "macl"]), "--arms scratch macl (was scratch encoder macl recipe:pcl)"),
+        (dict(arms=["scratch", "macl"]), "--arms without encoder recipe:pcl"),
         (dict(c="3d_fullres", seeds=1), "-c 3d_fullres (was 2d), --seeds 1 (was 2)"),
     ],
 )

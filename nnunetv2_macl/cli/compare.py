@@ -22,6 +22,11 @@ def _compare_parser() -> argparse.ArgumentParser:
     add("-c", required=True, metavar="CONFIGURATION", help="nnU-Net configuration")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier; planned anew. Default: nnUNetPlans")
     add(
+        "--plan",
+        metavar="FILE",
+        help="a plan to take as it stands, edited by hand for example, instead of planning anew",
+    )
+    add(
         "--arms",
         nargs="+",
         default=["scratch", "encoder", "macl"],

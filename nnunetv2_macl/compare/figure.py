@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from nnunetv2_macl.compare.results import Results
 from nnunetv2_macl.compare.statistics import Estimate, estimate
 from nnunetv2_macl.compare.study import SCRATCH
-from nnunetv2_macl.compare.words import counted
 from nnunetv2_macl.files import write_whole
+from nnunetv2_macl.words import counted
 
 
 def draw(results: Results, file: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_macl.compare.split import patients_of
-from nnunetv2_macl.compare.study import Study
+from nnunetv2_macl.compare.study import Options, Study
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json, write_whole
 from nnunetv2_macl.nnunet import preprocessed_folder, raw_folder, read_json
@@ -70,25 +70,39 @@ def pretraining_images(study: Study, unlabelled: Sequence[str]) -> list[str]:
     return [case for case in unlabelled if patients[case] not in kept_apart]
 
 
-def planner(dataset: str, plans: str) -> str:
-    """The nnU-Net planner that makes plans of this name.
+def planner(options: Options) -> str:
+    """The nnU-Net planner that makes plans of the name asked for.
 
     Raises:
         UserError: the data set has no such plan that would tell.
     """
-    if plans == DEFAULT_PLANS:
+    if options.p == DEFAULT_PLANS:
         return DEFAULT_PLANNER
-    file = preprocessed_folder(dataset) / f"{plans}.json"
-    number = int(dataset[7:10])
-    mend = f"-p {plans} is planned anew from the training share, by the planner that {file} names. Type: "
+    file = preprocessed_folder(options.dataset) / f"{options.p}.json"
+    number = int(options.dataset[7:10])
+    mend = f"-p {options.p} is planned anew from the training share, by the planner that {file} names. Type: "
     content = read_json(file, f"{mend}nnUNetv2_plan_experiment -d {number} -pl PLANNER")
     if not isinstance(content, dict) or not content.get("experiment_planner_used"):
         raise UserError(f"{file} names no planner. {mend}nnUNetv2_plan_experiment -d {number} -pl PLANNER")
     return str(content["experiment_planner_used"])
 
 
-def plan(study: Study, images: RawImages, planner_name: str, processes: int) -> dict[str, Any]:
+def plans_name(plan: Path) -> str:
+    """Of a plan that is taken as it stands. Raises UserError: not a nnU-Net plan."""
+    content = read_json(plan, "Give a nnU-Net plan: --plan FILE.json")
+    if not isinstance(content, dict) or not {"plans_name", "configurations"} <= content.keys():
+        raise UserError(f"{plan} is no nnU-Net plan. Give one: --plan FILE.json")
+    return str(content["plans_name"])
+
+
+def plan(study: Study, images: RawImages, planner_name: str | None, processes: int) -> dict[str, Any]:
     """Link the raw images, and have nnU-Net plan and preprocess those of the training share.
+
+    Args:
+        study: without folders yet.
+        images: of the user.
+        planner_name: None where a plan was given.
+        processes: for preprocessing.
 
     Raises:
         UserError: no such configuration in the plan, or nnU-Net failed.
@@ -96,10 +110,19 @@ def plan(study: Study, images: RawImages, planner_name: str, processes: int) -> 
     options = study.options
     _link_images(study, images)
     _require_no_rest(study)
-    command = ["nnUNetv2_plan_and_preprocess", "-d", options.dataset[7:10], "-c", options.c, "-pl", planner_name]
-    command += ["-overwrite_plans_name", options.p, "-npfp", str(processes), "-np", str(processes), "--no_pbar"]
-    environment = study.environment(study.folder / "nnUNet_results")
-    run_command(command, environment, study.planning_folder / "log.txt")
+    processes_asked = ["-np", str(processes)]
+    number, log = options.dataset[7:10], study.planning_folder / "log.txt"
+    run = functools.partial(run_command, environment=study.environment(study.folder / "nnUNet_results"), log=log)
+    if options.plan is None:
+        command = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", options.c, "-pl", str(planner_name)]
+        run([*command, "-overwrite_plans_name", options.p, "-npfp", str(processes), *processes_asked, "--no_pbar"])
+    else:
+        run(["nnUNetv2_extract_fingerprint", "-d", number, *processes_asked])
+        given = read_json(Path(options.plan), "Put it back, or give another folder: -o FOLDER")
+        write_json(given | {"dataset_name": options.dataset}, study.plan_file)
+        # what nnU-Net's planning would have left there
+        shutil.copyfile(study.raw / "dataset.json", study.preprocessed / "dataset.json")
+        run(["nnUNetv2_preprocess", "-d", number, "-plans_name", options.p, "-c", options.c, *processes_asked])
     content = read_json(study.plan_file, "")
     configurations = content["configurations"]
     if options.c not in configurations:

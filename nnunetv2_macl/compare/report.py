@@ -12,9 +12,9 @@ from nnunetv2_macl.compare.results import Results, write_csv
 from nnunetv2_macl.compare.statistics import Estimate, Resampling, estimate, estimate_first_reached
 from nnunetv2_macl.compare.steps import DONE_FILE
 from nnunetv2_macl.compare.study import SCRATCH, Study
-from nnunetv2_macl.compare.words import counted, duration, listed
 from nnunetv2_macl.files import write_whole
 from nnunetv2_macl.nnunet import read_json
+from nnunetv2_macl.words import counted, duration, listed
 
 # with fewer, all pairs agree in sign by chance more often than once in 20: 2 ** (1 - 5) > 0.05
 FEWEST_PATIENTS = 6
@@ -226,12 +226,14 @@ def _method(results: Results) -> list[str]:
             f"from imagesUn, and none of a patient of the test or validation cases. It ran once a recipe, so the "
             f"intervals do not hold its own variation ({times}, not in the times above)."
         )
-    lines.append(
-        f"nnU-Net planned ({planned['planner']}) on all {share + len(split.validation)} cases of the training share and "
-        "their labels, for all arms alike. The last checkpoint predicts, "
-        + ("without" if options.disable_tta else "with")
-        + " mirroring."
+    planning = (
+        f"The plan of all arms is {options.plan}, as it stood."
+        if options.plan
+        else f"nnU-Net planned ({planned['planner']}) on all {share + len(split.validation)} cases of the training share and "
+        "their labels, for all arms alike."
     )
+    mirroring = "without" if options.disable_tta else "with"
+    lines.append(f"{planning} The last checkpoint predicts, {mirroring} mirroring.")
     lines.append(
         "Dice is nnU-Net's, the mean of each class over cases and seeds, then over classes; a class that is in neither "
         "segmentation is left out. HD95 and ASD are MONAI's, in mm (in the unit of the files' spacing), and not defined where "

@@ -12,15 +12,15 @@ from typing import Any
 
 from nnunetv2_macl import nnunet
 from nnunetv2_macl.checkpoints import ENCODER_FILE
-from nnunetv2_macl.compare.folders import RawImages, plan, planner, pretraining_images, run_command
+from nnunetv2_macl.compare.folders import RawImages, plan, planner, plans_name, pretraining_images, run_command
 from nnunetv2_macl.compare.report import write_report
 from nnunetv2_macl.compare.split import patients_of, split_cases
 from nnunetv2_macl.compare.steps import Step, run_steps
 from nnunetv2_macl.compare.study import Cell, Options, Study, parse_arm
-from nnunetv2_macl.compare.words import counted
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.run import check_device
 from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
+from nnunetv2_macl.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,9 @@ def compare(
     nnunet.require_folders()
     options = replace(options, dataset=nnunet.dataset_name(options.dataset))
     options.check()
+    if options.plan is not None:
+        file = Path(options.plan).expanduser().resolve()
+        options = replace(options, plan=str(file), p=plans_name(file))
     # the same files, wherever the study is started from next time
     options = replace(options, arms=[parse_arm(text).name for text in options.arms])
     for name, value in (("--jobs", jobs), ("-np", processes)):
@@ -74,7 +77,7 @@ def compare(
         labels=options.labels,
         seeds=options.seeds,
     )
-    planner_name = planner(options.dataset, options.p)
+    planner_name = planner(options) if options.plan is None else None
     folder = (folder or Path(_default_name(options))).expanduser().resolve()
     study = Study(folder, options, split, patients)
     logger.info("%s", describe(study, images))
@@ -129,7 +132,9 @@ def _names(cases: list[str], shown: int = 6) -> str:
     return ", ".join(sorted(cases)[:shown]) + (", ..." if len(cases) > shown else "")
 
 
-def _steps(study: Study, images: RawImages, planner_name: str, device: str, processes: int, jobs: int) -> list[Step]:
+def _steps(
+    study: Study, images: RawImages, planner_name: str | None, device: str, processes: int, jobs: int
+) -> list[Step]:
     planning = Step(
         "planning and preprocessing",
         study.planning_folder,

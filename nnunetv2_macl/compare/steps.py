@@ -14,10 +14,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from nnunetv2_macl.compare.words import duration
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json
 from nnunetv2_macl.training.run_folder import RunLock
+from nnunetv2_macl.words import duration
 
 logger = logging.getLogger(__name__)
 

@@ -46,6 +46,7 @@ class Options:
     pretrain_iterations: int | None
     pretrain_batch_size: int | None
     disable_tta: bool
+    plan: str | None = None
 
     def check(self) -> None:
         """Raises UserError for a value that cannot be; names the option."""
@@ -159,8 +160,10 @@ class Study:
         changed = [
             f"{option(f.name)} {_typed(getattr(options, f.name))} (was {_typed(getattr(there.options, f.name))})"
             for f in fields(Options)
-            if getattr(options, f.name) != getattr(there.options, f.name)
+            if f.name != "arms" and getattr(options, f.name) != getattr(there.options, f.name)
         ]
+        if missing := [arm for arm in there.options.arms if arm not in options.arms]:
+            changed.append(f"--arms without {_typed(missing)}")
         if changed:
             raise UserError(
                 f"{folder} holds a study that goes on as it began; changed: {', '.join(changed)}. "
@@ -171,7 +174,10 @@ class Study:
                 f"{folder} holds a study of other cases: the images of {options.dataset} have changed since. "
                 "Put them back, or give another folder: -o FOLDER"
             )
-        return there
+        if options.arms != there.options.arms:
+            # what is done stays done; only arms that are new are trained
+            write_json(study._as_json(), file)
+        return study
 
     @classmethod
     def read(cls, folder: Path) -> Study:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nnunetv2_macl.monitoring import LOSS_NAMES
+from nnunetv2_macl.probes import EFFECTIVE_RANK, LINEAR_DICE
 
 # stands in the SVG for the colour of the text around it
 _TEXT = "#010203"
 # readable on white and on black
 BLUE, RED, ORANGE, GREEN, VIOLET = "#3b82c4", "#d64545", "#d98a1f", "#3f9b62", "#8f6cc9"
+COLOURS = (RED, GREEN, BLUE, ORANGE, VIOLET)
 _REFERENCES = (
     ("collapse", RED, "collapse: one embedding for every image"),
     ("own_view_only", ORANGE, "knows the own view alone"),
@@ -51,7 +54,7 @@ def loss_curves(log: dict[str, list[float]]) -> dict[str, str]:
                 for key, colour, label in _REFERENCES
                 if log.get(f"references/{key}")
             ]
-        curves[title] = _figure(lines, name, from_zero=name == "equivariance")
+        curves[title] = draw_curves(lines, name, from_zero=name == "equivariance")
     return curves
 
 
@@ -63,24 +66,54 @@ def other_curves(log: dict[str, list[float]]) -> dict[str, str]:
         ("lrs", "Learning rate", ORANGE),
         ("patches_per_second", "Patches a second", BLUE),
     )
-    return {
-        title: _figure([(log[key], colour, "-", title)], key, from_zero=True, legend=False)
+    figures = {
+        title: draw_curves([(log[key], colour, "-", title)], key, from_zero=True, legend=False)
         for key, title, colour in wanted
         if log.get(key)
     }
+    if any(math.isfinite(value) for value in log.get(LINEAR_DICE, [])):
+        figures["Dice of a linear probe of the dense features"] = draw_curves(
+            [(log[LINEAR_DICE], GREEN, "-", "linear probe")], "linear_probe", from_zero=True, legend=False
+        )
+    ranks = {key: values for key, values in log.items() if key.startswith(EFFECTIVE_RANK)}
+    if ranks:
+        lines = [(values, COLOURS[n % len(COLOURS)], "-", f"stage {n}") for n, values in enumerate(ranks.values(), 1)]
+        figures["Effective rank of the encoder's features, by stage"] = draw_curves(lines, "rank", from_zero=True)
+    return figures
 
 
-def _figure(
+def draw_curves(
     lines: Sequence[tuple[list[float], str, str, str]], name: str, *, from_zero: bool, legend: bool = True
 ) -> str:
+    """SVG of lines over epochs.
+
+    Args:
+        lines: values, colour, style and label of each.
+        name: of the figure in the page.
+        from_zero: whether the axis begins at 0.
+        legend: whether the labels are shown.
+    """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(6.4, 3.3 if legend else 2.4))
         axis = figure.subplots()
         for values, colour, style, label in lines:
-            marker = "o" if style == "-" and len(values) < 60 else None
-            axis.plot(range(len(values)), values, style, color=colour, lw=1.8, marker=marker, ms=3.5, label=label)
+            # a probe looks at some epochs only
+            epochs = [epoch for epoch, value in enumerate(values) if not math.isnan(value)]
+            marker = "o" if style == "-" and len(epochs) < 60 else None
+            axis.plot(
+                epochs,
+                [values[epoch] for epoch in epochs],
+                style,
+                color=colour,
+                lw=1.8,
+                marker=marker,
+                ms=3.5,
+                label=label,
+            )
         if from_zero:
             axis.set_ylim(bottom=0)
+        # ticks below 0 where there is one epoch
+        axis.set_xlim(left=-0.5 if max(len(values) for values, *_ in lines) < 2 else None)
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25, lw=0.6)

@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import logging
 import shlex
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import matplotlib.image
-import numpy as np
-from markupsafe import Markup
-from PIL import Image
 
-from nnunetv2_macl import __version__, checkpoints, monitoring
+from nnunetv2_macl import __version__, checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_whole
-from nnunetv2_macl.recipe import Recipe, meaning
-from nnunetv2_macl.report.curves import loss_curves, other_curves
-from nnunetv2_macl.report.features import Features, show_features
-from nnunetv2_macl.report.run import FINISHED, Run, image_sources, read_run
-from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
-
-logger = logging.getLogger(__name__)
+from nnunetv2_macl.report import finetuned, pretraining, study
 
 FILE = "report.html"
 MOST_BYTES = 5 * 2**20
-# of a slice in the page, pixels
-_EDGE = 160
-_VIEWS_BYTES = 2 * 2**20
 
 
 def write_report(folder: Path, file: Path | None = None, device: str = "cpu") -> Path:
-    """Write the report of a run that is finished, at work or stopped.
+    """Write the report of a pre-training run, of a fine-tuned model or of a study; finished, at work or stopped.
 
     Args:
-        folder: of the run.
+        folder: of the run, ``.../fold_all``; of the model, ``.../fold_0``; or of the study.
         file: to write; None is ``report.html`` in the folder.
         device: to compute features on.
 
@@ -47,11 +29,10 @@ def write_report(folder: Path, file: Path | None = None, device: str = "cpu") ->
         The file.
 
     Raises:
-        UserError: no run in the folder, or a file that cannot be written.
+        UserError: none of these in the folder, or a file that cannot be written.
     """
-    run = read_run(folder)
     file = file or folder / FILE
-    page = _render(run, device)
+    page = _render(folder, device)
     write_whole(file, lambda stream: stream.write(page))
     return file
 
@@ -70,7 +51,13 @@ def write_report_after_run(folder: Path, say: Callable[[str], None], device: str
         say(f"No report was written: {error}. To try again: nnUNetv2_macl_report {shlex.quote(str(folder))}")
 
 
-def _render(run: Run, device: str) -> bytes:
+def _render(folder: Path, device: str) -> bytes:
+    if study.is_study(folder):
+        template, values = study.TEMPLATE, study.describe_study(folder)
+    elif finetuned.is_training(folder):
+        template, values = finetuned.TEMPLATE, finetuned.describe_training(folder)
+    else:
+        template, values = pretraining.TEMPLATE, pretraining.describe_run(folder, device)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nnunetv2_macl.report", ""),
         autoescape=True,
@@ -78,170 +65,8 @@ def _render(run: Run, device: str) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    try:
-        features, no_features = show_features(run, device), None
-    except UserError as error:
-        features, no_features = None, str(error)
-    recipe = run.plan.get_recipe()
-    page = environment.get_template("template.html.jinja").render(
-        run=run,
-        recipe=[(key, value, meaning(key), value != getattr(Recipe(), key)) for key, value in recipe.as_dict().items()],
-        plan=_plan(run),
-        sources=[_told_source(source) for source in image_sources(run)],
-        losses={title: Markup(svg) for title, svg in loss_curves(run.log).items()},
-        others={title: Markup(svg) for title, svg in other_curves(run.log).items()},
-        summary=_summary(run),
-        views=_views(run.folder / "views.png"),
-        features=features and _told_features(features),
-        no_features=no_features,
-        advice=monitoring.collapse_advice(recipe) if run.collapsed else None,
-        commands=_commands(run),
-        citations=checkpoints.CITATIONS,
-        version=__version__,
-    )
-    content = page.encode()
+    text = environment.get_template(template).render(**values, citations=checkpoints.CITATIONS, version=__version__)
+    content = text.encode()
     if len(content) > MOST_BYTES:
         raise UserError(f"The report would take {len(content):,} bytes, more than the {MOST_BYTES:,} that it may.")
     return content
-
-
-# --- in words ------------------------------------------------------------------------------------------------------------
-
-
-def _plan(run: Run) -> list[tuple[str, str]]:
-    """Derived values in words, and the reason of each."""
-    rows = []
-    for keys, reason in run.plan.reasons.items():
-        values = ", ".join(
-            f"{key} {_words(getattr(run.plan, key))}" for key in keys.split(", ") if hasattr(run.plan, key)
-        )
-        rows.append((values, reason))
-    return rows
-
-
-def _words(value: Any) -> str:
-    return " × ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _told_source(source: dict[str, Any]) -> dict[str, Any]:
-    return source | {"size": _range(source["size"]), "spacing": _range(source["spacing"])}
-
-
-def _range(values: np.ndarray) -> str:
-    """Of (images, 3) values: the median, and the smallest and largest of each axis where they differ."""
-    low, high = values.min(0), values.max(0)
-    return _axes(low) if (low == high).all() else f"{_axes(np.median(values, 0))} ({_axes(low)} to {_axes(high)})"
-
-
-def _axes(values: np.ndarray) -> str:
-    return " × ".join(f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values)
-
-
-def _summary(run: Run) -> list[tuple[str, str]]:
-    """What one looks for first: name and value."""
-    log, recipe = run.log, run.plan.recipe
-    rows = [("State", f"{run.state}, {run.epochs} of {recipe['num_epochs']} epochs")]
-    if run.images is not None:
-        left_out = f", {run.skipped} left out as unreadable" if run.skipped else ""
-        rows.append(("Trained on", f"{run.images} images, none of their labels{left_out}"))
-    if run.fold != "all":
-        rows.append(("Left out", f"the validation images of fold {run.fold}"))
-    for key, name in monitoring.LOSS_NAMES.items():
-        if values := log.get(f"train_losses/{key}"):
-            lines = log.get("references/collapse") if key != "equivariance" else None
-            rows.append(
-                (name, f"{values[0]:.3f} → {values[-1]:.3f}" + (f" (collapse: {lines[-1]:.3f})" if lines else ""))
-            )
-    if seconds := _seconds(log):
-        speed = log["patches_per_second"]
-        rows.append(("Speed", f"{np.median(speed):.3g} patches a second, {np.median(seconds):.3g} s an epoch"))
-        rows.append(("Time", str(timedelta(seconds=round(sum(seconds))))))
-        left = recipe["num_epochs"] - run.epochs
-        if run.state != FINISHED and left > 0:
-            rows.append(("Still to go", str(timedelta(seconds=round(float(np.median(seconds)) * left)))))
-    return rows
-
-
-def _seconds(log: dict[str, list[float]]) -> list[float]:
-    """Of each epoch."""
-    if log.get("epoch_end_timestamps"):
-        pairs = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
-        return [end - start for start, end in pairs]
-    return log.get("seconds", [])
-
-
-def _commands(run: Run) -> list[tuple[str, str]]:
-    """What to type next, and what for."""
-    folder = shlex.quote(str(run.folder))
-    if run.state != FINISHED:
-        commands = [(command_to_go_on(run.configuration, run.fold), "go on with this run, if it was stopped")]
-        return [*commands, (f"nnUNetv2_macl_report {folder}", "write this report again")]
-    return [
-        ('export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"', "let nnU-Net find the trainers"),
-        (
-            command_to_fine_tune(run.configuration, run.fold),
-            "fine-tune on the labelled images, as nnU-Net always trains",
-        ),
-        (f"nnUNetv2_macl_transfer {folder} DATASET -c CONFIGURATION", "what another network would take of the weights"),
-        (f"nnUNetv2_macl_export {folder} -o weights.zip", "one file for others, without names and paths"),
-    ]
-
-
-# --- pictures ------------------------------------------------------------------------------------------------------------
-
-
-def _told_features(features: Features) -> dict[str, Any]:
-    def shown(index: int) -> str:
-        return _grey(features.slices[index])
-
-    return {
-        "coloured": [
-            {"slice": shown(i), **{when: _png(colours[i]) for when, colours in features.colours.items()}}
-            for i in range(len(features.colours["after"]))
-        ],
-        "queries": [
-            {
-                "slice": shown(i),
-                **{when: [shown(j) for j in rows[i]] for when, rows in features.neighbours.items()},
-            }
-            for i in range(len(features.neighbours["after"]))
-        ],
-        "distances": features.distances,
-        "chance": features.chance,
-        "patches": len(features.slices),
-    }
-
-
-def _grey(image: np.ndarray) -> str:
-    low, high = np.percentile(image, (1, 99))
-    return _png(np.clip((image - low) / max(high - low, 1e-6), 0, 1))
-
-
-def _png(image: np.ndarray) -> str:
-    """(H, W) or (H, W, 3), 0 to 1, as data for ``src``, no larger than it is shown."""
-    step = max(1, int(np.ceil(max(image.shape[:2]) / _EDGE)))
-    image = image[::step, ::step]
-    stream = io.BytesIO()
-    if image.ndim == 2:
-        Image.fromarray((image * 255).astype(np.uint8)).save(stream, "png", optimize=True)
-    else:
-        matplotlib.image.imsave(stream, np.ascontiguousarray(image), format="png")
-    return _data(stream.getvalue(), "png")
-
-
-def _views(file: Path) -> str | None:
-    """The picture of the first batch that the run wrote."""
-    try:
-        content = file.read_bytes()
-        if len(content) <= _VIEWS_BYTES:
-            return _data(content, "png")
-        stream = io.BytesIO()
-        with Image.open(file) as image:
-            image.convert("RGB").save(stream, "jpeg", quality=80)
-        return _data(stream.getvalue(), "jpeg") if stream.tell() <= _VIEWS_BYTES else None
-    except OSError:
-        return None
-
-
-def _data(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

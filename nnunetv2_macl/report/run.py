@@ -27,7 +27,7 @@ _EPOCH = re.compile(
 )
 _IN_LOG = {"L_g": "train_losses/global", "L_d": "train_losses/dense", "L_ER": "train_losses/equivariance"}
 _IMAGES = re.compile(r"Pre-training on (\d+) images.*left out as unreadable: (\d+)")
-_STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?: ")
+STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?: ")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def read_run(folder: Path) -> Run:
         PlansManager(read_json(folder.parent / "plans.json", mend)),
         read_json(folder.parent / "dataset.json", mend),
     )
-    lines = _log_lines(folder)
+    lines = log_lines(folder)
     images, skipped = None, 0
     for line in lines:
         if match := _IMAGES.search(line):
@@ -118,12 +118,12 @@ def read_run(folder: Path) -> Run:
         images=images,
         skipped=skipped,
         collapsed=checkpoint.get("collapsed"),
-        warnings=list(dict.fromkeys(_STAMP.sub("", line) for line in lines if "WARNING" in line or "Left out" in line)),
+        warnings=list(dict.fromkeys(STAMP.sub("", line) for line in lines if "WARNING" in line or "Left out" in line)),
         versions=versions,
     )
 
 
-def _log_lines(folder: Path) -> list[str]:
+def log_lines(folder: Path) -> list[str]:
     """Of all log files, in their order: a run that went on has several."""
     files = sorted(folder.glob("training_log_*.txt"), key=lambda file: file.stat().st_mtime)
     return [line.strip() for file in files for line in file.read_text(errors="replace").splitlines()]

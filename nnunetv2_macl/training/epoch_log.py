@@ -11,6 +11,7 @@ from typing import Any
 from nnunetv2_macl import monitoring
 from nnunetv2_macl.losses import ReferenceValues
 from nnunetv2_macl.monitoring import LOSS_NAMES
+from nnunetv2_macl.probes import PROBE
 from nnunetv2_macl.recipe import Recipe
 
 SKIPPED = "skipped_steps"
@@ -18,12 +19,18 @@ _STATISTICS = ("positives", "embedding_variance", "bottleneck_rms", "bottleneck_
 _SHOWN = {"global": "L_g", "dense": "L_d", "equivariance": "L_ER"}
 
 
-def log_keys(losses: Iterable[str]) -> list[str]:
-    """Keys to tell nnU-Net's logger of, which takes no other; ``losses`` are those that are trained."""
+def log_keys(losses: Iterable[str], probes: Iterable[str]) -> list[str]:
+    """Keys to tell nnU-Net's logger of, which takes no other.
+
+    Args:
+        losses: those that are trained.
+        probes: values that are measured beside them.
+    """
     losses = list(losses)
     keys = ["train_losses", "lrs", "epoch_start_timestamps", "epoch_end_timestamps", "patches_per_second", SKIPPED]
     keys += [f"train_losses/{name}" for name in losses]
     keys += [f"references/{key}" for key in ReferenceValues._fields]
+    keys += probes
     return keys + [key for key in _STATISTICS if not key.startswith("bottleneck") or "equivariance" in losses]
 
 
@@ -78,14 +85,20 @@ class Epoch:
     def patches_per_second(self) -> float:
         return self.batch_size * self.sums.steps / self.sums.seconds
 
-    def log_values(self, keys: Iterable[str]) -> dict[str, float]:
-        """Values for those of `log_keys` that an epoch has; NaN for a loss of which every step was skipped."""
+    def log_values(self, keys: Iterable[str], probed: dict[str, float]) -> dict[str, float]:
+        """Values for those of `log_keys` that an epoch has; NaN for a loss of which every step was skipped.
+
+        Args:
+            keys: those that the log has.
+            probed: what a probe measured; NaN in epochs without one.
+        """
         means = self.sums.means()
         known = {f"train_losses/{name}": means.get(name, math.nan) for name in LOSS_NAMES}
         known |= {f"references/{key}": value for key, value in self.references._asdict().items()}
         known |= {key: means.get(key, math.nan) for key in _STATISTICS}
         known |= {"train_losses": means.get("total", math.nan), "patches_per_second": self.patches_per_second}
         known |= {SKIPPED: self.sums.skipped}
+        known |= {key: probed.get(key, math.nan) for key in keys if key.startswith(PROBE)}
         return {key: float(known[key]) for key in keys if key in known}
 
     def line(self) -> str:

@@ -20,9 +20,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from nnunetv2_macl import checkpoints, distributed, monitoring
+from nnunetv2_macl import checkpoints, distributed, monitoring, probes
 from nnunetv2_macl.building import build_loss, build_network, build_optimizer
-from nnunetv2_macl.data import PretrainingBatches, load_batches, worker_was_killed
+from nnunetv2_macl.data import Case, PretrainingBatches, load_batches, worker_was_killed
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import cannot_write, is_refused_write, remove_temporary
 from nnunetv2_macl.monitoring import LOSS_NAMES
@@ -90,6 +90,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         # where --c goes on: this epoch while it runs, the next one when it is through
         self._next_epoch = 0
         self._resumed_images: str | None = None
+        self._labelled: list[Case] = []
+        self._probe_patches: probes.Probe | None = None
         self._signals = Signals()
         self._lock = RunLock(Path(self.output_folder))
 
@@ -140,7 +142,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         torch.manual_seed(self.recipe.seed)
         # nnU-Net's logger takes only keys that it knows, one value an epoch
         losses = [name for name, weight in build_loss(self.recipe).weights.items() if weight]
-        self.logger.local_logger.my_fantastic_logging = {key: [] for key in log_keys(losses)}
+        probed = probes.probe_keys(len(self.macl_configuration.strides)) if self.recipe.probe_every else []
+        self.logger.local_logger.my_fantastic_logging = {key: [] for key in log_keys(losses, probed)}
         super().initialize()
         self.step = TrainingStep(
             self.network, self.loss, self.optimizer, self.lr_scheduler, self.grad_scaler, self.macl_plan, self.device
@@ -273,6 +276,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             left_out = set(self.do_split()[1])
             own = [case for case in own if case.name not in left_out]
             self.print_to_log_file(f"Left out: the {len(left_out)} validation images of fold {self.fold}")
+        self._labelled = own
         return Preprocessed(own + unlabelled.cases, unlabelled.skipped)
 
     def get_dataloaders(self) -> tuple[Any, None]:
@@ -385,15 +389,38 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         # of the whole epoch, of which nnU-Net knows the part since the last start
         epoch = Epoch(self.current_epoch, self.num_epochs, self.macl_plan.batch_size, self.sums, self.recipe)
         log = self.logger.local_logger.my_fantastic_logging
-        for key, value in epoch.log_values(log).items():
+        probed = self._probe()
+        for key, value in epoch.log_values(log, probed).items():
             self.logger.log(key, value, self.current_epoch)
         self.print_to_log_file(epoch.line())
+        if probed:
+            self.print_to_log_file(probes.as_words(probed))
         before = {
             name: log[f"train_losses/{name}"][-2] for name in LOSS_NAMES if len(log.get(f"train_losses/{name}", [])) > 1
         }
         reason = monitoring.collapse_reason(self.sums.means(), before, epoch.references, self._step)
         if told := self.collapse.see(reason, self.recipe):
             self.print_to_log_file(told)
+
+    def _probe(self) -> dict[str, float]:
+        """What the features are worth, in the epochs that the recipe asks for, and in the last."""
+        every, number = self.recipe.probe_every, self.current_epoch + 1
+        if distributed.rank() != 0 or not every or (number % every and number < self.num_epochs):
+            return {}
+        if self._probe_patches is None:
+            self._probe_patches = probes.Probe(
+                self.macl_configuration,
+                self._labelled,
+                PretrainingBatches(
+                    self.data.cases,
+                    self.macl_plan.sampling,
+                    distributed.share(self.macl_plan.batch_size),
+                    self.step.steps,
+                ),
+                self.macl_plan.patch_size,
+                self.recipe.seed,
+            )
+        return self._probe_patches.measure(self.step)
 
     def on_validation_epoch_start(self) -> None:
         """There are no labels to validate on."""

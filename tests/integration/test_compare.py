@@ -17,6 +17,7 @@ from conftest import DATASET
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from test_report import Page
 from torch.utils.data import DataLoader
 
 from nnunetv2_macl import checkpoints
@@ -24,6 +25,7 @@ from nnunetv2_macl.compare.run import compare
 from nnunetv2_macl.compare.study import Options
 from nnunetv2_macl.compare.trainer import SeededBatches, nnUNetTrainerMACLCompare
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.report import write_report
 
 OPTIONS = Options(
     dataset="901", c="2d", p="nnUNetPlans", arms=["scratch", "macl"], labels=["2"], seeds=1, rates=[1e-2], test="2",
@@ -90,6 +92,13 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     assert "encoder: 64 of 64 tensors taken" in taken
     assert "tensors taken" not in next((folder / "cells").glob("scratch*/**/training_log*")).read_text()
 
+    page = Page(write_report(folder).read_text())
+    assert (
+        "4 of 4 cells done" not in page.words and "2 of 2 cells done" in page.words and "Too few to tell" in page.words
+    )
+    assert "Dice above scratch" in page.words and [r[:14] for r in page.references] == ["data:image/png"]
+    (folder / "report.html").unlink()
+
     done = hashes(folder)
     caplog.set_level("INFO", logger="nnunetv2_macl")
     compare(OPTIONS, folder=folder, device="cpu")
@@ -98,6 +107,12 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     with pytest.raises(UserError, match=r"--epochs 3 \(was 1\)"):
         compare(replace(OPTIONS, epochs=3), folder=folder, device="cpu")
     assert hashes(folder) == done
+
+    # arms may be added; what is done is not done again
+    compare(replace(OPTIONS, arms=[*OPTIONS.arms, "encoder"]), folder=folder, device="cpu")
+    assert "[5/5]" in caplog.text and "| encoder |" in (folder / "compare.md").read_text()
+    now = hashes(folder)
+    assert all(now[file] == done[file] for file in done if file.startswith(("cells", "pretraining")))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +124,8 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
         (dict(arms=["scratch", "magic"]), ["'magic'"]),
         (dict(c="3d_cascade_fullres"), ["-c 3d_lowres"]),
         (dict(p="nnUNetOtherPlans"), ["nnUNetOtherPlans.json", "nnUNetv2_plan_experiment -d 901"]),
+        (dict(plan="/no/plan.json"), ["/no/plan.json does not exist", "--plan FILE.json"]),
+        (dict(plan=__file__), ["test_compare.py", "--plan FILE.json"]),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(workspace, tmp_path, change, words):
@@ -116,6 +133,18 @@ def test_mistakes_are_told_before_anything_is_written(workspace, tmp_path, chang
         compare(replace(OPTIONS, **change), folder=tmp_path / "study", device="cpu")
     assert all(word in str(error.value) for word in words), error.value
     assert not (tmp_path / "study").exists()
+
+
+def test_a_plan_of_the_users_own_is_taken_as_it_stands(workspace, tmp_path):
+    plan = json.loads((workspace.preprocessed / DATASET / "nnUNetPlans.json").read_text())
+    plan["plans_name"], plan["dataset_name"] = "myPlans", "Dataset555_Elsewhere"
+    plan["configurations"]["2d"]["patch_size"] = [32, 32]
+    (tmp_path / "mine.json").write_text(json.dumps(plan))
+    folder = tmp_path / "study"
+    compare(replace(OPTIONS, arms=["scratch"], plan=str(tmp_path / "mine.json")), folder=folder, device="cpu")
+    (used,) = folder.glob("cells/*/*/*__myPlans__2d/plans.json")
+    assert json.loads(used.read_text()) == plan | {"dataset_name": DATASET}
+    assert f"The plan of all arms is {tmp_path / 'mine.json'}" in (folder / "compare.md").read_text()
 
 
 def test_a_case_without_label(workspace, tmp_path):

@@ -27,6 +27,11 @@ nnUNetv2_train() {
   local arguments=("${@/%nnUNetTrainerMACL/nnUNetTrainerMACL_quick}")
   nnUNet_extTrainer="$nnUNet_extTrainer:$QUICK" command nnUNetv2_train "${arguments[@]}" -device cpu
 }
+nnUNetv2_macl_compare() {
+  command nnUNetv2_macl_compare "$@" --group_regex '.*' --labels 2 --seeds 1 --rates 1e-2 --test 1 --validation 1 \
+    --epochs 1 --iterations 1 -batch_size 2 --pretrain_epochs 1 --pretrain_iterations 1 --pretrain_batch_size 4 \
+    --disable_tta -device cpu -np 1
+}
 nnUNetv2_predict() { command nnUNetv2_predict "${@/%nnUNetTrainerMACL/nnUNetTrainerMACL_quick}" -device cpu; }
 """
 QUICK = """

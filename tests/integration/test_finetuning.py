@@ -7,8 +7,10 @@ import shutil
 import pytest
 import torch
 from conftest import DATASET, Workspace
+from test_report import Page
 
 from nnunetv2_macl import checkpoints
+from nnunetv2_macl.report import write_report
 
 QUICK = "nnUNetTrainerMACL_quick"
 # a user's own trainer, in a folder of his own
@@ -196,3 +198,24 @@ def test_variants_are_found_by_nnunet(epochs, monkeypatch):
     monkeypatch.setenv("nnUNet_extTrainer", str(resource_folder("trainers")))
     name = f"nnUNetTrainerMACL_{epochs}epoch{'s' if epochs > 1 else ''}"
     assert recursive_find_trainer_class_by_name(name).finetuning_epochs == epochs
+
+
+def test_the_report_of_a_fine_tuned_model(pretrained, tmp_path):
+    folder = pretrained.run_folder(QUICK, fold=0)
+    pretrained.run("nnUNetv2_macl_report", folder, "-o", tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    case = next((folder / "validation").glob("*.nii.gz")).name.partition(".")[0]
+    for words in (
+        "finished", "2 epochs", "4 training and 1 validation cases", "encoder: 64 of 64 tensors taken", case, "liver",
+        f"nnUNetv2_predict -d 901 -c 2d -f 0 -tr {QUICK}",
+    ):  # fmt: skip
+        assert words in page.words, words
+    assert all(r.startswith(("data:image/", "#")) for r in page.references)
+    # slice, labels and what is predicted of the one validation case
+    assert sum(r.startswith("data:image/") for r in page.references) == 3
+
+    copy = shutil.copytree(folder.parent, tmp_path / folder.parent.name) / "fold_0"
+    (copy / "checkpoint_final.pth").unlink()
+    shutil.rmtree(copy / "validation")
+    words = Page(write_report(copy).read_text()).words
+    assert "not finished" in words and f"nnUNetv2_train 901 2d 0 -tr {QUICK} --c" in words

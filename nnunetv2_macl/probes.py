@@ -1,0 +1,196 @@
+"""What the features are worth, measured during pre-training in seconds instead of by fine-tuning in hours.
+
+Labels are read for measuring alone. Sources: linear probe, Alain and Bengio, https://arxiv.org/abs/1610.01644; alignment and
+uniformity, Wang and Isola, ICML 2020, https://arxiv.org/abs/2005.10242; effective rank, Roy and Vetterli, EUSIPCO 2007.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from nnunetv2_macl.data import Case, PretrainingBatches
+from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.planning.plan import volume_patch
+from nnunetv2_macl.training.step import TrainingStep
+
+# begins the names of what is measured
+PROBE = "probe/"
+LINEAR_DICE, ALIGNMENT, UNIFORMITY = f"{PROBE}linear_dice", f"{PROBE}alignment", f"{PROBE}uniformity"
+EFFECTIVE_RANK = f"{PROBE}effective_rank"
+_MOST_CASES = 20
+# of a case, in 2D and in 3D
+_PATCHES = {2: 12, 3: 4}
+# locations that the linear probe is fitted to
+_MOST_LOCATIONS = 20_000
+_MOST_BATCHES = 4
+
+
+def probe_keys(stages: int) -> list[str]:
+    """Names of what `Probe.measure` returns, for a network of so many encoder stages."""
+    return [LINEAR_DICE, ALIGNMENT, UNIFORMITY, *(f"{EFFECTIVE_RANK}_{stage}" for stage in range(1, stages + 1))]
+
+
+class Probe:
+    """Measures a network on patches that are drawn once, so that epochs can be compared.
+
+    Args:
+        configuration: whose labelled cases are read.
+        cases: labelled ones, preprocessed; the probe is fitted to every second and measured on the others.
+        batches: that the network is trained on; the first ones show the embeddings.
+        patch_size: voxels an axis.
+        seed: of the patches.
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        cases: Sequence[Case],
+        batches: PretrainingBatches,
+        patch_size: Sequence[int],
+        seed: int,
+    ) -> None:
+        manager = configuration.plans_manager.get_label_manager(configuration.dataset_json)
+        # of overlapping regions the single labels, which make them up
+        self.classes = [label for label in manager.all_labels if label != 0]
+        count = min(_MOST_BATCHES, len(batches))
+        self.images = [torch.as_tensor(batches[step]["data"]) for step in range(count)]
+        chosen = list(cases)[:_MOST_CASES]
+        drawn = [
+            _labelled_patches(configuration, case.name, self.classes, patch_size, (seed, number))
+            for number, case in enumerate(chosen)
+        ]
+        self.fitted, self.measured = drawn[::2], drawn[1::2]
+
+    @torch.no_grad()
+    def measure(self, step: TrainingStep) -> dict[str, float]:
+        """Values by `probe_keys`; NaN for what cannot be measured. The network is left as it was."""
+        network = step.module
+        was_training = network.training
+        network.eval()
+        try:
+            return {LINEAR_DICE: self._linear_dice(network, step.device)} | self._of_embeddings(step)
+        finally:
+            network.train(was_training)
+
+    def _linear_dice(self, network: MACLNetwork, device: torch.device) -> float:
+        """Mean Dice of the classes on the measured cases, on the grid of the dense features."""
+        if not self.measured:
+            return float("nan")
+        x, y = self._locations(network, device, self.fitted)
+        if len(np.unique(y)) < 2:
+            return float("nan")
+        mean, deviation = x.mean(0), x.std(0) + 1e-6
+        every = -(-len(x) // _MOST_LOCATIONS)
+        with warnings.catch_warnings():
+            # a probe need not be at its very best to be compared
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model = LogisticRegression(C=0.1, max_iter=200).fit(((x - mean) / deviation)[::every], y[::every])
+        x, y = self._locations(network, device, self.measured)
+        predicted = model.predict((x - mean) / deviation)
+        scores = [
+            2 * ((predicted == c) & (y == c)).sum() / ((predicted == c).sum() + (y == c).sum())
+            for c in self.classes
+            if (y == c).any()
+        ]
+        return float(np.mean(scores)) if scores else float("nan")
+
+    def _locations(
+        self, network: MACLNetwork, device: torch.device, patches: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Features (L, C) and labels (L,) at every grid location of all patches."""
+        features, labels = [], []
+        for images, segmentations in patches:
+            dense = network.dense_features(images.to(device)).float().cpu()
+            # the class that most of a location's voxels have
+            shares = torch.stack([(segmentations == c).float() for c in (0, *self.classes)], 1)
+            shares = F.interpolate(shares, size=dense.shape[2:], mode="area")
+            labels.append(torch.tensor([0, *self.classes])[shares.argmax(1)].flatten())
+            features.append(dense.movedim(1, -1).flatten(0, -2))
+        return torch.cat(features).numpy(), torch.cat(labels).numpy()
+
+    def _of_embeddings(self, step: TrainingStep) -> dict[str, float]:
+        network = step.module
+        dominant, auxiliary, stages = [], [], []
+        for number, images in enumerate(self.images):
+            outputs = network(*step.show(images, number))
+            if "global_dominant" in outputs:
+                pair = outputs["global_dominant"], outputs["global_auxiliary"]
+            else:
+                pair = tuple(outputs[f"dense_{branch}"].flatten(2).mean(-1) for branch in ("dominant", "auxiliary"))
+            dominant.append(pair[0].float().cpu())
+            auxiliary.append(pair[1].float().cpu())
+            stages.append([maps.float().cpu() for maps in network.stages(images.to(step.device))])
+        ranks = [effective_rank(torch.cat(maps).movedim(1, -1).flatten(0, -2)) for maps in zip(*stages, strict=True)]
+        one, two = torch.cat(dominant), torch.cat(auxiliary)
+        values = {ALIGNMENT: alignment(one, two), UNIFORMITY: uniformity(torch.cat((one, two)))}
+        return values | {f"{EFFECTIVE_RANK}_{stage}": rank for stage, rank in enumerate(ranks, 1)}
+
+
+def alignment(one: Tensor, two: Tensor) -> float:
+    """Mean squared distance of the unit vectors of two views, (N, C) each: 0 where views agree, 2 where they are unrelated."""
+    return (F.normalize(one, dim=1) - F.normalize(two, dim=1)).square().sum(1).mean().item()
+
+
+def uniformity(embeddings: Tensor) -> float:
+    """Log of the mean Gaussian kernel of all pairs of unit vectors, (N, C): 0 where all are one, -4 at best."""
+    distances = torch.pdist(F.normalize(embeddings, dim=1)).square()
+    return distances.mul(-2).exp().mean().log().item()
+
+
+def effective_rank(features: Tensor) -> float:
+    """Exponential of the entropy of the normalised spectrum of (L, C) features: 1 (one direction) to C (all alike)."""
+    centred = (features - features.mean(0)).double()
+    spectrum = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
+    if not (total := spectrum.sum()) > 0:
+        return 1.0
+    shares = spectrum / total
+    return torch.special.entr(shares).sum().exp().item()
+
+
+def _labelled_patches(
+    configuration: Configuration, case: str, classes: Sequence[int], patch_size: Sequence[int], seed: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """(P, C, *patch) images and (P, *patch) labels of a case, each patch around a voxel of a class drawn for it."""
+    generator = np.random.default_rng(seed)
+    data, segmentation, _, _ = nnUNetDatasetBlosc2(str(configuration.cases_folder), [case]).load_case(case)
+    image, labels = np.asarray(data[:]), np.asarray(segmentation[:])[0]
+    size = np.asarray(volume_patch(tuple(patch_size)))
+    present = [label for label in classes if (labels == label).any()]
+    patches, targets = [], []
+    for _ in range(_PATCHES[len(patch_size)]):
+        places = np.argwhere(labels == generator.choice(present)) if present else np.argwhere(labels <= 0)
+        corner = places[generator.integers(len(places))] - size // 2
+        patches.append(_cut(image, corner, size))
+        targets.append(_cut(labels[None], corner, size)[0])
+    images, segmentations = torch.from_numpy(np.stack(patches)), torch.from_numpy(np.stack(targets).astype(np.int64))
+    return (images[:, :, 0], segmentations[:, 0]) if len(patch_size) == 2 else (images, segmentations)
+
+
+def _cut(volume: np.ndarray, corner: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """A patch of (C, *volume), zeros outside."""
+    shape = np.asarray(volume.shape[1:])
+    low, high = np.maximum(corner, 0), np.minimum(corner + size, shape)
+    inside = volume[(slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))]
+    return np.pad(
+        inside, [(0, 0), *((int(a - c), int(c + n - b)) for a, b, c, n in zip(low, high, corner, size, strict=True))]
+    )
+
+
+def as_words(values: dict[str, Any]) -> str:
+    """For the log: one line."""
+    ranks = ", ".join(f"{value:.1f}" for key, value in values.items() if key.startswith(EFFECTIVE_RANK))
+    return (
+        f"Probe: linear Dice {values[LINEAR_DICE]:.4f}  alignment {values[ALIGNMENT]:.3f}  uniformity "
+        f"{values[UNIFORMITY]:.3f}  effective rank by stage {ranks}"
+    )

@@ -1,0 +1,265 @@
+"""The page of a fine-tuned model: where its weights come from, how it learned, what it makes of the validation cases."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.colors import to_rgb
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration, raw_folder, read_json
+from nnunetv2_macl.report.curves import BLUE, COLOURS, GREEN, ORANGE, draw_curves
+from nnunetv2_macl.report.pictures import png, stretched
+from nnunetv2_macl.report.run import FINISHED, STAMP, STOPPED, log_lines
+from nnunetv2_macl.training.run_folder import PLAN_COPY
+from nnunetv2_macl.words import counted
+
+TEMPLATE = "finetuned.html.jinja"
+_ORIGIN = re.compile(r"(MACL|nnssl) weights from ")
+# what nnU-Net's trainer writes into its log, an epoch
+_VALUES = {
+    "rate": re.compile(r"Current learning rate: (\S+)"),
+    "train": re.compile(r"train_loss (\S+)"),
+    "validation": re.compile(r"val_loss (\S+)"),
+    "seconds": re.compile(r"Epoch time: (\S+) s"),
+}
+_EPOCH = re.compile(r"^Epoch (\d+)$")
+_PSEUDO_DICE = re.compile(r"Pseudo dice \[(.*)\]")
+_NUMBER = re.compile(r"(?:np\.float\d+\()?(-?[\d.]+(?:e-?\d+)?|nan)")
+_SHOWN = 3
+
+
+def is_training(folder: Path) -> bool:
+    """Whether a folder is a fold of a training that nnU-Net began, and not a pre-training run."""
+    is_fold = (folder.parent / "plans.json").is_file() and any(folder.glob("training_log_*.txt"))
+    return is_fold and not (folder / PLAN_COPY).is_file()
+
+
+def describe_training(folder: Path) -> dict[str, Any]:
+    """What the template shows of a training that is finished, at work or stopped.
+
+    Args:
+        folder: ``.../fold_F``.
+
+    Raises:
+        UserError: nnU-Net's copies of plan or data set description are damaged.
+    """
+    mend = "It is a copy that nnU-Net makes; copy it from nnUNet_preprocessed."
+    trainer, plans_name, configuration_name = folder.resolve().parent.name.split("__")
+    plans = PlansManager(read_json(folder.parent / "plans.json", mend))
+    configuration = Configuration(
+        plans.dataset_name, plans_name, configuration_name, plans, read_json(folder.parent / "dataset.json", mend)
+    )
+    lines = [STAMP.sub("", line) for line in log_lines(folder)]
+    epochs = _epochs(lines)
+    summary = folder / "validation" / "summary.json"
+    validation = (
+        read_json(summary, f"Remove {summary} and validate again: nnUNetv2_train ... --val")
+        if summary.is_file()
+        else None
+    )
+    is_finished = (folder / "checkpoint_final.pth").is_file()
+    classes = _class_names(configuration)
+    fold = folder.name.removeprefix("fold_")
+    return {
+        "name": f"{configuration.dataset_name}, {configuration.name}",
+        "trainer": trainer,
+        "fold": fold,
+        "plans_name": plans_name,
+        "state": FINISHED if is_finished else STOPPED,
+        "summary": _summary(epochs, validation, lines),
+        "origin": _origin(lines),
+        "curves": _curves(epochs, classes),
+        "by_class": _by_class(validation, classes),
+        "by_case": _by_case(validation, classes),
+        "classes": list(classes.values()),
+        "pictures": _pictures(folder, configuration, validation, classes),
+        "commands": _commands(configuration, trainer, fold, is_finished, validation is not None),
+    }
+
+
+def _epochs(lines: list[str]) -> dict[int, dict[str, Any]]:
+    """Values of each epoch that is through; one that was trained again after a stop counts once."""
+    epochs: dict[int, dict[str, Any]] = {}
+    current: dict[str, Any] = {}
+    number = None
+    for line in lines:
+        if match := _EPOCH.match(line):
+            number, current = int(match[1]), {}
+        for key, pattern in _VALUES.items():
+            if match := pattern.match(line):
+                current[key] = float(match[1])
+        if match := _PSEUDO_DICE.match(line):
+            current["dice"] = [float(value) for value in _NUMBER.findall(match[1])]
+        if number is not None and "seconds" in current:
+            epochs[number] = current
+    return {number: epochs[number] for number in sorted(epochs)}
+
+
+def _summary(
+    epochs: dict[int, dict[str, Any]], validation: dict[str, Any] | None, lines: list[str]
+) -> list[tuple[str, str]]:
+    rows = [("Trained", counted(len(epochs), "epoch"))]
+    split = [line for line in lines if line.startswith("This split has")]
+    if split:
+        rows.append(("On", split[-1].removeprefix("This split has ").rstrip(".")))
+    if validation:
+        rows.append(
+            ("Dice", f"{validation['foreground_mean']['Dice']:.3f}, mean of the classes on the validation cases")
+        )
+    seconds = [values["seconds"] for values in epochs.values()]
+    if seconds:
+        time = timedelta(seconds=round(sum(seconds)))
+        rows.append(("Time", f"{time}, {np.median(seconds):.3g} s an epoch"))
+    return rows
+
+
+def _origin(lines: list[str]) -> list[str]:
+    """What the trainer said about the weights that it started from; empty where it started from scratch."""
+    starts = [number for number, line in enumerate(lines) if _ORIGIN.match(line)]
+    if not starts:
+        return []
+    told = lines[starts[-1] :]
+    end = next(
+        (
+            n
+            for n, line in enumerate(told)
+            if n and not re.match(r"(encoder|decoder):|not taken|They are|The images|To leave", line)
+        ),
+        12,
+    )
+    names = ", ".join(Path(part.strip()).name for part in _ORIGIN.sub("", told[0]).split(","))
+    return [f"{told[0].split()[0]} weights, {names}", *told[1:end]]
+
+
+def _curves(epochs: dict[int, dict[str, Any]], classes: dict[str, str]) -> dict[str, Markup]:
+    if not epochs:
+        return {}
+
+    def values(key: str) -> list[float]:
+        return [epoch.get(key, float("nan")) for epoch in epochs.values()]
+
+    losses: list[Any] = [
+        (values("train"), BLUE, "-", "training"),
+        (values("validation"), ORANGE, "-", "validation patches"),
+    ]
+    figures = {"Loss": draw_curves(losses, "loss", from_zero=False)}
+    dice = [epoch["dice"] for epoch in epochs.values() if "dice" in epoch]
+    if dice:
+        lines: list[Any] = [
+            (list(of_class), COLOURS[number % len(COLOURS)], "-", name)
+            for number, (name, of_class) in enumerate(zip(classes.values(), zip(*dice, strict=True), strict=False))
+        ]
+        figures["Dice on validation patches, as nnU-Net estimates it"] = draw_curves(lines, "dice", from_zero=True)
+    figures["Learning rate"] = draw_curves(
+        [(values("rate"), GREEN, "-", "learning rate")], "rate", from_zero=True, legend=False
+    )
+    return {title: Markup(svg) for title, svg in figures.items()}
+
+
+def _class_names(configuration: Configuration) -> dict[str, str]:
+    """Name of each class by its key in nnU-Net's summaries."""
+    manager = configuration.plans_manager.get_label_manager(configuration.dataset_json)
+    labels = configuration.dataset_json["labels"]
+    names = {str(tuple(v) if isinstance(v, (list, tuple)) else v): name for name, v in labels.items()}
+    keys = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    return {str(key): names.get(str(key), str(key)) for key in keys}
+
+
+def _by_class(validation: dict[str, Any] | None, classes: dict[str, str]) -> list[tuple[str, str]]:
+    if not validation:
+        return []
+    return [(name, _number(validation["mean"].get(key, {}).get("Dice"))) for key, name in classes.items()]
+
+
+def _case_name(row: dict[str, Any]) -> str:
+    return Path(row["prediction_file"]).name.partition(".")[0]
+
+
+def _mean_dice(row: dict[str, Any]) -> float:
+    values = np.array([metrics["Dice"] for metrics in row["metrics"].values()], dtype=float)
+    return float(np.nanmean(values)) if (~np.isnan(values)).any() else float("nan")
+
+
+def _by_case(validation: dict[str, Any] | None, classes: dict[str, str]) -> list[tuple[str, list[str]]]:
+    """Cases from the worst on."""
+    rows = sorted(validation["metric_per_case"] if validation else [], key=_mean_dice)
+    return [(_case_name(row), [_number(row["metrics"].get(key, {}).get("Dice")) for key in classes]) for row in rows]
+
+
+def _number(value: float | None) -> str:
+    return "not defined" if value is None or np.isnan(value) else f"{value:.3f}"
+
+
+def _pictures(
+    folder: Path, configuration: Configuration, validation: dict[str, Any] | None, classes: dict[str, str]
+) -> list[dict[str, str]]:
+    """The worst, the middle and the best validation case: image, its labels, what the model makes of it.
+
+    Of each the slice with the most foreground. Empty where the images are not reachable.
+    """
+    rows = sorted(validation["metric_per_case"] if validation else [], key=_mean_dice)
+    if not rows:
+        return []
+    try:
+        images = get_filenames_of_train_images_and_targets(
+            str(raw_folder(configuration.dataset_name)), dict(configuration.dataset_json)
+        )
+    except (UserError, OSError, KeyError):  # nnUNet_raw is elsewhere, or not set
+        return []
+    # of two cases there is no middle one, of one nothing but the worst
+    shown = {len(rows) // 2: "middle", len(rows) - 1: "best", 0: "worst"}
+    reader = configuration.plans_manager.image_reader_writer_class()
+    pictures = []
+    for number, which in sorted(shown.items()):
+        row = rows[number]
+        case = _case_name(row)
+        prediction = folder / "validation" / Path(row["prediction_file"]).name
+        try:
+            image = reader.read_images(images[case]["images"])[0][0]
+            reference, predicted = (reader.read_seg(str(file))[0][0] for file in (images[case]["label"], prediction))
+        except (KeyError, OSError, RuntimeError):
+            continue
+        foreground = (reference > 0).sum((1, 2)) if (reference > 0).any() else (predicted > 0).sum((1, 2))
+        z = int(foreground.argmax())
+        grey_slice = stretched(image[z])
+        pictures.append(
+            {
+                "case": f"{which}: {case}, Dice {_number(_mean_dice(row))}",
+                "image": png(grey_slice),
+                "reference": png(_coloured(grey_slice, reference[z])),
+                "predicted": png(_coloured(grey_slice, predicted[z])),
+            }
+        )
+    return pictures
+
+
+def _coloured(grey_slice: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(H, W), 0 to 1, and (H, W) labels -> (H, W, 3): labels as colours over the image."""
+    picture = np.repeat(grey_slice[..., None], 3, -1)
+    for number, label in enumerate(value for value in np.unique(labels) if value > 0):
+        mask = labels == label
+        picture[mask] = 0.45 * picture[mask] + 0.55 * np.asarray(to_rgb(COLOURS[number % len(COLOURS)]))
+    return picture
+
+
+def _commands(
+    configuration: Configuration, trainer: str, fold: str, is_finished: bool, is_validated: bool
+) -> list[tuple[str, str]]:
+    plans = "" if configuration.plans_name == "nnUNetPlans" else f" -p {configuration.plans_name}"
+    train = f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr {trainer}{plans}"
+    if not is_finished:
+        return [(f"{train} --c", "go on with this training, if it was stopped")]
+    predict = f"nnUNetv2_predict -d {configuration.id} -c {configuration.name} -f {fold} -tr {trainer}{plans}"
+    commands = [(f"{predict} -i IMAGES -o PREDICTIONS", "segment images, with nnU-Net alone, on any machine")]
+    if not is_validated:
+        commands.append((f"{train} --val", "predict and measure the validation cases"))
+    compare = f"nnUNetv2_macl_compare {configuration.id} -c {configuration.name}"
+    return [*commands, (compare, "find out whether pre-training has helped, on cases kept apart")]

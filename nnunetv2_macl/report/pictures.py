@@ -1,0 +1,41 @@
+"""Pictures as data inside the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import matplotlib.image
+import numpy as np
+from PIL import Image
+
+# of a slice in the page, pixels
+_EDGE = 160
+
+
+def stretched(image: np.ndarray) -> np.ndarray:
+    """A slice, (H, W), its intensities from 0 to 1."""
+    low, high = np.percentile(image, (1, 99))
+    return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+
+
+def grey(image: np.ndarray) -> str:
+    """A slice, (H, W), its intensities stretched."""
+    return png(stretched(image))
+
+
+def png(image: np.ndarray) -> str:
+    """(H, W) or (H, W, 3), 0 to 1, as data for ``src``, no larger than it is shown."""
+    step = max(1, int(np.ceil(max(image.shape[:2]) / _EDGE)))
+    image = image[::step, ::step]
+    stream = io.BytesIO()
+    if image.ndim == 2:
+        Image.fromarray((image * 255).astype(np.uint8)).save(stream, "png", optimize=True)
+    else:
+        matplotlib.image.imsave(stream, np.ascontiguousarray(image), format="png")
+    return as_data(stream.getvalue(), "png")
+
+
+def as_data(content: bytes, kind: str) -> str:
+    """An encoded picture for ``src``; kind as in image/png."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

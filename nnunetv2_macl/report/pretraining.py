@@ -1,0 +1,174 @@
+"""The page of a pre-training run: what its folder tells, in words and pictures."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from nnunetv2_macl import monitoring
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.recipe import Recipe, meaning
+from nnunetv2_macl.report.curves import loss_curves, other_curves
+from nnunetv2_macl.report.features import Features, show_features
+from nnunetv2_macl.report.pictures import as_data, grey, png
+from nnunetv2_macl.report.run import FINISHED, Run, image_sources, read_run
+from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
+
+TEMPLATE = "run.html.jinja"
+_VIEWS_BYTES = 2 * 2**20
+
+
+def describe_run(folder: Path, device: str) -> dict[str, Any]:
+    """What the template shows of a run that is finished, at work or stopped.
+
+    Args:
+        folder: of the run.
+        device: to compute features on.
+
+    Raises:
+        UserError: no run in the folder, or a damaged one.
+    """
+    run = read_run(folder)
+    try:
+        features, no_features = show_features(run, device), None
+    except UserError as error:
+        features, no_features = None, str(error)
+    recipe = run.plan.get_recipe()
+    return {
+        "run": run,
+        "recipe": [
+            (key, value, meaning(key), value != getattr(Recipe(), key)) for key, value in recipe.as_dict().items()
+        ],
+        "plan": _plan(run),
+        "sources": [_told_source(source) for source in image_sources(run)],
+        "losses": {title: Markup(svg) for title, svg in loss_curves(run.log).items()},
+        "others": {title: Markup(svg) for title, svg in other_curves(run.log).items()},
+        "summary": _summary(run),
+        "views": _views(run.folder / "views.png"),
+        "features": features and _told_features(features),
+        "no_features": no_features,
+        "advice": monitoring.collapse_advice(recipe) if run.collapsed else None,
+        "commands": _commands(run),
+    }
+
+
+def _plan(run: Run) -> list[tuple[str, str]]:
+    """Derived values in words, and the reason of each."""
+    rows = []
+    for keys, reason in run.plan.reasons.items():
+        values = ", ".join(
+            f"{key} {_words(getattr(run.plan, key))}" for key in keys.split(", ") if hasattr(run.plan, key)
+        )
+        rows.append((values, reason))
+    return rows
+
+
+def _words(value: Any) -> str:
+    return " × ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _told_source(source: dict[str, Any]) -> dict[str, Any]:
+    return source | {"size": _range(source["size"]), "spacing": _range(source["spacing"])}
+
+
+def _range(values: np.ndarray) -> str:
+    """Of (images, 3) values: the median, and the smallest and largest of each axis where they differ."""
+    low, high = values.min(0), values.max(0)
+    return _axes(low) if (low == high).all() else f"{_axes(np.median(values, 0))} ({_axes(low)} to {_axes(high)})"
+
+
+def _axes(values: np.ndarray) -> str:
+    return " × ".join(f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values)
+
+
+def _summary(run: Run) -> list[tuple[str, str]]:
+    """What one looks for first: name and value."""
+    log, recipe = run.log, run.plan.recipe
+    rows = [("State", f"{run.state}, {run.epochs} of {recipe['num_epochs']} epochs")]
+    if run.images is not None:
+        left_out = f", {run.skipped} left out as unreadable" if run.skipped else ""
+        rows.append(("Trained on", f"{run.images} images, none of their labels{left_out}"))
+    if run.fold != "all":
+        rows.append(("Left out", f"the validation images of fold {run.fold}"))
+    for key, name in monitoring.LOSS_NAMES.items():
+        if values := log.get(f"train_losses/{key}"):
+            lines = log.get("references/collapse") if key != "equivariance" else None
+            rows.append(
+                (name, f"{values[0]:.3f} → {values[-1]:.3f}" + (f" (collapse: {lines[-1]:.3f})" if lines else ""))
+            )
+    if seconds := _seconds(log):
+        speed = log["patches_per_second"]
+        rows.append(("Speed", f"{np.median(speed):.3g} patches a second, {np.median(seconds):.3g} s an epoch"))
+        rows.append(("Time", str(timedelta(seconds=round(sum(seconds))))))
+        left = recipe["num_epochs"] - run.epochs
+        if run.state != FINISHED and left > 0:
+            rows.append(("Still to go", str(timedelta(seconds=round(float(np.median(seconds)) * left)))))
+    return rows
+
+
+def _seconds(log: dict[str, list[float]]) -> list[float]:
+    """Of each epoch."""
+    if log.get("epoch_end_timestamps"):
+        pairs = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
+        return [end - start for start, end in pairs]
+    return log.get("seconds", [])
+
+
+def _commands(run: Run) -> list[tuple[str, str]]:
+    """What to type next, and what for."""
+    folder = shlex.quote(str(run.folder))
+    if run.state != FINISHED:
+        commands = [(command_to_go_on(run.configuration, run.fold), "go on with this run, if it was stopped")]
+        return [*commands, (f"nnUNetv2_macl_report {folder}", "write this report again")]
+    return [
+        ('export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"', "let nnU-Net find the trainers"),
+        (
+            command_to_fine_tune(run.configuration, run.fold),
+            "fine-tune on the labelled images, as nnU-Net always trains",
+        ),
+        (f"nnUNetv2_macl_transfer {folder} DATASET -c CONFIGURATION", "what another network would take of the weights"),
+        (f"nnUNetv2_macl_export {folder} -o weights.zip", "one file for others, without names and paths"),
+    ]
+
+
+def _told_features(features: Features) -> dict[str, Any]:
+    def shown(index: int) -> str:
+        return grey(features.slices[index])
+
+    return {
+        "coloured": [
+            {"slice": shown(i), **{when: png(colours[i]) for when, colours in features.colours.items()}}
+            for i in range(len(features.colours["after"]))
+        ],
+        "queries": [
+            {
+                "slice": shown(i),
+                **{when: [shown(j) for j in rows[i]] for when, rows in features.neighbours.items()},
+            }
+            for i in range(len(features.neighbours["after"]))
+        ],
+        "distances": features.distances,
+        "chance": features.chance,
+        "patches": len(features.slices),
+    }
+
+
+def _views(file: Path) -> str | None:
+    """The picture of the first batch that the run wrote."""
+    try:
+        content = file.read_bytes()
+        if len(content) <= _VIEWS_BYTES:
+            return as_data(content, "png")
+        stream = io.BytesIO()
+        with Image.open(file) as image:
+            image.convert("RGB").save(stream, "jpeg", quality=80)
+        return as_data(stream.getvalue(), "jpeg") if stream.tell() <= _VIEWS_BYTES else None
+    except OSError:
+        return None

@@ -1,0 +1,84 @@
+"""Probes: values that are known, and what a run logs of them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nnunetv2_macl import checkpoints, probes
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.preprocessing.sources import training_cases
+
+
+def test_alignment_and_uniformity_of_known_vectors():
+    one = torch.eye(4)
+    assert probes.alignment(one, 3 * one) == pytest.approx(0)
+    assert probes.alignment(one, one.roll(1, 0)) == pytest.approx(2)
+    assert probes.alignment(one, -one) == pytest.approx(4)
+    assert probes.uniformity(torch.ones(5, 3)) == pytest.approx(0, abs=1e-5)
+    # all pairs of an orthogonal base lie at a squared distance of 2
+    assert probes.uniformity(one) == pytest.approx(-4)
+
+
+def test_effective_rank_is_the_number_of_even_directions():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20_000, 8, generator=generator)
+    assert probes.effective_rank(noise) == pytest.approx(8, rel=1e-3)
+    assert probes.effective_rank(noise[:, :3] @ torch.linalg.qr(noise[:8].T)[0][:3]) == pytest.approx(3, rel=1e-3)
+    assert probes.effective_rank(torch.ones(10, 8)) == 1
+
+
+class _Linear(torch.nn.Module):
+    """Features in which the image stands as it is, beside noise, on half the grid."""
+
+    def dense_features(self, images):
+        pooled = torch.nn.functional.avg_pool2d(images, 2)
+        noise = torch.randn(len(images), 3, *pooled.shape[2:], generator=torch.Generator().manual_seed(0))
+        return torch.cat((pooled, noise), 1)
+
+
+def test_a_linear_probe_finds_what_is_there_and_nothing_else(workspace):
+    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    cases = training_cases(configuration)
+    probe = probes.Probe(configuration, cases, [], [32, 32], 0)
+    assert len(probe.fitted) == 3 and len(probe.measured) == 2 and probe.classes == [1, 2]
+    images, labels = probe.fitted[0]
+    assert images.shape == (12, 1, 32, 32) and labels.shape == (12, 32, 32)
+    # each patch lies around a voxel of a class
+    assert all((label[16, 16] > 0) for label in labels)
+    told = (
+        [(label[:, None].float(), label) for _, label in probe.fitted],
+        [(label[:, None].float(), label) for _, label in probe.measured],
+    )
+    untold = [[(torch.zeros_like(image), label) for image, label in part] for part in told]
+    probe.fitted, probe.measured = told
+    assert probe._linear_dice(_Linear(), torch.device("cpu")) > 0.8
+    probe.fitted, probe.measured = untold
+    assert probe._linear_dice(_Linear(), torch.device("cpu")) < 0.3
+    probe.measured = []
+    assert math.isnan(probe._linear_dice(_Linear(), torch.device("cpu")))
+
+
+def test_a_patch_at_the_edge_is_filled_up_with_zeros():
+    volume = np.arange(1, 13, dtype=np.float32).reshape(1, 1, 3, 4)
+    patch = probes._cut(volume, np.array([0, -1, 2]), np.array([1, 3, 3]))
+    np.testing.assert_array_equal(patch[0, 0], [[0, 0, 0], [3, 4, 0], [7, 8, 0]])
+
+
+def test_a_run_measures_every_few_epochs_and_trains_as_it_would_without(workspace, tmp_path):
+    recipe = tmp_path / "probed.json"
+    recipe.write_text('{"inherits_from": "macl", "probe_every": 2}')
+    out = workspace.pretrain("901", "-c", "2d", "-recipe", recipe, epochs=3)
+    assert out.count("Probe: linear Dice ") == 2
+    folder = workspace.run_folder("nnUNetTrainerMACLPretrain")
+    log = checkpoints.load(folder / "checkpoint_final.pth")["logging"]
+    dice = log[probes.LINEAR_DICE]
+    assert math.isnan(dice[0]) and 0 <= dice[1] <= 1 and 0 <= dice[2] <= 1
+    assert all(log[key][1] >= 1 for key in log if key.startswith(probes.EFFECTIVE_RANK))
+    assert log[probes.UNIFORMITY][1] < 0 and log[probes.ALIGNMENT][1] > 0
+    assert "Dice of a linear probe" in (folder / "report.html").read_text()
+    weights = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
+    workspace.pretrain("901", "-c", "2d", epochs=3)
+    without = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
+    assert all(torch.equal(weights[key], without[key]) for key in weights)
