@@ -61,6 +61,7 @@ def build_loss(recipe: Recipe) -> MultiLevelContrastiveLoss:
         threshold=recipe.threshold,
         base_temperature=recipe.base_temperature,
         own_view_weight=recipe.own_view_weight,
+        equivariance_form=recipe.equivariance_form,
     )
 
 

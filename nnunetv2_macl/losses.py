@@ -25,7 +25,12 @@ SIMILARITIES_AT_ONCE = {"cuda": 2**24, "cpu": 2**18}
 # as torch's normalize
 _SMALLEST_NORM = 1e-12
 
-_LINEAR_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
+# of a channel, in the equivariance loss: less is rounding
+_SMALLEST_VARIANCE = 1e-4
+
+EQUIVARIANCE_FORMS = ("l1", "standardised")
+
+LINEAR_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def positive_mask(positions: Tensor, threshold: float) -> Tensor:
@@ -236,10 +241,24 @@ class DenseContrastiveLoss(_ContrastiveLoss):
 class EquivarianceLoss(nn.Module):
     """Equivariant regularisation, L_ER: features of the downsampled image should be the downsampled features.
 
-    Mean absolute difference between the dominant map and the auxiliary map, linearly interpolated to the dominant grid.
+    Mean absolute difference between the dominant map and the auxiliary map, linearly interpolated to the dominant grid. A
+    network that makes one map for every image has none. ``standardised`` leaves that way out: what all images of the batch have
+    in common is subtracted, and the rest brought to one scale, with gradients through both.
 
-    Source: MACL Eq. 3 (feature level).
+    Source: MACL Eq. 3 (feature level), which is ``l1``.
+
+    Args:
+        form: ``l1`` or ``standardised``.
+
+    Raises:
+        ValueError: another form.
     """
+
+    def __init__(self, form: str = "l1") -> None:
+        super().__init__()
+        if form not in EQUIVARIANCE_FORMS:
+            raise ValueError(f"form must be one of {EQUIVARIANCE_FORMS}, got {form!r}")
+        self.form = form
 
     def forward(self, dominant: Tensor, auxiliary: Tensor) -> Tensor:
         """Scalar loss.
@@ -259,14 +278,24 @@ class EquivarianceLoss(nn.Module):
         with _full_precision(dominant):
             if dominant.dtype not in (torch.float32, torch.float64):
                 dominant, auxiliary = dominant.float(), auxiliary.float()
-            return F.l1_loss(dominant, down(auxiliary, dominant.shape[2:]))
+            auxiliary = down(auxiliary, dominant.shape[2:])
+            if self.form == "standardised":
+                dominant, auxiliary = _standardised(dominant), _standardised(auxiliary)
+            return F.l1_loss(dominant, auxiliary)
+
+
+def _standardised(maps: Tensor) -> Tensor:
+    """(N, C, *grid), centred over the batch at each location, each channel of variance 1."""
+    centred = maps - maps.mean(0, keepdim=True)
+    variance = centred.square().mean([0, *range(2, maps.ndim)], keepdim=True)
+    return centred * (variance + _SMALLEST_VARIANCE).rsqrt()
 
 
 def down(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Linear interpolation of (N, C, *spatial) to ``size``, corners aligned: the paper's downsampling."""
     if tuple(maps.shape[2:]) == tuple(size):
         return maps
-    return F.interpolate(maps, size=tuple(size), mode=_LINEAR_MODE[maps.ndim - 2], align_corners=True)
+    return F.interpolate(maps, size=tuple(size), mode=LINEAR_MODE[maps.ndim - 2], align_corners=True)
 
 
 class MultiLevelContrastiveLoss(nn.Module):
@@ -286,6 +315,7 @@ class MultiLevelContrastiveLoss(nn.Module):
         threshold: float = 0.1,
         base_temperature: float | None = 0.07,
         own_view_weight: float = 0.0,
+        equivariance_form: str = "l1",
     ) -> None:
         super().__init__()
         self.weights = {"global": weight_global, "dense": weight_dense, "equivariance": weight_equivariance}
@@ -294,7 +324,7 @@ class MultiLevelContrastiveLoss(nn.Module):
         contrastive = {"own_view_weight": own_view_weight}
         self.global_loss = PositionalContrastiveLoss(temperature, threshold, base_temperature, **contrastive)
         self.dense_loss = DenseContrastiveLoss(temperature, threshold, base_temperature, **contrastive)
-        self.equivariance_loss = EquivarianceLoss()
+        self.equivariance_loss = EquivarianceLoss(equivariance_form)
 
     @property
     def threshold(self) -> float:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.losses import EQUIVARIANCE_FORMS
 from nnunetv2_macl.network import AUXILIARY_ENCODERS
+from nnunetv2_macl.views import INTENSITY_ON
 
 AUTO = "auto"
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -77,6 +79,11 @@ class Recipe:
     weight_global: float = _key(1.0, _number(0), "λ1, of the image-level loss L_g")
     weight_dense: float = _key(0.5, _number(0), "λ2, of the pixel-level loss L_d")
     weight_equivariance: float = _key(1.0, _number(0), "λ3, of the feature-level loss L_ER")
+    equivariance_form: str = _key(
+        "l1",
+        _one_of(*EQUIVARIANCE_FORMS),
+        "l1: the paper's; standardised: of maps centred and scaled over the batch, so that maps alike for every image do not pay",
+    )
     temperature: float = _key(0.1, _number(0, above=True), "τ")
     base_temperature: float | None = _key(
         0.07, _number(0, above=True) | _one_of(None), "L_g and L_d are multiplied by τ / this; null: not at all"
@@ -111,6 +118,15 @@ class Recipe:
         [0.7, 1.3], _list_of(_number(0, above=True), (2,), lambda v: v[0] <= v[1]), "smallest and largest factor"
     )
     translation: float = _key(0.1, _number(0, 1), "largest shift, fraction of the patch edge")
+
+    intensity: float = _key(
+        0.0, _number(0, 2), "strength of random gamma, contrast, brightness, bias field, noise and blur; 0: none"
+    )
+    intensity_on: str = _key(
+        "all",
+        _one_of(*INTENSITY_ON),
+        "what is changed so: both groups in both branches, the variance group, or what the auxiliary branch sees",
+    )
 
     optimizer: str = _key("sgd", _one_of(*OPTIMIZERS), "")
     learning_rate: float = _key(0.01, _number(0, above=True), "at its highest")

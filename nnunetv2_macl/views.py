@@ -1,4 +1,4 @@
-"""What each branch is shown: random spatial views, and the downsampled copies for the dominant branch.
+"""What each branch is shown: random spatial and intensity views, and the downsampled copies for the dominant branch.
 
 A view is parameters drawn once, then applied: rotation, scaling, translation and mirroring are one matrix and one
 resampling, which also does the downsampling where a branch needs it. Runs on whichever device the patches are on.
@@ -15,9 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunetv2_macl.losses import down
+from nnunetv2_macl.losses import LINEAR_MODE, down
 
-__all__ = ["SpatialViews", "down"]
+__all__ = ["IntensityViews", "SpatialViews", "down"]
+
+# which of down(I1), I2, down(V1), V2 an intensity view changes
+INTENSITY_ON = {
+    "all": (True, True, True, True),
+    "variance": (False, False, True, True),
+    "auxiliary": (False, True, False, True),
+}
 
 
 class SpatialViews:
@@ -119,3 +126,82 @@ def _rotation(axes: int, first: int, second: int, angles: Tensor) -> Tensor:
     matrix[:, first, second] = -angles.sin()
     matrix[:, second, first] = angles.sin()
     return matrix
+
+
+class IntensityViews:
+    """Random gamma, contrast, brightness, bias field, noise and blur, each channel of each image on its own.
+
+    For images that are normalised, as nnU-Net's are: changes of brightness and noise are in standard deviations.
+
+    Args:
+        strength: 1 for the ranges below, 0 for none; all grow with it.
+    """
+
+    # log of the exponent; log of the factor; standard deviations; log of the field; standard deviations
+    GAMMA, CONTRAST, BRIGHTNESS, BIAS, NOISE = 0.5, 0.4, 0.3, 0.5, 0.3
+    # of each change
+    PROBABILITIES = (0.8, 0.3, 0.8, 0.5, 0.3, 0.3)
+    # points of the bias field an axis; between them it is interpolated
+    FIELD_POINTS = 4
+
+    def __init__(self, strength: float = 1.0) -> None:
+        if not strength >= 0:
+            raise ValueError(f"strength must be 0 or greater, got {strength!r}")
+        self.strength = strength
+
+    def apply(self, patches: Tensor, generator: torch.Generator, *, batch_size: int = 0, first: int = 0) -> Tensor:
+        """Changed patches; constant ones stay finite.
+
+        Args:
+            patches: (N, C, *patch).
+            generator: where every random number comes from; on the CPU.
+            batch_size: of the whole batch, if these are a part of it: each part is changed as within the whole.
+            first: the number of the first of them in it.
+
+        Returns:
+            (N, C, *patch).
+        """
+        batch_size = batch_size or len(patches)
+        part, axes = slice(first, first + len(patches)), patches.ndim - 2
+        single = [batch_size, patches.shape[1], *[1] * axes]
+
+        def even(reach: float) -> Tensor:
+            reach *= self.strength
+            return (torch.rand(single, generator=generator)[part] * 2 * reach - reach).to(patches)
+
+        def chosen(probability: float) -> Tensor:
+            return (torch.rand(single, generator=generator)[part] < probability).to(patches.device)
+
+        def whole(values: Tensor, statistic: str) -> Tensor:
+            return getattr(values.flatten(2), statistic)(-1).view(-1, *single[1:])
+
+        gamma, inverse, contrast, biased, noisy, blurred = (chosen(p) for p in self.PROBABILITIES)
+        low = whole(patches, "amin")
+        span = (whole(patches, "amax") - low).clamp_min(1e-6)
+        views = ((patches - low) / span).clamp(0, 1)
+        views = torch.where(gamma, views ** even(self.GAMMA).exp(), views)
+        # nnU-Net's inverted gamma: stretches the bright end
+        views = torch.where(inverse, 1 - (1 - views) ** even(self.GAMMA).exp(), views)
+        views = views * span + low
+        mean = whole(views, "mean")
+        factor, shift = even(self.CONTRAST).exp(), even(self.BRIGHTNESS)
+        views = torch.where(contrast, (views - mean) * factor + mean + shift, views)
+        points = torch.randn(*single[:2], *[self.FIELD_POINTS] * axes, generator=generator)[part].to(patches)
+        field = (points * (self.BIAS * self.strength / 2)).clamp(-1, 1)
+        field = F.interpolate(field, patches.shape[2:], mode=LINEAR_MODE[axes], align_corners=True)
+        views = torch.where(biased, views * field.exp(), views)
+        # as large as the batch: drawn where it is needed
+        own = torch.Generator(patches.device).manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        noise = torch.randn(batch_size, *patches.shape[1:], generator=own, device=patches.device)[part]
+        views = torch.where(noisy, views + noise * even(self.NOISE).abs(), views)
+        return torch.where(blurred, _blurred(views), views) if self.strength else patches
+
+
+def _blurred(images: Tensor) -> Tensor:
+    """Along each axis 1/4, 1/2, 1/4; edges repeated."""
+    for axis in range(2, images.ndim):
+        length = images.shape[axis]
+        before = torch.cat((images.narrow(axis, 0, 1), images.narrow(axis, 0, length - 1)), axis)
+        after = torch.cat((images.narrow(axis, 1, length - 1), images.narrow(axis, length - 1, 1)), axis)
+        images = images / 2 + (before + after) / 4
+    return images

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nnunetv2_macl import losses
 from nnunetv2_macl.losses import (
@@ -176,3 +177,18 @@ def test_shapes_are_checked():
         EquivarianceLoss()(torch.randn(2, 3, 4, 4), torch.randn(2, 4, 8, 8))
     with pytest.raises(ValueError, match="weights"):
         MultiLevelContrastiveLoss(weight_global=0, weight_dense=0)
+
+
+def test_standardised_equivariance_does_not_reward_one_map_for_every_image():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(6, 4, 8, 8, generator=generator)
+    small = F.interpolate(maps, size=(4, 4), mode="bilinear", align_corners=True)
+    other = torch.randn(6, 4, 4, 4, generator=generator)
+    plain, standardised = EquivarianceLoss(), EquivarianceLoss("standardised")
+    assert plain(small, maps) < 1e-6 and standardised(small, maps) < 1e-6
+    # what all images have in common, and the scale, change nothing
+    common = torch.randn(1, 4, 4, 4, generator=generator)
+    torch.testing.assert_close(standardised(0.1 * other + common, maps), standardised(other, maps), rtol=0.02, atol=0)
+    assert plain(0.01 * other, 0.01 * maps) < 0.02 < standardised(0.1 * other, 0.1 * maps)
+    with pytest.raises(ValueError, match="form"):
+        EquivarianceLoss("l2")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnunetv2_macl.views import SpatialViews, down
+from nnunetv2_macl.views import IntensityViews, SpatialViews, down
 
 STILL = dict(mirroring=False, rotation=0.0, scaling=(1.0, 1.0), translation=0.0)
 
@@ -83,3 +83,51 @@ def test_same_seed_same_views():
 def test_arguments_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SpatialViews(**({"patch_size": (8, 8)} | wrong))
+
+
+@pytest.mark.parametrize("shape", [(6, 2, 16, 20), (4, 1, 6, 16, 12)])
+def test_intensity_changes_images_and_leaves_what_is_where(shape):
+    patches = torch.randn(shape, generator=generator())
+    views = IntensityViews().apply(patches, generator(1))
+    assert views.shape == patches.shape and torch.isfinite(views).all()
+    assert torch.equal(views, IntensityViews().apply(patches, generator(1)))
+    changed = (views - patches).flatten(2).abs().amax(-1) > 1e-3
+    assert changed.float().mean() > 0.7
+    # what was bright stays bright
+    ranks = [
+        torch.stack((a.flatten(), b.flatten())) for a, b in zip(patches.flatten(0, 1), views.flatten(0, 1), strict=True)
+    ]
+    assert min(torch.corrcoef(pair)[0, 1] for pair in ranks) > 0.5
+    assert torch.equal(IntensityViews(0).apply(patches, generator(1)), patches)
+
+
+def test_a_part_of_a_batch_is_changed_as_within_the_whole():
+    patches = torch.randn(5, 2, 8, 8, generator=generator())
+    whole = IntensityViews().apply(patches, generator(3))
+    part = IntensityViews().apply(patches[2:4], generator(3), batch_size=5, first=2)
+    torch.testing.assert_close(part, whole[2:4])
+
+
+def test_intensity_of_a_constant_image_is_finite():
+    assert torch.isfinite(IntensityViews(3.0).apply(torch.full((20, 1, 8, 8), 2.5), generator())).all()
+
+
+def test_intensity_of_each_image_and_channel_is_its_own():
+    patches = torch.randn(1, 1, 12, 12, generator=generator()).expand(5, 2, -1, -1)
+    views = IntensityViews().apply(patches, generator()).flatten(0, 1)
+    assert len({tuple(view.flatten().tolist()) for view in views}) >= 8
+
+
+def test_blur_keeps_a_ramp_and_spreads_a_point():
+    from nnunetv2_macl.views import _blurred
+
+    ramp = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8)
+    torch.testing.assert_close(_blurred(ramp)[..., 1:-1, :], ramp[..., 1:-1, :])
+    point = torch.zeros(1, 1, 5, 5)
+    point[..., 2, 2] = 1
+    assert _blurred(point)[0, 0, 2].tolist() == [0, 0.125, 0.25, 0.125, 0] and _blurred(point).sum() == 1
+
+
+def test_a_negative_strength_is_refused():
+    with pytest.raises(ValueError, match="strength"):
+        IntensityViews(-1)

@@ -52,6 +52,13 @@ def _compare_parser() -> argparse.ArgumentParser:
         metavar="RATE",
         help="learning rates of fine-tuning; each arm gets its best on the validation cases. Default: 1e-2 1e-3",
     )
+    add(
+        "--finetuning",
+        choices=["sgd", "adamw", "paper"],
+        default="sgd",
+        help="sgd: as nnU-Net trains; adamw: the same with AdamW, which wants --rates 1e-3 3e-3 and gets further in a short "
+        "training; paper: as the paper fine-tunes, which wants --rates 5e-4. Default: sgd",
+    )
     add("--test", default="25%", metavar="N", help=f"test {amount}. Default: 25%%")
     add("--validation", default="10%", metavar="N", help=f"validation {amount}, for the rate and curves. Default: 10%%")
     add(

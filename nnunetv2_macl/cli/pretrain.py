@@ -1,4 +1,4 @@
-"""``nnUNetv2_train_macl_pretrain`` and ``nnUNetv2_macl_demo``."""
+"""``nnUNetv2_train_macl_pretrain``, ``nnUNetv2_macl_network`` and ``nnUNetv2_macl_demo``."""
 
 from __future__ import annotations
 
@@ -85,6 +85,31 @@ def pretrain_entry() -> None:
             raise UserError(f"-np must be 1 or more, got {arguments['processes']}.")
         arguments["channel_map"] = dict(arguments["channel_map"] or {})
         pretrain(arguments.pop("dataset_name_or_id"), **arguments)
+
+    run(action)
+
+
+def network_entry() -> None:
+    """``nnUNetv2_macl_network``."""
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_network",
+        description="Write a nnU-Net plan of DATASET that is its own but for the network: the paper's, or one of your own.",
+        epilog="Example: nnUNetv2_macl_network 27 paper, then nnUNetv2_train_macl_pretrain 27 -c 2d -p nnUNetPlans_paper "
+        "-recipe paper, then nnUNetv2_train 27 2d 0 -p nnUNetPlans_paper -tr nnUNetTrainerMACLPaper",
+    )
+    parser.add_argument("dataset_name_or_id", help="data set, by name or id, planned by nnU-Net")
+    parser.add_argument(
+        "network", help="paper, or a JSON file with architecture and batch_size as nnU-Net's plans have them"
+    )
+    parser.add_argument("-c", dest="configuration", default="2d", help="configuration of the plan. Default: 2d")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plan to start from. Default: nnUNetPlans")
+    arguments = parser.parse_args()
+
+    def action() -> None:
+        from nnunetv2_macl.planning.network import plan_network
+
+        file = plan_network(arguments.dataset_name_or_id, arguments.network, arguments.plans, arguments.configuration)
+        print(f"{file}\nUse it with: -p {file.stem}")
 
     run(action)
 

@@ -17,7 +17,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunetv2_macl.compare.measure import measure
 from nnunetv2_macl.compare.study import RESULT_FILE, Cell, Study
-from nnunetv2_macl.compare.trainer import CURVE_FILE, nnUNetTrainerMACLCompare
+from nnunetv2_macl.compare.trainer import CURVE_FILE, TRAINERS
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import Configuration, read_json
@@ -37,7 +37,7 @@ def run_cell(study: Study, cell: Cell, device: str, processes: int) -> None:
     target = Configuration.load(options.dataset, options.p, options.c)
     plans = target.plans_manager.plans | {"continue_training": False}
     fold = study.fold(cell)
-    trainer = nnUNetTrainerMACLCompare(plans, options.c, fold, target.dataset_json, torch.device(device))
+    trainer = TRAINERS[options.finetuning](plans, options.c, fold, target.dataset_json, torch.device(device))
     lock = RunLock(Path(trainer.output_folder))
     lock.acquire()
     trainer.set_budget(

@@ -232,6 +232,8 @@ def _method(results: Results) -> list[str]:
         else f"nnU-Net planned ({planned['planner']}) on all {share + len(split.validation)} cases of the training share and "
         "their labels, for all arms alike."
     )
+    how = {"sgd": "as nnU-Net trains", "adamw": "as nnU-Net trains, but with AdamW", "paper": "as the paper has it"}
+    lines.append(f"Fine-tuning is {how[options.finetuning]}.")
     mirroring = "without" if options.disable_tta else "with"
     lines.append(f"{planning} The last checkpoint predicts, {mirroring} mirroring.")
     lines.append(

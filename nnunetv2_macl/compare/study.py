@@ -47,6 +47,7 @@ class Options:
     pretrain_batch_size: int | None
     disable_tta: bool
     plan: str | None = None
+    finetuning: str = "sgd"
 
     def check(self) -> None:
         """Raises UserError for a value that cannot be; names the option."""

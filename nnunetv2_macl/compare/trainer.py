@@ -19,14 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
+from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper
 
 # times that whole validation cases are predicted, evenly over the training, the last at its end
 CURVE_POINTS = 10
 CURVE_FILE = "curve.json"
 
 
-class nnUNetTrainerMACLCompare(nnUNetTrainerMACL):
-    """nnU-Net's own training with a fixed budget, where every random number is decided by the seed.
+class _Comparable(nnUNetTrainerMACL):
+    """A training with a fixed budget, where every random number is decided by the seed.
 
     Batch n holds the same patches, augmented alike, in each arm, whatever the number of workers. ``set_budget`` comes before
     the training; the weights are those that ``nnUNet_macl_weights`` names.
@@ -42,9 +43,7 @@ class nnUNetTrainerMACLCompare(nnUNetTrainerMACL):
             from_scratch: leave the initial weights as they are.
         """
         self.num_epochs = epochs
-        self.num_iterations_per_epoch = iterations
-        # nnU-Net's own proportion
-        self.num_val_iterations_per_epoch = max(1, iterations // 5)
+        self.iterations = iterations
         self.initial_lr = rate
         self.seed = seed
         self.from_scratch = from_scratch
@@ -57,6 +56,9 @@ class nnUNetTrainerMACLCompare(nnUNetTrainerMACL):
     def initialize(self) -> None:
         torch.manual_seed(self.seed)
         super().initialize()
+        self.num_iterations_per_epoch = self.iterations
+        # nnU-Net's own proportion
+        self.num_val_iterations_per_epoch = max(1, self.iterations // 5)
 
     def on_train_start(self) -> None:
         if self.from_scratch and not self.was_initialized:
@@ -130,6 +132,28 @@ class nnUNetTrainerMACLCompare(nnUNetTrainerMACL):
             )
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
         return scores
+
+
+class nnUNetTrainerMACLCompare(_Comparable):
+    """Fine-tuning as nnU-Net trains: SGD with momentum."""
+
+
+class nnUNetTrainerMACLCompareAdamW(_Comparable):
+    """As nnU-Net trains, with AdamW."""
+
+    finetuning_optimizer = "adamw"
+
+
+class nnUNetTrainerMACLComparePaper(_Comparable, nnUNetTrainerMACLPaper):
+    """Fine-tuning as the paper has it."""
+
+
+# --finetuning
+TRAINERS: dict[str, type[_Comparable]] = {
+    "sgd": nnUNetTrainerMACLCompare,
+    "adamw": nnUNetTrainerMACLCompareAdamW,
+    "paper": nnUNetTrainerMACLComparePaper,
+}
 
 
 class SeededBatches(Dataset):

@@ -16,7 +16,7 @@ from nnunetv2_macl.losses import MultiLevelContrastiveLoss
 from nnunetv2_macl.network import MACLNetwork
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.recipe import Recipe
-from nnunetv2_macl.views import SpatialViews, down
+from nnunetv2_macl.views import INTENSITY_ON, IntensityViews, SpatialViews, down
 
 _MAX_GRADIENT_NORM = 12  # nnU-Net's own
 
@@ -71,6 +71,7 @@ class TrainingStep:
             scaling=(self.recipe.scaling[0], self.recipe.scaling[1]),
             translation=self.recipe.translation,
         )
+        self.intensity = IntensityViews(self.recipe.intensity)
 
     @property
     def module(self) -> MACLNetwork:
@@ -109,10 +110,24 @@ class TrainingStep:
         # the views of the whole batch are drawn, so that ranks show what one process would
         generator = torch.Generator().manual_seed(_mix(self.recipe.seed, step))
         view1, view2 = (self.views.draw(self.plan.batch_size, generator)[self.first : self.last] for _ in range(2))
-        invariance = (down(patches, small), patches) if self.module.needs_invariance else (None, None)
-        if not self.module.image_level:
-            return (*invariance, None, None)
-        return (*invariance, self.views.apply(patches, view1, small), self.views.apply(patches, view2))
+        shown: list[Tensor | None] = [None] * 4
+        if self.module.needs_invariance:
+            shown[:2] = down(patches, small), patches
+        if self.module.image_level:
+            shown[2:] = self.views.apply(patches, view1, small), self.views.apply(patches, view2)
+        if self.recipe.intensity:
+            shown = [
+                self._change_intensity(group, _mix(self.recipe.seed, step, number))
+                if group is not None and on
+                else group
+                for number, (group, on) in enumerate(zip(shown, INTENSITY_ON[self.recipe.intensity_on], strict=True), 1)
+            ]
+        return tuple(shown)  # type: ignore[return-value]
+
+    def _change_intensity(self, group: Tensor, seed: int) -> Tensor:
+        """This rank's share of what one process would make of the whole batch."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.intensity.apply(group, generator, batch_size=self.plan.batch_size, first=self.first)
 
     def threshold(self, step: int) -> float:
         """t in force at a step, fraction of the volume."""
@@ -214,6 +229,6 @@ class TrainingStep:
         return measured
 
 
-def _mix(seed: int, step: int) -> int:
-    """One seed for torch from two numbers."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
+def _mix(*numbers: int) -> int:
+    """One seed for torch from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -20,9 +20,18 @@ PRELUDE = """
 set -euo pipefail
 nnUNetv2_plan_and_preprocess() { command nnUNetv2_plan_and_preprocess "$@" -np 2; }
 nnUNetv2_macl_doctor() { command nnUNetv2_macl_doctor "$@" -device cpu; }
+SHORT="-device cpu -np 2 -num_epochs 1 -num_iterations_per_epoch 2 -batch_size 4"
 nnUNetv2_train_macl_pretrain() {
-  command nnUNetv2_train_macl_pretrain "$@" -device cpu -np 2 -num_epochs 1 -num_iterations_per_epoch 2 -batch_size 4
+  [[ " $* " == *" -num_gpus "* ]] && set -- "${@:1:3}"  # there may be none
+  command nnUNetv2_train_macl_pretrain "$@" $SHORT
 }
+torchrun() {
+  while [[ "$1" != nnUNetv2_train_macl_pretrain ]]; do shift; done
+  command torchrun --standalone --nproc_per_node 2 --no-python "$@" $SHORT
+}
+export SLURM_JOB_NODELIST=here SLURM_NNODES=1 SLURM_JOB_ID=1
+scontrol() { echo localhost; }
+srun() { "$@"; }
 nnUNetv2_train() {
   local arguments=("${@/%nnUNetTrainerMACL/nnUNetTrainerMACL_quick}")
   nnUNet_extTrainer="$nnUNet_extTrainer:$QUICK" command nnUNetv2_train "${arguments[@]}" -device cpu
@@ -53,6 +62,7 @@ def space(tmp_path_factory):
     space = Workspace(tmp_path_factory.mktemp("docs") / "nnunet")
     raw = space.raw / "Dataset027_ACDC"
     generate_dataset(raw, labelled=5, unlabelled=3, test=1, shape=(8, 40, 48))
+    generate_dataset(space.raw / "Dataset028_Archive", labelled=3, unlabelled=2, test=0, shape=(8, 40, 48), seed=1)
     (space.folder / "quick").mkdir()
     (space.folder / "quick" / "nnUNetTrainerMACL_quick.py").write_text(QUICK)
     shutil.copytree(raw / "imagesTs", space.folder / "images")

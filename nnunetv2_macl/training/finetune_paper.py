@@ -1,0 +1,81 @@
+"""Fine-tuning as the paper has it, to see its numbers where it measured them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoDA import nnUNetTrainerNoDA
+from torch import nn
+
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
+from nnunetv2_macl.training.user_errors import user_errors_end_the_run
+
+# of the learning rate, in the last epoch
+_LAST_SHARE = 0.01
+
+
+class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
+    """Adam, 5e-4 falling to 5e-6 along a cosine; cross-entropy; no augmentation; 100 passes over the training slices.
+
+    Goes with the paper's network: ``nnUNetv2_macl_network DATASET paper``.
+
+    Source: MACL, Section IV-A (implementation details).
+    """
+
+    finetuning_epochs = 100
+    finetuning_lr = 5e-4
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which it inspects
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.enable_deep_supervision = False
+        self.oversample_foreground_percent = 0.0
+        self.weight_decay = 1e-5
+
+    def _build_loss(self) -> nn.Module:
+        if self.label_manager.has_regions:
+            raise UserError(
+                f"{self.plans_manager.dataset_name} has overlapping regions, and the paper's cross-entropy wants one label a "
+                "voxel. Fine-tune as nnU-Net does: -tr nnUNetTrainerMACL"
+            )
+        ignored = self.label_manager.ignore_label
+        return RobustCrossEntropyLoss(ignore_index=-100 if ignored is None else ignored)
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = torch.optim.Adam(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, _CosineLR(optimizer, self.initial_lr, self.num_epochs)
+
+    @user_errors_end_the_run
+    def initialize(self) -> None:
+        super().initialize()
+        if len(self.configuration_manager.patch_size) != 2:
+            raise UserError(
+                f"The paper fine-tunes in 2D, and {self.configuration_name} is 3D. Give -c 2d, or fine-tune as nnU-Net does: "
+                "-tr nnUNetTrainerMACL"
+            )
+        dataset, _ = self.get_tr_and_val_datasets()
+        slices = sum(dataset.load_case(case)[0].shape[1] for case in dataset.identifiers)
+        self.num_iterations_per_epoch = max(1, round(slices / self.batch_size))
+        self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)
+
+
+class _CosineLR:
+    """By epoch, as nnU-Net steps it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, lr: float, epochs: int) -> None:
+        self.optimizer, self.lr, self.epochs = optimizer, lr, epochs
+
+    def step(self, epoch: int) -> None:
+        fallen = (1 - math.cos(math.pi * min(1.0, epoch / max(1, self.epochs - 1)))) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * (1 - (1 - _LAST_SHARE) * fallen)

@@ -1,0 +1,103 @@
+"""The paper's network in a nnU-Net plan, and fine-tuning as the paper has it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
+from torch import nn
+
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.planning.network import plan_network
+from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper
+
+
+def trainer(fold=0):
+    plans = json.loads(
+        (Configuration.load("901", "nnUNetPlans_paper", "2d").folder / "nnUNetPlans_paper.json").read_text()
+    )
+    configuration = Configuration.load("901", "nnUNetPlans_paper", "2d")
+    plans["continue_training"] = False
+    return nnUNetTrainerMACLPaper(plans, "2d", fold, configuration.dataset_json, torch.device("cpu"))
+
+
+def test_the_plan_differs_in_its_network_alone(workspace):
+    file = plan_network("901", "paper")
+    assert file.name == "nnUNetPlans_paper.json" and plan_network("901", "paper") == file
+    before, after = (Configuration.load("901", name, "2d") for name in ("nnUNetPlans", "nnUNetPlans_paper"))
+    assert after.cases_folder == before.cases_folder and after.preprocessing_checksum() != ""
+    assert after.strides == [[1, 1]] + [[2, 2]] * 4 and after.manager.batch_size == 5
+    assert all(n % 16 == 0 for n in after.patch_size)
+    changed = {
+        key
+        for key in before.manager.configuration
+        if before.manager.configuration[key] != after.manager.configuration.get(key)
+    }
+    assert changed <= {"architecture", "batch_size", "patch_size"}
+    file.write_text("{}")
+    with pytest.raises(UserError, match="is there already"):
+        plan_network("901", "paper")
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "neither a file nor one of paper"),
+        ("{}", "must have architecture"),
+        (
+            '{"batch_size": 2, "architecture": {"arch_kwargs": {"strides": [[1, 1, 1], [2, 2, 2]]}}}',
+            "of other axes than 2d",
+        ),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(workspace, tmp_path, content, words):
+    network = "nothing"
+    if content is not None:
+        (tmp_path / "mine.json").write_text(content)
+        network = str(tmp_path / "mine.json")
+    with pytest.raises(UserError, match=words):
+        plan_network("901", network)
+
+
+def test_it_trains_as_the_paper_does(workspace):
+    plan_network("901", "paper")
+    paper = trainer()
+    paper.initialize()
+    assert isinstance(paper.loss, RobustCrossEntropyLoss) and isinstance(paper.optimizer, torch.optim.Adam)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in paper.network.modules())
+    rates = []
+    for epoch in range(paper.num_epochs):
+        paper.lr_scheduler.step(epoch)
+        rates.append(paper.optimizer.param_groups[0]["lr"])
+    assert len(rates) == 100 and rates[0] == pytest.approx(5e-4) and rates[-1] == pytest.approx(5e-6)
+    assert rates[50] == pytest.approx((5e-4 + 5e-6) / 2, rel=0.05) and sorted(rates, reverse=True) == rates
+    dataset, _ = paper.get_tr_and_val_datasets()
+    slices = sum(dataset.load_case(case)[0].shape[1] for case in dataset.identifiers)
+    assert paper.num_iterations_per_epoch == max(1, round(slices / 5))
+    # no augmentation: every patch is a cut of its case
+    loader, _ = paper.get_dataloaders()
+    batch = next(loader)["data"].numpy()
+    volumes = [np.asarray(dataset.load_case(case)[0][:])[0] for case in dataset.identifiers]
+    values = np.unique(np.concatenate([volume.ravel() for volume in volumes]))
+    assert np.isin(batch[batch != 0], values).all()
+    loader._finish()
+
+
+def test_the_whole_way(workspace):
+    """Pre-training as the paper has it on its network, fine-tuning as the paper has it, stock prediction."""
+    workspace.run("nnUNetv2_macl_network", "901", "paper")
+    workspace.pretrain("901", "-c", "2d", "-p", "nnUNetPlans_paper", "-recipe", "paper")
+    mine = workspace.folder / "mine"
+    mine.mkdir()
+    (mine / "nnUNetTrainerMACLPaper_quick.py").write_text(
+        "from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper\n\n"
+        "class nnUNetTrainerMACLPaper_quick(nnUNetTrainerMACLPaper):\n    finetuning_epochs = 1\n"
+    )
+    both = workspace.environment["nnUNet_extTrainer"] + f":{mine}"
+    out = workspace.run(
+        "nnUNetv2_train", "901", "2d", "0", "-p", "nnUNetPlans_paper", "-tr", "nnUNetTrainerMACLPaper_quick",
+        "-device", "cpu", nnUNet_extTrainer=both,
+    )  # fmt: skip
+    assert "Mean Validation Dice" in out and "MACL weights from" in out
