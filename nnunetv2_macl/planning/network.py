@@ -33,11 +33,11 @@ def plan_network(dataset: str | int, network: str, plans: str = "nnUNetPlans", c
     file, values = _read(network)
     kwargs = values["architecture"]["arch_kwargs"]
     axes = len(start.patch_size)
-    strides = np.prod([np.broadcast_to(stride, axes) for stride in kwargs["strides"]], axis=0)
     if any(len(np.atleast_1d(stride)) not in (1, axes) for stride in kwargs["strides"]):
         raise UserError(
             f"{file} has a network of other axes than {configuration}, which has {axes}. Give another with -c."
         )
+    strides = np.prod([np.broadcast_to(stride, axes) for stride in kwargs["strides"]], axis=0)
     name = f"{plans}_{file.stem}"
     # whole multiples of what the network pools
     patch = [int(max(1, round(n / s)) * s) for n, s in zip(start.patch_size, strides, strict=True)]
