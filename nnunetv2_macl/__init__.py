@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from nnunetv2_macl.run import pretrain as pretrain
     from nnunetv2_macl.training.finetune import nnUNetTrainerMACL as nnUNetTrainerMACL
     from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain as nnUNetTrainerMACLPretrain
+    from nnunetv2_macl.views import IntensityViews as IntensityViews
     from nnunetv2_macl.views import SpatialViews as SpatialViews
 
 _FOUND_IN = {
     "DenseContrastiveLoss": "losses",
     "EquivarianceLoss": "losses",
     "InstanceProjector": "network",
+    "IntensityViews": "views",
     "MACLNetwork": "network",
     "MultiLevelContrastiveLoss": "losses",
     "PixelProjector": "network",

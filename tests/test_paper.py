@@ -85,6 +85,7 @@ def test_it_trains_as_the_paper_does(workspace):
     loader._finish()
 
 
+@pytest.mark.slow
 def test_the_whole_way(workspace):
     """Pre-training as the paper has it on its network, fine-tuning as the paper has it, stock prediction."""
     workspace.run("nnUNetv2_macl_network", "901", "paper")

@@ -135,6 +135,7 @@ def test_mistakes_are_told_before_anything_is_written(workspace, tmp_path, chang
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_of_the_users_own_is_taken_as_it_stands(workspace, tmp_path):
     plan = json.loads((workspace.preprocessed / DATASET / "nnUNetPlans.json").read_text())
     plan["plans_name"], plan["dataset_name"] = "myPlans", "Dataset555_Elsewhere"

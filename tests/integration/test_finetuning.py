@@ -200,6 +200,21 @@ def test_variants_are_found_by_nnunet(epochs, monkeypatch):
     assert recursive_find_trainer_class_by_name(name).finetuning_epochs == epochs
 
 
+@pytest.mark.slow
+def test_a_package_of_others_is_installed_and_fine_tuned_from(pretrained, tmp_path):
+    """By the commands that are told, into results that hold nothing else."""
+    run, package = pretrained.run_folder("nnUNetTrainerMACLPretrain"), tmp_path / "weights.zip"
+    pretrained.run("nnUNetv2_macl_export", run, "-o", package)
+    elsewhere = {"nnUNet_results": str(tmp_path / "results")}
+    (tmp_path / "results").mkdir()
+    out = pretrained.run("nnUNetv2_macl_install", package, **elsewhere)
+    assert "nnUNetv2_train" in out
+    installed = next((tmp_path / "results").rglob("macl_encoder.pth"))
+    out = pretrained.train("1", "-tr", QUICK, **elsewhere)
+    assert f"MACL weights from {installed}" in out and "encoder: 64 of 64 tensors taken" in out
+    assert "Mean Validation Dice" in out
+
+
 def test_the_report_of_a_fine_tuned_model(pretrained, tmp_path):
     folder = pretrained.run_folder(QUICK, fold=0)
     pretrained.run("nnUNetv2_macl_report", folder, "-o", tmp_path / "report.html")
