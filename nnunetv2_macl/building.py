@@ -45,6 +45,7 @@ def build_network(
         image_level=recipe.weight_global > 0,
         pixel_level=recipe.weight_dense > 0,
         feature_level=recipe.weight_equivariance > 0,
+        restoration=recipe.weight_restoration > 0,
         embedding_dim=recipe.embedding_dim,
         standardise=recipe.standardise_projector,
         auxiliary_encoder=recipe.auxiliary_encoder,

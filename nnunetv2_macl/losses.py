@@ -302,7 +302,7 @@ class MultiLevelContrastiveLoss(nn.Module):
     """L = λ1·L_g + λ2·L_d + λ3·L_ER (MACL Eq. 10). A term of weight 0 is not computed.
 
     Raises:
-        ValueError: a negative weight, or image-level and pixel-level weights both 0.
+        ValueError: a negative weight, or a feature-level weight alone.
     """
 
     def __init__(
@@ -319,7 +319,7 @@ class MultiLevelContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.weights = {"global": weight_global, "dense": weight_dense, "equivariance": weight_equivariance}
-        if min(self.weights.values()) < 0 or weight_global + weight_dense <= 0:
+        if min(self.weights.values()) < 0 or (weight_equivariance and weight_global + weight_dense <= 0):
             raise ValueError(f"weights must be 0 or greater, and global or dense above 0, got {self.weights}")
         contrastive = {"own_view_weight": own_view_weight}
         self.global_loss = PositionalContrastiveLoss(temperature, threshold, base_temperature, **contrastive)

@@ -19,7 +19,14 @@ from nnunetv2_macl.files import write_whole
 from nnunetv2_macl.losses import ReferenceValues, positive_mask, reference_values
 from nnunetv2_macl.recipe import Recipe
 
-LOSS_NAMES = {"global": "L_g, image level", "dense": "L_d, pixel level", "equivariance": "L_ER, feature level"}
+LOSS_NAMES = {
+    "global": "L_g, image level",
+    "dense": "L_d, pixel level",
+    "equivariance": "L_ER, feature level",
+    "restoration": "L_R, restoration",
+}
+# those that have a value at which nothing is learned
+CONTRASTIVE = ("global", "dense")
 # A loss counts as learned when it is below collapse by this share of the way to the own-view line.
 _LEARNED_SHARE = 0.05
 # Unit vectors that vary less than this are one vector.
@@ -77,7 +84,7 @@ def collapse_reason(
         return None
     reasons = []
     line = references.collapse - _LEARNED_SHARE * (references.collapse - references.own_view_only)
-    for name in ("global", "dense"):
+    for name in CONTRASTIVE:
         # fresh networks start above the line and fall through it
         falling = before.get(name, math.inf) - epoch.get(name, math.inf) > _FALLING_SHARE * references.collapse
         if epoch.get(name, -math.inf) > line and not falling:
@@ -118,7 +125,7 @@ def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
     epochs = range(len(log["lrs"]))
     for axis, name in zip(axes, names, strict=False):
         axis.plot(epochs, log[f"train_losses/{name}"], "o-", ms=3, color="C0", label=LOSS_NAMES[name])
-        if name != "equivariance":
+        if name in CONTRASTIVE:
             for key, colour, label in (
                 ("collapse", "C3", "collapse: one embedding for every image"),
                 ("own_view_only", "C1", "own view only"),
@@ -127,7 +134,7 @@ def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
                 axis.plot(epochs, log[f"references/{key}"], "--", color=colour, lw=1, label=label)
         axis.set_ylabel("loss")
         axis.legend(loc="best", fontsize=8)
-    _line(axes[-3], epochs, log["embedding_variance"], "variance of embeddings between images (0: collapsed)", "C4")
+    _line(axes[-3], epochs, log["embedding_variance"], "variance of features between images (0: collapsed)", "C4")
     axes[-3].set_ylim(0, 1.02)
     _line(axes[-2], epochs, log["lrs"], "learning rate", "C5")
     _line(axes[-1], epochs, log["patches_per_second"], "patches a second", "C6")

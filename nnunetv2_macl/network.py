@@ -9,10 +9,13 @@ Source: MACL Figure 2 and Eq. 2-7; see `nnunetv2_macl.losses` for the reference.
 from __future__ import annotations
 
 from copy import deepcopy
+from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from nnunetv2_macl.restoration import RestorationHead
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -63,7 +66,8 @@ class MACLNetwork(nn.Module):
         unet: the U-Net, as built for segmentation.
         decoder_stages: K, number of decoder stages of the dominant branch, counted from the bottleneck.
         auxiliary_stage: e, the encoder stage (1 is the first) at which the auxiliary dense map is read.
-        image_level, pixel_level, feature_level: which losses will be asked for; the rest is neither built nor computed.
+        image_level, pixel_level, feature_level, restoration: which losses will be asked for; the rest is neither built nor
+            computed.
         embedding_dim: length of the image-level vectors.
         standardise: standardise pooled features over the batch, see `InstanceProjector`.
         auxiliary_encoder: ``shared`` (one encoder, gradients through both branches), ``ema`` (an average of the dominant
@@ -84,6 +88,7 @@ class MACLNetwork(nn.Module):
         image_level: bool = True,
         pixel_level: bool = True,
         feature_level: bool = True,
+        restoration: bool = False,
         embedding_dim: int = 128,
         standardise: bool = True,
         auxiliary_encoder: str = "shared",
@@ -105,8 +110,8 @@ class MACLNetwork(nn.Module):
             )
         if auxiliary_encoder not in AUXILIARY_ENCODERS:
             raise ValueError(f"auxiliary_encoder must be one of {AUXILIARY_ENCODERS}, got {auxiliary_encoder!r}")
-        if not (image_level or pixel_level):
-            raise ValueError("image_level or pixel_level must be asked for")
+        if not (image_level or pixel_level or (restoration and not feature_level)):
+            raise ValueError("image_level or pixel_level must be asked for, or restoration alone")
         self.auxiliary_stage = auxiliary_stage
         self.image_level, self.pixel_level, self.feature_level = image_level, pixel_level, feature_level
         self.ema_decay = ema_decay
@@ -130,11 +135,23 @@ class MACLNetwork(nn.Module):
             self.instance_projector_auxiliary = InstanceProjector(channels[-1], embedding_dim, standardise=standardise)
         if pixel_level:
             self.pixel_projector = PixelProjector(channels[auxiliary_stage - 1], dominant_channels, axes)
+        self.restoration_head: RestorationHead | None = None
+        if restoration:
+            strides = list(unet.encoder.strides)[: stages - decoder_stages]  # type: ignore[arg-type]
+            image_channels = next(unet.encoder.parameters()).shape[1]
+            self.restoration_head = RestorationHead(
+                dominant_channels, image_channels, [prod(axis) for axis in zip(*strides, strict=True)]
+            )
 
     @property
     def needs_invariance(self) -> bool:
         """Whether the invariance group is used at all; it is not where only the image level is trained."""
         return self.pixel_level or self.feature_level
+
+    @property
+    def is_contrastive(self) -> bool:
+        """Whether the branches are compared at all, or images are restored alone."""
+        return self.image_level or self.pixel_level
 
     @property
     def features_vary(self) -> bool:
@@ -219,6 +236,21 @@ class MACLNetwork(nn.Module):
     def dense_features(self, images: Tensor) -> Tensor:
         """(N, C, *spatial) -> (N, channels, *grid): what the trained part of the U-Net, encoder and decoder, makes of images."""
         return self._dominant(images)[1]
+
+    def restore(self, images: Tensor) -> Tensor:
+        """(N, C, *spatial), parts of them hidden -> (N, C, *spatial), as they might be. Needs ``restoration``."""
+        return self._restoration_head(self.dense_features(images))
+
+    @property
+    def restored_block(self) -> tuple[int, ...]:
+        """Voxels an axis that each location restores. Needs ``restoration``."""
+        return self._restoration_head.block
+
+    @property
+    def _restoration_head(self) -> RestorationHead:
+        if self.restoration_head is None:
+            raise ValueError("this network was built without restoration")
+        return self.restoration_head
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """(N, C, *spatial) -> what each encoder stage makes of images, the first first."""

@@ -123,6 +123,9 @@ class Probe:
         network = step.module
         dominant, auxiliary, stages = [], [], []
         for number, images in enumerate(self.images):
+            stages.append([maps.float().cpu() for maps in network.stages(images.to(step.device))])
+            if not network.is_contrastive:
+                continue
             outputs = network(*step.show(images, number))
             if "global_dominant" in outputs:
                 pair = outputs["global_dominant"], outputs["global_auxiliary"]
@@ -130,10 +133,11 @@ class Probe:
                 pair = tuple(outputs[f"dense_{branch}"].flatten(2).mean(-1) for branch in ("dominant", "auxiliary"))
             dominant.append(pair[0].float().cpu())
             auxiliary.append(pair[1].float().cpu())
-            stages.append([maps.float().cpu() for maps in network.stages(images.to(step.device))])
         ranks = [effective_rank(torch.cat(maps).movedim(1, -1).flatten(0, -2)) for maps in zip(*stages, strict=True)]
-        one, two = torch.cat(dominant), torch.cat(auxiliary)
-        values = {ALIGNMENT: alignment(one, two), UNIFORMITY: uniformity(torch.cat((one, two)))}
+        values = {ALIGNMENT: float("nan"), UNIFORMITY: float("nan")}
+        if dominant:
+            one, two = torch.cat(dominant), torch.cat(auxiliary)
+            values = {ALIGNMENT: alignment(one, two), UNIFORMITY: uniformity(torch.cat((one, two)))}
         return values | {f"{EFFECTIVE_RANK}_{stage}": rank for stage, rank in enumerate(ranks, 1)}
 
 

@@ -79,6 +79,10 @@ class Recipe:
     weight_global: float = _key(1.0, _number(0), "λ1, of the image-level loss L_g")
     weight_dense: float = _key(0.5, _number(0), "λ2, of the pixel-level loss L_d")
     weight_equivariance: float = _key(1.0, _number(0), "λ3, of the feature-level loss L_ER")
+    weight_restoration: float = _key(
+        0.0, _number(0), "of restoring hidden voxels, L_R: no part of the paper, see plans/macl_restore.json"
+    )
+    restoration_share: float = _key(0.6, _number(0, 1), "of the blocks of a patch, hidden from restoration")
     equivariance_form: str = _key(
         "l1",
         _one_of(*EQUIVARIANCE_FORMS),
@@ -154,10 +158,23 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
-        if self.weight_global + self.weight_dense <= 0:
+        contrast = self.weight_global + self.weight_dense
+        if contrast + self.weight_restoration <= 0:
             raise UserError(
-                "weight_global and weight_dense are both 0, which leaves nothing to learn from. Set one of them above 0."
+                "weight_global, weight_dense and weight_restoration are all 0, which leaves nothing to learn from. Set one of "
+                "them above 0."
             )
+        if contrast <= 0 < self.weight_equivariance:
+            raise UserError(
+                "weight_equivariance is above 0 and weight_global and weight_dense are 0: features that are the same for every "
+                "image would do. Set weight_equivariance to 0, or one of the others above 0."
+            )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the losses that are trained, by name."""
+        names = ("global", "dense", "equivariance", "restoration")
+        return {name: weight for name in names if (weight := getattr(self, f"weight_{name}"))}
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

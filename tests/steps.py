@@ -37,8 +37,10 @@ def plan(batch_size, patches_at_once, recipe):
 def training_step(batch_size, patches_at_once, recipe=None, dtype=torch.float64, norm=nn.InstanceNorm2d):
     recipe = recipe or Recipe(own_view_weight=0.5)
     network = MACLNetwork(
-        unet(norm), decoder_stages=1, auxiliary_stage=4, auxiliary_encoder=recipe.auxiliary_encoder
-    ).to(dtype)
+        unet(norm), decoder_stages=1, auxiliary_stage=4, auxiliary_encoder=recipe.auxiliary_encoder,
+        image_level=recipe.weight_global > 0, pixel_level=recipe.weight_dense > 0,
+        feature_level=recipe.weight_equivariance > 0, restoration=recipe.weight_restoration > 0,
+    ).to(dtype)  # fmt: skip
     if distributed.world_size() > 1:
         distributed.synchronise_batch_norm(network)
     optimizer = build_optimizer(network, recipe)

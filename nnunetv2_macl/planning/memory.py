@@ -54,28 +54,45 @@ class MemoryEstimate:
             patches_at_once: patches whose activations are held at a time; None is all.
             mixed_precision: under torch's autocast.
         """
-        if patches_at_once is None or patches_at_once >= batch_size:
-            kept, largest, dense = self._step(batch_size)
-        else:
-            features = self._features(patches_at_once)
-            projectors, largest, dense = self._projectors(batch_size)
-            # the features of all patches and their gradients lie there while the projectors and then the patches pass
-            kept = 2 * self._feature_bytes(batch_size) + max(features[0], projectors)
-            largest = max(features[1], largest)
+        at_once = batch_size if patches_at_once is None else min(patches_at_once, batch_size)
+        # one after the other
+        passes = [self._contrast(batch_size, at_once)] if self.network.is_contrastive else []
+        if self.network.restoration_head is not None:
+            passes.append(self._restoration(at_once))
+        return (max(self._held(counted, mixed_precision) for counted in passes) + self._fixed) / 2**30
+
+    def _held(self, counted: _Counted, mixed_precision: bool) -> float:
+        kept, largest, dense = counted
         # the backward pass of the largest layer holds two gradients of its size
         activations = float(kept + 2 * largest)
         if mixed_precision:
             # autocast keeps a copy of the weights in half precision for the backward pass
             activations = activations * _AUTOCAST_SHARE + self._half_weights
         # float32 is what a CPU computes in
-        dense_loss = _dense_loss(dense, "cuda" if mixed_precision else "cpu")
-        return (activations + dense_loss + self._fixed) / 2**30
+        return activations + _dense_loss(dense, "cuda" if mixed_precision else "cpu")
 
     def kept(self, batch_size: int) -> int:
         """What autograd keeps for the backward pass, and weights, gradients and optimiser state, bytes in float32."""
-        return self._step(batch_size)[0] + self._fixed
+        step = self._step if self.network.is_contrastive else self._restoration
+        return step(batch_size)[0] + self._fixed
 
     # Each returns, in bytes of float32, all that autograd keeps and the largest of it; and the dense embeddings, if any.
+
+    def _contrast(self, batch_size: int, at_once: int) -> _Counted:
+        if at_once >= batch_size:
+            return self._step(batch_size)
+        features = self._features(at_once)
+        projectors, largest, dense = self._projectors(batch_size)
+        # the features of all patches and their gradients lie there while the projectors and then the patches pass
+        kept = 2 * self._feature_bytes(batch_size) + max(features[0], projectors)
+        return kept, max(features[1], largest), dense
+
+    def _restoration(self, patches: int) -> _Counted:
+        def compute() -> None:
+            images = torch.empty(patches, self._channels, *self._patch, device="meta")
+            (self.network.restore(images) - images).square().sum()
+
+        return self._count(compute)
 
     def _step(self, batch_size: int) -> _Counted:
         return self._count(lambda: self._loss_of(self.network(*self._groups(batch_size))))

@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from nnunetv2_macl.monitoring import LOSS_NAMES
+from nnunetv2_macl.monitoring import CONTRASTIVE, LOSS_NAMES
 from nnunetv2_macl.probes import EFFECTIVE_RANK, LINEAR_DICE
 
 # stands in the SVG for the colour of the text around it
@@ -48,13 +48,13 @@ def loss_curves(log: dict[str, list[float]]) -> dict[str, str]:
         if not values:
             continue
         lines = [(values, BLUE, "-", f"{title.split(',')[0]} of this run")]
-        if name != "equivariance":
+        if name in CONTRASTIVE:
             lines += [
                 (log[f"references/{key}"], colour, "--", label)
                 for key, colour, label in _REFERENCES
                 if log.get(f"references/{key}")
             ]
-        curves[title] = draw_curves(lines, name, from_zero=name == "equivariance")
+        curves[title] = draw_curves(lines, name, from_zero=name not in CONTRASTIVE)
     return curves
 
 

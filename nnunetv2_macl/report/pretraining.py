@@ -99,7 +99,7 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         rows.append(("Left out", f"the validation images of fold {run.fold}"))
     for key, name in monitoring.LOSS_NAMES.items():
         if values := log.get(f"train_losses/{key}"):
-            lines = log.get("references/collapse") if key != "equivariance" else None
+            lines = log.get("references/collapse") if key in monitoring.CONTRASTIVE else None
             rows.append(
                 (name, f"{values[0]:.3f} → {values[-1]:.3f}" + (f" (collapse: {lines[-1]:.3f})" if lines else ""))
             )

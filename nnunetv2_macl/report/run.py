@@ -13,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.monitoring import LOSS_NAMES
 from nnunetv2_macl.nnunet import Configuration, read_json
 from nnunetv2_macl.planning.plan import MACLPlan, read_plan
 from nnunetv2_macl.preprocessing.cases import unlabelled_folder
@@ -25,7 +26,7 @@ _EPOCH = re.compile(
     rf"Epoch (?P<epoch>\d+)  loss {_NUMBER}(?P<losses>(?:  L_\w+ {_NUMBER})+)  \(collapse {_NUMBER}\)  "
     rf"positives {_NUMBER}  {_NUMBER} s  {_NUMBER} patches/s"
 )
-_IN_LOG = {"L_g": "train_losses/global", "L_d": "train_losses/dense", "L_ER": "train_losses/equivariance"}
+_IN_LOG = {name.split(",")[0]: f"train_losses/{key}" for key, name in LOSS_NAMES.items()}
 _IMAGES = re.compile(r"Pre-training on (\d+) images.*left out as unreadable: (\d+)")
 STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?: ")
 

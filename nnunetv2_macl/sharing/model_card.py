@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-_LOSSES = {"train_losses/global": "L_g", "train_losses/dense": "L_d", "train_losses/equivariance": "L_ER"}
+from nnunetv2_macl.monitoring import LOSS_NAMES
+
+_LOSSES = {f"train_losses/{key}": name.split(",")[0] for key, name in LOSS_NAMES.items()}
 
 
 def model_card(description: dict[str, Any], license_id: str) -> str:
@@ -106,7 +108,15 @@ def facts_of(description: dict[str, Any]) -> dict[str, str]:
 
 
 def _told(recipe: dict[str, Any]) -> dict[str, Any]:
-    keys = ("weight_global", "weight_dense", "weight_equivariance", "temperature", "own_view_weight", "optimizer")
+    keys = (
+        "weight_global",
+        "weight_dense",
+        "weight_equivariance",
+        "weight_restoration",
+        "temperature",
+        "own_view_weight",
+        "optimizer",
+    )
     return {key: recipe[key] for key in (*keys, "learning_rate", "num_iterations_per_epoch", "seed") if key in recipe}
 
 

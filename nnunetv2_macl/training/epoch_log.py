@@ -16,7 +16,7 @@ from nnunetv2_macl.recipe import Recipe
 
 SKIPPED = "skipped_steps"
 _STATISTICS = ("positives", "embedding_variance", "bottleneck_rms", "bottleneck_variance")
-_SHOWN = {"global": "L_g", "dense": "L_d", "equivariance": "L_ER"}
+_SHOWN = {"global": "L_g", "dense": "L_d", "equivariance": "L_ER", "restoration": "L_R"}
 
 
 def log_keys(losses: Iterable[str], probes: Iterable[str]) -> list[str]:

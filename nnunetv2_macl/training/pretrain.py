@@ -141,7 +141,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self.weight_decay = self.recipe.weight_decay
         torch.manual_seed(self.recipe.seed)
         # nnU-Net's logger takes only keys that it knows, one value an epoch
-        losses = [name for name, weight in build_loss(self.recipe).weights.items() if weight]
+        losses = self.recipe.weights
         probed = probes.probe_keys(len(self.macl_configuration.strides)) if self.recipe.probe_every else []
         self.logger.local_logger.my_fantastic_logging = {key: [] for key in log_keys(losses, probed)}
         super().initialize()
@@ -565,8 +565,10 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def _plot_views(self, batch: dict) -> None:
         if distributed.rank() != 0:
             return
-        titles = ("dominant: down(I1)", "auxiliary: I2", "dominant: down(V1)", "auxiliary: V2")
-        shown = self.step.show(batch["data"], self._step)
+        titles = ("dominant: down(I1)", "auxiliary: I2", "dominant: down(V1)", "auxiliary: V2", "restored from")
+        shown = [*self.step.show(batch["data"], self._step), None]
+        if self.recipe.weight_restoration:
+            shown[-1] = self.step.hide(batch["data"], self._step)[0]
         # a picture is no reason to end a run
         with contextlib.suppress(UserError):
             monitoring.plot_views(

@@ -16,6 +16,7 @@ from nnunetv2_macl.losses import MultiLevelContrastiveLoss
 from nnunetv2_macl.network import MACLNetwork
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.restoration import draw_mask, restoration_loss
 from nnunetv2_macl.views import INTENSITY_ON, IntensityViews, SpatialViews, down
 
 _MAX_GRADIENT_NORM = 12  # nnU-Net's own
@@ -90,7 +91,14 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         # statistics of batch norms, which a forward pass with NaN would spoil for good
         buffers = [buffer.clone() for buffer in self.module.buffers()]
-        losses, outputs = self._backward(self.show(batch["data"], step), positions, step)
+        patches = batch["data"].to(self.device, non_blocking=True)
+        losses: dict[str, Tensor] = {"total": patches.new_zeros(())}
+        outputs: dict[str, Tensor] = {}
+        if self.module.is_contrastive:
+            losses, outputs = self._backward(self.show(patches, step), positions, step)
+        if self.module.restoration_head is not None:
+            losses["restoration"] = self._restore(patches, step)
+            losses["total"] = losses["total"] + self.recipe.weight_restoration * losses["restoration"]
         finite = self._update(step, losses["total"])
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if not finite:
@@ -105,7 +113,7 @@ class TrainingStep:
             patches: (n, C, *patch), this rank's share.
             step: number of the step.
         """
-        patches = patches.to(self.device, non_blocking=True)
+        patches = patches.to(self.device)
         small = self.plan.dominant_patch_size
         # the views of the whole batch are drawn, so that ranks show what one process would
         generator = torch.Generator().manual_seed(_mix(self.recipe.seed, step))
@@ -128,6 +136,33 @@ class TrainingStep:
         """This rank's share of what one process would make of the whole batch."""
         generator = torch.Generator().manual_seed(seed)
         return self.intensity.apply(group, generator, batch_size=self.plan.batch_size, first=self.first)
+
+    def hide(self, patches: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """What restoration is shown, and which voxels are hidden, as 0: the mean of an image as nnU-Net normalises it.
+
+        Args:
+            patches: (n, C, *patch), this rank's share.
+            step: number of the step.
+        """
+        # beside those of the views
+        generator = torch.Generator().manual_seed(_mix(self.recipe.seed, step, 5))
+        block, share = self.module.restored_block, self.recipe.restoration_share
+        mask = draw_mask(self.plan.batch_size, self.plan.patch_size, block, share, generator)
+        mask = mask[self.first : self.last].to(patches.device)
+        return patches.masked_fill(mask, 0), mask
+
+    def _restore(self, patches: Tensor, step: int) -> Tensor:
+        """The loss of the whole batch, its gradient added to this rank's, a few patches at a time."""
+        shown, mask = self.hide(patches, step)
+        losses = []
+        for first in range(0, len(patches), self.plan.patches_at_once):
+            part = slice(first, first + self.plan.patches_at_once)
+            with self._autocast():
+                restored = self.module.restore(shown[part])
+            loss = restoration_loss(restored, patches[part], mask[part])
+            self._scaled(self.recipe.weight_restoration * loss.sum() / self.plan.batch_size).backward()
+            losses.append(loss.detach())
+        return distributed.gather(torch.cat(losses)).mean()
 
     def threshold(self, step: int) -> float:
         """t in force at a step, fraction of the volume."""
@@ -220,9 +255,10 @@ class TrainingStep:
         measured = {name: loss.item() for name, loss in losses.items()}
         measured["positives"] = monitoring.mean_positives(positions, self.loss.threshold)
         embeddings = outputs.get("global_dominant")
-        if embeddings is None:
+        if embeddings is None and "dense_dominant" in outputs:
             embeddings = outputs["dense_dominant"].flatten(2).mean(-1)
-        measured["embedding_variance"] = monitoring.embedding_variance(embeddings).item()
+        if embeddings is not None:
+            measured["embedding_variance"] = monitoring.embedding_variance(embeddings).item()
         if "bottleneck_dominant" in outputs:
             rms, between = monitoring.feature_statistics(outputs["bottleneck_dominant"])
             measured["bottleneck_rms"], measured["bottleneck_variance"] = rms.item(), between.item()

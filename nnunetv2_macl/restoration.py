@@ -1,0 +1,72 @@
+"""Restoration of hidden voxels, L_R: what a masked patch looked like, read off the partial decoder. No part of the paper.
+
+Source: Xie et al., SimMIM, CVPR 2022, https://arxiv.org/abs/2111.09886 (a mask over the input, a linear head, a loss on what was
+hidden); in masks on the grid of the decoder's output, so that it works for any U-Net, 2D or 3D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class RestorationHead(nn.Module):
+    """Each location of a decoder map predicts its own block of voxels, linearly.
+
+    Args:
+        channels: of the decoder map.
+        image_channels: of the image.
+        block: voxels of the image an axis and location.
+    """
+
+    def __init__(self, channels: int, image_channels: int, block: Sequence[int]) -> None:
+        super().__init__()
+        self.image_channels = image_channels
+        self.block = tuple(block)
+        self.predict = _CONV[len(self.block)](channels, image_channels * prod(self.block), 1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N, channels, *grid) -> (N, image_channels, *image)."""
+        patches, grid, axes = len(maps), maps.shape[2:], len(self.block)
+        blocks = self.predict(maps).view(patches, self.image_channels, *self.block, *grid)
+        # grid and block by turns
+        order = [axis for pair in zip(range(2 + axes, 2 + 2 * axes), range(2, 2 + axes), strict=True) for axis in pair]
+        sizes = [n * b for n, b in zip(grid, self.block, strict=True)]
+        return blocks.permute(0, 1, *order).reshape(patches, self.image_channels, *sizes)
+
+
+def draw_mask(
+    patches: int, size: Sequence[int], block: Sequence[int], share: float, generator: torch.Generator
+) -> Tensor:
+    """Which voxels are hidden, in whole blocks.
+
+    Args:
+        patches: N.
+        size: voxels an axis, whole multiples of ``block``.
+        block: voxels an axis that are hidden together.
+        share: of the blocks, of each patch; at least one is hidden and one is not, where there are two.
+        generator: on the CPU.
+
+    Returns:
+        (N, 1, *size) bool.
+    """
+    grid = [n // b for n, b in zip(size, block, strict=True)]
+    blocks = prod(grid)
+    hidden = max(1, min(round(share * blocks), blocks - 1))
+    order = torch.rand(patches, blocks, generator=generator).argsort(1)
+    mask = (order < hidden).view(patches, 1, *grid)
+    return F.interpolate(mask.float(), size=tuple(size), mode="nearest") > 0.5
+
+
+def restoration_loss(restored: Tensor, images: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error over the hidden voxels of each patch: (N, C, *size) twice, (N, 1, *size) -> (N,)."""
+    with torch.autocast(images.device.type, enabled=False):
+        squared = (restored.float() if restored.dtype != images.dtype else restored) - images
+        squared = squared.square().mean(1, keepdim=True) * mask
+        return squared.flatten(1).sum(1) / mask.flatten(1).sum(1)

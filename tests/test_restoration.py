@@ -1,0 +1,105 @@
+"""Restoration of hidden voxels: the mask, the head, the loss; within a step, in parts, and alone."""
+
+import pytest
+import torch
+from steps import batch, gradients, training_step
+
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.planning.levels import plan_levels
+from nnunetv2_macl.planning.memory import MemoryEstimate
+from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.restoration import RestorationHead, draw_mask, restoration_loss
+
+ALONE = dict(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weight_restoration=1.0)
+
+
+@pytest.mark.parametrize("size, block", [((16, 24), (4, 8)), ((4, 16, 8), (1, 8, 4))])
+@pytest.mark.parametrize("share, hidden", [(0.6, None), (0.0, 1), (1.0, -1)])
+def test_a_mask_hides_whole_blocks_and_their_share(size, block, share, hidden):
+    grid = [n // b for n, b in zip(size, block, strict=True)]
+    blocks = torch.tensor(grid).prod().item()
+    mask = draw_mask(5, size, block, share, torch.Generator().manual_seed(0))
+    assert mask.shape == (5, 1, *size) and mask.dtype == torch.bool
+    wanted = round(share * blocks) if hidden is None else hidden % blocks
+    cells = torch.nn.functional.avg_pool2d if len(size) == 2 else torch.nn.functional.avg_pool3d
+    shares = cells(mask.float(), block)
+    assert set(shares.unique().tolist()) == {0.0, 1.0}
+    assert (shares.flatten(1).sum(1) == wanted).all()
+    assert len({tuple(row.tolist()) for row in shares.flatten(1)}) > 1 or wanted in (0, blocks)
+
+
+@pytest.mark.parametrize("block", [(4, 2), (1, 4, 2)])
+def test_each_location_predicts_its_own_block(block):
+    head = RestorationHead(3, 2, block)
+    maps = torch.zeros(1, 3, *[3] * len(block))
+    before = head(maps)
+    assert before.shape == (1, 2, *[3 * n for n in block])
+    where = (1, 2, 0)[-len(block) :]
+    maps[(0, slice(None), *where)] = 1
+    changed = (head(maps) != before).any(1)[0]
+    inside = tuple(slice(i * n, (i + 1) * n) for i, n in zip(where, block, strict=True))
+    assert changed[inside].all() and changed.sum() == torch.tensor(block).prod()
+
+
+def test_the_loss_counts_what_is_hidden():
+    images, mask = torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    mask[0, 0, 0, :2] = mask[1, 0, 3, 3] = True
+    restored = torch.full((2, 3, 4, 4), 100.0)
+    restored[0, :, 0, 0], restored[0, :, 0, 1], restored[1, :, 3, 3] = 1, 3, 2
+    assert restoration_loss(restored, images, mask).tolist() == [5, 4]
+
+
+@pytest.mark.parametrize("recipe", [Recipe(weight_restoration=2.0), Recipe(**ALONE)], ids=["beside", "alone"])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(recipe, at_once):
+    whole, cut = training_step(7, 7, recipe), training_step(7, at_once, recipe)
+    measured = whole(batch(7), 0), cut(batch(7), 0)
+    assert measured[0] == pytest.approx(measured[1], rel=1e-9)
+    assert measured[0]["restoration"] > 0
+    got = gradients(cut)
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+    assert got["restoration_head.predict.weight"].any()
+
+
+def test_beside_contrast_it_adds_its_gradient_and_changes_nothing_else():
+    plain, both = training_step(5, 5, Recipe()), training_step(5, 5, Recipe(weight_restoration=1.0))
+    alone = training_step(5, 5, Recipe(**ALONE))
+    both.module.load_state_dict({**both.module.state_dict(), **plain.module.state_dict()})
+    shared = {key: value for key, value in both.module.state_dict().items() if key in alone.module.state_dict()}
+    alone.module.load_state_dict(shared)
+    measured = [step(batch(5), 0) for step in (plain, both, alone)]
+    assert measured[1]["total"] == pytest.approx(measured[0]["total"] + measured[2]["total"])
+    key = "encoder.stages.1.0.convs.0.conv.weight"
+    # clipped each on its own, so compare directions of what was not
+    one, two, three = (gradients(step)[key].flatten() for step in (plain, both, alone))
+    basis = torch.stack((one, three), 1)
+    left = two - basis @ torch.linalg.lstsq(basis, two[:, None]).solution[:, 0]
+    assert left.norm() < 1e-6 * two.norm()
+
+
+def test_it_learns_to_restore():
+    step = training_step(8, 8, Recipe(**ALONE, optimizer="adamw", learning_rate=3e-3), dtype=torch.float32)
+    ramp = torch.linspace(-1, 1, 32).expand(8, 1, 32, 32).clone()
+    losses = [step({"data": ramp, "positions": torch.rand(8, 3)}, number)["restoration"] for number in range(60)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_memory_of_both_is_that_of_the_larger(workspace):
+    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    levels = plan_levels(configuration.patch_size, configuration.strides, Recipe())
+    alone, plain, both = (
+        MemoryEstimate(configuration, levels, recipe)
+        for recipe in (Recipe(**ALONE), Recipe(), Recipe(weight_restoration=1.0))
+    )
+    assert 0 < alone.gib(8) < plain.gib(8) <= both.gib(8) < plain.gib(8) * 1.1
+    assert alone.gib(8, 2) < alone.gib(8)
+    assert Recipe(**ALONE).weights == {"restoration": 1.0}
+
+
+def test_a_run_of_restoration_alone(workspace):
+    out = workspace.pretrain("901", "-c", "2d", "-recipe", "restore", epochs=2)
+    folder = workspace.run_folder("nnUNetTrainerMACLPretrain")
+    assert "L_R" in out and "L_g" not in out and "COLLAPSED" not in out
+    assert (folder / "macl_decoder.pth").is_file() and (folder / "views.png").is_file()
+    assert (folder / "progress.png").is_file() and "L_R, restoration" in (folder / "report.html").read_text()
