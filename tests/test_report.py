@@ -14,9 +14,11 @@ from conftest import Workspace
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES
+from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.report import page, write_report, write_report_after_run
 from nnunetv2_macl.report.features import main_components, nearest
-from nnunetv2_macl.report.run import read_run
+from nnunetv2_macl.report.run import _curves_in_log, read_run
+from nnunetv2_macl.training.epoch_log import Epoch, EpochSums
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,19 @@ def test_a_log_is_enough(run):
     for log in run.glob("training_log_*.txt"):
         log.unlink()
     assert "No epoch is done yet" in Page(write_report(run).read_text()).words
+
+
+@pytest.mark.parametrize("losses", [("global", "dense", "equivariance"), ("restoration",)])
+@pytest.mark.parametrize("skipped", [False, True])
+def test_every_form_of_an_epochs_line_is_read(losses, skipped):
+    sums = EpochSums(seconds=2.0)
+    sums.add({name: 1.5 for name in losses} | {"total": 3.0, "positives": 2.5}, skipped=False)
+    if skipped:
+        sums.add({}, skipped=True)
+    log = _curves_in_log([Epoch(7, 10, 4, sums, Recipe()).line()])
+    assert {key for key in log if key.startswith("train_losses/")} == {f"train_losses/{name}" for name in losses}
+    assert log["train_losses"] == [3.0] and log["positives"] == [2.5] and log["seconds"] == [2.0]
+    assert log["patches_per_second"] == [4.0 if skipped else 2.0]
 
 
 def test_where_the_images_are_not(run, monkeypatch, tmp_path):

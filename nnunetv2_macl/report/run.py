@@ -23,8 +23,8 @@ FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth")
 _NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?|nan|inf)"
 _EPOCH = re.compile(
-    rf"Epoch (?P<epoch>\d+)  loss {_NUMBER}(?P<losses>(?:  L_\w+ {_NUMBER})+)  \(collapse {_NUMBER}\)  "
-    rf"positives {_NUMBER}  {_NUMBER} s  {_NUMBER} patches/s"
+    rf"Epoch (?P<epoch>\d+)  loss {_NUMBER}(?P<losses>(?:  L_\w+ {_NUMBER})+)(?:  \(collapse {_NUMBER}\))?  "
+    rf"positives {_NUMBER}  (?:skipped \d+ steps [a-z ]+  )?{_NUMBER} s  {_NUMBER} patches/s"
 )
 _IN_LOG = {name.split(",")[0]: f"train_losses/{key}" for key, name in LOSS_NAMES.items()}
 _IMAGES = re.compile(r"Pre-training on (\d+) images.*left out as unreadable: (\d+)")
@@ -140,7 +140,7 @@ def _curves_in_log(lines: list[str]) -> dict[str, list[float]]:
             epochs[int(match["epoch"])] = {
                 "train_losses": float(numbers[1]),
                 **{_IN_LOG[name]: float(value) for name, value in losses if name in _IN_LOG},
-                "references/collapse": float(numbers[-4]),
+                "references/collapse": float(numbers[-4] or "nan"),
                 "positives": float(numbers[-3]),
                 "seconds": float(numbers[-2]),
                 "patches_per_second": float(numbers[-1]),

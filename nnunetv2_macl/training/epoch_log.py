@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunetv2_macl import monitoring
 from nnunetv2_macl.losses import ReferenceValues
-from nnunetv2_macl.monitoring import LOSS_NAMES
+from nnunetv2_macl.monitoring import CONTRASTIVE, LOSS_NAMES
 from nnunetv2_macl.probes import PROBE
 from nnunetv2_macl.recipe import Recipe
 
@@ -105,10 +105,11 @@ class Epoch:
         means, seconds = self.sums.means(), self.sums.seconds
         left = timedelta(seconds=round(seconds * (self.epochs - self.number - 1)))
         shown = "  ".join(f"{short} {means[name]:.4f}" for name, short in _SHOWN.items() if name in means)
+        collapse = f"  (collapse {self.references.collapse:.3f})" if means.keys() & set(CONTRASTIVE) else ""
         skipped = f"skipped {self.sums.skipped} steps without a finite gradient  " if self.sums.skipped else ""
         return (
-            f"Epoch {self.number}  loss {means.get('total', math.nan):.4f}  {shown}  "
-            f"(collapse {self.references.collapse:.3f})  positives {means.get('positives', math.nan):.1f}  "
+            f"Epoch {self.number}  loss {means.get('total', math.nan):.4f}  {shown}{collapse}  "
+            f"positives {means.get('positives', math.nan):.1f}  "
             f"{skipped}{seconds:.1f} s  {self.patches_per_second:.1f} patches/s  {left} left"
         )
 
