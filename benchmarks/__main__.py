@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.measure import Row
 
-NAMES = ("step", "losses", "parts", "files", "ranks", "growth")
+NAMES = ("step", "switches", "losses", "parts", "files", "ranks", "growth")
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     for name in arguments.names:
         for row in importlib.import_module(f"benchmarks.{name}").run(device):
             rows.append(row)
-            held = "" if row.holds else "   MISSED"
+            held = "   MISSED" if row.holds is False else ""
             numbers = f"{row.ours:9.4g} {row.theirs:9.4g} {row.unit:10}{row.ratio:8.3g}   {row.bar}{held}"
             print(f"{row.name:18}{row.what:75}{numbers}", flush=True)
             arguments.output.write_text(json.dumps({"machine": machine, "rows": [r._asdict() for r in rows]}, indent=4))

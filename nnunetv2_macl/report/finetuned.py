@@ -23,6 +23,7 @@ from nnunetv2_macl.words import counted
 
 TEMPLATE = "finetuned.html.jinja"
 _ORIGIN = re.compile(r"(MACL|nnssl) weights from ")
+_ABOUT_WEIGHTS = re.compile(r"(encoder|decoder):|not taken|They are|The images|To leave")
 # what nnU-Net's trainer writes into its log, an epoch
 _VALUES = {
     "rate": re.compile(r"Current learning rate: (\S+)"),
@@ -33,13 +34,13 @@ _VALUES = {
 _EPOCH = re.compile(r"^Epoch (\d+)$")
 _PSEUDO_DICE = re.compile(r"Pseudo dice \[(.*)\]")
 _NUMBER = re.compile(r"(?:np\.float\d+\()?(-?[\d.]+(?:e-?\d+)?|nan)")
-_SHOWN = 3
 
 
 def is_training(folder: Path) -> bool:
     """Whether a folder is a fold of a training that nnU-Net began, and not a pre-training run."""
-    is_fold = (folder.parent / "plans.json").is_file() and any(folder.glob("training_log_*.txt"))
-    return is_fold and not (folder / PLAN_COPY).is_file()
+    # TRAINER__PLANS__CONFIGURATION/fold_F
+    is_fold = folder.resolve().parent.name.count("__") == 2 and (folder.parent / "plans.json").is_file()
+    return is_fold and any(folder.glob("training_log_*.txt")) and not (folder / PLAN_COPY).is_file()
 
 
 def describe_training(folder: Path) -> dict[str, Any]:
@@ -127,14 +128,8 @@ def _origin(lines: list[str]) -> list[str]:
     if not starts:
         return []
     told = lines[starts[-1] :]
-    end = next(
-        (
-            n
-            for n, line in enumerate(told)
-            if n and not re.match(r"(encoder|decoder):|not taken|They are|The images|To leave", line)
-        ),
-        12,
-    )
+    others = [number for number, line in enumerate(told) if number and not _ABOUT_WEIGHTS.match(line)]
+    end = others[0] if others else len(told)
     names = ", ".join(Path(part.strip()).name for part in _ORIGIN.sub("", told[0]).split(","))
     return [f"{told[0].split()[0]} weights, {names}", *told[1:end]]
 

@@ -1,0 +1,69 @@
+"""What each switch of torch's would bring to a whole step: the step with it, over the step without it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import Row, side_by_side
+from benchmarks.planned import planned
+from benchmarks.step import SHAPES, batch, training_step
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.training.step import TrainingStep
+
+
+def channels_last(step: TrainingStep) -> None:
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}
+    step.module.to(memory_format=layout[2 + len(step.plan.patch_size)])
+    shown = step.show
+    step.show = lambda *arguments: tuple(  # type: ignore[method-assign]
+        group if group is None else group.contiguous(memory_format=layout[group.ndim]) for group in shown(*arguments)
+    )
+
+
+def bfloat16(step: TrainingStep) -> None:
+    step._autocast = partial(torch.autocast, step.device.type, dtype=torch.bfloat16)  # type: ignore[method-assign]
+
+
+def fused_optimiser(step: TrainingStep) -> None:
+    settings = {key: step.optimizer.defaults[key] for key in ("lr", "weight_decay")}
+    step.optimizer = torch.optim.AdamW(step.module.parameters(), fused=True, **settings)
+
+
+def no_autocast(step: TrainingStep) -> None:
+    step._autocast = partial(torch.autocast, step.device.type, enabled=False)  # type: ignore[method-assign]
+
+
+def compiled(step: TrainingStep) -> None:
+    step.network = torch.compile(step.network)  # type: ignore[assignment]
+
+
+def switches(device: torch.device) -> dict[str, Callable[[TrainingStep], None]]:
+    """By name; nnU-Net compiles on a GPU only, and has autocast on there."""
+    common = {"channels_last": channels_last, "fused AdamW": fused_optimiser, "bfloat16": bfloat16}
+    return common if device.type == "cpu" else common | {"no autocast": no_autocast, "compiled": compiled}
+
+
+def measured(configuration: Configuration, patches: int, device: torch.device, switch: Callable) -> tuple[float, float]:
+    changed, plain = (training_step(configuration, patches, device) for _ in range(2))
+    switch(changed)
+    data = batch(plain, patches)
+    return side_by_side(lambda: changed(data, 0), lambda: plain(data, 0), repeats=3)
+
+
+def run(device: torch.device) -> list[Row]:
+    rows = []
+    for name, (fingerprint, configuration_name, patches) in SHAPES.items():
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            planned(fingerprint, configuration_name, Path(folder)) as configuration,
+        ):
+            for title, switch in switches(device).items():
+                ours, theirs = measured(configuration, patches, device, switch)
+                what = f"{title}, {name}, N={patches}, over the step as it is"
+                rows.append(Row("switches", what, ours, theirs, "s", ours / theirs, "", None))
+    return rows
