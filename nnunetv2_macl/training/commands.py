@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nnunetv2_macl import distributed
 from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.training.run_folder import PRETRAINER
 
 
 def command_to_pretrain(configuration: Configuration, fold: int | str = "all", device: str = "cuda") -> str:
@@ -13,8 +14,18 @@ def command_to_pretrain(configuration: Configuration, fold: int | str = "all", d
     return f"nnUNetv2_train_macl_pretrain {configuration.id} -c {configuration.name}{options}"
 
 
-def command_to_go_on(configuration: Configuration, fold: int | str, device: str = "cuda") -> str:
-    """Goes on with a run that was stopped. Under torchrun this is what it starts."""
+def command_to_go_on(
+    configuration: Configuration, fold: int | str, device: str = "cuda", trainer: str = PRETRAINER
+) -> str:
+    """Goes on with a run that was stopped. Under torchrun this is what it starts.
+
+    Args:
+        configuration, fold, device: of the run.
+        trainer: its class; one of the user's own is started by nnU-Net's command.
+    """
+    if trainer != PRETRAINER:
+        options = f"{_plans(configuration)}{_device(device)}"
+        return f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr {trainer}{options} --c"
     ranks = distributed.world_size()
     gpus = f" -num_gpus {ranks}" if ranks > 1 and not distributed.started_by_torchrun() else ""
     return f"{command_to_pretrain(configuration, fold, device)}{gpus} --c"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -37,8 +38,9 @@ from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
 from nnunetv2_macl.training.epoch_log import CollapseWatch, Epoch, EpochSums, log_keys
 from nnunetv2_macl.training.export import export_run
+from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice
-from nnunetv2_macl.training.run_folder import PLAN_COPY, RunLock, set_aside
+from nnunetv2_macl.training.run_folder import PLAN_COPY, PRETRAINER, RunLock, set_aside
 from nnunetv2_macl.training.signals import Signals, ignore_in_worker
 from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
@@ -475,17 +477,20 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No weights were written: checkpointing is disabled.")
             return
+        is_own = type(self).__name__ != PRETRAINER
         collapsed = (
             "The run ended COLLAPSED: fine-tuning from it is not likely to help.\n" if self.collapse.reason else ""
         )
         self.print_to_log_file(
             f"{collapsed}Weights: {self.output_folder}\nFine-tune from them:\n"
             f'    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"\n    '
+            # fine-tuning looks in the folder of this package's own trainer
+            + (f"export {WEIGHTS_VARIABLE}={shlex.quote(str(self.output_folder))}\n    " if is_own else "")
             + command_to_fine_tune(self.macl_configuration, self.fold, self.device.type)
         )
 
     def _command_to_go_on(self) -> str:
-        return command_to_go_on(self.macl_configuration, self.fold, self.device.type)
+        return command_to_go_on(self.macl_configuration, self.fold, self.device.type, type(self).__name__)
 
     # --- files -----------------------------------------------------------------------------------------------------------
 

@@ -18,8 +18,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.synthetic import generate_dataset
+from nnunetv2_macl.training.commands import command_to_go_on
 
 PRETRAIN = "nnUNetTrainerMACLPretrain"
 EXPORTED = ("macl_encoder.pth", "macl_decoder.pth", "macl_network.pth")
@@ -129,6 +131,24 @@ def test_stock_train_command_derives_the_plan_where_there_is_none(workspace):
         process.wait()
     assert "on 9 images, 250 epochs of 250 steps" in line
     assert (workspace.preprocessed / DATASET / "nnUNetPlans_macl_2d.json").is_file()
+
+
+def test_a_trainer_of_the_users_own(workspace):
+    """Started, gone on with and fine-tuned from by the commands that it tells."""
+    mine = workspace.folder / "mine"
+    mine.mkdir()
+    (mine / f"{PRETRAIN}_mine.py").write_text(
+        "from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain\n\n"
+        f"class {PRETRAIN}_mine(nnUNetTrainerMACLPretrain):\n    save_every_epochs = 2\n"
+    )
+    both = os.pathsep.join([workspace.environment["nnUNet_extTrainer"], str(mine)])
+    workspace.pretrain("901", "-c", "2d", "--plan_only", epochs=3, steps=1)
+    command = ["nnUNetv2_train", "901", "2d", "all", "-tr", f"{PRETRAIN}_mine", "-device", "cpu"]
+    out = workspace.run(*command, nnUNet_extTrainer=both)
+    folder = workspace.run_folder(f"{PRETRAIN}_mine")
+    assert (folder / "macl_encoder.pth").is_file() and f"export nnUNet_macl_weights={folder}" in out
+    told = command_to_go_on(Configuration.load("901", "nnUNetPlans", "2d"), "all", "cpu", f"{PRETRAIN}_mine")
+    assert told == " ".join([*command, "--c"])
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(workspace):
