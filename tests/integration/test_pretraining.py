@@ -133,6 +133,7 @@ def test_stock_train_command_derives_the_plan_where_there_is_none(workspace):
     assert (workspace.preprocessed / DATASET / "nnUNetPlans_macl_2d.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_trainer_of_the_users_own(workspace):
     """Started, gone on with and fine-tuned from by the commands that it tells."""
     mine = workspace.folder / "mine"
@@ -180,7 +181,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(workspace):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["pcl", "simclr", "table6_ema_encoder_one_stage", "table6_independent_encoder_two_stages"]
+    "recipe",
+    [
+        "pcl",
+        pytest.param("simclr", marks=pytest.mark.slow),
+        "table6_ema_encoder_one_stage",
+        pytest.param("table6_independent_encoder_two_stages", marks=pytest.mark.slow),
+    ],
 )
 def test_recipes_run(workspace, recipe):
     folder = pretrain(
