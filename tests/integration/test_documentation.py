@@ -34,6 +34,7 @@ scontrol() { echo localhost; }
 srun() { "$@"; }
 nnUNetv2_train() {
   local arguments=("${@/%nnUNetTrainerMACL/nnUNetTrainerMACL_quick}")
+  arguments=("${arguments[@]/%nnUNetTrainerMACLPaper/nnUNetTrainerMACLPaper_quick}")
   nnUNet_extTrainer="$nnUNet_extTrainer:$QUICK" command nnUNetv2_train "${arguments[@]}" -device cpu
 }
 nnUNetv2_macl_compare() {
@@ -45,6 +46,12 @@ nnUNetv2_predict() { command nnUNetv2_predict "${@/%nnUNetTrainerMACL/nnUNetTrai
 """
 QUICK = """
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
+from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper
+
+
+class nnUNetTrainerMACLPaper_quick(nnUNetTrainerMACLPaper):
+    finetuning_epochs = 1
+
 
 class nnUNetTrainerMACL_quick(nnUNetTrainerMACL):
     finetuning_epochs = 1
