@@ -23,7 +23,7 @@ class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
 
     Goes with the paper's network: ``nnUNetv2_macl_network DATASET paper``.
 
-    Source: MACL, Section IV-A (implementation details).
+    Source: MACL, the fine-tuning of its experiments.
     """
 
     finetuning_epochs = 100
@@ -40,7 +40,6 @@ class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.enable_deep_supervision = False
         self.oversample_foreground_percent = 0.0
-        self.weight_decay = 1e-5
 
     def _build_loss(self) -> nn.Module:
         if self.label_manager.has_regions:
@@ -52,7 +51,7 @@ class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
         return RobustCrossEntropyLoss(ignore_index=-100 if ignored is None else ignored)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
-        optimizer = torch.optim.Adam(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+        optimizer = torch.optim.Adam(self.network.parameters(), self.initial_lr)
         return optimizer, _CosineLR(optimizer, self.initial_lr, self.num_epochs)
 
     @user_errors_end_the_run

@@ -148,6 +148,21 @@ def test_a_plan_of_the_users_own_is_taken_as_it_stands(workspace, tmp_path):
     assert f"The plan of all arms is {tmp_path / 'mine.json'}" in (folder / "compare.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "finetuning, words", [("adamw", "as nnU-Net trains, but with AdamW"), ("paper", "as the paper has it")]
+)
+def test_every_way_of_fine_tuning(workspace, tmp_path, finetuning, words):
+    folder = tmp_path / "study"
+    compare(replace(OPTIONS, finetuning=finetuning, rates=[5e-4]), folder=folder, device="cpu")
+    assert f"Fine-tuning is {words}." in (folder / "compare.md").read_text()
+    for cell in ("scratch", "macl"):
+        (checkpoint,) = (folder / "cells").glob(f"{cell}_*/**/checkpoint_final.pth")
+        state = torch.load(checkpoint, map_location="cpu", weights_only=False)["optimizer_state"]
+        # both are Adam's kin, with the rate that was asked for
+        assert "exp_avg" in state["state"][0] and state["param_groups"][0]["lr"] <= 5e-4
+
+
 def test_a_case_without_label(workspace, tmp_path):
     label = next((workspace.raw / DATASET / "labelsTr").iterdir())
     label.unlink()
