@@ -11,15 +11,18 @@ from steps import batch, gradients, training_step
 from torch import nn
 
 from nnunetv2_macl import distributed
+from nnunetv2_macl.recipe import Recipe
 
 PATCHES = 7  # divides by neither 2 nor 3
+# every loss, and every change of what is shown
+RECIPE = Recipe(own_view_weight=0.5, weight_restoration=1.0, intensity=1.0, equivariance_form="standardised")
 
 
 def rank_process(rank, world, port, folder, at_once, norm):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    step = training_step(PATCHES, at_once, norm=norm)
+    step = training_step(PATCHES, at_once, RECIPE, norm=norm)
     first, last = distributed.share(PATCHES)
     mine = {key: value[first:last] for key, value in batch(PATCHES).items()}
     measured = step(mine, 0)
@@ -34,7 +37,7 @@ def rank_process(rank, world, port, folder, at_once, norm):
     "world, at_once, norm", [(2, PATCHES, nn.InstanceNorm2d), (3, 1, nn.InstanceNorm2d), (2, PATCHES, nn.BatchNorm2d)]
 )
 def test_ranks_give_losses_gradients_and_weights_of_one_process(tmp_path, world, at_once, norm):
-    whole = training_step(PATCHES, PATCHES, norm=norm)
+    whole = training_step(PATCHES, PATCHES, RECIPE, norm=norm)
     measured = whole(batch(PATCHES), 0)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
