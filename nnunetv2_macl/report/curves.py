@@ -112,10 +112,10 @@ def draw_curves(
             )
         if from_zero:
             axis.set_ylim(bottom=0)
-        # ticks below 0 where there is one epoch
-        axis.set_xlim(left=-0.5 if max(len(values) for values, *_ in lines) < 2 else None)
+        if max(len(values) for values, *_ in lines) < 2:
+            axis.set_xlim(-0.5, 0.5)
         axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.25, lw=0.6)
         if legend:
             # below, where no line is
