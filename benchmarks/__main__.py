@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.measure import Row
 
-NAMES = ("step", "switches", "losses", "parts", "files", "ranks", "growth")
+NAMES = ("step", "shares", "switches", "losses", "parts", "files", "ranks", "growth")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Side by side in one run: two ways of doing one thing, in turn, so that a busy machine slows both."""
+"""Side by side in one run: ways of doing one thing in turn, so that a busy machine slows them all."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def at_least(
     return Row(name, what, ours, theirs, unit, ratio, f"at least {bar:g}", ratio >= bar)
 
 
-def side_by_side(ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 5) -> tuple[float, float]:
+def side_by_side(*runs: Callable[[], object], repeats: int = 5) -> list[float]:
     """Median seconds of each, run in turn after a run of each to warm up."""
-    seconds: tuple[list[float], list[float]] = ([], [])
+    seconds: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 1):
-        for kept, run in zip(seconds, (ours, theirs), strict=True):
+        for kept, run in zip(seconds, runs, strict=True):
             took = timed(run)
             if repeat:
                 kept.append(took)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+    return [statistics.median(kept) for kept in seconds]
 
 
 def timed(run: Callable[[], object]) -> float:

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.measure import Row, side_by_side
 from benchmarks.planned import planned
 from benchmarks.step import SHAPES, batch, training_step
-from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.training.step import TrainingStep
 
 
@@ -32,6 +32,7 @@ def bfloat16(step: TrainingStep) -> None:
 def fused_optimiser(step: TrainingStep) -> None:
     settings = {key: step.optimizer.defaults[key] for key in ("lr", "weight_decay")}
     step.optimizer = torch.optim.AdamW(step.module.parameters(), fused=True, **settings)
+    step.scheduler = LambdaLR(step.optimizer, lambda _: 1.0)
 
 
 def no_autocast(step: TrainingStep) -> None:
@@ -48,22 +49,20 @@ def switches(device: torch.device) -> dict[str, Callable[[TrainingStep], None]]:
     return common if device.type == "cpu" else common | {"no autocast": no_autocast, "compiled": compiled}
 
 
-def measured(configuration: Configuration, patches: int, device: torch.device, switch: Callable) -> tuple[float, float]:
-    changed, plain = (training_step(configuration, patches, device) for _ in range(2))
-    switch(changed)
-    data = batch(plain, patches)
-    return side_by_side(lambda: changed(data, 0), lambda: plain(data, 0), repeats=3)
-
-
 def run(device: torch.device) -> list[Row]:
     rows = []
     for name, (fingerprint, configuration_name, patches) in SHAPES.items():
+        changes = {"": lambda _: None} | switches(device)
         with (
             tempfile.TemporaryDirectory() as folder,
             planned(fingerprint, configuration_name, Path(folder)) as configuration,
         ):
-            for title, switch in switches(device).items():
-                ours, theirs = measured(configuration, patches, device, switch)
-                what = f"{title}, {name}, N={patches}, over the step as it is"
-                rows.append(Row("switches", what, ours, theirs, "s", ours / theirs, "", None))
+            steps = [training_step(configuration, patches, device) for _ in changes]
+        for step, change in zip(steps, changes.values(), strict=True):
+            change(step)
+        data = batch(steps[0], patches)
+        plain, *seconds = side_by_side(*(partial(step, data, 0) for step in steps), repeats=3)
+        for title, ours in zip(list(changes)[1:], seconds, strict=True):
+            what = f"{title}, {name}, N={patches}, over the step as it is"
+            rows.append(Row("switches", what, ours, plain, "s", ours / plain, "", None))
     return rows

@@ -279,7 +279,8 @@ def _write_case(data: np.ndarray, target: Path, made_from: dict[str, Any], spaci
     file = Path(f"{target}.b2nd")
     Path(f"{target}.json").unlink(missing_ok=True)
     blocks, chunks = comp_blosc2_params(data.shape, tuple(_configuration.patch_size), data.itemsize)
-    cparams = {"codec": blosc2.Codec.LZ4HC, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1, "clevel": 5}
+    # nnU-Net's LZ4HC would take half of the time of a case, for files that are 4 % smaller and read no faster
+    cparams = {"codec": blosc2.Codec.LZ4, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1, "clevel": 9}
     # in memory first: blosc2 does not say why a file could not be written
     content = blosc2.asarray(data, chunks=chunks, blocks=blocks, cparams=cparams).to_cframe()
     write_whole(file, lambda stream: stream.write(content), needed=len(content))
