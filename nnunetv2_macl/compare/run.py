@@ -17,6 +17,7 @@ from nnunetv2_macl.compare.report import write_report
 from nnunetv2_macl.compare.split import patients_of, split_cases
 from nnunetv2_macl.compare.steps import Step, run_steps
 from nnunetv2_macl.compare.study import Cell, Options, Study, parse_arm
+from nnunetv2_macl.cores import usable_cores
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.run import check_device
 from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
@@ -190,7 +191,7 @@ def _run_cell(study: Study, cell: Cell, device: str, processes: int, jobs: int) 
     if weights := study.weights(study.arm(cell.arm)):
         environment[WEIGHTS_VARIABLE] = str(weights)
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+        environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // jobs))
     command = [sys.executable, "-m", "nnunetv2_macl.compare.cell", str(study.folder), cell.name]
     run_command([*command, "-device", device, "-np", str(processes)], environment, folder / "log.txt")
     return {}

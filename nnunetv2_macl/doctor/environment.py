@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from nnunetv2_macl.cores import usable_cores
 from nnunetv2_macl.doctor.result import RIGHT, WRONG, Result
 from nnunetv2_macl.doctor.shell import set_trainers, set_variable, shell_in_use
 
@@ -41,7 +42,7 @@ def torch_and_device(device: str) -> Result:
     words = f"torch {torch.__version__}"
     without = "# for a first look without a GPU, each command takes: -device cpu"
     if device == "cpu":
-        return Result("torch", RIGHT, f"{words} on the CPU, {os.cpu_count()} cores", values={"device": "cpu"})
+        return Result("torch", RIGHT, f"{words} on the CPU, {usable_cores()} cores", values={"device": "cpu"})
     if device == "mps":
         if not torch.backends.mps.is_available():
             return Result("torch", WRONG, f"{words} finds no Apple GPU (mps)", without)

@@ -28,6 +28,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from tqdm import tqdm
 
+from nnunetv2_macl.cores import usable_cores
 from nnunetv2_macl.data import Case
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
@@ -141,7 +142,7 @@ def _run(
     # spawn, as nnU-Net does: forked children inherit locks that are held
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        min(processes, len(todo), os.cpu_count() or 1),
+        min(processes, len(todo), usable_cores()),
         mp_context=context,
         initializer=_initialise,
         initargs=(configuration,),

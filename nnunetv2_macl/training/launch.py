@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from nnunetv2.run.run_training import run_training
 
 from nnunetv2_macl import distributed
+from nnunetv2_macl.cores import usable_cores
 
 
 def train(*, device: str, num_gpus: int, **arguments: Any) -> None:
@@ -102,4 +103,4 @@ def _set_threads(device: str) -> None:
         torch.set_num_threads(1)
     elif device == "cpu":
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+        torch.set_num_threads(max(1, usable_cores() // ranks_here))

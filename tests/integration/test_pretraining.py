@@ -54,7 +54,7 @@ def test_the_command_from_beginning_to_end(workspace):
 
     assert hashes(workspace.preprocessed) == before, "nnU-Net's own files changed"
     assert "Pre-training on 11 images" in out  # 5 of imagesTr, 4 of imagesUn, 2 of the other data set
-    lines = re.findall(r"Epoch \d+ .*L_g [\d.]+  L_d [\d.]+  L_ER [\d.]+ .*patches/s .* left", out)
+    lines = re.findall(r"Epoch \d+ .*L_g [\d.]+  L_d [\d.]+  L_R [\d.]+ .*patches/s .* left", out)
     assert len(lines) == 2
     assert "nnUNetv2_train 901 2d 0 -tr nnUNetTrainerMACL" in out
 
@@ -79,7 +79,7 @@ def test_the_command_from_beginning_to_end(workspace):
     for content in (encoder, decoder, network):
         assert content["architecture"]["input_channels"] == 1
         assert content["dataset_fingerprint"]["images"] == 11 and content["dataset_fingerprint"]["nnunet"]
-        assert content["recipe"]["weight_dense"] == 0.5 and content["epochs"] == 2 and content["collapsed"] is None
+        assert content["recipe"]["weight_dense"] == 0.01 and content["epochs"] == 2 and content["collapsed"] is None
         assert content["final_losses"]["train_losses/global"] > 0
         assert content["package_versions"]["nnunetv2"] and "MACL" not in content["citations"][1]
 
