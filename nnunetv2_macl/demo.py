@@ -72,8 +72,9 @@ def demo(folder: Path) -> dict[str, float]:
     quoted = shlex.quote
     run("2. nnU-Net plans and preprocesses.", "nnUNetv2_plan_and_preprocess -d 900 -c 2d -np 2")
     run(
-        "3. MACL pre-trains encoder and decoder on all images, without labels (much shorter than you would, and its contrast alone).",
-        "nnUNetv2_train_macl_pretrain 900 -c 2d -recipe macl -device cpu -np 2 -batch_size 16 -num_epochs 14 -num_iterations_per_epoch 20",
+        "3. MACL pre-trains encoder and decoder on all images, without labels (its contrast alone, and in short).",
+        "nnUNetv2_train_macl_pretrain 900 -c 2d -recipe macl -device cpu -np 2 -batch_size 16 -num_epochs 14 "
+        "-num_iterations_per_epoch 20",
     )
     run("4. nnU-Net fine-tunes from it.", "nnUNetv2_train 900 2d 0 -tr nnUNetTrainerMACL_1epoch -device cpu")
     run(

@@ -31,8 +31,8 @@ def _compare_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["scratch", "encoder", "macl"],
         metavar="ARM",
-        help="scratch; encoder (its weights only); macl (encoder and decoder); recipe:NAME_OR_FILE (pre-trained with that "
-        "recipe); weights:FILE (that are there already). Default: scratch encoder macl",
+        help="scratch; encoder (its weights only); macl (encoder and decoder, of the default recipe); "
+        "recipe:NAME_OR_FILE (pre-trained with it); weights:FILE (that are there already). Default: scratch encoder macl",
     )
     amount = "cases, or a fraction (0.1 or 10%%) of all"
     add(

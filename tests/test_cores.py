@@ -1,0 +1,18 @@
+"""Cores that a process may use."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
+def test_a_process_bound_to_one_core_uses_one():
+    script = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+        "from nnunetv2_macl.training.launch import _set_threads; _set_threads('cpu'); "
+        "import torch; from nnunetv2_macl.cores import usable_cores; print(usable_cores(), torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["1", "1"]
