@@ -72,7 +72,7 @@ def test_training_starts_from_the_weights(pretrained):
 def test_checkpoints_are_those_of_the_stock_trainer(pretrained):
     checkpoint = load(pretrained.run_folder(QUICK, fold=0) / "checkpoint_final.pth")
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
-    assert checkpoint["macl"]["trainer"] == QUICK and checkpoint["macl"]["recipe"]["weight_dense"] == 0.5
+    assert checkpoint["macl"]["trainer"] == QUICK and checkpoint["macl"]["recipe"]["weight_dense"] == 0.01
 
 
 def test_going_on_and_validating_need_no_pretrained_weights(pretrained):
