@@ -186,10 +186,14 @@ def _method(results: Results) -> list[str]:
     share = len(study.patients) - len(split.test) - len(split.validation)
     arms = {
         SCRATCH: "starts from nnU-Net's own initialisation",
-        "encoder": "starts from the pre-trained encoder alone",
-        "macl": "starts from the pre-trained encoder and decoder",
+        "encoder": "starts from the encoder alone",
+        "macl": "starts from encoder and decoder",
     }
-    lines = [f"{arm.slug} {arms[arm.slug]}." for arm in study.arms if arm.slug in arms]
+    lines = [
+        f"{arm.slug} {arms[arm.slug]}" + (f", pre-trained with recipe {arm.recipe}." if arm.recipe else ".")
+        for arm in study.arms
+        if arm.slug in arms
+    ]
     lines += [
         f"{arm.slug} starts from encoder and decoder, pre-trained with recipe {arm.recipe}."
         for arm in study.arms
