@@ -68,7 +68,7 @@ def test_a_patch_at_the_edge_is_filled_up_with_zeros():
 
 def test_a_run_measures_every_few_epochs_and_trains_as_it_would_without(workspace, tmp_path):
     recipe = tmp_path / "probed.json"
-    recipe.write_text('{"inherits_from": "macl", "probe_every": 2}')
+    recipe.write_text('{"inherits_from": "macl_restore", "probe_every": 2}')
     out = workspace.pretrain("901", "-c", "2d", "-recipe", recipe, epochs=3)
     assert out.count("Probe: linear Dice ") == 2
     folder = workspace.run_folder("nnUNetTrainerMACLPretrain")

@@ -114,7 +114,7 @@ def test_a_log_is_enough(run):
     (run / "views.png").unlink()
     here = read_run(run)
     assert here.images == 9 and here.epochs == 3
-    for key in ("train_losses", "train_losses/global", "train_losses/dense", "train_losses/equivariance"):
+    for key in ("train_losses", "train_losses/global", "train_losses/dense", "train_losses/restoration"):
         assert here.log[key] == pytest.approx(there[key], abs=1e-4)
     assert here.log["references/collapse"] == pytest.approx(there["references/collapse"], abs=1e-3)
     assert here.log["positives"] == pytest.approx(there["positives"], abs=0.051)
