@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from benchmarks.measure import Row, side_by_side
-from benchmarks.planned import planned
-from benchmarks.step import SHAPES, bare, batch, training_step
+from benchmarks.step import bare, batch, planned_shapes, training_step
 from nnunetv2_macl.training.step import TrainingStep
 
 
@@ -48,16 +45,12 @@ def parts(step: TrainingStep, data: dict[str, torch.Tensor]) -> dict[str, Callab
 
 def run(device: torch.device) -> list[Row]:
     rows = []
-    for name, (fingerprint, configuration_name, patches) in SHAPES.items():
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            planned(fingerprint, configuration_name, Path(folder)) as configuration,
-        ):
-            step = training_step(configuration, patches, device)
-            data = batch(step, patches)
+    for shape, configuration, patches in planned_shapes():
+        step = training_step(configuration, patches, device)
+        data = batch(step, patches)
         alone = parts(step, data)
         whole, *seconds = side_by_side(lambda s=step, d=data: s(d, 0), *alone.values(), repeats=3)
         for title, ours in zip(alone, seconds, strict=True):
-            what = f"{title}, {name}, N={patches}, of the whole step"
+            what = f"{title}, {shape}, of the whole step"
             rows.append(Row("shares", what, ours, whole, "s", ours / whole, "", None))
     return rows

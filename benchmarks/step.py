@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -59,15 +60,21 @@ def bare(step: TrainingStep, patches: int) -> None:
     step._scaled(total).backward()
 
 
-def run(device: torch.device) -> list[Row]:
-    rows = []
+def planned_shapes() -> Iterator[tuple[str, Configuration, int]]:
+    """Of each of `SHAPES`: what it is in words, its configuration, patches a step."""
     for name, (fingerprint, configuration_name, patches) in SHAPES.items():
         with (
             tempfile.TemporaryDirectory() as folder,
             planned(fingerprint, configuration_name, Path(folder)) as configuration,
         ):
-            step = training_step(configuration, patches, device)
-            data = batch(step, patches)
-            ours, theirs = side_by_side(lambda s=step, d=data: s(d, 0), lambda s=step, n=patches: bare(s, n))
-        rows.append(at_most("step", f"{name}, N={patches}, over forward and backward alone", ours, theirs, "s", 1.10))
+            yield f"{name}, N={patches}", configuration, patches
+
+
+def run(device: torch.device) -> list[Row]:
+    rows = []
+    for shape, configuration, patches in planned_shapes():
+        step = training_step(configuration, patches, device)
+        data = batch(step, patches)
+        ours, theirs = side_by_side(lambda s=step, d=data: s(d, 0), lambda s=step, n=patches: bare(s, n))
+        rows.append(at_most("step", f"{shape}, over forward and backward alone", ours, theirs, "s", 1.10))
     return rows

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.measure import Row, side_by_side
-from benchmarks.planned import planned
-from benchmarks.step import SHAPES, batch, training_step
+from benchmarks.step import batch, planned_shapes, training_step
 from nnunetv2_macl.training.step import TrainingStep
 
 
@@ -51,18 +48,14 @@ def switches(device: torch.device) -> dict[str, Callable[[TrainingStep], None]]:
 
 def run(device: torch.device) -> list[Row]:
     rows = []
-    for name, (fingerprint, configuration_name, patches) in SHAPES.items():
+    for shape, configuration, patches in planned_shapes():
         changes = {"": lambda _: None} | switches(device)
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            planned(fingerprint, configuration_name, Path(folder)) as configuration,
-        ):
-            steps = [training_step(configuration, patches, device) for _ in changes]
+        steps = [training_step(configuration, patches, device) for _ in changes]
         for step, change in zip(steps, changes.values(), strict=True):
             change(step)
         data = batch(steps[0], patches)
         plain, *seconds = side_by_side(*(partial(step, data, 0) for step in steps), repeats=3)
         for title, ours in zip(list(changes)[1:], seconds, strict=True):
-            what = f"{title}, {name}, N={patches}, over the step as it is"
+            what = f"{title}, {shape}, over the step as it is"
             rows.append(Row("switches", what, ours, plain, "s", ours / plain, "", None))
     return rows
