@@ -14,6 +14,7 @@ from nnunetv2_macl.compare.split import split_cases
 from nnunetv2_macl.compare.steps import DONE_FILE, Step, run_steps
 from nnunetv2_macl.compare.study import Options, Study, parse_arm
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import write_json
 
 PATIENTS = {f"c{n:02d}": f"c{n:02d}" for n in range(40)}
 OPTIONS = Options(
@@ -32,6 +33,19 @@ def test_a_study_is_read_back_as_it_was_written(tmp_path):
         split = begun.splits[begun.fold(cell)]
         assert split == {"train": SPLIT.subsets[cell.seed][cell.labels], "val": SPLIT.validation}
     assert not set(SPLIT.test) & {case for split in begun.splits for cases in split.values() for case in cases}
+
+
+def test_arms_and_seeds_may_be_added_and_what_was_drawn_stays(tmp_path):
+    begun = Study.open(tmp_path, OPTIONS, SPLIT, PATIENTS)
+    write_json(begun.splits, begun.splits_file)
+    more = replace(OPTIONS, seeds=4, arms=[*OPTIONS.arms, "recipe:paper"])
+    split = split_cases(PATIENTS, test="25%", validation="10%", labels=["3", "6"], seeds=4)
+    grown = Study.open(tmp_path, more, split, PATIENTS)
+    assert grown == Study.read(tmp_path) and len(grown.cells) == 5 * 4 * 2 * 2
+    assert json.loads(grown.splits_file.read_text()) == grown.splits and grown.splits[:4] == begun.splits
+    assert {cell: begun.fold(cell) for cell in begun.cells} == {cell: grown.fold(cell) for cell in begun.cells}
+    with pytest.raises(UserError, match=r"--seeds 2 \(was 4\)"):
+        Study.open(tmp_path, replace(more, seeds=2), SPLIT, PATIENTS)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def plan(study: Study, images: RawImages, planner_name: str | None, processes: i
     if options.batch_size is not None:
         configurations[options.c]["batch_size"] = options.batch_size
         write_json(content, study.plan_file)
-    write_json(study.splits, study.preprocessed / "splits_final.json")
+    write_json(study.splits, study.splits_file)
     kept = pretraining_images(study, list(images.unlabelled))
     return {"planner": planner_name, "unlabelled": len(kept), "unlabelled_left_out": len(images.unlabelled) - len(kept)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ class Study:
 
     @classmethod
     def open(cls, folder: Path, options: Options, split: Split, patients: dict[str, str]) -> Study:
-        """The study in a folder, begun where there is none.
+        """The study in a folder, begun where there is none. One that is there may get further arms and seeds.
 
         Raises:
             UserError: the folder holds something else, or a study with other options or other cases; names them.
@@ -161,8 +161,10 @@ class Study:
         changed = [
             f"{option(f.name)} {_typed(getattr(options, f.name))} (was {_typed(getattr(there.options, f.name))})"
             for f in fields(Options)
-            if f.name != "arms" and getattr(options, f.name) != getattr(there.options, f.name)
+            if f.name not in ("arms", "seeds") and getattr(options, f.name) != getattr(there.options, f.name)
         ]
+        if options.seeds < there.options.seeds:
+            changed.append(f"--seeds {options.seeds} (was {there.options.seeds})")
         if missing := [arm for arm in there.options.arms if arm not in options.arms]:
             changed.append(f"--arms without {_typed(missing)}")
         if changed:
@@ -170,13 +172,16 @@ class Study:
                 f"{folder} holds a study that goes on as it began; changed: {', '.join(changed)}. "
                 "Give the options that it began with, or another folder: -o FOLDER"
             )
-        if there.split != split or there.patients != patients:
+        begun = replace(split, subsets=split.subsets[: there.options.seeds])
+        if there.split != begun or there.patients != patients:
             raise UserError(
                 f"{folder} holds a study of other cases: the images of {options.dataset} have changed since. "
                 "Put them back, or give another folder: -o FOLDER"
             )
-        if options.arms != there.options.arms:
-            # what is done stays done; only arms that are new are trained
+        if options != there.options:
+            # what is done stays done; only arms and seeds that are new are trained
+            if study.splits_file.is_file():
+                write_json(study.splits, study.splits_file)
             write_json(study._as_json(), file)
         return study
 
@@ -238,6 +243,10 @@ class Study:
     @property
     def preprocessed(self) -> Path:
         return self.folder / "nnUNet_preprocessed" / self.options.dataset
+
+    @property
+    def splits_file(self) -> Path:
+        return self.preprocessed / "splits_final.json"
 
     @property
     def plan_file(self) -> Path:
