@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nnunetv2_macl.checkpoints import PretrainedWeights, first_difference
 from nnunetv2_macl.errors import UserError
@@ -130,6 +132,39 @@ def fit_input_channels(weight: Tensor, channels: int) -> Tensor:
     dealt = (weight / copies.view(1, -1, *[1] * (weight.ndim - 2)))[:, order % own]
     fitted = weight.new_zeros(weight.shape[0], channels, *weight.shape[2:])
     return fitted.index_add_(1, order % channels, dealt)
+
+
+def kernel_norms(network: nn.Module) -> dict[str, float]:
+    """L2 norm of each kernel whose scale does not matter, as an instance norm follows it; by the name of its block."""
+    return {name: float(block.conv.weight.detach().norm()) for name, block in _scale_free(network).items()}
+
+
+def rescale_kernels(network: nn.Module, norms: dict[str, float]) -> None:
+    """Give kernels back their norms: the same function, and the learning rate means what it means for a fresh network.
+
+    Kernels grow in pre-training, to 2.6 times in 16,000 steps of AdamW. What an instance norm makes scale-free learns at the
+    rate divided by the square of its norm, so that SGD at nnU-Net's rate would hardly move it.
+
+    Source: van Laarhoven, L2 regularization versus batch and weight normalization, 2017, https://arxiv.org/abs/1706.05350
+
+    Args:
+        network: a U-Net of dynamic-network-architectures.
+        norms: of its kernels, as `kernel_norms` gave them before pre-trained weights went in.
+    """
+    with torch.no_grad():
+        for name, block in _scale_free(network).items():
+            if (now := float(block.conv.weight.detach().norm())) > 0:
+                for parameter in block.conv.parameters():
+                    parameter.mul_(norms[name] / now)
+
+
+def _scale_free(network: nn.Module) -> dict[str, Any]:
+    # a batch norm has statistics of its own, which would have to follow
+    return {
+        name: block
+        for name, block in network.named_modules()
+        if isinstance(block, ConvDropoutNormReLU) and isinstance(getattr(block, "norm", None), _InstanceNorm)
+    }
 
 
 class _Plan:

@@ -15,7 +15,15 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.cli.weights import transfer_entry
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.transfer import ADAPTED, AS_IT_IS, NOT_TAKEN, fit_input_channels, plan_transfer
+from nnunetv2_macl.transfer import (
+    ADAPTED,
+    AS_IT_IS,
+    NOT_TAKEN,
+    fit_input_channels,
+    kernel_norms,
+    plan_transfer,
+    rescale_kernels,
+)
 
 KINDS = [PlainConvUNet, ResidualEncoderUNet]
 FEATURES = [4, 8, 12, 16]
@@ -98,6 +106,32 @@ def test_the_same_network_takes_all_that_was_trained(kind, axes):
     assert fitted.count("encoder") == (len(encoder), len(encoder))
     decoder = [key for key in after if key.startswith("decoder.") and not key.startswith("decoder.encoder.")]
     assert fitted.count("decoder") == (len([key for key in theirs if key.startswith("decoder.")]), len(decoder))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axes", [2, 3])
+def test_kernels_get_their_norms_back_and_the_function_stays(kind, axes):
+    network, image = unet(architecture(kind, axes)), torch.randn(2, 1, *[32] * axes)
+    fresh = kernel_norms(network)
+    assert len(fresh) >= 7
+    with torch.no_grad():
+        for name in fresh:
+            for parameter in network.get_submodule(name).conv.parameters():
+                parameter.mul_(3)
+        before = network(image)
+        grown = kernel_norms(network)
+        rescale_kernels(network, fresh)
+        after = network(image)
+    assert all(grown[name] == pytest.approx(3 * norm, rel=1e-5) for name, norm in fresh.items())
+    assert kernel_norms(network) == pytest.approx(fresh, rel=1e-5)
+    for one, other in zip(after, before, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.std()))
+
+
+def test_kernels_before_a_batch_norm_stay():
+    own = architecture()
+    own["arch_kwargs"]["norm_op"] = "torch.nn.BatchNorm2d"
+    assert kernel_norms(unet(own)) == {}
 
 
 @pytest.mark.parametrize("kind, stem", [(PlainConvUNet, "encoder.stages.0"), (ResidualEncoderUNet, "encoder.stem")])

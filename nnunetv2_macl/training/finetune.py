@@ -24,7 +24,7 @@ from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.training.commands import command_to_pretrain
 from nnunetv2_macl.training.run_folder import pretraining_folder
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
-from nnunetv2_macl.transfer import NOT_TAKEN, Transfer, plan_transfer
+from nnunetv2_macl.transfer import NOT_TAKEN, Transfer, kernel_norms, plan_transfer, rescale_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         )
 
     def load_macl_weights(self, pretrained: checkpoints.PretrainedWeights) -> None:
-        """Copy the pre-trained weights into the network, and say what was taken and what was not.
+        """Copy the pre-trained weights into the network, kernels at their fresh size, and say what was taken and what not.
 
         Raises:
             UserError: weights of a network too unlike this one; names the first difference.
@@ -110,7 +110,9 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         module = module._orig_mod if isinstance(module, OptimizedModule) else module
         state = module.state_dict()
         transfer = transfer_to(self._configuration, state, pretrained)
+        fresh = kernel_norms(module)
         module.load_state_dict({**state, **transfer.weights})
+        rescale_kernels(module, fresh)
         self._report(pretrained, transfer)
         self.macl_origin = {
             "trainer": type(self).__name__,
@@ -137,6 +139,9 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         for part in ("encoder", "decoder"):
             taken, tensors = transfer.count(part)
             lines.append(f"  {part}: {taken} of {tensors} tensors taken")
+        lines.append(
+            "  kernels before an instance norm scaled to the size of fresh ones, which leaves the function as it is"
+        )
         self.print_to_log_file("\n".join(lines))
         if transfer.difference:
             lines = [f"  They are of another network: {transfer.difference}", *transfer.table().splitlines()]
