@@ -101,7 +101,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         )
 
     def load_macl_weights(self, pretrained: checkpoints.PretrainedWeights) -> None:
-        """Copy the pre-trained weights into the network, kernels at their fresh size, and say what was taken and what not.
+        """Copy the pre-trained weights into the network, for SGD at the size of fresh ones, and say what was taken.
 
         Raises:
             UserError: weights of a network too unlike this one; names the first difference.
@@ -112,7 +112,9 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         transfer = transfer_to(self._configuration, state, pretrained)
         fresh = kernel_norms(module)
         module.load_state_dict({**state, **transfer.weights})
-        rescale_kernels(module, fresh)
+        # AdamW's steps do not shrink with the square of the norm, and gained nothing by it
+        if isinstance(self.optimizer, torch.optim.SGD):
+            rescale_kernels(module, fresh)
         self._report(pretrained, transfer)
         self.macl_origin = {
             "trainer": type(self).__name__,
@@ -139,9 +141,10 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         for part in ("encoder", "decoder"):
             taken, tensors = transfer.count(part)
             lines.append(f"  {part}: {taken} of {tensors} tensors taken")
-        lines.append(
-            "  kernels before an instance norm scaled to the size of fresh ones, which leaves the function as it is"
-        )
+        if isinstance(self.optimizer, torch.optim.SGD):
+            lines.append(
+                "  for SGD, kernels before an instance norm are scaled to the size of fresh ones: the same function"
+            )
         self.print_to_log_file("\n".join(lines))
         if transfer.difference:
             lines = [f"  They are of another network: {transfer.difference}", *transfer.table().splitlines()]
