@@ -151,11 +151,11 @@ def rescale_kernels(network: nn.Module, norms: dict[str, float]) -> None:
         network: a U-Net of dynamic-network-architectures.
         norms: of its kernels, as `kernel_norms` gave them before pre-trained weights went in.
     """
+    grown = kernel_norms(network)
     with torch.no_grad():
         for name, block in _scale_free(network).items():
-            if (now := float(block.conv.weight.detach().norm())) > 0:
-                for parameter in block.conv.parameters():
-                    parameter.mul_(norms[name] / now)
+            for parameter in block.conv.parameters() if grown[name] else ():
+                parameter.mul_(norms[name] / grown[name])
 
 
 def _scale_free(network: nn.Module) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Fine-tuning, prediction and sharing with nnU-Net's own commands, from really pre-trained weights."""
 
+import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from conftest import DATASET, Workspace
 from test_report import Page
 
 from nnunetv2_macl import checkpoints
+from nnunetv2_macl.checkpoints import PretrainedWeights
+from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.report import write_report
+from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 
 QUICK = "nnUNetTrainerMACL_quick"
 # a user's own trainer, in a folder of his own
@@ -67,6 +72,29 @@ def test_training_starts_from_the_weights(pretrained):
     key = "encoder.stages.1.0.convs.0.conv.weight"
     moved = (trained[key] - weights[key]).norm() / weights[key].norm()
     assert 0 < moved < 0.2
+
+
+@pytest.mark.parametrize("optimizer, size", [("sgd", 1), ("adamw", 3)])
+def test_kernels_that_grew_are_scaled_back_for_sgd_alone(workspace, monkeypatch, optimizer, size):
+    monkeypatch.setattr(nnUNetTrainerMACL, "finetuning_optimizer", optimizer)
+    folder = workspace.preprocessed / DATASET
+    plans, dataset_json = (json.loads((folder / name).read_text()) for name in ("nnUNetPlans.json", "dataset.json"))
+    plans["continue_training"] = False
+    trainer = nnUNetTrainerMACL(plans, "2d", 0, dataset_json, torch.device("cpu"))
+    trainer.initialize()
+    fresh = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    # as many names of each kernel as nnU-Net gives it
+    kernels = [key for key, value in fresh.items() if key.startswith("encoder.") and value.ndim > 2]
+    grown = {key: -3 * fresh[key] for key in kernels}
+    encoder = {key: value for key, value in fresh.items() if key.startswith("encoder.")} | grown
+    architecture = Configuration.load("901", "nnUNetPlans", "2d").architecture()
+    trainer.load_macl_weights(PretrainedWeights([Path("macl_encoder.pth")], encoder, architecture, {}))
+    after = trainer.network.state_dict()
+    assert len(kernels) > 8
+    for key in kernels:
+        torch.testing.assert_close(after[key], -size * fresh[key])
+    log = next(Path(trainer.output_folder).glob("training_log*")).read_text()
+    assert ("scaled to the size of fresh ones" in log) == (optimizer == "sgd")
 
 
 def test_checkpoints_are_those_of_the_stock_trainer(pretrained):
