@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nnunetv2_macl.restoration import RestorationHead
+from nnunetv2_macl.restoration import RestorationHead, hidden_blocks
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -137,11 +137,11 @@ class MACLNetwork(nn.Module):
             self.pixel_projector = PixelProjector(channels[auxiliary_stage - 1], dominant_channels, axes)
         self.restoration_head: RestorationHead | None = None
         if restoration:
-            strides = list(unet.encoder.strides)[: stages - decoder_stages]  # type: ignore[arg-type]
+            strides = list(unet.encoder.strides)  # type: ignore[arg-type]
             image_channels = next(unet.encoder.parameters()).shape[1]
-            self.restoration_head = RestorationHead(
-                dominant_channels, image_channels, [prod(axis) for axis in zip(*strides, strict=True)]
-            )
+            block = [prod(axis) for axis in zip(*strides[: stages - decoder_stages], strict=True)]
+            self.restoration_head = RestorationHead(dominant_channels, image_channels, block)
+            self.hidden_blocks = hidden_blocks(strides[:auxiliary_stage])
 
     @property
     def needs_invariance(self) -> bool:
@@ -239,18 +239,9 @@ class MACLNetwork(nn.Module):
 
     def restore(self, images: Tensor) -> Tensor:
         """(N, C, *spatial), parts of them hidden -> (N, C, *spatial), as they might be. Needs ``restoration``."""
-        return self._restoration_head(self.dense_features(images))
-
-    @property
-    def restored_block(self) -> tuple[int, ...]:
-        """Voxels an axis that each location restores. Needs ``restoration``."""
-        return self._restoration_head.block
-
-    @property
-    def _restoration_head(self) -> RestorationHead:
         if self.restoration_head is None:
             raise ValueError("this network was built without restoration")
-        return self.restoration_head
+        return self.restoration_head(self.dense_features(images))
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """(N, C, *spatial) -> what each encoder stage makes of images, the first first."""

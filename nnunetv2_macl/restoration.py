@@ -1,7 +1,7 @@
 """Restoration of hidden voxels, L_R: what a masked patch looked like, read off the partial decoder. No part of the paper.
 
 Source: Xie et al., SimMIM, CVPR 2022, https://arxiv.org/abs/2111.09886 (a mask over the input, a linear head, a loss on what was
-hidden); in masks on the grid of the decoder's output, so that it works for any U-Net, 2D or 3D.
+hidden), for any U-Net, 2D or 3D.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+_SMALLEST_BLOCK = 4
 
 
 class RestorationHead(nn.Module):
@@ -41,27 +43,53 @@ class RestorationHead(nn.Module):
         return blocks.permute(0, 1, *order).reshape(patches, self.image_channels, *sizes)
 
 
+def hidden_blocks(strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Sizes in which voxels are hidden together: the locations of encoder stages, from 4 voxels on.
+
+    Several, since how large a hole must be, that its rim does not fill it, and may be, that there is something to fill it
+    from, depends on the size of what is in the images.
+
+    Args:
+        strides: of each encoder stage, an axis, as far down as blocks may grow.
+
+    Returns:
+        Voxels an axis, each once; that of the last stage where none has 4.
+    """
+    total = np.cumprod(np.asarray(strides), axis=0)
+    large = [stride for stride in total if stride.max() >= _SMALLEST_BLOCK] or [total[-1]]
+    return list(dict.fromkeys(tuple(stride.tolist()) for stride in large))
+
+
 def draw_mask(
-    patches: int, size: Sequence[int], block: Sequence[int], share: float, generator: torch.Generator
+    patches: int,
+    size: Sequence[int],
+    blocks: Sequence[Sequence[int]],
+    share: float,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Which voxels are hidden, in whole blocks.
+    """Which voxels are hidden, in whole blocks, of one size in a patch.
 
     Args:
         patches: N.
-        size: voxels an axis, whole multiples of ``block``.
-        block: voxels an axis that are hidden together.
+        size: voxels an axis, whole multiples of each block.
+        blocks: sizes of what is hidden together, voxels an axis, as likely each.
         share: of the blocks, of each patch; at least one is hidden and one is not, where there are two.
         generator: on the CPU.
 
     Returns:
         (N, 1, *size) bool.
     """
+    chosen = torch.randint(len(blocks), (patches,), generator=generator)
+    return torch.stack([_draw_mask(size, blocks[number], share, generator) for number in chosen])
+
+
+def _draw_mask(size: Sequence[int], block: Sequence[int], share: float, generator: torch.Generator) -> Tensor:
     grid = [n // b for n, b in zip(size, block, strict=True)]
     blocks = prod(grid)
     hidden = max(1, min(round(share * blocks), blocks - 1))
-    order = torch.rand(patches, blocks, generator=generator).argsort(1)
-    mask = (order < hidden).view(patches, 1, *grid)
-    return F.interpolate(mask.float(), size=tuple(size), mode="nearest") > 0.5
+    order = torch.rand(blocks, generator=generator).argsort()
+    mask = (order < hidden).view(1, 1, *grid)
+    return F.interpolate(mask.float(), size=tuple(size), mode="nearest")[0] > 0.5
 
 
 def restoration_loss(restored: Tensor, images: Tensor, mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.levels import plan_levels
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.recipe import Recipe
-from nnunetv2_macl.restoration import RestorationHead, draw_mask, restoration_loss
+from nnunetv2_macl.restoration import RestorationHead, draw_mask, hidden_blocks, restoration_loss
 
 ALONE = dict(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weight_restoration=1.0)
 
@@ -18,7 +18,7 @@ ALONE = dict(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weigh
 def test_a_mask_hides_whole_blocks_and_their_share(size, block, share, hidden):
     grid = [n // b for n, b in zip(size, block, strict=True)]
     blocks = torch.tensor(grid).prod().item()
-    mask = draw_mask(5, size, block, share, torch.Generator().manual_seed(0))
+    mask = draw_mask(5, size, [block], share, torch.Generator().manual_seed(0))
     assert mask.shape == (5, 1, *size) and mask.dtype == torch.bool
     wanted = round(share * blocks) if hidden is None else hidden % blocks
     cells = torch.nn.functional.avg_pool2d if len(size) == 2 else torch.nn.functional.avg_pool3d
@@ -26,6 +26,40 @@ def test_a_mask_hides_whole_blocks_and_their_share(size, block, share, hidden):
     assert set(shares.unique().tolist()) == {0.0, 1.0}
     assert (shares.flatten(1).sum(1) == wanted).all()
     assert len({tuple(row.tolist()) for row in shares.flatten(1)}) > 1 or wanted in (0, blocks)
+
+
+def test_sizes_come_by_turns_one_in_a_patch():
+    mask = draw_mask(40, (32, 32), [(4, 4), (16, 16)], 0.5, torch.Generator().manual_seed(0))
+    whole = {
+        block: [
+            set(shares.unique().tolist()) == {0.0, 1.0}
+            for shares in torch.nn.functional.avg_pool2d(mask.float(), block)
+        ]
+        for block in (4, 16)
+    }
+    assert all(whole[4]) and 10 < sum(whole[16]) < 30
+    assert (mask.float().flatten(1).mean(1) == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    "strides, blocks",
+    [
+        ([[1, 1], [2, 2], [2, 2], [2, 2], [2, 2]], [(4, 4), (8, 8), (16, 16)]),
+        ([[1, 1, 1], [1, 2, 2], [2, 2, 2], [1, 1, 1], [2, 2, 2]], [(2, 4, 4), (4, 8, 8)]),
+        ([[1, 1], [2, 2]], [(2, 2)]),
+    ],
+    ids=["2D", "anisotropic", "shallow"],
+)
+def test_holes_are_as_large_as_locations_of_the_encoder(strides, blocks):
+    assert hidden_blocks(strides) == blocks
+
+
+def test_a_step_hides_what_the_mask_says_and_another_part_each_time():
+    step = training_step(6, 6, Recipe(**ALONE))
+    patches = batch(6)["data"] + 10
+    shown, mask = step.hide(patches, 0)
+    assert torch.equal(shown, torch.where(mask, 0, patches)) and 0.5 < mask.float().mean() < 0.7
+    assert not torch.equal(mask, step.hide(patches, 1)[1])
 
 
 @pytest.mark.parametrize("block", [(4, 2), (1, 4, 2)])

@@ -146,8 +146,8 @@ class TrainingStep:
         """
         # beside those of the views
         generator = torch.Generator().manual_seed(_mix(self.recipe.seed, step, 5))
-        block, share = self.module.restored_block, self.recipe.restoration_share
-        mask = draw_mask(self.plan.batch_size, self.plan.patch_size, block, share, generator)
+        blocks, share = self.module.hidden_blocks, self.recipe.restoration_share
+        mask = draw_mask(self.plan.batch_size, self.plan.patch_size, blocks, share, generator)
         mask = mask[self.first : self.last].to(patches.device)
         return patches.masked_fill(mask, 0), mask
 
