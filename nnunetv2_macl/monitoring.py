@@ -154,7 +154,12 @@ def _line(axis: Any, epochs: range, values: Sequence[float], label: str, colour:
 
 
 def plot_views(
-    groups: dict[str, Tensor], positions: Tensor, names: Sequence[str], threshold: float, file: Path, shown: int = 8
+    groups: dict[str, Tensor],
+    positions: Tensor,
+    names: Sequence[str],
+    threshold: float | None,
+    file: Path,
+    shown: int = 8,
 ) -> None:
     """``views.png``: what each branch was shown of the first patches, where they lie, and which are positives.
 
@@ -162,12 +167,12 @@ def plot_views(
         groups: what is shown by title, each (N, C, *spatial); volumes are shown at their middle slice.
         positions: (N, 3), fraction of the volume.
         names: of the cases.
-        threshold: t in force.
+        threshold: t in force; None where patches are not compared.
         file: to write.
         shown: number of patches.
     """
     shown = min(shown, len(positions))
-    mask = positive_mask(positions, threshold)[: len(positions), : len(positions)]
+    mask = None if threshold is None else positive_mask(positions, threshold)[: len(positions), : len(positions)]
     figure, axes = plt.subplots(
         shown, len(groups) + 1, figsize=(2.3 * len(groups) + 4.5, 2.3 * shown), squeeze=False,
         gridspec_kw={"width_ratios": [1] * len(groups) + [1.6]},
@@ -183,19 +188,19 @@ def plot_views(
             if row == 0:
                 size = "x".join(str(n) for n in patches.shape[2:])
                 axes[row, column].set_title(f"{title}\n{size}", fontsize=9)
-        positives = [j + 1 for j in range(len(positions)) if j != row and mask[row, j]]
         where = ", ".join(f"{p:.2f}" for p in positions[row].tolist())
+        words = f"patch {row + 1}: {names[row][:28]}\nposition {where}"
+        if mask is not None:
+            positives = [j + 1 for j in range(len(positions)) if j != row and mask[row, j]]
+            listed = ", ".join(map(str, positives[:12])) + (" ..." if len(positives) > 12 else "")
+            words += f"\npositives beside its own view:\n{listed or 'none'}"
         text = axes[row, -1]
         text.set_axis_off()
-        listed = ", ".join(map(str, positives[:12])) + (" ..." if len(positives) > 12 else "")
-        text.text(
-            0, 0.5, f"patch {row + 1}: {names[row][:28]}\nposition {where}\npositives beside its own view:\n{listed or 'none'}",
-            fontsize=9, va="center",
-        )  # fmt: skip
-    rule = f"Patches closer than {threshold:g} of the volume on every axis are positives."
-    if not threshold:
+        text.text(0, 0.5, words, fontsize=9, va="center")
+    rule = f"Patches closer than {threshold:g} of the volume on every axis are positives." if threshold else ""
+    if threshold == 0:
         rule = "Only the two views of one patch are positives."
-    figure.suptitle(f"What the branches are shown. {rule}", fontsize=11)
+    figure.suptitle(f"What the network is shown. {rule}", fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     _write(figure, file, dpi=90)
 

@@ -80,7 +80,7 @@ class Recipe:
     weight_dense: float = _key(0.5, _number(0), "λ2, of the pixel-level loss L_d")
     weight_equivariance: float = _key(1.0, _number(0), "λ3, of the feature-level loss L_ER")
     weight_restoration: float = _key(
-        0.0, _number(0), "of restoring hidden voxels, L_R: no part of the paper, see plans/macl_restore.json"
+        0.0, _number(0), "of restoring hidden voxels, L_R: no part of the paper, see plans/restore.json"
     )
     restoration_share: float = _key(0.6, _number(0, 1), "of the blocks of a patch, hidden from restoration")
     equivariance_form: str = _key(

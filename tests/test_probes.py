@@ -79,6 +79,6 @@ def test_a_run_measures_every_few_epochs_and_trains_as_it_would_without(workspac
     assert log[probes.UNIFORMITY][1] < 0 and log[probes.ALIGNMENT][1] > 0
     assert "Dice of a linear probe" in (folder / "report.html").read_text()
     weights = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
-    workspace.pretrain("901", "-c", "2d", epochs=3)
+    workspace.pretrain("901", "-c", "2d", "-recipe", "macl_restore", epochs=3)
     without = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
     assert all(torch.equal(weights[key], without[key]) for key in weights)

@@ -30,7 +30,7 @@ def _pretrain_parser() -> argparse.ArgumentParser:
         metavar="DATASET2",
         help="further raw data sets to take images from",
     )
-    add("-recipe", help="a recipe that comes with the package, or a JSON file of your own. Default: macl_restore")
+    add("-recipe", help="a recipe that comes with the package, or a JSON file of your own. Default: restore")
     add("--exclude_fold", type=int, metavar="F", help="leave out the validation images of fold F")
     add("-num_epochs", type=int, help="recipe key")
     add("-num_iterations_per_epoch", type=int, help="recipe key")

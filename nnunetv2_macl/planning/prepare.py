@@ -18,7 +18,7 @@ from nnunetv2_macl.resources import resource_folder
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_RECIPE = "macl_restore"
+DEFAULT_RECIPE = "restore"
 
 
 def prepare(

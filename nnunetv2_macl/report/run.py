@@ -23,8 +23,8 @@ FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"
 _CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth")
 _NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?|nan|inf)"
 _EPOCH = re.compile(
-    rf"Epoch (?P<epoch>\d+)  loss {_NUMBER}(?P<losses>(?:  L_\w+ {_NUMBER})+)(?:  \(collapse {_NUMBER}\))?  "
-    rf"positives {_NUMBER}  (?:skipped \d+ steps [a-z ]+  )?{_NUMBER} s  {_NUMBER} patches/s"
+    rf"Epoch (?P<epoch>\d+)  loss {_NUMBER}(?P<losses>(?:  L_\w+ {_NUMBER})+)  "
+    rf"(?:\(collapse {_NUMBER}\)  positives {_NUMBER}  )?(?:skipped \d+ steps [a-z ]+  )?{_NUMBER} s  {_NUMBER} patches/s"
 )
 _IN_LOG = {name.split(",")[0]: f"train_losses/{key}" for key, name in LOSS_NAMES.items()}
 _IMAGES = re.compile(r"Pre-training on (\d+) images.*left out as unreadable: (\d+)")

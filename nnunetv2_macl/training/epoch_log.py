@@ -105,11 +105,12 @@ class Epoch:
         means, seconds = self.sums.means(), self.sums.seconds
         left = timedelta(seconds=round(seconds * (self.epochs - self.number - 1)))
         shown = "  ".join(f"{short} {means[name]:.4f}" for name, short in _SHOWN.items() if name in means)
-        collapse = f"  (collapse {self.references.collapse:.3f})" if means.keys() & set(CONTRASTIVE) else ""
+        contrast = ""
+        if means.keys() & set(CONTRASTIVE):
+            contrast = f"(collapse {self.references.collapse:.3f})  positives {means.get('positives', math.nan):.1f}  "
         skipped = f"skipped {self.sums.skipped} steps without a finite gradient  " if self.sums.skipped else ""
         return (
-            f"Epoch {self.number}  loss {means.get('total', math.nan):.4f}  {shown}{collapse}  "
-            f"positives {means.get('positives', math.nan):.1f}  "
+            f"Epoch {self.number}  loss {means.get('total', math.nan):.4f}  {shown}  {contrast}"
             f"{skipped}{seconds:.1f} s  {self.patches_per_second:.1f} patches/s  {left} left"
         )
 

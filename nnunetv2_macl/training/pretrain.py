@@ -570,13 +570,22 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def _plot_views(self, batch: dict) -> None:
         if distributed.rank() != 0:
             return
-        titles = ("dominant: down(I1)", "auxiliary: I2", "dominant: down(V1)", "auxiliary: V2", "restored from")
-        shown = [*self.step.show(batch["data"], self._step), None]
+        titles = (
+            "dominant: down(I1)",
+            "auxiliary: I2",
+            "dominant: down(V1)",
+            "auxiliary: V2",
+            "restored",
+            "restored from",
+        )
+        compared, patches = self.step.module.is_contrastive, batch["data"]
+        shown = [*(self.step.show(patches, self._step) if compared else [None] * 4), None, None]
         if self.recipe.weight_restoration:
-            shown[-1] = self.step.hide(batch["data"], self._step)[0]
+            shown[-2:] = patches, self.step.hide(patches, self._step)[0]
         # a picture is no reason to end a run
         with contextlib.suppress(UserError):
             monitoring.plot_views(
-                {title: patches for title, patches in zip(titles, shown, strict=True) if patches is not None},
-                batch["positions"], batch["cases"], self.macl_plan.threshold, Path(self.output_folder) / "views.png",
+                {title: group for title, group in zip(titles, shown, strict=True) if group is not None},
+                batch["positions"], batch["cases"], self.macl_plan.threshold if compared else None,
+                Path(self.output_folder) / "views.png",
             )  # fmt: skip

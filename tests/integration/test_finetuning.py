@@ -100,7 +100,7 @@ def test_kernels_that_grew_are_scaled_back_for_sgd_alone(workspace, monkeypatch,
 def test_checkpoints_are_those_of_the_stock_trainer(pretrained):
     checkpoint = load(pretrained.run_folder(QUICK, fold=0) / "checkpoint_final.pth")
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
-    assert checkpoint["macl"]["trainer"] == QUICK and checkpoint["macl"]["recipe"]["weight_dense"] == 0.01
+    assert checkpoint["macl"]["trainer"] == QUICK and checkpoint["macl"]["recipe"]["weight_restoration"] == 1.0
 
 
 def test_going_on_and_validating_need_no_pretrained_weights(pretrained):
