@@ -27,7 +27,7 @@ SHAPES = {
 
 
 def training_step(configuration: Configuration, batch_size: int, device: torch.device, **values) -> TrainingStep:
-    """A step as the trainer builds it, with the default recipe."""
+    """A step of `macl` as the trainer builds it."""
     torch.manual_seed(0)
     recipe = load_recipe("macl", resource_folder("plans")).as_dict() | {"batch_size": batch_size} | values
     plan = derive_plan(configuration, recipe_from_values(recipe, "benchmark"))

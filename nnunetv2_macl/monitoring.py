@@ -121,7 +121,9 @@ def collapse_advice(recipe: Recipe) -> str:
 def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
     """``progress.png``: each loss with its reference lines, embedding variance, learning rate, speed; over epochs."""
     names = [name for name in LOSS_NAMES if log.get(f"train_losses/{name}")]
-    figure, axes = plt.subplots(len(names) + 3, 1, figsize=(11, 3.2 * (len(names) + 3)), sharex=True)
+    varies = bool(log.get("embedding_variance"))
+    panels = len(names) + varies + 2
+    figure, axes = plt.subplots(panels, 1, figsize=(11, 3.2 * panels), sharex=True)
     epochs = range(len(log["lrs"]))
     for axis, name in zip(axes, names, strict=False):
         axis.plot(epochs, log[f"train_losses/{name}"], "o-", ms=3, color="C0", label=LOSS_NAMES[name])
@@ -134,8 +136,9 @@ def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
                 axis.plot(epochs, log[f"references/{key}"], "--", color=colour, lw=1, label=label)
         axis.set_ylabel("loss")
         axis.legend(loc="best", fontsize=8)
-    _line(axes[-3], epochs, log["embedding_variance"], "variance of features between images (0: collapsed)", "C4")
-    axes[-3].set_ylim(0, 1.02)
+    if varies:
+        _line(axes[-3], epochs, log["embedding_variance"], "variance of features between images (0: collapsed)", "C4")
+        axes[-3].set_ylim(0, 1.02)
     _line(axes[-2], epochs, log["lrs"], "learning rate", "C5")
     _line(axes[-1], epochs, log["patches_per_second"], "patches a second", "C6")
     axes[-1].set_ylim(0, 1.1 * max(log["patches_per_second"]))

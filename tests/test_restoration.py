@@ -4,6 +4,7 @@ import pytest
 import torch
 from steps import batch, gradients, training_step
 
+from nnunetv2_macl import checkpoints
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.levels import plan_levels
 from nnunetv2_macl.planning.memory import MemoryEstimate
@@ -135,5 +136,7 @@ def test_a_run_of_restoration_alone(workspace):
     out = workspace.pretrain("901", "-c", "2d", "-recipe", "restore", epochs=2)
     folder = workspace.run_folder("nnUNetTrainerMACLPretrain")
     assert "L_R" in out and "L_g" not in out and "COLLAPSED" not in out
+    log = checkpoints.load(folder / "checkpoint_final.pth")["logging"]
+    assert len(log["train_losses/restoration"]) == 2 and not {"positives", "embedding_variance"} & log.keys()
     assert (folder / "macl_decoder.pth").is_file() and (folder / "views.png").is_file()
     assert (folder / "progress.png").is_file() and "L_R, restoration" in (folder / "report.html").read_text()

@@ -140,11 +140,14 @@ def _curves_in_log(lines: list[str]) -> dict[str, list[float]]:
             epochs[int(match["epoch"])] = {
                 "train_losses": float(numbers[1]),
                 **{_IN_LOG[name]: float(value) for name, value in losses if name in _IN_LOG},
-                "references/collapse": float(numbers[-4] or "nan"),
-                "positives": float(numbers[-3]),
                 "seconds": float(numbers[-2]),
                 "patches_per_second": float(numbers[-1]),
             }
+            if numbers[-3]:
+                epochs[int(match["epoch"])] |= {
+                    "references/collapse": float(numbers[-4]),
+                    "positives": float(numbers[-3]),
+                }
     ordered = [epochs[epoch] for epoch in sorted(epochs)]
     return {key: [epoch[key] for epoch in ordered] for key in (ordered[0] if ordered else {})}
 

@@ -29,8 +29,10 @@ def log_keys(losses: Iterable[str], probes: Iterable[str]) -> list[str]:
     losses = list(losses)
     keys = ["train_losses", "lrs", "epoch_start_timestamps", "epoch_end_timestamps", "patches_per_second", SKIPPED]
     keys += [f"train_losses/{name}" for name in losses]
-    keys += [f"references/{key}" for key in ReferenceValues._fields]
     keys += probes
+    if set(losses).isdisjoint(CONTRASTIVE):
+        return keys
+    keys += [f"references/{key}" for key in ReferenceValues._fields]
     return keys + [key for key in _STATISTICS if not key.startswith("bottleneck") or "equivariance" in losses]
 
 

@@ -253,7 +253,8 @@ class TrainingStep:
 
     def _measure(self, losses: dict[str, Tensor], outputs: dict[str, Tensor], positions: Tensor) -> dict[str, float]:
         measured = {name: loss.item() for name, loss in losses.items()}
-        measured["positives"] = monitoring.mean_positives(positions, self.loss.threshold)
+        if self.module.is_contrastive:
+            measured["positives"] = monitoring.mean_positives(positions, self.loss.threshold)
         embeddings = outputs.get("global_dominant")
         if embeddings is None and "dense_dominant" in outputs:
             embeddings = outputs["dense_dominant"].flatten(2).mean(-1)

@@ -126,7 +126,7 @@ def test_a_run_whose_disk_fills_goes_on_once_there_is_space(workspace, small_dis
     small_disk(workspace.results, "size=45m")  # one checkpoint, not two
     folder = workspace.run_folder("nnUNetTrainerMACLPretrain")
     with pytest.raises(SystemExit, match=f"checkpoint_final.pth {FULL}"):
-        run(**SHORT)
+        run(recipe="macl_restore", **SHORT)
     assert checkpoints.load(folder / resume.LATEST)["current_epoch"] == 1
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")] and not (folder / resume.FINAL).exists()
     subprocess.run(["mount", "-o", "remount,size=200m", str(workspace.results)], check=True)
