@@ -33,7 +33,7 @@ def draw(results: Results, file: Path) -> None:
     colours = {arm.slug: f"C{number}" for number, arm in enumerate(study.arms)}
     over_labels = above.subplots(1, 2)
     _over_labels(over_labels, results, colours)
-    above.legend(*over_labels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(study.arms))
+    above.legend(*over_labels[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(study.arms)))
     panels = np.atleast_1d(below.subplots(1, len(labels), sharey=True))
     for panel, number in zip(panels, labels, strict=True):
         _over_epochs(panel, results, number, colours)
