@@ -158,17 +158,21 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
-        contrast = self.weight_global + self.weight_dense
-        if contrast + self.weight_restoration <= 0:
+        if not self.is_contrastive and self.weight_restoration <= 0:
             raise UserError(
                 "weight_global, weight_dense and weight_restoration are all 0, which leaves nothing to learn from. Set one of "
                 "them above 0."
             )
-        if contrast <= 0 < self.weight_equivariance:
+        if not self.is_contrastive and self.weight_equivariance > 0:
             raise UserError(
                 "weight_equivariance is above 0 and weight_global and weight_dense are 0: features that are the same for every "
                 "image would do. Set weight_equivariance to 0, or one of the others above 0."
             )
+
+    @property
+    def is_contrastive(self) -> bool:
+        """Whether patches are compared at all, or restored alone."""
+        return self.weight_global + self.weight_dense > 0
 
     @property
     def weights(self) -> dict[str, float]:

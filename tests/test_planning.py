@@ -116,6 +116,9 @@ def test_plan_on_disk(workspace):
         "memory",
     ):
         assert key in words
+    assert "compares no patches" in words
+    assert "compares no patches" not in describe(prepare(configuration, recipe="macl_restore"))
+    prepare(configuration, values={"batch_size": 8})
     content = json.loads(file.read_text())
     explained = ", ".join(content["reasons"])
     assert all(key in explained for key in ("scale", "patch_size", "threshold", "batch_size", "memory_gib"))

@@ -21,6 +21,7 @@ from nnunetv2_macl.planning.memory import is_above_zero
 from nnunetv2_macl.recipe import Recipe, recipe_from_values
 
 FORMAT_VERSION = 1
+_OF_CONTRAST = ("dominant_patch_size", "grid", "threshold", "expected_positives", "out_of_plane_rotation")
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ def write_plan(plan: MACLPlan, file: Path, *, edited: bool = False) -> None:
 def describe(plan: MACLPlan) -> str:
     """The plan in words, a line a derived value with its reason."""
     lines = [f"MACL plan of {plan.dataset_name}, {plan.plans_name}, {plan.configuration}"]
+    if not plan.get_recipe().is_contrastive:
+        lines.append(f"  the recipe compares no patches: {', '.join(_OF_CONTRAST)} are not used")
     for keys, reason in plan.reasons.items():
         values = ", ".join(f"{key} {_words(getattr(plan, key))}" for key in keys.split(", "))
         lines.append(f"  {values}\n      {reason}")

@@ -46,7 +46,7 @@ def describe_run(folder: Path, device: str) -> dict[str, Any]:
         "recipe": [
             (key, value, meaning(key), value != getattr(Recipe(), key)) for key, value in recipe.as_dict().items()
         ],
-        "contrastive": any(name in recipe.weights for name in monitoring.CONTRASTIVE),
+        "contrastive": recipe.is_contrastive,
         "plan": _plan(run),
         "sources": [_told_source(source) for source in image_sources(run)],
         "losses": {title: Markup(svg) for title, svg in loss_curves(run.log).items()},
