@@ -112,7 +112,9 @@ def plan(study: Study, images: RawImages, planner_name: str | None, processes: i
     _require_no_rest(study)
     processes_asked = ["-np", str(processes)]
     number, log = options.dataset[7:10], study.planning_folder / "log.txt"
-    run = functools.partial(run_command, environment=study.environment(study.folder / "nnUNet_results"), log=log)
+    # nnU-Net's planner cannot do without a worker, which the training may
+    environment = study.environment(study.folder / "nnUNet_results") | {"nnUNet_n_proc_DA": "1"}
+    run = functools.partial(run_command, environment=environment, log=log)
     if options.plan is None:
         command = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", options.c, "-pl", str(planner_name)]
         run([*command, "-overwrite_plans_name", options.p, "-npfp", str(processes), *processes_asked, "--no_pbar"])
