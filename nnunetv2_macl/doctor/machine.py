@@ -27,7 +27,7 @@ def shared_memory(folder: Path = _SHARED_MEMORY) -> Result:
     if size >= _LEAST_SHARED_GIB:
         return Result(check, RIGHT, words, values=values)
     mend = "# in Kubernetes: an emptyDir of medium Memory on /dev/shm\ndocker run --shm-size=8g ...\n"
-    mend += f"# or load data without workers\n{set_variable('nnUNet_n_proc_DA', '0', shell_in_use())}"
+    mend += f"# or load data without workers, once nnU-Net has planned\n{set_variable('nnUNet_n_proc_DA', '0', shell_in_use())}"
     return Result(check, WRONG, f"{words}: too little for data loading, which then dies of a bus error", mend, values)
 
 
