@@ -44,7 +44,9 @@ def test_known_intervals():
     base = np.random.default_rng(0).uniform(0.2, 0.9, (3, 20, 2))
     resampling = Resampling.draw(names(20), 3)
     # the same everywhere: paired, nothing is left to vary, however much the cases do
-    assert estimate(base + 0.05, resampling, base) == Estimate(pytest.approx(0.05), *[pytest.approx(0.05)] * 2)
+    assert estimate(base + 0.05, resampling, base) == Estimate(
+        pytest.approx(0.05), *[pytest.approx(0.05)] * 2, pytest.approx((0.05,) * 3)
+    )
     assert estimate(base, resampling, base).sign == 0
     unpaired = estimate(base, resampling)
     assert unpaired.low < unpaired.value < unpaired.high and unpaired.high - unpaired.low > 0.05
@@ -87,7 +89,41 @@ def test_when_a_goal_is_reached():
     assert estimate_first_reached(flat, np.full((2, 5, 1), 0.9), [1, 2, 3], resampling).value == np.inf
 
 
-BETTER, WORSE, SAME = Estimate(0.03, 0.01, 0.05), Estimate(-0.02, -0.03, -0.01), Estimate(0.01, -0.01, 0.03)
+def test_by_seed_is_each_seed_alone():
+    rng = np.random.default_rng(3)
+    base, values = rng.uniform(size=(2, 4, 9, 2))
+    values[rng.uniform(size=values.shape) < 0.2] = NAN
+    e = estimate(values, Resampling.draw(names(9), 4), base)
+    assert e.by_seed == pytest.approx(np.nanmean(np.nanmean(values, 1), -1) - base.mean((1, 2)))
+
+
+def test_three_seeds_that_agree_by_chance_are_not_sure():
+    """Seeds differ, and nothing else does: of three, a quarter agree in sign, and the bootstrap finds a difference in each."""
+    rng = np.random.default_rng(5)
+    found = sure = 0
+    for trial in range(300):
+        base = rng.normal(0.7, 0.1, (1, 30, 1)) + np.zeros((3, 1, 1))
+        difference = rng.normal(0, 0.03, (3, 1, 1)) + rng.normal(0, 0.005, (3, 30, 1))
+        e = estimate(base + difference, Resampling.draw(names(30), 3, resamples=200, seed=trial), base)
+        found += bool(e.sign)
+        sure += bool(e.sign) and e.seeds_agree
+    assert found / 300 > 0.15 and sure / 300 < 0.08
+
+
+@pytest.mark.parametrize(
+    "by_seed, agree",
+    [((0.05, 0.06, 0.07), True), ((0.004, 0.03, 0.05), False), ((-0.02, -0.02), True), ((0.05,), False), ((), False)],
+)
+def test_whether_seeds_agree(by_seed, agree):
+    assert Estimate(0.0, 0.0, 0.0, by_seed).seeds_agree == agree
+
+
+BETTER, WORSE, SAME = (
+    Estimate(0.03, 0.01, 0.05, (0.03, 0.028, 0.032)),
+    Estimate(-0.02, -0.03, -0.01, (-0.02, -0.019, -0.021)),
+    Estimate(0.01, -0.01, 0.03, (0.01, -0.02, 0.04)),
+)
+PERHAPS = Estimate(0.028, 0.004, 0.05, (0.004, 0.03, 0.05))
 
 
 @pytest.mark.parametrize(
@@ -100,21 +136,25 @@ BETTER, WORSE, SAME = Estimate(0.03, 0.01, 0.05), Estimate(-0.02, -0.03, -0.01),
             ["encoder is not told", "macl is worse than scratch (-0.020"],
             ["better"],
         ),
+        (
+            {"encoder": {5: SAME}, "macl": {5: PERHAPS, 10: BETTER}},
+            ["macl is better than scratch (+0.030 Dice with 10", "perhaps better than scratch (+0.028", "--seeds"],
+            ["worse"],
+        ),
         ({}, ["nothing to compare"], []),
     ],
 )
 def test_verdict(found, words, not_words):
-    sentence = verdict(found, patients=20, seeds=3, best=0.7)
+    sentence = verdict(found, patients=20, best=0.7)
     assert all(word in sentence for word in words) and not any(word in sentence for word in not_words), sentence
     assert sentence.endswith(".") and sentence.count(". ") == 0
 
 
 def test_verdict_on_too_few():
-    assert "better" not in verdict({"macl": {5: BETTER}}, patients=5, seeds=3, best=0.7)
-    assert "5 test patients" in verdict({"macl": {5: BETTER}}, patients=5, seeds=3, best=0.7)
-    assert "one seed" in verdict({"macl": {5: BETTER}}, patients=20, seeds=1, best=0.7)
+    assert "better" not in verdict({"macl": {5: BETTER}}, patients=5, best=0.7)
+    assert "5 test patients" in verdict({"macl": {5: BETTER}}, patients=5, best=0.7)
 
 
 def test_verdict_on_arms_that_learned_nothing():
-    sentence = verdict({"macl": {5: WORSE}}, patients=20, seeds=3, best=0.17)
+    sentence = verdict({"macl": {5: WORSE}}, patients=20, best=0.17)
     assert "worse" not in sentence and "best Dice 0.17" in sentence and "--epochs" in sentence

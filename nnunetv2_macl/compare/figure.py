@@ -47,7 +47,7 @@ def draw(results: Results, file: Path) -> None:
 def _over_labels(axes: Any, results: Results, colours: dict[str, str]) -> None:
     study = results.study
     labels = study.split.labels
-    resampling = results.resampling(study.split.test)
+    resampling = results.of_test
     arms = [arm.slug for arm in study.arms]
 
     def dice(arm: str, number: int) -> np.ndarray:
@@ -78,7 +78,7 @@ def _points(axis: Any, x: list[float], values: list[Estimate], colour: str, labe
 
 
 def _over_epochs(axis: Any, results: Results, labels: int, colours: dict[str, str]) -> None:
-    resampling = results.resampling(results.study.split.validation)
+    resampling = results.of_validation
     epochs = results.curve_epochs
     for arm in results.study.arms:
         values = [estimate(point, resampling) for point in results.groups[arm.slug, labels].curve]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -30,7 +31,7 @@ def write_report(study: Study) -> str:
     whole = Resampling.whole(study.options.seeds, len(study.split.test))
     best = max(float(whole.mean(group.measures["dice"])[0]) for group in results.groups.values())
     patients = _patients(study, study.split.test)
-    sentence = verdict(differences(results), patients=patients, seeds=study.options.seeds, best=best)
+    sentence = verdict(differences(results), patients=patients, best=best)
     text = "\n".join(_lines(results, sentence)) + "\n"
     write_whole(study.folder / "compare.md", lambda file: file.write(text.encode()))
     return f"{sentence}\n\nTables and figure: {study.folder / 'compare.md'}"
@@ -38,7 +39,7 @@ def write_report(study: Study) -> str:
 
 def differences(results: Results) -> dict[str, dict[int, Estimate]]:
     """Mean Dice on the test cases above scratch's, by arm and number of labels."""
-    resampling = results.resampling(results.study.split.test)
+    resampling = results.of_test
     return {
         arm.slug: {
             labels: estimate(
@@ -53,13 +54,14 @@ def differences(results: Results) -> dict[str, dict[int, Estimate]]:
     }
 
 
-def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, seeds: int, best: float) -> str:
-    """Whether pre-training helps, in one sentence. A difference is one whose interval does not hold 0.
+def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float) -> str:
+    """Whether pre-training helps, in one sentence.
+
+    A difference is one whose interval does not hold 0, and a sure one where the seeds alone say so too.
 
     Args:
         found: by arm and number of labels, Dice above scratch's.
         patients: tested on.
-        seeds: of the study.
         best: mean Dice of the arm that has the highest.
     """
     if not found:
@@ -74,31 +76,32 @@ def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, seeds: int,
             f"Nothing to tell yet: no arm has learned to segment (best Dice {best:.2f}), so train longer, with more --epochs "
             "or --iterations."
         )
-    caveat = " (one seed: what another draw and another training would change is not known)" if seeds == 1 else ""
-    clauses = []
+    clauses, unsure = [], False
     for arm, by_labels in found.items():
         parts = []
-        for sign, words in ((1, "better than scratch"), (-1, "worse than scratch")):
-            of_sign = {labels: d for labels, d in by_labels.items() if d.sign == sign}
+        for sign, sure in itertools.product((1, -1), (True, False)):
+            of_sign = {n: d for n, d in by_labels.items() if d.sign == sign and d.seeds_agree == sure}
             if of_sign:
-                values = listed(f"{d.value:+.3f} Dice with {labels}" for labels, d in of_sign.items())
+                values = listed(f"{d.value:+.3f} Dice with {n}" for n, d in of_sign.items())
+                words = f"{'' if sure else 'perhaps '}{'better' if sign > 0 else 'worse'} than scratch"
                 parts.append(f"{words} ({values} labelled cases)")
-        if same := [labels for labels, d in by_labels.items() if not d.sign]:
+                unsure = unsure or not sure
+        if same := [n for n, d in by_labels.items() if not d.sign]:
             parts.append(f"not told apart from {'it' if parts else 'scratch'} with {listed(same)} labelled cases")
         clauses.append(f"{arm} is {' and '.join(parts)}")
     if not any(difference.sign for by_labels in found.values() for difference in by_labels.values()):
         labels = dict.fromkeys(labels for by_labels in found.values() for labels in by_labels)
         return (
             f"No difference: the Dice of {listed(found)} is not told apart from that of scratch with {listed(labels)} "
-            f"labelled cases{caveat}."
+            "labelled cases."
         )
-    return f"{'; '.join(clauses)}{caveat}."
+    return f"{'; '.join(clauses)}{', for which it takes more --seeds to be sure' if unsure else ''}."
 
 
 def _lines(results: Results, sentence: str) -> list[str]:
     study = results.study
     options, split = study.options, study.split
-    resampling = results.resampling(split.test)
+    resampling = results.of_test
     groups = results.groups
     tested = counted(len(split.test), "test case")
     few = [
@@ -113,7 +116,7 @@ def _lines(results: Results, sentence: str) -> list[str]:
     lines += _table(results, lambda arm, n: _with_interval(estimate(groups[arm, n].measures["dice"], resampling)))
     lines += ["", "## Dice above scratch, on the same cases and seeds", ""]
     found = differences(results)
-    lines += _table(results, lambda arm, n: _with_interval(found[arm][n], "+"), skip=SCRATCH)
+    lines += _table(results, lambda arm, n: _with_interval(found[arm][n], "+") + _by_seed(found[arm][n]), skip=SCRATCH)
     for name, title in (("hd95", "HD95"), ("asd", "ASD")):
         lines += ["", f"## {title} in mm on {tested}", ""]
         lines += _table(results, lambda arm, n, name=name: _distance(groups[arm, n].measures[name], resampling))  # type: ignore[misc]
@@ -155,6 +158,10 @@ def _with_interval(e: Estimate, sign: str = "", digits: int = 3) -> str:
     return f"{e.value:{sign}.{digits}f} ({e.low:{sign}.{digits}f} to {e.high:{sign}.{digits}f})"
 
 
+def _by_seed(e: Estimate) -> str:
+    return f"; by seed {', '.join(_number(value, '+') for value in e.by_seed)}" if len(e.by_seed) > 1 else ""
+
+
 def _distance(values: np.ndarray, resampling: Resampling) -> str:
     missing = int(np.isnan(values).sum())
     return _with_interval(estimate(values, resampling), digits=2) + (
@@ -164,7 +171,7 @@ def _distance(values: np.ndarray, resampling: Resampling) -> str:
 
 def _reached(results: Results, arm: str, labels: int) -> str:
     group, scratch = results.groups[arm, labels], results.groups[SCRATCH, labels]
-    resampling = results.resampling(results.study.split.validation)
+    resampling = results.of_validation
     e = estimate_first_reached(group.curve, scratch.curve[-1], results.curve_epochs, resampling)
 
     def words(epochs: float) -> str:
@@ -225,10 +232,15 @@ def _method(results: Results) -> list[str]:
         times = "; ".join(
             f"{recipe} took {duration(seconds)}" for recipe, seconds in results.pretraining_seconds.items()
         )
+        apart = (
+            "and none of a patient of the test or validation cases"
+            if options.group_regex
+            else "and none of a test or validation case; whether others are of the same patients is not known without --group_regex"
+        )
         lines.append(
             f"Pre-training saw {share + planned['unlabelled']} images without their labels, {planned['unlabelled']} of them "
-            f"from imagesUn, and none of a patient of the test or validation cases. It ran once a recipe, so the "
-            f"intervals do not hold its own variation ({times}, not in the times above)."
+            f"from imagesUn, {apart}. It ran once a recipe, so the intervals do not hold its own variation ({times}, not in "
+            "the times above)."
         )
     planning = (
         f"The plan of all arms is {options.plan}, as it stood."
@@ -246,8 +258,9 @@ def _method(results: Results) -> list[str]:
         "a class is in one segmentation only: compare them where nothing is missing."
     )
     lines.append(
-        "In brackets: 95 % intervals of a bootstrap over patients and seeds, the same draws in each arm, so that differences "
-        "are paired. They are for one comparison each, not corrected for several."
+        f"In brackets: 95 % intervals of a bootstrap over {'patients' if options.group_regex else 'cases'} and seeds, the same draws in each arm, so that differences "
+        "are paired. They are for one comparison each, not corrected for several. Few seeds make them too narrow, so that the "
+        "verdict is sure of a difference only where Student's interval of the seeds alone does not hold 0 either."
     )
     lines.append(
         "The curves are the Dice of whole validation cases at the network's resolution without mirroring, after "

@@ -69,7 +69,16 @@ class Results:
         names = _class_names(read_json(study.raw / "dataset.json", ""))
         return cls(study, [names.get(key, key) for key in keys], [int(e) for e in any_cell["curve"]], groups, seconds)
 
-    def resampling(self, cases: list[str]) -> Resampling:
+    @property
+    def of_test(self) -> Resampling:
+        return self._resampling(self.study.split.test)
+
+    @property
+    def of_validation(self) -> Resampling:
+        # nnU-Net's data sets are sorted by name
+        return self._resampling(sorted(self.study.split.validation))
+
+    def _resampling(self, cases: list[str]) -> Resampling:
         return Resampling.draw([self.study.patients[case] for case in cases], self.study.options.seeds)
 
 

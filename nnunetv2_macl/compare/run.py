@@ -13,7 +13,7 @@ from typing import Any
 from nnunetv2_macl import nnunet
 from nnunetv2_macl.checkpoints import ENCODER_FILE
 from nnunetv2_macl.compare.folders import RawImages, plan, planner, plans_name, pretraining_images, run_command
-from nnunetv2_macl.compare.report import write_report
+from nnunetv2_macl.compare.report import FEWEST_PATIENTS, write_report
 from nnunetv2_macl.compare.split import patients_of, split_cases
 from nnunetv2_macl.compare.steps import Step, run_steps
 from nnunetv2_macl.compare.study import Cell, Options, Study, parse_arm
@@ -116,6 +116,16 @@ def describe(study: Study, images: RawImages) -> str:
             * (len(kept) < len(images.unlabelled))
         ),
     ]
+    if options.group_regex is None:
+        lines.append(
+            "patients:    each case counts as one of its own; where several images are of one patient, say which, or test patients "
+            "are trained on too: --group_regex REGEX"
+        )
+    if (tested := len({study.patients[case] for case in split.test})) < FEWEST_PATIENTS:
+        lines.append(
+            f"attention:   {counted(tested, 'test patient')} will not tell a difference from chance, at least {FEWEST_PATIENTS} "
+            "do: --test N"
+        )
     for seed, subset in enumerate(split.subsets):
         for labels, cases in subset.items():
             lines.append(f"labelled, seed {seed}, {labels}: {patients(cases)}: {_names(cases)}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 LEVEL = 0.95
 RESAMPLES = 4000
@@ -50,6 +51,11 @@ class Resampling:
         """The data as they are, each once: B = 1."""
         return cls(np.ones((1, seeds), dtype=int), np.ones((1, cases), dtype=int))
 
+    @classmethod
+    def each_seed(cls, seeds: int, cases: int) -> Resampling:
+        """One seed at a time, on all cases: B = S."""
+        return cls(np.eye(seeds, dtype=int), np.ones((seeds, cases), dtype=int))
+
     def mean(self, values: np.ndarray) -> np.ndarray:
         """Mean of each class over seeds and cases, then over classes, as nnU-Net means; NaN values are left out.
 
@@ -76,16 +82,34 @@ class Resampling:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval."""
+    """A value and its 95 % interval.
+
+    Attributes:
+        value, low, high: over patients and seeds.
+        by_seed: the value of each seed alone, (S,); empty where it is not asked for.
+    """
 
     value: float
     low: float
     high: float
+    by_seed: tuple[float, ...] = ()
 
     @property
     def sign(self) -> int:
         """1 or -1 where the whole interval lies above or below 0, else 0."""
         return int(self.low > 0) - int(self.high < 0)
+
+    @property
+    def seeds_agree(self) -> bool:
+        """Whether the seeds are enough to say that it is not 0: Student's 95 % interval of `by_seed` does not hold it.
+
+        The bootstrap does not know how few they are: of three that lie on one side by chance, every resample does.
+        """
+        values = np.asarray(self.by_seed)
+        if len(values) < 2:
+            return False
+        reach = student.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+        return bool(abs(values.mean()) > reach)
 
 
 def estimate(values: np.ndarray, resampling: Resampling, reference: np.ndarray | None = None) -> Estimate:
@@ -96,11 +120,12 @@ def estimate(values: np.ndarray, resampling: Resampling, reference: np.ndarray |
         resampling: of S and N.
         reference: as ``values``, of the other arm.
     """
-    whole = Resampling.whole(*values.shape[:2])
-    value, samples = whole.mean(values)[0], resampling.mean(values)
+    whole, each = Resampling.whole(*values.shape[:2]), Resampling.each_seed(*values.shape[:2])
+    value, by_seed, samples = (sampling.mean(values) for sampling in (whole, each, resampling))
     if reference is not None:
-        value, samples = value - whole.mean(reference)[0], samples - resampling.mean(reference)
-    return Estimate(float(value), *_interval(samples))
+        value = value - whole.mean(reference)
+        by_seed, samples = by_seed - each.mean(reference), samples - resampling.mean(reference)
+    return Estimate(float(value[0]), *_interval(samples), tuple(by_seed.tolist()))
 
 
 def first_reached(curve: np.ndarray, goal: np.ndarray, epochs: Sequence[int]) -> np.ndarray:

@@ -97,6 +97,7 @@ class RunLock:
 def _this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
+        "processes": _process_numbers(),
         "pid": os.getpid(),
         "process_start": _process_start(os.getpid()),
         "started": datetime.now().isoformat(" ", "seconds"),
@@ -115,10 +116,12 @@ def _alive_one(content: str) -> dict[str, Any] | None:
     """Who holds a folder, of what its lock file says; None where its process is gone."""
     try:
         other = json.loads(content)
-        host, pid, begun = other["host"], int(other["pid"]), other.get("process_start")
+        ours = _process_numbers()
+        here = (other["host"], other.get("processes", ours)) == (socket.gethostname(), ours)
+        pid, begun = int(other["pid"]), other.get("process_start")
     except (ValueError, KeyError, TypeError, AttributeError):
         return None  # nobody's: its writer was killed in the middle
-    return None if host == socket.gethostname() and not _alive(pid, begun) else other
+    return None if here and not _alive(pid, begun) else other
 
 
 def _alive(pid: int, begun: str | None) -> bool:
@@ -133,6 +136,14 @@ def _alive(pid: int, begun: str | None) -> bool:
         pass
     now = _process_start(pid)
     return begun is None or now is None or begun == now
+
+
+def _process_numbers() -> str | None:
+    """Whose numbers processes have here: of several containers on a host each counts its own. None where that is not known."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def _process_start(pid: int) -> str | None:

@@ -74,6 +74,18 @@ def test_another_machines_lock_stays(tmp_path):
         lock.acquire()
 
 
+def test_another_containers_lock_stays(tmp_path):
+    """Its host is ours, and its number another process's here, or none's."""
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    content = json.loads(lock.file.read_text())
+    for pid in (2**22, os.getpid()):
+        lock.file.write_text(json.dumps(content | {"processes": "pid:[1]", "pid": pid}))
+        with pytest.raises(UserError, match=f"process {pid} on {socket.gethostname()}"):
+            RunLock(tmp_path).acquire()
+        assert RunLock(tmp_path).holder() is not None
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}', "null"])
 def test_a_lock_whose_writer_was_killed_in_the_middle(tmp_path, content):
     lock = RunLock(tmp_path)
