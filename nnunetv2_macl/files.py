@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,21 @@ def write_json(content: Any, file: Path) -> None:
     write_whole(file, lambda stream: stream.write(text), needed=len(text))
 
 
+def write_first(content: Any, file: Path) -> None:
+    """JSON, whole, unless the file is there by then: of several processes at once, one writes it."""
+    mine = file.with_name(f".{file.name}.{uuid.uuid4().hex}{_TEMPORARY}")
+    write_json(content, mine)
+    try:
+        os.link(mine, file)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not file.exists():
+            os.replace(mine, file)
+    finally:
+        mine.unlink(missing_ok=True)
+
+
 # --- checksums -----------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +158,7 @@ def sidecar(file: Path) -> Path:
 
 
 def write_sidecar(file: Path) -> None:
-    line = f"{_sha256(file)}  {file.name}\n".encode()
+    line = f"{sha256(file)}  {file.name}\n".encode()
     write_whole(sidecar(file), lambda stream: stream.write(line), needed=len(line))
 
 
@@ -159,7 +175,7 @@ def verify(file: Path) -> bool:
     try:
         if sidecar(file).is_file():
             wanted = sidecar(file).read_text(encoding="utf-8", errors="replace").split()[:1]
-            if wanted != [_sha256(file)]:
+            if wanted != [sha256(file)]:
                 raise UserError(f"{file} is damaged: its SHA-256 is not the one in {sidecar(file).name}. {mend}")
             return True
         # torch.save writes a zip archive with a checksum of each tensor, and torch.load does not look at it
@@ -176,7 +192,8 @@ def verify(file: Path) -> bool:
     return False
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while part := stream.read(1 << 20):

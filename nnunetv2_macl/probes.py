@@ -46,7 +46,8 @@ class Probe:
 
     Args:
         configuration: whose labelled cases are read.
-        cases: labelled ones, preprocessed; the probe is fitted to every second and measured on the others.
+        cases: labelled ones, preprocessed, in the order of their names; the probe is fitted to the first half and measured on the
+            others, so that images of one patient stay together.
         batches: that the network is trained on; the first ones show the embeddings.
         patch_size: voxels an axis.
         seed: of the patches.
@@ -65,12 +66,15 @@ class Probe:
         self.classes = [label for label in manager.all_labels if label != 0]
         count = min(_MOST_BATCHES, len(batches))
         self.images = [torch.as_tensor(batches[step]["data"]) for step in range(count)]
-        chosen = list(cases)[:_MOST_CASES]
+        # from all over the data set, and what is next to each other on one side
+        half, every = -(-len(cases) // 2), max(1, -(-len(cases) // _MOST_CASES))
+        chosen = [*cases[:half:every], *cases[half::every]]
+        fitted = len(cases[:half:every])
         drawn = [
             _labelled_patches(configuration, case.name, self.classes, patch_size, (seed, number))
             for number, case in enumerate(chosen)
         ]
-        self.fitted, self.measured = drawn[::2], drawn[1::2]
+        self.fitted, self.measured = drawn[:fitted], drawn[fitted:]
 
     @torch.no_grad()
     def measure(self, step: TrainingStep) -> dict[str, float]:

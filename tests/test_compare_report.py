@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,16 @@ def test_differences_are_found_where_they_are(study):
     assert 0.08 < found["macl"][3].value < 0.14
 
 
+def test_validation_cases_are_drawn_by_patient_in_the_order_of_the_curves(study):
+    """nnU-Net reads cases in the order of their names, and the split was drawn."""
+    order = sorted(SPLIT.validation)
+    assert order != SPLIT.validation
+    patients = {case: "twin" if case in (order[0], order[-1]) else case for case in PATIENTS}
+    results = Results.read(replace(study, patients=patients))
+    drawn = results.of_validation.cases
+    assert (drawn[:, 0] == drawn[:, -1]).all() and (drawn[:, 0] != drawn[:, 1]).any()
+
+
 def test_report(study):
     sentence = write_report(study)
     assert (
@@ -81,6 +92,8 @@ def test_report(study):
     )
     text = (study.folder / "compare.md").read_text()
     assert sentence.partition("\n")[0] in text
+    # which image is of which patient was not said
+    assert "not known without --group_regex" in text and "none of a patient" not in text
     tables = {
         title: table.split("\n\n")[0] for title, _, table in (part.partition("\n\n") for part in text.split("## "))
     }

@@ -51,7 +51,7 @@ def test_amounts(amount, number):
     assert number_of_cases(amount, 40, "--labels") == number
 
 
-@pytest.mark.parametrize("amount", ["0", "-3", "1.5", "0%", "100%", "150%", "many", "", "nan", "inf"])
+@pytest.mark.parametrize("amount", ["0", "-3", "1.5", "0%", "101%", "150%", "many", "", "nan", "inf"])
 def test_amounts_that_are_none(amount):
     with pytest.raises(UserError, match="--labels must be"):
         number_of_cases(amount, 40, "--labels")

@@ -14,7 +14,6 @@ from nnunetv2_macl.compare.split import split_cases
 from nnunetv2_macl.compare.steps import DONE_FILE, Step, run_steps
 from nnunetv2_macl.compare.study import Options, Study, parse_arm
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import write_json
 
 PATIENTS = {f"c{n:02d}": f"c{n:02d}" for n in range(40)}
 OPTIONS = Options(
@@ -37,11 +36,12 @@ def test_a_study_is_read_back_as_it_was_written(tmp_path):
 
 def test_arms_and_seeds_may_be_added_and_what_was_drawn_stays(tmp_path):
     begun = Study.open(tmp_path, OPTIONS, SPLIT, PATIENTS)
-    write_json(begun.splits, begun.splits_file)
+    begun.write_splits()
     more = replace(OPTIONS, seeds=4, arms=[*OPTIONS.arms, "recipe:paper"])
     split = split_cases(PATIENTS, test="25%", validation="10%", labels=["3", "6"], seeds=4)
     grown = Study.open(tmp_path, more, split, PATIENTS)
     assert grown == Study.read(tmp_path) and len(grown.cells) == 5 * 4 * 2 * 2
+    grown.write_splits()
     assert json.loads(grown.splits_file.read_text()) == grown.splits and grown.splits[:4] == begun.splits
     assert {cell: begun.fold(cell) for cell in begun.cells} == {cell: grown.fold(cell) for cell in begun.cells}
     with pytest.raises(UserError, match=r"--seeds 2 \(was 4\)"):
@@ -63,6 +63,45 @@ def test_changed_options_are_refused_by_name(tmp_path, change, words):
     with pytest.raises(UserError) as error:
         Study.open(tmp_path, replace(OPTIONS, **change), SPLIT, PATIENTS)
     assert words in str(error.value) and "-o FOLDER" in str(error.value)
+
+
+def test_files_that_say_something_else_now_are_refused(tmp_path):
+    parent, recipe, plan = tmp_path / "parent.json", tmp_path / "mine.json", tmp_path / "plan.json"
+    parent.write_text('{"inherits_from": "macl"}')
+    recipe.write_text('{"inherits_from": "parent.json"}')
+    plan.write_text('{"plans_name": "x"}')
+    options = replace(OPTIONS, arms=["scratch", f"recipe:{recipe}"], plan=str(plan))
+    begun = Study.open(tmp_path / "study", options, SPLIT, PATIENTS)
+    recipe.write_text('{"description": "", "inherits_from":   "parent.json"}')
+    assert Study.open(tmp_path / "study", options, SPLIT, PATIENTS) == begun
+    parent.write_text('{"inherits_from": "macl", "temperature": 0.5}')
+    with pytest.raises(UserError, match=f"what {recipe} says"):
+        Study.open(tmp_path / "study", options, SPLIT, PATIENTS)
+    parent.write_text('{"inherits_from": "macl"}')
+    plan.write_text('{"plans_name": "y"}')
+    with pytest.raises(UserError, match=f"what {plan} says"):
+        Study.open(tmp_path / "study", options, SPLIT, PATIENTS)
+    # to look at a study takes none of them
+    for file in (recipe, parent, plan):
+        file.unlink()
+    assert Study.read(tmp_path / "study") == begun and len(begun.cells) == 2 * 2 * 2 * 2
+
+
+def test_of_several_that_begin_a_study_at_once_all_go_on_with_one(tmp_path):
+    for trial in range(20):
+        opened, start = [], threading.Barrier(4)
+
+        def begin(folder=tmp_path / str(trial), opened=opened, start=start):
+            start.wait()
+            opened.append(Study.open(folder, OPTIONS, SPLIT, PATIENTS))
+
+        threads = [threading.Thread(target=begin) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(opened) == 4
+        assert [path.name for path in (tmp_path / str(trial)).iterdir()] == ["study.json"]
 
 
 def test_folders_of_something_else_are_refused(tmp_path):

@@ -36,6 +36,7 @@ def run_cell(study: Study, cell: Cell, device: str, processes: int) -> None:
     folder, options = study.cell_folder(cell), study.options
     target = Configuration.load(options.dataset, options.p, options.c)
     plans = target.plans_manager.plans | {"continue_training": False}
+    study.write_splits()
     fold = study.fold(cell)
     trainer = TRAINERS[options.finetuning](plans, options.c, fold, target.dataset_json, torch.device(device))
     lock = RunLock(Path(trainer.output_folder))

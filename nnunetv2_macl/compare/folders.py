@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,9 +135,28 @@ def plan(study: Study, images: RawImages, planner_name: str | None, processes: i
     if options.batch_size is not None:
         configurations[options.c]["batch_size"] = options.batch_size
         write_json(content, study.plan_file)
-    write_json(study.splits, study.splits_file)
+    study.write_splits()
+    _check_arms(study, content, images.dataset_json, run)
     kept = pretraining_images(study, list(images.unlabelled))
     return {"planner": planner_name, "unlabelled": len(kept), "unlabelled_left_out": len(images.unlabelled) - len(kept)}
+
+
+def _check_arms(
+    study: Study, plans: dict[str, Any], dataset_json: dict[str, Any], run: Callable[[Sequence[str]], None]
+) -> None:
+    """What would stop a cell, told before the hours of pre-training."""
+    options = study.options
+    if options.finetuning == "paper":
+        mend = "Give --finetuning sgd, and another folder: -o FOLDER"
+        if len(plans["configurations"][options.c]["patch_size"]) != 2:
+            raise UserError(f"The paper fine-tunes in 2D, and {options.c} is 3D. {mend}")
+        if any(isinstance(label, list) for label in dataset_json["labels"].values()):
+            raise UserError(
+                f"{options.dataset} has overlapping regions, and the paper's cross-entropy wants one label a voxel. {mend}"
+            )
+    for arm in study.arms:
+        if arm.weights is not None:
+            run(["nnUNetv2_macl_transfer", arm.weights, options.dataset, "-c", options.c, "-p", options.p])
 
 
 def _require_no_rest(study: Study) -> None:

@@ -235,7 +235,8 @@ def _method(results: Results) -> list[str]:
         apart = (
             "and none of a patient of the test or validation cases"
             if options.group_regex
-            else "and none of a test or validation case; whether others are of the same patients is not known without --group_regex"
+            else "and none of a test or validation case; whether some are of the same patients is not known without "
+            "--group_regex"
         )
         lines.append(
             f"Pre-training saw {share + planned['unlabelled']} images without their labels, {planned['unlabelled']} of them "
@@ -257,9 +258,10 @@ def _method(results: Results) -> list[str]:
         "segmentation is left out. HD95 and ASD are MONAI's, in mm (in the unit of the files' spacing), and not defined where "
         "a class is in one segmentation only: compare them where nothing is missing."
     )
+    drawn = "patients" if options.group_regex else "cases"
     lines.append(
-        f"In brackets: 95 % intervals of a bootstrap over {'patients' if options.group_regex else 'cases'} and seeds, the same draws in each arm, so that differences "
-        "are paired. They are for one comparison each, not corrected for several. Few seeds make them too narrow, so that the "
+        f"In brackets: 95 % intervals of a bootstrap over {drawn} and seeds, the same draws in each arm, so that differences are "
+        "paired. They are for one comparison each, not corrected for several. Few seeds make them too narrow, so that the "
         "verdict is sure of a difference only where Student's interval of the seeds alone does not hold 0 either."
     )
     lines.append(

@@ -118,8 +118,8 @@ def describe(study: Study, images: RawImages) -> str:
     ]
     if options.group_regex is None:
         lines.append(
-            "patients:    each case counts as one of its own; where several images are of one patient, say which, or test patients "
-            "are trained on too: --group_regex REGEX"
+            "patients:    each case counts as one of its own; where several images are of one patient, say which, or test "
+            "patients are trained on too: --group_regex REGEX"
         )
     if (tested := len({study.patients[case] for case in split.test})) < FEWEST_PATIENTS:
         lines.append(

@@ -65,12 +65,12 @@ def number_of_cases(amount: str, total: int, option: str) -> int:
     """A number of cases, given as such or as a fraction.
 
     Args:
-        amount: ``5``, ``0.1`` or ``10%``.
+        amount: ``5``, ``0.1``, ``10%`` or ``100%``.
         total: what a fraction is of.
         option: named in errors.
 
     Raises:
-        UserError: neither a whole number from 1 nor a fraction between 0 and 1.
+        UserError: neither a whole number from 1, nor a fraction between 0 and 1, nor a percentage up to 100.
     """
     text = amount.strip()
     try:
@@ -79,14 +79,14 @@ def number_of_cases(amount: str, total: int, option: str) -> int:
         value = np.nan
     if text.endswith("%"):
         value /= 100
-        fraction = 0 < value < 1
+        fraction = 0 < value <= 1
         whole = False
     else:
         fraction = 0 < value < 1
         whole = value >= 1 and value.is_integer()
     if not (fraction or whole):
         raise UserError(
-            f"{option} must be a number of cases from 1, a fraction between 0 and 1, or a percentage, got '{amount}'."
+            f"{option} must be a number of cases from 1, a fraction between 0 and 1, or a percentage up to 100%, got '{amount}'."
         )
     return int(value) if whole else max(1, round(value * total))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from nnunetv2_macl import formats
 from nnunetv2_macl.checkpoints import ENCODER_FILE
 from nnunetv2_macl.compare.split import Split
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import write_json
+from nnunetv2_macl.files import sha256, write_first, write_json
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
 from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
 from nnunetv2_macl.recipe import load_recipe
@@ -61,6 +63,8 @@ class Options:
         if len(set(self.rates)) < len(self.rates):
             raise UserError(f"--rates has a rate twice: {' '.join(f'{rate:g}' for rate in self.rates)}. Give it once.")
         arms = [parse_arm(text) for text in self.arms]
+        for arm in arms:
+            arm.check()
         if SCRATCH not in self.arms:
             raise UserError(f"--arms must hold {SCRATCH}, which the others are compared with, got {self.arms}.")
         for number, arm in enumerate(arms):
@@ -88,21 +92,26 @@ class Arm:
     encoder_only: bool = False
     weights: str | None = None
 
+    def check(self) -> None:
+        """Raises UserError: no such recipe or weights, or something else in the file."""
+        if self.recipe is not None:
+            load_recipe(self.recipe, resource_folder("plans"))
+        if self.weights is not None:
+            formats.load_weights(Path(self.weights))
+
 
 def parse_arm(text: str) -> Arm:
-    """Read an arm from the command line. Raises UserError: no such arm, recipe or file."""
+    """Read an arm from the command line. Raises UserError: no such arm."""
     kind, _, what = text.partition(":")
     if text == SCRATCH:
         return Arm(text, text)
     if text in ("encoder", "macl"):
         return Arm(text, text, recipe=DEFAULT_RECIPE, encoder_only=text == "encoder")
     if kind == "recipe" and what:
-        load_recipe(what, resource_folder("plans"))
         recipe = str(Path(what).resolve()) if Path(what).is_file() else what
         return Arm(f"{kind}:{recipe}", f"recipe-{_slug(Path(what).stem)}", recipe=recipe)
     if kind == "weights" and what:
         file = Path(what).expanduser().resolve()
-        formats.load_weights(file)
         return Arm(f"{kind}:{file}", f"weights-{_slug(file.stem)}", weights=str(file))
     raise UserError(
         f"--arms: there is no arm '{text}'. Take from: {SCRATCH}, encoder, macl, recipe:NAME_OR_FILE, weights:FILE."
@@ -134,12 +143,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A study in its folder."""
+    """A study in its folder.
+
+    Attributes:
+        folder: of the study.
+        options: what was asked for.
+        split: of the cases.
+        patients: of each case.
+        files: SHA-256 of what the user's files that the options name say, by their names.
+    """
 
     folder: Path
     options: Options
     split: Split
     patients: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, options: Options, split: Split, patients: dict[str, str]) -> Study:
@@ -148,15 +166,16 @@ class Study:
         Raises:
             UserError: the folder holds something else, or a study with other options or other cases; names them.
         """
-        study = cls(folder, options, split, patients)
+        study = cls(folder, options, split, patients, _contents(options))
         file = folder / STUDY_FILE
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file. Give a folder: -o FOLDER")
+        # looked at before the study's file, which another process may be writing, and going on from
+        others = [path for path in folder.iterdir() if STUDY_FILE not in path.name] if folder.is_dir() else []
         if not file.is_file():
-            if folder.is_dir() and any(folder.iterdir()):
+            if others:
                 raise UserError(f"{folder} is not empty and holds no study. Give another folder: -o FOLDER")
-            write_json(study._as_json(), file)
-            return study
+            write_first(study._as_json(), file)
         there = cls.read(folder)
         changed = [
             f"{option(f.name)} {_typed(getattr(options, f.name))} (was {_typed(getattr(there.options, f.name))})"
@@ -167,10 +186,11 @@ class Study:
             changed.append(f"--seeds {options.seeds} (was {there.options.seeds})")
         if missing := [arm for arm in there.options.arms if arm not in options.arms]:
             changed.append(f"--arms without {_typed(missing)}")
+        changed += [f"what {name} says" for name, was in there.files.items() if study.files.get(name, was) != was]
         if changed:
             raise UserError(
                 f"{folder} holds a study that goes on as it began; changed: {', '.join(changed)}. "
-                "Give the options that it began with, or another folder: -o FOLDER"
+                "Give the options and files that it began with, or another folder: -o FOLDER"
             )
         begun = replace(split, subsets=split.subsets[: there.options.seeds])
         if there.split != begun or there.patients != patients:
@@ -180,8 +200,6 @@ class Study:
             )
         if options != there.options:
             # what is done stays done; only arms and seeds that are new are trained
-            if study.splits_file.is_file():
-                write_json(study.splits, study.splits_file)
             write_json(study._as_json(), file)
         return study
 
@@ -199,12 +217,18 @@ class Study:
                 Options(**content["options"]),
                 Split(split["test"], split["validation"], subsets),
                 content["patients"],
+                content.get("files", {}),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{file} is no study of this nnunetv2_macl: {error}. {mend}") from None
 
     def _as_json(self) -> dict[str, Any]:
-        return {"options": asdict(self.options), "split": asdict(self.split), "patients": self.patients}
+        return {
+            "options": asdict(self.options),
+            "split": asdict(self.split),
+            "patients": self.patients,
+            "files": self.files,
+        }
 
     @cached_property
     def arms(self) -> list[Arm]:
@@ -233,6 +257,11 @@ class Study:
         return [
             {"train": cases, "val": self.split.validation} for subset in self.split.subsets for cases in subset.values()
         ]
+
+    def write_splits(self) -> None:
+        """Have ``splits_final.json`` follow the study, which may have got more seeds since it was written."""
+        if not self.splits_file.is_file() or read_json(self.splits_file, "") != self.splits:
+            write_json(self.splits, self.splits_file)
 
     # --- places ----------------------------------------------------------------------------------------------------------
 
@@ -280,6 +309,19 @@ class Study:
         """nnU-Net's three folder variables inside the study."""
         places = (self.raw.parent, self.preprocessed.parent, results)
         return {name: str(place) for name, place in zip(FOLDER_VARIABLES, places, strict=True)}
+
+
+def _contents(options: Options) -> dict[str, str]:
+    """SHA-256 of what plan, recipes and weights of the user say, by file; of a recipe with those that it inherits from."""
+    contents = {} if options.plan is None else {options.plan: sha256(Path(options.plan))}
+    for arm in map(parse_arm, options.arms):
+        if arm.recipe is not None and Path(arm.recipe).is_absolute():
+            values = load_recipe(arm.recipe, resource_folder("plans")).as_dict() | {"description": ""}
+            contents[arm.recipe] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        if arm.weights is not None:
+            files = formats.load_weights(Path(arm.weights)).files
+            contents[arm.weights] = " ".join(map(sha256, files))
+    return contents
 
 
 def _typed(value: Any) -> str:
