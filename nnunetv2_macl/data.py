@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from nnunetv2_macl.errors import UserError
 
 # Draws of a patch before giving up on finding one that is not constant.
-_MAX_DRAWS = 50
+_MAX_DRAWS = 1000
 # how torch's message begins
 _WORKER_KILLED = "DataLoader worker"
 _MMAP = {} if os.name == "nt" else {"mmap_mode": "r"}
@@ -137,6 +137,11 @@ class PretrainingBatches(Dataset):
                     f"{case.file} cannot be read: {error}. It was removed, changed or cut short. Have it made again: by --c "
                     "where it is of unlabelled images, by nnUNetv2_preprocess where it is nnU-Net's own."
                 ) from None
+            if not np.isfinite(patch).all():
+                raise UserError(
+                    f"{case.file} holds values that are no numbers (NaN or infinite): so does the image of case {case.name}, "
+                    "or nnU-Net's normalisation made them of it. Correct or remove that image, and have nnU-Net preprocess again."
+                )
             if np.ptp(patch.reshape(len(patch), -1), axis=1).any():
                 break
             place = None  # the group's place is empty in this case

@@ -199,7 +199,8 @@ def plot_views(
             words += f"\npositives beside its own view:\n{listed or 'none'}"
         text = axes[row, -1]
         text.set_axis_off()
-        text.text(0, 0.5, words, fontsize=9, va="center")
+        # a name may hold what matplotlib takes for a formula
+        text.text(0, 0.5, words, fontsize=9, va="center", parse_math=False)
     rule = f"Patches closer than {threshold:g} of the volume on every axis are positives." if threshold else ""
     if threshold == 0:
         rule = "Only the two views of one patch are positives."

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import nnunetv2
+from nnunetv2.preprocessing.normalization.default_normalization_schemes import NoNormalization
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -156,6 +157,15 @@ class Configuration:
     @property
     def channel_names(self) -> list[str]:
         return channel_names(self.dataset_json)
+
+    @property
+    def unnormalised_channels(self) -> list[int]:
+        """Numbers of the image channels that nnU-Net leaves as they are (``noNorm`` in dataset.json)."""
+        return [
+            number
+            for number, scheme in enumerate(self.manager.normalization_schemes)
+            if scheme == NoNormalization.__name__
+        ]
 
     def gpu_memory_target(self) -> tuple[float, str]:
         """GPU memory in GB that nnU-Net planned for, and how that is known.

@@ -92,6 +92,27 @@ def _draw_mask(size: Sequence[int], block: Sequence[int], share: float, generato
     return F.interpolate(mask.float(), size=tuple(size), mode="nearest")[0] > 0.5
 
 
+def standardise(images: Tensor, channels: Sequence[int]) -> Tensor:
+    """Some channels at mean 0 and deviation 1 in each image, as restoring asks for; constant ones at 0.
+
+    Args:
+        images: (N, C, *size).
+        channels: by number.
+
+    Returns:
+        (N, C, *size); the images themselves where there are no such channels.
+    """
+    if not channels:
+        return images
+    images = images.clone()
+    # in double precision, so that a large constant is one
+    chosen = images[:, list(channels)].double()
+    centred = chosen - chosen.flatten(2).mean(-1).view(*chosen.shape[:2], *[1] * (chosen.ndim - 2))
+    deviation = centred.flatten(2).square().mean(-1).sqrt().view(*chosen.shape[:2], *[1] * (chosen.ndim - 2))
+    images[:, list(channels)] = (centred / deviation.clamp_min(1e-12)).to(images)
+    return images
+
+
 def restoration_loss(restored: Tensor, images: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error over the hidden voxels of each patch: (N, C, *size) twice, (N, 1, *size) -> (N,)."""
     with torch.autocast(images.device.type, enabled=False):

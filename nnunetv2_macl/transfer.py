@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from nnunetv2_macl.checkpoints import PretrainedWeights, first_difference
@@ -25,6 +26,8 @@ SMALLEST_SHARE = 0.25
 
 AS_IT_IS, ADAPTED, NOT_TAKEN = "as it is", "adapted", "not taken"
 
+# what may stand between a convolution and its norm
+_SCALE_WITH_THEIR_INPUT = (_DropoutNd, nn.ReLU, nn.LeakyReLU)
 _STAGE = re.compile(r"(encoder\.stages|decoder\.stages|decoder\.transpconvs)\.(\d+)\.(.+)")
 _ANYWAY = "segmentation layers are always trained anew"
 
@@ -159,12 +162,20 @@ def rescale_kernels(network: nn.Module, norms: dict[str, float]) -> None:
 
 
 def _scale_free(network: nn.Module) -> dict[str, Any]:
-    # a batch norm has statistics of its own, which would have to follow
     return {
         name: block
         for name, block in network.named_modules()
-        if isinstance(block, ConvDropoutNormReLU) and isinstance(getattr(block, "norm", None), _InstanceNorm)
+        if isinstance(block, ConvDropoutNormReLU) and _forgets_scale(block)
     }
+
+
+def _forgets_scale(block: ConvDropoutNormReLU) -> bool:
+    norm = getattr(block, "norm", None)
+    # statistics that are kept, as a batch norm's, would have to follow
+    if not isinstance(norm, _InstanceNorm) or norm.track_running_stats:
+        return False
+    layers = list(block.all_modules)
+    return all(isinstance(layer, _SCALE_WITH_THEIR_INPUT) for layer in layers[1 : layers.index(norm)])
 
 
 class _Plan:

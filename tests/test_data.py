@@ -87,3 +87,12 @@ def test_constant_slices_are_not_drawn(tmp_path):
     assert (batch["data"].flatten(1).std(1) > 0).all()
     with pytest.raises(UserError, match=r"constant.*empty"):
         batches([make_case(tmp_path, "blank", np.zeros((1, 4, 16, 16)))], (1, 16, 16))[0]
+
+
+def test_a_preprocessed_case_with_values_that_are_no_numbers_is_named(tmp_path):
+    """nnU-Net's normalisation makes a whole case of one voxel that is none, and trains on."""
+    for value in (np.nan, np.inf):
+        volume = np.random.default_rng(0).normal(size=(1, 4, 16, 16))
+        volume[0, 1, 3, 5] = value
+        with pytest.raises(UserError, match=r"patient7\.b2nd.*no numbers.*case patient7"):
+            batches([make_case(tmp_path, "patient7", volume)], (4, 16, 16))[0]

@@ -72,6 +72,6 @@ def test_pictures_are_written(tmp_path):
     log |= {f"references/{name}": [v, v] for name, v in zip(names, (5.9, 4.0, 1.1), strict=True)}
     monitoring.plot_progress(log, tmp_path / "progress.png", "title")
     groups = {"dominant": torch.randn(4, 1, 8, 8), "auxiliary": torch.randn(4, 1, 4, 16, 16)}
-    monitoring.plot_views(groups, torch.rand(4, 3), list("abcd"), 0.1, tmp_path / "views.png")
+    monitoring.plot_views(groups, torch.rand(4, 3), ["a", "cost_$x^$y", "c", r"\frac"], 0.1, tmp_path / "views.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("progress", "views"))
     assert math.isfinite(references().all_found)

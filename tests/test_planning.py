@@ -13,9 +13,10 @@ from nnunetv2_macl.nnunet import Configuration, checksum
 from nnunetv2_macl.planning.levels import plan_levels
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.planning.plan import check_plan, describe, plan_file, read_plan, was_edited, write_plan
-from nnunetv2_macl.planning.positives import plan_threshold
+from nnunetv2_macl.planning.positives import plan_position_groups, plan_threshold
 from nnunetv2_macl.planning.prepare import prepare
-from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.recipe import Recipe, load_recipe
+from nnunetv2_macl.resources import resource_folder
 
 
 def pooled(poolings, axes=2):
@@ -145,8 +146,19 @@ def test_an_edited_plan_is_kept_and_the_command_line_still_wins(workspace):
         plan = prepare(configuration, values={"batch_size": 6})
         assert (plan.threshold, plan.recipe["temperature"], plan.batch_size) == (0.07, 0.2, 6)
         assert json.loads(file.read_text())["threshold"] == 0.07
+    for size, at_once in ((2, 2), (20, 6)):
+        plan = prepare(configuration, values={"patches_at_once": size})
+        assert (plan.batch_size, plan.patches_at_once) == (6, at_once)
     with pytest.raises(UserError, match="was edited"):
         prepare(configuration, recipe="pcl")
+
+
+def test_batches_in_3d_are_drawn_in_groups_where_patches_are_compared():
+    groups = {
+        name: plan_position_groups(3, 32, load_recipe(name, resource_folder("plans")))[0]
+        for name in ("macl", "macl_restore", "restore", "simclr")
+    }
+    assert groups == {"macl": 3, "macl_restore": 3, "restore": 1, "simclr": 1}
 
 
 @pytest.mark.parametrize(

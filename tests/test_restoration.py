@@ -9,7 +9,7 @@ from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.levels import plan_levels
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.recipe import Recipe
-from nnunetv2_macl.restoration import RestorationHead, draw_mask, hidden_blocks, restoration_loss
+from nnunetv2_macl.restoration import RestorationHead, draw_mask, hidden_blocks, restoration_loss, standardise
 
 ALONE = dict(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weight_restoration=1.0)
 
@@ -58,9 +58,44 @@ def test_holes_are_as_large_as_locations_of_the_encoder(strides, blocks):
 def test_a_step_hides_what_the_mask_says_and_another_part_each_time():
     step = training_step(6, 6, Recipe(**ALONE))
     patches = batch(6)["data"] + 10
-    shown, mask = step.hide(patches, 0)
+    shown, whole, mask = step.hide(patches, 0)
+    assert whole is patches
     assert torch.equal(shown, torch.where(mask, 0, patches)) and 0.5 < mask.float().mean() < 0.7
-    assert not torch.equal(mask, step.hide(patches, 1)[1])
+    assert not torch.equal(mask, step.hide(patches, 1)[2])
+
+
+def test_channels_of_any_scale_are_restored_on_one_scale():
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(3, 3, 6, 5, generator=generator)
+    images = plain.clone()
+    images[:, 1] = 30_000 + 8_000 * images[:, 1]
+    images[2, 1] = 30_000.1
+    kept = images.clone()
+    whole = standardise(images, [1])
+    assert torch.equal(images, kept) and torch.equal(whole[:, [0, 2]], images[:, [0, 2]])
+    assert whole[:2, 1].mean((1, 2)).tolist() == pytest.approx([0, 0], abs=1e-5)
+    assert whole[:2, 1].std((1, 2), correction=0).tolist() == pytest.approx([1, 1], abs=1e-4)
+    assert not whole[2, 1].any()
+
+
+def test_it_learns_where_nnunet_does_not_normalise():
+    """The same images in other units: the same loss at each step, where the network is told, and a standstill where not."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.interpolate(torch.randn(8, 1, 4, 4, generator=generator), (32, 32), mode="bicubic")
+    images = (images - images.mean((2, 3), keepdim=True)) / images.std((2, 3), correction=0, keepdim=True)
+    losses = {}
+    for name, patches, channels in (
+        ("z-scored", images, ()),
+        ("HU", 500 * images - 300, (0,)),
+        ("HU, not told", 500 * images - 300, ()),
+    ):
+        step = training_step(8, 8, Recipe(**ALONE, optimizer="adamw", learning_rate=3e-3), dtype=torch.float32)
+        step.unnormalised = channels
+        batches = {"data": patches, "positions": torch.rand(8, 3)}
+        losses[name] = [step(batches, number)["restoration"] for number in range(40)]
+    assert losses["HU"] == pytest.approx(losses["z-scored"], rel=0.02)
+    assert losses["z-scored"][-1] < 0.6 * losses["z-scored"][0]
+    assert losses["HU, not told"][-1] > 0.9 * losses["HU, not told"][0]
 
 
 @pytest.mark.parametrize("block", [(4, 2), (1, 4, 2)])

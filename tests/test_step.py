@@ -1,11 +1,15 @@
 """A training step computed in parts against the same step computed at once."""
 
+import shutil
+
 import pytest
 import torch
 from steps import batch, gradients, training_step
+from torch import nn
 
+from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.recipe import Recipe
-from nnunetv2_macl.training.step import learning_rate_share
+from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
 
 PATCHES = 7
 
@@ -51,3 +55,55 @@ def test_the_learning_rate_rises_and_falls():
     assert shares[0] == pytest.approx(1 / 11) and max(shares) == shares[10] == 1.0
     assert shares[:10] == sorted(shares[:10]) and shares[10:] == sorted(shares[10:], reverse=True)
     assert shares[100] == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    "spoil, scale", [(None, 1024.0), ("loss", 1024.0), ("gradient", 512.0)], ids=["good", "the loss", "its gradient"]
+)
+def test_the_scale_of_mixed_precision_is_lowered_for_gradients_alone(spoil, scale):
+    """A batch that cannot be learned from, seen again and again, would bring it down to nothing, and learning with it."""
+    step = training_step(PATCHES, PATCHES, Recipe(), dtype=torch.float32)
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    patches = batch(PATCHES, torch.float32)
+    if spoil == "loss":
+        patches["data"][0, 0, 3, 4] = torch.nan
+    if spoil == "gradient":
+        next(step.module.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    before = [p.clone() for p in step.module.parameters()]
+    step(patches, 0)
+    assert step.grad_scaler.get_scale() == scale
+    assert step.skipped_in_a_row == (spoil is not None)
+    moved = any(not torch.equal(p, old) for p, old in zip(step.module.parameters(), before, strict=True))
+    assert moved == (spoil is None)
+
+
+@pytest.mark.parametrize("norm, refused", [(nn.BatchNorm2d, True), (nn.InstanceNorm2d, False)])
+def test_a_network_that_mixes_patches_is_not_computed_in_parts(norm, refused):
+    training_step(PATCHES, PATCHES, norm=norm)
+    if refused:
+        with pytest.raises(UserError, match=r"patches_at_once is 3 of a batch of 7.*batch norm"):
+            training_step(PATCHES, 3, norm=norm)
+    else:
+        training_step(PATCHES, 3, norm=norm)
+
+
+RESTORATION = Recipe(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weight_restoration=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize(
+    "recipe, at_once", [(RESTORATION, PATCHES), (RESTORATION, 3), (Recipe(), 3), (Recipe(), PATCHES)]
+)
+def test_what_is_trained_is_compiled_and_the_same(recipe, at_once):
+    plain, compiled = (training_step(PATCHES, at_once, recipe, dtype=torch.float32) for _ in range(2))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = TrainingStep(
+        torch.compile(compiled.module), compiled.loss, compiled.optimizer, compiled.scheduler, None, compiled.plan,
+        compiled.device,
+    )  # fmt: skip
+    measured = plain(batch(PATCHES, torch.float32), 0), compiled(batch(PATCHES, torch.float32), 0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-4)

@@ -60,9 +60,8 @@ def unet(architecture, classes=2, seed=0):
     network = kind(
         input_channels=architecture["input_channels"],
         num_classes=classes,
-        nonlin=nn.LeakyReLU,
         deep_supervision=True,
-        **kwargs,
+        **{"nonlin": nn.LeakyReLU} | kwargs,
     )
     # as after training: no two norms are alike
     for parameter in network.parameters():
@@ -128,10 +127,25 @@ def test_kernels_get_their_norms_back_and_the_function_stays(kind, axes):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.std()))
 
 
-def test_kernels_before_a_batch_norm_stay():
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"norm_op": "torch.nn.BatchNorm2d"},
+        {"norm_op_kwargs": {"affine": True, "track_running_stats": True}},
+        {"nonlin_first": True, "nonlin": nn.SiLU, "nonlin_kwargs": {}},
+    ],
+    ids=["batch norm", "statistics that are kept", "a bend between"],
+)
+def test_kernels_whose_scale_matters_stay(changed):
     own = architecture()
-    own["arch_kwargs"]["norm_op"] = "torch.nn.BatchNorm2d"
+    own["arch_kwargs"] |= changed
     assert kernel_norms(unet(own)) == {}
+
+
+def test_kernels_before_what_scales_with_its_input_do_not_matter():
+    own = architecture()
+    own["arch_kwargs"] |= {"nonlin_first": True}
+    assert len(kernel_norms(unet(own))) >= 7
 
 
 @pytest.mark.parametrize("kind, stem", [(PlainConvUNet, "encoder.stages.0"), (ResidualEncoderUNet, "encoder.stem")])

@@ -12,6 +12,7 @@ from torch import nn
 from nnunetv2_macl.building import build_loss, build_network
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.losses import locations_at_once
+from nnunetv2_macl.network import MACLNetwork
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.levels import Levels
 from nnunetv2_macl.recipe import AUTO, Recipe
@@ -180,7 +181,7 @@ def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> Batch:
         reason = f"the largest of up to {_BATCH_SIZES[0]} that fits gpu_memory_gb in mixed precision"
         if not fits(size):
             reason = "the smallest there can be"
-        if size < _FEW_NEGATIVES and not memory.network.features_vary:
+        if recipe.is_contrastive and size < _FEW_NEGATIVES and not memory.network.features_vary:
             reason += (
                 f"; few negatives: -batch_size {_FEW_NEGATIVES} would be computed in parts, at the memory of a part"
             )
@@ -192,16 +193,29 @@ def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> Batch:
         at_once, at_once_reason = size, "the whole batch"
     else:
         at_once = next((n for n in _BATCH_SIZES if n < size and fits(size, n)), 1)
-        at_once_reason = "the most that fits; the gradient is that of the whole batch, at a third more time"
-    if at_once < size and memory.network.features_vary:
-        raise UserError(
-            f"patches_at_once is {at_once} of a batch of {size}, and this network has batch norm or dropout, so that a batch "
-            "cannot be computed in parts. Leave patches_at_once out."
-        )
+        at_once_reason = "the most that fits; the gradient is that of the whole batch"
+        if recipe.is_contrastive:
+            at_once_reason += ", at a third more time"
+    refuse_parts(memory.network, at_once, size)
     needed = memory.gib(size, at_once, mixed_precision=True)
     if needed > target:
         reason += f", though it takes about {needed:.1f} GB in mixed precision: more than gpu_memory_gb"
     return Batch(size, at_once, reason, at_once_reason)
+
+
+def refuse_parts(network: MACLNetwork, at_once: int, patches: int) -> None:
+    """Raises UserError where a batch is to be computed in parts, and what is made of a patch depends on the others.
+
+    Args:
+        network: to be trained.
+        at_once: patches in a part.
+        patches: of the batch.
+    """
+    if at_once < patches and network.features_vary:
+        raise UserError(
+            f"patches_at_once is {at_once} of a batch of {patches}, and this network has batch norm or dropout, so that a batch "
+            "cannot be computed in parts. Leave patches_at_once out."
+        )
 
 
 def check_gpu_memory(gpu_memory_gb: float) -> float:

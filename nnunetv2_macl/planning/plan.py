@@ -66,13 +66,12 @@ class MACLPlan:
         )
 
     def with_recipe(self, values: dict[str, Any]) -> MACLPlan:
-        """The same plan with other recipe values, none of which anything else is derived from but the batch size."""
-        plan = replace(self, recipe=self.recipe | values)
-        if "batch_size" not in values:
-            return plan
+        """The same plan with other recipe values, none of which anything else is derived from but batch and parts."""
+        batch_size = values.get("batch_size", self.batch_size)
         # a batch that was computed whole stays whole
-        at_once = plan.patches_at_once if plan.patches_at_once < plan.batch_size else values["batch_size"]
-        return replace(plan, batch_size=values["batch_size"], patches_at_once=at_once)
+        as_it_was = self.patches_at_once if self.patches_at_once < self.batch_size else batch_size
+        at_once = min(values.get("patches_at_once", as_it_was), batch_size)
+        return replace(self, recipe=self.recipe | values, batch_size=batch_size, patches_at_once=at_once)
 
     def as_json(self, *, edited: bool = False) -> dict[str, Any]:
         """Content of the file. The checksum tells later whether the user edited it; an edited plan stays edited."""

@@ -69,6 +69,8 @@ def plan_threshold(shapes: Sequence[Sequence[int]], sampling: Sampling, recipe: 
 
 
 def plan_position_groups(axes: int, batch_size: int, recipe: Recipe) -> tuple[int, str]:
+    if not recipe.is_contrastive:
+        return 1, "no patches are compared"
     if recipe.threshold == 0:
         return 1, "only the own view is a positive"
     if axes == 2:

@@ -113,9 +113,10 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         fresh = kernel_norms(module)
         module.load_state_dict({**state, **transfer.weights})
         # AdamW's steps do not shrink with the square of the norm, and gained nothing by it
-        if isinstance(self.optimizer, torch.optim.SGD):
+        rescaled = bool(fresh) and isinstance(self.optimizer, torch.optim.SGD)
+        if rescaled:
             rescale_kernels(module, fresh)
-        self._report(pretrained, transfer)
+        self._report(pretrained, transfer, rescaled)
         self.macl_origin = {
             "trainer": type(self).__name__,
             "nnunetv2_macl": __version__,
@@ -135,13 +136,13 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             self.dataset_json,
         )
 
-    def _report(self, pretrained: checkpoints.PretrainedWeights, transfer: Transfer) -> None:
+    def _report(self, pretrained: checkpoints.PretrainedWeights, transfer: Transfer, rescaled: bool) -> None:
         method = "nnssl" if pretrained.description.get("kind") == "nnssl" else "MACL"
         lines = [f"{method} weights from {', '.join(str(file) for file in pretrained.files)}"]
         for part in ("encoder", "decoder"):
             taken, tensors = transfer.count(part)
             lines.append(f"  {part}: {taken} of {tensors} tensors taken")
-        if isinstance(self.optimizer, torch.optim.SGD):
+        if rescaled:
             lines.append(
                 "  for SGD, kernels before an instance norm are scaled to the size of fresh ones: the same function"
             )

@@ -148,7 +148,14 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self.logger.local_logger.my_fantastic_logging = {key: [] for key in log_keys(losses, probed)}
         super().initialize()
         self.step = TrainingStep(
-            self.network, self.loss, self.optimizer, self.lr_scheduler, self.grad_scaler, self.macl_plan, self.device
+            self.network,
+            self.loss,
+            self.optimizer,
+            self.lr_scheduler,
+            self.grad_scaler,
+            self.macl_plan,
+            self.device,
+            self.macl_configuration.unnormalised_channels,
         )
         self.logger.update_config({"macl_plan": self.macl_plan.as_json()})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -14,9 +15,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from nnunetv2_macl import distributed, monitoring
 from nnunetv2_macl.losses import MultiLevelContrastiveLoss
 from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.planning.memory import refuse_parts
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.recipe import Recipe
-from nnunetv2_macl.restoration import draw_mask, restoration_loss
+from nnunetv2_macl.restoration import draw_mask, restoration_loss, standardise
 from nnunetv2_macl.views import INTENSITY_ON, IntensityViews, SpatialViews, down
 
 _MAX_GRADIENT_NORM = 12  # nnU-Net's own
@@ -46,6 +48,10 @@ class TrainingStep:
         grad_scaler: None without mixed precision in float16.
         plan: sizes, batch, threshold.
         device: where the network is.
+        unnormalised: numbers of the channels that nnU-Net leaves as they are.
+
+    Raises:
+        UserError: the plan asks for parts of a batch, and the network mixes its patches.
     """
 
     def __init__(
@@ -57,12 +63,18 @@ class TrainingStep:
         grad_scaler: torch.amp.GradScaler | None,
         plan: MACLPlan,
         device: torch.device,
+        unnormalised: Sequence[int] = (),
     ) -> None:
         self.network, self.loss = network, loss
         self.optimizer, self.scheduler, self.grad_scaler = optimizer, scheduler, grad_scaler
         self.plan, self.recipe, self.device = plan, plan.get_recipe(), device
         self.steps = self.recipe.num_epochs * self.recipe.num_iterations_per_epoch
+        self.unnormalised = unnormalised
         self.first, self.last = distributed.share(plan.batch_size)
+        refuse_parts(self.module, plan.patches_at_once, self.last - self.first)
+        # what is called beside the network itself
+        compiled = torch.compile if isinstance(network, OptimizedModule) else _as_it_is
+        self._features, self._restored = compiled(self.module.features), compiled(self.module.restore)
         self.skipped_in_a_row = 0
         self.views = SpatialViews(
             plan.patch_size,
@@ -137,8 +149,11 @@ class TrainingStep:
         generator = torch.Generator().manual_seed(seed)
         return self.intensity.apply(group, generator, batch_size=self.plan.batch_size, first=self.first)
 
-    def hide(self, patches: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """What restoration is shown, and which voxels are hidden, as 0: the mean of an image as nnU-Net normalises it.
+    def hide(self, patches: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What restoration is shown, what it is to restore, and which voxels are hidden, as 0.
+
+        That is the mean of an image as nnU-Net normalises most. Channels that it leaves as they are are standardised first:
+        their scale is anything.
 
         Args:
             patches: (n, C, *patch), this rank's share.
@@ -149,17 +164,18 @@ class TrainingStep:
         blocks, share = self.module.hidden_blocks, self.recipe.restoration_share
         mask = draw_mask(self.plan.batch_size, self.plan.patch_size, blocks, share, generator)
         mask = mask[self.first : self.last].to(patches.device)
-        return patches.masked_fill(mask, 0), mask
+        whole = standardise(patches, self.unnormalised)
+        return whole.masked_fill(mask, 0), whole, mask
 
     def _restore(self, patches: Tensor, step: int) -> Tensor:
         """The loss of the whole batch, its gradient added to this rank's, a few patches at a time."""
-        shown, mask = self.hide(patches, step)
+        shown, whole, mask = self.hide(patches, step)
         losses = []
         for first in range(0, len(patches), self.plan.patches_at_once):
             part = slice(first, first + self.plan.patches_at_once)
             with self._autocast():
-                restored = self.module.restore(shown[part])
-            loss = restoration_loss(restored, patches[part], mask[part])
+                restored = self._restored(shown[part])
+            loss = restoration_loss(restored, whole[part], mask[part])
             self._scaled(self.recipe.weight_restoration * loss.sum() / self.plan.batch_size).backward()
             losses.append(loss.detach())
         return distributed.gather(torch.cat(losses)).mean()
@@ -183,7 +199,7 @@ class TrainingStep:
         cuts = range(0, patches, at_once)
         parts = [[None if group is None else group[i : i + at_once] for group in shown] for i in cuts]
         with torch.no_grad(), self._autocast():
-            pieces = [self.module.features(*part) for part in parts]
+            pieces = [self._features(*part) for part in parts]
         features = {key: torch.cat([piece[key] for piece in pieces]).requires_grad_() for key in pieces[0]}
         del pieces
         with self._autocast():
@@ -194,7 +210,7 @@ class TrainingStep:
         del features, outputs
         for first, part in zip(cuts, parts, strict=True):
             with self._autocast():
-                piece = self.module.features(*part)
+                piece = self._features(*part)
             # an averaged encoder has no gradient; with two training stages some features have none
             used = [key for key in piece if piece[key].requires_grad and key in gradients]
             torch.autograd.backward(
@@ -243,7 +259,8 @@ class TrainingStep:
         if self.grad_scaler is not None:
             if finite:
                 self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
+            # a loss that is not finite before it is scaled says nothing about the scale
+            self.grad_scaler.update(None if torch.isfinite(loss) else self.grad_scaler.get_scale())
         elif finite:
             self.optimizer.step()
         self.scheduler.step()
@@ -264,6 +281,10 @@ class TrainingStep:
             rms, between = monitoring.feature_statistics(outputs["bottleneck_dominant"])
             measured["bottleneck_rms"], measured["bottleneck_variance"] = rms.item(), between.item()
         return measured
+
+
+def _as_it_is(function: Callable) -> Callable:
+    return function
 
 
 def _mix(*numbers: int) -> int:
