@@ -190,6 +190,27 @@ def test_a_dry_run_and_unlabelled_images_of_a_test_patient(workspace, tmp_path, 
     )
 
 
+def test_a_dry_run_tells_what_will_not_do(workspace, tmp_path, caplog):
+    caplog.set_level("INFO", logger="nnunetv2_macl")
+    compare(OPTIONS, folder=tmp_path / "study", device="cpu", dry_run=True)
+    assert "--group_regex" in caplog.text and "2 test patients will not tell" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["the paper's fine-tuning in 3D", "weights of another network"])
+def test_what_would_stop_a_cell_is_told_before_pretraining(workspace, tmp_path, mistake):
+    if mistake == "weights of another network":
+        # pre-trained for 2D, and asked for in 3D
+        workspace.pretrain("901", "-c", "2d", epochs=1)
+        weights = workspace.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"
+        change, words = dict(arms=["scratch", "macl", f"weights:{weights}"]), "are for another network"
+    else:
+        change, words = dict(finetuning="paper"), "fine-tunes in 2D, and 3d_fullres is 3D.*--finetuning sgd"
+    with pytest.raises(UserError, match=words):
+        compare(replace(OPTIONS, c="3d_fullres", **change), folder=tmp_path / "study", device="cpu", processes=1)
+    assert not (tmp_path / "study" / "pretraining").exists() and not (tmp_path / "study" / "cells").exists()
+
+
 @pytest.mark.slow
 def test_a_configuration_that_is_not_in_the_plan(workspace, tmp_path):
     with pytest.raises(UserError, match="no configuration '3d_lowres', only 2d"):
