@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -73,8 +73,11 @@ class TrainingStep:
         self.first, self.last = distributed.share(plan.batch_size)
         refuse_parts(self.module, plan.patches_at_once, self.last - self.first)
         # what is called beside the network itself
-        compiled = torch.compile if isinstance(network, OptimizedModule) else _as_it_is
-        self._features, self._restored = compiled(self.module.features), compiled(self.module.restore)
+        self._features, self._restored = self.module.features, self.module.restore
+        if isinstance(network, OptimizedModule):
+            # parts have two sizes at most, and code for any size is what compilers fail at
+            self._features = torch.compile(self._features, dynamic=False)
+            self._restored = torch.compile(self._restored, dynamic=False)
         self.skipped_in_a_row = 0
         self.views = SpatialViews(
             plan.patch_size,
@@ -281,10 +284,6 @@ class TrainingStep:
             rms, between = monitoring.feature_statistics(outputs["bottleneck_dominant"])
             measured["bottleneck_rms"], measured["bottleneck_variance"] = rms.item(), between.item()
         return measured
-
-
-def _as_it_is(function: Callable) -> Callable:
-    return function
 
 
 def _mix(*numbers: int) -> int:
