@@ -140,7 +140,7 @@ class PretrainingBatches(Dataset):
             if not np.isfinite(patch).all():
                 raise UserError(
                     f"{case.file} holds values that are no numbers (NaN or infinite): so does the image of case {case.name}, "
-                    "or nnU-Net's normalisation made them of it. Correct or remove that image, and preprocess its data set again: "
+                    "or nnU-Net's normalisation made them of it. Correct or remove that image, and preprocess anew: "
                     "nnUNetv2_plan_and_preprocess"
                 )
             if np.ptp(patch.reshape(len(patch), -1), axis=1).any():
