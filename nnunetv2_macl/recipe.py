@@ -145,7 +145,7 @@ class Recipe:
         AUTO,
         _number(1, whole=True) | _one_of(AUTO),
         "patches of a batch (of each GPU's share) whose activations are held at a time; fewer than the batch: same gradient, "
-        "less memory, a third more time",
+        "less memory, and with contrast a third more time",
     )
     seed: int = _key(12345, _number(0, 2**32 - 1, whole=True), "of every random number")
     probe_every: int = _key(
@@ -231,6 +231,11 @@ def load_recipe(name_or_file: str | Path, recipes_folder: Path) -> Recipe:
         UserError: no such recipe, no JSON, an unknown key, a wrong value.
     """
     return recipe_from_values(*_inherited_values(name_or_file, recipes_folder, ()))
+
+
+def values_in(file: str | Path, recipes_folder: Path) -> dict[str, Any]:
+    """What a recipe's file and those that it inherits from say, and not what is left to the defaults; see `load_recipe`."""
+    return _inherited_values(file, recipes_folder, ())[0]
 
 
 def _inherited_values(name_or_file: str | Path, folder: Path, visited: tuple[Path, ...]) -> tuple[dict[str, Any], str]:

@@ -92,7 +92,7 @@ def _draw_mask(size: Sequence[int], block: Sequence[int], share: float, generato
     return F.interpolate(mask.float(), size=tuple(size), mode="nearest")[0] > 0.5
 
 
-def standardise(images: Tensor, channels: Sequence[int]) -> Tensor:
+def standardise(images: Tensor, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Some channels at mean 0 and deviation 1 in each image, as restoring asks for; constant ones at 0.
 
     Args:
@@ -100,17 +100,21 @@ def standardise(images: Tensor, channels: Sequence[int]) -> Tensor:
         channels: by number.
 
     Returns:
-        (N, C, *size); the images themselves where there are no such channels.
+        (N, C, *size), the images themselves where there are no such channels; and what 0 is in the images, (N, C, 1, ...).
     """
+    zero = images.new_zeros(*images.shape[:2], *[1] * (images.ndim - 2))
     if not channels:
-        return images
-    images = images.clone()
-    # in double precision, so that a large constant is one
-    chosen = images[:, list(channels)].double()
-    centred = chosen - chosen.flatten(2).mean(-1).view(*chosen.shape[:2], *[1] * (chosen.ndim - 2))
-    deviation = centred.flatten(2).square().mean(-1).sqrt().view(*chosen.shape[:2], *[1] * (chosen.ndim - 2))
-    images[:, list(channels)] = (centred / deviation.clamp_min(1e-12)).to(images)
-    return images
+        return images, zero
+    whole, which = images.clone(), list(channels)
+    voxels = images[:, which].flatten(2)
+    # from the first voxel on, so that a constant, however large, is exactly one
+    first = voxels[..., :1]
+    mean = (voxels - first).mean(-1, keepdim=True)
+    centred = voxels - first - mean
+    deviation = centred.square().mean(-1, keepdim=True).sqrt()
+    whole[:, which] = (centred / deviation.clamp_min(1e-12)).view_as(whole[:, which])
+    zero[:, which] = (first + mean).view_as(zero[:, which])
+    return whole, zero
 
 
 def restoration_loss(restored: Tensor, images: Tensor, mask: Tensor) -> Tensor:

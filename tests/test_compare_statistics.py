@@ -138,7 +138,10 @@ PERHAPS = Estimate(0.028, 0.004, 0.05, (0.004, 0.03, 0.05))
         ),
         (
             {"encoder": {5: SAME}, "macl": {5: PERHAPS, 10: BETTER}},
-            ["macl is better than scratch (+0.030 Dice with 10", "perhaps better than scratch (+0.028", "--seeds"],
+            [
+                "macl is better than scratch (+0.030 Dice with 10 labelled cases) and perhaps better than scratch (+0.028 Dice "
+                "with 5 labelled cases, and more --seeds would tell)",
+            ],
             ["worse"],
         ),
         ({}, ["nothing to compare"], []),

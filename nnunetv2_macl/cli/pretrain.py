@@ -35,7 +35,11 @@ def _pretrain_parser() -> argparse.ArgumentParser:
     add("-num_epochs", type=int, help="recipe key")
     add("-num_iterations_per_epoch", type=int, help="recipe key")
     add("-batch_size", type=int, help="recipe key: patches a step, over all GPUs")
-    add("-patches_at_once", type=int, help="recipe key: fewer than the batch take less memory and a third more time")
+    add(
+        "-patches_at_once",
+        type=int,
+        help="recipe key: fewer than the batch take less memory, and with contrast a third more time",
+    )
     add("-seed", type=int, help="recipe key")
     add(
         "-gpu_memory",

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,27 +136,41 @@ def plan(study: Study, images: RawImages, planner_name: str | None, processes: i
         configurations[options.c]["batch_size"] = options.batch_size
         write_json(content, study.plan_file)
     study.write_splits()
-    _check_arms(study, content, images.dataset_json, run)
+    check_arms(study, images)
     kept = pretraining_images(study, list(images.unlabelled))
     return {"planner": planner_name, "unlabelled": len(kept), "unlabelled_left_out": len(images.unlabelled) - len(kept)}
 
 
-def _check_arms(
-    study: Study, plans: dict[str, Any], dataset_json: dict[str, Any], run: Callable[[Sequence[str]], None]
-) -> None:
-    """What would stop a cell, told before the hours of pre-training."""
+def check_arms(study: Study, images: RawImages) -> None:
+    """What would stop a cell, told before the hours of pre-training.
+
+    Args:
+        study: planned.
+        images: of the user.
+
+    Raises:
+        UserError: a way of fine-tuning that is not for such data, or weights of a network too unlike the plan's.
+    """
     options = study.options
+    mend = "and another folder: -o FOLDER"
     if options.finetuning == "paper":
-        mend = "Give --finetuning sgd, and another folder: -o FOLDER"
-        if len(plans["configurations"][options.c]["patch_size"]) != 2:
-            raise UserError(f"The paper fine-tunes in 2D, and {options.c} is 3D. {mend}")
-        if any(isinstance(label, list) for label in dataset_json["labels"].values()):
+        configuration = read_json(study.plan_file, "")["configurations"][options.c]
+        if len(configuration["patch_size"]) != 2:
+            raise UserError(f"The paper fine-tunes in 2D, and {options.c} is 3D. Give --finetuning sgd, {mend}")
+        if any(isinstance(label, list) and len(label) > 1 for label in images.dataset_json["labels"].values()):
             raise UserError(
-                f"{options.dataset} has overlapping regions, and the paper's cross-entropy wants one label a voxel. {mend}"
+                f"{options.dataset} has overlapping regions, and the paper's cross-entropy wants one label a voxel. Give "
+                f"--finetuning sgd, {mend}"
             )
+    environment = study.environment(study.folder / "nnUNet_results")
     for arm in study.arms:
-        if arm.weights is not None:
-            run(["nnUNetv2_macl_transfer", arm.weights, options.dataset, "-c", options.c, "-p", options.p])
+        if arm.weights is None:
+            continue
+        command = ["nnUNetv2_macl_transfer", arm.weights, options.dataset, "-c", options.c, "-p", options.p]
+        try:
+            run_command(command, environment, study.planning_folder / "log.txt")
+        except UserError as error:
+            raise UserError(f"{error}\n\nThe study cannot have the arm {arm.name}: give others, {mend}") from None
 
 
 def _require_no_rest(study: Study) -> None:

@@ -76,7 +76,7 @@ def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float
             f"Nothing to tell yet: no arm has learned to segment (best Dice {best:.2f}), so train longer, with more --epochs "
             "or --iterations."
         )
-    clauses, unsure = [], False
+    clauses = []
     for arm, by_labels in found.items():
         parts = []
         for sign, sure in itertools.product((1, -1), (True, False)):
@@ -84,8 +84,7 @@ def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float
             if of_sign:
                 values = listed(f"{d.value:+.3f} Dice with {n}" for n, d in of_sign.items())
                 words = f"{'' if sure else 'perhaps '}{'better' if sign > 0 else 'worse'} than scratch"
-                parts.append(f"{words} ({values} labelled cases)")
-                unsure = unsure or not sure
+                parts.append(f"{words} ({values} labelled cases{'' if sure else ', and more --seeds would tell'})")
         if same := [n for n, d in by_labels.items() if not d.sign]:
             parts.append(f"not told apart from {'it' if parts else 'scratch'} with {listed(same)} labelled cases")
         clauses.append(f"{arm} is {' and '.join(parts)}")
@@ -95,7 +94,7 @@ def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float
             f"No difference: the Dice of {listed(found)} is not told apart from that of scratch with {listed(labels)} "
             "labelled cases."
         )
-    return f"{'; '.join(clauses)}{', for which it takes more --seeds to be sure' if unsure else ''}."
+    return f"{'; '.join(clauses)}."
 
 
 def _lines(results: Results, sentence: str) -> list[str]:

@@ -12,10 +12,18 @@ from typing import Any
 
 from nnunetv2_macl import nnunet
 from nnunetv2_macl.checkpoints import ENCODER_FILE
-from nnunetv2_macl.compare.folders import RawImages, plan, planner, plans_name, pretraining_images, run_command
+from nnunetv2_macl.compare.folders import (
+    RawImages,
+    check_arms,
+    plan,
+    planner,
+    plans_name,
+    pretraining_images,
+    run_command,
+)
 from nnunetv2_macl.compare.report import FEWEST_PATIENTS, write_report
 from nnunetv2_macl.compare.split import patients_of, split_cases
-from nnunetv2_macl.compare.steps import Step, run_steps
+from nnunetv2_macl.compare.steps import DONE_FILE, Step, run_steps
 from nnunetv2_macl.compare.study import Cell, Options, Study, parse_arm
 from nnunetv2_macl.cores import usable_cores
 from nnunetv2_macl.errors import UserError
@@ -84,6 +92,9 @@ def compare(
     logger.info("%s", describe(study, images))
     if dry_run:
         return folder
+    if (study.planning_folder / DONE_FILE).is_file():
+        # before it takes further arms in
+        check_arms(study, images)
     study = Study.open(folder, options, split, patients)
     logger.info("Study in %s", folder)
     run_steps(_steps(study, images, planner_name, device, processes, jobs), jobs)

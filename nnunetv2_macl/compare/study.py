@@ -17,7 +17,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import sha256, write_first, write_json
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
 from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
-from nnunetv2_macl.recipe import load_recipe
+from nnunetv2_macl.recipe import load_recipe, values_in
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
@@ -316,7 +316,7 @@ def _contents(options: Options) -> dict[str, str]:
     contents = {} if options.plan is None else {options.plan: sha256(Path(options.plan))}
     for arm in map(parse_arm, options.arms):
         if arm.recipe is not None and Path(arm.recipe).is_absolute():
-            values = load_recipe(arm.recipe, resource_folder("plans")).as_dict() | {"description": ""}
+            values = values_in(arm.recipe, resource_folder("plans")) | {"description": ""}
             contents[arm.recipe] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         if arm.weights is not None:
             files = formats.load_weights(Path(arm.weights)).files

@@ -214,7 +214,7 @@ def refuse_parts(network: MACLNetwork, at_once: int, patches: int) -> None:
     if at_once < patches and network.features_vary:
         raise UserError(
             f"patches_at_once is {at_once} of a batch of {patches}, and this network has batch norm or dropout, so that a batch "
-            "cannot be computed in parts. Leave patches_at_once out."
+            f"cannot be computed in parts. Take it whole: -patches_at_once {patches}"
         )
 
 

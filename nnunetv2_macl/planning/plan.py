@@ -18,7 +18,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import Configuration, checksum, read_json
 from nnunetv2_macl.planning.memory import is_above_zero
-from nnunetv2_macl.recipe import Recipe, recipe_from_values
+from nnunetv2_macl.recipe import AUTO, Recipe, recipe_from_values
 
 FORMAT_VERSION = 1
 _OF_CONTRAST = ("dominant_patch_size", "grid", "threshold", "expected_positives", "out_of_plane_rotation")
@@ -67,10 +67,11 @@ class MACLPlan:
 
     def with_recipe(self, values: dict[str, Any]) -> MACLPlan:
         """The same plan with other recipe values, none of which anything else is derived from but batch and parts."""
-        batch_size = values.get("batch_size", self.batch_size)
+        given = {key: value for key, value in values.items() if value != AUTO}
+        batch_size = given.get("batch_size", self.batch_size)
         # a batch that was computed whole stays whole
         as_it_was = self.patches_at_once if self.patches_at_once < self.batch_size else batch_size
-        at_once = min(values.get("patches_at_once", as_it_was), batch_size)
+        at_once = min(given.get("patches_at_once", as_it_was), batch_size)
         return replace(self, recipe=self.recipe | values, batch_size=batch_size, patches_at_once=at_once)
 
     def as_json(self, *, edited: bool = False) -> dict[str, Any]:

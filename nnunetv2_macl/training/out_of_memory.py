@@ -48,8 +48,9 @@ def out_of_memory_advice(
     tries = []
     if in_parts and at_once > 1:
         go_on = "--c " if finished_epochs else ""
+        longer = ", a third more time" if plan.get_recipe().is_contrastive else ""
         tries.append(
-            f"{go_on}-patches_at_once {max(1, int(at_once * 0.7))} (the same batch in parts: same gradient, a third more time)"
+            f"{go_on}-patches_at_once {max(1, int(at_once * 0.7))} (the same batch in parts: same gradient{longer})"
         )
     smaller = smaller_batch(plan.batch_size, world_size)
     if smaller < plan.batch_size:

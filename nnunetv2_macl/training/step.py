@@ -155,8 +155,8 @@ class TrainingStep:
     def hide(self, patches: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """What restoration is shown, what it is to restore, and which voxels are hidden, as 0.
 
-        That is the mean of an image as nnU-Net normalises most. Channels that it leaves as they are are standardised first:
-        their scale is anything.
+        That is the mean of an image as nnU-Net normalises most. Of channels that it leaves as they are, whose scale is anything,
+        the mean is shown instead, and what is to be restored is standardised.
 
         Args:
             patches: (n, C, *patch), this rank's share.
@@ -167,8 +167,8 @@ class TrainingStep:
         blocks, share = self.module.hidden_blocks, self.recipe.restoration_share
         mask = draw_mask(self.plan.batch_size, self.plan.patch_size, blocks, share, generator)
         mask = mask[self.first : self.last].to(patches.device)
-        whole = standardise(patches, self.unnormalised)
-        return whole.masked_fill(mask, 0), whole, mask
+        whole, zero = standardise(patches, self.unnormalised)
+        return torch.where(mask, zero, patches), whole, mask
 
     def _restore(self, patches: Tensor, step: int) -> Tensor:
         """The loss of the whole batch, its gradient added to this rank's, a few patches at a time."""

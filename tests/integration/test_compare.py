@@ -109,6 +109,18 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
         compare(replace(OPTIONS, epochs=3), folder=folder, device="cpu")
     assert hashes(folder) == done
 
+    # an arm that cannot be is refused, and the study is as it was
+    (encoder,) = folder.rglob("macl_encoder.pth")
+    content = checkpoints.load(encoder)
+    content["network_weights"] = {key: value[:3] for key, value in content["network_weights"].items()}
+    checkpoints.save(content, tmp_path / "small.pth")
+    with pytest.raises(UserError, match=r"are for another network.*\n\nThe study cannot have the arm weights:"):
+        compare(
+            replace(OPTIONS, arms=[*OPTIONS.arms, f"weights:{tmp_path / 'small.pth'}"]), folder=folder, device="cpu"
+        )
+    log = "planning/log.txt"
+    assert {**hashes(folder), log: ""} == {**done, log: ""}
+
     # arms may be added; what is done is not done again
     compare(replace(OPTIONS, arms=[*OPTIONS.arms, "encoder"]), folder=folder, device="cpu")
     assert "[5/5]" in caplog.text and "| encoder |" in (folder / "compare.md").read_text()
