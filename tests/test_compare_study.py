@@ -10,6 +10,8 @@ from dataclasses import replace
 
 import pytest
 
+from nnunetv2_macl.checkpoints import ENCODER_FILE
+from nnunetv2_macl.compare.run import _pretrain
 from nnunetv2_macl.compare.split import split_cases
 from nnunetv2_macl.compare.steps import DONE_FILE, Step, run_steps
 from nnunetv2_macl.compare.study import Options, Study, parse_arm
@@ -223,6 +225,18 @@ def test_a_step_of_a_process_that_is_gone_is_taken_over(tmp_path, sleeper):
     sleeper.wait()
     run_steps([work.step("cell")], jobs=1, poll_seconds=0.01)
     assert work.done == ["cell"]
+
+
+def test_a_pretraining_that_was_killed_at_its_end_leaves_no_lock(tmp_path, sleeper):
+    study = Study(tmp_path, OPTIONS, SPLIT, PATIENTS)
+    run = study.pretraining_run("pcl")
+    lock = claim(run, socket.gethostname(), sleeper.pid)
+    (run / ENCODER_FILE).touch()
+    with pytest.raises(UserError, match=f"process {sleeper.pid}"):  # still at its report
+        _pretrain(study, "pcl", "cpu", 1)
+    sleeper.kill()
+    sleeper.wait()
+    assert _pretrain(study, "pcl", "cpu", 1) == {} and not lock.exists()
 
 
 def test_a_step_of_another_machine_is_waited_for_and_named(tmp_path, caplog):

@@ -29,6 +29,7 @@ from nnunetv2_macl.cores import usable_cores
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.run import check_device
 from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
+from nnunetv2_macl.training.run_folder import RunLock
 from nnunetv2_macl.words import counted
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,11 @@ def _pretrain(study: Study, recipe: str, device: str, processes: int) -> dict[st
     options, folder, run = study.options, study.pretraining_folder(recipe), study.pretraining_run(recipe)
     goes_on = (run / "checkpoint_latest.pth").is_file()
     if (run / ENCODER_FILE).is_file() and not goes_on:
-        return {}  # ended, and stopped before that was written down
+        # ended, and stopped before that was written down: its lock goes with it, unless it is still at its report
+        lock = RunLock(run)
+        lock.acquire()
+        lock.release()
+        return {}
     command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.c, "-p", options.p]
     # each fold has the validation cases of all
     command += ["--exclude_fold", "0", "-device", device, "-np", str(processes)]
