@@ -103,6 +103,15 @@ def any_rank(true_here: bool) -> bool:
     return bool(flag)
 
 
+def from_first(value: Any) -> Any:
+    """What rank 0 has, on every rank."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0, group=_patient_group())
+    return values[0]
+
+
 @lru_cache(maxsize=1)
 def _patient_group() -> dist.ProcessGroup:
     """All ranks, on the CPU, for what may take longer than an exchange of gradients ever should."""

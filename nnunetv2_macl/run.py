@@ -14,7 +14,7 @@ import torch
 from nnunetv2_macl import distributed, nnunet
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, read_plan, write_plan
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, handed_on, read_plan, write_plan
 from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, find_sources, training_cases
@@ -87,6 +87,7 @@ def pretrain(
         check_device(device, num_gpus)
     _check_parts(num_parts, part_id, preprocess_only)
     join_ranks(device)
+    plan: MACLPlan | None = None
     try:
         with distributed.first_rank_first() as first:
             target = Configuration.load(dataset, plans, configuration)
@@ -111,17 +112,18 @@ def pretrain(
                     )
         if train_too:
             add_trainers_folder()
-            train(
-                dataset_name_or_id=target.dataset_name,
-                configuration=target.name,
-                fold=fold,
-                trainer_class_name=PRETRAINER,
-                plans_identifier=plans,
-                num_gpus=num_gpus,
-                continue_training=continue_training,
-                disable_checkpointing=disable_checkpointing,
-                device=device,
-            )
+            with handed_on(distributed.from_first(plan)):
+                train(
+                    dataset_name_or_id=target.dataset_name,
+                    configuration=target.name,
+                    fold=fold,
+                    trainer_class_name=PRETRAINER,
+                    plans_identifier=plans,
+                    num_gpus=num_gpus,
+                    continue_training=continue_training,
+                    disable_checkpointing=disable_checkpointing,
+                    device=device,
+                )
     finally:
         leave_ranks()
     return folder

@@ -6,7 +6,9 @@ It lies beside nnU-Net's own plan as ``P_macl_C.json``.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from nnunetv2_macl.planning.memory import is_above_zero
 from nnunetv2_macl.recipe import AUTO, Recipe, recipe_from_values
 
 FORMAT_VERSION = 1
+# holds the plan of the command that is at work, for the processes that train by it
+_HANDED_ON = "nnUNet_macl_plan"
 _OF_CONTRAST = ("dominant_patch_size", "grid", "threshold", "expected_positives", "out_of_plane_rotation")
 
 
@@ -106,7 +110,10 @@ def read_plan(file: Path) -> MACLPlan:
     Raises:
         UserError: no such file, or not a MACL plan; names the key.
     """
-    content = read_json(file, _MEND_PLAN)
+    return _plan_in(read_json(file, _MEND_PLAN), file)
+
+
+def _plan_in(content: Any, file: Path) -> MACLPlan:
     names = [f.name for f in fields(MACLPlan)]
     if not isinstance(content, dict):
         raise UserError(f"{file} is no MACL plan. {_MEND_PLAN}")
@@ -120,6 +127,25 @@ def read_plan(file: Path) -> MACLPlan:
     plan = MACLPlan(**{name: content[name] for name in names})
     recipe_from_values(plan.recipe, f"{file}, 'recipe'")
     return plan
+
+
+@contextmanager
+def handed_on(plan: MACLPlan) -> Iterator[None]:
+    """Meanwhile `plan_to_train` returns this plan, here and in processes started now.
+
+    Preprocessing may take hours, and another command may write its own plan of the same configuration to the file by then.
+    """
+    os.environ[_HANDED_ON] = json.dumps(plan.as_json())
+    try:
+        yield
+    finally:
+        del os.environ[_HANDED_ON]
+
+
+def plan_to_train(file: Path) -> MACLPlan:
+    """The plan that was `handed_on`, else what `read_plan` returns."""
+    handed = os.environ.get(_HANDED_ON)
+    return read_plan(file) if handed is None else _plan_in(json.loads(handed), file)
 
 
 def check_plan(plan: MACLPlan, configuration: Configuration, file: Path) -> None:

@@ -28,7 +28,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import cannot_write, is_refused_write, remove_temporary
 from nnunetv2_macl.monitoring import LOSS_NAMES
 from nnunetv2_macl.nnunet import Configuration, checksum
-from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, write_plan
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, plan_to_train, write_plan
 from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.preprocessing.cases import Preprocessed, preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import training_cases
@@ -160,14 +160,14 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self.logger.update_config({"macl_plan": self.macl_plan.as_json()})
 
     def _load_plan(self) -> MACLPlan:
-        """The plan of the run that goes on, or the plan beside nnU-Net's, derived first where there is none."""
+        """The command's plan. Without a command: of the run that goes on, or beside nnU-Net's, derived where there is none."""
         file = Path(self.output_folder) / PLAN_COPY
         if not (self._continue_training and file.is_file()):
             file = plan_file(self.macl_configuration)
             with distributed.first_rank_first() as first:
                 if first and not file.is_file():
                     prepare(self.macl_configuration)
-        plan = read_plan(file)
+        plan = plan_to_train(file)
         check_plan(plan, self.macl_configuration, file)
         return plan
 

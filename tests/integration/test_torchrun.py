@@ -49,6 +49,31 @@ def test_two_processes_make_the_weights_of_one(workspace, tmp_path):
     assert len(list(folder.glob("training_log_*"))) == 1 and len(list(folder.glob("previous_*"))) == 1
 
 
+MEANWHILE = """
+from nnunetv2_macl import run
+from nnunetv2_macl.planning.prepare import prepare
+short = dict(num_epochs=1, num_iterations_per_epoch=1, batch_size=4)
+preprocess = run.preprocess_unlabelled
+def while_another_command_plans(target, *arguments, **named):
+    prepare(target, recipe="simclr", values=short)
+    return preprocess(target, *arguments, **named)
+run.preprocess_unlabelled = while_another_command_plans
+run.pretrain(901, "2d", device="cpu", **short)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_plan_that_another_command_writes_meanwhile_changes_nothing(workspace, tmp_path, processes):
+    script = tmp_path / "script.py"
+    script.write_text(MEANWHILE)
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+    workspace.run(sys.executable, *start, script)
+    file = next((workspace.preprocessed / DATASET).glob("*_macl_2d.json"))
+    assert json.loads(file.read_text())["recipe"]["weight_global"] == 1
+    trained = json.loads((workspace.run_folder(PRETRAIN) / "macl_plan.json").read_text())["recipe"]
+    assert (trained["weight_global"], trained["weight_restoration"]) == (0, 1)
+
+
 def test_a_mistake_is_told_once_and_ends_all(workspace):
     out = workspace.run(*torchrun("-recipe", "nope"), code=1)
     assert out.count("Error: No recipe 'nope'") == 1
