@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import DATASET
 from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
 from torch import nn
 
@@ -39,6 +40,16 @@ def test_the_plan_differs_in_its_network_alone(workspace):
     file.write_text("{}")
     with pytest.raises(UserError, match="is there already"):
         plan_network("901", "paper")
+
+
+def test_a_configuration_that_inherits_from_another(workspace):
+    plans = workspace.preprocessed / DATASET / "nnUNetPlans.json"
+    content = json.loads(plans.read_text())
+    content["configurations"]["2d_bs5"] = {"inherits_from": "2d", "batch_size": 5}
+    plans.write_text(json.dumps(content))
+    plan_network("901", "paper", configuration="2d_bs5")
+    alone = Configuration.load("901", "nnUNetPlans_paper", "2d_bs5")
+    assert alone.strides == [[1, 1]] + [[2, 2]] * 4 and alone.cases_folder.name == "nnUNetPlans_2d"
 
 
 @pytest.mark.parametrize(

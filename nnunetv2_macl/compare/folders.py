@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_macl.compare.split import patients_of
@@ -154,8 +155,8 @@ def check_arms(study: Study, images: RawImages) -> None:
     options = study.options
     mend = "and another folder: -o FOLDER"
     if options.finetuning == "paper":
-        configuration = read_json(study.plan_file, "")["configurations"][options.c]
-        if len(configuration["patch_size"]) != 2:
+        configuration = PlansManager(read_json(study.plan_file, "")).get_configuration(options.c)
+        if len(configuration.patch_size) != 2:
             raise UserError(f"The paper fine-tunes in 2D, and {options.c} is 3D. Give --finetuning sgd, {mend}")
         if any(isinstance(label, list) and len(label) > 1 for label in images.dataset_json["labels"].values()):
             raise UserError(

@@ -42,7 +42,8 @@ def plan_network(dataset: str | int, network: str, plans: str = "nnUNetPlans", c
     # whole multiples of what the network pools
     patch = [int(max(1, round(n / s)) * s) for n, s in zip(start.patch_size, strides, strict=True)]
     content = start.plans_manager.plans
-    own = dict(start.manager.configuration)
+    # with what it inherits, from a configuration that the new plan has not
+    own = {key: value for key, value in start.manager.configuration.items() if key != "inherits_from"}
     written = content | {
         "plans_name": name,
         "configurations": {
