@@ -80,12 +80,16 @@ CITATIONS = [
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """Weights for a U-Net, by the U-Net's own names, and where they come from."""
+    """Weights for a U-Net, by the U-Net's own names, and where they come from.
+
+    ``elsewhere`` names those that were trained too, and that another file of the run holds.
+    """
 
     files: list[Path]
     weights: dict[str, Tensor]
     architecture: dict[str, Any]
     description: dict[str, Any]
+    elsewhere: frozenset[str] = frozenset()
 
 
 def export_weights(
@@ -103,13 +107,14 @@ def export_weights(
         encoder, decoder: trained weights by the U-Net's own names.
         unet_weights: the whole U-Net's state dict, untrained layers freshly initialised. The trained ones are put in. The
             first convolution of a cascade's second stage has more inputs than were trained; these stay fresh.
-        description: architecture, data, recipe, losses: plain JSON types.
+        description: architecture, data, recipe, losses: plain JSON types. ``network_input_channels`` are those of the whole
+            U-Net, where it has more than images.
 
     Raises:
         UserError: a file could not be written.
     """
     trained = encoder | decoder
-    whole = {key: _fitted(_own_or_twin(key, trained, fresh), fresh) for key, fresh in unet_weights.items()}
+    whole = {key: with_fresh_inputs(_own_or_twin(key, trained, fresh), fresh) for key, fresh in unet_weights.items()}
     fresh_inputs = [key for key, value in trained.items() if value.shape != unet_weights[key].shape]
     for name, kind, weights in (
         (ENCODER_FILE, "macl_encoder", encoder),
@@ -137,7 +142,7 @@ def _own_or_twin(key: str, weights: dict[str, Tensor], otherwise: Any) -> Any:
     return weights.get(key, weights.get(key.removeprefix("decoder."), otherwise))
 
 
-def _fitted(trained: Tensor, fresh: Tensor) -> Tensor:
+def with_fresh_inputs(trained: Tensor, fresh: Tensor) -> Tensor:
     """The stem of a cascade's second stage has more inputs than images have channels: these stay fresh."""
     if trained.shape == fresh.shape:
         return trained
@@ -179,6 +184,12 @@ def load_weights(path: Path) -> PretrainedWeights:
     """
     if path.is_dir():
         files = [path / ENCODER_FILE, path / DECODER_FILE]
+        if not files[0].is_file():
+            inner = [
+                str(file.parent) for depth in ("*", "*/*") for file in sorted(path.glob(f"{depth}/{ENCODER_FILE}"))
+            ][:5]
+            where = f"Give one of: {', '.join(inner)}" if inner else "Give a pre-training run's folder: .../fold_all"
+            raise UserError(f"There is no {ENCODER_FILE} in the folder {path}. {where}")
     elif path.is_file():
         files = [path]
     else:
@@ -205,7 +216,7 @@ def load_weights(path: Path) -> PretrainedWeights:
                 f"{file} is damaged: {type(error).__name__}: {error}. Take another copy, or pre-train again."
             ) from None
     description = {k: v for k, v in content.items() if k not in ("network_weights", "trained_keys", "fresh_inputs")}
-    return PretrainedWeights(files, weights, architecture, description)
+    return PretrainedWeights(files, weights, architecture, description, frozenset(trained - weights.keys()))
 
 
 def weights_for(state: dict[str, Tensor], pretrained: PretrainedWeights) -> dict[str, Tensor]:

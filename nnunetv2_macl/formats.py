@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,8 @@ def export(source: Path, file: Path, name: str | None = None, license_id: str = 
     content = as_nnunet(pretrained) if name == "nnunet" else as_nnssl(pretrained)
     checkpoints.save(content, file, checksum=True)
     logger.info("%s holds %d tensors, in the format %s.", file, len(content["network_weights"]), name)
+    if name == "nnunet" and any(key.startswith("decoder.") for key in pretrained.elsewhere):
+        logger.warning("%s has no decoder, so its decoder is fresh. Give the run's folder, which holds both.", source)
     if name == "nnssl":
         schemes = set(pretrained.description["preprocessing"]["normalization_schemes"]) - {"ZScoreNormalization"}
         if schemes:
@@ -142,10 +145,11 @@ def export(source: Path, file: Path, name: str | None = None, license_id: str = 
                 ", ".join(sorted(schemes)),
             )
         logger.info(
-            "Next, with nnU-Net's master branch: nnUNetv2_preprocess_like_nnssl -d DATASET -n NAME -pc %s", file
+            "Next, with nnU-Net's master branch: nnUNetv2_preprocess_like_nnssl -d DATASET -n NAME -pc %s",
+            shlex.quote(str(file)),
         )
     else:
-        logger.info("Next: nnUNetv2_train DATASET CONFIGURATION FOLD -pretrained_weights %s", file)
+        logger.info("Next: nnUNetv2_train DATASET CONFIGURATION FOLD -pretrained_weights %s", shlex.quote(str(file)))
 
 
 def as_nnunet(pretrained: PretrainedWeights) -> dict[str, Any]:
@@ -155,13 +159,19 @@ def as_nnunet(pretrained: PretrainedWeights) -> dict[str, Any]:
         UserError: the weights do not fit the architecture that they come with.
     """
     state = _own_network(pretrained).state_dict()
+    inputs = pretrained.description.get("network_input_channels", pretrained.architecture["input_channels"])
+    if inputs != pretrained.architecture["input_channels"]:
+        state = _build(pretrained.architecture, inputs).state_dict()
     taken = checkpoints.weights_for(state, pretrained)
+    fresh_inputs = [key for key, value in pretrained.weights.items() if value.shape != state[key].shape]
     known = {key: value for key, value in pretrained.description.items() if key not in ("kind", "format_version")}
     return {
         **known,
         "format_version": checkpoints.FORMAT_VERSION,
         "kind": "macl_network",
-        "network_weights": state | taken,
+        "network_weights": state
+        | {key: checkpoints.with_fresh_inputs(value, state[key]) for key, value in taken.items()},
+        "fresh_inputs": fresh_inputs,
         "trained_keys": sorted(pretrained.weights),
         "architecture": pretrained.architecture,
         # what nnU-Net's own checkpoints say
@@ -272,10 +282,7 @@ def _own_network(pretrained: PretrainedWeights) -> nn.Module:
             f"{files} names the network {name} with {', '.join(f'{key} {kwargs[key]}' for key in named)}; only nnU-Net's "
             "PlainConvUNet and ResidualEncoderUNet with torch's own layers can be exported."
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        # the segmentation layers are left out by whoever loads this, so any number of classes will do
-        network = get_network_from_plans(name, kwargs, named, architecture["input_channels"], 2, deep_supervision=True)
+    network = _build(architecture, architecture["input_channels"])
     state = network.state_dict()
     for key, value in pretrained.weights.items():
         if key not in state or state[key].shape != value.shape:
@@ -285,3 +292,11 @@ def _own_network(pretrained: PretrainedWeights) -> nn.Module:
                 f"file and {here} in the network. The file is damaged; take another one."
             )
     return network
+
+
+def _build(architecture: dict[str, Any], input_channels: int) -> nn.Module:
+    name, kwargs = architecture["network_class_name"], architecture["arch_kwargs"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # the segmentation layers are left out by whoever loads this, so any number of classes will do
+        return get_network_from_plans(name, kwargs, _named_classes(kwargs), input_channels, 2, deep_supervision=True)

@@ -52,16 +52,18 @@ def dataset_name(name_or_id: str | int) -> str:
     known = sorted(
         {
             folder.name
-            for variable in ("nnUNet_raw", "nnUNet_preprocessed")
+            # nnU-Net looks for ids in all three
+            for variable in FOLDER_VARIABLES
             for folder in Path(os.environ[variable]).glob("Dataset*")
         }
     )
+    here = [k for k in known if raw_folder(k).is_dir() or preprocessed_folder(k).is_dir()]
     same_id = [k for k in known if str(name_or_id).isdigit() and k.startswith(f"Dataset{int(name_or_id):03d}")]
     if len(same_id) > 1:
         raise UserError(f"Several data sets have the id {name_or_id}: {', '.join(same_id)}. Give the full name of one.")
     raise UserError(
         f"There is no data set '{name_or_id}' in {os.environ['nnUNet_raw']} or {os.environ['nnUNet_preprocessed']}. "
-        f"Give an id or a full name; these are there: {', '.join(known) or 'none'}."
+        f"Give an id or a full name; these are there: {', '.join(here) or 'none'}."
     )
 
 

@@ -6,7 +6,7 @@ Works on the state dicts of dynamic-network-architectures U-Nets; a tensor is na
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,13 +76,14 @@ def plan_transfer(
     architecture: dict[str, Any],
     *,
     image_channels: int | None = None,
+    channel_names: tuple[Sequence[str], Sequence[str]] = ((), ()),
     command: str = "nnUNetv2_train_macl_pretrain DATASET -c CONFIGURATION",
 ) -> Transfer:
     """Fit pre-trained weights to a U-Net.
 
     A stage takes the weights of the stage at the same depth, or of the one above or below where more fit so. A convolution
     goes with its bias and norm, whole or not at all, and only where every shape is equal; the first convolution alone is
-    fitted to another number of input channels, see `fit_input_channels`.
+    fitted to another number of input channels, see `fit_input_channels`, or to the same ones in another order.
 
     Args:
         pretrained: the weights, and the architecture that they were trained in.
@@ -90,13 +91,15 @@ def plan_transfer(
         architecture: of the target, as `Configuration.architecture` gives it.
         image_channels: how many of the target's first input channels are images. None: all. The others, a cascade's
             segmentation of its first stage, keep the target's own weights.
+        channel_names: of the images there, and of those here; none where they are not known.
         command: pre-trains for the target; told to the user where the weights do not fit.
 
     Raises:
         UserError: less than a quarter of the encoder's parameters fits; names the first difference.
     """
     difference = first_difference(pretrained.architecture, architecture)
-    plans = [_Plan(pretrained, state, architecture, image_channels, offset) for offset in (0, -1, 1)]
+    channels = image_channels, channel_names
+    plans = [_Plan(pretrained, state, architecture, *channels, offset) for offset in (0, -1, 1)]
     # the first of equals: the same depth
     best = max(plans, key=lambda plan: _parameters(state, plan.sources))
     encoder = [key for key in state if key.startswith("encoder.")]
@@ -187,16 +190,18 @@ class _Plan:
         state: dict[str, Tensor],
         architecture: dict[str, Any],
         image_channels: int | None,
+        channel_names: tuple[Sequence[str], Sequence[str]],
         offset: int,
     ) -> None:
         self.source, self.state, self.offset = pretrained.weights, state, offset
+        self.elsewhere, self.channel_names = pretrained.elsewhere, channel_names
         self.strides = [_strides(a) for a in (pretrained.architecture, architecture)]
         self.depths = (_depth(self.source) or len(self.strides[0]), _depth(state))
         self.own = [key for key in state if not key.startswith(f"{TWIN}encoder.")]
-        self.stem = next(
-            (_unit(key) for key in self.own if key.startswith("encoder.") and key.endswith(".conv.weight")), None
-        )
+        stem = next((key for key in self.own if key.startswith("encoder.") and key.endswith(".conv.weight")), "")
+        self.stem = _unit(stem) if stem else None
         self.image_channels = image_channels
+        self.order = self._channel_order(stem)
         units: dict[str, list[str]] = {}
         for key in self.own:
             units.setdefault(_unit(key), []).append(key)
@@ -238,7 +243,9 @@ class _Plan:
 
     def _is_adapted(self, key: str) -> bool:
         source, ours = self.source[key], self.state[key]
-        return ours.ndim > 2 and not source.shape[1] == ours.shape[1] == self._images(ours)
+        if ours.ndim <= 2:
+            return False
+        return not source.shape[1] == ours.shape[1] == self._images(ours) or self.order is not None
 
     def weights(self) -> dict[str, Tensor]:
         """Under the names of the target's state dict, its twins of the encoder included."""
@@ -251,8 +258,18 @@ class _Plan:
         source, ours = self.source[key], self.state[key]
         images = self._images(ours)
         fitted = ours.detach().clone()
+        if self.order is not None:
+            source = source[:, self.order]
         fitted[:, :images] = (source if images == source.shape[1] else fit_input_channels(source, images)).to(ours)
         return fitted
+
+    def _channel_order(self, stem: str) -> list[int] | None:
+        """Where each of our image channels stands there, if they are the same ones in another order."""
+        there, here = map(list, self.channel_names)
+        if stem not in self.source or there == here or sorted(there) != sorted(here) or len(set(here)) < len(here):
+            return None
+        fits = len(here) == self.source[stem].shape[1] == self._images(self.state[stem])
+        return [there.index(name) for name in here] if fits else None
 
     def _images(self, stem: Tensor) -> int:
         return stem.shape[1] if self.image_channels is None else min(self.image_channels, stem.shape[1])
@@ -268,12 +285,21 @@ class _Plan:
     def _row(self, part: str, keys: list[str]) -> Row:
         taken = [key for key in keys if key in self.sources]
         how = ADAPTED if self.adapted & set(taken) else AS_IT_IS if taken else NOT_TAKEN
-        notes = [self._channels_note(key) for key in sorted(self.adapted & set(taken))[:1]]
+        notes = self._names_notes(taken)
+        notes += [note for key in sorted(self.adapted & set(taken))[:1] if (note := self._channels_note(key))]
         if taken:
             notes += self._stage_notes(part)
         if len(taken) < len(keys):
             notes.append(self._why_not(part, [key for key in keys if key not in self.sources]))
         return Row(part, len(taken), len(keys), how, "; ".join(notes))
+
+    def _names_notes(self, taken: list[str]) -> list[str]:
+        """Of the first convolution, where the channels have other names there, or another order."""
+        there, here = map(list, self.channel_names)
+        if there == here or not there or not any(_unit(key) == self.stem for key in taken):
+            return []
+        names = f"channels {', '.join(there)} there, {', '.join(here)} here"
+        return [f"{names}: {'put in this order' if self.order else 'taken as they stand, by their numbers'}"]
 
     def _channels_note(self, key: str) -> str:
         theirs, ours = self.source[key].shape[1], self.state[key].shape[1]
@@ -310,7 +336,8 @@ class _Plan:
                 return "no such stage there"
             part = f"{name}.{theirs}"
         if not any(key.startswith(f"{part}.") for key in self.source):
-            return "not pre-trained"
+            is_elsewhere = any(key.startswith(f"{part}.") for key in self.elsewhere)
+            return "pre-trained, but not in this file: give the run's folder" if is_elsewhere else "not pre-trained"
         absent = [key for key in left if self.source_of(key) not in self.source]
         unequal = [key for key in left if not self._fits(key) and key not in absent]
         if not unequal:

@@ -233,6 +233,12 @@ def test_mistakes_about_the_data_set_are_results(workspace, monkeypatch):
     monkeypatch.setenv("nnUNet_macl_weights", "/nowhere")
     target = dataset.Configuration.load("901", "nnUNetPlans", "2d")
     assert dataset.weights(target, "cpu").mend.endswith("nnUNet_macl_weights")
+    # there, and of no use
+    for name, words in (("", "no macl_encoder.pth"), ("cut.pth", "cannot be loaded")):
+        (workspace.folder / "cut.pth").write_bytes(b"PK")
+        monkeypatch.setenv("nnUNet_macl_weights", str(workspace.folder / name))
+        result = dataset.weights(target, "cpu")
+        assert result.status == doctor.WRONG and words in result.words and result.mend.endswith("nnUNet_macl_weights")
     next((workspace.preprocessed / DATASET).glob("nnUNetPlans_2d")).rename(workspace.preprocessed / "away")
     assert only("901", "2d", "nnUNetPlans").mend.startswith("nnUNetv2_preprocess -d 901")
 

@@ -227,6 +227,32 @@ def test_nnunet_takes_the_whole_network(run, tmp_path, monkeypatch, capsys, kind
     assert again.architecture == formats.load_weights(folder / source).architecture
 
 
+def test_nnunet_takes_the_network_of_a_cascades_second_stage(run, tmp_path, monkeypatch, capsys):
+    """It has two inputs more than images have channels."""
+    folder, network = run(network_input_channels=4)
+    file = tmp_path / "my weights" / "whole.pth"
+    file.parent.mkdir()
+    out = export(monkeypatch, capsys, folder, "-o", file, "--format", "nnunet")
+    assert f"-pretrained_weights '{file}'" in out
+    second_stage = unet(architecture(axes=3, features=[4, 8, 12], channels=4))
+    before = second_stage.state_dict()["encoder.stages.0.0.convs.0.conv.weight"].clone()
+    load_pretrained_weights(second_stage, file)
+    stem = second_stage.state_dict()["encoder.stages.0.0.convs.0.conv.weight"]
+    assert torch.equal(stem[:, :2], network.state_dict()["encoder.stages.0.0.convs.0.conv.weight"])
+    assert stem.shape == before.shape
+    again = formats.load_weights(file)
+    assert again.weights["encoder.stages.0.0.convs.0.conv.weight"].shape[1] == 2
+
+
+def test_a_decoder_that_is_in_another_file_is_missed(run, tmp_path, caplog):
+    folder, _ = run()
+    formats.export(folder / checkpoints.ENCODER_FILE, tmp_path / "a.pth", "nnunet")
+    assert "has no decoder" in caplog.messages[-2] or "has no decoder" in caplog.messages[-1]
+    caplog.clear()
+    formats.export(folder, tmp_path / "b.pth", "nnunet")
+    assert "has no decoder" not in caplog.text
+
+
 def test_fresh_layers_are_the_same_each_time_and_leave_the_random_state_alone(run):
     weights = formats.load_weights(run()[0])
     before = torch.random.get_rng_state()

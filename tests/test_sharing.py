@@ -18,9 +18,13 @@ from test_transfer import architecture, unet
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.cli.weights import export_entry, inspect_entry, install_entry
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration, dataset_name
+from nnunetv2_macl.planning.plan import plan_file
+from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.sharing import install as installing
 from nnunetv2_macl.sharing.inspect import inspect
 from nnunetv2_macl.sharing.install import install
+from nnunetv2_macl.sharing.model_card import model_card
 from nnunetv2_macl.sharing.package import MEMBERS, SUMS, without_paths, write_package
 
 NAME = "Mueller_Anna_1951"
@@ -210,6 +214,56 @@ def test_installed_where_fine_tuning_looks_with_the_same_weights(package, run, t
         install_entry()
 
 
+def test_an_id_that_another_data_set_has_is_refused_with_what_to_do_instead(package, tmp_path, monkeypatch):
+    for name in FOLDER_VARIABLES:
+        monkeypatch.setenv(name, str(tmp_path / name))
+    (tmp_path / "nnUNet_preprocessed" / "Dataset901_Ours").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"id 901 is .*Dataset901_Ours") as error:
+        install(package, tmp_path / "nnUNet_results")
+    assert not (tmp_path / "nnUNet_results").exists()
+    # the mend, typed: the folder that unzip makes holds weights
+    assert f"unzip {package} -d Dataset901_Generated_weights\n" in str(error.value)
+    with zipfile.ZipFile(package) as archive:
+        archive.extractall(tmp_path / "weights")
+    assert checkpoints.load_weights(tmp_path / "weights").weights
+    # and where one is there already, all of ours say which
+    (tmp_path / "nnUNet_results" / "Dataset901_Theirs").mkdir(parents=True)
+    with pytest.raises(UserError, match="Several data sets have the id 901: Dataset901_Ours, Dataset901_Theirs"):
+        dataset_name("901")
+
+
+def test_the_commands_name_plans_that_are_not_nnunets_default(package, tmp_path, caplog, capsys):
+    other = replace(members(package), "manifest.json", b"nnUNetPlans", b"nnUNetResEncUNetLPlans")
+    folder = install(write(tmp_path / "a.zip", other), tmp_path / "my results")
+    assert folder.parent.name.endswith("__nnUNetResEncUNetLPlans__3d_fullres")
+    lines = caplog.messages[-1].splitlines()
+    options = "3d_fullres 0 -tr nnUNetTrainerMACL -p nnUNetResEncUNetLPlans"
+    assert lines[2].strip() == f"nnUNetv2_train 901 {options}"
+    assert lines[4].strip() == f"nnUNet_macl_weights='{folder}' nnUNetv2_train DATASET {options}"
+    assert f"nnUNetv2_train YOUR_DATASET {options}" in model_card(
+        {"plans_name": "nnUNetResEncUNetLPlans"} | DESCRIBED, "x"
+    )
+
+
+DESCRIBED = {"configuration": "3d_fullres", "recipe": {"weight_global": 0.0, "weight_dense": 0.0}}
+
+
+def test_the_card_of_restoration_speaks_of_no_contrast():
+    card = model_card(DESCRIBED, "x")
+    assert "contrastive" not in card and "restore what is hidden" in card
+
+
+def test_a_thousand_images_of_one_size_are_no_bomb(package, tmp_path):
+    """Their fingerprint is one line, over and over."""
+    content = members(package)
+    fingerprint = json.dumps({"shapes_after_crop": [[1, 512, 512]] * 20_000}).encode()
+    file = write(tmp_path / "many.zip", resummed(content | {"dataset_fingerprint.json": fingerprint}))
+    with zipfile.ZipFile(file) as archive:
+        member = archive.getinfo("dataset_fingerprint.json")
+        assert member.file_size > 200 * member.compress_size
+    assert install(file, tmp_path / "results").is_dir()
+
+
 def replace(content, name, old, new):
     assert old in content[name]
     return resummed(content | {name: content[name].replace(old, new)})
@@ -308,6 +362,20 @@ def test_each_kind_of_file_is_told(package, run, monkeypatch, capsys):
         out = capsys.readouterr().out
         for word in [*words, "Dataset901_Generated", "16 x 24 x 32 voxels", "L_g 1.250", "torch", "JBHI 2026"]:
             assert word in out, (file, word)
+
+
+def test_a_strangers_plan_does_not_steer_the_terminal(workspace):
+    target = Configuration.load("901", "nnUNetPlans", "2d")
+    prepare(target)
+    file = plan_file(target)
+    content = json.loads(file.read_text())
+    file.write_text(
+        json.dumps(content | {"dataset_name": "Dataset901_\x1b[31mX", "reasons": {"threshold": "\x1b]0;x"}})
+    )
+    out = inspect(file)
+    assert "edited" in out and "threshold" in out and "\x1b" not in out
+    with pytest.raises(UserError, match=r"nnUNetPlans\.json is no file of nnunetv2_macl"):
+        inspect(workspace.preprocessed / "Dataset901_Generated" / "nnUNetPlans.json")
 
 
 def test_a_checkpoint_and_a_stranger(tmp_path):

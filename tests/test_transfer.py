@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,37 @@ def test_every_input_channel_counts(own, wanted):
             torch.testing.assert_close(fitted[:, channel], weight[:, channel % own] / copies)
         else:
             torch.testing.assert_close(fitted[:, channel], weight[:, channel::wanted].sum(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_channels_in_another_order_are_matched_by_name(kind):
+    own = architecture(kind, channels=3)
+    names = ["T1", "T2", "FLAIR"], ["FLAIR", "T1", "T2"]
+    fitted, theirs, _, after = transfer(own, own, channel_names=names)
+    stem = next(key for key in after if key.startswith("encoder.") and key.endswith(".conv.weight"))
+    assert torch.equal(after[stem], theirs[stem][:, [2, 0, 1]])
+    assert torch.equal(after[stem.replace(".conv.", ".all_modules.0.")], after[stem])
+    part = next(row for row in fitted.rows if stem.startswith(f"{row.part}."))
+    assert part.how == ADAPTED and part.why == "channels T1, T2, FLAIR there, FLAIR, T1, T2 here: put in this order"
+    changed = [key for key in theirs if not torch.equal(after[key], theirs[key])]
+    assert changed and all(
+        key.split(".conv.")[0].split(".all_modules.")[0] == stem.split(".conv.")[0] for key in changed
+    )
+
+
+@pytest.mark.parametrize("names", [(["T1", "T2"], ["CT", "T2"]), (["T1", "T1"], ["T1", "T2"])])
+def test_channels_of_other_names_are_told(names):
+    own = architecture(channels=2)
+    fitted, theirs, _, after = transfer(own, own, channel_names=names)
+    assert all(torch.equal(after[key], value) for key, value in theirs.items() if ".seg_layers." not in key)
+    assert fitted.rows[0].how == AS_IT_IS and "by their numbers" in fitted.rows[0].why
+
+
+def test_what_another_file_holds_is_told():
+    source = replace(pretrained_weights(architecture(), ("encoder.",)), elsewhere=frozenset(["decoder.stages.0.x"]))
+    table = rows(plan_transfer(source, unet(architecture()).state_dict(), architecture()))
+    assert table["decoder.stages.0"].why == "pre-trained, but not in this file: give the run's folder"
+    assert table["decoder.stages.1"].why == "not pre-trained"
 
 
 def test_no_channels_are_refused():

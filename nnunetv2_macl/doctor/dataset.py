@@ -25,7 +25,7 @@ from nnunetv2_macl.planning.positives import resampled_shapes
 from nnunetv2_macl.preprocessing.cases import nifti_is_cut_short
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, Source, find_sources, training_cases
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
-from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
+from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE, load_transfer
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
 _MEASURE_TIMEOUT = 600
@@ -194,14 +194,17 @@ def weights(target: Configuration, device: str) -> Result:
     """What fine-tuning would start from, and the command for what comes next."""
     check = "weights"
     if named := os.environ.get(WEIGHTS_VARIABLE):
-        if not Path(named).expanduser().exists():
+        try:
+            _, transfer = load_transfer(Path(named), target)
+        except UserError as error:
             unset = {"fish": f"set -e {WEIGHTS_VARIABLE}", "powershell": f"Remove-Item Env:{WEIGHTS_VARIABLE}"}
             mend = unset.get(shell_in_use(), f"unset {WEIGHTS_VARIABLE}")
-            return Result(check, WRONG, f"{WEIGHTS_VARIABLE} names weights that are not there: {named}", mend)
+            return Result(check, WRONG, f"{WEIGHTS_VARIABLE} names weights that cannot be used: {error}", mend)
+        taken = ", ".join("{} of {} tensors of the {}".format(*transfer.count(p), p) for p in ("encoder", "decoder"))
         return Result(
             check,
             NOTE,
-            f"fine-tuning takes what {WEIGHTS_VARIABLE} names: {named}",
+            f"fine-tuning takes what {WEIGHTS_VARIABLE} names: {named}: {taken}",
             command_to_fine_tune(target, device=device),
         )
     results = Path(os.environ["nnUNet_results"])

@@ -18,12 +18,13 @@ from nnunetv2_macl.nnunet import Configuration, raw_folder, read_json
 from nnunetv2_macl.report.curves import BLUE, COLOURS, GREEN, ORANGE, draw_curves
 from nnunetv2_macl.report.pictures import png, stretched
 from nnunetv2_macl.report.run import FINISHED, STAMP, STOPPED, log_lines
+from nnunetv2_macl.training.commands import plans_option
 from nnunetv2_macl.training.run_folder import PLAN_COPY
 from nnunetv2_macl.words import counted
 
 TEMPLATE = "finetuned.html.jinja"
 _ORIGIN = re.compile(r"(MACL|nnssl) weights from ")
-_ABOUT_WEIGHTS = re.compile(r"(encoder|decoder):|not taken|They are|The images|To leave")
+_ABOUT_WEIGHTS = re.compile(r"  |WARNING: these weights")
 # what nnU-Net's trainer writes into its log, an epoch
 _VALUES = {
     "rate": re.compile(r"Current learning rate: (\S+)"),
@@ -60,13 +61,13 @@ def describe_training(folder: Path) -> dict[str, Any]:
     )
     lines = [STAMP.sub("", line) for line in log_lines(folder)]
     epochs = _epochs(lines)
+    is_finished = (folder / "checkpoint_final.pth").is_file() and _is_through(lines)
     summary = folder / "validation" / "summary.json"
     validation = (
         read_json(summary, f"Remove {summary} and validate again: nnUNetv2_train ... --val")
-        if summary.is_file()
+        if is_finished and summary.is_file()
         else None
     )
-    is_finished = (folder / "checkpoint_final.pth").is_file()
     classes = _class_names(configuration)
     fold = folder.name.removeprefix("fold_")
     return {
@@ -79,7 +80,10 @@ def describe_training(folder: Path) -> dict[str, Any]:
         "origin": _origin(lines),
         "curves": _curves(epochs, classes),
         "by_class": _by_class(validation, classes),
-        "by_case": _by_case(validation, classes),
+        "by_case": [
+            (_case_name(row, configuration), [_number(row["metrics"].get(key, {}).get("Dice")) for key in classes])
+            for row in _from_the_worst_on(validation)
+        ],
         "classes": list(classes.values()),
         "pictures": _pictures(folder, configuration, validation, classes),
         "commands": _commands(configuration, trainer, fold, is_finished, validation is not None),
@@ -87,13 +91,14 @@ def describe_training(folder: Path) -> dict[str, Any]:
 
 
 def _epochs(lines: list[str]) -> dict[int, dict[str, Any]]:
-    """Values of each epoch that is through; one that was trained again after a stop counts once."""
+    """Values of each epoch that is through; of a training that was begun again, or went on, the later ones."""
     epochs: dict[int, dict[str, Any]] = {}
     current: dict[str, Any] = {}
     number = None
     for line in lines:
         if match := _EPOCH.match(line):
             number, current = int(match[1]), {}
+            epochs = {before: values for before, values in epochs.items() if before < number}
         for key, pattern in _VALUES.items():
             if match := pattern.match(line):
                 current[key] = float(match[1])
@@ -101,7 +106,13 @@ def _epochs(lines: list[str]) -> dict[int, dict[str, Any]]:
             current["dice"] = [float(value) for value in _NUMBER.findall(match[1])]
         if number is not None and "seconds" in current:
             epochs[number] = current
-    return {number: epochs[number] for number in sorted(epochs)}
+    return epochs
+
+
+def _is_through(lines: list[str]) -> bool:
+    """Whether the last training that the logs tell of came to its end: a checkpoint may be of one before it."""
+    ends = [bool(line == "Training done.") for line in lines if line == "Training done." or _EPOCH.match(line)]
+    return not ends or ends[-1]
 
 
 def _summary(
@@ -131,7 +142,7 @@ def _origin(lines: list[str]) -> list[str]:
     others = [number for number, line in enumerate(told) if number and not _ABOUT_WEIGHTS.match(line)]
     end = others[0] if others else len(told)
     names = ", ".join(Path(part.strip()).name for part in _ORIGIN.sub("", told[0]).split(","))
-    return [f"{told[0].split()[0]} weights, {names}", *told[1:end]]
+    return [f"{told[0].split()[0]} weights, {names}", *map(str.strip, told[1:end])]
 
 
 def _curves(epochs: dict[int, dict[str, Any]], classes: dict[str, str]) -> dict[str, Markup]:
@@ -174,8 +185,8 @@ def _by_class(validation: dict[str, Any] | None, classes: dict[str, str]) -> lis
     return [(name, _number(validation["mean"].get(key, {}).get("Dice"))) for key, name in classes.items()]
 
 
-def _case_name(row: dict[str, Any]) -> str:
-    return Path(row["prediction_file"]).name.partition(".")[0]
+def _case_name(row: dict[str, Any], configuration: Configuration) -> str:
+    return Path(row["prediction_file"]).name.removesuffix(configuration.dataset_json["file_ending"])
 
 
 def _mean_dice(row: dict[str, Any]) -> float:
@@ -183,10 +194,10 @@ def _mean_dice(row: dict[str, Any]) -> float:
     return float(np.nanmean(values)) if (~np.isnan(values)).any() else float("nan")
 
 
-def _by_case(validation: dict[str, Any] | None, classes: dict[str, str]) -> list[tuple[str, list[str]]]:
-    """Cases from the worst on."""
-    rows = sorted(validation["metric_per_case"] if validation else [], key=_mean_dice)
-    return [(_case_name(row), [_number(row["metrics"].get(key, {}).get("Dice")) for key in classes]) for row in rows]
+def _from_the_worst_on(validation: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """nnU-Net's rows of the cases; those without a Dice, as there is nothing of any class, come last."""
+    rows = validation["metric_per_case"] if validation else []
+    return sorted(rows, key=lambda row: (np.isnan(_mean_dice(row)), _mean_dice(row)))
 
 
 def _number(value: float | None) -> str:
@@ -200,7 +211,7 @@ def _pictures(
 
     Of each the slice with the most foreground. Empty where the images are not reachable.
     """
-    rows = sorted(validation["metric_per_case"] if validation else [], key=_mean_dice)
+    rows = [row for row in _from_the_worst_on(validation) if not np.isnan(_mean_dice(row))]
     if not rows:
         return []
     try:
@@ -215,7 +226,7 @@ def _pictures(
     pictures = []
     for number, which in sorted(shown.items()):
         row = rows[number]
-        case = _case_name(row)
+        case = _case_name(row, configuration)
         prediction = folder / "validation" / Path(row["prediction_file"]).name
         try:
             image = reader.read_images(images[case]["images"])[0][0]
@@ -237,18 +248,18 @@ def _pictures(
 
 
 def _coloured(grey_slice: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(H, W), 0 to 1, and (H, W) labels -> (H, W, 3): labels as colours over the image."""
+    """(H, W), 0 to 1, and (H, W) labels -> (H, W, 3): each label in its own colour over the image."""
     picture = np.repeat(grey_slice[..., None], 3, -1)
-    for number, label in enumerate(value for value in np.unique(labels) if value > 0):
+    for label in (value for value in np.unique(labels) if value > 0):
         mask = labels == label
-        picture[mask] = 0.45 * picture[mask] + 0.55 * np.asarray(to_rgb(COLOURS[number % len(COLOURS)]))
+        picture[mask] = 0.45 * picture[mask] + 0.55 * np.asarray(to_rgb(COLOURS[(int(label) - 1) % len(COLOURS)]))
     return picture
 
 
 def _commands(
     configuration: Configuration, trainer: str, fold: str, is_finished: bool, is_validated: bool
 ) -> list[tuple[str, str]]:
-    plans = "" if configuration.plans_name == "nnUNetPlans" else f" -p {configuration.plans_name}"
+    plans = plans_option(configuration.plans_name)
     train = f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr {trainer}{plans}"
     if not is_finished:
         return [(f"{train} --c", "go on with this training, if it was stopped")]

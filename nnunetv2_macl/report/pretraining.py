@@ -20,6 +20,8 @@ from nnunetv2_macl.report.features import Features, show_features
 from nnunetv2_macl.report.pictures import as_data, grey, png
 from nnunetv2_macl.report.run import FINISHED, Run, image_sources, read_run
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
+from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
+from nnunetv2_macl.training.run_folder import PRETRAINER
 
 TEMPLATE = "run.html.jinja"
 _VIEWS_BYTES = 2 * 2**20
@@ -104,34 +106,30 @@ def _summary(run: Run) -> list[tuple[str, str]]:
             rows.append(
                 (name, f"{values[0]:.3f} → {values[-1]:.3f}" + (f" (collapse: {lines[-1]:.3f})" if lines else ""))
             )
-    if seconds := _seconds(log):
-        speed = log["patches_per_second"]
+    speed = [value for value in log.get("patches_per_second", []) if value > 0]
+    if speed:
+        # not by the clock, which counts the nights between a stop and --c as well
+        seconds = recipe["num_iterations_per_epoch"] * run.plan.batch_size / np.asarray(speed)
         rows.append(("Speed", f"{np.median(speed):.3g} patches a second, {np.median(seconds):.3g} s an epoch"))
-        rows.append(("Time", str(timedelta(seconds=round(sum(seconds))))))
+        rows.append(("Time", str(timedelta(seconds=round(float(seconds.sum()))))))
         left = recipe["num_epochs"] - run.epochs
         if run.state != FINISHED and left > 0:
             rows.append(("Still to go", str(timedelta(seconds=round(float(np.median(seconds)) * left)))))
     return rows
 
 
-def _seconds(log: dict[str, list[float]]) -> list[float]:
-    """Of each epoch."""
-    if log.get("epoch_end_timestamps"):
-        pairs = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
-        return [end - start for start, end in pairs]
-    return log.get("seconds", [])
-
-
 def _commands(run: Run) -> list[tuple[str, str]]:
     """What to type next, and what for."""
     folder = shlex.quote(str(run.folder))
     if run.state != FINISHED:
-        commands = [(command_to_go_on(run.configuration, run.fold), "go on with this run, if it was stopped")]
+        go_on = command_to_go_on(run.configuration, run.fold, run.device, run.trainer)
+        commands = [(go_on, "go on with this run, if it was stopped")]
         return [*commands, (f"nnUNetv2_macl_report {folder}", "write this report again")]
     return [
         ('export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"', "let nnU-Net find the trainers"),
+        *([] if run.trainer == PRETRAINER else [(f"export {WEIGHTS_VARIABLE}={folder}", "name these weights")]),
         (
-            command_to_fine_tune(run.configuration, run.fold),
+            command_to_fine_tune(run.configuration, run.fold, run.device),
             "fine-tune on the labelled images, as nnU-Net always trains",
         ),
         (f"nnUNetv2_macl_transfer {folder} DATASET -c CONFIGURATION", "what another network would take of the weights"),

@@ -41,6 +41,7 @@ class Run:
         plan: that the run follows.
         state: ``finished``, ``running`` or ``stopped``.
         log: values an epoch by nnU-Net's logger's keys; from a checkpoint, else from what the log file says.
+        device: that the run trained on, its type.
         weights: of the pre-training network; None where there is no checkpoint yet.
         images: that were pre-trained on; None where the log does not say.
         skipped: images that were left out.
@@ -54,6 +55,7 @@ class Run:
     plan: MACLPlan
     state: str
     log: dict[str, list[float]]
+    device: str
     weights: dict[str, Any] | None
     images: int | None
     skipped: int
@@ -64,6 +66,12 @@ class Run:
     @property
     def fold(self) -> str:
         return self.folder.name.removeprefix("fold_")
+
+    @property
+    def trainer(self) -> str:
+        """Name of its class: this package's, or one of the user's own."""
+        # TRAINER__PLANS__CONFIGURATION/fold_F
+        return self.folder.resolve().parent.name.split("__")[0]
 
     @property
     def epochs(self) -> int:
@@ -115,19 +123,29 @@ def read_run(folder: Path) -> Run:
         plan=plan,
         state=state,
         log={key: values for key, values in log.items() if isinstance(values, list)},
+        device=_device(folder),
         weights=checkpoint.get("network_weights"),
         images=images,
         skipped=skipped,
         collapsed=checkpoint.get("collapsed"),
-        warnings=list(dict.fromkeys(STAMP.sub("", line) for line in lines if "WARNING" in line or "Left out" in line)),
+        warnings=list(
+            dict.fromkeys(STAMP.sub("", line).strip() for line in lines if "WARNING" in line or "Left out" in line)
+        ),
         versions=versions,
     )
+
+
+def _device(folder: Path) -> str:
+    """As nnU-Net's debug.json has it; the default where there is none."""
+    file = folder / "debug.json"
+    told = read_json(file, f"Remove {file}; it is there for looking into.") if file.is_file() else {}
+    return str(told.get("device", "cuda")).partition(":")[0]
 
 
 def log_lines(folder: Path) -> list[str]:
     """Of all log files, in their order: a run that went on has several."""
     files = sorted(folder.glob("training_log_*.txt"), key=lambda file: file.stat().st_mtime)
-    return [line.strip() for file in files for line in file.read_text(errors="replace").splitlines()]
+    return [line.rstrip() for file in files for line in file.read_text(errors="replace").splitlines()]
 
 
 def _curves_in_log(lines: list[str]) -> dict[str, list[float]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from nnunetv2_macl import checkpoints, files, formats
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.planning.plan import describe, read_plan, was_edited
 from nnunetv2_macl.sharing.install import open_package, read_manifest, verify
 from nnunetv2_macl.sharing.model_card import facts_of
@@ -64,11 +65,13 @@ def _package(file: Path) -> str:
 
 
 def _plan(file: Path) -> str:
+    content = read_json(file, "Get it again.")
+    if not isinstance(content, dict) or "recipe" not in content:
+        raise UserError(f"{file} is no file of nnunetv2_macl: it is not a MACL plan, whose name is P_macl_C.json.")
     plan = read_plan(file)
+    words = "\n".join(map(_printable, describe(plan).splitlines()))
     whole = "yes, as it was derived" if not was_edited(file) else "yes; edited since it was derived"
-    return (
-        _told(file, "MACL plan", {"epochs": str(plan.recipe.get("num_epochs"))}, whole, None) + f"\n\n{describe(plan)}"
-    )
+    return _told(file, "MACL plan", {"epochs": str(plan.recipe.get("num_epochs"))}, whole, None) + f"\n\n{words}"
 
 
 def _checkpoint(file: Path) -> str:

@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
+import shlex
 import shutil
 import stat
 import tempfile
@@ -19,14 +21,17 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import DECODER_FILE, ENCODER_FILE
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import umask
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES
 from nnunetv2_macl.sharing.package import FORMAT, FORMAT_VERSION, MANIFEST, MEMBERS, SUMS
+from nnunetv2_macl.training.commands import plans_option
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
 logger = logging.getLogger(__name__)
 
 # of the file as it would lie on disk: the largest of nnU-Net's networks takes less than 1 GiB
 _MOST_BYTES = {True: 8 * 2**30, False: 64 * 2**20}
-_MOST_COMPRESSED = 200
+# what is smaller than this does no harm, however well it packs
+_MOST_COMPRESSED, _COMPRESSED_FROM = 200, 8 * 2**20
 _CHUNK = 2**20
 _FOLDER_NAMES = {
     "dataset_name": re.compile(r"Dataset\d{3}_[\w+-][\w.+-]*"),
@@ -46,7 +51,8 @@ def install(file: Path, results: Path) -> Path:
         The folder of the weights.
 
     Raises:
-        UserError: no package, damaged, with anything in it that does not belong there, or a folder that is there already.
+        UserError: no package, damaged, with anything in it that does not belong there, a folder that is there already, or
+            another data set of the same id.
     """
     with open_package(file) as archive:
         manifest = read_manifest(archive, file)
@@ -54,6 +60,7 @@ def install(file: Path, results: Path) -> Path:
         for key, name in names.items():
             if not _FOLDER_NAMES[key].fullmatch(name):
                 raise UserError(f"{file} names a {key} that no folder can have: {name!r}. Take another file.")
+        _require_own_id(names["dataset_name"], file, results)
         folder = pretraining_folder(results, **names) / "fold_all"
         if folder.exists() or folder.is_symlink():
             there = sorted(path.name for path in folder.iterdir())[:5] if folder.is_dir() else []
@@ -62,13 +69,26 @@ def install(file: Path, results: Path) -> Path:
                 f"first, for example: mv '{folder}' '{folder}_before'"
             )
         _extract(archive, file, folder)
+    options = f"{names['configuration']} 0 -tr nnUNetTrainerMACL{plans_option(names['plans_name'])}"
     logger.info(
-        "Installed into %s\nFine-tune %s from them:\n    nnUNetv2_train %d %s 0 -tr nnUNetTrainerMACL\n"
-        "or any other data set:\n    nnUNet_macl_weights='%s' nnUNetv2_train DATASET %s 0 -tr nnUNetTrainerMACL",
-        folder, names["dataset_name"], int(names["dataset_name"][7:10]), names["configuration"], folder,
-        names["configuration"],
+        "Installed into %s\nFine-tune %s from them:\n    nnUNetv2_train %d %s\n"
+        "or any other data set:\n    nnUNet_macl_weights=%s nnUNetv2_train DATASET %s",
+        folder, names["dataset_name"], int(names["dataset_name"][7:10]), options, shlex.quote(str(folder)), options,
     )  # fmt: skip
     return folder
+
+
+def _require_own_id(dataset_name: str, file: Path, results: Path) -> None:
+    """nnU-Net knows neither of two data sets of one id by it, and looks for them in the results folder too."""
+    folders = [results, *(Path(os.environ[name]) for name in FOLDER_VARIABLES if os.environ.get(name))]
+    others = [path for folder in folders for path in folder.glob(f"{dataset_name[:10]}_*") if path.name != dataset_name]
+    if others:
+        raise UserError(
+            f"{file} holds weights of {dataset_name}, and id {int(dataset_name[7:10])} is {others[0]} here; nnU-Net would "
+            "find neither by it. Unpack the weights elsewhere and name them when you fine-tune:\n"
+            f"    unzip {shlex.quote(str(file))} -d {shlex.quote(dataset_name + '_weights')}\n"
+            f"    nnUNet_macl_weights={shlex.quote(dataset_name + '_weights')} nnUNetv2_train DATASET ... -tr nnUNetTrainerMACL"
+        )
 
 
 @contextlib.contextmanager
@@ -99,7 +119,7 @@ def open_package(file: Path) -> Iterator[zipfile.ZipFile]:
             if member.flag_bits & 1:
                 raise UserError(f"{file}: {member.filename} is encrypted. Take another file.")
             most = _MOST_BYTES[member.filename.endswith(".pth")]
-            if member.file_size > min(most, _MOST_COMPRESSED * max(member.compress_size, 1024)):
+            if member.file_size > min(most, max(_COMPRESSED_FROM, _MOST_COMPRESSED * member.compress_size)):
                 raise UserError(
                     f"{file}: {member.filename} would take {member.file_size:,} bytes, packed into {member.compress_size:,}. "
                     "No package does that; take another file."

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_macl.monitoring import LOSS_NAMES
+from nnunetv2_macl.training.commands import plans_option
 
 _LOSSES = {f"train_losses/{key}": name.split(",")[0] for key, name in LOSS_NAMES.items()}
 
@@ -19,6 +20,10 @@ def model_card(description: dict[str, Any], license_id: str) -> str:
     citations = "\n".join(f"- {citation}" for citation in description.get("citations", []))
     configuration = description.get("configuration")
     collapsed = description.get("collapsed")
+    recipe = description.get("recipe") or (description.get("macl_plan") or {}).get("recipe") or {}
+    is_contrastive = bool(recipe.get("weight_global", 1) or recipe.get("weight_dense", 1))
+    by = "by MACL, multi-level contrastive learning," if is_contrastive else "to restore what is hidden of them,"
+    options = f"{configuration} 0 -tr nnUNetTrainerMACL{plans_option(description.get('plans_name') or 'nnUNetPlans')}"
     warning = (
         f"\n**This run collapsed: {collapsed}. Fine-tuning from it is not likely to help.**\n" if collapsed else ""
     )
@@ -30,13 +35,12 @@ tags:
 - medical-imaging
 - nnU-Net
 - self-supervised-learning
-- contrastive-learning
-- MACL
+- {"contrastive-learning" if is_contrastive else "masked-image-modelling"}
 ---
 
-# {description.get("dataset_name")}, {configuration}: MACL pre-training for nnU-Net
+# {description.get("dataset_name")}, {configuration}: pre-training for nnU-Net
 
-Weights of a nnU-Net encoder and part of its decoder, pre-trained on images without labels by MACL with
+Weights of a nnU-Net encoder and part of its decoder, pre-trained on images without labels, {by} with
 [nnunetv2_macl](https://pypi.org/project/nnunetv2-macl). They segment nothing yet: fine-tune them on labelled images.
 {warning}
 | | |
@@ -48,7 +52,7 @@ Weights of a nnU-Net encoder and part of its decoder, pre-trained on images with
 ```bash
 nnUNetv2_macl_install THIS_FILE.zip
 export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"
-nnUNet_macl_weights=FOLDER_THAT_WAS_TOLD nnUNetv2_train YOUR_DATASET {configuration} 0 -tr nnUNetTrainerMACL
+nnUNet_macl_weights=FOLDER_THAT_WAS_TOLD nnUNetv2_train YOUR_DATASET {options}
 ```
 
 `nnUNetv2_macl_transfer` says which of the weights another network takes.

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import shlex
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,8 +31,8 @@ MEMBERS = (MANIFEST, ENCODER_FILE, DECODER_FILE, PLAN, FINGERPRINT, CARD, SUMS)
 
 # what a description may say; anything else that a file may hold stays at home
 _SHARED_KEYS = (
-    "dataset_name", "plans_name", "configuration", "fold", "architecture", "preprocessing", "dataset_fingerprint", "macl_plan",
-    "recipe", "epochs", "final_losses", "collapsed", "package_versions", "citations",
+    "dataset_name", "plans_name", "configuration", "fold", "architecture", "network_input_channels", "preprocessing",
+    "dataset_fingerprint", "macl_plan", "recipe", "epochs", "final_losses", "collapsed", "package_versions", "citations",
 )  # fmt: skip
 _FINGERPRINT_KEYS = (
     "foreground_intensity_properties_per_channel", "median_relative_size_after_cropping", "shapes_after_crop", "spacings",
@@ -78,7 +79,7 @@ def write_package(source: Path, file: Path, license_id: str = "unknown") -> None
     write_whole(file, lambda stream: _write(stream, members))
     logger.info(
         "%s: %.1f MiB with %s. No images, no case names, no paths.\nOn another machine: nnUNetv2_macl_install %s",
-        file, file.stat().st_size / 2**20, ", ".join(members), file.name,
+        file, file.stat().st_size / 2**20, ", ".join(members), shlex.quote(file.name),
     )  # fmt: skip
     if description.get("collapsed"):
         logger.warning("These weights are of a run that collapsed; the model card says so.")

@@ -10,7 +10,7 @@ from nnunetv2_macl.training.run_folder import PRETRAINER
 def command_to_pretrain(configuration: Configuration, fold: int | str = "all", device: str = "cuda") -> str:
     """Pre-trains, leaving out the validation images of a fold unless it is ``all``."""
     left_out = "" if fold == "all" else f" --exclude_fold {fold}"
-    options = f"{_plans(configuration)}{left_out}{_device(device)}"
+    options = f"{plans_option(configuration.plans_name)}{left_out}{_device(device)}"
     return f"nnUNetv2_train_macl_pretrain {configuration.id} -c {configuration.name}{options}"
 
 
@@ -24,7 +24,7 @@ def command_to_go_on(
         trainer: its class; one of the user's own is started by nnU-Net's command.
     """
     if trainer != PRETRAINER:
-        options = f"{_plans(configuration)}{_device(device)}"
+        options = f"{plans_option(configuration.plans_name)}{_device(device)}"
         return f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr {trainer}{options} --c"
     ranks = distributed.world_size()
     gpus = f" -num_gpus {ranks}" if ranks > 1 and not distributed.started_by_torchrun() else ""
@@ -33,13 +33,14 @@ def command_to_go_on(
 
 def command_to_fine_tune(configuration: Configuration, fold: int | str = "all", device: str = "cuda") -> str:
     """Fine-tunes from what a run has made; the first fold from a run on all images."""
-    options = f"{_plans(configuration)}{_device(device)}"
+    options = f"{plans_option(configuration.plans_name)}{_device(device)}"
     fold = 0 if fold == "all" else fold
     return f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr nnUNetTrainerMACL{options}"
 
 
-def _plans(configuration: Configuration) -> str:
-    return "" if configuration.plans_name == "nnUNetPlans" else f" -p {configuration.plans_name}"
+def plans_option(plans_name: str) -> str:
+    """Nothing where it is nnU-Net's default."""
+    return "" if plans_name == "nnUNetPlans" else f" -p {plans_name}"
 
 
 def _device(device: str) -> str:

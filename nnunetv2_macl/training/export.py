@@ -33,10 +33,11 @@ def export_run(
     encoder, decoder = network.unet_weights()
     torch.manual_seed(plan.get_recipe().seed)
     plans, manager, dataset_json = configuration.plans_manager, configuration.manager, configuration.dataset_json
+    inputs = determine_num_input_channels(plans, manager, dataset_json)
     fresh = nnUNetTrainer.build_network_architecture(
         plans,
         manager,
-        determine_num_input_channels(plans, manager, dataset_json),
+        inputs,
         plans.get_label_manager(dataset_json).num_segmentation_heads,
         True,
     )
@@ -47,6 +48,7 @@ def export_run(
         unet_weights=fresh.state_dict(),
         description={
             "architecture": configuration.architecture(),
+            "network_input_channels": inputs,
             "preprocessing": configuration.preprocessing(),
             "dataset_name": configuration.dataset_name,
             "plans_name": configuration.plans_name,

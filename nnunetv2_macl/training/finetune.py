@@ -24,7 +24,7 @@ from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.training.commands import command_to_pretrain
 from nnunetv2_macl.training.run_folder import pretraining_folder
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
-from nnunetv2_macl.transfer import NOT_TAKEN, Transfer, kernel_norms, plan_transfer, rescale_kernels
+from nnunetv2_macl.transfer import Transfer, kernel_norms, plan_transfer, rescale_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -150,14 +150,17 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         if transfer.difference:
             lines = [f"  They are of another network: {transfer.difference}", *transfer.table().splitlines()]
         else:
-            lines = [f"not taken: {row.part} ({row.why})" for row in transfer.rows if row.how == NOT_TAKEN]
+            lines = [f"{row.how}: {row.part} ({row.why})" for row in transfer.rows if row.why]
         self.print_to_log_file("\n  ".join(["", *lines])[1:], add_timestamp=False)
-        description = pretrained.description
-        same_images = description.get("dataset_name") == self.plans_manager.dataset_name
-        if same_images and description.get("fold") == "all" and self.fold != "all":
+        description, own = pretrained.description, self.plans_manager.dataset_name
+        others = (description.get("dataset_fingerprint") or {}).get("unlabelled_datasets") or ()
+        seen = own in others or (
+            description.get("dataset_name") == own and str(description.get("fold")) != str(self.fold)
+        )
+        if seen and self.fold != "all":
             self.print_to_log_file(
                 f"  The images of this fold's validation cases were among the pre-training images, without their labels. "
-                f"To leave them out: nnUNetv2_train_macl_pretrain ... --exclude_fold {self.fold}",
+                f"To leave them out: {command_to_pretrain(self._configuration, self.fold, self.device.type)}",
                 add_timestamp=False,
             )
         if description.get("collapsed"):
@@ -200,11 +203,13 @@ def transfer_to(target: Configuration, state: dict[str, Tensor], pretrained: che
         UserError: weights of a network too unlike this one; names the first difference.
     """
     channels = determine_num_input_channels(target.plans_manager, target.manager, target.dataset_json)
+    names_there = (pretrained.description.get("dataset_fingerprint") or {}).get("channel_names") or ()
     return plan_transfer(
         pretrained,
         state,
         target.architecture() | {"input_channels": channels},
         image_channels=len(target.channel_names),
+        channel_names=(names_there, target.channel_names),
         command=command_to_pretrain(target),
     )
 
@@ -222,15 +227,7 @@ def show_transfer(weights: Path, dataset: str | int, plans: str, configuration: 
         UserError: no such data set, plan, configuration or weights, or weights of a network too unlike this one.
     """
     target = Configuration.load(dataset, plans, configuration)
-    pretrained = formats.load_weights(weights.expanduser())
-    network = nnUNetTrainer.build_network_architecture(
-        target.plans_manager,
-        target.manager,
-        determine_num_input_channels(target.plans_manager, target.manager, target.dataset_json),
-        target.plans_manager.get_label_manager(target.dataset_json).num_segmentation_heads,
-        True,
-    )
-    transfer = transfer_to(target, network.state_dict(), pretrained)
+    pretrained, transfer = load_transfer(weights, target)
     logger.info(
         "%s\nfor %s, %s, %s: %s\n\n%s",
         ", ".join(str(file) for file in pretrained.files),
@@ -241,6 +238,27 @@ def show_transfer(weights: Path, dataset: str | int, plans: str, configuration: 
         transfer.table(),
     )
     return transfer
+
+
+def load_transfer(weights: Path, target: Configuration) -> tuple[checkpoints.PretrainedWeights, Transfer]:
+    """Pre-trained weights, and what a configuration's U-Net takes of them.
+
+    Args:
+        weights: as ``nnUNet_macl_weights`` takes it.
+        target: the configuration.
+
+    Raises:
+        UserError: no weights there, or of a network too unlike this one.
+    """
+    pretrained = formats.load_weights(weights.expanduser())
+    network = nnUNetTrainer.build_network_architecture(
+        target.plans_manager,
+        target.manager,
+        determine_num_input_channels(target.plans_manager, target.manager, target.dataset_json),
+        target.plans_manager.get_label_manager(target.dataset_json).num_segmentation_heads,
+        True,
+    )
+    return pretrained, transfer_to(target, network.state_dict(), pretrained)
 
 
 class _WarmupPolyLR:

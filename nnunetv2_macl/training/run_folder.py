@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import cannot_write
@@ -128,12 +130,8 @@ def _alive(pid: int, begun: str | None) -> bool:
     """Whether the process that wrote a lock is alive: its number may be another's by now."""
     if pid == os.getpid():
         return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+    if not psutil.pid_exists(pid):
         return False
-    except PermissionError:
-        pass
     now = _process_start(pid)
     return begun is None or now is None or begun == now
 
