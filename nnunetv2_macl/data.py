@@ -51,15 +51,18 @@ class Sampling:
     position_group_size: int
     seed: int
 
-    def generators(self, step: int) -> Iterator[tuple[np.random.Generator, np.ndarray | None]]:
-        """For each patch of the batch: its own generator, and the relative place (3,) of its group if it has one."""
+    def draws(self, step: int, cases: int) -> Iterator[tuple[np.random.Generator, int, np.ndarray | None]]:
+        """For each patch of the batch: its own generator, which of ``cases``, and the relative place (3,) of its group if any."""
         for patch in range(self.batch_size):
             generator = np.random.default_rng((self.seed, step, patch))
-            place = None
-            if self.position_group_size > 1:
-                group = self.batch_size + patch // self.position_group_size
-                place = np.random.default_rng((self.seed, step, group)).random(3)
-            yield generator, place
+            if self.position_group_size == 1:
+                yield generator, int(generator.integers(cases)), None
+                continue
+            group, member = divmod(patch, self.position_group_size)
+            of_group = np.random.default_rng((self.seed, step, self.batch_size + group))
+            place = of_group.random(3)
+            chosen = of_group.choice(cases, min(self.position_group_size, cases), replace=False)
+            yield generator, int(chosen[member % len(chosen)]), place
 
 
 def draw_corner(
@@ -112,7 +115,7 @@ class PretrainingBatches(Dataset):
         """``data`` (n, C, *patch) float32, ``positions`` (n, 3) float32 fraction of the volume, ``cases`` names."""
         # one process, one thread: the workers share the cores with the training
         blosc2.set_nthreads(1)
-        draws = list(self.sampling.generators(step))[slice(*self.share)]
+        draws = list(self.sampling.draws(step, len(self.cases)))[slice(*self.share)]
         patches, positions, names = zip(*(self._read_patch(*draw) for draw in draws), strict=True)
         return {
             "data": torch.from_numpy(np.stack(patches)),
@@ -121,11 +124,11 @@ class PretrainingBatches(Dataset):
         }
 
     def _read_patch(
-        self, generator: np.random.Generator, place: np.ndarray | None
+        self, generator: np.random.Generator, number: int, place: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, str]:
         size = self.sampling.patch_size
         for _ in range(_MAX_DRAWS):
-            case = self.cases[int(generator.integers(len(self.cases)))]
+            case = self.cases[number]
             try:
                 volume = _open_unchanged(case.file)
                 shape = volume.shape[1:]
@@ -145,7 +148,8 @@ class PretrainingBatches(Dataset):
                 )
             if np.ptp(patch.reshape(len(patch), -1), axis=1).any():
                 break
-            place = None  # the group's place is empty in this case
+            # the group's place is empty in this case
+            number, place = int(generator.integers(len(self.cases))), None
         else:
             raise UserError(
                 f"{_MAX_DRAWS} patches in a row were constant, the last from {case.file}: are the images empty? Take those "

@@ -49,7 +49,8 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | N
                     # torch.save answers a full disk with an error of its own
                     raise stream.error from error
                 os.fsync(opened.fileno())
-            os.chmod(temporary, 0o666 & ~umask())
+            with contextlib.suppress(OSError):  # a mount whose files are another's
+                os.chmod(temporary, 0o666 & ~umask())
             os.replace(temporary, file)
         except BaseException:
             with contextlib.suppress(OSError):

@@ -97,7 +97,7 @@ class Configuration:
             configuration: None takes the first of `SUPPORTED_CONFIGURATIONS` that the plan has.
 
         Raises:
-            UserError: no data set, no plan, no such configuration.
+            UserError: no data set, no plan, one that names another data set or other plans, no such configuration.
         """
         require_folders()
         name = dataset_name(dataset)
@@ -108,6 +108,12 @@ class Configuration:
         dataset_json = read_json(folder / "dataset.json", mend)
         if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
             raise UserError(f"{folder / f'{plans_name}.json'} is no nnU-Net plan. {mend}")
+        for key, wanted in (("plans_name", plans_name), ("dataset_name", name)):
+            if plans.get(key) != wanted:
+                raise UserError(
+                    f"{folder / f'{plans_name}.json'} has the {key} '{plans.get(key)}', and lies there as that of '{wanted}', so "
+                    f'that nnU-Net would take it for another\'s. Correct it in the file: "{key}": "{wanted}"'
+                )
         available = list(plans["configurations"])
         if configuration is None:
             configuration = next((c for c in SUPPORTED_CONFIGURATIONS if c in available), None)

@@ -98,7 +98,9 @@ def pretrain(
                 if configuration is None:
                     _say_which(target)
                 if continue_training:
-                    plan = _plan_to_go_on(folder, target, values, recipe, gpu_memory)
+                    names = [nnunet.dataset_name(other) for other in unlabelled]
+                    asked = {"unlabelled_datasets": names, "channel_map": dict(channel_map or {})}
+                    plan = _plan_to_go_on(folder, target, values, recipe, gpu_memory, asked, skip_unreadable)
                 else:
                     plan = _plan(target, unlabelled, recipe, values, skip_unreadable, channel_map, gpu_memory)
                 if not plan_only:
@@ -161,6 +163,12 @@ def _plan(
         gpu_memory_gb=gpu_memory,
     )
     logger.info("%s", describe(plan))
+    for source in sources:
+        if source.passed_over:
+            logger.warning(
+                "%d files in %s of %s are not named CASE_0000 with its file ending, and are left out: %s",
+                len(source.passed_over), UNLABELLED_FOLDER, source.dataset_name, ", ".join(source.passed_over[:3]),
+            )  # fmt: skip
     if not sources:
         logger.info(
             "No unlabelled images: pre-training on the training images alone. More go into %s, or come with -u.",
@@ -227,9 +235,15 @@ def _check_fold(fold: int, configuration: Configuration) -> int:
 
 
 def _plan_to_go_on(
-    folder: Path, target: Configuration, values: dict[str, Any], recipe: Any, gpu_memory: float | None
+    folder: Path,
+    target: Configuration,
+    values: dict[str, Any],
+    recipe: Any,
+    gpu_memory: float | None,
+    images: dict[str, Any],
+    skip_unreadable: bool,
 ) -> MACLPlan:
-    """The plan that the run began with; all that may change is how many patches are computed at once."""
+    """The plan that the run began with. May change: patches computed at once, and whether unreadable images are left out."""
     file = folder / PLAN_COPY
     if not file.is_file():
         raise UserError(f"There is no run to go on with in {folder}. Leave out --c to start one.")
@@ -237,19 +251,28 @@ def _plan_to_go_on(
     plan = read_plan(file)
     check_plan(plan, target, file)
     kept = {key: value for key, value in values.items() if key != "patches_at_once"}
-    _refuse_changes(plan, kept, recipe, gpu_memory, folder)
-    if "patches_at_once" in values:
-        plan = replace(plan, patches_at_once=min(values["patches_at_once"], plan.batch_size))
-        write_plan(plan, file)
-    return plan
+    _refuse_changes(plan, kept, recipe, gpu_memory, images, folder)
+    at_once = min(values.get("patches_at_once", plan.patches_at_once), plan.batch_size)
+    changed = replace(plan, patches_at_once=at_once, skip_unreadable=plan.skip_unreadable or skip_unreadable)
+    if changed != plan:
+        write_plan(changed, file)
+    return changed
 
 
 def _refuse_changes(
-    plan: MACLPlan, values: dict[str, Any], recipe: Any, gpu_memory: float | None, folder: Path
+    plan: MACLPlan,
+    values: dict[str, Any],
+    recipe: Any,
+    gpu_memory: float | None,
+    images: dict[str, Any],
+    folder: Path,
 ) -> None:
     changed = [
         f"-{key} {value} (was {plan.recipe.get(key)})" for key, value in values.items() if plan.recipe.get(key) != value
     ]
+    for key, option in (("unlabelled_datasets", "-u"), ("channel_map", "--channel_map")):
+        if images[key] and images[key] != getattr(plan, key):
+            changed.append(f"{option} {images[key]} (was {getattr(plan, key)})")
     if gpu_memory is not None and gpu_memory != plan.gpu_memory_gb:
         changed.append(f"-gpu_memory {gpu_memory:g} (was {plan.gpu_memory_gb:g})")
     if recipe is not None:

@@ -80,6 +80,13 @@ def test_position_groups_are_positives(cases):
     assert batches(cases, (4, 12, 12), n=32)[0]["positions"].reshape(8, 4, 3).std(1).mean() > 0.1
 
 
+def test_patches_of_a_position_group_are_of_different_cases(cases):
+    for step in range(20):
+        chosen = [case for _, case, _ in Sampling((4, 12, 12), 9, 3, 0).draws(step, 4)]
+        assert all(len(set(chosen[first : first + 3])) == 3 for first in (0, 3, 6))
+        assert len({case for _, case, _ in Sampling((4, 12, 12), 3, 3, 0).draws(step, 2)}) == 2
+
+
 def test_constant_slices_are_not_drawn(tmp_path):
     volume = np.zeros((1, 10, 16, 16))
     volume[:, 4] = np.random.default_rng(0).normal(size=(16, 16))

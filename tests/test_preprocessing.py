@@ -10,10 +10,12 @@ import pytest
 import SimpleITK as sitk
 from conftest import DATASET
 
+from nnunetv2_macl.doctor.dataset import images
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled, unlabelled_folder
 from nnunetv2_macl.preprocessing.sources import find_sources, training_cases
+from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.synthetic import generate_dataset
 
 
@@ -151,6 +153,93 @@ def test_channels_are_matched_by_name(workspace):
     same, theirs = (blosc2.open(next(c.file for c in done.cases if c.file.endswith(end)))[:] for end in
                     ("same.b2nd", "Two/case_000.b2nd"))  # fmt: skip
     np.testing.assert_array_equal(same, theirs)
+
+
+def test_a_channel_is_not_taken_for_another_that_is_missing(workspace):
+    """Each case has one file of two: that of the first channel, or of the second, or of both with five points in time."""
+    other = workspace.raw / "Dataset904_Two"
+    generate_dataset(other, labelled=0, unlabelled=2, test=0, shape=(6, 40, 48), channels=2, seed=5)
+    description = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps(description | {"channel_names": {"0": "PET", "1": "MR0"}}))
+    folder = other / "imagesUn"
+    kept = workspace.folder / "kept"
+    shutil.copytree(folder, kept)
+    for file in folder.glob("*_0001.nii.gz"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"_0000\.nii\.gz holds 1 channel\(s\); its data set has 2"):
+        run(datasets=["Dataset904_Two"])
+    image = sitk.ReadImage(str(kept / "case_000_0001.nii.gz"))
+    sitk.WriteImage(sitk.JoinSeries([image] * 5), str(folder / "case_000_0000.nii.gz"))
+    with pytest.raises(UserError, match=r"case_000_0000\.nii\.gz holds 5 channel\(s\); its data set has 2"):
+        run(datasets=["Dataset904_Two"])
+    for name in ("case_000", "case_001"):
+        (folder / f"{name}_0000.nii.gz").unlink()
+        shutil.copy(kept / f"{name}_0000.nii.gz", folder / f"{name}_0001.nii.gz")
+    (other / "dataset.json").write_text(json.dumps(description | {"channel_names": {"0": "MR0", "1": "PET"}}))
+    with pytest.raises(UserError, match=r"case_000 lacks channel MR0 \(_0000\)"):
+        run(datasets=["Dataset904_Two"])
+
+
+def test_labelled_images_among_the_unlabelled_count_once(workspace, caplog):
+    """So that those of a fold that is left out do not come in by this door."""
+    raw = workspace.raw / DATASET
+    for file in (raw / "imagesTr").iterdir():
+        shutil.copy(file, raw / "imagesUn")
+    caplog.set_level("INFO")
+    assert len(run().cases) == 4
+    assert (
+        "5 images in imagesUn are labelled cases too, and count once: case_000, case_001, case_002, ..." in caplog.text
+    )
+
+
+def test_the_plans_reader_reads_other_data_sets_too(workspace):
+    """It decides the order of the axes."""
+    file = load().folder / "nnUNetPlans.json"
+    content = json.loads(file.read_text())
+    run()
+    file.write_text(json.dumps(content | {"image_reader_writer": "SimpleITKIOWithReorient"}))
+    shutil.copytree(workspace.raw / DATASET, workspace.raw / "Dataset902_Other")
+    sources = find_sources(load(), ["Dataset902_Other"])
+    assert [source.reader.__name__ for source in sources] == ["SimpleITKIOWithReorient"] * 2
+    made = {case.file: os.stat(case.file).st_mtime_ns for case in run(datasets=["Dataset902_Other"]).cases}
+    file.write_text(json.dumps(content))
+    again = {case.file: os.stat(case.file).st_mtime_ns for case in run(datasets=["Dataset902_Other"]).cases}
+    assert len(again) == 13 and not set(made.values()) & set(again.values())
+
+
+@pytest.mark.parametrize("listed", [[], {"c": 3}, {"c": {"label": "x"}}])
+def test_a_list_of_images_needs_no_labels(workspace, listed):
+    other = workspace.raw / "Dataset902_Other"
+    shutil.copytree(workspace.raw / DATASET / "imagesTr", other / "images")
+    description = {"channel_names": {"0": "MR0"}, "file_ending": ".nii.gz", "labels": {"background": 0}}
+    description["dataset"] = {"a": {"images": ["images/case_000_0000.nii.gz"]}}
+    (other / "dataset.json").write_text(json.dumps(description))
+    assert len(run(datasets=["Dataset902_Other"]).cases) == 5
+    (other / "dataset.json").write_text(json.dumps(description | {"dataset": listed}))
+    with pytest.raises(UserError, match="'dataset' must be an object of cases"):
+        run(datasets=["Dataset902_Other"])
+
+
+def test_a_plan_that_says_it_is_anothers_is_refused(workspace):
+    folder = load().folder
+    shutil.copy(folder / "nnUNetPlans.json", folder / "mine.json")
+    with pytest.raises(UserError, match=r"has the plans_name 'nnUNetPlans'.*: \"mine\"$"):
+        Configuration.load("901", "mine", "2d")
+    content = json.loads((folder / "nnUNetPlans.json").read_text())
+    (folder / "nnUNetPlans.json").write_text(json.dumps(content | {"dataset_name": "Dataset900_Other"}))
+    with pytest.raises(UserError, match=r"has the dataset_name 'Dataset900_Other'"):
+        load()
+
+
+def test_files_of_other_names_are_told(workspace, caplog):
+    folder = workspace.raw / DATASET / "imagesUn"
+    for name in ("p9.nii.gz", "q1_0000.nii", "q4_000.nii.gz", ".DS_Store"):
+        (folder / name).touch()
+    pretrain("901", "2d", device="cpu", plan_only=True)
+    told = "3 files in imagesUn of Dataset901_Generated are not named CASE_0000"
+    assert told in caplog.text and "p9.nii.gz, q1_0000.nii, q4_000.nii.gz" in caplog.text
+    result = images(load(), 5, find_sources(load(), []))
+    assert result.status == "note" and "3 files are not named" in result.words
 
 
 def test_naming_mistakes_are_told(workspace):

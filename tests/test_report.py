@@ -36,8 +36,8 @@ def run(finished, tmp_path, monkeypatch):
     for name in FOLDER_VARIABLES:
         monkeypatch.setenv(name, str(finished.folder / name))
     folder = finished.run_folder("nnUNetTrainerMACLPretrain")
-    shutil.copytree(folder.parent, tmp_path / "run")
-    return tmp_path / "run" / "fold_all"
+    shutil.copytree(folder.parent, tmp_path / folder.parent.name)
+    return tmp_path / folder.parent.name / "fold_all"
 
 
 class Page(HTMLParser):
@@ -76,7 +76,7 @@ def test_a_finished_run(run):
     assert all(r.startswith(("data:image/", "#")) for r in shown.references), "something is fetched"
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
     for words in (
-        "finished, 3 of 3 epochs", "9 images, none of their labels", "nnUNetv2_train 901 2d 0 -tr nnUNetTrainerMACL",
+        "finished, 3 of 3 epochs", "9 images, none of their labels", "nnUNetv2_train 901 2d 0 -tr nnUNetTrainerMACL -device cpu",
         "L_g, image level", "nearest before", "patches at random", "JBHI 2026", "nnunetv2 2.", "own_view_weight",
         "Dataset901_Generated, labelled (labels are not read)", "Dataset901_Generated, unlabelled",
     ):  # fmt: skip
@@ -99,12 +99,29 @@ def test_the_same_run_gives_the_same_report(run):
 def test_a_run_that_was_stopped_or_is_at_work(run):
     (run / "checkpoint_final.pth").rename(run / "checkpoint_latest.pth")
     words = Page(write_report(run).read_text()).words
-    assert "stopped, 3 of 3 epochs" in words and "nnUNetv2_train_macl_pretrain 901 -c 2d --c" in words
+    assert "stopped, 3 of 3 epochs" in words and "nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu --c" in words
     (run / ".macl_running.json").write_text('{"host": "elsewhere", "pid": 1, "started": "now"}')
     assert "running, 3 of 3" in Page(write_report(run).read_text()).words
     gone = {"host": socket.gethostname(), "pid": 2**22 + 1}
     (run / ".macl_running.json").write_text(json.dumps(gone))
     assert "stopped, 3 of 3" in Page(write_report(run).read_text()).words
+
+
+def test_a_trainer_of_the_users_own_and_a_night_between_stop_and_going_on(run, tmp_path):
+    content = checkpoints.load(run / "checkpoint_final.pth")
+    content["logging"]["epoch_end_timestamps"][1] += 36_000.0
+    content["logging"]["patches_per_second"] = [2.0, 4.0, 4.0]
+    checkpoints.save(content, run / "checkpoint_final.pth")
+    (run.parent / "debug.json").unlink(missing_ok=True)
+    mine = tmp_path / "MyTrainer__nnUNetPlans__2d"
+    run.parent.rename(mine)
+    words = Page(write_report(mine / "fold_all").read_text()).words
+    # 2 steps of 4 patches an epoch
+    assert "Time 0:00:08" in words and "2 s an epoch" in words
+    assert f"export nnUNet_macl_weights={mine / 'fold_all'}" in words
+    (mine / "fold_all" / "checkpoint_final.pth").rename(mine / "fold_all" / "checkpoint_latest.pth")
+    words = Page(write_report(mine / "fold_all").read_text()).words
+    assert "nnUNetv2_train 901 2d all -tr MyTrainer -device cpu --c" in words
 
 
 def test_a_log_is_enough(run):

@@ -31,10 +31,9 @@ def positive_distances(shapes: Sequence[Sequence[int]], sampling: Sampling, batc
     distances = []
     for step in range(batches):
         positions = []
-        for generator, place in sampling.generators(step):
-            shape = shapes[int(generator.integers(len(shapes)))]
-            corner = draw_corner(shape, sampling.patch_size, generator, place)
-            positions.append(position(corner, sampling.patch_size, shape))
+        for generator, case, place in sampling.draws(step, len(shapes)):
+            corner = draw_corner(shapes[case], sampling.patch_size, generator, place)
+            positions.append(position(corner, sampling.patch_size, shapes[case]))
         stacked = np.stack(positions)
         distances.append(np.abs(stacked[:, None] - stacked[None]).max(-1))
     return distances

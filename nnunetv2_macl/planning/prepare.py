@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import Configuration, read_json
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.planning.memory import check_gpu_memory
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited, write_plan
@@ -79,7 +79,9 @@ def prepare(
         channel_map=channel_map,
         gpu_memory_gb=gpu_memory_gb,
     )
-    write_plan(plan, file)
+    # a folder that may only be read will do for the plan that is there
+    if not file.is_file() or read_json(file, "") != plan.as_json():
+        write_plan(plan, file)
     return plan
 
 

@@ -11,12 +11,13 @@ import logging
 import math
 import multiprocessing
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ from nnunetv2_macl.data import Case
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json, write_whole
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import Configuration, raw_folder
 from nnunetv2_macl.preprocessing.index import Index
-from nnunetv2_macl.preprocessing.sources import CaseFiles, find_sources
+from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, CaseFiles, Source, find_sources, training_cases
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,18 @@ def preprocess_unlabelled(
     folder = unlabelled_folder(configuration)
     cases, todo, made, indices = [], [], [], []
     skipped: dict[Path, str] = {}
-    for source in find_sources(configuration, datasets, channel_map):
+    sources = find_sources(configuration, datasets, channel_map)
+    _require_raw_images(configuration, folder / configuration.dataset_name, sources)
+    labelled = {case.name for case in training_cases(configuration)}
+    for source in sources:
+        if source.dataset_name == configuration.dataset_name and (twice := labelled & source.cases.keys()):
+            logger.info(
+                "%d images in %s are labelled cases too, and count once: %s",
+                len(twice),
+                UNLABELLED_FOLDER,
+                _some(sorted(twice)),
+            )
+            source = replace(source, cases={name: c for name, c in source.cases.items() if name not in twice})
         for name, reason in source.incomplete.items():
             _skip_or_raise(reason, folder / source.dataset_name / name, skipped, skip_unreadable)
         index = Index(folder / source.dataset_name, signature)
@@ -96,6 +108,7 @@ def preprocess_unlabelled(
             target = folder / source.dataset_name / name
             cases.append(Case(name, f"{target}.b2nd"))
             made_from = {"files": files.made_from, "channels": files.channels, "plan": signature}
+            made_from["reader"] = source.reader.__name__
             if not index.is_done(name, made_from):
                 todo.append((files, source.reader, target, made_from))
                 made.append((index, name, made_from))
@@ -112,6 +125,22 @@ def preprocess_unlabelled(
             index.write()
     left_out = {f"{target}.b2nd" for target in skipped}
     return Preprocessed([case for case in cases if case.file not in left_out], skipped)
+
+
+def _require_raw_images(configuration: Configuration, folder: Path, sources: Sequence[Source]) -> None:
+    """Raises UserError where only preprocessed images are left: whether they are those of now cannot be told."""
+    raw = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
+    if raw.exists() or any(source.dataset_name == configuration.dataset_name for source in sources):
+        return
+    if there := len(list(folder.glob("*.b2nd"))):
+        raise UserError(
+            f"{raw} does not exist, and {folder} holds {there} images that were preprocessed from it. Bring it back, a link will "
+            f"do; or, to go on without them: rm -r {shlex.quote(str(folder))}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _skip_or_raise(reason: str, target: Path, skipped: dict[Path, str], skip_unreadable: bool) -> None:
@@ -157,9 +186,10 @@ def _run(
                 if bar.disable and number % max(1, len(todo) // 10) == 0:
                     logger.info("Preprocessed %d of %d", number, len(todo))
         except BrokenProcessPool:
+            killed = [job[0].files[0] for future, job in futures.items() if not future.done() or future.exception()]
             raise UserError(
-                "A preprocessing process was killed, most likely for want of memory. What is done stays done: "
-                "start again, with fewer processes (-np 1)."
+                "A preprocessing process was killed, most likely for want of memory, or by an image that its reader cannot "
+                f"stand. It was at one of: {_some(killed)}. What is done stays done: start again, with fewer processes (-np 1)."
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -186,10 +216,14 @@ def _preprocess_case(
     except Exception as error:
         reason = str(error).strip().splitlines()
         return f"{names} cannot be used: {reason[-1] if reason else type(error).__name__}."
-    if case.channels is not None and images.ndim == 4 and len(images) > max(case.channels):
+    if case.channels is not None:
+        if images.ndim != 4 or len(images) != case.channels_there:
+            return f"{names} holds {len(images)} channel(s); its data set has {case.channels_there}, one a file or all in one."
         images = images[case.channels]
     if wrong := _whats_wrong(images):
         return f"{names} {wrong}"
+    if (axes := len(properties["spacing"])) != 3:
+        return f"{names} cannot be used: it has the spacing of {axes} axes, and values of other meaning on the third."
     resampled = _resampled_shape(images.shape[1:], properties["spacing"])
     if not 0 < math.prod(resampled) <= _MOST_VOXELS:
         return (

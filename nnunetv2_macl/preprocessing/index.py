@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from nnunetv2_macl.nnunet import read_json
 
 # no name of a case's file
 INDEX = ".index"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 # longer than a case takes on any machine: another may be writing into the folder
 _ABANDONED = 6 * 3600.0
 
@@ -81,13 +82,21 @@ class Index:
 
     def _list(self) -> dict[str, list[int]]:
         """Size and time of every file, in one pass. A link is no case: what it points to is not ours to trust."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _readable(self.folder):
             return {entry.name: _written(entry.stat(follow_symlinks=False)) for entry in os.scandir(self.folder)}
         return {}
 
 
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}. Check its permissions.") from None
+
+
 def _entry(written: list[int], made_from: dict[str, Any]) -> list[Any]:
-    return [*written, made_from["files"], made_from["channels"]]
+    return [*written, made_from["files"], made_from["channels"], made_from["reader"]]
 
 
 def _written(status: os.stat_result) -> list[int]:

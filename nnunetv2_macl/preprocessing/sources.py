@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -28,6 +28,8 @@ class CaseFiles(NamedTuple):
 
     files: list[str]
     channels: list[int] | None
+    # how many there are in that one file
+    channels_there: int
     # name, bytes, time of the last change (ns) of each file
     made_from: list[list[str | int]]
 
@@ -42,6 +44,11 @@ class RawFile(NamedTuple):
     @classmethod
     def look(cls, path: str, status: Callable[[], os.stat_result], is_link: bool, inside: Sequence[str]) -> RawFile:
         name = os.path.basename(path)
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            told = os.fsencode(path).decode(errors="replace")
+            return cls(told, [], f"{told} has a name that is not in UTF-8. Rename it.")
         try:
             found = status()
         except OSError as error:
@@ -63,12 +70,13 @@ def _lies_in(path: str, folders: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """Unlabelled images of one raw data set, what reads them, and the cases that lack something."""
+    """Unlabelled images of one raw data set, what reads them, the cases that lack something, and files named otherwise."""
 
     dataset_name: str
     cases: dict[str, CaseFiles]
     incomplete: dict[str, str]
     reader: type[BaseReaderWriter]
+    passed_over: list[str]
 
 
 def find_sources(
@@ -86,13 +94,17 @@ def find_sources(
     """
     sources = []
     own = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
+    if own.is_symlink() and not own.is_dir():
+        raise UserError(
+            f"{own} is a link to {os.path.realpath(own)}, which is not there. Mount it, or remove the link to go on without."
+        )
     ending = configuration.dataset_json["file_ending"]
     files = group_channels(own, ending)
     if files:
         channels = list(range(len(configuration.channel_names)))
         cases, incomplete = _pick_channels(files, channels, configuration.channel_names)
         reader = configuration.plans_manager.image_reader_writer_class
-        sources.append(Source(configuration.dataset_name, cases, incomplete, reader))
+        sources.append(Source(configuration.dataset_name, cases, incomplete, reader, passed_over(own, ending)))
     elif own.is_dir() and any(own.iterdir()):
         found = sorted(p.name for p in own.iterdir())[0]
         raise UserError(
@@ -117,7 +129,7 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
     channels = _match_channels(configuration, name, theirs, channel_map)
     ending = dataset_json["file_ending"]
     if "dataset" in dataset_json:  # nnU-Net's other way to name files
-        listed = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
+        listed = _listed_images(folder, dataset_json)
         if bad := [
             case for case in listed if case != os.path.basename(case) or case in ("", ".", "..") or "\\" in case
         ]:
@@ -143,9 +155,36 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
     if not files:
         raise UserError(f"No image found in {folder / 'imagesTr'} or {folder / UNLABELLED_FOLDER} (CASE_0000{ending}).")
     cases, incomplete = _pick_channels(files, channels, theirs)
-    example = next(iter(next(iter(files.values())).values())).path
-    reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
-    return Source(name, cases, incomplete, reader)
+    reader = _reader(configuration, dataset_json, cases, folder)
+    return Source(name, cases, incomplete, reader, passed_over(folder / UNLABELLED_FOLDER, ending))
+
+
+def _listed_images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Images by case where dataset.json lists them; labels need not be there."""
+    listed = dataset_json["dataset"]
+    if not isinstance(listed, dict) or not all(isinstance(e, dict) and e.get("images") for e in listed.values()):
+        raise UserError(
+            f"{folder / 'dataset.json'}: 'dataset' must be an object of cases, each with a list of 'images', as nnU-Net has it. "
+            "Correct it, or leave out -u."
+        )
+    unlabelled = {case: {"label": ""} | entry for case, entry in listed.items()}
+    return get_filenames_of_train_images_and_targets(str(folder), dataset_json | {"dataset": unlabelled})
+
+
+def _reader(
+    configuration: Configuration, dataset_json: dict[str, Any], cases: dict[str, CaseFiles], folder: Path
+) -> type[BaseReaderWriter]:
+    """The plan's own, which decides the order of the axes, where it reads such files and none is asked for."""
+    ending, own = dataset_json["file_ending"], configuration.plans_manager.image_reader_writer_class
+    if not cases or ("overwrite_image_reader_writer" not in dataset_json and ending in own.supported_file_endings):
+        return own
+    example = next(iter(cases.values())).files[0]
+    try:
+        return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"nnU-Net finds nothing that reads {example}: {error} Correct it, or leave {folder.name} out of -u."
+        ) from None
 
 
 def _match_channels(
@@ -171,10 +210,14 @@ def group_channels(folder: Path, ending: str) -> dict[str, dict[int, RawFile]]:
     """Files named CASE_0000ENDING, CASE_0001ENDING, ... by case and channel, in one pass over the folder."""
     if not folder.is_dir():
         return {}
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}. Check its permissions.") from None
     inside = [os.path.realpath(folder), os.path.realpath(os.environ["nnUNet_raw"])]
     pattern = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(ending), re.DOTALL)
     cases: dict[str, dict[int, RawFile]] = defaultdict(dict)
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    for entry in entries:
         if match := pattern.fullmatch(entry.name):
             file = RawFile.look(str(folder / entry.name), entry.stat, entry.is_symlink(), inside)
             cases[match["case"]][int(match["channel"])] = file
@@ -187,16 +230,16 @@ def _pick_channels(
     """Files of each case in the order of ``channels``; and what is wrong with the cases that cannot be taken."""
     cases: dict[str, CaseFiles] = {}
     incomplete: dict[str, str] = {}
-    # all channels in one file, as in RGB images
-    one_file = len(names) > 1 and all(len(by_channel) == 1 for by_channel in files.values())
+    # all channels in one file, as in RGB images, unless most cases have more files than one
+    one_file = len(names) > 1 and 2 * sum(len(by_channel) > 1 for by_channel in files.values()) < len(files)
     for case, by_channel in files.items():
         missing = [c for c in channels if c not in by_channel]
         unknown = [c for c in by_channel if c >= len(names)]
         wrong = [file.wrong for file in by_channel.values() if file.wrong]
         if wrong:
             incomplete[case] = wrong[0]
-        elif one_file:
-            cases[case] = _case_files(list(by_channel.values()), channels)
+        elif one_file and list(by_channel) == [0]:
+            cases[case] = _case_files(list(by_channel.values()), channels, len(names))
         elif missing or unknown:
             what = (
                 f"lacks channel {names[missing[0]]} (_{missing[0]:04d})" if missing else f"has a file _{unknown[0]:04d}"
@@ -206,12 +249,20 @@ def _pick_channels(
                 f"{', '.join(file.path for file in by_channel.values())}."
             )
         else:
-            cases[case] = _case_files([by_channel[c] for c in channels], None)
+            cases[case] = _case_files([by_channel[c] for c in channels], None, 1)
     return cases, incomplete
 
 
-def _case_files(files: Sequence[RawFile], channels: list[int] | None) -> CaseFiles:
-    return CaseFiles([file.path for file in files], channels, [file.made_from for file in files])
+def _case_files(files: Sequence[RawFile], channels: list[int] | None, channels_there: int) -> CaseFiles:
+    return CaseFiles([file.path for file in files], channels, channels_there, [file.made_from for file in files])
+
+
+def passed_over(folder: Path, ending: str) -> list[str]:
+    """Names of the files in a folder that are not named as nnU-Net names images."""
+    if not folder.is_dir():
+        return []
+    pattern = re.compile(r".+_\d{4}" + re.escape(ending), re.DOTALL)
+    return sorted(e.name for e in os.scandir(folder) if not (e.name.startswith(".") or pattern.fullmatch(e.name)))
 
 
 def training_cases(configuration: Configuration) -> list[Case]:

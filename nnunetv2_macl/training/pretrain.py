@@ -536,8 +536,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     @property
     def _run(self) -> dict[str, Any]:
         """What tells this run's checkpoints from another's."""
-        # in how many parts a batch is computed may change within a run
-        plan = replace(self.macl_plan, patches_at_once=self.macl_plan.batch_size)
+        # in how many parts a batch is computed may change within a run, and what is done about an image that went bad
+        plan = replace(self.macl_plan, patches_at_once=self.macl_plan.batch_size, skip_unreadable=False)
         return {"fold": str(self.fold), "macl_plan": plan.as_json()}
 
     @user_errors_end_the_run

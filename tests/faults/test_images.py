@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import struct
 
 import blosc2
@@ -20,6 +21,7 @@ from nnunetv2_macl.preprocessing.sources import CaseFiles, find_sources
 
 SHAPE = (8, 40, 48)
 GOOD = np.random.default_rng(0).normal(100, 20, SHAPE).astype(np.float32)
+COLOURED = np.repeat(GOOD[..., None], 3, -1).astype(np.uint8)
 
 
 def write(file, array=GOOD, *, spacing=(1.5, 1.5, 5.0), direction=None, vector=False):
@@ -90,6 +92,7 @@ FILES = {
     "4D of one": (".nii.gz", lambda f: nifti(f, GOOD[..., None]), None),
     "5D": (".nii.gz", lambda f: nifti(f, np.stack([np.stack([GOOD] * 2, -1)] * 2, -1)), "cannot be used|dimensions|channels"),
     "RGB where grey is planned": (".nii.gz", lambda f: write(f, np.zeros((*SHAPE, 3), np.uint8), vector=True), "channels"),
+    "RGB, one slice": (".nii.gz", lambda f: write(f, COLOURED[:1], vector=True), "of 2 axes"),
     "complex numbers": (".nii.gz", lambda f: nifti(f, GOOD.astype(np.complex64)), "complex|cannot be used"),
     "no voxels": (".nii", lambda f: patched(f, DIMENSIONS, struct.pack("<8h", 3, 0, 40, 48, 1, 1, 1, 1)), "cannot be used|empty"),
     "NaN": (".nii.gz", lambda f: write(f, np.where(GOOD > 130, np.nan, GOOD).astype(np.float32)), "NaN"),
@@ -133,7 +136,7 @@ def test_a_file(kind, configuration, tmp_path):
     ending, make, said = FILES[kind]
     file = tmp_path / f"bild mit leerzeichen_0000{ending}"
     make(file)
-    case = CaseFiles([str(file)], None, [])
+    case = CaseFiles([str(file)], None, 1, [])
     reader = configuration.plans_manager.image_reader_writer_class
     wrong = cases._preprocess_case(case, reader, tmp_path / "out" / "case", {})
     made = tmp_path / "out" / "case.b2nd"
@@ -166,6 +169,48 @@ def test_links_devices_and_bad_names_are_not_read(workspace, tmp_path):
     }.items():
         assert f"{case}_0000.nii.gz" in source.incomplete[case] and words in source.incomplete[case]
     assert str(secret) in source.incomplete["out"]
+
+
+def test_a_name_that_is_not_in_utf8_is_told(workspace):
+    folder = os.fsencode(workspace.raw / DATASET / "imagesUn")
+    os.rename(folder + b"/case_005_0000.nii.gz", folder + b"/M\xfcller_0000.nii.gz")
+    target = Configuration.load("901", "nnUNetPlans", "2d")
+    with pytest.raises(UserError, match=r"ller_0000\.nii\.gz has a name that is not in UTF-8"):
+        cases.preprocess_unlabelled(target, (), processes=1)
+    done = cases.preprocess_unlabelled(target, (), processes=1, skip_unreadable=True)
+    assert len(done.cases) == 3 and len(done.skipped) == 1
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_unlabelled_images_that_are_out_of_reach(workspace, link):
+    """The folder is a link to what is not mounted, or stayed on another machine while what was made of it came along."""
+    target = Configuration.load("901", "nnUNetPlans", "2d")
+    folder = workspace.raw / DATASET / "imagesUn"
+    folder.rename(workspace.folder / "archive")
+    if link:
+        folder.symlink_to(workspace.folder / "not_mounted")
+    words = "not_mounted, which is not there" if link else "holds 4 images that were preprocessed from it.*rm -r"
+    with pytest.raises(UserError, match=words):
+        cases.preprocess_unlabelled(target, (), processes=1)
+    folder.unlink(missing_ok=True)
+    folder.symlink_to(workspace.folder / "archive")
+    assert len(cases.preprocess_unlabelled(target, (), processes=1).cases) == 4
+    folder.unlink()
+    shutil.rmtree(cases.unlabelled_folder(target))
+    assert cases.preprocess_unlabelled(target, (), processes=1).cases == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\5\26\7"])
+def test_another_data_sets_first_file_need_not_be_an_image(workspace, content):
+    """What a Mac writes beside a file comes first among names."""
+    other = workspace.raw / "Dataset906_Mac"
+    shutil.copytree(workspace.raw / DATASET, other)
+    (other / "imagesTr" / "._case_000_0000.nii.gz").write_bytes(content)
+    target = Configuration.load("901", "nnUNetPlans", "2d")
+    with pytest.raises(UserError, match=r"\._case_000_0000"):
+        cases.preprocess_unlabelled(target, ["Dataset906_Mac"], processes=1)
+    done = cases.preprocess_unlabelled(target, ["Dataset906_Mac"], processes=1, skip_unreadable=True)
+    assert len(done.cases) == 4 + 9 and len(done.skipped) == 1
 
 
 @pytest.mark.parametrize("case", ["../../x", "a/b", "..", "", "a\\b"])

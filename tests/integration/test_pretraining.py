@@ -329,6 +329,20 @@ def test_options_that_cannot_change_are_told_when_going_on(workspace):
         pretrain("901", "2d", device="cpu", batch_size=8, continue_training=True)
 
 
+def test_going_on_without_an_image_that_went_bad_meanwhile(workspace):
+    options = dict(device="cpu", num_iterations_per_epoch=1, batch_size=4)
+    folder = pretrain("901", "2d", num_epochs=1, **options)
+    (folder / "checkpoint_final.pth").rename(folder / "checkpoint_latest.pth")
+    (workspace.raw / DATASET / "imagesUn" / "case_005_0000.nii.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"case_005.*--skip_unreadable"):
+        pretrain("901", "2d", device="cpu", continue_training=True)
+    pretrain("901", "2d", device="cpu", continue_training=True, skip_unreadable=True)
+    log = "".join(file.read_text() for file in folder.glob("training_log_*.txt"))
+    assert "Pre-training on 8 images" in log and "left out as unreadable: 1" in log
+    with pytest.raises(UserError, match=r"--channel_map \{'MR0': 'CT'\} \(was \{\}\)"):
+        pretrain("901", "2d", device="cpu", continue_training=True, channel_map={"MR0": "CT"})
+
+
 def test_a_run_goes_on_in_smaller_parts_to_nearly_the_same_weights(workspace):
     options = dict(device="cpu", batch_size=4, recipe="paper")
     folder = pretrain("901", "2d", num_epochs=2, num_iterations_per_epoch=1, **options)
