@@ -142,7 +142,7 @@ def _origin(lines: list[str]) -> list[str]:
     others = [number for number, line in enumerate(told) if number and not _ABOUT_WEIGHTS.match(line)]
     end = others[0] if others else len(told)
     names = ", ".join(Path(part.strip()).name for part in _ORIGIN.sub("", told[0]).split(","))
-    return [f"{told[0].split()[0]} weights, {names}", *map(str.strip, told[1:end])]
+    return [f"{told[0].split()[0]} weights, {names}", *(line.removeprefix("  ") for line in told[1:end])]
 
 
 def _curves(epochs: dict[int, dict[str, Any]], classes: dict[str, str]) -> dict[str, Markup]:
