@@ -93,11 +93,9 @@ def preprocess_unlabelled(
     labelled = {case.name for case in training_cases(configuration)}
     for source in sources:
         if source.dataset_name == configuration.dataset_name and (twice := labelled & source.cases.keys()):
+            some = ", ".join(sorted(twice)[:3]) + (", ..." if len(twice) > 3 else "")
             logger.info(
-                "%d images in %s are labelled cases too, and count once: %s",
-                len(twice),
-                UNLABELLED_FOLDER,
-                _some(sorted(twice)),
+                "%d images in %s are labelled cases too, and count once: %s", len(twice), UNLABELLED_FOLDER, some
             )
             source = replace(source, cases={name: c for name, c in source.cases.items() if name not in twice})
         for name, reason in source.incomplete.items():
@@ -137,10 +135,6 @@ def _require_raw_images(configuration: Configuration, folder: Path, sources: Seq
             f"{raw} does not exist, and {folder} holds {there} images that were preprocessed from it. Bring it back, a link will "
             f"do; or, to go on without them: rm -r {shlex.quote(str(folder))}"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _skip_or_raise(reason: str, target: Path, skipped: dict[Path, str], skip_unreadable: bool) -> None:
@@ -186,10 +180,12 @@ def _run(
                 if bar.disable and number % max(1, len(todo) // 10) == 0:
                     logger.info("Preprocessed %d of %d", number, len(todo))
         except BrokenProcessPool:
-            killed = [job[0].files[0] for future, job in futures.items() if not future.done() or future.exception()]
+            # begun in this order
+            left = [job[0].files[0] for future, job in futures.items() if not future.done() or future.exception()]
             raise UserError(
                 "A preprocessing process was killed, most likely for want of memory, or by an image that its reader cannot "
-                f"stand. It was at one of: {_some(killed)}. What is done stays done: start again, with fewer processes (-np 1)."
+                f"stand. It was at one of: {', '.join(left[:processes])}. What is done stays done: start again, with fewer "
+                "processes (-np 1)."
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -215,13 +215,17 @@ def group_channels(folder: Path, ending: str) -> dict[str, dict[int, RawFile]]:
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}. Check its permissions.") from None
     inside = [os.path.realpath(folder), os.path.realpath(os.environ["nnUNet_raw"])]
-    pattern = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(ending), re.DOTALL)
+    pattern = _image_name(ending)
     cases: dict[str, dict[int, RawFile]] = defaultdict(dict)
     for entry in entries:
         if match := pattern.fullmatch(entry.name):
             file = RawFile.look(str(folder / entry.name), entry.stat, entry.is_symlink(), inside)
             cases[match["case"]][int(match["channel"])] = file
     return dict(cases)
+
+
+def _image_name(ending: str) -> re.Pattern[str]:
+    return re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(ending), re.DOTALL)
 
 
 def _pick_channels(
@@ -261,7 +265,7 @@ def passed_over(folder: Path, ending: str) -> list[str]:
     """Names of the files in a folder that are not named as nnU-Net names images."""
     if not folder.is_dir():
         return []
-    pattern = re.compile(r".+_\d{4}" + re.escape(ending), re.DOTALL)
+    pattern = _image_name(ending)
     return sorted(e.name for e in os.scandir(folder) if not (e.name.startswith(".") or pattern.fullmatch(e.name)))
 
 

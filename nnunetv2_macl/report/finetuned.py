@@ -111,7 +111,7 @@ def _epochs(lines: list[str]) -> dict[int, dict[str, Any]]:
 
 def _is_through(lines: list[str]) -> bool:
     """Whether the last training that the logs tell of came to its end: a checkpoint may be of one before it."""
-    ends = [bool(line == "Training done.") for line in lines if line == "Training done." or _EPOCH.match(line)]
+    ends = [line == "Training done." for line in lines if line == "Training done." or _EPOCH.match(line)]
     return not ends or ends[-1]
 
 
