@@ -207,17 +207,17 @@ def test_the_plans_reader_reads_other_data_sets_too(workspace):
     assert len(again) == 13 and not set(made.values()) & set(again.values())
 
 
-@pytest.mark.parametrize("listed", [[], {"c": 3}, {"c": {"label": "x"}}])
-def test_a_list_of_images_needs_no_labels(workspace, listed):
+def test_a_list_of_images_needs_no_labels(workspace):
     other = workspace.raw / "Dataset902_Other"
     shutil.copytree(workspace.raw / DATASET / "imagesTr", other / "images")
     description = {"channel_names": {"0": "MR0"}, "file_ending": ".nii.gz", "labels": {"background": 0}}
     description["dataset"] = {"a": {"images": ["images/case_000_0000.nii.gz"]}}
     (other / "dataset.json").write_text(json.dumps(description))
     assert len(run(datasets=["Dataset902_Other"]).cases) == 5
-    (other / "dataset.json").write_text(json.dumps(description | {"dataset": listed}))
-    with pytest.raises(UserError, match="'dataset' must be an object of cases"):
-        run(datasets=["Dataset902_Other"])
+    for listed in ([], {"c": 3}, {"c": {"label": "x"}}):
+        (other / "dataset.json").write_text(json.dumps(description | {"dataset": listed}))
+        with pytest.raises(UserError, match="'dataset' must be an object of cases"):
+            run(datasets=["Dataset902_Other"])
 
 
 def test_a_plan_that_says_it_is_anothers_is_refused(workspace):

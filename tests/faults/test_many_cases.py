@@ -38,6 +38,7 @@ def generate(configuration, workspace, number):
         os.close(os.open(image, os.O_CREAT))
         (target / f"{case}.b2nd").write_bytes(b"x" * 10)
         made_from = {"files": [[image.name, 0, os.stat(image).st_mtime_ns]], "channels": None, "plan": signature}
+        made_from["reader"] = configuration.plans_manager.image_reader_writer_class.__name__
         (target / f"{case}.json").write_text(json.dumps({"made_from": made_from, "bytes": 10}))
 
 

@@ -97,27 +97,26 @@ def test_kernels_that_grew_are_scaled_back_for_sgd_alone(workspace, monkeypatch,
     assert ("scaled to the size of fresh ones" in log) == (optimizer == "sgd")
 
 
-@pytest.mark.parametrize(
-    ("description", "seen"),
-    [
-        ({"dataset_name": DATASET, "fold": "all"}, True),
-        ({"dataset_name": DATASET, "fold": "0"}, True),
-        ({"dataset_name": DATASET, "fold": "1"}, False),
-        ({"dataset_name": "Dataset902_Archive", "fold": "all"}, False),
-        ({"dataset_name": "Dataset902_Archive", "dataset_fingerprint": {"unlabelled_datasets": [DATASET]}}, True),
-    ],
-)
-def test_validation_images_that_pre_training_saw_are_told(workspace, description, seen):
+def test_validation_images_that_pre_training_saw_are_told(workspace):
     configuration = Configuration.load("901", "nnUNetPlans", "2d")
     plans = configuration.plans_manager.plans | {"continue_training": False}
     trainer = nnUNetTrainerMACL(plans, "2d", 1, configuration.dataset_json, torch.device("cpu"))
     trainer.initialize()
     encoder = {key: value for key, value in trainer.network.state_dict().items() if key.startswith("encoder.")}
-    files = [Path("macl_encoder.pth")]
-    trainer.load_macl_weights(PretrainedWeights(files, encoder, configuration.architecture(), description))
-    log = next(Path(trainer.output_folder).glob("training_log*")).read_text()
-    assert ("were among the pre-training images" in log) == seen
-    assert ("nnUNetv2_train_macl_pretrain 901 -c 2d --exclude_fold 1 -device cpu" in log) == seen
+    log = Path(trainer.log_file)
+    for description, seen in (
+        ({"dataset_name": DATASET, "fold": "all"}, True),
+        ({"dataset_name": DATASET, "fold": "0"}, True),
+        ({"dataset_name": DATASET, "fold": "1"}, False),
+        ({"dataset_name": "Dataset902_Archive", "fold": "all"}, False),
+        ({"dataset_name": "Dataset902_Archive", "dataset_fingerprint": {"unlabelled_datasets": [DATASET]}}, True),
+    ):
+        before = len(log.read_text())
+        files = [Path("macl_encoder.pth")]
+        trainer.load_macl_weights(PretrainedWeights(files, encoder, configuration.architecture(), description))
+        told = log.read_text()[before:]
+        assert ("were among the pre-training images" in told) == seen
+        assert ("nnUNetv2_train_macl_pretrain 901 -c 2d --exclude_fold 1 -device cpu" in told) == seen
 
 
 def test_checkpoints_are_those_of_the_stock_trainer(pretrained):
