@@ -211,13 +211,19 @@ def load_batches(
             if isinstance(batch, str):
                 raise UserError(batch)
             yield batch
-    except (EOFError, OSError) as error:  # it was in the middle of handing over a batch
-        raise RuntimeError(f"{_WORKER_KILLED} is gone ({type(error).__name__})") from error
-    except RuntimeError as error:
-        # torch says it a second time, from a signal handler, in the middle of whatever the caller does about it
-        if worker_was_killed(error) and hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except (EOFError, OSError, RuntimeError) as error:
+        handing_over = not isinstance(error, RuntimeError)  # the worker was in the middle of it
+        if handing_over or worker_was_killed(error):
+            hear_no_more_of_workers()
+        if handing_over:
+            raise RuntimeError(f"{_WORKER_KILLED} is gone ({type(error).__name__})") from error
         raise
+
+
+def hear_no_more_of_workers() -> None:
+    """Once one was killed, torch says so again at each signal of a child, in the middle of whatever is done about it."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class _ErrorsAsItems(Dataset):
@@ -233,6 +239,6 @@ class _ErrorsAsItems(Dataset):
             return str(error)
 
 
-def worker_was_killed(error: RuntimeError) -> bool:
+def worker_was_killed(error: Exception) -> bool:
     """Whether it is what torch says, at any moment, when a data worker is gone."""
     return str(error).startswith(_WORKER_KILLED)

@@ -98,8 +98,7 @@ def pretrain(
                 if configuration is None:
                     _say_which(target)
                 if continue_training:
-                    names = [nnunet.dataset_name(other) for other in unlabelled]
-                    asked = {"unlabelled_datasets": names, "channel_map": dict(channel_map or {})}
+                    asked = {"unlabelled_datasets": _full_names(unlabelled), "channel_map": dict(channel_map or {})}
                     plan = _plan_to_go_on(folder, target, values, recipe, gpu_memory, asked, skip_unreadable)
                 else:
                     plan = _plan(target, unlabelled, recipe, values, skip_unreadable, channel_map, gpu_memory)
@@ -138,6 +137,10 @@ def _say_which(target: Configuration) -> None:
     )
 
 
+def _full_names(datasets: Sequence[int | str]) -> list[str]:
+    return list(dict.fromkeys(nnunet.dataset_name(name) for name in datasets))
+
+
 def _plan(
     target: Configuration,
     unlabelled: Sequence[str | int],
@@ -149,7 +152,7 @@ def _plan(
 ) -> MACLPlan:
     """Check what there is to train on, write the MACL plan and tell it."""
     training_cases(target)
-    names = list(dict.fromkeys(nnunet.dataset_name(name) for name in unlabelled))
+    names = _full_names(unlabelled)
     if target.dataset_name in names:
         raise UserError(f"-u {target.dataset_name} is the data set itself, whose images are used anyway. Leave it out.")
     sources = find_sources(target, names, channel_map)

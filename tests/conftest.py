@@ -11,6 +11,8 @@ import pytest
 # small machines: no more processes than cores, and no worker that outlives its test
 os.environ.setdefault("nnUNet_n_proc_DA", "1")
 os.environ.setdefault("nnUNet_def_n_proc", "2")
+# two pytest processes share the cores: threads that wait for each other must not hold them
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # the environment's own commands first, also where it was not activated
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 

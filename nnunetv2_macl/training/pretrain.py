@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from nnunetv2_macl import checkpoints, distributed, monitoring, probes
 from nnunetv2_macl.building import build_loss, build_network, build_optimizer
-from nnunetv2_macl.data import Case, PretrainingBatches, load_batches, worker_was_killed
+from nnunetv2_macl.data import Case, PretrainingBatches, hear_no_more_of_workers, load_batches, worker_was_killed
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import cannot_write, is_refused_write, remove_temporary
 from nnunetv2_macl.monitoring import LOSS_NAMES
@@ -222,6 +222,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         except RuntimeError as error:
             if not worker_was_killed(error):
                 raise
+            hear_no_more_of_workers()
             raise UserError(
                 f"A data worker was killed, most likely for want of memory ({str(error).splitlines()[0]}). Type, with fewer "
                 f"workers: nnUNet_n_proc_DA=2 {self._command_to_go_on()}"

@@ -14,7 +14,7 @@ from nnunetv2_macl.data import Case, PretrainingBatches, Sampling, load_batches
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.training.signals import ignore_in_worker
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.skipif(sys.platform == "win32", reason="signals")]
+pytestmark = [pytest.mark.timeout(60, func_only=True), pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
 
 @pytest.fixture

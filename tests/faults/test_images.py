@@ -131,7 +131,7 @@ def configuration(planned):
 
 
 @pytest.mark.parametrize("kind", FILES)
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(30, func_only=True)
 def test_a_file(kind, configuration, tmp_path):
     ending, make, said = FILES[kind]
     file = tmp_path / f"bild mit leerzeichen_0000{ending}"

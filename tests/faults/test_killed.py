@@ -1,15 +1,22 @@
-"""SIGKILL while a checkpoint is written: the previous one or the new one is there, and nothing else after the next start."""
+"""SIGKILL.
+
+While a checkpoint is written: the previous one or the new one is there, and nothing else after the next start. While images are
+preprocessed: no process of the pool is left.
+"""
 
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from conftest import DATASET
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.files import remove_temporary
@@ -73,3 +80,18 @@ def test_what_a_kill_leaves_is_removed_but_not_what_another_writes(tmp_path):
     assert len(os.listdir(tmp_path)) == 2
     remove_temporary(tmp_path)
     assert os.listdir(tmp_path) == ["notes.tmp"]
+
+
+def test_no_preprocessing_process_outlives_the_command(workspace):
+    folder = workspace.raw / DATASET / "imagesUn"
+    image = next(folder.iterdir())
+    for number in range(500):
+        os.link(image, folder / f"more{number}_0000.nii.gz")
+    command = ["nnUNetv2_train_macl_pretrain", "901", "-c", "2d", "--preprocess_only", "-device", "cpu", "-np", "2"]
+    process = subprocess.Popen(command, env=workspace.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not any(workspace.preprocessed.rglob("more*.b2nd")):
+        time.sleep(0.05)
+    pool = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    process.kill()
+    process.wait()
+    assert pool and not psutil.wait_procs(pool, timeout=30)[1]

@@ -323,10 +323,12 @@ def test_mistakes_on_the_command_line_end_with_code_1_and_no_traceback(workspace
 
 
 def test_options_that_cannot_change_are_told_when_going_on(workspace):
-    options = dict(device="cpu", num_iterations_per_epoch=1, batch_size=4)
-    pretrain("901", "2d", num_epochs=1, **options)
-    with pytest.raises(UserError, match=r"-batch_size 8 \(was 4\)"):
-        pretrain("901", "2d", device="cpu", batch_size=8, continue_training=True)
+    generate_dataset(workspace.raw / "Dataset902_Other", labelled=1, unlabelled=0, test=0, shape=(6, 40, 48))
+    options = dict(device="cpu", unlabelled=[902, "902"])
+    pretrain("901", "2d", num_epochs=1, num_iterations_per_epoch=1, batch_size=4, **options)
+    with pytest.raises(UserError, match=r"-batch_size 8 \(was 4\)") as error:
+        pretrain("901", "2d", batch_size=8, continue_training=True, **options)
+    assert "-u" not in str(error.value)
 
 
 def test_going_on_without_an_image_that_went_bad_meanwhile(workspace):
