@@ -17,7 +17,7 @@ from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
 
 EPOCHS = [1, 3, 5]
 # on the test cases; the rate 0.01 does better there, 0.001 on the validation cases
-GAIN = {"scratch": 0.0, "encoder": 0.0, "macl": 0.08, "recipe-pcl": -0.2}
+GAIN = {"scratch": 0.0, "encoder": 0.0, "pretrained": 0.08, "recipe-pcl": -0.2}
 
 
 def write(content, file):
@@ -58,7 +58,7 @@ def test_the_rate_is_chosen_on_the_validation_cases(study):
     results = Results.read(study)
     assert {group.rate for group in results.groups.values()} == {1e-3}
     assert results.classes == ["heart", "lung"] and results.curve_epochs == EPOCHS
-    group = results.groups["macl", 3]
+    group = results.groups["pretrained", 3]
     assert group.measures["dice"].shape == (2, len(SPLIT.test), 2) and group.curve.shape == (3, 2, 4, 2)
     assert math.isnan(group.measures["dice"][0, 0, 1])
     assert results.groups["scratch", 3].measures["dice"][0, 0, 1] == 0
@@ -68,11 +68,11 @@ def test_differences_are_found_where_they_are(study):
     found = differences(Results.read(study))
     assert {arm: {d.sign for d in by_labels.values()} for arm, by_labels in found.items()} == {
         "encoder": {0},
-        "macl": {1},
+        "pretrained": {1},
         "recipe-pcl": {-1},
     }
     # 0.08, and the class that scratch found where it is not
-    assert 0.08 < found["macl"][3].value < 0.14
+    assert 0.08 < found["pretrained"][3].value < 0.14
 
 
 def test_validation_cases_are_drawn_by_patient_in_the_order_of_the_curves(study):
@@ -88,7 +88,9 @@ def test_validation_cases_are_drawn_by_patient_in_the_order_of_the_curves(study)
 def test_report(study):
     sentence = write_report(study)
     assert (
-        "macl is better than scratch" in sentence and "recipe-pcl is worse" in sentence and "encoder is not" in sentence
+        "pretrained is better than scratch" in sentence
+        and "recipe-pcl is worse" in sentence
+        and "encoder is not" in sentence
     )
     text = (study.folder / "compare.md").read_text()
     assert sentence.partition("\n")[0] in text
@@ -100,12 +102,12 @@ def test_report(study):
     rows = {
         row.split("|")[1].strip(): row for row in tables["Learning rate, chosen on the validation cases"].splitlines()
     }
-    assert rows["macl"].split("|")[2:4] == [" 0.001 ", " 0.001 "]
+    assert rows["pretrained"].split("|")[2:4] == [" 0.001 ", " 0.001 "]
     reached = {
         row.split("|")[1].strip(): row.split("|")[2].strip()
         for row in tables["Epochs until the validation Dice is scratch's final one"].splitlines()
     }
-    assert reached["scratch"].startswith("5 (5 to 5)") and reached["macl"].startswith("3 (3 to 3), 90 s")
+    assert reached["scratch"].startswith("5 (5 to 5)") and reached["pretrained"].startswith("3 (3 to 3), 90 s")
     assert reached["recipe-pcl"] == "never"
     assert "2 of 40 not defined" in tables["HD95 in mm on 10 test cases"]
     assert "+0.1" in tables["Dice above scratch, on the same cases and seeds"]
@@ -119,4 +121,4 @@ def test_report(study):
     assert {row["chosen"] for row in rows if row["rate"] == "0.01"} == {"0"}
     empty = [row for row in rows if not row["dice"]]
     assert {(row["case"], row["class"]) for row in empty} == {(SPLIT.test[0], "lung")}
-    assert {row["arm"] for row in empty} == {"macl", "recipe-pcl"}
+    assert {row["arm"] for row in empty} == {"pretrained", "recipe-pcl"}

@@ -129,18 +129,22 @@ PERHAPS = Estimate(0.028, 0.004, 0.05, (0.004, 0.03, 0.05))
 @pytest.mark.parametrize(
     "found, words, not_words",
     [
-        ({"macl": {5: SAME, 10: SAME}}, ["No difference", "macl", "5 and 10"], ["better", "worse"]),
-        ({"macl": {5: BETTER, 10: SAME}}, ["better than scratch (+0.030 Dice with 5", "apart from it with 10"], ["No"]),
+        ({"pretrained": {5: SAME, 10: SAME}}, ["No difference", "pretrained", "5 and 10"], ["better", "worse"]),
         (
-            {"encoder": {5: SAME}, "macl": {5: WORSE}},
-            ["encoder is not told", "macl is worse than scratch (-0.020"],
+            {"pretrained": {5: BETTER, 10: SAME}},
+            ["better than scratch (+0.030 Dice with 5", "apart from it with 10"],
+            ["No"],
+        ),
+        (
+            {"encoder": {5: SAME}, "pretrained": {5: WORSE}},
+            ["encoder is not told", "pretrained is worse than scratch (-0.020"],
             ["better"],
         ),
         (
-            {"encoder": {5: SAME}, "macl": {5: PERHAPS, 10: BETTER}},
+            {"encoder": {5: SAME}, "pretrained": {5: PERHAPS, 10: BETTER}},
             [
-                "macl is better than scratch (+0.030 Dice with 10 labelled cases) and perhaps better than scratch (+0.028 Dice "
-                "with 5 labelled cases, and more --seeds would tell)",
+                "pretrained is better than scratch (+0.030 Dice with 10 labelled cases) and perhaps better than scratch (+0.028 "
+                "Dice with 5 labelled cases, and more --seeds would tell)",
             ],
             ["worse"],
         ),
@@ -154,10 +158,10 @@ def test_verdict(found, words, not_words):
 
 
 def test_verdict_on_too_few():
-    assert "better" not in verdict({"macl": {5: BETTER}}, patients=5, best=0.7)
-    assert "5 test patients" in verdict({"macl": {5: BETTER}}, patients=5, best=0.7)
+    assert "better" not in verdict({"pretrained": {5: BETTER}}, patients=5, best=0.7)
+    assert "5 test patients" in verdict({"pretrained": {5: BETTER}}, patients=5, best=0.7)
 
 
 def test_verdict_on_arms_that_learned_nothing():
-    sentence = verdict({"macl": {5: WORSE}}, patients=20, best=0.17)
+    sentence = verdict({"pretrained": {5: WORSE}}, patients=20, best=0.17)
     assert "worse" not in sentence and "best Dice 0.17" in sentence and "--epochs" in sentence

@@ -19,7 +19,7 @@ from nnunetv2_macl.errors import UserError
 
 PATIENTS = {f"c{n:02d}": f"c{n:02d}" for n in range(40)}
 OPTIONS = Options(
-    dataset="Dataset901_Generated", c="2d", p="nnUNetPlans", arms=["scratch", "encoder", "macl", "recipe:pcl"],
+    dataset="Dataset901_Generated", c="2d", p="nnUNetPlans", arms=["scratch", "encoder", "pretrained", "recipe:pcl"],
     labels=["3", "6"], seeds=2, rates=[1e-2, 1e-3], test="25%", validation="10%", group_regex=None, epochs=5, iterations=4,
     batch_size=None, pretrain_epochs=None, pretrain_iterations=None, pretrain_batch_size=None, disable_tta=False,
 )  # fmt: skip
@@ -56,7 +56,7 @@ def test_arms_and_seeds_may_be_added_and_what_was_drawn_stays(tmp_path):
         (dict(epochs=9), "--epochs 9 (was 5)"),
         (dict(batch_size=4), "-batch_size 4 (was None)"),
         (dict(rates=[1e-2]), "--rates 0.01 (was 0.01 0.001)"),
-        (dict(arms=["scratch", "macl"]), "--arms without encoder recipe:pcl"),
+        (dict(arms=["scratch", "pretrained"]), "--arms without encoder recipe:pcl"),
         (dict(c="3d_fullres", seeds=1), "-c 3d_fullres (was 2d), --seeds 1 (was 2)"),
     ],
 )
@@ -124,11 +124,11 @@ def test_folders_of_something_else_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(arms=["macl"]), "--arms must hold scratch"),
+        (dict(arms=["pretrained"]), "--arms must hold scratch"),
         (dict(arms=["scratch", "magic"]), "no arm 'magic'"),
         (dict(arms=["scratch", "recipe:nope"]), "No recipe 'nope'"),
         (dict(arms=["scratch", "weights:/no/file.pth"]), "/no/file.pth"),
-        (dict(arms=["scratch", "macl", "macl"]), "two arms would be called macl"),
+        (dict(arms=["scratch", "pretrained", "pretrained"]), "two arms would be called pretrained"),
         (dict(epochs=0), "--epochs must be 1 or more, got 0"),
         (dict(batch_size=0), "-batch_size must be 1 or more"),
         (dict(pretrain_batch_size=1), "--pretrain_batch_size must be 2 or more"),
@@ -145,8 +145,8 @@ def test_values_that_cannot_be(change, words):
 def test_arms_say_where_weights_come_from(tmp_path, monkeypatch):
     study = Study(tmp_path, OPTIONS, SPLIT, PATIENTS)
     weights = {arm.slug: study.weights(arm) for arm in study.arms}
-    assert weights["scratch"] is None and weights["encoder"] == weights["macl"] / "macl_encoder.pth"
-    assert weights["recipe-pcl"] != weights["macl"] and weights["recipe-pcl"].name == "fold_0"
+    assert weights["scratch"] is None and weights["encoder"] == weights["pretrained"] / "macl_encoder.pth"
+    assert weights["recipe-pcl"] != weights["pretrained"] and weights["recipe-pcl"].name == "fold_0"
     (tmp_path / "mine.json").write_text('{"inherits_from": "macl"}')
     monkeypatch.chdir(tmp_path)
     assert parse_arm("recipe:mine.json").recipe == str(tmp_path / "mine.json")
@@ -175,11 +175,11 @@ def test_steps_are_done_once_in_the_order_of_their_needs(tmp_path):
     work = Work(tmp_path)
     plan = work.step("plan")
     pretrain = work.step("pretrain", plan)
-    steps = [plan, pretrain, work.step("scratch", plan), work.step("macl", pretrain)]
+    steps = [plan, pretrain, work.step("scratch", plan), work.step("pretrained", pretrain)]
     run_steps(steps, jobs=3, poll_seconds=0.01)
-    assert sorted(work.done) == ["macl", "plan", "pretrain", "scratch"]
-    assert work.done[0] == "plan" and work.done.index("macl") > work.done.index("pretrain")
-    assert json.loads((tmp_path / "macl" / DONE_FILE).read_text())["name"] == "macl"
+    assert sorted(work.done) == ["plan", "pretrain", "pretrained", "scratch"]
+    assert work.done[0] == "plan" and work.done.index("pretrained") > work.done.index("pretrain")
+    assert json.loads((tmp_path / "pretrained" / DONE_FILE).read_text())["name"] == "pretrained"
     run_steps(steps, jobs=2, poll_seconds=0.01)
     assert len(work.done) == 4
     assert not list(tmp_path.rglob(".macl_running*"))

@@ -29,10 +29,10 @@ def _compare_parser() -> argparse.ArgumentParser:
     add(
         "--arms",
         nargs="+",
-        default=["scratch", "encoder", "macl"],
+        default=["scratch", "encoder", "pretrained"],
         metavar="ARM",
-        help="scratch; encoder (its weights only); macl (encoder and decoder, of the default recipe); "
-        "recipe:NAME_OR_FILE (pre-trained with it); weights:FILE (that are there already). Default: scratch encoder macl",
+        help="scratch; pretrained (encoder and decoder, by the default recipe); encoder (of that, the encoder alone); "
+        "recipe:NAME_OR_FILE (pre-trained with it); weights:FILE (that are there already). Default: scratch encoder pretrained",
     )
     amount = "cases, or a fraction (0.1 or 10%%) of all"
     add(

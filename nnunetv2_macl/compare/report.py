@@ -193,7 +193,7 @@ def _method(results: Results) -> list[str]:
     arms = {
         SCRATCH: "starts from nnU-Net's own initialisation",
         "encoder": "starts from the encoder alone",
-        "macl": "starts from encoder and decoder",
+        "pretrained": "starts from encoder and decoder",
     }
     lines = [
         f"{arm.slug} {arms[arm.slug]}" + (f", pre-trained with recipe {arm.recipe}." if arm.recipe else ".")

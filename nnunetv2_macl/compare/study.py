@@ -105,7 +105,7 @@ def parse_arm(text: str) -> Arm:
     kind, _, what = text.partition(":")
     if text == SCRATCH:
         return Arm(text, text)
-    if text in ("encoder", "macl"):
+    if text in ("encoder", "pretrained"):
         return Arm(text, text, recipe=DEFAULT_RECIPE, encoder_only=text == "encoder")
     if kind == "recipe" and what:
         recipe = str(Path(what).resolve()) if Path(what).is_file() else what
@@ -114,7 +114,7 @@ def parse_arm(text: str) -> Arm:
         file = Path(what).expanduser().resolve()
         return Arm(f"{kind}:{file}", f"weights-{_slug(file.stem)}", weights=str(file))
     raise UserError(
-        f"--arms: there is no arm '{text}'. Take from: {SCRATCH}, encoder, macl, recipe:NAME_OR_FILE, weights:FILE."
+        f"--arms: there is no arm '{text}'. Take from: {SCRATCH}, encoder, pretrained, recipe:NAME_OR_FILE, weights:FILE."
     )
 
 

@@ -28,7 +28,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.report import write_report
 
 OPTIONS = Options(
-    dataset="901", c="2d", p="nnUNetPlans", arms=["scratch", "macl"], labels=["2"], seeds=1, rates=[1e-2], test="2",
+    dataset="901", c="2d", p="nnUNetPlans", arms=["scratch", "pretrained"], labels=["2"], seeds=1, rates=[1e-2], test="2",
     validation="1", group_regex=None, epochs=1, iterations=2, batch_size=2, pretrain_epochs=1, pretrain_iterations=1,
     pretrain_batch_size=4, disable_tta=True,
 )  # fmt: skip
@@ -39,7 +39,7 @@ SHORT = [
         "2d",
         "--arms",
         "scratch",
-        "macl",
+        "pretrained",
         "--labels",
         "2",
         "--seeds",
@@ -74,12 +74,15 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     with (folder / "compare.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert {(r["arm"], r["case"], r["class"]) for r in rows} == {
-        (arm, case, label) for arm in ("scratch", "macl") for case in split["test"] for label in ("liver", "vessel")
+        (arm, case, label)
+        for arm in ("scratch", "pretrained")
+        for case in split["test"]
+        for label in ("liver", "vessel")
     }
     assert len(rows) == 8 and all(r["chosen"] == "1" and r["labelled_cases"] == "2" for r in rows)
     assert all(0 <= float(r["dice"]) <= 1 for r in rows if r["dice"])
     text = (folder / "compare.md").read_text()
-    assert "**Too few to tell" in text and re.search(r"\| macl \| [+-]\d\.\d{3} \([+-]", text)
+    assert "**Too few to tell" in text and re.search(r"\| pretrained \| [+-]\d\.\d{3} \([+-]", text)
     assert (folder / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
     raw = folder / "nnUNet_raw" / DATASET
@@ -89,7 +92,7 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     (encoder,) = folder.glob("pretraining/restore/**/macl_encoder.pth")
     # two labelled, four unlabelled, neither of test nor of validation
     assert checkpoints.load(encoder)["dataset_fingerprint"]["images"] == 6
-    taken = next((folder / "cells").glob("macl*/**/training_log*")).read_text()
+    taken = next((folder / "cells").glob("pretrained*/**/training_log*")).read_text()
     assert "encoder: 64 of 64 tensors taken" in taken
     assert "tensors taken" not in next((folder / "cells").glob("scratch*/**/training_log*")).read_text()
 
@@ -169,7 +172,7 @@ def test_every_way_of_fine_tuning(workspace, tmp_path, finetuning, words):
     folder = tmp_path / "study"
     compare(replace(OPTIONS, finetuning=finetuning, rates=[5e-4]), folder=folder, device="cpu")
     assert f"Fine-tuning is {words}." in (folder / "compare.md").read_text()
-    for cell in ("scratch", "macl"):
+    for cell in ("scratch", "pretrained"):
         (checkpoint,) = (folder / "cells").glob(f"{cell}_*/**/checkpoint_final.pth")
         state = torch.load(checkpoint, map_location="cpu", weights_only=False)["optimizer_state"]
         # both are Adam's kin, with the rate that was asked for
@@ -192,7 +195,7 @@ def test_a_dry_run_and_unlabelled_images_of_a_test_patient(workspace, tmp_path, 
             path.rename(path.with_name(f"p{number}_{folder[-2:].replace('Tr', 'a').replace('Un', 'b')}{ending}"))
     caplog.set_level("INFO", logger="nnunetv2_macl")
     compare(replace(OPTIONS, group_regex=r"^p\d"), folder=tmp_path / "study", device="cpu", dry_run=True)
-    assert "2 cells" in caplog.text and "macl_2cases_seed0_lr0.01" in caplog.text
+    assert "2 cells" in caplog.text and "pretrained_2cases_seed0_lr0.01" in caplog.text
     assert not (tmp_path / "study").exists()
     (line,) = re.findall(r"pre-training: .*", caplog.text)
     apart = re.findall(r"(?:test|validation): .*: (.*)", caplog.text)
@@ -215,7 +218,7 @@ def test_what_would_stop_a_cell_is_told_before_pretraining(workspace, tmp_path, 
         # pre-trained for 2D, and asked for in 3D
         workspace.pretrain("901", "-c", "2d", epochs=1)
         weights = workspace.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"
-        change, words = dict(arms=["scratch", "macl", f"weights:{weights}"]), "are for another network"
+        change, words = dict(arms=["scratch", "pretrained", f"weights:{weights}"]), "are for another network"
     else:
         change, words = dict(finetuning="paper"), "fine-tunes in 2D, and 3d_fullres is 3D.*--finetuning sgd"
     with pytest.raises(UserError, match=words):
