@@ -70,7 +70,7 @@ def demo(folder: Path) -> dict[str, float]:
                 print(f"    | {line}", flush=True)
 
     quoted = shlex.quote
-    run("2. nnU-Net plans and preprocesses.", "nnUNetv2_plan_and_preprocess -d 900 -c 2d -np 2")
+    run("2. nnU-Net plans and preprocesses.", "nnUNetv2_plan_and_preprocess -d 900 -c 2d -npfp 2 -np 2")
     run(
         "3. MACL pre-trains encoder and decoder on all images, without labels (its contrast alone, and in short).",
         "nnUNetv2_train_macl_pretrain 900 -c 2d -recipe macl -device cpu -np 2 -batch_size 16 -num_epochs 14 "

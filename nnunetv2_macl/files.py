@@ -81,7 +81,11 @@ class _Remembering:
             raise
 
 
-def cannot_write(error: OSError, file: Path, needed: int | None = None) -> UserError:
+class CannotWriteError(UserError):
+    """The disk is full, or its owner said no."""
+
+
+def cannot_write(error: OSError, file: Path, needed: int | None = None) -> CannotWriteError:
     """What to tell the user of an error in writing.
 
     Args:
@@ -90,7 +94,7 @@ def cannot_write(error: OSError, file: Path, needed: int | None = None) -> UserE
         needed: bytes that it takes.
     """
     if error.errno not in _FULL:
-        return UserError(
+        return CannotWriteError(
             f"{file} could not be written: {error.strerror or error}. Check the folder's permissions and try again."
         )
     takes = f"{needed:,} bytes needed, " if needed else ""
@@ -98,7 +102,9 @@ def cannot_write(error: OSError, file: Path, needed: int | None = None) -> UserE
         free = f"{shutil.disk_usage(file if file.is_dir() else file.parent).free:,} bytes"
     except OSError:
         free = "an unknown number of bytes"
-    return UserError(f"{file} could not be written: the disk is full ({takes}{free} free). Make space and try again.")
+    return CannotWriteError(
+        f"{file} could not be written: the disk is full ({takes}{free} free). Make space and try again."
+    )
 
 
 def is_refused_write(error: OSError) -> bool:

@@ -87,7 +87,7 @@ class _ContrastiveLoss(nn.Module):
             )
         if len(positions) != len(dominant):
             raise ValueError(f"positions must have one row a patch: {len(dominant)} patches, got {len(positions)} rows")
-        with _full_precision(dominant):
+        with full_precision(dominant):
             # half precision leaves too few digits for a similarity divided by 0.1
             if dominant.dtype not in (torch.float32, torch.float64):
                 dominant, auxiliary = dominant.float(), auxiliary.float()
@@ -107,9 +107,10 @@ class _ContrastiveLoss(nn.Module):
         return self.own_view_weight * own_view + (1 - self.own_view_weight) * mean_over_positives
 
 
-def _full_precision(tensor: Tensor) -> AbstractContextManager:
-    """No autocast. The meta device, on which shapes alone are computed, knows none."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+def full_precision(tensor: Tensor) -> AbstractContextManager:
+    """No autocast on a tensor's device. Beside these two none is ever on, and MPS knows it in newer versions of torch alone."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if kind in ("cuda", "cpu") else nullcontext()
 
 
 def locations_at_once(vectors: int, device_type: str) -> int:
@@ -275,7 +276,7 @@ class EquivarianceLoss(nn.Module):
                 "dominant and auxiliary must agree in patches, channels and number of axes, got "
                 f"{tuple(dominant.shape)} and {tuple(auxiliary.shape)}"
             )
-        with _full_precision(dominant):
+        with full_precision(dominant):
             if dominant.dtype not in (torch.float32, torch.float64):
                 dominant, auxiliary = dominant.float(), auxiliary.float()
             auxiliary = down(auxiliary, dominant.shape[2:])

@@ -56,7 +56,7 @@ def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean_positives(positions: Tensor, threshold: float) -> float:
     """Number of positives an anchor in a batch, own view included, mean over anchors."""
-    return positive_mask(positions, threshold).sum(1).double().mean().item()
+    return positive_mask(positions, threshold).sum(1).float().mean().item()
 
 
 def contrastive_references(patches: int, positives: float, recipe: Recipe) -> ReferenceValues:

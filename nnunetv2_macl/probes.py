@@ -31,7 +31,7 @@ EFFECTIVE_RANK = f"{PROBE}effective_rank"
 _MOST_CASES = 20
 # of a case, in 2D and in 3D
 _PATCHES = {2: 12, 3: 4}
-# locations that the linear probe is fitted to
+# locations that the linear probe is fitted to, and that a stage's rank is of
 _MOST_LOCATIONS = 20_000
 _MOST_BATCHES = 4
 
@@ -64,6 +64,7 @@ class Probe:
         manager = configuration.plans_manager.get_label_manager(configuration.dataset_json)
         # of overlapping regions the single labels, which make them up
         self.classes = [label for label in manager.all_labels if label != 0]
+        self.ignored = [manager.ignore_label] if manager.has_ignore_label else []
         count = min(_MOST_BATCHES, len(batches))
         self.images = [torch.as_tensor(batches[step]["data"]) for step in range(count)]
         # from all over the data set, and what is next to each other on one side
@@ -83,15 +84,16 @@ class Probe:
         was_training = network.training
         network.eval()
         try:
-            return {LINEAR_DICE: self._linear_dice(network, step.device)} | self._of_embeddings(step)
+            at_once = step.plan.patches_at_once
+            return {LINEAR_DICE: self._linear_dice(network, step.device, at_once)} | self._of_embeddings(step)
         finally:
             network.train(was_training)
 
-    def _linear_dice(self, network: MACLNetwork, device: torch.device) -> float:
+    def _linear_dice(self, network: MACLNetwork, device: torch.device, at_once: int) -> float:
         """Mean Dice of the classes on the measured cases, on the grid of the dense features."""
         if not self.measured:
             return float("nan")
-        x, y = self._locations(network, device, self.fitted)
+        x, y = self._locations(network, device, at_once, self.fitted)
         if len(np.unique(y)) < 2:
             return float("nan")
         mean, deviation = x.mean(0), x.std(0) + 1e-6
@@ -100,7 +102,7 @@ class Probe:
             # a probe need not be at its very best to be compared
             warnings.simplefilter("ignore", ConvergenceWarning)
             model = LogisticRegression(C=0.1, max_iter=200).fit(((x - mean) / deviation)[::every], y[::every])
-        x, y = self._locations(network, device, self.measured)
+        x, y = self._locations(network, device, at_once, self.measured)
         predicted = model.predict((x - mean) / deviation)
         scores = [
             2 * ((predicted == c) & (y == c)).sum() / ((predicted == c).sum() + (y == c).sum())
@@ -110,39 +112,52 @@ class Probe:
         return float(np.mean(scores)) if scores else float("nan")
 
     def _locations(
-        self, network: MACLNetwork, device: torch.device, patches: Sequence[tuple[Tensor, Tensor]]
+        self, network: MACLNetwork, device: torch.device, at_once: int, patches: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Features (L, C) and labels (L,) at every grid location of all patches."""
+        """Features (L, C) and labels (L,) at every grid location of all patches, but for those to be ignored."""
+        values = torch.tensor([0, *self.classes, *self.ignored])
         features, labels = [], []
         for images, segmentations in patches:
-            dense = network.dense_features(images.to(device)).float().cpu()
+            parts = images.split(at_once)
+            dense = torch.cat([network.dense_features(part.to(device)).float().cpu() for part in parts])
             # the class that most of a location's voxels have
-            shares = torch.stack([(segmentations == c).float() for c in (0, *self.classes)], 1)
+            shares = torch.stack([(segmentations == value).float() for value in values], 1)
             shares = F.interpolate(shares, size=dense.shape[2:], mode="area")
-            labels.append(torch.tensor([0, *self.classes])[shares.argmax(1)].flatten())
-            features.append(dense.movedim(1, -1).flatten(0, -2))
+            found = values[shares.argmax(1)].flatten()
+            counts = ~torch.isin(found, torch.tensor(self.ignored, dtype=found.dtype))
+            labels.append(found[counts])
+            features.append(dense.movedim(1, -1).flatten(0, -2)[counts])
         return torch.cat(features).numpy(), torch.cat(labels).numpy()
 
     def _of_embeddings(self, step: TrainingStep) -> dict[str, float]:
         network = step.module
-        dominant, auxiliary, stages = [], [], []
+        dominant: list[Tensor] = []
+        auxiliary: list[Tensor] = []
+        stages: list[list[Tensor]] = []
+        patches = sum(len(images) for images in self.images)
         for number, images in enumerate(self.images):
-            stages.append([maps.float().cpu() for maps in network.stages(images.to(step.device))])
+            for part in images.split(step.plan.patches_at_once):
+                stages.append([_some_locations(maps, patches) for maps in network.stages(part.to(step.device))])
             if not network.is_contrastive:
                 continue
-            outputs = network(*step.show(images, number))
-            if "global_dominant" in outputs:
-                pair = outputs["global_dominant"], outputs["global_auxiliary"]
-            else:
-                pair = tuple(outputs[f"dense_{branch}"].flatten(2).mean(-1) for branch in ("dominant", "auxiliary"))
-            dominant.append(pair[0].float().cpu())
-            auxiliary.append(pair[1].float().cpu())
-        ranks = [effective_rank(torch.cat(maps).movedim(1, -1).flatten(0, -2)) for maps in zip(*stages, strict=True)]
+            outputs = step.embed(images, number)
+            level = "global" if "global_dominant" in outputs else "dense"
+            for embeddings, branch in ((dominant, "dominant"), (auxiliary, "auxiliary")):
+                embedding = outputs[f"{level}_{branch}"].float().cpu()
+                embeddings.append(embedding if level == "global" else embedding.flatten(2).mean(-1))
+        ranks = [effective_rank(torch.cat(locations)) for locations in zip(*stages, strict=True)]
         values = {ALIGNMENT: float("nan"), UNIFORMITY: float("nan")}
         if dominant:
             one, two = torch.cat(dominant), torch.cat(auxiliary)
             values = {ALIGNMENT: alignment(one, two), UNIFORMITY: uniformity(torch.cat((one, two)))}
         return values | {f"{EFFECTIVE_RANK}_{stage}": rank for stage, rank in enumerate(ranks, 1)}
+
+
+def _some_locations(maps: Tensor, patches: int) -> Tensor:
+    """(n, C, *spatial) -> (L, C), evenly from all over, so that of so many patches there are not too many."""
+    every = max(1, patches * maps[0, 0].numel() // _MOST_LOCATIONS)
+    # odd, or it might meet the same columns in each row
+    return maps.float().movedim(1, -1).flatten(0, -2)[:: every | 1].cpu()
 
 
 def alignment(one: Tensor, two: Tensor) -> float:

@@ -11,8 +11,9 @@ from math import prod
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nnunetv2_macl.losses import full_precision
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _SMALLEST_BLOCK = 4
@@ -66,6 +67,9 @@ def draw_mask(
     blocks: Sequence[Sequence[int]],
     share: float,
     generator: torch.Generator,
+    *,
+    part: slice = slice(None),
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Which voxels are hidden, in whole blocks, of one size in a patch.
 
@@ -75,21 +79,31 @@ def draw_mask(
         blocks: sizes of what is hidden together, voxels an axis, as likely each.
         share: of the blocks, of each patch; at least one is hidden and one is not, where there are two.
         generator: on the CPU.
+        part: of the patches, whose masks are returned; all are drawn, so that they are the same in any part.
+        device: of what is returned.
 
     Returns:
-        (N, 1, *size) bool.
+        (N, 1, *size) bool, N those of ``part``.
     """
-    chosen = torch.randint(len(blocks), (patches,), generator=generator)
-    return torch.stack([_draw_mask(size, blocks[number], share, generator) for number in chosen])
+    chosen = [blocks[number] for number in torch.randint(len(blocks), (patches,), generator=generator)]
+    grids = [_draw_grid(size, block, share, generator) for block in chosen]
+    # enlarged there, since the voxels are many times the blocks
+    return torch.stack(
+        [_enlarge(grid.to(device), block) for grid, block in zip(grids[part], chosen[part], strict=True)]
+    )
 
 
-def _draw_mask(size: Sequence[int], block: Sequence[int], share: float, generator: torch.Generator) -> Tensor:
+def _draw_grid(size: Sequence[int], block: Sequence[int], share: float, generator: torch.Generator) -> Tensor:
     grid = [n // b for n, b in zip(size, block, strict=True)]
     blocks = prod(grid)
     hidden = max(1, min(round(share * blocks), blocks - 1))
-    order = torch.rand(blocks, generator=generator).argsort()
-    mask = (order < hidden).view(1, 1, *grid)
-    return F.interpolate(mask.float(), size=tuple(size), mode="nearest")[0] > 0.5
+    return (torch.randperm(blocks, generator=generator) < hidden).view(1, *grid)
+
+
+def _enlarge(grid: Tensor, block: Sequence[int]) -> Tensor:
+    for axis, voxels in enumerate(block, 1):
+        grid = grid.repeat_interleave(voxels, axis)
+    return grid
 
 
 def standardise(images: Tensor, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -119,7 +133,7 @@ def standardise(images: Tensor, channels: Sequence[int]) -> tuple[Tensor, Tensor
 
 def restoration_loss(restored: Tensor, images: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error over the hidden voxels of each patch: (N, C, *size) twice, (N, 1, *size) -> (N,)."""
-    with torch.autocast(images.device.type, enabled=False):
+    with full_precision(images):
         squared = (restored.float() if restored.dtype != images.dtype else restored) - images
         squared = squared.square().mean(1, keepdim=True) * mask
         return squared.flatten(1).sum(1) / mask.flatten(1).sum(1)

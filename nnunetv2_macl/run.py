@@ -252,7 +252,7 @@ def _plan_to_go_on(
         raise UserError(f"There is no run to go on with in {folder}. Leave out --c to start one.")
     check_values(values, "Command line")
     plan = read_plan(file)
-    check_plan(plan, target, file)
+    check_plan(plan, target, file, of_a_run=True)
     kept = {key: value for key, value in values.items() if key != "patches_at_once"}
     _refuse_changes(plan, kept, recipe, gpu_memory, images, folder)
     at_once = min(values.get("patches_at_once", plan.patches_at_once), plan.batch_size)

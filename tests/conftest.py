@@ -58,7 +58,7 @@ class Workspace:
 
     def pretrain(self, *arguments: str, code: int = 0, epochs: int = 1, steps: int = 2, **environment: str) -> str:
         short = ("-num_epochs", epochs, "-num_iterations_per_epoch", steps, "-batch_size", 4) if epochs else ()
-        command = ("nnUNetv2_train_macl_pretrain", *arguments, "-device", "cpu", "-np", "2", *short)
+        command = ("nnUNetv2_train_macl_pretrain", *arguments, "-device", "cpu", "-np", "1", *short)
         return self.run(*command, code=code, **environment)
 
     def run_folder(self, trainer: str, plans: str = "nnUNetPlans", configuration: str = "2d", fold="all") -> Path:
@@ -70,7 +70,7 @@ def planned(tmp_path_factory):
     """A generated data set after nnU-Net's planning and preprocessing. Not to be written into: see ``workspace``."""
     space = Workspace(tmp_path_factory.mktemp("planned"))
     generate_dataset(space.raw / DATASET, labelled=5, unlabelled=4, test=1, shape=(8, 40, 48))
-    space.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "-np", "2")
+    space.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "-npfp", "1", "-np", "1")
     # so that each test need not preprocess the unlabelled images again
     space.pretrain("901", "-c", "2d", "--disable_checkpointing")
     shutil.rmtree(space.results)

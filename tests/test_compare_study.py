@@ -185,6 +185,13 @@ def test_steps_are_done_once_in_the_order_of_their_needs(tmp_path):
     assert not list(tmp_path.rglob(".macl_running*"))
 
 
+def test_a_folder_that_cannot_be_written_ends_the_study(tmp_path):
+    (tmp_path / "file").write_text("")
+    work = Work(tmp_path / "file")
+    with pytest.raises(UserError, match=r"file/first could not be written: Not a directory"):
+        run_steps([work.step("first"), work.step("second")], jobs=2, poll_seconds=0.01)
+
+
 def test_a_failed_step_stops_the_study_and_is_tried_again(tmp_path):
     work = Work(tmp_path)
     broken = [True]

@@ -29,6 +29,13 @@ def test_effective_rank_is_the_number_of_even_directions():
     assert probes.effective_rank(torch.ones(10, 8)) == 1
 
 
+def test_few_locations_from_all_over_a_large_map():
+    columns = torch.arange(256.0).expand(4, 1, 256, 256)
+    some = probes._some_locations(columns, patches=16)
+    assert len(some) == pytest.approx(20_000 / 4, rel=0.05) and len(some.unique()) == 256
+    assert len(probes._some_locations(columns[..., :8, :8], patches=16)) == 4 * 64
+
+
 class _Linear(torch.nn.Module):
     """Features in which the image stands as it is, beside noise, on half the grid."""
 
@@ -53,11 +60,16 @@ def test_a_linear_probe_finds_what_is_there_and_nothing_else(workspace):
     )
     untold = [[(torch.zeros_like(image), label) for image, label in part] for part in told]
     probe.fitted, probe.measured = told
-    assert probe._linear_dice(_Linear(), torch.device("cpu")) > 0.8
+    assert probe._linear_dice(_Linear(), torch.device("cpu"), 5) > 0.8
     probe.fitted, probe.measured = untold
-    assert probe._linear_dice(_Linear(), torch.device("cpu")) < 0.3
+    assert probe._linear_dice(_Linear(), torch.device("cpu"), 5) < 0.3
+    # what is to be ignored is neither learned from nor measured: here, all that a feature does not tell
+    probe.fitted, probe.measured = told
+    probe.classes, probe.ignored = [1], [2]
+    _, labels = probe._locations(_Linear(), torch.device("cpu"), 5, probe.measured)
+    assert set(labels.tolist()) == {0, 1}
     probe.measured = []
-    assert math.isnan(probe._linear_dice(_Linear(), torch.device("cpu")))
+    assert math.isnan(probe._linear_dice(_Linear(), torch.device("cpu"), 5))
 
 
 def test_a_patch_at_the_edge_is_filled_up_with_zeros():

@@ -29,6 +29,13 @@ def test_a_mask_hides_whole_blocks_and_their_share(size, block, share, hidden):
     assert len({tuple(row.tolist()) for row in shares.flatten(1)}) > 1 or wanted in (0, blocks)
 
 
+def test_a_part_of_the_masks_is_a_part_of_all():
+    def masks(**part):
+        return draw_mask(6, (8, 16, 16), [(2, 4, 4), (4, 8, 8)], 0.6, torch.Generator().manual_seed(0), **part)
+
+    assert torch.equal(masks(part=slice(2, 5)), masks()[2:5])
+
+
 def test_sizes_come_by_turns_one_in_a_patch():
     mask = draw_mask(40, (32, 32), [(4, 4), (16, 16)], 0.5, torch.Generator().manual_seed(0))
     whole = {

@@ -250,7 +250,8 @@ def _method(results: Results) -> list[str]:
     )
     how = {"sgd": "as nnU-Net trains", "adamw": "as nnU-Net trains, but with AdamW", "paper": "as the paper has it"}
     lines.append(f"Fine-tuning is {how[options.finetuning]}.")
-    mirroring = "without" if options.disable_tta else "with"
+    # the paper's training does not mirror, and what was not trained is not predicted
+    mirroring = "without" if options.disable_tta or options.finetuning == "paper" else "with"
     lines.append(f"{planning} The last checkpoint predicts, {mirroring} mirroring.")
     lines.append(
         "Dice is nnU-Net's, the mean of each class over cases and seeds, then over classes; a class that is in neither "

@@ -28,6 +28,7 @@ from nnunetv2_macl.compare.study import Cell, Options, Study, parse_arm
 from nnunetv2_macl.cores import usable_cores
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.run import check_device
+from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
 from nnunetv2_macl.training.run_folder import RunLock
 from nnunetv2_macl.words import counted
@@ -188,8 +189,8 @@ def _steps(
 
 def _pretrain(study: Study, recipe: str, device: str, processes: int) -> dict[str, Any]:
     options, folder, run = study.options, study.pretraining_folder(recipe), study.pretraining_run(recipe)
-    goes_on = (run / "checkpoint_latest.pth").is_file()
-    if (run / ENCODER_FILE).is_file() and not goes_on:
+    weights, goes_on = run / ENCODER_FILE, resume.has_checkpoint(run)
+    if weights.is_file() and not (run / resume.LATEST).is_file():
         # ended, and stopped before that was written down: its lock goes with it, unless it is still at its report
         lock = RunLock(run)
         lock.acquire()
@@ -208,6 +209,8 @@ def _pretrain(study: Study, recipe: str, device: str, processes: int) -> dict[st
         command += [name, str(value)] if value is not None and not goes_on else []
     command += ["--c"] if goes_on else []
     run_command(command, study.environment(folder / "nnUNet_results"), folder / "log.txt")
+    if not weights.is_file():  # Ctrl-C is for all processes, and it ends as it was asked to
+        raise UserError(f"Pre-training in {run} was stopped. To go on, type the same command again.")
     return {}
 
 

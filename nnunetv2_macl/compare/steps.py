@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Any
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import write_json
+from nnunetv2_macl.files import CannotWriteError, cannot_write, write_json
 from nnunetv2_macl.training.run_folder import RunLock
 from nnunetv2_macl.words import duration
 
@@ -54,7 +54,7 @@ def run_steps(steps: Sequence[Step], jobs: int, poll_seconds: float = 5.0) -> No
         poll_seconds: between two looks at what others do.
 
     Raises:
-        UserError: a step failed; the others at work are finished first.
+        UserError: a step failed, or a folder cannot be written; the others at work are finished first.
     """
     work = _Work(steps, poll_seconds)
     with ThreadPoolExecutor(jobs) as pool:
@@ -82,21 +82,22 @@ class _Work:
         self._stop.set()
 
     def go_on(self) -> None:
-        while not self._stop.is_set():
-            claimed = self._claim()
-            if claimed is None:
-                if not self._todo:
-                    return
-                self._stop.wait(self._poll_seconds)
-                continue
-            step, lock = claimed
-            try:
-                self._do(step)
-            except BaseException:
-                self.stop()
-                raise
-            finally:
-                lock.release()
+        try:
+            while not self._stop.is_set():
+                claimed = self._claim()
+                if claimed is None:
+                    if not self._todo:
+                        return
+                    self._stop.wait(self._poll_seconds)
+                    continue
+                step, lock = claimed
+                try:
+                    self._do(step)
+                finally:
+                    lock.release()
+        except BaseException:
+            self.stop()
+            raise
 
     def _claim(self) -> tuple[Step, RunLock] | None:
         """The first step that can be done now. Those that others have done meanwhile leave the list."""
@@ -108,10 +109,14 @@ class _Work:
                     continue
                 if not all(need.is_done for need in step.needs):
                     continue
-                step.folder.mkdir(parents=True, exist_ok=True)
                 lock = RunLock(step.folder)
                 try:
+                    step.folder.mkdir(parents=True, exist_ok=True)
                     lock.acquire()
+                except OSError as error:
+                    raise cannot_write(error, step.folder) from error
+                except CannotWriteError:
+                    raise
                 except UserError as held:
                     if step.name not in self._told:
                         self._told.add(step.name)

@@ -148,9 +148,25 @@ def plan_to_train(file: Path) -> MACLPlan:
     return read_plan(file) if handed is None else _plan_in(json.loads(handed), file)
 
 
-def check_plan(plan: MACLPlan, configuration: Configuration, file: Path) -> None:
-    """Check a plan that was edited against its network. Raises UserError that names the key, the rule and the value."""
-    mend = f"Correct it in {file}, or move the file away to have it derived again."
+def was_handed_on() -> bool:
+    """Whether our command started the training, and not nnU-Net's, which has no options for it."""
+    return _HANDED_ON in os.environ
+
+
+def check_plan(plan: MACLPlan, configuration: Configuration, file: Path, *, of_a_run: bool = False) -> None:
+    """Check a plan that was edited against its network.
+
+    Args:
+        plan: to check.
+        configuration: its network.
+        file: where it is.
+        of_a_run: that is to go on; then it cannot be derived again.
+
+    Raises:
+        UserError: names the key, the rule and the value.
+    """
+    again = "leave out --c to start a new run." if of_a_run else "move the file away to have it derived again."
+    mend = f"Correct it in {file}, or {again}"
     axes, stages = len(configuration.patch_size), len(configuration.strides)
 
     def require(true: bool, key: str, rule: str) -> None:
@@ -197,7 +213,7 @@ def check_plan(plan: MACLPlan, configuration: Configuration, file: Path) -> None
     require(good, "reasons", "words by keys of the plan")
     if plan.nnunet_plan_checksum != configuration.plan_checksum():
         raise UserError(
-            f"{file} was derived from another nnU-Net plan than the one there is now. Move it away to have it derived again."
+            f"{file} was derived from another nnU-Net plan than the one there is now. Bring that plan back, or {again}"
         )
 
 

@@ -96,7 +96,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         raise UserError(
             f"No pre-trained weights for {self.plans_manager.dataset_name}, {plans}, {configuration}: neither fold_{self.fold} "
             f"nor fold_all in {run} holds {checkpoints.ENCODER_FILE}. Type:\n"
-            f"    {command_to_pretrain(self._configuration)}\n"
+            f"    {command_to_pretrain(self._configuration, device=self.device.type)}\n"
             f"or name weights: export {WEIGHTS_VARIABLE}=/path/to/folder_or_file"
         )
 

@@ -25,17 +25,24 @@ from nnunetv2_macl import checkpoints, distributed, monitoring, probes
 from nnunetv2_macl.building import build_loss, build_network, build_optimizer
 from nnunetv2_macl.data import Case, PretrainingBatches, hear_no_more_of_workers, load_batches, worker_was_killed
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import cannot_write, is_refused_write, remove_temporary
+from nnunetv2_macl.files import CannotWriteError, cannot_write, is_refused_write, remove_temporary
 from nnunetv2_macl.monitoring import LOSS_NAMES
 from nnunetv2_macl.nnunet import Configuration, checksum
-from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, plan_to_train, write_plan
+from nnunetv2_macl.planning.plan import (
+    MACLPlan,
+    check_plan,
+    plan_file,
+    plan_to_train,
+    was_handed_on,
+    write_plan,
+)
 from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.preprocessing.cases import Preprocessed, preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.report import write_report_after_run
 from nnunetv2_macl.training import resume
-from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
+from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on, command_to_pretrain
 from nnunetv2_macl.training.epoch_log import CollapseWatch, Epoch, EpochSums, log_keys
 from nnunetv2_macl.training.export import export_run
 from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
@@ -168,7 +175,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 if first and not file.is_file():
                     prepare(self.macl_configuration)
         plan = plan_to_train(file)
-        check_plan(plan, self.macl_configuration, file)
+        check_plan(plan, self.macl_configuration, file, of_a_run=file.name == PLAN_COPY)
         return plan
 
     def build_network_architecture(  # type: ignore[override]
@@ -215,10 +222,12 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def run_training(self) -> None:
         try:
             super().run_training()
+        except CannotWriteError as error:
+            raise self._with_command_to_go_on(error) from error
         except OSError as error:  # of nnU-Net's own files too
             if not is_refused_write(error):
                 raise
-            raise cannot_write(error, self._where(error)) from error
+            raise self._with_command_to_go_on(cannot_write(error, self._where(error))) from error
         except RuntimeError as error:
             if not worker_was_killed(error):
                 raise
@@ -232,6 +241,11 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 self.dataloader_train.close()  # its workers heed no signal
             self._signals.restore()
             self._lock.release()
+
+    def _with_command_to_go_on(self, error: UserError) -> UserError:
+        if not resume.has_checkpoint(Path(self.output_folder)):
+            return error
+        return UserError(f"{error} To go on then, type:\n    {self._command_to_go_on()}")
 
     def _where(self, error: OSError) -> Path:
         """The file that could not be written, or at least its folder: not every such error names it."""
@@ -344,6 +358,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            command = command_to_pretrain(self.macl_configuration, self.fold, self.device.type)
             raise UserError(
                 out_of_memory_advice(
                     self.macl_plan,
@@ -352,6 +367,11 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                     distributed.world_size(),
                     Path(self.output_folder),
                     in_parts=not self.step.module.features_vary,
+                )
+                + (
+                    ""
+                    if was_handed_on()
+                    else f" nnU-Net's command takes none of these: give them to {command} --plan_only, and type yours again."
                 )
             ) from error
         stop, save = self._signals.asked()
@@ -455,9 +475,17 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self.current_epoch += 1
         patience = self.recipe.collapse_patience
         if patience and self.collapse.reason and self.collapse.epochs >= patience and not last:
+            latest = Path(self.output_folder) / resume.LATEST
+            self.save_checkpoint(str(latest))
             raise UserError(
                 f"The run sat in collapse for {self.collapse.epochs} epochs and was stopped: {self.collapse.reason}. "
-                f"{monitoring.collapse_advice(self.recipe)} To go on all the same: collapse_patience 0."
+                f"{monitoring.collapse_advice(self.recipe)}"
+                + (
+                    f" To go on all the same, set collapse_patience to 0 in {latest.with_name(PLAN_COPY)} and type:\n"
+                    f"    {self._command_to_go_on()}"
+                    if latest.is_file()
+                    else ""
+                )
             )
 
     def on_train_end(self) -> None:
@@ -537,8 +565,14 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     @property
     def _run(self) -> dict[str, Any]:
         """What tells this run's checkpoints from another's."""
-        # in how many parts a batch is computed may change within a run, and what is done about an image that went bad
-        plan = replace(self.macl_plan, patches_at_once=self.macl_plan.batch_size, skip_unreadable=False)
+        # what may change within a run: in how many parts a batch is computed, what is done about an image that went bad and
+        # about a collapse
+        plan = replace(
+            self.macl_plan,
+            patches_at_once=self.macl_plan.batch_size,
+            skip_unreadable=False,
+            recipe=self.macl_plan.recipe | {"collapse_patience": 0},
+        )
         return {"fold": str(self.fold), "macl_plan": plan.as_json()}
 
     @user_errors_end_the_run

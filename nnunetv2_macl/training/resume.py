@@ -75,6 +75,11 @@ def load_checkpoint(
     return None
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether ``--c`` has something to go on from."""
+    return any((folder / name).is_file() for name in (FINAL, LATEST, PREVIOUS))
+
+
 class _BadCheckpointError(Exception):
     """Says what is wrong with a checkpoint."""
 

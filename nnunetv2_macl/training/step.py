@@ -152,6 +152,13 @@ class TrainingStep:
         generator = torch.Generator().manual_seed(seed)
         return self.intensity.apply(group, generator, batch_size=self.plan.batch_size, first=self.first)
 
+    @torch.no_grad()
+    def embed(self, patches: Tensor, step: int) -> dict[str, Tensor]:
+        """What a step would compare, by name: embeddings of a batch, a few patches at a time as in training."""
+        features = self._features_in_parts(self._cut(self.show(patches, step)))
+        with self._autocast():
+            return self.module.project(features)
+
     def hide(self, patches: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """What restoration is shown, what it is to restore, and which voxels are hidden, as 0.
 
@@ -165,8 +172,8 @@ class TrainingStep:
         # beside those of the views
         generator = torch.Generator().manual_seed(_mix(self.recipe.seed, step, 5))
         blocks, share = self.module.hidden_blocks, self.recipe.restoration_share
-        mask = draw_mask(self.plan.batch_size, self.plan.patch_size, blocks, share, generator)
-        mask = mask[self.first : self.last].to(patches.device)
+        part, device = slice(self.first, self.last), patches.device
+        mask = draw_mask(self.plan.batch_size, self.plan.patch_size, blocks, share, generator, part=part, device=device)
         whole, zero = standardise(patches, self.unnormalised)
         return torch.where(mask, zero, patches), whole, mask
 
@@ -199,19 +206,15 @@ class TrainingStep:
             return losses, everyone
         # Gradient caching (Gao et al., 2021, https://arxiv.org/abs/2101.06983): features of all patches without a graph,
         # the gradient of the loss at these features, then the graph of a few patches at a time.
-        cuts = range(0, patches, at_once)
-        parts = [[None if group is None else group[i : i + at_once] for group in shown] for i in cuts]
-        with torch.no_grad(), self._autocast():
-            pieces = [self._features(*part) for part in parts]
-        features = {key: torch.cat([piece[key] for piece in pieces]).requires_grad_() for key in pieces[0]}
-        del pieces
+        parts = self._cut(shown)
+        features = {key: maps.requires_grad_() for key, maps in self._features_in_parts(parts).items()}
         with self._autocast():
             outputs = self.module.project(features)
         losses, everyone = self._losses(outputs, positions)
         self._scaled(self._stage_loss(losses, step)).backward()
         gradients = {key: feature.grad for key, feature in features.items() if feature.grad is not None}
         del features, outputs
-        for first, part in zip(cuts, parts, strict=True):
+        for first, part in zip(range(0, patches, at_once), parts, strict=True):
             with self._autocast():
                 piece = self._features(*part)
             # an averaged encoder has no gradient; with two training stages some features have none
@@ -220,6 +223,20 @@ class TrainingStep:
                 [piece[key] for key in used], [gradients[key][first : first + at_once] for key in used]
             )
         return losses, everyone
+
+    def _cut(self, shown: Shown) -> list[Shown]:
+        """The batch in parts of ``patches_at_once``."""
+        patches, at_once = next(len(group) for group in shown if group is not None), self.plan.patches_at_once
+        return [
+            tuple(None if group is None else group[i : i + at_once] for group in shown)  # type: ignore[misc]
+            for i in range(0, patches, at_once)
+        ]
+
+    @torch.no_grad()
+    def _features_in_parts(self, parts: Sequence[Shown]) -> dict[str, Tensor]:
+        with self._autocast():
+            pieces = [self._features(*part) for part in parts]
+        return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
 
     def _autocast(self) -> AbstractContextManager:
         # as nnU-Net: autocast pays on a GPU only

@@ -31,10 +31,11 @@ def user_errors_end_the_run(method: Callable) -> Callable:
 
 
 def _leave_nothing(folder: Path, log: Path) -> None:
-    if any(path != log and not path.name.startswith(".") for path in folder.iterdir()):
-        return
-    log.unlink(missing_ok=True)
-    # fold, trainer and data set, as far as nothing else is in them
+    # another rank may be at it too
     with contextlib.suppress(OSError):
+        if any(path != log and not path.name.startswith(".") for path in folder.iterdir()):
+            return
+        log.unlink(missing_ok=True)
+        # fold, trainer and data set, as far as nothing else is in them
         for empty in (folder, folder.parent, folder.parent.parent):
             empty.rmdir()

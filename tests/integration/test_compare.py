@@ -62,12 +62,34 @@ def hashes(folder):
     }
 
 
+def interrupt(command, environment, log, word):
+    """Ctrl-C, which all processes get, once a word stands in a log."""
+    process = subprocess.Popen(
+        [*map(str, command)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (log.is_file() and word in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait()
+
+
 def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     before = hashes(workspace.folder)
     folder = tmp_path / "study"
     # no workers, as in a container with little shared memory
-    out = workspace.run("nnUNetv2_macl_compare", *SHORT, "-o", folder, nnUNet_n_proc_DA="0")
-    assert "[4/4]" in out and "Too few to tell: 2 test patients" in out
+    command, without = ["nnUNetv2_macl_compare", *SHORT, "-o", folder], {"nnUNet_n_proc_DA": "0"}
+    command, options = [*command, "--pretrain_iterations", "100"], replace(OPTIONS, pretrain_iterations=100)
+    log = folder / "pretraining" / "restore" / "log.txt"
+    interrupt(command, workspace.environment | without, log, "Pre-training on")
+    assert "Stopped as asked" in log.read_text() and len(list(folder.rglob("done.json"))) == 1
+    out = workspace.run(*command, **without)
+    assert "1 of 4 steps are done already" in out and "[4/4]" in out and "Too few to tell: 2 test patients" in out
     assert hashes(workspace.folder) == before, "the user's own folders changed"
 
     split = json.loads((folder / "study.json").read_text())["split"]
@@ -105,11 +127,11 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
 
     done = hashes(folder)
     caplog.set_level("INFO", logger="nnunetv2_macl")
-    compare(OPTIONS, folder=folder, device="cpu")
+    compare(options, folder=folder, device="cpu")
     assert "4 of 4 steps are done already" in caplog.text and "[4/4]" not in caplog.text
     assert hashes(folder) == done
     with pytest.raises(UserError, match=r"--epochs 3 \(was 1\)"):
-        compare(replace(OPTIONS, epochs=3), folder=folder, device="cpu")
+        compare(replace(options, epochs=3), folder=folder, device="cpu")
     assert hashes(folder) == done
 
     # an arm that cannot be is refused, and the study is as it was
@@ -119,13 +141,13 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     checkpoints.save(content, tmp_path / "small.pth")
     with pytest.raises(UserError, match=r"are for another network.*\n\nThe study cannot have the arm weights:"):
         compare(
-            replace(OPTIONS, arms=[*OPTIONS.arms, f"weights:{tmp_path / 'small.pth'}"]), folder=folder, device="cpu"
+            replace(options, arms=[*options.arms, f"weights:{tmp_path / 'small.pth'}"]), folder=folder, device="cpu"
         )
     log = "planning/log.txt"
     assert {**hashes(folder), log: ""} == {**done, log: ""}
 
     # arms may be added; what is done is not done again
-    compare(replace(OPTIONS, arms=[*OPTIONS.arms, "encoder"]), folder=folder, device="cpu")
+    compare(replace(options, arms=[*options.arms, "encoder"]), folder=folder, device="cpu")
     assert "[5/5]" in caplog.text and "| encoder |" in (folder / "compare.md").read_text()
     now = hashes(folder)
     assert all(now[file] == done[file] for file in done if file.startswith(("cells", "pretraining")))

@@ -18,7 +18,7 @@ NOT_HERE = "git clone"
 # the same commands, shorter
 PRELUDE = """
 set -euo pipefail
-nnUNetv2_plan_and_preprocess() { command nnUNetv2_plan_and_preprocess "$@" -np 2; }
+nnUNetv2_plan_and_preprocess() { command nnUNetv2_plan_and_preprocess "$@" -npfp 1 -np 1; }
 nnUNetv2_macl_doctor() { command nnUNetv2_macl_doctor "$@" -device cpu; }
 SHORT="-device cpu -np 2 -num_epochs 1 -num_iterations_per_epoch 2 -batch_size 4"
 nnUNetv2_train_macl_pretrain() {

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,10 +217,14 @@ def test_collapse_is_told_and_written_and_stops_the_run(workspace, tmp_path):
     values = {"threshold": 1.0, "limit_positives": False, "weight_dense": 0.0, "weight_equivariance": 10.0}
     values |= {"standardise_projector": False, "collapse_patience": 2, "optimizer": "sgd"}
     recipe.write_text(json.dumps({"inherits_from": "paper", "decoder_stages": 1, "scale": 2} | values))
-    out = workspace.pretrain("901", "-c", "2d", "-recipe", recipe, code=1, epochs=30, steps=20)
+    out = workspace.pretrain("901", "-c", "2d", "-recipe", recipe, code=1, epochs=6, steps=20)
     assert "COLLAPSED" in out and "own_view_weight" in out and "was stopped" in out
     folder = workspace.run_folder(PRETRAIN)
-    assert checkpoints.load(folder / "checkpoint_latest.pth")["collapsed"]
+    # what the user is told to do, to go on all the same
+    plan, command = re.search(r"set collapse_patience to 0 in (\S+) and type:\n +(.*--c)$", out, re.M).groups()
+    Path(plan).write_text(Path(plan).read_text().replace('"collapse_patience": 2', '"collapse_patience": 0'))
+    assert "The run ended COLLAPSED" in workspace.run(*command.split())
+    assert checkpoints.load(folder / "checkpoint_final.pth")["collapsed"]
     assert "COLLAPSED" in next(folder.glob("training_log_*")).read_text()
     assert not list(folder.glob(".macl_running*"))
 
@@ -254,7 +259,7 @@ def test_single_files_are_2d(workspace):
             io.imsave(raw / folder / name, values, check_contrast=False)
     description = {"channel_names": {"0": "R", "1": "G", "2": "B"}, "labels": {"background": 0, "thing": 1}}
     (raw / "dataset.json").write_text(json.dumps(description | {"numTraining": 5, "file_ending": ".png"}))
-    workspace.run("nnUNetv2_plan_and_preprocess", "-d", "903", "-c", "2d", "-np", "2")
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", "903", "-c", "2d", "-npfp", "1", "-np", "1")
     folder = pretrain(903, "2d", device="cpu", num_epochs=1, num_iterations_per_epoch=1, batch_size=4)
     content = checkpoints.load(folder / "macl_encoder.pth")
     assert content["architecture"]["input_channels"] == 3 and content["dataset_fingerprint"]["images"] == 8
