@@ -155,9 +155,10 @@ class TrainingStep:
     @torch.no_grad()
     def embed(self, patches: Tensor, step: int) -> dict[str, Tensor]:
         """What a step would compare, by name: embeddings of a batch, a few patches at a time as in training."""
-        features = self._features_in_parts(self._cut(self.show(patches, step)))
+        parts = self._cut(self.show(patches, step))
+        # not what is compiled, which would be compiled once more for it
         with self._autocast():
-            return self.module.project(features)
+            return self.module.project(_joined([self.module.features(*part) for part in parts]))
 
     def hide(self, patches: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """What restoration is shown, what it is to restore, and which voxels are hidden, as 0.
@@ -207,7 +208,9 @@ class TrainingStep:
         # Gradient caching (Gao et al., 2021, https://arxiv.org/abs/2101.06983): features of all patches without a graph,
         # the gradient of the loss at these features, then the graph of a few patches at a time.
         parts = self._cut(shown)
-        features = {key: maps.requires_grad_() for key, maps in self._features_in_parts(parts).items()}
+        with torch.no_grad(), self._autocast():
+            features = _joined([self._features(*part) for part in parts])
+        features = {key: maps.requires_grad_() for key, maps in features.items()}
         with self._autocast():
             outputs = self.module.project(features)
         losses, everyone = self._losses(outputs, positions)
@@ -231,12 +234,6 @@ class TrainingStep:
             tuple(None if group is None else group[i : i + at_once] for group in shown)  # type: ignore[misc]
             for i in range(0, patches, at_once)
         ]
-
-    @torch.no_grad()
-    def _features_in_parts(self, parts: Sequence[Shown]) -> dict[str, Tensor]:
-        with self._autocast():
-            pieces = [self._features(*part) for part in parts]
-        return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
 
     def _autocast(self) -> AbstractContextManager:
         # as nnU-Net: autocast pays on a GPU only
@@ -301,6 +298,10 @@ class TrainingStep:
             rms, between = monitoring.feature_statistics(outputs["bottleneck_dominant"])
             measured["bottleneck_rms"], measured["bottleneck_variance"] = rms.item(), between.item()
         return measured
+
+
+def _joined(pieces: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
 
 
 def _mix(*numbers: int) -> int:
