@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, WEIGHTS_VARIABLE, read_json
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.synthetic import generate_dataset
 
@@ -36,6 +36,7 @@ def demo(folder: Path) -> dict[str, float]:
         raise UserError(f"{folder} is not empty, and the demonstration overwrites nothing. Give a new folder.")
     began = perf_counter()
     environment = dict(os.environ)
+    environment.pop(WEIGHTS_VARIABLE, None)
     for variable in FOLDER_VARIABLES:
         environment[variable] = str(folder / variable)
         (folder / variable).mkdir(parents=True)

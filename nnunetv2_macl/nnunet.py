@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_macl.errors import UserError
 
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+# names the weights to fine-tune from
+WEIGHTS_VARIABLE = "nnUNet_macl_weights"
 # 3d first, as most of nnU-Net's users work in 3D
 SUPPORTED_CONFIGURATIONS = ("3d_fullres", "3d_lowres", "2d")
 # what nnU-Net's default planner aims at
@@ -46,6 +49,10 @@ def dataset_name(name_or_id: str | int) -> str:
     try:
         name = str(maybe_convert_to_dataset_name(name_or_id))
         if raw_folder(name).is_dir() or preprocessed_folder(name).is_dir():
+            if not re.match(r"Dataset\d{3}_", name):
+                raise UserError(
+                    f"{name} is no name that nnU-Net takes: DatasetXXX_NAME, with three digits. Rename the folder."
+                )
             return name
     except (RuntimeError, ValueError):
         pass

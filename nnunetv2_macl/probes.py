@@ -103,6 +103,8 @@ class Probe:
             warnings.simplefilter("ignore", ConvergenceWarning)
             model = LogisticRegression(C=0.1, max_iter=200).fit(((x - mean) / deviation)[::every], y[::every])
         x, y = self._locations(network, device, at_once, self.measured)
+        if not len(y):
+            return float("nan")
         predicted = model.predict((x - mean) / deviation)
         scores = [
             2 * ((predicted == c) & (y == c)).sum() / ((predicted == c).sum() + (y == c).sum())

@@ -7,13 +7,18 @@ import shutil
 import subprocess
 import sys
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from conftest import DATASET, environment_without_nnunet
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_macl import doctor
 from nnunetv2_macl.cli import look
 from nnunetv2_macl.doctor import dataset, environment, finder, machine, shell
+from nnunetv2_macl.doctor.measure import plan_in_use
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES
 from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.resources import resource_folder
@@ -175,6 +180,8 @@ def test_limits_of_the_machine(monkeypatch, tmp_path):
     assert machine.shared_memory(tmp_path / "nowhere").status == doctor.RIGHT
     monkeypatch.setattr(machine, "_LEAST_SHARED_GIB", 1e9)
     assert "--shm-size" in machine.shared_memory(tmp_path).mend
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # what is told to do is enough
+    assert machine.shared_memory(tmp_path).status == doctor.NOTE
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     monkeypatch.setattr(machine, "_LEAST_DISK_GIB", 1e-6)  # what is free where the tests run is not their subject
     assert machine.free_disk("nnUNet_results").status == doctor.RIGHT
@@ -217,6 +224,50 @@ def test_a_data_set_with_everything_measured_and_nothing_written(workspace):
     assert measured["hours"] == pytest.approx(measured["seconds_per_step"] * steps / 3600)
     assert 0 < measured["seconds_per_step"] < 60 and 0.05 < measured["memory_gib"] < 16 and measured["run_gib"] > 0
     assert results["weights"].mend == "nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu"
+
+
+def test_a_plan_of_an_older_nnunet_plan_is_derived_anew_as_a_start_would(workspace):
+    prepare(dataset.Configuration.load("901", "nnUNetPlans", "2d"), values={"batch_size": 4, "num_epochs": 7})
+    file = workspace.preprocessed / DATASET / "nnUNetPlans.json"
+    content = json.loads(file.read_text())
+    content["configurations"]["2d"]["patch_size"] = [32, 32]
+    file.write_text(json.dumps(content))
+    target = dataset.Configuration.load("901", "nnUNetPlans", "2d")
+    plan = plan_in_use(target)
+    assert plan.patch_size == [32, 32] and plan.batch_size == 4 and plan.get_recipe().num_epochs == 7
+    assert "derived anew" in dataset.macl_plan(target, plan).words
+
+
+def test_headers_are_wrong_where_the_run_would_stop_and_nowhere_else(tmp_path):
+    def image(name, shape, affine, dtype=np.float32):
+        file = str(tmp_path / f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image(np.ones(shape, dtype), affine), file)
+        return file
+
+    sheared = np.eye(4)
+    sheared[0, 1] = 0.5
+    file = image("sheared", (8, 8, 8), sheared)
+    assert dataset.header_problem(file, NibabelIO, 1) is None
+    assert "orthonormal" in dataset.header_problem(file, SimpleITKIO, 1)
+    assert "complex" in dataset.header_problem(image("complex", (8, 8, 8), np.eye(4), np.complex64), SimpleITKIO, 1)
+    times = image("times", (8, 8, 8, 3), np.eye(4))
+    assert "3 channels or time points, and should have 1" in dataset.header_problem(times, NibabelIO, 1)
+    assert dataset.header_problem(times, SimpleITKIO, 3) is None
+
+
+def test_what_a_run_leaves_out_is_no_mistake(workspace):
+    file = next((workspace.raw / DATASET / "imagesUn").iterdir())
+    file.write_bytes(b"")
+    sources = dataset._sources(dataset.Configuration.load("901", "nnUNetPlans", "2d"))
+    assert dataset.headers(sources, skip_unreadable=False).status == doctor.WRONG
+    left_out = dataset.headers(sources, skip_unreadable=True)
+    assert left_out.status == doctor.NOTE and str(file) in left_out.words
+
+
+def test_a_name_that_nnunet_does_not_take(workspace):
+    (workspace.raw / "Dataset4_Heart").mkdir()
+    (result,) = dataset.dataset_checks("Dataset4_Heart", "2d", "nnUNetPlans", "cpu")
+    assert result.status == doctor.WRONG and "DatasetXXX_NAME" in result.words
 
 
 def _hashes(folder):

@@ -219,7 +219,8 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], log: Pat
     log.parent.mkdir(parents=True, exist_ok=True)
     # the environment's own scripts first, also where it was not activated
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    ours = {"PATH": path, "nnUNet_extTrainer": str(resource_folder("trainers"))}
+    # what it says is in the log when it says it
+    ours = {"PATH": path, "nnUNet_extTrainer": str(resource_folder("trainers")), "PYTHONUNBUFFERED": "1"}
     with log.open("a") as stream:
         process = subprocess.run(
             command, env={**os.environ, **ours, **environment}, stdout=stream, stderr=subprocess.STDOUT
@@ -227,6 +228,6 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], log: Pat
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise UserError(
-            f"'{shlex.join(command)}' failed with code {process.returncode}; what is done stays done, start again when "
-            f"it is mended. {log} ends with\n{tail}"
+            f"'{shlex.join(command)}' failed with code {process.returncode}; what is done stays done. When it is mended, type "
+            f"the command that you began with, and not those of {log}, which are for inside of the study. It ends with\n{tail}"
         )

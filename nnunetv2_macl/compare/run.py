@@ -27,9 +27,9 @@ from nnunetv2_macl.compare.steps import DONE_FILE, Step, run_steps
 from nnunetv2_macl.compare.study import Cell, Options, Study, parse_arm
 from nnunetv2_macl.cores import usable_cores
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE
 from nnunetv2_macl.run import check_device
 from nnunetv2_macl.training import resume
-from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
 from nnunetv2_macl.training.run_folder import RunLock
 from nnunetv2_macl.words import counted
 

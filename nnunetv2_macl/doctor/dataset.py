@@ -12,20 +12,23 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import SimpleITK as sitk
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
 from nnunetv2_macl.doctor.shell import shell_in_use
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration, raw_folder
-from nnunetv2_macl.planning.plan import plan_file, read_plan, was_edited
+from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration, raw_folder
+from nnunetv2_macl.planning.plan import MACLPlan, plan_file, read_plan, was_edited
 from nnunetv2_macl.planning.positives import resampled_shapes
-from nnunetv2_macl.preprocessing.cases import nifti_is_cut_short
+from nnunetv2_macl.preprocessing.cases import check_nifti_header, nifti_is_cut_short, unlabelled_folder
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, Source, find_sources, training_cases
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
-from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE, load_transfer
+from nnunetv2_macl.training.finetune import load_transfer
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
 _MEASURE_TIMEOUT = 600
@@ -44,17 +47,20 @@ def dataset_checks(
         device: to measure on.
         timeout: of the measurement, seconds.
     """
+    from nnunetv2_macl.doctor.measure import plan_in_use
+
     try:
         target = Configuration.load(dataset, plans, configuration)
         yield plan_is_there(target)
         labelled = len(training_cases(target))
-        yield macl_plan(target)
+        plan = plan_in_use(target)
+        yield macl_plan(target, plan)
         sources = _sources(target)
     except UserError as error:
         yield from_error("plan", error)
         return
     yield images(target, labelled, sources)
-    yield headers(sources)
+    yield headers(sources, skip_unreadable=plan.skip_unreadable)
     yield estimate(target, sources, device, timeout)
     yield weights(target, device)
 
@@ -75,13 +81,16 @@ def plan_is_there(target: Configuration) -> Result:
     return Result("plan", RIGHT, words, values=values)
 
 
-def macl_plan(target: Configuration) -> Result:
-    """Which MACL plan a run would follow. Raises UserError for one that cannot be used."""
-    from nnunetv2_macl.doctor.measure import plan_in_use
-
+def macl_plan(target: Configuration, plan: MACLPlan) -> Result:
+    """Which MACL plan a run would follow."""
     file = plan_file(target)
-    plan = plan_in_use(target)
-    origin = "derived at the start" if not file.is_file() else "as edited" if was_edited(file) else "of the last start"
+    if not file.is_file():
+        origin = "derived at the start"
+    elif was_edited(file):
+        origin = "as edited"
+    else:
+        is_current = read_plan(file).nnunet_plan_checksum == target.plan_checksum()
+        origin = "of the last start" if is_current else "derived anew at the start, since nnU-Net's plan has changed"
     words = f"MACL plan, {origin}: batch {plan.batch_size}, {plan.decoder_stages} decoder stage(s), threshold {plan.threshold:g}"
     return Result("macl_plan", RIGHT, words)
 
@@ -114,31 +123,52 @@ def images(target: Configuration, labelled: int, sources: list[Source]) -> Resul
     return Result("images", NOTE, f"{words}: pre-training would see the labelled images alone", mend, values)
 
 
-def headers(sources: list[Source]) -> Result:
-    """Which unlabelled images could not be used, as far as their headers tell."""
+def headers(sources: list[Source], *, skip_unreadable: bool) -> Result:
+    """Which unlabelled images could not be used, as far as their headers tell; a run may leave them out."""
     wrong = [reason for source in sources for reason in source.incomplete.values()]
-    files = [file for source in sources for case in source.cases.values() for file in case.files]
+    files = [
+        (file, source.reader, case.channels_there if case.channels is not None else 1)
+        for source in sources
+        for case in source.cases.values()
+        for file in case.files
+    ]
     with ThreadPoolExecutor(8) as pool:
-        wrong += [reason for reason in pool.map(header_problem, files) if reason]
+        wrong += [reason for reason in pool.map(header_problem, *zip(*files, strict=True)) if reason] if files else []
     values = {"files": len(files), "skipped": len(wrong)}
     if not wrong:
         return Result("headers", RIGHT, f"{len(files)} unlabelled files have sound headers", values=values)
     told = "\n".join(wrong[:_TOLD]) + (f"\nand {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else "")
+    if skip_unreadable:
+        return Result("headers", NOTE, f"{len(wrong)} unlabelled images are left out:\n{told}", values=values)
     mend = "# mend or remove them, or go on without\nnnUNetv2_train_macl_pretrain ... --skip_unreadable"
     return Result("headers", WRONG, f"{len(wrong)} unlabelled images cannot be used:\n{told}", mend, values)
 
 
-def header_problem(file: str) -> str | None:
-    """What is wrong with an image as far as its header and size tell, or None."""
+def header_problem(file: str, reader: type[BaseReaderWriter], channels: int) -> str | None:
+    """What is wrong with an image as far as its header and size tell, or None.
+
+    Args:
+        file: of the image.
+        reader: nnU-Net's, that will read it: what is wrong for ITK may be right for another.
+        channels: that it should hold.
+    """
+    is_nifti = file.endswith((".nii", ".nii.gz"))
     try:
         if os.path.getsize(file) == 0:
             return f"{file} is empty"
-        if file.endswith((".nii", ".nii.gz")) and nifti_is_cut_short(file):
-            return f"{file} is cut short: it holds less or more than its header says"
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(file)
-        reader.ReadImageInformation()
-        if 0 in reader.GetSize():
+        if is_nifti:
+            check_nifti_header(file)
+            if nifti_is_cut_short(file):
+                return f"{file} is cut short: it holds less or more than its header says"
+            size = nibabel.load(file).shape  # type: ignore[attr-defined]
+            if len(size) > 3 and size[3] != channels:
+                return f"{file} has {size[3]} channels or time points, and should have {channels}"
+        if not is_nifti or issubclass(reader, SimpleITKIO):
+            header = sitk.ImageFileReader()
+            header.SetFileName(file)
+            header.ReadImageInformation()
+            size = header.GetSize()
+        if 0 in size:
             return f"{file} has no voxels"
     except Exception as error:
         # ITK's last line says what, those before where in ITK
@@ -167,13 +197,16 @@ def estimate(target: Configuration, sources: list[Source], device: str, timeout:
         return from_error(check, UserError(f"three training steps could not be run on {device}: {reason}"))
     hours = measured["seconds_per_step"] * measured["steps_per_epoch"] * measured["epochs"] / 3600
     shapes = [math.prod(shape) for shape in resampled_shapes(target)]
-    number = sum(len(source.cases) for source in sources)
+    done = unlabelled_folder(target)
+    number = sum(
+        not (done / source.dataset_name / f"{case}.b2nd").is_file() for source in sources for case in source.cases
+    )
     disk = number * len(target.channel_names) * 4 * float(np.median(shapes)) / 2**30
     values = measured | {"hours": hours, "preprocessed_gib": disk}
     words = (
         f"three real steps on {device}: {measured['seconds_per_step']:.3g} s each; {measured['epochs']} epochs of "
         f"{measured['steps_per_epoch']} take about {_hours(hours)}, {_size(measured['memory_gib'])} of memory, "
-        f"{_size(disk)} on disk for the images and {_size(measured['run_gib'])} for the run"
+        f"{_size(disk)} on disk for the images still to be preprocessed and {_size(measured['run_gib'])} for the run"
     )
     for variable, needed in (("nnUNet_preprocessed", disk), ("nnUNet_results", measured["run_gib"])):
         free = shutil.disk_usage(os.environ[variable]).free / 2**30

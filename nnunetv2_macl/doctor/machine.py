@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from nnunetv2_macl.doctor.result import RIGHT, WRONG, Result
+from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
 from nnunetv2_macl.doctor.shell import set_variable, shell_in_use
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -26,6 +26,8 @@ def shared_memory(folder: Path = _SHARED_MEMORY) -> Result:
     words, values = f"shared memory {size:.2g} GiB", {"gib": size}
     if size >= _LEAST_SHARED_GIB:
         return Result(check, RIGHT, words, values=values)
+    if os.environ.get("nnUNet_n_proc_DA") == "0":
+        return Result(check, NOTE, f"{words}: data are loaded without workers (nnUNet_n_proc_DA=0)", values=values)
     mend = "# in Kubernetes: an emptyDir of medium Memory on /dev/shm\ndocker run --shm-size=8g ...\n"
     mend += f"# or load data without workers, once nnU-Net has planned\n{set_variable('nnUNet_n_proc_DA', '0', shell_in_use())}"
     return Result(check, WRONG, f"{words}: too little for data loading, which then dies of a bus error", mend, values)

@@ -20,7 +20,7 @@ from nnunetv2_macl.data import PretrainingBatches, load_batches
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.derive import derive_plan
-from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited
 from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
 from nnunetv2_macl.preprocessing.cases import Preprocessed
 from nnunetv2_macl.preprocessing.sources import training_cases
@@ -32,13 +32,17 @@ STEPS = 3
 
 
 def plan_in_use(configuration: Configuration) -> MACLPlan:
-    """The MACL plan that lies beside nnU-Net's; where there is none, what the default recipe would give. Writes nothing."""
+    """The MACL plan that lies beside nnU-Net's, or what a start would derive where there is none, or one of an older nnU-Net
+    plan. Writes nothing.
+    """
     file = plan_file(configuration)
-    if file.is_file():
-        plan = read_plan(file)
-        check_plan(plan, configuration, file)
-        return plan
-    return derive_plan(configuration, load_recipe(DEFAULT_RECIPE, resource_folder("plans")))
+    if not file.is_file():
+        return derive_plan(configuration, load_recipe(DEFAULT_RECIPE, resource_folder("plans")))
+    plan = read_plan(file)
+    if plan.nnunet_plan_checksum != configuration.plan_checksum() and not was_edited(file):
+        return derive_plan(configuration, plan.get_recipe())
+    check_plan(plan, configuration, file)
+    return plan
 
 
 class _Measured(nnUNetTrainerMACLPretrain):

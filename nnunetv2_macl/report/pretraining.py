@@ -14,13 +14,13 @@ from PIL import Image
 
 from nnunetv2_macl import monitoring
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE
 from nnunetv2_macl.recipe import Recipe, meaning
 from nnunetv2_macl.report.curves import loss_curves, other_curves
 from nnunetv2_macl.report.features import Features, show_features
 from nnunetv2_macl.report.pictures import as_data, grey, png
 from nnunetv2_macl.report.run import FINISHED, Run, image_sources, read_run
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
-from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
 from nnunetv2_macl.training.run_folder import PRETRAINER
 
 TEMPLATE = "run.html.jinja"

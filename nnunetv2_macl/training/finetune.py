@@ -20,15 +20,13 @@ from torch._dynamo import OptimizedModule
 
 from nnunetv2_macl import __version__, checkpoints, formats
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration
 from nnunetv2_macl.training.commands import command_to_pretrain
 from nnunetv2_macl.training.run_folder import pretraining_folder
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
 from nnunetv2_macl.transfer import Transfer, kernel_norms, plan_transfer, rescale_kernels
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS_VARIABLE = "nnUNet_macl_weights"
 
 
 class nnUNetTrainerMACL(nnUNetTrainer):

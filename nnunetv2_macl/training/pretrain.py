@@ -27,7 +27,7 @@ from nnunetv2_macl.data import Case, PretrainingBatches, hear_no_more_of_workers
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import CannotWriteError, cannot_write, is_refused_write, remove_temporary
 from nnunetv2_macl.monitoring import LOSS_NAMES
-from nnunetv2_macl.nnunet import Configuration, checksum
+from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration, checksum
 from nnunetv2_macl.planning.plan import (
     MACLPlan,
     check_plan,
@@ -42,10 +42,9 @@ from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.report import write_report_after_run
 from nnunetv2_macl.training import resume
-from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on, command_to_pretrain
+from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
 from nnunetv2_macl.training.epoch_log import CollapseWatch, Epoch, EpochSums, log_keys
 from nnunetv2_macl.training.export import export_run
-from nnunetv2_macl.training.finetune import WEIGHTS_VARIABLE
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice
 from nnunetv2_macl.training.run_folder import PLAN_COPY, PRETRAINER, RunLock, set_aside
 from nnunetv2_macl.training.signals import Signals, ignore_in_worker
@@ -247,6 +246,18 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             return error
         return UserError(f"{error} To go on then, type:\n    {self._command_to_go_on()}")
 
+    def _where_nnunet_takes_it_from(self) -> str:
+        """What our command has options for, nnU-Net's reads from the plan."""
+        beside, of_the_run = plan_file(self.macl_configuration), Path(self.output_folder) / PLAN_COPY
+        if was_handed_on() or not beside.is_file():
+            return ""
+        told = (
+            f" nnU-Net's command has no such options: set patches_at_once or batch_size in {beside}, and type it again."
+        )
+        if of_the_run.is_file():
+            told += f" To go on (--c), set patches_at_once in {of_the_run}."
+        return told
+
     def _where(self, error: OSError) -> Path:
         """The file that could not be written, or at least its folder: not every such error names it."""
         return Path(error.filename or self.output_folder)
@@ -358,7 +369,6 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            command = command_to_pretrain(self.macl_configuration, self.fold, self.device.type)
             raise UserError(
                 out_of_memory_advice(
                     self.macl_plan,
@@ -368,11 +378,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                     Path(self.output_folder),
                     in_parts=not self.step.module.features_vary,
                 )
-                + (
-                    ""
-                    if was_handed_on()
-                    else f" nnU-Net's command takes none of these: give them to {command} --plan_only, and type yours again."
-                )
+                + self._where_nnunet_takes_it_from()
             ) from error
         stop, save = self._signals.asked()
         if stop or save:
