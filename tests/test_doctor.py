@@ -227,15 +227,16 @@ def test_a_data_set_with_everything_measured_and_nothing_written(workspace):
 
 
 def test_a_plan_of_an_older_nnunet_plan_is_derived_anew_as_a_start_would(workspace):
-    prepare(dataset.Configuration.load("901", "nnUNetPlans", "2d"), values={"batch_size": 4, "num_epochs": 7})
+    target = dataset.Configuration.load("901", "nnUNetPlans", "2d")
+    prepare(target, values={"batch_size": 4, "num_epochs": 7}, skip_unreadable=True)
     file = workspace.preprocessed / DATASET / "nnUNetPlans.json"
     content = json.loads(file.read_text())
     content["configurations"]["2d"]["patch_size"] = [32, 32]
     file.write_text(json.dumps(content))
     target = dataset.Configuration.load("901", "nnUNetPlans", "2d")
-    plan = plan_in_use(target)
+    plan, origin = plan_in_use(target)
     assert plan.patch_size == [32, 32] and plan.batch_size == 4 and plan.get_recipe().num_epochs == 7
-    assert "derived anew" in dataset.macl_plan(target, plan).words
+    assert plan.skip_unreadable and "derived anew" in dataset.macl_plan(plan, origin).words
 
 
 def test_headers_are_wrong_where_the_run_would_stop_and_nowhere_else(tmp_path):
@@ -258,7 +259,7 @@ def test_headers_are_wrong_where_the_run_would_stop_and_nowhere_else(tmp_path):
 def test_what_a_run_leaves_out_is_no_mistake(workspace):
     file = next((workspace.raw / DATASET / "imagesUn").iterdir())
     file.write_bytes(b"")
-    sources = dataset._sources(dataset.Configuration.load("901", "nnUNetPlans", "2d"))
+    sources = dataset.find_sources(dataset.Configuration.load("901", "nnUNetPlans", "2d"), ())
     assert dataset.headers(sources, skip_unreadable=False).status == doctor.WRONG
     left_out = dataset.headers(sources, skip_unreadable=True)
     assert left_out.status == doctor.NOTE and str(file) in left_out.words

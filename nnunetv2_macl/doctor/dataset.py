@@ -23,7 +23,7 @@ from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
 from nnunetv2_macl.doctor.shell import shell_in_use
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration, raw_folder
-from nnunetv2_macl.planning.plan import MACLPlan, plan_file, read_plan, was_edited
+from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.planning.positives import resampled_shapes
 from nnunetv2_macl.preprocessing.cases import check_nifti_header, nifti_is_cut_short, unlabelled_folder
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, Source, find_sources, training_cases
@@ -53,9 +53,9 @@ def dataset_checks(
         target = Configuration.load(dataset, plans, configuration)
         yield plan_is_there(target)
         labelled = len(training_cases(target))
-        plan = plan_in_use(target)
-        yield macl_plan(target, plan)
-        sources = _sources(target)
+        plan, origin = plan_in_use(target)
+        yield macl_plan(plan, origin)
+        sources = find_sources(target, plan.unlabelled_datasets, plan.channel_map)
     except UserError as error:
         yield from_error("plan", error)
         return
@@ -81,26 +81,10 @@ def plan_is_there(target: Configuration) -> Result:
     return Result("plan", RIGHT, words, values=values)
 
 
-def macl_plan(target: Configuration, plan: MACLPlan) -> Result:
+def macl_plan(plan: MACLPlan, origin: str) -> Result:
     """Which MACL plan a run would follow."""
-    file = plan_file(target)
-    if not file.is_file():
-        origin = "derived at the start"
-    elif was_edited(file):
-        origin = "as edited"
-    else:
-        is_current = read_plan(file).nnunet_plan_checksum == target.plan_checksum()
-        origin = "of the last start" if is_current else "derived anew at the start, since nnU-Net's plan has changed"
     words = f"MACL plan, {origin}: batch {plan.batch_size}, {plan.decoder_stages} decoder stage(s), threshold {plan.threshold:g}"
     return Result("macl_plan", RIGHT, words)
-
-
-def _sources(target: Configuration) -> list[Source]:
-    file = plan_file(target)
-    if not file.is_file():
-        return find_sources(target, ())
-    plan = read_plan(file)
-    return find_sources(target, plan.unlabelled_datasets, plan.channel_map)
 
 
 def images(target: Configuration, labelled: int, sources: list[Source]) -> Result:

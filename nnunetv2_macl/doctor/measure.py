@@ -31,25 +31,34 @@ from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
 STEPS = 3
 
 
-def plan_in_use(configuration: Configuration) -> MACLPlan:
-    """The MACL plan that lies beside nnU-Net's, or what a start would derive where there is none, or one of an older nnU-Net
-    plan. Writes nothing.
-    """
+def plan_in_use(configuration: Configuration) -> tuple[MACLPlan, str]:
+    """The MACL plan that the last start would follow if it were typed again, and where that comes from. Writes nothing."""
     file = plan_file(configuration)
     if not file.is_file():
-        return derive_plan(configuration, load_recipe(DEFAULT_RECIPE, resource_folder("plans")))
+        return derive_plan(configuration, load_recipe(DEFAULT_RECIPE, resource_folder("plans"))), "derived at the start"
     plan = read_plan(file)
-    if plan.nnunet_plan_checksum != configuration.plan_checksum() and not was_edited(file):
-        return derive_plan(configuration, plan.get_recipe())
+    if was_edited(file):
+        origin = "as edited"
+    elif plan.nnunet_plan_checksum == configuration.plan_checksum():
+        origin = "of the last start"
+    else:
+        derived = derive_plan(
+            configuration,
+            plan.get_recipe(),
+            unlabelled_datasets=plan.unlabelled_datasets,
+            skip_unreadable=plan.skip_unreadable,
+            channel_map=plan.channel_map,
+        )
+        return derived, "derived anew at the start, since nnU-Net's plan has changed"
     check_plan(plan, configuration, file)
-    return plan
+    return plan, origin
 
 
 class _Measured(nnUNetTrainerMACLPretrain):
     """The pre-training as it is, on the training images, which are preprocessed already; leaves nothing."""
 
     def _load_plan(self) -> MACLPlan:
-        return plan_in_use(self.macl_configuration)
+        return plan_in_use(self.macl_configuration)[0]
 
     def _prepare_data(self) -> Preprocessed:
         return Preprocessed(training_cases(self.macl_configuration), {})
