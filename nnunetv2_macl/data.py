@@ -41,8 +41,8 @@ class Sampling:
     Args:
         patch_size: voxels on the three axes of the volume; 1 on the first for 2D patches.
         batch_size: N, patches a step over all ranks.
-        position_group_size: that many patches of a batch, from different cases where there are enough, share their
-            relative place in the volume, so that they are positives of each other.
+        position_group_size: that many patches of a batch, from different cases, share their relative place in the volume, so that
+            more of them are positives of each other. With fewer cases there are no groups, which would hold copies.
         seed: of every draw.
     """
 
@@ -55,14 +55,14 @@ class Sampling:
         """For each patch of the batch: its own generator, which of ``cases``, and the relative place (3,) of its group if any."""
         for patch in range(self.batch_size):
             generator = np.random.default_rng((self.seed, step, patch))
-            if self.position_group_size == 1:
+            if self.position_group_size == 1 or self.position_group_size > cases:
                 yield generator, int(generator.integers(cases)), None
                 continue
             group, member = divmod(patch, self.position_group_size)
             of_group = np.random.default_rng((self.seed, step, self.batch_size + group))
             place = of_group.random(3)
-            chosen = of_group.choice(cases, min(self.position_group_size, cases), replace=False)
-            yield generator, int(chosen[member % len(chosen)]), place
+            chosen = of_group.choice(cases, self.position_group_size, replace=False)
+            yield generator, int(chosen[member]), place
 
 
 def draw_corner(

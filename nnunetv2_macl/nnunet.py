@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -12,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import nnunetv2
-from nnunetv2.preprocessing.normalization.default_normalization_schemes import NoNormalization
+from nnunetv2.preprocessing.normalization.default_normalization_schemes import (
+    NoNormalization,
+    RescaleTo01Normalization,
+    RGBTo01Normalization,
+    ZScoreNormalization,
+)
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -26,6 +32,9 @@ WEIGHTS_VARIABLE = "nnUNet_macl_weights"
 SUPPORTED_CONFIGURATIONS = ("3d_fullres", "3d_lowres", "2d")
 # what nnU-Net's default planner aims at
 DEFAULT_GPU_MEMORY_GB = 8.0
+# schemes that leave an image's mean anywhere, and those that the intensities of the data set do not enter
+_NOT_CENTRED = tuple(s.__name__ for s in (NoNormalization, RescaleTo01Normalization, RGBTo01Normalization))
+_OF_THE_IMAGE_ALONE = (*_NOT_CENTRED, ZScoreNormalization.__name__)
 
 
 def require_folders() -> None:
@@ -109,16 +118,16 @@ class Configuration:
         require_folders()
         name = dataset_name(dataset)
         folder = preprocessed_folder(name)
-        number = int(name[7:10])
-        mend = f"Type: nnUNetv2_plan_and_preprocess -d {number}"
-        plans = read_json(folder / f"{plans_name}.json", _other_plans(folder) + mend)
+        mend = _how_to_plan(name, plans_name)
+        file = folder / f"{plans_name}.json"
+        plans = read_json(file, mend if file.is_file() else _other_plans(folder) + mend)
         dataset_json = read_json(folder / "dataset.json", mend)
         if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
-            raise UserError(f"{folder / f'{plans_name}.json'} is no nnU-Net plan. {mend}")
+            raise UserError(f"{file} is no nnU-Net plan. {mend}")
         for key, wanted in (("plans_name", plans_name), ("dataset_name", name)):
             if plans.get(key) != wanted:
                 raise UserError(
-                    f"{folder / f'{plans_name}.json'} has the {key} '{plans.get(key)}', and lies there as that of '{wanted}', so "
+                    f"{file} has the {key} '{plans.get(key)}', and lies there as that of '{wanted}', so "
                     f'that nnU-Net would take it for another\'s. Correct it in the file: "{key}": "{wanted}"'
                 )
         available = list(plans["configurations"])
@@ -126,13 +135,11 @@ class Configuration:
             configuration = next((c for c in SUPPORTED_CONFIGURATIONS if c in available), None)
             if configuration is None:
                 raise UserError(
-                    f"{folder / f'{plans_name}.json'} has none of {', '.join(SUPPORTED_CONFIGURATIONS)}, only "
-                    f"{', '.join(available)}. {mend}"
+                    f"{file} has none of {', '.join(SUPPORTED_CONFIGURATIONS)}, only {', '.join(available)}. {mend}"
                 )
         if configuration not in available:
             raise UserError(
-                f"{folder / f'{plans_name}.json'} has no configuration '{configuration}'. "
-                f"Take one of these with -c: {', '.join(available)}."
+                f"{file} has no configuration '{configuration}'. Take one of these with -c: {', '.join(available)}."
             )
         manager = PlansManager(plans)
         return cls(name, plans_name, configuration, manager, dataset_json)
@@ -175,12 +182,10 @@ class Configuration:
 
     @property
     def unnormalised_channels(self) -> list[int]:
-        """Numbers of the image channels that nnU-Net leaves as they are (``noNorm`` in dataset.json)."""
-        return [
-            number
-            for number, scheme in enumerate(self.manager.normalization_schemes)
-            if scheme == NoNormalization.__name__
-        ]
+        """Numbers of the image channels whose mean nnU-Net leaves anywhere (``noNorm``, ``rescale_to_0_1`` and ``rgb_to_0_1`` in
+        dataset.json).
+        """
+        return [number for number, scheme in enumerate(self.manager.normalization_schemes) if scheme in _NOT_CENTRED]
 
     def gpu_memory_target(self) -> tuple[float, str]:
         """GPU memory in GB that nnU-Net planned for, and how that is known.
@@ -243,13 +248,14 @@ class Configuration:
             "preprocessor_name",
         )
         keys += ("resampling_fn_data", "resampling_fn_data_kwargs")
-        return checksum(
-            [
-                {key: configuration.get(key) for key in keys},
-                plans.get("transpose_forward"),
-                self.plans_manager.foreground_intensity_properties_per_channel,
-            ]
-        )
+        schemes = self.manager.normalization_schemes
+        # they change a little with every case that is added
+        intensities = {
+            channel: properties
+            for channel, properties in self.plans_manager.foreground_intensity_properties_per_channel.items()
+            if schemes[int(channel)] not in _OF_THE_IMAGE_ALONE
+        }
+        return checksum([{key: configuration.get(key) for key in keys}, plans.get("transpose_forward"), intensities])
 
     def plan_checksum(self) -> str:
         """Changes when the nnU-Net plan changes in anything that the MACL plan is derived from."""
@@ -267,6 +273,25 @@ def checksum(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _how_to_plan(name: str, plans_name: str) -> str:
+    raw, number = raw_folder(name), int(name[7:10])
+    if (raw / "imagesUn").is_dir() and not (raw / "imagesTr").is_dir():
+        return (
+            f"{name} has no labelled cases (imagesTr), without which nnU-Net plans nothing. Its images can be used for another "
+            f"data set. Type: nnUNetv2_train_macl_pretrain DATASET -u {number}"
+        )
+    command = f"Type: nnUNetv2_plan_and_preprocess -d {number}"
+    if plans_name == "nnUNetPlans":
+        return command
+    if size := re.fullmatch(r"nnUNetResEncUNet(M|L|XL)Plans", plans_name):
+        return f"{command} -pl nnUNetPlannerResEnc{size[1]}"
+    return f"{command} -pl PLANNER -overwrite_plans_name {plans_name}"
+
+
 def _other_plans(folder: Path) -> str:
-    others = sorted(p.stem for p in folder.glob("*.json") if "configurations" in p.read_text(errors="ignore"))
+    others = []
+    for file in sorted(folder.glob("*.json")):
+        with contextlib.suppress(OSError):  # whatever else lies there
+            if "configurations" in file.read_text(errors="ignore"):
+                others.append(file.stem)
     return f"Other plans are there: -p {' or '.join(others)}. " if others else ""

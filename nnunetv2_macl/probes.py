@@ -189,13 +189,18 @@ def _labelled_patches(
     """(P, C, *patch) images and (P, *patch) labels of a case, each patch around a voxel of a class drawn for it."""
     generator = np.random.default_rng(seed)
     data, segmentation, _, _ = nnUNetDatasetBlosc2(str(configuration.cases_folder), [case]).load_case(case)
-    image, labels = np.asarray(data[:]), np.asarray(segmentation[:])[0]
+    # -1 is background that nnU-Net's mask leaves out
+    image, labels = np.asarray(data[:]), np.asarray(segmentation[:])[0].clip(min=0)
     size = np.asarray(volume_patch(tuple(patch_size)))
     present = [label for label in classes if (labels == label).any()]
     patches, targets = [], []
     for _ in range(_PATCHES[len(patch_size)]):
-        places = np.argwhere(labels == generator.choice(present)) if present else np.argwhere(labels <= 0)
-        corner = places[generator.integers(len(places))] - size // 2
+        if present:
+            places = np.flatnonzero(labels == generator.choice(present))
+            middle = np.unravel_index(places[generator.integers(len(places))], labels.shape)
+        else:
+            middle = generator.integers(labels.shape)
+        corner = np.asarray(middle) - size // 2
         patches.append(_cut(image, corner, size))
         targets.append(_cut(labels[None], corner, size)[0])
     images, segmentations = torch.from_numpy(np.stack(patches)), torch.from_numpy(np.stack(targets).astype(np.int64))

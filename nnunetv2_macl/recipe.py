@@ -113,7 +113,9 @@ class Recipe:
     standardise_projector: bool = _key(True, _TRUTH, "standardise pooled features over the batch")
     embedding_dim: int = _key(128, _number(2, whole=True), "length of the image-level vectors")
     training_stages: int = _key(
-        1, _one_of(1, 2), "1: all at once; 2: encoder for half of the epochs, then the decoder on the fixed encoder"
+        1,
+        _one_of(1, 2),
+        "1: all at once; 2: all but the dense loss for half of the epochs, then that alone on the fixed encoder",
     )
 
     mirroring: bool = _key(True, _TRUTH, "mirror the variance group")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, find_sources, training_cases
 from nnunetv2_macl.recipe import check_values
 from nnunetv2_macl.resources import resource_folder
-from nnunetv2_macl.training.launch import join_ranks, leave_ranks, train
+from nnunetv2_macl.training.launch import join_ranks, train
 from nnunetv2_macl.training.run_folder import PLAN_COPY, PRETRAINER, pretraining_folder
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ def pretrain(
 
     Raises:
         UserError: a mistake that the user can mend.
+        SystemExit: the run was stopped by a signal, or failed in a process of its own, which has said why.
     """
     nnunet.require_folders()
     train_too = not (plan_only or preprocess_only)
@@ -88,46 +90,54 @@ def pretrain(
     _check_parts(num_parts, part_id, preprocess_only)
     join_ranks(device)
     plan: MACLPlan | None = None
-    try:
-        with distributed.first_rank_first() as first:
-            target = Configuration.load(dataset, plans, configuration)
-            fold = "all" if exclude_fold is None else _check_fold(exclude_fold, target)
-            results = Path(os.environ["nnUNet_results"])
-            folder = pretraining_folder(results, target.dataset_name, plans, target.name) / f"fold_{fold}"
-            if first:
-                if configuration is None:
-                    _say_which(target)
-                if continue_training:
-                    asked = {"unlabelled_datasets": _full_names(unlabelled), "channel_map": dict(channel_map or {})}
-                    plan = _plan_to_go_on(folder, target, values, recipe, gpu_memory, asked, skip_unreadable)
-                else:
-                    plan = _plan(target, unlabelled, recipe, values, skip_unreadable, channel_map, gpu_memory)
-                if not plan_only:
-                    preprocess_unlabelled(
-                        target,
-                        plan.unlabelled_datasets,
-                        processes=processes,
-                        skip_unreadable=plan.skip_unreadable,
-                        channel_map=plan.channel_map,
-                        part=slice(part_id, None, num_parts),
-                    )
-        if train_too:
-            add_trainers_folder()
-            with handed_on(distributed.from_first(plan)):
-                train(
-                    dataset_name_or_id=target.dataset_name,
-                    configuration=target.name,
-                    fold=fold,
-                    trainer_class_name=PRETRAINER,
-                    plans_identifier=plans,
-                    num_gpus=num_gpus,
-                    continue_training=continue_training,
-                    disable_checkpointing=disable_checkpointing,
-                    device=device,
+    with distributed.first_rank_first() as first:
+        target = Configuration.load(dataset, plans, configuration)
+        fold = "all" if exclude_fold is None else _check_fold(exclude_fold, target)
+        results = Path(os.environ["nnUNet_results"])
+        folder = pretraining_folder(results, target.dataset_name, plans, target.name) / f"fold_{fold}"
+        if first:
+            if configuration is None:
+                _say_which(target)
+            if continue_training:
+                asked = {"unlabelled_datasets": _full_names(unlabelled), "channel_map": dict(channel_map or {})}
+                plan = _plan_to_go_on(folder, target, values, recipe, gpu_memory, asked, skip_unreadable)
+            else:
+                plan = _plan(target, unlabelled, recipe, values, skip_unreadable, channel_map, gpu_memory)
+            if not plan_only:
+                preprocess_unlabelled(
+                    target,
+                    plan.unlabelled_datasets,
+                    processes=processes,
+                    skip_unreadable=plan.skip_unreadable,
+                    channel_map=plan.channel_map,
+                    part=slice(part_id, None, num_parts),
                 )
-    finally:
-        leave_ranks()
+    if train_too:
+        add_trainers_folder()
+        with handed_on(distributed.from_first(plan), processes), _told_mistakes():
+            train(
+                dataset_name_or_id=target.dataset_name,
+                configuration=target.name,
+                fold=fold,
+                trainer_class_name=PRETRAINER,
+                plans_identifier=plans,
+                num_gpus=num_gpus,
+                continue_training=continue_training,
+                disable_checkpointing=disable_checkpointing,
+                device=device,
+            )
     return folder
+
+
+@contextmanager
+def _told_mistakes() -> Iterator[None]:
+    """Raise the user's mistake that ended nnU-Net's training, which has exits for it alone."""
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.__cause__, UserError):
+            raise end.__cause__ from None
+        raise
 
 
 def _say_which(target: Configuration) -> None:
@@ -169,8 +179,8 @@ def _plan(
     for source in sources:
         if source.passed_over:
             logger.warning(
-                "%d files in %s of %s are not named CASE_0000 with its file ending, and are left out: %s",
-                len(source.passed_over), UNLABELLED_FOLDER, source.dataset_name, ", ".join(source.passed_over[:3]),
+                "%d files of %s are not named CASE_0000 with its file ending, and are left out: %s",
+                len(source.passed_over), source.dataset_name, ", ".join(source.passed_over[:3]),
             )  # fmt: skip
     if not sources:
         logger.info(

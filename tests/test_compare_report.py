@@ -75,6 +75,17 @@ def test_differences_are_found_where_they_are(study):
     assert 0.08 < found["pretrained"][3].value < 0.14
 
 
+def test_patients_without_a_dice_do_not_count(study):
+    assert "pretrained is better" in write_report(study)
+    for cell in study.cells:
+        file = study.cell_folder(cell) / RESULT_FILE
+        content = json.loads(file.read_text())
+        for row in content["test"][8:] if cell.arm == "pretrained" else []:
+            row["dice"] = None
+        write(content, file)
+    assert "Too few to tell: 4 test patients with a Dice" in write_report(study)
+
+
 def test_validation_cases_are_drawn_by_patient_in_the_order_of_the_curves(study):
     """nnU-Net reads cases in the order of their names, and the split was drawn."""
     order = sorted(SPLIT.validation)

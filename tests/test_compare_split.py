@@ -88,3 +88,8 @@ def test_numbers_of_labels_that_come_to_the_same_patients():
     patients = {f"p{p}_t{t}": f"p{p}" for p in range(10) for t in range(4)}
     with pytest.raises(UserError, match="--labels 5 and 6 come to the same patients"):
         split_cases(patients, test="4", validation="4", labels=["5", "6"], seeds=1)
+    # in some draws alone: more seeds must not make a study impossible
+    sizes = {f"p{p}_t{t}": f"p{p}" for p in range(10) for t in range(2 + p % 2)}
+    split = split_cases(sizes, test="4", validation="4", labels=["5", "6"], seeds=8)
+    numbers = [[len(cases) for cases in subset.values()] for subset in split.subsets]
+    assert {fewer == more for fewer, more in numbers} == {True, False}

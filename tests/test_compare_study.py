@@ -8,9 +8,11 @@ import threading
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
-from nnunetv2_macl.checkpoints import ENCODER_FILE
+from nnunetv2_macl.checkpoints import NETWORK_FILE
+from nnunetv2_macl.compare.folders import _link
 from nnunetv2_macl.compare.run import _pretrain
 from nnunetv2_macl.compare.split import split_cases
 from nnunetv2_macl.compare.steps import DONE_FILE, Step, run_steps
@@ -104,6 +106,18 @@ def test_of_several_that_begin_a_study_at_once_all_go_on_with_one(tmp_path):
             thread.join()
         assert len(opened) == 4
         assert [path.name for path in (tmp_path / str(trial)).iterdir()] == ["study.json"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_an_image_that_was_mended_is_taken_again(tmp_path, monkeypatch, links):
+    if not links:  # as on another disk
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError()))
+    image, of_the_study = tmp_path / "case.nii.gz", tmp_path / "study" / "case.nii.gz"
+    for content in (b"damaged", b"mended"):
+        (tmp_path / "new").write_bytes(content)
+        (tmp_path / "new").replace(image)
+        _link(image, of_the_study, "case")
+        assert of_the_study.read_bytes() == content
 
 
 def test_folders_of_something_else_are_refused(tmp_path):
@@ -238,12 +252,39 @@ def test_a_pretraining_that_was_killed_at_its_end_leaves_no_lock(tmp_path, sleep
     study = Study(tmp_path, OPTIONS, SPLIT, PATIENTS)
     run = study.pretraining_run("pcl")
     lock = claim(run, socket.gethostname(), sleeper.pid)
-    (run / ENCODER_FILE).touch()
+    (run / NETWORK_FILE).touch()
     with pytest.raises(UserError, match=f"process {sleeper.pid}"):  # still at its report
         _pretrain(study, "pcl", "cpu", 1)
     sleeper.kill()
     sleeper.wait()
     assert _pretrain(study, "pcl", "cpu", 1) == {} and not lock.exists()
+
+
+SLEEPING = """
+import subprocess, sys
+from pathlib import Path
+from nnunetv2_macl.compare.steps import Step, run_steps
+from nnunetv2_macl.compare.stopping import ended_by_sigterm
+folder = Path(sys.argv[1])
+def work():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (folder / "begun").write_text(str(child.pid))
+    child.wait()
+with ended_by_sigterm():
+    run_steps([Step("cell", folder / "cell", work)], jobs=1)
+"""
+
+
+def test_a_job_that_a_cluster_ends_holds_nothing_any_more(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", SLEEPING, str(tmp_path)])
+    deadline = time.monotonic() + 60
+    while not (begun := tmp_path / "begun").is_file() or not begun.read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    assert (tmp_path / "cell" / ".macl_running.json").is_file()
+    process.terminate()
+    assert process.wait(30) == 143 and not list((tmp_path / "cell").iterdir())
+    assert not psutil.pid_exists(int(begun.read_text()))
 
 
 def test_a_step_of_another_machine_is_waited_for_and_named(tmp_path, caplog):

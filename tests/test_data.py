@@ -73,8 +73,8 @@ def test_ranks_share_the_batch_of_one_process(cases):
 
 
 def test_position_groups_are_positives(cases):
-    batch = batches(cases, (4, 12, 12), n=32, group=4)[0]
-    where = batch["positions"].reshape(8, 4, 3)
+    batch = batches(cases, (4, 12, 12), n=30, group=3)[0]
+    where = batch["positions"].reshape(10, 3, 3)
     within = (where[:, :, None] - where[:, None]).abs().amax((-1, -2, -3))
     assert (within < 0.25).all()  # the same relative place; centres differ with the size of the volume
     assert batches(cases, (4, 12, 12), n=32)[0]["positions"].reshape(8, 4, 3).std(1).mean() > 0.1
@@ -84,7 +84,11 @@ def test_patches_of_a_position_group_are_of_different_cases(cases):
     for step in range(20):
         chosen = [case for _, case, _ in Sampling((4, 12, 12), 9, 3, 0).draws(step, 4)]
         assert all(len(set(chosen[first : first + 3])) == 3 for first in (0, 3, 6))
-        assert len({case for _, case, _ in Sampling((4, 12, 12), 3, 3, 0).draws(step, 2)}) == 2
+
+
+def test_of_fewer_cases_than_a_group_has_no_patch_is_copied(cases):
+    patches = batches(cases[:2], (4, 12, 12), n=9, group=3)[0]["data"].flatten(1)
+    assert len(patches.unique(dim=0)) == 9
 
 
 def test_constant_slices_are_not_drawn(tmp_path):

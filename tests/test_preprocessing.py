@@ -70,9 +70,19 @@ def test_done_is_done_and_changes_are_seen(workspace):
     assert made_again() == {"case_007", "case_008"}
     plans = configuration.folder / "nnUNetPlans.json"
     content = json.loads(plans.read_text())
-    content["configurations"]["2d"]["spacing"] = [2.0, 2.0]
-    plans.write_text(json.dumps(content))
-    assert made_again(load()) == {"case_005", "case_006", "case_007", "case_008"}
+    of_2d, intensities = content["configurations"]["2d"], content["foreground_intensity_properties_per_channel"]["0"]
+
+    def after(change):
+        change()
+        plans.write_text(json.dumps(content))
+        return made_again(load())
+
+    # a few more labelled cases change them, and only CT asks for them
+    assert after(lambda: intensities.update(mean=intensities["mean"] + 1)) == set()
+    every = {"case_005", "case_006", "case_007", "case_008"}
+    assert after(lambda: of_2d.update(normalization_schemes=["CTNormalization"])) == every
+    assert after(lambda: intensities.update(mean=intensities["mean"] + 1)) == every
+    assert after(lambda: of_2d.update(spacing=[2.0, 2.0])) == every
 
 
 def bad_image(kind, file):
@@ -236,10 +246,19 @@ def test_files_of_other_names_are_told(workspace, caplog):
     for name in ("p9.nii.gz", "q1_0000.nii", "q4_000.nii.gz", ".DS_Store"):
         (folder / name).touch()
     pretrain("901", "2d", device="cpu", plan_only=True)
-    told = "3 files in imagesUn of Dataset901_Generated are not named CASE_0000"
-    assert told in caplog.text and "p9.nii.gz, q1_0000.nii, q4_000.nii.gz" in caplog.text
+    told = "3 files of Dataset901_Generated are not named CASE_0000"
+    assert told in caplog.text and "imagesUn/p9.nii.gz, imagesUn/q1_0000.nii, imagesUn/q4_000.nii.gz" in caplog.text
     result = images(load(), 5, find_sources(load(), []))
     assert result.status == "note" and "3 files are not named" in result.words
+
+
+def test_what_else_lies_beside_the_plan_is_passed_over(workspace):
+    folder = workspace.preprocessed / DATASET
+    (folder / "nnUNetPlansGone.json").symlink_to(folder / "nowhere")
+    (folder / "folder.json").mkdir()
+    assert load().plans_name == "nnUNetPlans"
+    with pytest.raises(UserError, match=r"Other plans are there: -p nnUNetPlans\. Type"):
+        Configuration.load("901", "nnUNetPlansGone", "2d")
 
 
 def test_naming_mistakes_are_told(workspace):

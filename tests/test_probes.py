@@ -2,6 +2,7 @@
 
 import math
 
+import blosc2
 import numpy as np
 import pytest
 import torch
@@ -70,6 +71,18 @@ def test_a_linear_probe_finds_what_is_there_and_nothing_else(workspace):
     assert set(labels.tolist()) == {0, 1}
     probe.measured = []
     assert math.isnan(probe._linear_dice(_Linear(), torch.device("cpu"), 5))
+
+
+def test_a_case_of_which_all_is_ignored_and_what_nnunets_mask_leaves_out(workspace):
+    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    name = training_cases(configuration)[0].name
+    file = configuration.cases_folder / f"{name}_seg.b2nd"
+    labels = np.full_like(blosc2.open(str(file))[:], 3)
+    labels[:, :, :20] = -1
+    file.unlink()
+    blosc2.asarray(labels, urlpath=str(file))
+    images, patches = probes._labelled_patches(configuration, name, [1, 2], [32, 32], (0, 0))
+    assert images.shape == (12, 1, 32, 32) and set(patches.unique().tolist()) == {0, 3}
 
 
 def test_a_patch_at_the_edge_is_filled_up_with_zeros():

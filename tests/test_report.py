@@ -176,6 +176,28 @@ def test_collapse_and_warnings_are_shown_and_nothing_in_them_is_run(run):
     assert "WARNING: <script>alert(1)</script>" in words
 
 
+def test_the_checkpoint_that_a_run_would_go_on_from(run):
+    (run / "checkpoint_final.pth").rename(run / "checkpoint_previous.pth")
+    assert read_run(run).weights and read_run(run).state == "stopped"
+    (run / "checkpoint_latest.pth").write_bytes(b"damaged")
+    assert read_run(run).weights
+    (run / "checkpoint_previous.pth").unlink()
+    with pytest.raises(UserError, match=r"checkpoint_latest\.pth"):
+        read_run(run)
+
+
+def test_images_that_the_run_had_not_are_not_shown(run):
+    from nnunetv2_macl.report.features import _cases
+
+    assert len(_cases(read_run(run))) == 9
+    folds = run.rename(run.with_name("fold_1"))
+    splits = read_run(folds).configuration.folder / "splits_final.json"
+    splits.write_text(json.dumps([{"train": [], "val": []}, {"train": [], "val": ["case_002", "case_004"]}]))
+    names = {case.name for case in _cases(read_run(folds))}
+    splits.unlink()
+    assert len(names) == 7 and not names & {"case_002", "case_004"}
+
+
 def test_mistakes_are_told(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="There is no folder"):
         write_report(tmp_path / "nowhere")

@@ -1,6 +1,7 @@
 """A training step computed in parts against the same step computed at once."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,10 @@ def test_two_stages_train_one_part_at_a_time_also_in_parts():
         step(batch(PATCHES), 1)  # the second epoch: the decoder's
         changed = {name.split(".")[0] for name, p in step.module.named_parameters() if not torch.equal(p, before[name])}
         assert "encoder" not in changed and "decoder_stages" in changed
+    step = training_step(PATCHES, PATCHES, replace(recipe, auxiliary_encoder="independent"))
+    before = {name: p.clone() for name, p in step.module.named_parameters()}
+    step(batch(PATCHES), 1)
+    assert not [n for n, p in step.module.named_parameters() if "encoder" in n and not torch.equal(p, before[n])]
 
 
 def test_the_learning_rate_rises_and_falls():

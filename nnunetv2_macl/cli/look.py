@@ -44,10 +44,10 @@ def report_entry() -> None:
     """``nnUNetv2_macl_report``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_report",
-        description="Write the report of a pre-training run, finished or not: one HTML file.",
+        description="Write the report of a pre-training run, a fine-tuned model or a study, finished or not: one HTML file.",
         epilog="Example: nnUNetv2_macl_report nnUNet_results/Dataset027_ACDC/nnUNetTrainerMACLPretrain__nnUNetPlans__2d/fold_all",
     )
-    parser.add_argument("folder", help="of the run")
+    parser.add_argument("folder", help="of the run (fold_...), or of the study")
     parser.add_argument("-o", dest="output", help="file to write. Default: report.html in the folder")
     parser.add_argument("-device", default="cpu", help="to compute features on. Default: cpu")
     arguments = parser.parse_args()

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.messages import heard
 
 
 def run(action: Callable[[], object]) -> None:
     """Show the user his mistakes as sentences, with exit code 1."""
-    logger = logging.getLogger("nnunetv2_macl")
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     try:
-        action()
+        with heard(partial(print, flush=True)):
+            action()
     except (UserError, NotImplementedError) as error:
         sys.exit(f"\nError: {error}")
-    finally:
-        logger.removeHandler(handler)

@@ -20,11 +20,16 @@ def _pretrain_parser() -> argparse.ArgumentParser:
         "dataset_name_or_id",
         help="data set, by name or id; its nnU-Net plan is used. Unlabelled images lie in its imagesUn",
     )
-    add("-c", dest="configuration", help="nnU-Net configuration. Default: 3d_fullres where the plan has it, else 2d")
+    add(
+        "-c",
+        dest="configuration",
+        help="nnU-Net configuration. Default: the first of 3d_fullres, 3d_lowres, 2d in the plan",
+    )
     add("-p", dest="plans", default="nnUNetPlans", help="plans identifier. Default: nnUNetPlans")
     add(
         "-u",
         dest="unlabelled",
+        action="extend",
         nargs="+",
         default=[],
         metavar="DATASET2",
@@ -45,7 +50,7 @@ def _pretrain_parser() -> argparse.ArgumentParser:
         "-gpu_memory",
         type=float,
         metavar="GB",
-        help="GPU memory that the batch is planned for. Default: what the nnU-Net plan was made for",
+        help="GPU memory that the batch is planned for. Default: what nnU-Net's planner aims at by itself",
     )
     add("-np", dest="processes", type=int, default=8, help="processes for preprocessing. Default: 8")
     add("-device", default="cuda", help="cuda, cpu or mps. Default: cuda. Which GPU: CUDA_VISIBLE_DEVICES=X")
@@ -55,6 +60,7 @@ def _pretrain_parser() -> argparse.ArgumentParser:
     add("--skip_unreadable", action="store_true", help="leave out images that cannot be used, instead of stopping")
     add(
         "--channel_map",
+        action="extend",
         nargs="+",
         type=_pair,
         metavar="OURS=THEIRS",

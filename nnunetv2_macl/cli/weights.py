@@ -19,7 +19,11 @@ def transfer_entry() -> None:
     )
     parser.add_argument("weights", help="a pre-training run's folder, a file in it, or a checkpoint of nnssl")
     parser.add_argument("dataset_name_or_id", help="data set to fine-tune on, by name or id")
-    parser.add_argument("-c", dest="configuration", help="nnU-Net configuration. Default: as in pre-training")
+    parser.add_argument(
+        "-c",
+        dest="configuration",
+        help="nnU-Net configuration. Default: the first of 3d_fullres, 3d_lowres, 2d in the plan",
+    )
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier. Default: nnUNetPlans")
     arguments = parser.parse_args()
 

@@ -16,6 +16,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunetv2_macl.compare.measure import measure
+from nnunetv2_macl.compare.stopping import ended_by_sigterm
 from nnunetv2_macl.compare.study import RESULT_FILE, Cell, Study
 from nnunetv2_macl.compare.trainer import CURVE_FILE, TRAINERS
 from nnunetv2_macl.errors import UserError
@@ -39,31 +40,35 @@ def run_cell(study: Study, cell: Cell, device: str, processes: int) -> None:
     study.write_splits()
     fold = study.fold(cell)
     trainer = TRAINERS[options.finetuning](plans, options.c, fold, target.dataset_json, torch.device(device))
+    torch.backends.cudnn.benchmark = device == "cuda"  # as nnU-Net's training command
     lock = RunLock(Path(trainer.output_folder))
     lock.acquire()
-    trainer.set_budget(
-        epochs=options.epochs,
-        iterations=options.iterations,
-        rate=cell.rate,
-        seed=cell.seed,
-        from_scratch=study.weights(study.arm(cell.arm)) is None,
-    )
-    final, latest = (Path(trainer.output_folder) / f"checkpoint_{which}.pth" for which in ("final", "latest"))
-    if not final.is_file():
-        if latest.is_file():
-            trainer.load_checkpoint(str(latest))
-        trainer.run_training()
-    predictions = folder / "predictions"
-    _predict(study, Path(trainer.output_folder_base), fold, predictions, device, processes)
-    write_json(
-        {
-            "test": _measure(study, target, predictions),
-            "curve": read_json(Path(trainer.output_folder) / CURVE_FILE, f"Remove {folder} to train again."),
-            "epoch_seconds": _epoch_seconds(final),
-        },
-        folder / RESULT_FILE,
-    )
-    lock.release()
+    try:
+        trainer.set_budget(
+            epochs=options.epochs,
+            iterations=options.iterations,
+            rate=cell.rate,
+            seed=cell.seed,
+            from_scratch=study.weights(study.arm(cell.arm)) is None,
+        )
+        final, latest = (Path(trainer.output_folder) / f"checkpoint_{which}.pth" for which in ("final", "latest"))
+        if not final.is_file():
+            if latest.is_file():
+                trainer.load_checkpoint(str(latest))
+            trainer.run_training()
+        predictions = folder / "predictions"
+        _predict(study, Path(trainer.output_folder_base), fold, predictions, device, processes)
+        write_json(
+            {
+                "test": _measure(study, target, predictions),
+                "curve": read_json(Path(trainer.output_folder) / CURVE_FILE, f"Remove {folder} to train again."),
+                "epoch_seconds": _epoch_seconds(final),
+            },
+            folder / RESULT_FILE,
+        )
+    finally:
+        # other machines would wait for it
+        lock.release()
 
 
 def _predict(study: Study, model: Path, fold: int, predictions: Path, device: str, processes: int) -> None:
@@ -116,7 +121,8 @@ def main() -> None:
     study = Study.read(arguments.study)
     cell = next(cell for cell in study.cells if cell.name == arguments.cell)
     try:
-        run_cell(study, cell, arguments.device, arguments.processes)
+        with ended_by_sigterm():
+            run_cell(study, cell, arguments.device, arguments.processes)
     except UserError as error:
         sys.exit(f"Error: {error}")
 

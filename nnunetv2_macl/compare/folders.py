@@ -20,9 +20,10 @@ from nnunetv2_macl.compare.split import patients_of
 from nnunetv2_macl.compare.study import Options, Study
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json, write_whole
-from nnunetv2_macl.nnunet import preprocessed_folder, raw_folder, read_json
-from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, group_channels
+from nnunetv2_macl.nnunet import channel_names, preprocessed_folder, raw_folder, read_json
+from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, group_channels, pick_channels, read_description
 from nnunetv2_macl.resources import resource_folder
+from nnunetv2_macl.words import counted
 
 DEFAULT_PLANS, DEFAULT_PLANNER = "nnUNetPlans", "ExperimentPlanner"
 
@@ -43,21 +44,54 @@ class RawImages:
 
     @classmethod
     def find(cls, dataset: str) -> RawImages:
-        """Raises UserError: no data set, no cases, or a case without a label; names it."""
+        """Raises UserError: no data set, no cases, or a case without a label, with a channel missing, or whose image is a link to
+        what is not there; names it.
+        """
         folder = raw_folder(dataset)
-        dataset_json = read_json(folder / "dataset.json", "The study needs the raw data set: put it there.")
+        dataset_json = read_description(folder / "dataset.json", "The study needs the raw data set: put it there.")
         if not (folder / "imagesTr").is_dir() and "dataset" not in dataset_json:
             raise UserError(f"{folder / 'imagesTr'} does not exist. Put the labelled cases there and in labelsTr.")
         labelled = get_filenames_of_train_images_and_targets(str(folder), dict(dataset_json))
+        names, ending = channel_names(dataset_json), dataset_json["file_ending"]
         for case, entry in labelled.items():
+            _require_channels(case, entry["images"], len(names), None if "dataset" in dataset_json else ending)
             if not os.path.isfile(entry["label"]):
                 raise UserError(
                     f"Case {case} has no label: {entry['label']} does not exist. Put it there, or the image into "
                     f"{folder / UNLABELLED_FOLDER}."
                 )
-        files = group_channels(folder / UNLABELLED_FOLDER, dataset_json["file_ending"])
-        unlabelled = {case: [channels[c].path for c in sorted(channels)] for case, channels in files.items()}
-        return cls({str(case): entry for case, entry in labelled.items()}, unlabelled, dataset_json)
+        files = group_channels(folder / UNLABELLED_FOLDER, ending)
+        unlabelled, wrong = pick_channels(files, list(range(len(names))), names)
+        for reason in wrong.values():
+            raise UserError(f"{reason} Correct it, or take the case out of {folder / UNLABELLED_FOLDER}.")
+        return cls(
+            {str(case): entry for case, entry in labelled.items()},
+            {case: found.files for case, found in unlabelled.items()},
+            dataset_json,
+        )
+
+
+def _require_channels(case: str, images: Sequence[str], channels: int, ending: str | None) -> None:
+    """Raises UserError unless the images of a labelled case are there, one a channel or all channels in one.
+
+    Args:
+        case: name.
+        images: files.
+        channels: of the data set.
+        ending: of the files' names; None where dataset.json lists them, by any name.
+    """
+    for file in images:
+        if not os.path.isfile(file):
+            raise UserError(f"Case {case}: {file} does not exist. Is it a link to a disk that is not there? Mend it.")
+    wanted = [f"{case}_{channel:04d}{ending}" for channel in range(channels)]
+    found = [os.path.basename(file) for file in images]
+    if (ending is None and len(found) not in (1, channels)) or (
+        ending is not None and found not in (wanted, wanted[:1])
+    ):
+        raise UserError(
+            f"Case {case} has {', '.join(found)}, and the data set has {counted(channels, 'channel')}: {', '.join(wanted)}. Put "
+            "what is missing there, or take the case out."
+        )
 
 
 def pretraining_images(study: Study, unlabelled: Sequence[str]) -> list[str]:
@@ -200,8 +234,10 @@ def _link(file: Path, link: Path, case: str) -> None:
     # the spacing of a TIFF lies in a JSON file beside it
     beside = file.parent / f"{case}.json"
     for source, target in ((file, link), (beside, link.parent / beside.name)):
-        if not source.exists() or target.exists():
+        if not source.exists() or (target.exists() and target.samefile(source)):
             continue
+        # of an image that was mended since
+        target.unlink(missing_ok=True)
         try:
             # a second name rather than a symbolic link, which pre-training follows within a data set only
             os.link(source.resolve(), target)

@@ -29,9 +29,9 @@ def write_report(study: Study) -> str:
     write_csv(results)
     draw(results, study.folder / "compare.png")
     whole = Resampling.whole(study.options.seeds, len(study.split.test))
-    best = max(float(whole.mean(group.measures["dice"])[0]) for group in results.groups.values())
-    patients = _patients(study, study.split.test)
-    sentence = verdict(differences(results), patients=patients, best=best)
+    reached = [float(whole.mean(group.measures["dice"])[0]) for group in results.groups.values()]
+    best = max((value for value in reached if not math.isnan(value)), default=0.0)
+    sentence = verdict(differences(results), patients=_patients_that_tell(results), best=best)
     text = "\n".join(_lines(results, sentence)) + "\n"
     write_whole(study.folder / "compare.md", lambda file: file.write(text.encode()))
     return f"{sentence}\n\nTables and figure: {study.folder / 'compare.md'}"
@@ -61,15 +61,15 @@ def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float
 
     Args:
         found: by arm and number of labels, Dice above scratch's.
-        patients: tested on.
+        patients: that tell, of those tested on: see `_patients_that_tell`.
         best: mean Dice of the arm that has the highest.
     """
     if not found:
         return "Only scratch was trained, so there is nothing to compare it with."
     if patients < FEWEST_PATIENTS:
         return (
-            f"Too few to tell: {counted(patients, 'test patient')}, and at least {FEWEST_PATIENTS} are needed to tell a "
-            "difference from chance."
+            f"Too few to tell: {counted(patients, 'test patient')} with a Dice (none is defined where a class is in neither "
+            f"prediction nor label), and at least {FEWEST_PATIENTS} are needed to tell a difference from chance."
         )
     if best < LEARNED:
         return (
@@ -183,6 +183,18 @@ def _reached(results: Results, arm: str, labels: int) -> str:
 
 def _patients(study: Study, cases: list[str]) -> int:
     return len({study.patients[case] for case in cases})
+
+
+def _patients_that_tell(results: Results) -> int:
+    """Test patients for whom a Dice is defined in an arm and in scratch, of the arm and number of labels that has fewest."""
+    study = results.study
+    numbers = [_patients(study, study.split.test)]
+    for arm, labels in itertools.product((arm.slug for arm in study.arms), study.split.labels):
+        both = (results.groups[name, labels].measures["dice"] for name in (arm, SCRATCH))
+        # (seeds, cases, classes)
+        told = np.logical_and(*(~np.isnan(dice) for dice in both)).any((0, 2))
+        numbers.append(_patients(study, [case for case, tells in zip(study.split.test, told, strict=True) if tells]))
+    return min(numbers)
 
 
 def _method(results: Results) -> list[str]:

@@ -64,7 +64,7 @@ class Results:
             for arm in study.arms
             for labels in study.split.labels
         }
-        recipes = {arm.recipe for arm in study.arms if arm.recipe is not None}
+        recipes = dict.fromkeys(arm.recipe for arm in study.arms if arm.recipe is not None)
         seconds = {recipe: read_json(study.pretraining_folder(recipe) / DONE_FILE, "")["seconds"] for recipe in recipes}
         names = _class_names(read_json(study.raw / "dataset.json", ""))
         return cls(study, [names.get(key, key) for key in keys], [int(e) for e in any_cell["curve"]], groups, seconds)

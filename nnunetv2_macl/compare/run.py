@@ -6,12 +6,13 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_macl import nnunet
-from nnunetv2_macl.checkpoints import ENCODER_FILE
+from nnunetv2_macl.checkpoints import NETWORK_FILE
 from nnunetv2_macl.compare.folders import (
     RawImages,
     check_arms,
@@ -24,6 +25,7 @@ from nnunetv2_macl.compare.folders import (
 from nnunetv2_macl.compare.report import FEWEST_PATIENTS, write_report
 from nnunetv2_macl.compare.split import patients_of, split_cases
 from nnunetv2_macl.compare.steps import DONE_FILE, Step, run_steps
+from nnunetv2_macl.compare.stopping import ended_by_sigterm
 from nnunetv2_macl.compare.study import Cell, Options, Study, parse_arm
 from nnunetv2_macl.cores import usable_cores
 from nnunetv2_macl.errors import UserError
@@ -77,6 +79,7 @@ def compare(
             raise UserError(f"{name} must be 1 or more, got {value}.")
     if options.c == "3d_cascade_fullres":
         raise UserError("-c 3d_cascade_fullres needs a first stage for each cell. Compare its stages: -c 3d_lowres")
+    _check_configuration(options)
     if not dry_run:
         check_device(device)
     images = RawImages.find(options.dataset)
@@ -99,9 +102,19 @@ def compare(
         check_arms(study, images)
     study = Study.open(folder, options, split, patients)
     logger.info("Study in %s", folder)
-    run_steps(_steps(study, images, planner_name, device, processes, jobs), jobs)
+    with ended_by_sigterm():
+        run_steps(_steps(study, images, planner_name, device, processes, jobs), jobs)
     logger.info("\n%s", write_report(study))
     return folder
+
+
+def _check_configuration(options: Options) -> None:
+    """Before anything is written: nnU-Net's planning takes a while, and passes over what it does not know."""
+    there: Sequence[str] = nnunet.SUPPORTED_CONFIGURATIONS
+    if options.plan is not None:
+        there = list(nnunet.read_json(Path(options.plan), "Give another to --plan.").get("configurations", {}))
+    if options.c not in there:
+        raise UserError(f"There is no configuration '{options.c}'. Take one of these with -c: {', '.join(there)}.")
 
 
 def _default_name(options: Options) -> str:
@@ -146,7 +159,8 @@ def describe(study: Study, images: RawImages) -> str:
         f"{counted(len(study.cells), 'cell')}: {counted(len(study.arms), 'arm')} x "
         f"{counted(len(split.labels), 'number')} of labels x {counted(options.seeds, 'seed')} x "
         f"{counted(len(options.rates), 'rate')}, each {counted(options.epochs, 'epoch')} of "
-        f"{counted(options.iterations, 'step')}"
+        f"{counted(options.iterations, 'step')}: {len(study.cells) * options.epochs * options.iterations:,} steps in all, "
+        f"beside {counted(len({arm.recipe for arm in study.arms if arm.recipe is not None}), 'pre-training')}"
     )
     lines += [f"    {cell.name}" for cell in study.cells]
     return "\n".join(lines)
@@ -189,7 +203,8 @@ def _steps(
 
 def _pretrain(study: Study, recipe: str, device: str, processes: int) -> dict[str, Any]:
     options, folder, run = study.options, study.pretraining_folder(recipe), study.pretraining_run(recipe)
-    weights, goes_on = run / ENCODER_FILE, resume.has_checkpoint(run)
+    # of the weights the last that is written
+    weights, goes_on = run / NETWORK_FILE, resume.has_checkpoint(run)
     if weights.is_file() and not (run / resume.LATEST).is_file():
         # ended, and stopped before that was written down: its lock goes with it, unless it is still at its report
         lock = RunLock(run)

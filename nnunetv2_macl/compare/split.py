@@ -54,8 +54,8 @@ def patients_of(cases: Iterable[str], group_regex: str | None) -> dict[str, str]
         match = pattern.search(case)
         if match is None or not (match[1] if pattern.groups else match[0]):
             raise UserError(
-                f"--group_regex '{group_regex}' finds no patient in the name of case {case}. "
-                "Give one that does for each case, for example: --group_regex '^patient[0-9]+'"
+                f"--group_regex '{group_regex}' finds no patient in the name of case {case}. Give one that does for each case: "
+                "--group_regex '^[^_]+' takes what stands before the first _. Leave it out where each case is a patient."
             )
         patients[case] = match[1] if pattern.groups else match[0]
     return patients
@@ -146,7 +146,8 @@ def split_cases(patients: Mapping[str, str], *, test: str, validation: str, labe
             }
         )
     for fewer, more in zip(sorted(counts), sorted(counts)[1:], strict=False):
-        if any(len(subset[fewer]) == len(subset[more]) for subset in subsets):
+        # in one draw they may: another seed, added later, cannot take back what the study began with
+        if all(len(subset[fewer]) == len(subset[more]) for subset in subsets):
             raise UserError(
                 f"--labels {counts[fewer]} and {counts[more]} come to the same patients, as whole patients are taken. "
                 "Leave one out."

@@ -95,7 +95,7 @@ def images(target: Configuration, labelled: int, sources: list[Source]) -> Resul
     if len(counts) > 1:
         words += f" ({', '.join(f'{count} of {name}' for name, count in counts.items())})"
     values = {"labelled": labelled, "unlabelled": unlabelled}
-    others = [f"{UNLABELLED_FOLDER} of {s.dataset_name}: {name}" for s in sources for name in s.passed_over]
+    others = [f"{s.dataset_name}/{name}" for s in sources for name in s.passed_over]
     if others:
         words += f"; {len(others)} files are not named as nnU-Net names images, and are left out: {', '.join(others[:_TOLD])}"
         return Result("images", NOTE, words, values=values)

@@ -26,7 +26,7 @@ from nnunetv2_macl.preprocessing.cases import Preprocessed
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import load_recipe
 from nnunetv2_macl.resources import resource_folder
-from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
+from nnunetv2_macl.training.pretrain import MOST_SKIPPED, nnUNetTrainerMACLPretrain
 
 STEPS = 3
 
@@ -66,7 +66,7 @@ class _Measured(nnUNetTrainerMACLPretrain):
     def _batches(self) -> Iterator[dict]:
         # a plan may be for fewer steps
         plan = self.macl_plan
-        batches = PretrainingBatches(self.data.cases, plan.sampling, (0, plan.batch_size), 1 + STEPS)
+        batches = PretrainingBatches(self.data.cases, plan.sampling, (0, plan.batch_size), MOST_SKIPPED + STEPS)
         return load_batches(batches, 0, workers=get_allowed_n_proc_DA(), pin_memory=self.device.type == "cuda")
 
 
@@ -76,11 +76,15 @@ def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[s
     plans_content = target.plans_manager.plans | {"continue_training": False}
     trainer = _Measured(plans_content, target.name, "all", target.dataset_json, torch.device(device))
     trainer.disable_checkpointing = True
+    torch.backends.cudnn.benchmark = device == "cuda"  # as nnU-Net's training command
     trainer.print_to_log_file = lambda *_, **__: None  # type: ignore[method-assign]
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     batches = trainer.dataloader_train
     trainer.train_step(next(batches))
+    # the first steps in mixed precision may be skipped, before the optimiser has made what it keeps
+    while trainer.step.skipped_in_a_row:
+        trainer.train_step(next(batches))
     began = perf_counter()
     for _ in range(STEPS):
         trainer.train_step(next(batches))
@@ -89,7 +93,8 @@ def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[s
     # what was read ahead hides how long reading takes
     plan = trainer.macl_plan
     began = perf_counter()
-    PretrainingBatches(trainer.data.cases, plan.sampling, (0, plan.batch_size), STEPS + 2)[STEPS + 1]
+    first_unread = MOST_SKIPPED + STEPS
+    PretrainingBatches(trainer.data.cases, plan.sampling, (0, plan.batch_size), first_unread + 1)[first_unread]
     reading = (perf_counter() - began) / max(1, get_allowed_n_proc_DA())
     recipe = plan.get_recipe()
     states = {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer]

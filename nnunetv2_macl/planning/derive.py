@@ -12,7 +12,7 @@ from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.levels import plan_levels
 from nnunetv2_macl.planning.memory import MemoryEstimate, check_gpu_memory, plan_batch
 from nnunetv2_macl.planning.plan import MACLPlan, volume_patch
-from nnunetv2_macl.planning.positives import plan_position_groups, plan_threshold, resampled_shapes
+from nnunetv2_macl.planning.positives import ONLY_THE_OWN_VIEW, plan_position_groups, plan_threshold, resampled_shapes
 from nnunetv2_macl.recipe import Recipe
 
 
@@ -51,6 +51,8 @@ def derive_plan(
     group_size, group_reason = plan_position_groups(axes, batch.size, recipe)
     sampling = Sampling(volume_patch(patch), batch.size, group_size, recipe.seed)
     threshold, expected, threshold_reason = plan_threshold(resampled_shapes(configuration), sampling, recipe)
+    if recipe.is_contrastive and threshold == 0:
+        group_size, group_reason = 1, ONLY_THE_OWN_VIEW
     if axes == 2:
         out_of_plane, out_reason = 0.0, "2D"
     elif max(patch) / patch[0] > ANISO_THRESHOLD:

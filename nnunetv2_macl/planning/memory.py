@@ -56,11 +56,16 @@ class MemoryEstimate:
             mixed_precision: under torch's autocast.
         """
         at_once = batch_size if patches_at_once is None else min(patches_at_once, batch_size)
-        # one after the other
-        passes = [self._contrast(batch_size, at_once)] if self.network.is_contrastive else []
+        # one after the other; what is made of a whole batch's images lies there while its parts pass
+        image, small = (4 * self._channels * math.prod(size) for size in (self._patch, self._small))
+        passes = []
+        if self.network.is_contrastive:
+            shown = small * self.network.needs_invariance + (small + image) * self.network.image_level
+            passes.append((self._contrast(batch_size, at_once), shown))
         if self.network.restoration_head is not None:
-            passes.append(self._restoration(at_once))
-        return (max(self._held(counted, mixed_precision) for counted in passes) + self._fixed) / 2**30
+            passes.append((self._restoration(at_once), image + math.prod(self._patch)))
+        most = max(self._held(counted, mixed_precision) + batch_size * shown for counted, shown in passes)
+        return (most + batch_size * image + self._fixed) / 2**30
 
     def _held(self, counted: _Counted, mixed_precision: bool) -> float:
         kept, largest, dense = counted

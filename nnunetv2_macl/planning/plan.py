@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nnunetv2.configuration import default_num_processes
 
 from nnunetv2_macl.data import Sampling
 from nnunetv2_macl.errors import UserError
@@ -24,7 +25,7 @@ from nnunetv2_macl.recipe import AUTO, Recipe, recipe_from_values
 
 FORMAT_VERSION = 1
 # holds the plan of the command that is at work, for the processes that train by it
-_HANDED_ON = "nnUNet_macl_plan"
+_HANDED_ON, _PROCESSES = "nnUNet_macl_plan", "nnUNet_macl_processes"
 _OF_CONTRAST = ("dominant_patch_size", "grid", "threshold", "expected_positives", "out_of_plane_rotation")
 
 
@@ -130,22 +131,27 @@ def _plan_in(content: Any, file: Path) -> MACLPlan:
 
 
 @contextmanager
-def handed_on(plan: MACLPlan) -> Iterator[None]:
-    """Meanwhile `plan_to_train` returns this plan, here and in processes started now.
+def handed_on(plan: MACLPlan, processes: int) -> Iterator[None]:
+    """Meanwhile `plan_to_train` returns this plan, and `processes_to_use` this number, here and in processes started now.
 
     Preprocessing may take hours, and another command may write its own plan of the same configuration to the file by then.
     """
-    os.environ[_HANDED_ON] = json.dumps(plan.as_json())
+    os.environ |= {_HANDED_ON: json.dumps(plan.as_json()), _PROCESSES: str(processes)}
     try:
         yield
     finally:
-        del os.environ[_HANDED_ON]
+        del os.environ[_HANDED_ON], os.environ[_PROCESSES]
 
 
 def plan_to_train(file: Path) -> MACLPlan:
     """The plan that was `handed_on`, else what `read_plan` returns."""
     handed = os.environ.get(_HANDED_ON)
     return read_plan(file) if handed is None else _plan_in(json.loads(handed), file)
+
+
+def processes_to_use() -> int:
+    """For preprocessing: what was `handed_on`, else nnU-Net's number."""
+    return int(os.environ.get(_PROCESSES, default_num_processes))
 
 
 def was_handed_on() -> bool:

@@ -11,6 +11,8 @@ from nnunetv2_macl.data import Sampling, draw_corner, position
 from nnunetv2_macl.nnunet import Configuration, read_json
 from nnunetv2_macl.recipe import Recipe
 
+ONLY_THE_OWN_VIEW = "only the own view is a positive"
+
 
 def resampled_shapes(configuration: Configuration) -> list[list[int]]:
     """Shapes of the training cases as the configuration has them, (3,) voxels each, from nnU-Net's own fingerprint."""
@@ -46,8 +48,10 @@ def _expected_positives(distances: list[np.ndarray], threshold: float) -> float:
 
 def plan_threshold(shapes: Sequence[Sequence[int]], sampling: Sampling, recipe: Recipe) -> tuple[float, float, str]:
     """Threshold t, the expected number of positives an anchor (own view included), and the reason."""
-    distances = positive_distances(shapes, sampling)
     threshold = float(recipe.threshold)
+    if not recipe.is_contrastive:
+        return threshold, 0.0, "no patches are compared"
+    distances = positive_distances(shapes, sampling)
     at_recipe = _expected_positives(distances, threshold)
     if not recipe.limit_positives or threshold == 0:
         return threshold, at_recipe, "as the recipe has it"
@@ -71,7 +75,7 @@ def plan_position_groups(axes: int, batch_size: int, recipe: Recipe) -> tuple[in
     if not recipe.is_contrastive:
         return 1, "no patches are compared"
     if recipe.threshold == 0:
-        return 1, "only the own view is a positive"
+        return 1, ONLY_THE_OWN_VIEW
     if axes == 2:
         return 1, "slices of different cases meet by chance often enough"
     size = 1 + max(1, batch_size // 16)

@@ -123,7 +123,10 @@ def preprocess_unlabelled(
         for index in indices:
             index.write()
     left_out = {f"{target}.b2nd" for target in skipped}
-    return Preprocessed([case for case in cases if case.file not in left_out], skipped)
+    ready = Preprocessed([case for case in cases if case.file not in left_out], skipped)
+    if todo or skipped:
+        logger.info("Unlabelled images: %d are ready, %d are left out", len(ready.cases), len(skipped))
+    return ready
 
 
 def _require_raw_images(configuration: Configuration, folder: Path, sources: Sequence[Source]) -> None:

@@ -65,7 +65,7 @@ class RawFile(NamedTuple):
 
 
 def _lies_in(path: str, folders: Sequence[str]) -> bool:
-    return any(os.path.commonpath([path, folder]) == folder for folder in folders)
+    return any(Path(path).is_relative_to(folder) for folder in folders)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def find_sources(
     files = group_channels(own, ending)
     if files:
         channels = list(range(len(configuration.channel_names)))
-        cases, incomplete = _pick_channels(files, channels, configuration.channel_names)
+        cases, incomplete = pick_channels(files, channels, configuration.channel_names)
         reader = configuration.plans_manager.image_reader_writer_class
         sources.append(Source(configuration.dataset_name, cases, incomplete, reader, passed_over(own, ending)))
     elif own.is_dir() and any(own.iterdir()):
@@ -121,13 +121,13 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
             f"{folder} does not exist, so there are no images of {name} to use. Put them there or leave out -u."
         )
     file = folder / "dataset.json"
-    dataset_json = read_json(file, "Write one, as for any nnU-Net data set: channel_names and file_ending are needed.")
-    for key in ("channel_names", "file_ending"):
-        if key not in dataset_json and not (key == "channel_names" and "modality" in dataset_json):
-            raise UserError(f"{file} has no '{key}'. Add it, as for any nnU-Net data set.")
+    dataset_json = read_description(
+        file, "Write one, as for any nnU-Net data set: channel_names and file_ending are needed."
+    )
     theirs = channel_names(dataset_json)
     channels = _match_channels(configuration, name, theirs, channel_map)
     ending = dataset_json["file_ending"]
+    left = passed_over(folder / UNLABELLED_FOLDER, ending)
     if "dataset" in dataset_json:  # nnU-Net's other way to name files
         listed = _listed_images(folder, dataset_json)
         if bad := [
@@ -145,6 +145,7 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
         }
     else:
         files = group_channels(folder / "imagesTr", ending)
+        left = passed_over(folder / "imagesTr", ending) + left
     for case, more in group_channels(folder / UNLABELLED_FOLDER, ending).items():
         if case in files:
             raise UserError(
@@ -154,9 +155,18 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
         files[case] = more
     if not files:
         raise UserError(f"No image found in {folder / 'imagesTr'} or {folder / UNLABELLED_FOLDER} (CASE_0000{ending}).")
-    cases, incomplete = _pick_channels(files, channels, theirs)
+    cases, incomplete = pick_channels(files, channels, theirs)
     reader = _reader(configuration, dataset_json, cases, folder)
-    return Source(name, cases, incomplete, reader, passed_over(folder / UNLABELLED_FOLDER, ending))
+    return Source(name, cases, incomplete, reader, left)
+
+
+def read_description(file: Path, mend: str) -> dict[str, Any]:
+    """A raw data set's dataset.json. Raises UserError where it is not there (``mend`` says what to do), or lacks a key."""
+    dataset_json = read_json(file, mend)
+    for key in ("channel_names", "file_ending"):
+        if key not in dataset_json and not (key == "channel_names" and "modality" in dataset_json):
+            raise UserError(f"{file} has no '{key}'. Add it, as for any nnU-Net data set.")
+    return dataset_json
 
 
 def _listed_images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -228,7 +238,7 @@ def _image_name(ending: str) -> re.Pattern[str]:
     return re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(ending), re.DOTALL)
 
 
-def _pick_channels(
+def pick_channels(
     files: dict[str, dict[int, RawFile]], channels: list[int], names: list[str]
 ) -> tuple[dict[str, CaseFiles], dict[str, str]]:
     """Files of each case in the order of ``channels``; and what is wrong with the cases that cannot be taken."""
@@ -262,11 +272,12 @@ def _case_files(files: Sequence[RawFile], channels: list[int] | None, channels_t
 
 
 def passed_over(folder: Path, ending: str) -> list[str]:
-    """Names of the files in a folder that are not named as nnU-Net names images."""
+    """FOLDER/FILE of the files in a folder that are not named as nnU-Net names images."""
     if not folder.is_dir():
         return []
     pattern = _image_name(ending)
-    return sorted(e.name for e in os.scandir(folder) if not (e.name.startswith(".") or pattern.fullmatch(e.name)))
+    names = sorted(e.name for e in os.scandir(folder) if not (e.name.startswith(".") or pattern.fullmatch(e.name)))
+    return [f"{folder.name}/{name}" for name in names]
 
 
 def training_cases(configuration: Configuration) -> list[Case]:

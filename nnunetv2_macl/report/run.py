@@ -17,10 +17,10 @@ from nnunetv2_macl.monitoring import LOSS_NAMES
 from nnunetv2_macl.nnunet import Configuration, read_json
 from nnunetv2_macl.planning.plan import MACLPlan, read_plan
 from nnunetv2_macl.preprocessing.cases import unlabelled_folder
+from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.run_folder import PLAN_COPY, RunLock
 
 FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"
-_CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth")
 _NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?|nan|inf)"
 _EPOCH = re.compile(
     rf"Epoch (?P<epoch>\d+)  loss {_NUMBER}(?P<losses>(?:  L_\w+ {_NUMBER})+)  "
@@ -105,13 +105,12 @@ def read_run(folder: Path) -> Run:
     for line in lines:
         if match := _IMAGES.search(line):
             images, skipped = int(match[1]), int(match[2])
-    file = next((folder / name for name in _CHECKPOINTS if (folder / name).is_file()), None)
-    checkpoint = checkpoints.load(file) if file else {}
+    file, checkpoint = _newest_checkpoint(folder)
     log = checkpoint.get("logging") or {}
     if not log.get("train_losses"):
         log = _curves_in_log(lines)
     state = RUNNING if RunLock(folder).holder() else STOPPED
-    if file and file.name == _CHECKPOINTS[0]:
+    if file == resume.FINAL:
         state = FINISHED
     exported = folder / checkpoints.ENCODER_FILE
     versions = checkpoints.package_versions()
@@ -128,11 +127,25 @@ def read_run(folder: Path) -> Run:
         images=images,
         skipped=skipped,
         collapsed=checkpoint.get("collapsed"),
-        warnings=list(
-            dict.fromkeys(STAMP.sub("", line).strip() for line in lines if "WARNING" in line or "Left out" in line)
-        ),
+        warnings=list(dict.fromkeys(STAMP.sub("", line).strip() for line in lines if "WARNING" in line)),
         versions=versions,
     )
+
+
+def _newest_checkpoint(folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """Name and content of the one that the run would go on from; no name where there is none. Raises UserError where all that
+    are there are damaged.
+    """
+    damaged = None
+    for name in resume.CHECKPOINTS:
+        if (folder / name).is_file():
+            try:
+                return name, checkpoints.load(folder / name)
+            except UserError as error:
+                damaged = error
+    if damaged:
+        raise damaged
+    return None, {}
 
 
 def _device(folder: Path) -> str:
@@ -170,6 +183,16 @@ def _curves_in_log(lines: list[str]) -> dict[str, list[float]]:
     return {key: [epoch[key] for epoch in ordered] for key in (ordered[0] if ordered else {})}
 
 
+def unlabelled_folders(run: Run) -> list[Path]:
+    """Where the preprocessed unlabelled images of the run lie, a folder a source; none where nnUNet_preprocessed is not set."""
+    try:
+        folder = unlabelled_folder(run.configuration)
+    except KeyError:
+        return []
+    names = sorted({run.plan.dataset_name, *run.plan.unlabelled_datasets})
+    return [folder / name for name in names if (folder / name).is_dir()]
+
+
 def image_sources(run: Run) -> list[dict[str, Any]]:
     """Of each source of images: ``name``, ``images``, ``size`` (voxels) and ``spacing`` (mm), (images, 3) arrays in file order.
 
@@ -188,13 +211,7 @@ def image_sources(run: Run) -> list[dict[str, Any]]:
                     "spacing": np.asarray(content["spacings"], dtype=float),
                 }
             )
-    try:
-        folders = sorted(path for path in unlabelled_folder(run.configuration).iterdir() if path.is_dir())
-    except (OSError, KeyError):  # nnUNet_preprocessed is elsewhere, or not set
-        return sources
-    for folder in folders:
-        if folder.name not in (run.plan.dataset_name, *run.plan.unlabelled_datasets):
-            continue
+    for folder in unlabelled_folders(run):
         records = []
         for file in sorted(folder.glob("*.json")):
             record = json.loads(file.read_text(encoding="utf-8"))

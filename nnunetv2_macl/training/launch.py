@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -63,21 +64,17 @@ def _signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[None]:
 
 
 def join_ranks(device: str) -> None:
-    """Join the processes that torchrun started; does nothing where it started none."""
+    """Join the processes that torchrun started, until this one ends; does nothing where it started none."""
     if distributed.started_by_torchrun() and not dist.is_initialized():
         _join(device)
+        # not before: torch does not join the same processes twice
+        atexit.register(dist.destroy_process_group)
 
 
 def _join(device: str) -> None:
     if device == "cuda":
         torch.cuda.set_device(distributed.local_rank())
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-
-
-def leave_ranks() -> None:
-    """End what `join_ranks` began."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _run_rank(rank: int, ranks: int, port: int, device: str, arguments: dict[str, Any]) -> None:
@@ -88,7 +85,7 @@ def _run_rank(rank: int, ranks: int, port: int, device: str, arguments: dict[str
     _set_threads(device)
     _join(device)
     run_training(device=torch.device(device), **arguments)
-    leave_ranks()
+    dist.destroy_process_group()
 
 
 def _free_port() -> int:

@@ -13,7 +13,6 @@ from time import perf_counter, time
 from typing import Any
 
 import torch
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -26,6 +25,7 @@ from nnunetv2_macl.building import build_loss, build_network, build_optimizer
 from nnunetv2_macl.data import Case, PretrainingBatches, hear_no_more_of_workers, load_batches, worker_was_killed
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import CannotWriteError, cannot_write, is_refused_write, remove_temporary
+from nnunetv2_macl.messages import heard
 from nnunetv2_macl.monitoring import LOSS_NAMES
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration, checksum
 from nnunetv2_macl.planning.plan import (
@@ -33,6 +33,7 @@ from nnunetv2_macl.planning.plan import (
     check_plan,
     plan_file,
     plan_to_train,
+    processes_to_use,
     was_handed_on,
     write_plan,
 )
@@ -53,7 +54,7 @@ from nnunetv2_macl.training.user_errors import user_errors_end_the_run
 
 BAD_BATCH = "bad_batch.pth"
 # a GPU in mixed precision skips a few steps by itself, until it has found its scale
-_MOST_SKIPPED = 10
+MOST_SKIPPED = 10
 
 
 class nnUNetTrainerMACLPretrain(nnUNetTrainer):
@@ -268,16 +269,18 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         if self._continue_training and self._resumed_images is None:
             # nnU-Net has found none by the names that it knows
             self._resume()
+        data = None
         with distributed.first_rank_first() as first:
             if first:
                 if self._resumed_images is None:
                     set_aside(Path(self.output_folder), keep=Path(self.log_file), say=self.print_to_log_file)
-                self.data = self._prepare_data()
+                data = self._prepare_data()
+        # another rank that looked for itself might find other images readable
+        self.data = distributed.from_first(data)
         if distributed.rank() == 0:
             super().on_train_start()
             write_plan(self.macl_plan, Path(self.output_folder) / PLAN_COPY)
         else:
-            self.data = self._prepare_data()
             self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         distributed.spread(self.step.module)
         if self.macl_configuration.is_cascaded:
@@ -299,18 +302,21 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         return checksum([case.name for case in self.data.cases])
 
     def _prepare_data(self) -> Preprocessed:
-        unlabelled = preprocess_unlabelled(
-            self.macl_configuration,
-            self.macl_plan.unlabelled_datasets,
-            processes=default_num_processes,
-            skip_unreadable=self.macl_plan.skip_unreadable,
-            channel_map=self.macl_plan.channel_map,
-        )
+        # our command shows on the console itself what preprocessing says
+        say = partial(self.print_to_log_file, also_print_to_console=not was_handed_on())
+        with heard(say):
+            unlabelled = preprocess_unlabelled(
+                self.macl_configuration,
+                self.macl_plan.unlabelled_datasets,
+                processes=processes_to_use(),
+                skip_unreadable=self.macl_plan.skip_unreadable,
+                channel_map=self.macl_plan.channel_map,
+            )
         own = training_cases(self.macl_configuration)
         if self.fold != "all":
             left_out = set(self.do_split()[1])
             own = [case for case in own if case.name not in left_out]
-            self.print_to_log_file(f"Left out: the {len(left_out)} validation images of fold {self.fold}")
+            self.print_to_log_file(f"Kept apart: the {len(left_out)} validation images of fold {self.fold}")
         self._labelled = own
         return Preprocessed(own + unlabelled.cases, unlabelled.skipped)
 
@@ -391,7 +397,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         if self._step == 0:
             self._plot_views(batch)
         measured = self.step(batch, self._step)
-        if self.step.skipped_in_a_row >= _MOST_SKIPPED:
+        if self.step.skipped_in_a_row >= MOST_SKIPPED:
             self._stop_without_gradient(batch, measured)
         self._step += 1
         self.sums.add(measured, skipped=self.step.skipped_in_a_row > 0)
@@ -415,7 +421,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         file = Path(self.output_folder) / (f"rank{rank}_{BAD_BATCH}" if rank else BAD_BATCH)
         checkpoints.save({**batch, "step": self._step, "measured": measured}, file)
         raise UserError(
-            f"{_MOST_SKIPPED} steps in a row had no finite loss or gradient (loss {measured['total']:g}), and the run was "
+            f"{MOST_SKIPPED} steps in a row had no finite loss or gradient (loss {measured['total']:g}), and the run was "
             f"stopped. The last batch is in {file}, for inspection; the checkpoints are of before. Look at the images it "
             f"names, or start anew with a smaller learning_rate (now {self.recipe.learning_rate:g})."
         )
@@ -593,7 +599,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 self._resume()
 
     def _resume(self) -> None:
-        arguments = (Path(self.output_folder), self._run, self.device, self.print_to_log_file)
+        arguments = (Path(self.output_folder), self._run, self.print_to_log_file)
         with distributed.first_rank_first() as first:
             checkpoint = resume.load_checkpoint(*arguments) if first else None
         if distributed.rank() != 0:

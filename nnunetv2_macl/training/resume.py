@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import cannot_write, write_whole
 
 FINAL, LATEST, PREVIOUS = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_previous.pth"
+# the newest first
+CHECKPOINTS = (FINAL, LATEST, PREVIOUS)
 KIND = "macl_checkpoint"
 FORMAT_VERSION = 2
 
@@ -39,29 +39,27 @@ def keep_previous(latest: Path) -> None:
         raise cannot_write(error, previous) from error
 
 
-def load_checkpoint(
-    folder: Path, run: dict[str, Any], device: torch.device, say: Callable[[str], None]
-) -> dict[str, Any] | None:
+def load_checkpoint(folder: Path, run: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
     """The newest good checkpoint of a run; damaged ones in front of it are renamed ``.corrupt``.
 
     Args:
         folder: of the run.
         run: what a checkpoint of this run says of its run.
-        device: to load to.
         say: tells the user.
 
     Returns:
-        The checkpoint; None where there is no file of one.
+        The checkpoint, on the CPU, where an optimiser keeps its numbers of steps: they would be waited for on a GPU. None where
+        there is no file of one.
 
     Raises:
         UserError: one of a newer version, or none of those that are there is good. Nothing is renamed then.
     """
     bad: dict[Path, str] = {}
-    for file in (folder / name for name in (FINAL, LATEST, PREVIOUS)):
+    for file in (folder / name for name in CHECKPOINTS):
         if not file.is_file():
             continue
         try:
-            checkpoint = _read(file, run, device)
+            checkpoint = _read(file, run)
         except _BadCheckpointError as error:
             bad[file] = str(error)
             continue
@@ -77,16 +75,16 @@ def load_checkpoint(
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether ``--c`` has something to go on from."""
-    return any((folder / name).is_file() for name in (FINAL, LATEST, PREVIOUS))
+    return any((folder / name).is_file() for name in CHECKPOINTS)
 
 
 class _BadCheckpointError(Exception):
     """Says what is wrong with a checkpoint."""
 
 
-def _read(file: Path, run: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _read(file: Path, run: dict[str, Any]) -> dict[str, Any]:
     try:
-        checkpoint = checkpoints.load(file, device)
+        checkpoint = checkpoints.load(file)
     except UserError as error:
         raise _BadCheckpointError(str(error)) from error
     if checkpoint.get("kind") != KIND:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -48,7 +49,7 @@ class TrainingStep:
         grad_scaler: None without mixed precision in float16.
         plan: sizes, batch, threshold.
         device: where the network is.
-        unnormalised: numbers of the channels that nnU-Net leaves as they are.
+        unnormalised: numbers of the channels whose mean nnU-Net leaves anywhere.
 
     Raises:
         UserError: the plan asks for parts of a batch, and the network mixes its patches.
@@ -163,8 +164,8 @@ class TrainingStep:
     def hide(self, patches: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """What restoration is shown, what it is to restore, and which voxels are hidden, as 0.
 
-        That is the mean of an image as nnU-Net normalises most. Of channels that it leaves as they are, whose scale is anything,
-        the mean is shown instead, and what is to be restored is standardised.
+        That is the mean of an image as nnU-Net normalises most. Of channels whose mean it leaves anywhere, that mean is shown
+        instead, and what is to be restored is standardised.
 
         Args:
             patches: (n, C, *patch), this rank's share.
@@ -266,7 +267,7 @@ class TrainingStep:
         """Move the weights, unless loss or gradient is not finite; returns whether it did. The schedule goes on anyway."""
         if self._in_decoder_stage(step):
             for name, parameter in self.module.named_parameters():
-                if name.startswith("encoder."):
+                if name.startswith(("encoder.", "auxiliary_encoder.")):
                     parameter.grad = None
         distributed.sum_gradients(self.module)
         if self.grad_scaler is not None:
@@ -280,7 +281,10 @@ class TrainingStep:
             self.grad_scaler.update(None if torch.isfinite(loss) else self.grad_scaler.get_scale())
         elif finite:
             self.optimizer.step()
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            # torch warns of a first step that was skipped, as in mixed precision it may be
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         if finite:
             self.module.update_ema()
         return finite

@@ -126,7 +126,7 @@ def test_a_run_whose_disk_fills_goes_on_once_there_is_space(workspace, small_dis
     small_disk(workspace.results, "size=45m")  # one checkpoint, not two
     folder = workspace.run_folder("nnUNetTrainerMACLPretrain")
     with pytest.raises(
-        SystemExit, match=rf"checkpoint_final.pth {FULL} and try again. To go on then, type:\n +nnUNetv2.* --c"
+        UserError, match=rf"checkpoint_final.pth {FULL} and try again. To go on then, type:\n +nnUNetv2.* --c"
     ):
         run(recipe="macl_restore", **SHORT)
     assert checkpoints.load(folder / resume.LATEST)["current_epoch"] == 1
@@ -140,6 +140,6 @@ def test_a_run_whose_disk_fills_goes_on_once_there_is_space(workspace, small_dis
 def test_what_nnunet_writes_by_itself(workspace, small_disk, options, said):
     """The run's folder, its log, plans.json, debug.json."""
     small_disk(workspace.results, options)
-    with pytest.raises(SystemExit, match=f"could not be written: {said}") as stop:
+    with pytest.raises(UserError, match=f"could not be written: {said}") as stop:
         run(**SHORT)
     assert str(workspace.results) in str(stop.value)

@@ -43,7 +43,7 @@ def write(folder, number, **more):
 
 
 def load(folder, say=print):
-    return resume.load_checkpoint(folder, RUN, torch.device("cpu"), say)
+    return resume.load_checkpoint(folder, RUN, say)
 
 
 def write_for_ever(folder, first):

@@ -161,6 +161,7 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
         (dict(group_regex="^patient"), ["--group_regex '^patient'", "case_00"]),
         (dict(arms=["scratch", "magic"]), ["'magic'"]),
         (dict(c="3d_cascade_fullres"), ["-c 3d_lowres"]),
+        (dict(c="2D"), ["'2D'", "3d_fullres, 3d_lowres, 2d"]),
         (dict(p="nnUNetOtherPlans"), ["nnUNetOtherPlans.json", "nnUNetv2_plan_experiment -d 901"]),
         (dict(plan="/no/plan.json"), ["/no/plan.json does not exist", "--plan FILE.json"]),
         (dict(plan=__file__), ["test_compare.py", "--plan FILE.json"]),
@@ -206,6 +207,27 @@ def test_a_case_without_label(workspace, tmp_path):
     label.unlink()
     with pytest.raises(UserError, match=label.name.partition(".")[0]):
         compare(OPTIONS, folder=tmp_path / "study", device="cpu")
+
+
+def test_images_that_are_not_there(workspace, tmp_path):
+    raw = workspace.raw / DATASET
+    for folder in ("imagesTr", "imagesUn"):
+        image = next((raw / folder).iterdir())
+        image.rename(tmp_path / "aside")
+        image.symlink_to(tmp_path / "gone")
+        with pytest.raises(UserError, match=image.name):
+            compare(OPTIONS, folder=tmp_path / "study", device="cpu", dry_run=True)
+        image.unlink()
+        (tmp_path / "aside").rename(image)
+    image = next((raw / "imagesTr").iterdir())
+    image.rename(image.with_name(image.name.replace("_0000", "_0001")))
+    with pytest.raises(UserError, match=r"_0001\.nii\.gz, and the data set has 1 channel"):
+        compare(OPTIONS, folder=tmp_path / "study", device="cpu", dry_run=True)
+    description = json.loads((raw / "dataset.json").read_text())
+    del description["file_ending"]
+    (raw / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="no 'file_ending'"):
+        compare(OPTIONS, folder=tmp_path / "study", device="cpu", dry_run=True)
 
 
 def test_a_dry_run_and_unlabelled_images_of_a_test_patient(workspace, tmp_path, caplog):

@@ -345,7 +345,8 @@ def test_going_on_without_an_image_that_went_bad_meanwhile(workspace):
         pretrain("901", "2d", device="cpu", continue_training=True)
     pretrain("901", "2d", device="cpu", continue_training=True, skip_unreadable=True)
     log = "".join(file.read_text() for file in folder.glob("training_log_*.txt"))
-    assert "Pre-training on 8 images" in log and "left out as unreadable: 1" in log
+    assert "Pre-training on 8 images" in log and "left out as unreadable: 1" in log and "Left out: " in log
+    assert "case_005_0000.nii.gz" in log and "case_005" not in (folder / "report.html").read_text()
     with pytest.raises(UserError, match=r"--channel_map \{'MR0': 'CT'\} \(was \{\}\)"):
         pretrain("901", "2d", device="cpu", continue_training=True, channel_map={"MR0": "CT"})
 

@@ -59,6 +59,9 @@ def while_another_command_plans(target, *arguments, **named):
     return preprocess(target, *arguments, **named)
 run.preprocess_unlabelled = while_another_command_plans
 run.pretrain(901, "2d", device="cpu", **short)
+run.preprocess_unlabelled = preprocess
+run.pretrain(901, "2d", device="cpu", plan_only=True)
+run.pretrain(901, "2d", device="cpu", exclude_fold=0, **short)
 """
 
 
@@ -66,8 +69,10 @@ def test_a_plan_that_another_command_writes_meanwhile_changes_nothing(workspace,
     script = tmp_path / "script.py"
     script.write_text(MEANWHILE)
     workspace.run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script)
-    file = next((workspace.preprocessed / DATASET).glob("*_macl_2d.json"))
-    assert json.loads(file.read_text())["recipe"]["weight_global"] == 1
+    trained_by = workspace.run_folder(PRETRAIN) / "macl_plan.json"
+    assert json.loads(trained_by.read_text())["recipe"]["weight_global"] == 0
+    # several in one script, as one would for folds
+    assert (workspace.run_folder(PRETRAIN, fold=0) / checkpoints.ENCODER_FILE).is_file()
     trained = json.loads((workspace.run_folder(PRETRAIN) / "macl_plan.json").read_text())["recipe"]
     assert (trained["weight_global"], trained["weight_restoration"]) == (0, 1)
 
