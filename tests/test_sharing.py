@@ -234,6 +234,7 @@ def test_an_id_that_another_data_set_has_is_refused_with_what_to_do_instead(pack
 
 def test_the_commands_name_plans_that_are_not_nnunets_default(package, tmp_path, caplog, capsys):
     other = replace(members(package), "manifest.json", b"nnUNetPlans", b"nnUNetResEncUNetLPlans")
+    caplog.set_level("INFO", logger="nnunetv2_macl")
     folder = install(write(tmp_path / "a.zip", other), tmp_path / "my results")
     assert folder.parent.name.endswith("__nnUNetResEncUNetLPlans__3d_fullres")
     lines = caplog.messages[-1].splitlines()

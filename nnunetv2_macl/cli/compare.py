@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_macl.cli.messages import run
 
-_DEFAULTS = {"arms": ["scratch", "encoder", "pretrained"], "labels": ["5", "10", "20"], "rates": [1e-2, 1e-3]}
+_DEFAULTS: dict[str, Any] = {
+    "arms": ["scratch", "encoder", "pretrained"],
+    "labels": ["5", "10", "20"],
+    "rates": [1e-2, 1e-3],
+}
 
 
 def _compare_parser() -> argparse.ArgumentParser:

@@ -51,6 +51,7 @@ class RawImages:
         dataset_json = read_description(folder / "dataset.json", "The study needs the raw data set: put it there.")
         if not (folder / "imagesTr").is_dir() and "dataset" not in dataset_json:
             raise UserError(f"{folder / 'imagesTr'} does not exist. Put the labelled cases there and in labelsTr.")
+        _require_no_dead_links(folder / "imagesTr")
         labelled = get_filenames_of_train_images_and_targets(str(folder), dict(dataset_json))
         names, ending = channel_names(dataset_json), dataset_json["file_ending"]
         for case, entry in labelled.items():
@@ -71,6 +72,15 @@ class RawImages:
         )
 
 
+def _require_no_dead_links(folder: Path) -> None:
+    """Raises UserError for a link to what is not there: nnU-Net would pass over it."""
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if not file.exists():
+            raise UserError(
+                f"{file} is a link to {os.path.realpath(file)}, which is not there. Mount it, or remove the link."
+            )
+
+
 def _require_channels(case: str, images: Sequence[str], channels: int, ending: str | None) -> None:
     """Raises UserError unless the images of a labelled case are there, one a channel or all channels in one.
 
@@ -82,7 +92,7 @@ def _require_channels(case: str, images: Sequence[str], channels: int, ending: s
     """
     for file in images:
         if not os.path.isfile(file):
-            raise UserError(f"Case {case}: {file} does not exist. Is it a link to a disk that is not there? Mend it.")
+            raise UserError(f"Case {case}: {file} does not exist. Put it there, or take the case out.")
     wanted = [f"{case}_{channel:04d}{ending}" for channel in range(channels)]
     found = [os.path.basename(file) for file in images]
     if (ending is None and len(found) not in (1, channels)) or (

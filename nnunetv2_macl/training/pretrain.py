@@ -85,7 +85,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         except OSError as error:
             if not is_refused_write(error):
                 raise
-            raise SystemExit(f"\nError: {cannot_write(error, self._where(error))}") from error
+            told = cannot_write(error, self._where(error))
+            raise SystemExit(f"\nError: {told}") from told
         self._take_own_device(device)
         self.num_val_iterations_per_epoch = 0
         self.save_every = self.save_every_epochs
