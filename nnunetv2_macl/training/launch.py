@@ -68,13 +68,18 @@ def join_ranks(device: str) -> None:
     if distributed.started_by_torchrun() and not dist.is_initialized():
         _join(device)
         # not before: torch does not join the same processes twice
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
 
 
 def _join(device: str) -> None:
     if device == "cuda":
         torch.cuda.set_device(distributed.local_rank())
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _run_rank(rank: int, ranks: int, port: int, device: str, arguments: dict[str, Any]) -> None:
@@ -85,7 +90,7 @@ def _run_rank(rank: int, ranks: int, port: int, device: str, arguments: dict[str
     _set_threads(device)
     _join(device)
     run_training(device=torch.device(device), **arguments)
-    dist.destroy_process_group()
+    _leave()
 
 
 def _free_port() -> int:
