@@ -1,6 +1,9 @@
 """A study's folder: what it was asked for stays; each step is done once, whoever does it."""
 
 import json
+import multiprocessing
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +19,7 @@ from nnunetv2_macl.compare.folders import _link
 from nnunetv2_macl.compare.run import _pretrain
 from nnunetv2_macl.compare.split import split_cases
 from nnunetv2_macl.compare.steps import DONE_FILE, Step, run_steps
+from nnunetv2_macl.compare.stopping import ended_by_sigterm
 from nnunetv2_macl.compare.study import Options, Study, parse_arm
 from nnunetv2_macl.errors import UserError
 
@@ -285,6 +289,17 @@ def test_a_job_that_a_cluster_ends_holds_nothing_any_more(tmp_path):
     process.terminate()
     assert process.wait(30) == 143 and not list((tmp_path / "cell").iterdir())
     assert not psutil.pid_exists(int(begun.read_text()))
+
+
+def _on_sigterm(_):
+    return signal.getsignal(signal.SIGTERM)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_workers_of_a_pool_end_as_they_would_without(tmp_path):
+    with ended_by_sigterm(), multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(_on_sigterm, range(2)) == [signal.SIG_DFL] * 2 and _on_sigterm(0) != signal.SIG_DFL
+    assert _on_sigterm(0) == signal.SIG_DFL
 
 
 def test_a_step_of_another_machine_is_waited_for_and_named(tmp_path, caplog):

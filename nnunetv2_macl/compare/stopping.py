@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
 import psutil
+
+# the process that listens, if any
+_parents: set[int] = set()
 
 
 @contextlib.contextmanager
@@ -21,10 +25,25 @@ def ended_by_sigterm() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGTERM, _end)
+    _parents.add(os.getpid())
     try:
         yield
     finally:
+        _parents.clear()
         signal.signal(signal.SIGTERM, before)
+
+
+def _forget() -> None:
+    """In a forked process: pools, nnU-Net's too, end their workers by SIGTERM and wait for them, and a worker that sleeps would not
+    come to hear Python's handler.
+    """
+    if _parents:
+        _parents.clear()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
