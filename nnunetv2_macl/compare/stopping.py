@@ -12,7 +12,7 @@ from types import FrameType
 import psutil
 
 # the process that listens, if any
-_parents: set[int] = set()
+_listening: set[int] = set()
 
 
 @contextlib.contextmanager
@@ -25,20 +25,20 @@ def ended_by_sigterm() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGTERM, _end)
-    _parents.add(os.getpid())
+    _listening.add(os.getpid())
     try:
         yield
     finally:
-        _parents.clear()
+        _listening.clear()
         signal.signal(signal.SIGTERM, before)
 
 
 def _forget() -> None:
-    """In a forked process: pools, nnU-Net's too, end their workers by SIGTERM and wait for them, and a worker that sleeps would not
-    come to hear Python's handler.
+    """In a forked process: pools, nnU-Net's too, end their workers by SIGTERM and wait for them, and a worker that sleeps would
+    not come to hear Python's handler.
     """
-    if _parents:
-        _parents.clear()
+    if _listening:
+        _listening.clear()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
