@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from nnunetv2_macl.cli.messages import run
-
-_DEFAULTS: dict[str, Any] = {
-    "arms": ["scratch", "encoder", "pretrained"],
-    "labels": ["5", "10", "20"],
-    "rates": [1e-2, 1e-3],
-}
 
 
 def _compare_parser() -> argparse.ArgumentParser:
@@ -35,8 +28,8 @@ def _compare_parser() -> argparse.ArgumentParser:
     )
     add(
         "--arms",
-        action="extend",
         nargs="+",
+        default=["scratch", "encoder", "pretrained"],
         metavar="ARM",
         help="scratch; pretrained (encoder and decoder, by the default recipe); encoder (of that, the encoder alone); "
         "recipe:NAME_OR_FILE (pre-trained with it); weights:FILE (that are there already). Default: scratch encoder pretrained",
@@ -44,8 +37,8 @@ def _compare_parser() -> argparse.ArgumentParser:
     amount = "cases, or a fraction (0.1 or 10%%) of all"
     add(
         "--labels",
-        action="extend",
         nargs="+",
+        default=["5", "10", "20"],
         metavar="N",
         help="labelled cases, or a fraction (0.1 or 10%%) of those not kept for test and validation. Default: 5 10 20",
     )
@@ -53,9 +46,9 @@ def _compare_parser() -> argparse.ArgumentParser:
     add(
         "--rates",
         "--scratch_rates",
-        action="extend",
         nargs="+",
         type=float,
+        default=[1e-2, 1e-3],
         metavar="RATE",
         help="learning rates of fine-tuning; each arm gets its best on the validation cases. Default: 1e-2 1e-3",
     )
@@ -96,8 +89,6 @@ def compare_entry() -> None:
         from nnunetv2_macl.compare.study import Options
 
         how = {key: arguments.pop(key) for key in ("folder", "device", "processes", "jobs", "dry_run")}
-        # what is given takes the place of these: argparse would add to a default
-        lists = {key: arguments.pop(key) or default for key, default in _DEFAULTS.items()}
-        compare(Options(**arguments, **lists), **how)
+        compare(Options(**arguments), **how)
 
     run(action)
