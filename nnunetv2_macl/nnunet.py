@@ -248,12 +248,14 @@ class Configuration:
             "preprocessor_name",
         )
         keys += ("resampling_fn_data", "resampling_fn_data_kwargs")
-        schemes = self.manager.normalization_schemes
+        # of channels with one name nnU-Net's plan has one scheme
+        schemes = enumerate(self.manager.normalization_schemes)
+        not_asked_for = {str(channel) for channel, scheme in schemes if scheme in _OF_THE_IMAGE_ALONE}
         # they change a little with every case that is added
         intensities = {
             channel: properties
             for channel, properties in self.plans_manager.foreground_intensity_properties_per_channel.items()
-            if schemes[int(channel)] not in _OF_THE_IMAGE_ALONE
+            if str(channel) not in not_asked_for
         }
         return checksum([{key: configuration.get(key) for key in keys}, plans.get("transpose_forward"), intensities])
 
