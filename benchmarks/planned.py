@@ -86,6 +86,8 @@ def plan_with_nnunet(fingerprint: Fingerprint, folder: Path) -> tuple[str, str]:
     # the planner builds networks to count their voxels; it needs no weights for that
     with torch.device("meta"):
         planner = fingerprint.planner(dataset)
+        # nnU-Net would keep from an older plan what it does not plan anew
+        (preprocessed / f"{planner.plans_identifier}.json").unlink(missing_ok=True)
         planner.plan_experiment()
     return dataset, planner.plans_identifier
 

@@ -113,7 +113,8 @@ class Configuration:
             configuration: None takes the first of `SUPPORTED_CONFIGURATIONS` that the plan has.
 
         Raises:
-            UserError: no data set, no plan, one that names another data set or other plans, no such configuration.
+            UserError: no data set, no plan, one that names another data set or other plans, no such configuration, or one for
+                another number of channels.
         """
         require_folders()
         name = dataset_name(dataset)
@@ -141,8 +142,15 @@ class Configuration:
             raise UserError(
                 f"{file} has no configuration '{configuration}'. Take one of these with -c: {', '.join(available)}."
             )
-        manager = PlansManager(plans)
-        return cls(name, plans_name, configuration, manager, dataset_json)
+        found = cls(name, plans_name, configuration, PlansManager(plans), dataset_json)
+        planned, channels = len(found.manager.normalization_schemes), found.channel_names
+        if planned != len(channels):
+            raise UserError(
+                f"{file} plans {configuration} for {planned} channels, and {folder / 'dataset.json'} names {len(channels)}: "
+                f"{', '.join(channels) or 'none'}. The data set was changed, and nnU-Net keeps from an older plan what it "
+                f"does not plan anew. Rename the plan, to keep it, and plan again: mv {file} {file}.old. {mend}"
+            )
+        return found
 
     @property
     def manager(self) -> ConfigurationManager:
@@ -248,14 +256,12 @@ class Configuration:
             "preprocessor_name",
         )
         keys += ("resampling_fn_data", "resampling_fn_data_kwargs")
-        # of channels with one name nnU-Net's plan has one scheme
-        schemes = enumerate(self.manager.normalization_schemes)
-        not_asked_for = {str(channel) for channel, scheme in schemes if scheme in _OF_THE_IMAGE_ALONE}
+        schemes = self.manager.normalization_schemes
         # they change a little with every case that is added
         intensities = {
             channel: properties
             for channel, properties in self.plans_manager.foreground_intensity_properties_per_channel.items()
-            if str(channel) not in not_asked_for
+            if schemes[int(channel)] not in _OF_THE_IMAGE_ALONE
         }
         return checksum([{key: configuration.get(key) for key in keys}, plans.get("transpose_forward"), intensities])
 

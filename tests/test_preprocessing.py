@@ -241,6 +241,16 @@ def test_a_plan_that_says_it_is_anothers_is_refused(workspace):
         load()
 
 
+def test_a_plan_of_another_number_of_channels_is_refused(workspace):
+    file = load().folder / "dataset.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"channel_names": {"0": "T1", "1": "T2"}}))
+    with pytest.raises(
+        UserError, match=r"plans 2d for 1 channels, and .*dataset\.json names 2: T1, T2\..*mv .*Plans\.json"
+    ):
+        load()
+
+
 def test_files_of_other_names_are_told(workspace, caplog):
     folder = workspace.raw / DATASET / "imagesUn"
     for name in ("p9.nii.gz", "q1_0000.nii", "q4_000.nii.gz", ".DS_Store"):

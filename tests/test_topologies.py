@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
@@ -165,7 +165,6 @@ _ANY_FOLDER = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # eac
 
 
 @given(fingerprints())
-@example(Fingerprint("two of one name", ("CT", "CT"), (1, 32, 32), (FLAT, 1.0, 1.0), cases=1))
 @settings(max_examples=4, deadline=None, suppress_health_check=_ANY_FOLDER)
 def test_drawn_fingerprints(folders, fingerprint):
     check_all_configurations(fingerprint, folders)
