@@ -10,6 +10,7 @@ import pytest
 import SimpleITK as sitk
 from conftest import DATASET
 
+from nnunetv2_macl.cli.pretrain import _pretrain_parser
 from nnunetv2_macl.doctor.dataset import images
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
@@ -239,6 +240,10 @@ def test_a_plan_that_says_it_is_anothers_is_refused(workspace):
     (folder / "nnUNetPlans.json").write_text(json.dumps(content | {"dataset_name": "Dataset900_Other"}))
     with pytest.raises(UserError, match=r"has the dataset_name 'Dataset900_Other'"):
         load()
+
+
+def test_further_data_sets_add_up():
+    assert _pretrain_parser().parse_args(["1", "-u", "28", "-u", "29", "30"]).unlabelled == ["28", "29", "30"]
 
 
 def test_a_plan_of_another_number_of_channels_is_refused(workspace):
