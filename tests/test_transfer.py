@@ -363,7 +363,11 @@ def show(tmp_path, monkeypatch, capsys):
     del network["input_channels"]
     configurations = {
         "3d_lowres": {"architecture": network, "patch_size": [16, 16, 16], "next_stage": "3d_cascade_fullres"},
-        "3d_fullres": {"architecture": network, "patch_size": [16, 16, 16]},
+        "3d_fullres": {
+            "architecture": network,
+            "patch_size": [16, 16, 16],
+            "normalization_schemes": ["CTNormalization"],
+        },
         "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
     }
     plans = {"dataset_name": DATASET, "plans_name": "nnUNetPlans", "configurations": configurations}
