@@ -41,8 +41,6 @@ def demo(folder: Path) -> dict[str, float]:
         environment[variable] = str(folder / variable)
         (folder / variable).mkdir(parents=True)
     environment |= {"nnUNet_extTrainer": str(resource_folder("trainers")), "nnUNet_n_proc_DA": "1"}
-    # threads that wait hold a core otherwise, which a shared machine needs
-    environment.setdefault("OMP_WAIT_POLICY", "passive")
     # the environment's own scripts first, also where it was not activated
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     raw = folder / "nnUNet_raw" / DATASET
