@@ -10,8 +10,8 @@ Volumetric Medical Image Segmentation", MICCAI 2021, https://arxiv.org/abs/2106.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +116,16 @@ def full_precision(tensor: Tensor) -> AbstractContextManager:
 def locations_at_once(vectors: int, device_type: str) -> int:
     """Locations whose similarities are held at once, for 2N vectors at each; device_type as torch names it."""
     return max(1, SIMILARITIES_AT_ONCE.get(device_type, SIMILARITIES_AT_ONCE["cuda"]) // vectors**2)
+
+
+@contextmanager
+def similarities_on_meta(device_type: str) -> Iterator[None]:
+    """Within, tensors on the meta device are computed in the chunks of a device type, to count its memory."""
+    SIMILARITIES_AT_ONCE["meta"] = SIMILARITIES_AT_ONCE[device_type]
+    try:
+        yield
+    finally:
+        del SIMILARITIES_AT_ONCE["meta"]
 
 
 class _Contrast(torch.autograd.Function):

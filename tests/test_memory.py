@@ -27,8 +27,7 @@ QUICK = ("2D plain", "3D plain", "2D plain, dense loss in chunks", "2D plain, av
 )
 def test_prediction_against_a_real_step(case, tmp_path):
     estimate, measured, _ = compare(case, tmp_path)
-    assert estimate.kept(case.batch_size) == pytest.approx(measured.activations + measured.state, rel=0.1)
-    assert estimate.gib(case.batch_size) * 2**30 == pytest.approx(measured.peak, rel=0.25)
+    assert 0.97 * measured < estimate.gib(case.batch_size) * 2**30 < 1.2 * measured
 
 
 @pytest.fixture
@@ -47,8 +46,9 @@ def test_the_batch_fits_what_nnunet_planned_for_or_what_is_asked_for(configurati
     levels = plan_levels(configuration.patch_size, configuration.strides, Recipe())
     memory = MemoryEstimate(configuration, levels, Recipe())
     for gb in (8.0, 24.0, 80.0):
-        fitting = [n for n in (32, 24, 16, 12, 8, 6, 4, 2) if memory.gib(n, mixed_precision=True) <= gb]
-        assert plans[gb].batch_size == fitting[0]
+        # a fifth more for fragmentation and workspaces; a card of 8 GB has 8 GiB, which leaves room for the context
+        needed = {n: 1.2 * memory.gib(n, mixed_precision=True) * 2**30 / 1e9 for n in (32, 24, 16, 12, 8, 6, 4, 2)}
+        assert plans[gb].batch_size == next(n for n, gigabytes in needed.items() if gigabytes <= gb)
         assert "-gpu_memory" in plans[gb].reasons["gpu_memory_gb"]
     assert plans[0.5].batch_size == 2 and "more than gpu_memory_gb" in plans[0.5].reasons["batch_size"]
 

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import weakref
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nnunetv2_macl.building import build_loss, build_network
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.losses import locations_at_once
-from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.losses import similarities_on_meta
+from nnunetv2_macl.network import InstanceProjector, MACLNetwork
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.levels import Levels
 from nnunetv2_macl.recipe import AUTO, Recipe
+from nnunetv2_macl.restoration import restoration_loss
 
 # the batch beyond which more memory is not spent
 _BATCH_SIZES = (32, 24, 16, 12, 8, 6, 4, 2)
 # patches in a batch below which an anchor has little to be told apart from
 _FEW_NEGATIVES = 8
-# torch's autocast keeps about half of what float32 would
-_AUTOCAST_SHARE = 0.55
-# arrays of similarities that the dense loss holds at once
-_SIMILARITY_ARRAYS = 4
-
-
-# see MemoryEstimate._step
-_Counted = tuple[int, int, torch.Tensor | None]
+# Of the memory that a step's tensors take, what fragmentation and cuDNN's workspaces take on top. On an H200 with expandable
+# segments this was 4 to 19 % for plain and residual U-Nets in 2D and 3D.
+_OVERHEAD = 0.2
+# cuBLAS takes this much of torch's memory for itself.
+_WORKSPACE_BYTES = 32 * 2**20
+# The CUDA context and what the libraries keep outside of torch's memory.
+_CONTEXT_BYTES = 0.6e9
 
 
 class MemoryEstimate:
-    """Memory of a training step, from a forward pass that computes shapes only (torch's meta device)."""
+    """Memory of a training step: the step's own tensors, followed through forward and backward pass without computing them.
+
+    torch's meta device runs the operations on shapes alone, so every map, copy and gradient has its real size and lifetime.
+    """
 
     def __init__(self, configuration: Configuration, levels: Levels, recipe: Recipe) -> None:
         with torch.device("meta"):
@@ -46,124 +53,139 @@ class MemoryEstimate:
         self._half_weights = 2 * weights
         # weight, gradient, and what the optimiser keeps
         self._fixed = 4 * (weights + trained * (1 + {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer]))
+        self._peaks: dict[tuple[int, int, bool], int] = {}
+        for parameter in self.network.parameters():
+            if parameter.requires_grad:
+                # gradients are part of `_fixed`
+                parameter.register_post_accumulate_grad_hook(_forget_gradient)
 
     def gib(self, batch_size: int, patches_at_once: int | None = None, *, mixed_precision: bool = False) -> float:
-        """The most that a training step holds, GiB.
+        """Return the most that the tensors of a training step take, GiB.
 
         Args:
             batch_size: N.
-            patches_at_once: patches whose activations are held at a time; None is all.
-            mixed_precision: under torch's autocast.
+            patches_at_once: Patches whose activations are held at a time; None is all.
+            mixed_precision: On a GPU, under torch's autocast to half precision. Otherwise in float32, as on a CPU.
         """
         at_once = batch_size if patches_at_once is None else min(patches_at_once, batch_size)
-        # one after the other; what is made of a whole batch's images lies there while its parts pass
-        image, small = (4 * self._channels * math.prod(size) for size in (self._patch, self._small))
-        passes = []
-        if self.network.is_contrastive:
-            shown = small * self.network.needs_invariance + (small + image) * self.network.image_level
-            passes.append((self._contrast(batch_size, at_once), shown))
-        if self.network.restoration_head is not None:
-            passes.append((self._restoration(at_once), image + math.prod(self._patch)))
-        most = max(self._held(counted, mixed_precision) + batch_size * shown for counted, shown in passes)
-        return (most + batch_size * image + self._fixed) / 2**30
-
-    def _held(self, counted: _Counted, mixed_precision: bool) -> float:
-        kept, largest, dense = counted
-        # the backward pass of the largest layer holds two gradients of its size
-        activations = float(kept + 2 * largest)
+        key = batch_size, at_once, mixed_precision
+        if key not in self._peaks:
+            self._peaks[key] = self._peak(*key)
+        held = self._peaks[key] + self._fixed
         if mixed_precision:
             # autocast keeps a copy of the weights in half precision for the backward pass
-            activations = activations * _AUTOCAST_SHARE + self._half_weights
-        # float32 is what a CPU computes in
-        return activations + _dense_loss(dense, "cuda" if mixed_precision else "cpu")
+            held += self._half_weights + _WORKSPACE_BYTES
+        return held / 2**30
 
-    def kept(self, batch_size: int) -> int:
-        """What autograd keeps for the backward pass, and weights, gradients and optimiser state, bytes in float32."""
-        step = self._step if self.network.is_contrastive else self._restoration
-        return step(batch_size)[0] + self._fixed
+    def _peak(self, batch_size: int, at_once: int, mixed_precision: bool) -> int:
+        dtype = torch.float16 if mixed_precision else torch.float32
+        for part in self.network.children():
+            # torch's autocast leaves the projectors of pooled features, which are in float32, nearly as they are
+            part.to(torch.float32 if isinstance(part, InstanceProjector) else dtype)
+        with (
+            similarities_on_meta("cuda" if mixed_precision else "cpu"),
+            _LiveMemory(_as_cuda_allocates if mixed_precision else int) as memory,
+        ):
+            patches = self._images(batch_size, self._patch)
+            if self.network.is_contrastive:
+                self._contrast(patches, at_once, dtype)
+            if self.network.restoration_head is not None:
+                self._restore(patches, at_once, dtype)
+        return memory.most
 
-    # Each returns, in bytes of float32, all that autograd keeps and the largest of it; and the dense embeddings, if any.
+    # Both do what `TrainingStep` does, in its order.
 
-    def _contrast(self, batch_size: int, at_once: int) -> _Counted:
-        if at_once >= batch_size:
-            return self._step(batch_size)
-        features = self._features(at_once)
-        projectors, largest, dense = self._projectors(batch_size)
-        # the features of all patches and their gradients lie there while the projectors and then the patches pass
-        kept = 2 * self._feature_bytes(batch_size) + max(features[0], projectors)
-        return kept, max(features[1], largest), dense
-
-    def _restoration(self, patches: int) -> _Counted:
-        def compute() -> None:
-            images = torch.empty(patches, self._channels, *self._patch, device="meta")
-            (self.network.restore(images) - images).square().sum()
-
-        return self._count(compute)
-
-    def _step(self, batch_size: int) -> _Counted:
-        return self._count(lambda: self._loss_of(self.network(*self._groups(batch_size))))
-
-    def _features(self, batch_size: int) -> _Counted:
-        def compute() -> None:
-            self.network.features(*self._groups(batch_size))
-
-        return self._count(compute)
-
-    def _projectors(self, batch_size: int) -> _Counted:
-        with torch.no_grad():
-            features = self.network.features(*self._groups(batch_size))
-        features = {key: torch.empty_like(value).requires_grad_() for key, value in features.items()}
-        return self._count(lambda: self._loss_of(self.network.project(features)))
-
-    def _feature_bytes(self, batch_size: int) -> int:
-        with torch.no_grad():
-            return 4 * sum(f.numel() for f in self.network.features(*self._groups(batch_size)).values())
-
-    def _groups(self, batch_size: int) -> tuple[torch.Tensor | None, ...]:
+    def _contrast(self, patches: Tensor, at_once: int, dtype: torch.dtype) -> None:
         image_level, invariance = self.network.image_level, self.network.needs_invariance
-        small = torch.empty(batch_size, self._channels, *self._small, device="meta")
-        full = torch.empty(batch_size, self._channels, *self._patch, device="meta")
-        return (
-            small if invariance else None,
-            full if invariance else None,
-            small if image_level else None,
-            full if image_level else None,
+        size = len(patches)
+        shown = (
+            self._images(size, self._small) if invariance else None,
+            patches if invariance else None,
+            self._images(size, self._small) if image_level else None,
+            self._images(size, self._patch) if image_level else None,
         )
 
-    def _loss_of(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        def features(first: int) -> dict[str, Tensor]:
+            part = slice(first, first + at_once)
+            return self.network.features(*(None if group is None else group[part].to(dtype) for group in shown))
+
+        if at_once >= size:
+            self._total(self.network.project(features(0))).backward()
+            return
+        with torch.no_grad():
+            # all parts take the same, one after the other, so one stands for all
+            piece = features(0)
+            joined = {key: value.new_empty(size, *value.shape[1:]) for key, value in piece.items()}
+            del piece
+        joined = {key: value.requires_grad_() for key, value in joined.items()}
+        outputs = self.network.project(joined)
+        self._total(outputs).backward()
+        gradients = {key: value.grad for key, value in joined.items() if value.grad is not None}
+        del joined
+        piece = features(0)
+        used = [key for key in piece if piece[key].requires_grad and key in gradients]
+        torch.autograd.backward([piece[key] for key in used], [gradients[key][:at_once] for key in used])
+
+    def _restore(self, patches: Tensor, at_once: int, dtype: torch.dtype) -> None:
+        mask = torch.empty(len(patches), 1, *self._patch, dtype=torch.bool, device="meta")
+        shown = torch.where(mask, 0, patches)
+        restored = self.network.restore(shown[:at_once].to(dtype))
+        restoration_loss(restored, patches[:at_once], mask[:at_once]).sum().backward()
+
+    def _total(self, outputs: dict[str, Tensor]) -> Tensor:
         patches = len(next(iter(outputs.values())))
-        self._loss(outputs, torch.empty(patches, 3, device="meta"))
-        return outputs.get("dense_dominant")
+        return self._loss(outputs, torch.empty(patches, 3, device="meta"))["total"]
 
-    @staticmethod
-    def _count(compute: Callable[[], torch.Tensor | None]) -> _Counted:
-        """``compute`` returns the dense embeddings where the dense loss is part of it."""
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            if not isinstance(tensor, nn.Parameter):
-                storage = tensor.untyped_storage()
-                kept[storage._cdata] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            dense = compute()
-        sizes = [storage.nbytes() for storage in kept.values()]
-        return sum(sizes), max(sizes), dense
+    def _images(self, number: int, size: Sequence[int]) -> Tensor:
+        return torch.empty(number, self._channels, *size, device="meta")
 
 
-def _dense_loss(dense: torch.Tensor | None, device_type: str) -> int:
-    """Bytes that the dense loss holds while it computes: vectors by location, similarities of one chunk.
+def _as_cuda_allocates(size: int) -> int:
+    """Round a number of bytes as torch's CUDA allocator does: small blocks to 512 bytes, large ones to 2 MiB."""
+    unit = 512 if size < 2**20 else 2**21
+    return -(-size // unit) * unit
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _LiveMemory(TorchDispatchMode):
+    """Follows how many bytes the tensors take that operations have made and that are still in use.
 
     Args:
-        dense: (N, C, *grid); None without the dense loss.
-        device_type: which decides how large a chunk is.
+        allocated: What an allocator takes for a number of bytes.
+
+    Attributes:
+        most: The largest number so far.
     """
-    if dense is None:
-        return 0
-    vectors, channels, locations = 2 * dense.shape[0], dense.shape[1], math.prod(dense.shape[2:])
-    at_once = min(locations, locations_at_once(vectors, device_type))
-    return 4 * (vectors * channels * (locations + at_once) + _SIMILARITY_ARRAYS * at_once * vectors**2)
+
+    def __init__(self, allocated: Callable[[int], int]) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._allocated = allocated
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        # a view, or what was changed in place
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        size = self._allocated(storage.nbytes())
+        self._now += size
+        self.most = max(self.most, self._now)
+        weakref.finalize(storage, self._free, storage._cdata, size)
+
+    def _free(self, number: int, size: int) -> None:
+        self._known.discard(number)
+        self._now -= size
 
 
 class Batch(NamedTuple):
@@ -176,13 +198,26 @@ class Batch(NamedTuple):
 
 
 def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> Batch:
-    """The batch that fits. target: GPU memory, GB as nnU-Net counts them."""
+    """Return the batch that fits.
+
+    Args:
+        memory: Of the network.
+        recipe: Of the run.
+        target: Memory of the GPU, GB. A card that is sold as one of 8 GB has 8 GiB, so there is a little more.
+    """
+
+    def needed(size: int, at_once: int | None = None) -> float:
+        """GB on the card, with all that comes on top of the step's own tensors."""
+        tensors = memory.gib(size, at_once, mixed_precision=True) * 2**30
+        # a card has more bytes than its name says, which is room for the context
+        spare = target * (2**30 - 1e9)
+        return (tensors * (1 + _OVERHEAD) + max(0.0, _CONTEXT_BYTES - spare)) / 1e9
 
     def fits(size: int, at_once: int | None = None) -> bool:
-        return memory.gib(size, at_once, mixed_precision=True) <= target
+        return needed(size, at_once) <= target
 
     if recipe.batch_size == AUTO:
-        size = next(filter(fits, _BATCH_SIZES), _BATCH_SIZES[-1])
+        size = _largest(_BATCH_SIZES, fits) or _BATCH_SIZES[-1]
         reason = f"the largest of up to {_BATCH_SIZES[0]} that fits gpu_memory_gb in mixed precision"
         if not fits(size):
             reason = "the smallest there can be"
@@ -197,15 +232,20 @@ def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> Batch:
     elif fits(size) or memory.network.features_vary:
         at_once, at_once_reason = size, "the whole batch"
     else:
-        at_once = next((n for n in _BATCH_SIZES if n < size and fits(size, n)), 1)
+        at_once = _largest([n for n in _BATCH_SIZES if n < size], lambda n: fits(size, n)) or 1
         at_once_reason = "the most that fits; the gradient is that of the whole batch"
         if recipe.is_contrastive:
             at_once_reason += ", at a third more time"
     refuse_parts(memory.network, at_once, size)
-    needed = memory.gib(size, at_once, mixed_precision=True)
-    if needed > target:
-        reason += f", though it takes about {needed:.1f} GB in mixed precision: more than gpu_memory_gb"
+    if not fits(size, at_once):
+        reason += f", though it takes about {needed(size, at_once):.1f} GB in mixed precision: more than gpu_memory_gb"
     return Batch(size, at_once, reason, at_once_reason)
+
+
+def _largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """Return the largest of some sizes that fits, or None; whatever is smaller than one that fits does so too."""
+    first = bisect_left(range(len(sizes)), True, key=lambda i: fits(sizes[i]))
+    return sizes[first] if first < len(sizes) else None
 
 
 def refuse_parts(network: MACLNetwork, at_once: int, patches: int) -> None:

@@ -6,6 +6,7 @@ It lies beside nnU-Net's own plan as ``P_macl_C.json``.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,14 @@ class MACLPlan:
     memory_mixed_precision_gib: float
     recipe: dict[str, Any]
     reasons: dict[str, str]
+
+    def batch_bytes(self, channels: int) -> int:
+        """Return the size of a batch of images in float32.
+
+        Args:
+            channels: C, number of image channels.
+        """
+        return 4 * self.batch_size * channels * math.prod(self.patch_size)
 
     def get_recipe(self) -> Recipe:
         return recipe_from_values(self.recipe, "MACL plan")
