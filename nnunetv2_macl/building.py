@@ -69,6 +69,9 @@ def build_loss(recipe: Recipe) -> MultiLevelContrastiveLoss:
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     parameters = [p for p in network.parameters() if p.requires_grad]
     settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if parameters[0].device.type == "cuda":
+        # one kernel for all weights, and no wait for the gradient scaler's check
+        settings["fused"] = True
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=recipe.momentum, **settings)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](parameters, **settings)

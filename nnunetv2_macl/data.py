@@ -6,17 +6,21 @@ where a run was stopped and resumed, and the ranks of a distributed run share th
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import blosc2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from nnunetv2_macl.errors import UserError
 
@@ -24,6 +28,13 @@ from nnunetv2_macl.errors import UserError
 _MAX_DRAWS = 1000
 # how torch's message begins
 _WORKER_KILLED = "DataLoader worker"
+# Batches that are read ahead may take this much shared memory, and as much page-locked memory for a GPU.
+_READ_AHEAD_BYTES = 2 * 2**30
+# Of the shared memory that is free, other processes get the rest.
+_SHARED_PART = 0.8
+_SHARED_MEMORY = Path("/dev/shm")
+# A batch beyond this size takes so long to read that each worker needs only one in hand.
+_LARGE_BATCH = 100 * 2**20
 _MMAP = {} if os.name == "nt" else {"mmap_mode": "r"}
 
 
@@ -98,34 +109,57 @@ class PretrainingBatches(Dataset):
         sampling: how.
         share: first and last+1 patch of the batch that this rank reads.
         steps: number of batches.
+        draws: Called with the number of a step, for what is drawn beside its images; added to the batch as ``numbers``.
     """
 
-    def __init__(self, cases: Sequence[Case], sampling: Sampling, share: tuple[int, int], steps: int) -> None:
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        sampling: Sampling,
+        share: tuple[int, int],
+        steps: int,
+        draws: Callable[[int], Any] | None = None,
+    ) -> None:
         if not cases:
             raise ValueError("cases must not be empty")
         self.cases = cases
         self.sampling = sampling
         self.share = share
         self.steps = steps
+        self.draws = draws
 
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor | list[str]]:
-        """``data`` (n, C, *patch) float32, ``positions`` (n, 3) float32 fraction of the volume, ``cases`` names."""
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """Return ``data`` (n, C, *patch) float32, ``positions`` (n, 3) float32 fraction of the volume, ``cases`` names.
+
+        With ``draws`` also ``numbers``, what it drew for the step.
+        """
         # one process, one thread: the workers share the cores with the training
         blosc2.set_nthreads(1)
         draws = list(self.sampling.draws(step, len(self.cases)))[slice(*self.share)]
-        patches, positions, names = zip(*(self._read_patch(*draw) for draw in draws), strict=True)
-        return {
-            "data": torch.from_numpy(np.stack(patches)),
-            "positions": torch.from_numpy(np.stack(positions).astype(np.float32)),
-            "cases": list(names),
+        size = self.sampling.patch_size
+        positions, names = np.empty((len(draws), 3), np.float32), []
+        data = torch.empty(0)
+        for number, draw in enumerate(draws):
+            patch, (first, second, third), positions[number], name = self._read_patch(*draw)
+            if not number:
+                data = _zeros((len(draws), len(patch), *size))
+            # Written where it will stay, because copies of whole batches cost as much as reading them.
+            data.numpy()[number, :, first, second, third] = patch
+            names.append(name)
+        batch = {
+            "data": data[:, :, 0] if size[0] == 1 else data,
+            "positions": torch.from_numpy(positions),
+            "cases": names,
         }
+        return batch if self.draws is None else batch | {"numbers": self.draws(step)}
 
     def _read_patch(
         self, generator: np.random.Generator, number: int, place: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, str]:
+    ) -> tuple[np.ndarray, tuple[slice, ...], np.ndarray, str]:
+        """Return what of a patch lies within the volume, where that is in the patch, the patch's position, and the case."""
         size = self.sampling.patch_size
         for _ in range(_MAX_DRAWS):
             case = self.cases[number]
@@ -155,13 +189,73 @@ class PretrainingBatches(Dataset):
                 f"{_MAX_DRAWS} patches in a row were constant, the last from {case.file}: are the images empty? Take those "
                 "out, and start anew."
             )
-        padding = [
-            (inside_n.start - c, c + n - inside_n.stop) for inside_n, c, n in zip(inside, corner, size, strict=True)
-        ]
-        patch = np.pad(patch, [(0, 0), *padding])
-        if size[0] == 1:
-            patch = patch[:, 0]
-        return patch, position(corner, size, shape), case.name
+        in_patch = tuple(slice(n.start - c, n.stop - c) for n, c in zip(inside, corner, strict=True))
+        return patch, in_patch, position(corner, size, shape), case.name
+
+
+def _zeros(shape: Sequence[int]) -> torch.Tensor:
+    """Return zeros, float32. In a worker they are in shared memory, from where they are handed over without a copy.
+
+    Raises:
+        UserError: There is too little shared memory.
+    """
+    if get_worker_info() is None:
+        return torch.zeros(shape)
+    try:
+        storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
+    except RuntimeError as error:
+        raise UserError(f"{too_little_shared_memory(4 * math.prod(shape))} ({str(error).splitlines()[0]})") from error
+    return torch.empty(0).set_(storage).view(tuple(shape))  # type: ignore[call-overload]
+
+
+def too_little_shared_memory(batch_bytes: int) -> str:
+    """Return the sentences for a user whose batches do not fit into shared memory.
+
+    Args:
+        batch_bytes: Size of a batch.
+    """
+    free = f", of which {_mib(shutil.disk_usage(_SHARED_MEMORY).free)} are free," if _SHARED_MEMORY.is_dir() else ""
+    return (
+        f"Shared memory ({_SHARED_MEMORY}){free} is too small for the data workers, which hand over batches of "
+        f"{_mib(batch_bytes)} in it. Enlarge it (Docker: --shm-size=8g; Kubernetes: an emptyDir of medium Memory on "
+        f"{_SHARED_MEMORY}), or load data without workers. Type: export nnUNet_n_proc_DA=0"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.3g} MiB"
+
+
+class Reading(NamedTuple):
+    """How batches are read ahead.
+
+    Attributes:
+        workers: Number of processes; 0 reads in the training process.
+        prefetch: Batches that each has in hand.
+        needed: Bytes of shared memory that all batches take which are read ahead.
+    """
+
+    workers: int
+    prefetch: int
+    needed: int
+
+
+def plan_reading(batch_bytes: int, allowed: int, free: int | None = None) -> Reading:
+    """Return how many workers read how far ahead, so that their batches take a bounded part of the memory.
+
+    Args:
+        batch_bytes: Size of this rank's share of a batch.
+        allowed: Workers that nnU-Net would use, as ``nnUNet_n_proc_DA`` has it.
+        free: Bytes of shared memory that may be used. None where the system does not limit it.
+    """
+    if not allowed:
+        return Reading(0, 0, 0)
+    room = _READ_AHEAD_BYTES if free is None else min(_READ_AHEAD_BYTES, int(_SHARED_PART * free))
+    # one batch more than those in hand: the one that is being trained on
+    batches = room // batch_bytes - 1
+    prefetch = 2 if batch_bytes <= _LARGE_BATCH and batches >= 2 else 1
+    workers = min(allowed, max(1, batches // prefetch))
+    return Reading(workers, prefetch, (workers * prefetch + 1) * batch_bytes)
 
 
 @lru_cache(maxsize=64)
@@ -177,20 +271,33 @@ def _open_unchanged(file: str) -> blosc2.NDArray:
     return volume
 
 
+def plan_reading_here(batch_bytes: int, processes: int = 1) -> Reading:
+    """Return `plan_reading` for the workers that nnU-Net would use and the shared memory that is free.
+
+    Args:
+        batch_bytes: Size of this rank's share of a batch.
+        processes: Training processes that share the machine's memory.
+    """
+    free = shutil.disk_usage(_SHARED_MEMORY).free // processes if _SHARED_MEMORY.is_dir() else None
+    return plan_reading(batch_bytes, get_allowed_n_proc_DA(), free)
+
+
 def load_batches(
     batches: PretrainingBatches,
     first: int,
     *,
     workers: int,
+    prefetch: int = 2,
     pin_memory: bool = False,
     prepare_worker: Callable[[int], None] | None = None,
-) -> Iterator[dict[str, torch.Tensor | list[str]]]:
+) -> Iterator[dict[str, Any]]:
     """The batches from step ``first`` on, read ahead by worker processes.
 
     Args:
         batches: what to load.
         first: step.
         workers: processes; 0 reads in this one.
+        prefetch: Batches that each worker has in hand.
         pin_memory: for a GPU.
         prepare_worker: called with a worker's number in each.
 
@@ -202,7 +309,7 @@ def load_batches(
         batch_size=None,
         sampler=range(first, len(batches)),
         num_workers=workers,
-        prefetch_factor=2 if workers else None,
+        prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=prepare_worker,
     )
@@ -232,7 +339,7 @@ class _ErrorsAsItems(Dataset):
     def __init__(self, batches: PretrainingBatches) -> None:
         self.batches = batches
 
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor | list[str]] | str:
+    def __getitem__(self, step: int) -> dict[str, Any] | str:
         try:
             return self.batches[step]
         except UserError as error:

@@ -40,50 +40,122 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", rank()))
 
 
+def ranks_on_this_machine() -> int:
+    """Number of ranks that share this machine, as torchrun has set it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_distributed() else 1
+
+
 def started_by_torchrun() -> bool:
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
-def share(patches: int) -> tuple[int, int]:
-    """First and last+1 patch of this rank; the first ranks take one more where the batch does not divide."""
+def share(patches: int, of_rank: int | None = None) -> tuple[int, int]:
+    """Return first and last+1 patch of a rank, by default this one; the first ranks take one more where there is a rest."""
+    number = rank() if of_rank is None else of_rank
     each, rest = divmod(patches, world_size())
-    first = rank() * each + min(rank(), rest)
-    return first, first + each + (rank() < rest)
+    first = number * each + min(number, rest)
+    return first, first + each + (number < rest)
 
 
-def gather(local: Tensor) -> Tensor:
-    """(n, ...) of each rank -> (N, ...) of all, in the order of ranks; n may differ. Gradients flow back to each rank."""
-    return local if world_size() == 1 else _Gather.apply(local)
+def gather(local: Tensor, patches: int) -> Tensor:
+    """Gather the rows of all ranks, in their order: (n, ...) -> (N, ...). Gradients flow back to each rank.
+
+    Args:
+        local: One row for each patch of this rank's `share`.
+        patches: N, of all ranks.
+    """
+    return local if world_size() == 1 else _Gather.apply(local, patches)
+
+
+def gather_all(local: dict[str, Tensor], patches: int) -> dict[str, Tensor]:
+    """Gather several tensors as `gather` does, in one message; half precision becomes float32 where they differ."""
+    if world_size() == 1 or not local:
+        return local
+    rows = [tensor.flatten(1) for tensor in local.values()]
+    everyone = gather(torch.cat(rows, 1), patches).split([row.shape[1] for row in rows], 1)
+    return {
+        name: part.reshape(patches, *tensor.shape[1:])
+        for (name, tensor), part in zip(local.items(), everyone, strict=True)
+    }
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        sizes = [torch.zeros(1, dtype=torch.long, device=local.device) for _ in range(world_size())]
-        dist.all_gather(sizes, torch.tensor([len(local)], device=local.device))
-        ctx.sizes = [int(size) for size in sizes]
+    def forward(ctx: Any, local: Tensor, patches: int) -> Tensor:
+        ctx.mine = slice(*share(patches))
+        shares = [share(patches, number) for number in range(world_size())]
+        sizes = [last - first for first, last in shares]
         # all_gather wants one shape: pad to the largest share
-        padded = local.new_zeros(max(ctx.sizes), *local.shape[1:])
+        padded = local.new_zeros(max(sizes), *local.shape[1:])
         padded[: len(local)] = local
-        parts = [torch.empty_like(padded) for _ in ctx.sizes]
+        parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, ctx.sizes, strict=True)])
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        first = sum(ctx.sizes[: rank()])
-        return gradient[first : first + ctx.sizes[rank()]]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[ctx.mine], None
 
 
-def sum_gradients(module: nn.Module) -> None:
-    """Add up the gradients of all ranks, in place; all in one message, which is what a slow network likes."""
-    if world_size() == 1:
-        return
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
-    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(summed.view_as(gradient))
+class GradientSum:
+    """Adds up the gradients of all ranks in buckets, while the backward pass that completes them still runs.
+
+    Every rank sends the buckets in one order, the weights' own turned round, since the last layers have their gradients first.
+
+    Args:
+        module: The network. Only parameters that have a gradient when they are sent are added up, the same on every rank.
+        bucket_bytes: Size of a message. Small ones overlap better, large ones are what a slow network likes.
+    """
+
+    def __init__(self, module: nn.Module, bucket_bytes: int = 25 * 2**20) -> None:
+        self._buckets: list[list[nn.Parameter]] = []
+        self._sent: list[tuple[dist.Work | None, Tensor, list[Tensor]]] = []
+        self._missing: list[int] = []
+        self._is_last = False
+        if world_size() == 1:
+            return
+        room = 0
+        for parameter in reversed([p for p in module.parameters() if p.requires_grad]):
+            if room <= 0:
+                self._buckets.append([])
+                room = bucket_bytes
+            self._buckets[-1].append(parameter)
+            room -= parameter.numel() * parameter.element_size()
+            number = len(self._buckets) - 1
+            parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._ready(number))
+
+    @contextmanager
+    def last_backward(self) -> Iterator[None]:
+        """Send each bucket as soon as its gradients are there. Only the last backward pass of a step may be in here."""
+        self._missing, self._is_last = [len(bucket) for bucket in self._buckets], True
+        try:
+            yield
+        finally:
+            self._is_last = False
+
+    def finish(self) -> None:
+        """Send what was not sent, wait for all, and put the sums in the gradients' place."""
+        while len(self._sent) < len(self._buckets):
+            self._send()
+        for work, flat, gradients in self._sent:
+            if work is not None:
+                work.wait()
+            for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+        self._sent = []
+
+    def _ready(self, number: int) -> None:
+        if not self._is_last:
+            return
+        self._missing[number] -= 1
+        while len(self._sent) < len(self._buckets) and self._missing[len(self._sent)] == 0:
+            self._send()
+
+    def _send(self) -> None:
+        gradients = [p.grad for p in self._buckets[len(self._sent)] if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients]) if gradients else torch.empty(0)
+        work = dist.all_reduce(flat, async_op=True) if gradients else None
+        self._sent.append((work, flat, gradients))
 
 
 def spread(module: nn.Module) -> None:
@@ -101,6 +173,14 @@ def any_rank(true_here: bool) -> bool:
     flag = torch.tensor([float(true_here)])
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=_patient_group())
     return bool(flag)
+
+
+def wait_for_all() -> None:
+    """Wait until every rank is here, however long that takes.
+
+    Ranks that wait in an exchange of gradients instead would be ended by NCCL after ten minutes.
+    """
+    any_rank(False)
 
 
 def from_first(value: Any) -> Any:
@@ -184,8 +264,20 @@ class SynchronisedBatchNorm(_BatchNorm):
         self.running_var.lerp_(variance.to(self.running_var), share)
 
 
-def synchronise_batch_norm(module: nn.Module) -> None:
-    """Make every batch norm of a network one over all ranks, in place; parameters and their names stay."""
+def synchronise_batch_norm(module: nn.Module, device_type: str = "cpu") -> nn.Module:
+    """Return the network with every batch norm over the patches of all ranks; parameters and their names stay.
+
+    Args:
+        module: Changed in place.
+        device_type: Where it will be trained. On a GPU torch's own layer does it, which is faster and takes less memory.
+    """
+    if device_type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    _replace_batch_norms(module)
+    return module
+
+
+def _replace_batch_norms(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
             synchronised = SynchronisedBatchNorm(
@@ -195,4 +287,4 @@ def synchronise_batch_norm(module: nn.Module) -> None:
             synchronised._parameters, synchronised._buffers = child._parameters, child._buffers
             setattr(module, name, synchronised)
         else:
-            synchronise_batch_norm(child)
+            _replace_batch_norms(child)

@@ -54,9 +54,9 @@ def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.square().mean().sqrt(), between / features.var(unbiased=False).clamp_min(1e-12)
 
 
-def mean_positives(positions: Tensor, threshold: float) -> float:
-    """Number of positives an anchor in a batch, own view included, mean over anchors."""
-    return positive_mask(positions, threshold).sum(1).float().mean().item()
+def mean_positives(positions: Tensor, threshold: float) -> Tensor:
+    """Return the mean number of positives of an anchor in a batch, its own other view included."""
+    return positive_mask(positions, threshold).sum(1).float().mean()
 
 
 def contrastive_references(patches: int, positives: float, recipe: Recipe) -> ReferenceValues:
@@ -123,7 +123,9 @@ def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
     names = [name for name in LOSS_NAMES if log.get(f"train_losses/{name}")]
     varies = bool(log.get("embedding_variance"))
     panels = len(names) + varies + 2
-    figure, axes = plt.subplots(panels, 1, figsize=(11, 3.2 * panels), sharex=True)
+    # Without pyplot, which other threads may be using.
+    figure = Figure(figsize=(11, 3.2 * panels))
+    axes = figure.subplots(panels, 1, sharex=True)
     epochs = range(len(log["lrs"]))
     for axis, name in zip(axes, names, strict=False):
         axis.plot(epochs, log[f"train_losses/{name}"], "o-", ms=3, color="C0", label=LOSS_NAMES[name])

@@ -8,6 +8,7 @@ Source: MACL Figure 2 and Eq. 2-7; see `nnunetv2_macl.losses` for the reference.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from math import prod
 
@@ -21,6 +22,8 @@ _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 AUXILIARY_ENCODERS = ("shared", "ema", "independent")
+# Voxels that pass the averaged encoder at a time: enough to keep a GPU busy, and a small part of what a batch of volumes takes.
+_AVERAGED_VOXELS = 2**22
 
 
 class InstanceProjector(nn.Sequential):
@@ -39,7 +42,9 @@ class InstanceProjector(nn.Sequential):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        return super().forward(features.flatten(2).mean(-1))
+        # In half precision the means of instance-normalised maps would be nearly one number for every image.
+        precise = torch.promote_types(features.dtype, torch.float32)
+        return super().forward(features.flatten(2).mean(-1, dtype=precise))
 
 
 class PixelProjector(nn.Sequential):
@@ -135,12 +140,13 @@ class MACLNetwork(nn.Module):
             self.instance_projector_auxiliary = InstanceProjector(channels[-1], embedding_dim, standardise=standardise)
         if pixel_level:
             self.pixel_projector = PixelProjector(channels[auxiliary_stage - 1], dominant_channels, axes)
+        self.image_channels = next(unet.encoder.parameters()).shape[1]
         self.restoration_head: RestorationHead | None = None
+        self.hidden_blocks: list[tuple[int, ...]] = []
         if restoration:
             strides = list(unet.encoder.strides)  # type: ignore[arg-type]
-            image_channels = next(unet.encoder.parameters()).shape[1]
             block = [prod(axis) for axis in zip(*strides[: stages - decoder_stages], strict=True)]
-            self.restoration_head = RestorationHead(dominant_channels, image_channels, block)
+            self.restoration_head = RestorationHead(dominant_channels, self.image_channels, block)
             self.hidden_blocks = hidden_blocks(strides[:auxiliary_stage])
 
     @property
@@ -159,6 +165,11 @@ class MACLNetwork(nn.Module):
         parts = (self.encoder, self.transpconvs, self.decoder_stages)
         modules = [module for part in parts for module in part.modules()]
         return any(isinstance(m, (_BatchNorm, nn.modules.dropout._DropoutNd)) for m in modules)
+
+    @property
+    def passes_in_chunks(self) -> bool:
+        """Whether the auxiliary encoder sees a few patches at a time: it has no gradient, and no patch depends on another."""
+        return self._is_ema and not self.features_vary
 
     def forward(
         self,
@@ -198,19 +209,43 @@ class MACLNetwork(nn.Module):
         patches = len(full[0])
 
         bottleneck, decoded = self._dominant(torch.cat(small))
-        skips = (self.auxiliary_encoder or self.encoder)(torch.cat(full))
+        dense, deepest = self._auxiliary(torch.cat(full))
 
         features: dict[str, Tensor] = {}
         if self.image_level:
             features["variance_dominant"] = decoded[-patches:]
-            features["variance_auxiliary"] = skips[-1][-patches:]
+            features["variance_auxiliary"] = deepest[-patches:]
         if self.pixel_level:
             features["dense_dominant"] = decoded[:patches]
-            features["dense_auxiliary"] = skips[self.auxiliary_stage - 1][:patches]
+            features["dense_auxiliary"] = dense[:patches]
         if self.feature_level:
             features["bottleneck_dominant"] = bottleneck[:patches]
-            features["bottleneck_auxiliary"] = skips[-1][:patches]
+            features["bottleneck_auxiliary"] = deepest[:patches]
         return features
+
+    def _auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the auxiliary branch's dense map and its deepest map."""
+        if self.passes_in_chunks:
+            return self._averaged(images)
+        skips = (self.auxiliary_encoder or self.encoder)(images)
+        return skips[self.auxiliary_stage - 1], skips[-1]
+
+    # This frame is left out of compiling; the encoder that it calls is compiled, once for the size of a chunk.
+    @torch.compiler.disable(recursive=False)
+    def _averaged(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `_auxiliary` does, a few patches at a time.
+
+        Nothing is kept for a backward pass, so the next chunk uses the memory of this one again.
+        """
+        dense, deepest = [], []
+        with torch.no_grad():
+            for part in images.split(averaged_at_once(images.shape[2:])):
+                skips = self.auxiliary_encoder(part)  # type: ignore[misc]
+                dense.append(skips[self.auxiliary_stage - 1])
+                deepest.append(skips[-1])
+                # otherwise the large maps of this chunk would stay while the next one is computed
+                del skips
+        return torch.cat(dense), torch.cat(deepest)
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """From `features` of the whole batch to what `forward` returns."""
@@ -252,9 +287,8 @@ class MACLNetwork(nn.Module):
         """Move the averaged encoder towards the trained one; does nothing unless ``auxiliary_encoder`` is ``ema``."""
         if not self._is_ema:
             return
-        averages = dict(self.auxiliary_encoder.named_parameters())
-        for name, parameter in self.encoder.named_parameters():
-            averages[name].lerp_(parameter, 1 - self.ema_decay)
+        averages = list(self.auxiliary_encoder.parameters())
+        torch._foreach_lerp_(averages, list(self.encoder.parameters()), 1 - self.ema_decay)
         for average, buffer in zip(self.auxiliary_encoder.buffers(), self.encoder.buffers(), strict=True):
             average.copy_(buffer)
 
@@ -271,6 +305,11 @@ class MACLNetwork(nn.Module):
             elif part == "decoder_stages":
                 decoder[f"decoder.stages.{rest}"] = value
         return encoder, decoder
+
+
+def averaged_at_once(patch_size: Sequence[int]) -> int:
+    """Return how many patches pass the averaged encoder at a time."""
+    return max(1, _AVERAGED_VOXELS // prod(patch_size))
 
 
 def _axes(conv_op: type[nn.Module]) -> int:

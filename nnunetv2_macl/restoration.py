@@ -69,28 +69,25 @@ def draw_mask(
     generator: torch.Generator,
     *,
     part: slice = slice(None),
-    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Which voxels are hidden, in whole blocks, of one size in a patch.
+    """Draw which voxels are hidden, in whole blocks of one size in each patch.
 
     Args:
-        patches: N.
-        size: voxels an axis, whole multiples of each block.
-        blocks: sizes of what is hidden together, voxels an axis, as likely each.
-        share: of the blocks, of each patch; at least one is hidden and one is not, where there are two.
-        generator: on the CPU.
-        part: of the patches, whose masks are returned; all are drawn, so that they are the same in any part.
-        device: of what is returned.
+        patches: N, number of patches.
+        size: Voxels on each axis of a patch, whole multiples of each block.
+        blocks: Block sizes in voxels on each axis. Each is as likely as any other.
+        share: Fraction of the blocks to hide in each patch. At least one block is hidden and one is visible.
+        generator: Source of every random number, on the CPU.
+        part: The patches whose masks are returned. All are drawn, so that a part gets the masks that it has in the whole.
 
     Returns:
-        (N, 1, *size) bool, N those of ``part``.
+        (n, 1, *grid) bool, True where hidden, one value for each block of the smallest size; see `enlarge_mask`.
     """
     chosen = [blocks[number] for number in torch.randint(len(blocks), (patches,), generator=generator)]
     grids = [_draw_grid(size, block, share, generator) for block in chosen]
-    # enlarged there, since the voxels are many times the blocks
-    return torch.stack(
-        [_enlarge(grid.to(device), block) for grid, block in zip(grids[part], chosen[part], strict=True)]
-    )
+    finest = np.gcd.reduce(np.asarray(blocks))
+    cells = [n // b for n, b in zip(size, finest, strict=True)]
+    return torch.stack([enlarge_mask(grid[None], cells)[0] for grid in grids[part]])
 
 
 def _draw_grid(size: Sequence[int], block: Sequence[int], share: float, generator: torch.Generator) -> Tensor:
@@ -100,10 +97,11 @@ def _draw_grid(size: Sequence[int], block: Sequence[int], share: float, generato
     return (torch.randperm(blocks, generator=generator) < hidden).view(1, *grid)
 
 
-def _enlarge(grid: Tensor, block: Sequence[int]) -> Tensor:
-    for axis, voxels in enumerate(block, 1):
-        grid = grid.repeat_interleave(voxels, axis)
-    return grid
+def enlarge_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """Repeat each value of a mask until it covers ``size``: (N, 1, *grid) -> (N, 1, *size), whole multiples of the grid."""
+    for axis, voxels in enumerate(size, 2):
+        mask = mask.repeat_interleave(voxels // mask.shape[axis], axis)
+    return mask
 
 
 def standardise(images: Tensor, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -119,15 +117,17 @@ def standardise(images: Tensor, channels: Sequence[int]) -> tuple[Tensor, Tensor
     zero = images.new_zeros(*images.shape[:2], *[1] * (images.ndim - 2))
     if not channels:
         return images, zero
-    whole, which = images.clone(), list(channels)
-    voxels = images[:, which].flatten(2)
-    # from the first voxel on, so that a constant, however large, is exactly one
-    first = voxels[..., :1]
-    mean = (voxels - first).mean(-1, keepdim=True)
-    centred = voxels - first - mean
-    deviation = centred.square().mean(-1, keepdim=True).sqrt()
-    whole[:, which] = (centred / deviation.clamp_min(1e-12)).view_as(whole[:, which])
-    zero[:, which] = (first + mean).view_as(zero[:, which])
+    whole = images.clone()
+    # One channel at a time: a list as an index would be copied to a GPU, which has to be waited for.
+    for channel in channels:
+        voxels = images[:, channel].flatten(1)
+        # Subtract the first voxel before averaging, so that a constant image has a deviation of exactly zero.
+        first = voxels[:, :1]
+        mean = (voxels - first).mean(-1, keepdim=True)
+        centred = voxels - first - mean
+        deviation = centred.square().mean(-1, keepdim=True).sqrt()
+        whole[:, channel] = (centred / deviation.clamp_min(1e-12)).view_as(whole[:, channel])
+        zero[:, channel] = (first + mean).view_as(zero[:, channel])
     return whole, zero
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +129,18 @@ def _rotation(axes: int, first: int, second: int, angles: Tensor) -> Tensor:
     return matrix
 
 
+class IntensityNumbers(NamedTuple):
+    """Random numbers of one intensity view of N patches of C channels.
+
+    Attributes:
+        values: (N, C, changes + amounts + points of the bias field). One tensor, because each is copied to a GPU on its own.
+        noise_seeds: One seed for each patch. A list, because the CPU reads it while the values are on a GPU.
+    """
+
+    values: Tensor
+    noise_seeds: list[int]
+
+
 class IntensityViews:
     """Random gamma, contrast, brightness, bias field, noise and blur, each channel of each image on its own.
 
@@ -137,11 +150,14 @@ class IntensityViews:
         strength: 1 for the ranges below, 0 for none; all grow with it.
     """
 
-    # log of the exponent; log of the factor; standard deviations; log of the field; standard deviations
-    GAMMA, CONTRAST, BRIGHTNESS, BIAS, NOISE = 0.5, 0.4, 0.3, 0.5, 0.3
-    # of each change
+    GAMMA = 0.5  # largest logarithm of the exponent
+    CONTRAST = 0.4  # largest logarithm of the factor
+    BRIGHTNESS = 0.3  # largest shift, standard deviations
+    BIAS = 0.5  # largest logarithm of the field
+    NOISE = 0.3  # largest standard deviation
+    # The probability of each change: gamma, inverted gamma, contrast and brightness, bias field, noise, blur.
     PROBABILITIES = (0.8, 0.3, 0.8, 0.5, 0.3, 0.3)
-    # points of the bias field an axis; between them it is interpolated
+    # The bias field has this many points on each axis and is interpolated between them.
     FIELD_POINTS = 4
 
     def __init__(self, strength: float = 1.0) -> None:
@@ -149,52 +165,77 @@ class IntensityViews:
             raise ValueError(f"strength must be 0 or greater, got {strength!r}")
         self.strength = strength
 
-    def apply(self, patches: Tensor, generator: torch.Generator, *, batch_size: int = 0, first: int = 0) -> Tensor:
-        """Changed patches; constant ones stay finite.
+    def draw(self, patches: int, channels: int, axes: int, generator: torch.Generator) -> IntensityNumbers:
+        """Draw the numbers of a view.
+
+        Args:
+            patches: N.
+            channels: C.
+            axes: 2 or 3.
+            generator: Source of every random number. It is on the CPU, so that a seed means one view on every device.
+        """
+        single = [patches, channels, *[1] * axes]
+
+        def even(reach: float) -> Tensor:
+            reach *= self.strength
+            return torch.rand(single, generator=generator) * 2 * reach - reach
+
+        chosen = [(torch.rand(single, generator=generator) < p).float() for p in self.PROBABILITIES]
+        amounts = [even(reach) for reach in (self.GAMMA, self.GAMMA, self.CONTRAST, self.BRIGHTNESS)]
+        points = torch.randn(patches, channels, *[self.FIELD_POINTS] * axes, generator=generator)
+        field = (points * (self.BIAS * self.strength / 2)).clamp(-1, 1)
+        noise = torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        amounts.append(even(self.NOISE).abs())
+        seeds = torch.randint(2**62, (patches,), generator=noise).tolist()
+        values = [number.view(patches, channels, 1) for number in (*chosen, *amounts)]
+        return IntensityNumbers(torch.cat((*values, field.flatten(2)), -1), seeds)
+
+    def apply(self, patches: Tensor, numbers: IntensityNumbers) -> Tensor:
+        """Change patches; constant ones stay finite.
 
         Args:
             patches: (N, C, *patch).
-            generator: where every random number comes from; on the CPU.
-            batch_size: of the whole batch, if these are a part of it: each part is changed as within the whole.
-            first: the number of the first of them in it.
+            numbers: What `draw` returned for these patches, its values on their device.
 
         Returns:
             (N, C, *patch).
         """
-        batch_size = batch_size or len(patches)
-        part, axes = slice(first, first + len(patches)), patches.ndim - 2
-        single = [batch_size, patches.shape[1], *[1] * axes]
-
-        def even(reach: float) -> Tensor:
-            reach *= self.strength
-            return (torch.rand(single, generator=generator)[part] * 2 * reach - reach).to(patches)
-
-        def chosen(probability: float) -> Tensor:
-            return (torch.rand(single, generator=generator)[part] < probability).to(patches.device)
+        if not self.strength:
+            return patches
+        axes = patches.ndim - 2
+        single = [*patches.shape[:2], *[1] * axes]
 
         def whole(values: Tensor, statistic: str) -> Tensor:
-            return getattr(values.flatten(2), statistic)(-1).view(-1, *single[1:])
+            return getattr(values.flatten(2), statistic)(-1).view(single)
 
-        gamma, inverse, contrast, biased, noisy, blurred = (chosen(p) for p in self.PROBABILITIES)
+        values = numbers.values.to(patches.dtype)
+        changes, amounts = len(self.PROBABILITIES), 5
+        chosen, reached, points = values.split((changes, amounts, self.FIELD_POINTS**axes), -1)
+        gamma, inverse, contrast, biased, noisy, blurred = (c.bool().reshape(single) for c in chosen.unbind(-1))
+        exponent, inverse_exponent, factor, shift, deviation = (r.reshape(single) for r in reached.unbind(-1))
         low = whole(patches, "amin")
         span = (whole(patches, "amax") - low).clamp_min(1e-6)
         views = ((patches - low) / span).clamp(0, 1)
-        views = torch.where(gamma, views ** even(self.GAMMA).exp(), views)
-        # nnU-Net's inverted gamma: stretches the bright end
-        views = torch.where(inverse, 1 - (1 - views) ** even(self.GAMMA).exp(), views)
+        views = torch.where(gamma, views ** exponent.exp(), views)
+        # nnU-Net's inverted gamma stretches the bright end.
+        views = torch.where(inverse, 1 - (1 - views) ** inverse_exponent.exp(), views)
         views = views * span + low
         mean = whole(views, "mean")
-        factor, shift = even(self.CONTRAST).exp(), even(self.BRIGHTNESS)
-        views = torch.where(contrast, (views - mean) * factor + mean + shift, views)
-        points = torch.randn(*single[:2], *[self.FIELD_POINTS] * axes, generator=generator)[part].to(patches)
-        field = (points * (self.BIAS * self.strength / 2)).clamp(-1, 1)
+        views = torch.where(contrast, (views - mean) * factor.exp() + mean + shift, views)
+        field = points.reshape(*single[:2], *[self.FIELD_POINTS] * axes)
         field = F.interpolate(field, patches.shape[2:], mode=LINEAR_MODE[axes], align_corners=True)
         views = torch.where(biased, views * field.exp(), views)
-        # as large as the batch: drawn where it is needed
-        own = torch.Generator(patches.device).manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-        noise = torch.randn(batch_size, *patches.shape[1:], generator=own, device=patches.device)[part]
-        views = torch.where(noisy, views + noise * even(self.NOISE).abs(), views)
-        return torch.where(blurred, _blurred(views), views) if self.strength else patches
+        views = torch.where(noisy, views + _noise(patches, numbers.noise_seeds) * deviation, views)
+        return torch.where(blurred, _blurred(views), views)
+
+
+def _noise(patches: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Standard normal noise for each patch from its own seed, drawn on the patches' device because it is as large as they."""
+    noise = torch.empty_like(patches)
+    generator = torch.Generator(patches.device)
+    for patch, seed in zip(noise, seeds, strict=True):
+        patch.normal_(generator=generator.manual_seed(seed))
+    return noise
 
 
 def _blurred(images: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
-from nnunetv2_macl.data import Case, PretrainingBatches, Sampling, draw_corner, position
+from nnunetv2_macl.data import Case, PretrainingBatches, Sampling, draw_corner, load_batches, plan_reading, position
 from nnunetv2_macl.errors import UserError
 
 
@@ -107,3 +107,27 @@ def test_a_preprocessed_case_with_values_that_are_no_numbers_is_named(tmp_path):
         volume[0, 1, 3, 5] = value
         with pytest.raises(UserError, match=r"patient7\.b2nd.*no numbers.*case patient7"):
             batches([make_case(tmp_path, "patient7", volume)], (4, 16, 16))[0]
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    "batch, allowed, free, workers, prefetch",
+    [
+        (20 * MIB, 12, 64 * 2**30, 12, 2),  # a large machine, small batches: as many as nnU-Net uses
+        (400 * MIB, 12, 64 * 2**30, 4, 1),  # large batches: two GiB at most are read ahead
+        (20 * MIB, 12, 64 * MIB, 1, 1),  # a container's default
+        (20 * MIB, 12, 30 * MIB, 1, 1),  # too little for any: a worker's error tells it
+        (20 * MIB, 0, 30 * MIB, 0, 0),  # no workers, no shared memory
+    ],
+)
+def test_what_is_read_ahead_is_bounded_by_memory(batch, allowed, free, workers, prefetch):
+    reading = plan_reading(batch, allowed, free)
+    assert (reading.workers, reading.prefetch) == (workers, prefetch)
+    assert reading.needed == ((workers * prefetch + 1) * batch if workers else 0)
+
+
+def test_numbers_of_a_step_come_with_its_batch(cases):
+    batches = PretrainingBatches(cases, Sampling((1, 8, 8), 2, 1, 0), (0, 2), 9, draws=lambda step: [step])
+    assert [batch["numbers"] for batch in load_batches(batches, 7, workers=0)] == [[7], [8]]

@@ -55,4 +55,4 @@ def test_ranks_give_losses_gradients_and_weights_of_one_process(tmp_path, world,
 def test_one_process_has_it_all():
     assert distributed.share(PATCHES) == (0, PATCHES) and distributed.rank() == 0
     tensor = torch.zeros(3)
-    assert distributed.gather(tensor) is tensor and distributed.any_rank(True) and not distributed.any_rank(False)
+    assert distributed.gather(tensor, 3) is tensor and distributed.any_rank(True) and not distributed.any_rank(False)

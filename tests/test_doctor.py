@@ -17,6 +17,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_macl import doctor
 from nnunetv2_macl.cli import look
+from nnunetv2_macl.data import Reading
 from nnunetv2_macl.doctor import dataset, environment, finder, machine, shell
 from nnunetv2_macl.doctor.measure import plan_in_use
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES
@@ -178,8 +179,14 @@ def test_the_lines_of_every_shell(monkeypatch):
 
 def test_limits_of_the_machine(monkeypatch, tmp_path):
     assert machine.shared_memory(tmp_path / "nowhere").status == doctor.RIGHT
-    monkeypatch.setattr(machine, "_LEAST_SHARED_GIB", 1e9)
+    monkeypatch.setattr(machine, "_ENOUGH_SHARED_GIB", 1e9)
     assert "--shm-size" in machine.shared_memory(tmp_path).mend
+    free = shutil.disk_usage(tmp_path).free
+    fits, too_much = Reading(1, 1, free // 2), Reading(1, 1, free * 2)
+    assert machine.shared_memory_of_plan(fits, 2**20, tmp_path).status == doctor.RIGHT
+    refused = machine.shared_memory_of_plan(too_much, 2**20, tmp_path)
+    assert refused.status == doctor.WRONG and "--shm-size" in refused.mend
+    assert machine.shared_memory_of_plan(Reading(0, 0, 0), 2**20, tmp_path).status == doctor.RIGHT
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # what is told to do is enough
     assert machine.shared_memory(tmp_path).status == doctor.NOTE
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
@@ -299,3 +306,14 @@ def test_a_measurement_that_takes_too_long_is_ended(workspace):
     target = dataset.Configuration.load("901", "nnUNetPlans", "2d")
     result = dataset.estimate(target, [], "cpu", timeout=0.5)
     assert result.status == doctor.WRONG and "more than 0 s on cpu" in result.words
+
+
+def test_what_torch_compile_needs(monkeypatch, tmp_path):
+    assert environment.compiling("cpu").status == doctor.RIGHT
+    monkeypatch.delenv("nnUNet_compile", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    found = environment.compiling("cuda")
+    assert found.status == doctor.WRONG and "a C compiler" in found.words and "nnUNet_compile" in found.mend
+    monkeypatch.setenv("nnUNet_compile", "f")
+    assert environment.compiling("cuda").status == doctor.RIGHT

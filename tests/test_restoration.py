@@ -9,7 +9,14 @@ from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.levels import plan_levels
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.recipe import Recipe
-from nnunetv2_macl.restoration import RestorationHead, draw_mask, hidden_blocks, restoration_loss, standardise
+from nnunetv2_macl.restoration import (
+    RestorationHead,
+    draw_mask,
+    enlarge_mask,
+    hidden_blocks,
+    restoration_loss,
+    standardise,
+)
 
 ALONE = dict(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weight_restoration=1.0)
 
@@ -19,7 +26,7 @@ ALONE = dict(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weigh
 def test_a_mask_hides_whole_blocks_and_their_share(size, block, share, hidden):
     grid = [n // b for n, b in zip(size, block, strict=True)]
     blocks = torch.tensor(grid).prod().item()
-    mask = draw_mask(5, size, [block], share, torch.Generator().manual_seed(0))
+    mask = enlarge_mask(draw_mask(5, size, [block], share, torch.Generator().manual_seed(0)), size)
     assert mask.shape == (5, 1, *size) and mask.dtype == torch.bool
     wanted = round(share * blocks) if hidden is None else hidden % blocks
     cells = torch.nn.functional.avg_pool2d if len(size) == 2 else torch.nn.functional.avg_pool3d
@@ -38,6 +45,8 @@ def test_a_part_of_the_masks_is_a_part_of_all():
 
 def test_sizes_come_by_turns_one_in_a_patch():
     mask = draw_mask(40, (32, 32), [(4, 4), (16, 16)], 0.5, torch.Generator().manual_seed(0))
+    assert mask.shape == (40, 1, 8, 8)
+    mask = enlarge_mask(mask, (32, 32))
     whole = {
         block: [
             set(shares.unique().tolist()) == {0.0, 1.0}

@@ -77,9 +77,23 @@ def test_the_scale_of_mixed_precision_is_lowered_for_gradients_alone(spoil, scal
     before = [p.clone() for p in step.module.parameters()]
     step(patches, 0)
     assert step.grad_scaler.get_scale() == scale
-    assert step.skipped_in_a_row == (spoil is not None)
+    assert step.was_skipped == (spoil is not None)
+    # a scale that is still too large explains a gradient that is not finite
+    assert step.skipped_in_a_row == (spoil == "loss")
     moved = any(not torch.equal(p, old) for p, old in zip(step.module.parameters(), before, strict=True))
     assert moved == (spoil is None)
+
+
+def test_steps_without_a_finite_gradient_count_once_the_scale_explains_them_no_more():
+    step = training_step(PATCHES, PATCHES, Recipe(), dtype=torch.float32)
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    next(step.module.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    counted = []
+    for number in range(5):
+        step(batch(PATCHES, torch.float32), number)
+        counted.append(step.skipped_in_a_row)
+    # the scale falls from 8 to 1 in three steps
+    assert counted == [0, 0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("norm, refused", [(nn.BatchNorm2d, True), (nn.InstanceNorm2d, False)])

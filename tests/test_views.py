@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnunetv2_macl.views import IntensityViews, SpatialViews, down
+from nnunetv2_macl.views import IntensityNumbers, IntensityViews, SpatialViews, down
 
 STILL = dict(mirroring=False, rotation=0.0, scaling=(1.0, 1.0), translation=0.0)
 
@@ -85,12 +85,18 @@ def test_arguments_are_checked(wrong):
         SpatialViews(**({"patch_size": (8, 8)} | wrong))
 
 
+def changed_intensity(patches, seed, strength=1.0):
+    views = IntensityViews(strength)
+    numbers = views.draw(*patches.shape[:2], patches.ndim - 2, generator(seed))
+    return views.apply(patches, numbers)
+
+
 @pytest.mark.parametrize("shape", [(6, 2, 16, 20), (4, 1, 6, 16, 12)])
 def test_intensity_changes_images_and_leaves_what_is_where(shape):
     patches = torch.randn(shape, generator=generator())
-    views = IntensityViews().apply(patches, generator(1))
+    views = changed_intensity(patches, 1)
     assert views.shape == patches.shape and torch.isfinite(views).all()
-    assert torch.equal(views, IntensityViews().apply(patches, generator(1)))
+    assert torch.equal(views, changed_intensity(patches, 1))
     changed = (views - patches).flatten(2).abs().amax(-1) > 1e-3
     assert changed.float().mean() > 0.7
     # what was bright stays bright
@@ -98,23 +104,24 @@ def test_intensity_changes_images_and_leaves_what_is_where(shape):
         torch.stack((a.flatten(), b.flatten())) for a, b in zip(patches.flatten(0, 1), views.flatten(0, 1), strict=True)
     ]
     assert min(torch.corrcoef(pair)[0, 1] for pair in ranks) > 0.5
-    assert torch.equal(IntensityViews(0).apply(patches, generator(1)), patches)
+    assert torch.equal(changed_intensity(patches, 1, strength=0), patches)
 
 
 def test_a_part_of_a_batch_is_changed_as_within_the_whole():
     patches = torch.randn(5, 2, 8, 8, generator=generator())
-    whole = IntensityViews().apply(patches, generator(3))
-    part = IntensityViews().apply(patches[2:4], generator(3), batch_size=5, first=2)
+    numbers = IntensityViews().draw(5, 2, 2, generator(3))
+    whole = IntensityViews().apply(patches, numbers)
+    part = IntensityViews().apply(patches[2:4], IntensityNumbers(numbers.values[2:4], numbers.noise_seeds[2:4]))
     torch.testing.assert_close(part, whole[2:4])
 
 
 def test_intensity_of_a_constant_image_is_finite():
-    assert torch.isfinite(IntensityViews(3.0).apply(torch.full((20, 1, 8, 8), 2.5), generator())).all()
+    assert torch.isfinite(changed_intensity(torch.full((20, 1, 8, 8), 2.5), 0, strength=3.0)).all()
 
 
 def test_intensity_of_each_image_and_channel_is_its_own():
     patches = torch.randn(1, 1, 12, 12, generator=generator()).expand(5, 2, -1, -1)
-    views = IntensityViews().apply(patches, generator()).flatten(0, 1)
+    views = changed_intensity(patches, 0).flatten(0, 1)
     assert len({tuple(view.flatten().tolist()) for view in views}) >= 8
 
 

@@ -37,6 +37,7 @@ def examine(
     checks: list[tuple[str, Callable[[], Result]]] = [
         ("python", environment.python_version),
         ("torch", partial(environment.torch_and_device, device)),
+        ("compile", partial(environment.compiling, device)),
         ("nnunet", environment.nnunet_version),
         *((name, partial(environment.folder_variable, name, written)) for name, written in _FOLDERS.items()),
         ("nnUNet_extTrainer", environment.trainers_are_found),

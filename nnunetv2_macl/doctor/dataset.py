@@ -19,6 +19,8 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_macl import checkpoints
+from nnunetv2_macl.data import plan_reading_here
+from nnunetv2_macl.doctor import machine
 from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
 from nnunetv2_macl.doctor.shell import shell_in_use
 from nnunetv2_macl.errors import UserError
@@ -55,6 +57,8 @@ def dataset_checks(
         labelled = len(training_cases(target))
         plan, origin = plan_in_use(target)
         yield macl_plan(plan, origin)
+        batch_bytes = plan.batch_bytes(len(target.channel_names))
+        yield machine.shared_memory_of_plan(plan_reading_here(batch_bytes), batch_bytes)
         sources = find_sources(target, plan.unlabelled_datasets, plan.channel_map)
     except UserError as error:
         yield from_error("plan", error)

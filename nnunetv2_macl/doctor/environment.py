@@ -6,8 +6,10 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -63,6 +65,33 @@ def torch_and_device(device: str) -> Result:
     except Exception as error:
         return Result("torch", WRONG, f"{words}, which cannot compute: {_short(error)}", f"{install}\n{without}")
     return Result("torch", RIGHT, words, values={"device": "cuda", "gpu_memory_gib": gpu.total_memory / 2**30})
+
+
+def compiling(device: str) -> Result:
+    """Return whether torch.compile can work, which nnU-Net uses on GPUs unless ``nnUNet_compile`` is false."""
+    check = "compile"
+    switched_off = os.environ.get("nnUNet_compile", "t").lower() not in ("true", "1", "t")
+    if device != "cuda" or os.name == "nt" or switched_off:
+        return Result(check, RIGHT, "torch.compile is not used")
+    missing, mend = [], []
+    if not (shutil.which(os.environ.get("CC", "")) or any(map(shutil.which, ("gcc", "cc", "clang")))):
+        missing.append("a C compiler")
+        mend.append("sudo apt-get install gcc")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        missing.append("Python's headers")
+        mend.append(f"sudo apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev")
+    torch = importlib.import_module("torch")
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (7, 0):
+        missing.append(f"a GPU of compute capability 7.0 or newer (this one: {capability[0]}.{capability[1]})")
+    if not missing:
+        return Result(check, RIGHT, "torch.compile has a C compiler and Python's headers")
+    mend += [
+        "# or train without it: the same result, somewhat slower",
+        set_variable("nnUNet_compile", "f", shell_in_use()),
+    ]
+    return Result(
+        check, WRONG, f"torch.compile, which nnU-Net uses on GPUs, needs {' and '.join(missing)}", "\n".join(mend)
+    )
 
 
 def nnunet_version() -> Result:

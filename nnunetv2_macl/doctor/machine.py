@@ -5,32 +5,62 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
 from nnunetv2_macl.doctor.shell import set_variable, shell_in_use
 
+if TYPE_CHECKING:  # it needs torch, which may be what is missing
+    from nnunetv2_macl.data import Reading
+
 _SHARED_MEMORY = Path("/dev/shm")
-# Docker gives 64 MiB; workers hand over whole batches
-_LEAST_SHARED_GIB = 1
+# Docker gives 64 MiB. Workers hand over whole batches, nnU-Net's own too; what a plan needs is checked with its data set.
+_ENOUGH_SHARED_GIB = 1
 # a run's checkpoints, fine-tuned models and what nnU-Net preprocesses of a small data set
 _LEAST_DISK_GIB = 10
 _LEAST_OPEN_FILES = 1024
 
 
 def shared_memory(folder: Path = _SHARED_MEMORY) -> Result:
-    """Whether the workers that load data have room to hand it over."""
+    """Return whether there is room in which the workers that load data hand it over."""
     check = "shared_memory"
     if not folder.is_dir():
         return Result(check, RIGHT, "shared memory: not limited on this system")
     size = shutil.disk_usage(folder).total / 2**30
     words, values = f"shared memory {size:.2g} GiB", {"gib": size}
-    if size >= _LEAST_SHARED_GIB:
+    if size >= _ENOUGH_SHARED_GIB:
         return Result(check, RIGHT, words, values=values)
     if os.environ.get("nnUNet_n_proc_DA") == "0":
         return Result(check, NOTE, f"{words}: data are loaded without workers (nnUNet_n_proc_DA=0)", values=values)
+    words += ": enough for small patches alone. nnU-Net's own training hands over its batches in it too"
+    return Result(check, NOTE, words, _more_shared_memory(), values)
+
+
+def shared_memory_of_plan(reading: Reading, batch_bytes: int, folder: Path = _SHARED_MEMORY) -> Result:
+    """Return whether the batches of a plan fit into the shared memory that is free.
+
+    Args:
+        reading: How a run would read its batches.
+        batch_bytes: Size of a batch.
+        folder: Where shared memory is.
+    """
+    check = "shared_memory_of_plan"
+    batch, values = f"batches of {batch_bytes / 2**20:.3g} MiB", {"needed_gib": reading.needed / 2**30}
+    if not (reading.workers and folder.is_dir()):
+        return Result(check, RIGHT, f"{batch} need no shared memory", values=values)
+    free = shutil.disk_usage(folder).free
+    words = (
+        f"{batch}, read ahead by {reading.workers} worker(s), take {reading.needed / 2**20:,.3g} MiB of shared memory"
+    )
+    if reading.needed > free:
+        return Result(check, WRONG, f"{words}, and {free / 2**20:,.3g} MiB are free", _more_shared_memory(), values)
+    return Result(check, RIGHT, words, values=values)
+
+
+def _more_shared_memory() -> str:
     mend = "# in Kubernetes: an emptyDir of medium Memory on /dev/shm\ndocker run --shm-size=8g ...\n"
-    mend += f"# or load data without workers, once nnU-Net has planned\n{set_variable('nnUNet_n_proc_DA', '0', shell_in_use())}"
-    return Result(check, WRONG, f"{words}: too little for data loading, which then dies of a bus error", mend, values)
+    without = set_variable("nnUNet_n_proc_DA", "0", shell_in_use())
+    return f"{mend}# or load data without workers, once nnU-Net has planned\n{without}"
 
 
 def free_disk(variable: str) -> Result:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-from nnunetv2_macl.data import PretrainingBatches, load_batches
+from nnunetv2_macl.data import PretrainingBatches, load_batches, plan_reading_here
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.derive import derive_plan
@@ -29,6 +29,8 @@ from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.pretrain import MOST_SKIPPED, nnUNetTrainerMACLPretrain
 
 STEPS = 3
+# Mixed precision may skip steps until its scale has come down from 2^16 to 1, and MOST_SKIPPED more end a run.
+_MOST_STEPS = 16 + MOST_SKIPPED + 1 + STEPS
 
 
 def plan_in_use(configuration: Configuration) -> tuple[MACLPlan, str]:
@@ -66,8 +68,12 @@ class _Measured(nnUNetTrainerMACLPretrain):
     def _batches(self) -> Iterator[dict]:
         # a plan may be for fewer steps
         plan = self.macl_plan
-        batches = PretrainingBatches(self.data.cases, plan.sampling, (0, plan.batch_size), MOST_SKIPPED + STEPS)
-        return load_batches(batches, 0, workers=get_allowed_n_proc_DA(), pin_memory=self.device.type == "cuda")
+        batches = PretrainingBatches(
+            self.data.cases, plan.sampling, (0, plan.batch_size), _MOST_STEPS, draws=self.step.draws
+        )
+        reading = plan_reading_here(self._batch_bytes)
+        pinned = self.device.type == "cuda"
+        return load_batches(batches, 0, workers=reading.workers, prefetch=reading.prefetch, pin_memory=pinned)
 
 
 def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[str, Any]:
@@ -83,7 +89,7 @@ def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[s
     batches = trainer.dataloader_train
     trainer.train_step(next(batches))
     # the first steps in mixed precision may be skipped, before the optimiser has made what it keeps
-    while trainer.step.skipped_in_a_row:
+    while trainer.step.was_skipped:
         trainer.train_step(next(batches))
     began = perf_counter()
     for _ in range(STEPS):
@@ -93,8 +99,7 @@ def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[s
     # what was read ahead hides how long reading takes
     plan = trainer.macl_plan
     began = perf_counter()
-    first_unread = MOST_SKIPPED + STEPS
-    PretrainingBatches(trainer.data.cases, plan.sampling, (0, plan.batch_size), first_unread + 1)[first_unread]
+    PretrainingBatches(trainer.data.cases, plan.sampling, (0, plan.batch_size), _MOST_STEPS + 1)[_MOST_STEPS]
     reading = (perf_counter() - began) / max(1, get_allowed_n_proc_DA())
     recipe = plan.get_recipe()
     states = {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
+
 from nnunetv2_macl import distributed
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.training.run_folder import PRETRAINER
@@ -12,6 +16,14 @@ def command_to_pretrain(configuration: Configuration, fold: int | str = "all", d
     left_out = "" if fold == "all" else f" --exclude_fold {fold}"
     options = f"{plans_option(configuration.plans_name)}{left_out}{_device(device)}"
     return f"nnUNetv2_train_macl_pretrain {configuration.id} -c {configuration.name}{options}"
+
+
+def command_as_typed(configuration: Configuration, fold: int | str, device: str = "cuda") -> str:
+    """Return the command that the user typed, or from a Python program the one that does the same."""
+    program = Path(sys.argv[0]).name
+    if program.startswith("nnUNetv2_"):
+        return shlex.join([program, *sys.argv[1:]])
+    return command_to_pretrain(configuration, fold, device)
 
 
 def command_to_go_on(

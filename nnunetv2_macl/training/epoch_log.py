@@ -38,12 +38,23 @@ def log_keys(losses: Iterable[str], probes: Iterable[str]) -> list[str]:
 
 @dataclass
 class EpochSums:
-    """Sums over the steps of an epoch so far; a run that is stopped within an epoch goes on with them."""
+    """Sums over the steps of an epoch so far; a run that is stopped within an epoch goes on with them.
+
+    Attributes:
+        steps: Done, the skipped ones among them.
+        skipped: Steps without a finite loss or gradient.
+        seconds: Time of all steps but the warm-up ones.
+        sums: Of each measured value, without the skipped steps.
+        warm_up_steps: Steps after a start that say nothing about the speed, because they compile the network.
+        warm_up_seconds: Their time.
+    """
 
     steps: int = 0
     skipped: int = 0
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
+    warm_up_steps: int = 0
+    warm_up_seconds: float = 0.0
 
     def add(self, measured: dict[str, float], *, skipped: bool) -> None:
         self.steps += 1
@@ -51,6 +62,20 @@ class EpochSums:
             self.skipped += 1
             return
         self.sums = {key: self.sums.get(key, 0) + value for key, value in measured.items()}
+
+    def add_time(self, seconds: float, *, is_warm: bool) -> None:
+        """Add the time of a step; a step that is not warm compiles the network or does what comes with a start."""
+        if is_warm:
+            self.seconds += seconds
+        else:
+            self.warm_up_steps += 1
+            self.warm_up_seconds += seconds
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Of the steps after the warm-up; of all where there are no others."""
+        timed = self.steps - self.warm_up_steps
+        return self.seconds / timed if timed > 0 else (self.seconds + self.warm_up_seconds) / self.steps
 
     def means(self) -> dict[str, float]:
         """Over the steps that were not skipped; empty where all were."""
@@ -85,7 +110,7 @@ class Epoch:
 
     @property
     def patches_per_second(self) -> float:
-        return self.batch_size * self.sums.steps / self.sums.seconds
+        return self.batch_size / self.sums.seconds_per_step
 
     def log_values(self, keys: Iterable[str], probed: dict[str, float]) -> dict[str, float]:
         """Values for those of `log_keys` that an epoch has; NaN for a loss of which every step was skipped.
@@ -103,9 +128,15 @@ class Epoch:
         known |= {key: probed.get(key, math.nan) for key in keys if key.startswith(PROBE)}
         return {key: float(known[key]) for key in keys if key in known}
 
-    def line(self) -> str:
-        means, seconds = self.sums.means(), self.sums.seconds
-        left = timedelta(seconds=round(seconds * (self.epochs - self.number - 1)))
+    def line(self, between_epochs: float = 0.0) -> str:
+        """Return what is shown of the epoch.
+
+        Args:
+            between_epochs: Seconds between the last step of an epoch and the first of the next one, which the time left counts.
+        """
+        means, seconds = self.sums.means(), self.sums.seconds + self.sums.warm_up_seconds
+        an_epoch = self.sums.seconds_per_step * self.sums.steps + between_epochs
+        left = timedelta(seconds=round(an_epoch * (self.epochs - self.number - 1)))
         shown = "  ".join(f"{short} {means[name]:.4f}" for name, short in _SHOWN.items() if name in means)
         contrast = ""
         if means.keys() & set(CONTRASTIVE):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,11 +173,9 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        buffer = io.BytesIO()
-        super().save_checkpoint(buffer)  # type: ignore[arg-type]
-        buffer.seek(0)
-        # written by nnU-Net in this process a moment ago
-        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
+        with _instead_of_torch_save() as saved:
+            super().save_checkpoint(filename)
+        checkpoint = saved[0]
         if type(self).build_network_architecture is nnUNetTrainer.build_network_architecture:
             checkpoint["trainer_name"] = nnUNetTrainer.__name__
         checkpoint["macl"] = self.macl_origin
@@ -187,6 +186,18 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         super().load_checkpoint(filename_or_checkpoint)
         if isinstance(filename_or_checkpoint, str):
             self.macl_origin = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False).get("macl")
+
+
+@contextmanager
+def _instead_of_torch_save() -> Iterator[list[dict]]:
+    """Within, what would be saved is added to a list. nnU-Net has no other way to what it saves than saving it."""
+    saved: list[dict] = []
+    original = torch.save
+    torch.save = lambda content, *_, **__: saved.append(content)
+    try:
+        yield saved
+    finally:
+        torch.save = original
 
 
 def transfer_to(target: Configuration, state: dict[str, Tensor], pretrained: checkpoints.PretrainedWeights) -> Transfer:

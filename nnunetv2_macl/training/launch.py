@@ -6,6 +6,7 @@ import atexit
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -32,7 +33,7 @@ def train(*, device: str, num_gpus: int, **arguments: Any) -> None:
     Raises:
         SystemExit: a process failed; the others are stopped. It has said why.
     """
-    _set_threads(device)
+    _set_up(device)
     if num_gpus == 1:
         run_training(device=torch.device(device), **arguments)
         return
@@ -87,7 +88,7 @@ def _run_rank(rank: int, ranks: int, port: int, device: str, arguments: dict[str
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
     }  # fmt: skip
-    _set_threads(device)
+    _set_up(device)
     _join(device)
     run_training(device=torch.device(device), **arguments)
     _leave()
@@ -99,10 +100,16 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _set_threads(device: str) -> None:
-    """As nnU-Net's training command sets them; ranks on one CPU share its cores."""
+def _set_up(device: str) -> None:
+    """Set threads as nnU-Net's training command does, and how memory is taken; ranks on one machine share its cores."""
     if device == "cuda":
         torch.set_num_threads(1)
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if ranks_here > 1:
+            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, usable_cores() // ranks_here)))
+        if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            # Without it the allocator held 1.2 to 1.7 times what a step uses. torch reads the variable at the first allocation.
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     elif device == "cpu":
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, usable_cores() // ranks_here))

@@ -28,14 +28,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_advice(
-    plan: MACLPlan, device: str, finished_epochs: int, world_size: int, folder: Path, *, in_parts: bool
+    plan: MACLPlan, device: str, has_checkpoint: bool, world_size: int, folder: Path, *, in_parts: bool
 ) -> str:
     """What the user is told.
 
     Args:
         plan: of the run.
         device: where memory ran out.
-        finished_epochs: of the run.
+        has_checkpoint: Whether the run can be continued from one.
         world_size: number of GPUs, 1 without.
         folder: of the run.
         in_parts: whether the network's batch can be computed in parts.
@@ -43,11 +43,11 @@ def out_of_memory_advice(
     at_once = min(plan.patches_at_once, math.ceil(plan.batch_size / world_size))
     size = "x".join(map(str, plan.patch_size))
     told = f"Memory ran out on {device} with {at_once} patches of {size} at once, of a batch of {plan.batch_size}."
-    if finished_epochs:
-        told += f" The {finished_epochs} finished epochs are kept in {folder}."
+    if has_checkpoint:
+        told += f" The last checkpoint is in {folder}."
     tries = []
     if in_parts and at_once > 1:
-        go_on = "--c " if finished_epochs else ""
+        go_on = "--c " if has_checkpoint else ""
         longer = ", a third more time" if plan.get_recipe().is_contrastive else ""
         tries.append(
             f"{go_on}-patches_at_once {max(1, int(at_once * 0.7))} (the same batch in parts: same gradient{longer})"

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,7 +21,15 @@ from tqdm import tqdm
 
 from nnunetv2_macl import checkpoints, distributed, monitoring, probes
 from nnunetv2_macl.building import build_loss, build_network, build_optimizer
-from nnunetv2_macl.data import Case, PretrainingBatches, hear_no_more_of_workers, load_batches, worker_was_killed
+from nnunetv2_macl.data import (
+    Case,
+    PretrainingBatches,
+    hear_no_more_of_workers,
+    load_batches,
+    plan_reading_here,
+    too_little_shared_memory,
+    worker_was_killed,
+)
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import CannotWriteError, cannot_write, is_refused_write, remove_temporary
 from nnunetv2_macl.messages import heard
@@ -43,18 +50,22 @@ from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.report import write_report_after_run
 from nnunetv2_macl.training import resume
-from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
+from nnunetv2_macl.training.commands import command_as_typed, command_to_fine_tune, command_to_go_on
+from nnunetv2_macl.training.compiling import compile_advice, is_compile_error
 from nnunetv2_macl.training.epoch_log import CollapseWatch, Epoch, EpochSums, log_keys
 from nnunetv2_macl.training.export import export_run
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice
+from nnunetv2_macl.training.progress_picture import ProgressPicture
 from nnunetv2_macl.training.run_folder import PLAN_COPY, PRETRAINER, RunLock, set_aside
-from nnunetv2_macl.training.signals import Signals, ignore_in_worker
+from nnunetv2_macl.training.signals import Signals, StoppedWhileWaiting, ignore_in_worker
 from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
 
 BAD_BATCH = "bad_batch.pth"
-# a GPU in mixed precision skips a few steps by itself, until it has found its scale
+# Steps in a row without a finite loss or gradient that end a run; see `TrainingStep.skipped_in_a_row`.
 MOST_SKIPPED = 10
+# The first steps on a GPU compile the network and choose convolutions, so they say nothing about the speed of the run.
+_WARM_UP_STEPS = 3
 
 
 class nnUNetTrainerMACLPretrain(nnUNetTrainer):
@@ -64,8 +75,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     ``all`` nothing, F the validation cases of fold F. With ``--c`` the plan is the one that the run began with.
     """
 
-    # a lost epoch is what a crash may cost
-    save_every_epochs: int = 1
+    # The most that a crash may cost, seconds. The end of the first epoch is saved too: it shows that a checkpoint can be written.
+    save_every_seconds: float = 300.0
     # nnU-Net's own, which it does not declare
     is_ddp: bool
     current_epoch: int
@@ -89,7 +100,6 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             raise SystemExit(f"\nError: {told}") from told
         self._take_own_device(device)
         self.num_val_iterations_per_epoch = 0
-        self.save_every = self.save_every_epochs
         self.enable_deep_supervision = False
         self.macl_plan: MACLPlan
         self.recipe: Recipe
@@ -97,12 +107,20 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self.sums = EpochSums()
         self.collapse = CollapseWatch()
         self._step = 0
+        self._steps_since_start = 0
+        self._saved_at = perf_counter()
+        self._measured_until: float | None = None
+        self._between_epochs: list[float] = []
         # where --c goes on: this epoch while it runs, the next one when it is through
         self._next_epoch = 0
         self._resumed_images: str | None = None
         self._labelled: list[Case] = []
         self._probe_patches: probes.Probe | None = None
         self._signals = Signals()
+        self._picture = ProgressPicture(
+            Path(self.output_folder) / "progress.png",
+            f"MACL pre-training, {self.plans_manager.dataset_name}, {self.configuration_name}, fold {self.fold}",
+        )
         self._lock = RunLock(Path(self.output_folder))
 
     def _take_own_device(self, device: torch.device) -> None:
@@ -194,7 +212,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         )
         network = build_network(self.macl_configuration, self.macl_plan, self.recipe, unet)
         if distributed.world_size() > 1:
-            distributed.synchronise_batch_norm(network)
+            return distributed.synchronise_batch_norm(network, self.device.type)
         return network
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
@@ -233,6 +251,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             if not worker_was_killed(error):
                 raise
             hear_no_more_of_workers()
+            if "Bus error" in str(error):  # what writing beyond the end of shared memory is called
+                raise UserError(f"A data worker was killed. {too_little_shared_memory(self._batch_bytes)}") from error
             raise UserError(
                 f"A data worker was killed, most likely for want of memory ({str(error).splitlines()[0]}). Type, with fewer "
                 f"workers: nnUNet_n_proc_DA=2 {self._command_to_go_on()}"
@@ -240,6 +260,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         finally:
             if self.dataloader_train is not None:
                 self.dataloader_train.close()  # its workers heed no signal
+            self._picture.wait()
             self._signals.restore()
             self._lock.release()
 
@@ -324,18 +345,36 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def get_dataloaders(self) -> tuple[Any, None]:
         return self._batches(), None
 
+    @property
+    def _batch_bytes(self) -> int:
+        """Size of this rank's share of a batch."""
+        return self.macl_plan.batch_bytes(len(self.macl_configuration.channel_names)) // distributed.world_size()
+
     def _batches(self) -> Iterator[dict]:
+        share = distributed.share(self.macl_plan.batch_size)
         batches = PretrainingBatches(
-            self.data.cases, self.macl_plan.sampling, distributed.share(self.macl_plan.batch_size), self.step.steps
+            self.data.cases, self.macl_plan.sampling, share, self.step.steps, draws=self.step.draws
+        )
+        reading = plan_reading_here(self._batch_bytes, distributed.ranks_on_this_machine())
+        stream = load_batches(
+            batches,
+            self._step,
+            workers=reading.workers,
+            prefetch=reading.prefetch,
+            pin_memory=self.device.type == "cuda",
+            prepare_worker=ignore_in_worker,
         )
         try:
-            yield from load_batches(
-                batches,
-                self._step,
-                workers=get_allowed_n_proc_DA(),
-                pin_memory=self.device.type == "cuda",
-                prepare_worker=ignore_in_worker,
-            )
+            while True:
+                with self._signals.waiting():
+                    batch = next(stream, None)
+                if batch is None:
+                    return
+                yield batch
+        except StoppedWhileWaiting:
+            if self._step:
+                self.save_checkpoint(str(Path(self.output_folder) / resume.LATEST))
+            self._stop()
         except (UserError, RuntimeError):
             # between two steps, so what was trained so far is whole
             if self._step:
@@ -360,7 +399,10 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             self.logger.log("lrs", self.optimizer.param_groups[0]["lr"], self.current_epoch)
         self.num_iterations_per_epoch = self.recipe.num_iterations_per_epoch - done
         self._next_epoch = self.current_epoch
-        self._measured_until = perf_counter()
+        now = perf_counter()
+        if self._measured_until is not None:
+            self._between_epochs.append(now - self._measured_until)
+        self._measured_until = now
         self._bar = tqdm(
             total=self.recipe.num_iterations_per_epoch,
             initial=done,
@@ -373,14 +415,17 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def train_step(self, batch: dict) -> dict[str, float]:
         try:
             measured = self._train_step(batch)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
+            if is_compile_error(error):
+                typed = command_as_typed(self.macl_configuration, self.fold, self.device.type)
+                raise UserError(compile_advice(error, typed)) from error
             if not is_out_of_memory(error):
                 raise
             raise UserError(
                 out_of_memory_advice(
                     self.macl_plan,
                     self.device.type,
-                    0 if self.disable_checkpointing else self.current_epoch,
+                    not self.disable_checkpointing and resume.has_checkpoint(Path(self.output_folder)),
                     distributed.world_size(),
                     Path(self.output_folder),
                     in_parts=not self.step.module.features_vary,
@@ -388,7 +433,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 + self._where_nnunet_takes_it_from()
             ) from error
         stop, save = self._signals.asked()
-        if stop or save:
+        if stop or save or self._save_is_due():
             self.save_checkpoint(str(Path(self.output_folder) / resume.LATEST))
         if stop:
             self._stop()
@@ -397,16 +442,22 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def _train_step(self, batch: dict) -> dict[str, float]:
         if self._step == 0:
             self._plot_views(batch)
+        is_warm = self.device.type != "cuda" or self._steps_since_start >= _WARM_UP_STEPS
         measured = self.step(batch, self._step)
         if self.step.skipped_in_a_row >= MOST_SKIPPED:
             self._stop_without_gradient(batch, measured)
         self._step += 1
-        self.sums.add(measured, skipped=self.step.skipped_in_a_row > 0)
+        self._steps_since_start += 1
         now = perf_counter()
-        self.sums.seconds += now - self._measured_until
+        assert self._measured_until is not None
+        self.sums.add(measured, skipped=self.step.was_skipped)
+        self.sums.add_time(now - self._measured_until, is_warm=is_warm)
         self._measured_until = now
         self._bar.update()
         return measured
+
+    def _save_is_due(self) -> bool:
+        return perf_counter() - self._saved_at >= self.save_every_seconds
 
     def _stop(self) -> None:
         self._bar.close()
@@ -420,7 +471,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self._bar.close()
         rank = distributed.rank()
         file = Path(self.output_folder) / (f"rank{rank}_{BAD_BATCH}" if rank else BAD_BATCH)
-        checkpoints.save({**batch, "step": self._step, "measured": measured}, file)
+        images = {key: batch[key] for key in ("data", "positions", "cases")}
+        checkpoints.save({**images, "step": self._step, "measured": measured}, file)
         raise UserError(
             f"{MOST_SKIPPED} steps in a row had no finite loss or gradient (loss {measured['total']:g}), and the run was "
             f"stopped. The last batch is in {file}, for inspection; the checkpoints are of before. Look at the images it "
@@ -435,7 +487,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         probed = self._probe()
         for key, value in epoch.log_values(log, probed).items():
             self.logger.log(key, value, self.current_epoch)
-        self.print_to_log_file(epoch.line())
+        between = sum(self._between_epochs) / len(self._between_epochs) if self._between_epochs else 0.0
+        self.print_to_log_file(epoch.line(between))
         if probed:
             self.print_to_log_file(probes.as_words(probed))
         before = {
@@ -475,16 +528,12 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
         self.sums, self._next_epoch = EpochSums(), self.current_epoch + 1
         last = self._next_epoch == self.num_epochs
-        if not last and self._next_epoch % self.save_every == 0:
+        if not last and (self._next_epoch == 1 or self._save_is_due()):
             self.save_checkpoint(str(Path(self.output_folder) / resume.LATEST))
         if distributed.rank() == 0:
-            # a picture is no reason to end a run
-            with contextlib.suppress(UserError):
-                monitoring.plot_progress(
-                    self.logger.local_logger.my_fantastic_logging,
-                    Path(self.output_folder) / "progress.png",
-                    f"MACL pre-training, {self.plans_manager.dataset_name}, {self.configuration_name}, fold {self.fold}",
-                )
+            self._picture.update(self.logger.local_logger.my_fantastic_logging, is_last=last)
+        # rank 0 has probed, saved and drawn meanwhile
+        distributed.wait_for_all()
         self.current_epoch += 1
         patience = self.recipe.collapse_patience
         if patience and self.collapse.reason and self.collapse.epochs >= patience and not last:
@@ -545,6 +594,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """Everything needed to go on, written whole or not at all; loads with ``weights_only=True``."""
+        self._saved_at = perf_counter()
         if distributed.rank() != 0:
             return
         if self.disable_checkpointing:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -17,6 +19,13 @@ _STOP = [signal.SIGTERM, signal.SIGINT]
 _SAVE = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
 
 
+class StoppedWhileWaiting(BaseException):
+    """Asked to stop between two steps, while the next batch was waited for.
+
+    Not an Exception, as KeyboardInterrupt is none: what handles errors on its way must not take it for one.
+    """
+
+
 class Signals:
     """SIGTERM and SIGINT ask to stop, SIGUSR1 asks for a checkpoint. A second SIGTERM or SIGINT stops at once.
 
@@ -27,6 +36,7 @@ class Signals:
         self._before: dict[int, Any] = {}
         self._stop_since: float | None = None
         self._save = False
+        self._is_waiting = False
 
     def listen(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -50,9 +60,25 @@ class Signals:
             return False, False
         return any_rank(stop), any_rank(save)
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within, a signal to stop raises `StoppedWhileWaiting` at once: a batch may never come.
+
+        Of several ranks none can stop alone, so there the signal is heeded after the step.
+        """
+        if self._stop_since is not None and world_size() == 1:
+            raise StoppedWhileWaiting
+        self._is_waiting = world_size() == 1
+        try:
+            yield
+        finally:
+            self._is_waiting = False
+
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         if self._stop_since is None:
             self._stop_since = monotonic()
+            if self._is_waiting:
+                raise StoppedWhileWaiting
         elif monotonic() - self._stop_since >= (_REPEATS if world_size() > 1 else 0):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -19,8 +18,9 @@ from nnunetv2_macl.network import MACLNetwork
 from nnunetv2_macl.planning.memory import refuse_parts
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.recipe import Recipe
-from nnunetv2_macl.restoration import draw_mask, restoration_loss, standardise
-from nnunetv2_macl.views import INTENSITY_ON, IntensityViews, SpatialViews, down
+from nnunetv2_macl.restoration import enlarge_mask, restoration_loss, standardise
+from nnunetv2_macl.training.draws import StepDraws, StepNumbers, derive_seed
+from nnunetv2_macl.views import down
 
 _MAX_GRADIENT_NORM = 12  # nnU-Net's own
 
@@ -79,16 +79,15 @@ class TrainingStep:
             # parts have two sizes at most, and code for any size is what compilers fail at
             self._features = torch.compile(self._features, dynamic=False)
             self._restored = torch.compile(self._restored, dynamic=False)
-        self.skipped_in_a_row = 0
-        self.views = SpatialViews(
-            plan.patch_size,
-            mirroring=self.recipe.mirroring,
-            rotation=self.recipe.rotation,
-            out_of_plane_rotation=plan.out_of_plane_rotation,
-            scaling=(self.recipe.scaling[0], self.recipe.scaling[1]),
-            translation=self.recipe.translation,
+        self.was_skipped, self.skipped_in_a_row = False, 0
+        self.draws = StepDraws(
+            plan,
+            (self.first, self.last),
+            self.module.image_channels,
+            [self.module.needs_invariance] * 2 + [self.module.image_level] * 2,
+            self.module.hidden_blocks,
         )
-        self.intensity = IntensityViews(self.recipe.intensity)
+        self.gradient_sum = distributed.GradientSum(self.module)
 
     @property
     def module(self) -> MACLNetwork:
@@ -98,29 +97,35 @@ class TrainingStep:
     def __call__(self, batch: dict, step: int) -> dict[str, float]:
         """Train on this rank's share of a batch; returns losses and statistics of the whole batch by name.
 
-        Without a finite loss and gradient the weights stay as they are, on all ranks, and `skipped_in_a_row` counts.
+        Without a finite loss and gradient the weights stay as they are, on all ranks, and `was_skipped` is True.
+
+        Args:
+            batch: ``data`` (n, C, *patch), ``positions`` (n, 3), and ``numbers``, what `StepDraws` drew for this step. They
+                are drawn here where they are not in it.
+            step: Number of the step.
         """
-        # for a network with dropout; all else that is random has a generator of its own
-        torch.manual_seed(_mix(self.recipe.seed, step))
-        positions = distributed.gather(batch["positions"].to(self.device))
+        # For a network with dropout. All else that is random has a generator of its own.
+        torch.manual_seed(derive_seed(self.recipe.seed, step))
+        numbers = (batch["numbers"] if "numbers" in batch else self.draws(step)).to(self.device)
+        patches = batch["data"].to(self.device, non_blocking=True)
+        positions = distributed.gather(batch["positions"].to(self.device, non_blocking=True), self.plan.batch_size)
         self.loss.threshold = self.threshold(step)
         self.optimizer.zero_grad(set_to_none=True)
-        # statistics of batch norms, which a forward pass with NaN would spoil for good
+        # A forward pass with NaN would spoil the statistics of batch norms for good.
         buffers = [buffer.clone() for buffer in self.module.buffers()]
-        patches = batch["data"].to(self.device, non_blocking=True)
         losses: dict[str, Tensor] = {"total": patches.new_zeros(())}
         outputs: dict[str, Tensor] = {}
+        restores = self.module.restoration_head is not None
         if self.module.is_contrastive:
-            losses, outputs = self._backward(self.show(patches, step), positions, step)
-        if self.module.restoration_head is not None:
-            losses["restoration"] = self._restore(patches, step)
+            losses, outputs = self._backward(self._show(patches, numbers), positions, step, is_last=not restores)
+        if restores:
+            losses["restoration"] = self._restore(patches, numbers)
             losses["total"] = losses["total"] + self.recipe.weight_restoration * losses["restoration"]
-        finite = self._update(step, losses["total"])
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if not finite:
+        measured = self._update(step, losses, self._statistics(outputs, positions))
+        if self.was_skipped:
             for buffer, before in zip(self.module.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-        return self._measure(losses, outputs, positions)
+        return measured
 
     def show(self, patches: Tensor, step: int) -> Shown:
         """What the branches see: down(I1), I2, down(V1), V2; None for a group that no loss asks for.
@@ -129,29 +134,20 @@ class TrainingStep:
             patches: (n, C, *patch), this rank's share.
             step: number of the step.
         """
-        patches = patches.to(self.device)
-        small = self.plan.dominant_patch_size
-        # the views of the whole batch are drawn, so that ranks show what one process would
-        generator = torch.Generator().manual_seed(_mix(self.recipe.seed, step))
-        view1, view2 = (self.views.draw(self.plan.batch_size, generator)[self.first : self.last] for _ in range(2))
+        return self._show(patches.to(self.device), self.draws(step).to(self.device))
+
+    def _show(self, patches: Tensor, numbers: StepNumbers) -> Shown:
+        small, spatial = self.plan.dominant_patch_size, self.draws.spatial
         shown: list[Tensor | None] = [None] * 4
         if self.module.needs_invariance:
             shown[:2] = down(patches, small), patches
-        if self.module.image_level:
-            shown[2:] = self.views.apply(patches, view1, small), self.views.apply(patches, view2)
-        if self.recipe.intensity:
-            shown = [
-                self._change_intensity(group, _mix(self.recipe.seed, step, number))
-                if group is not None and on
-                else group
-                for number, (group, on) in enumerate(zip(shown, INTENSITY_ON[self.recipe.intensity_on], strict=True), 1)
-            ]
-        return tuple(shown)  # type: ignore[return-value]
-
-    def _change_intensity(self, group: Tensor, seed: int) -> Tensor:
-        """This rank's share of what one process would make of the whole batch."""
-        generator = torch.Generator().manual_seed(seed)
-        return self.intensity.apply(group, generator, batch_size=self.plan.batch_size, first=self.first)
+        if spatial is not None and numbers.views is not None:
+            view1, view2 = numbers.views
+            shown[2:] = spatial.apply(patches, view1, small), spatial.apply(patches, view2)
+        return tuple(  # type: ignore[return-value]
+            group if group is None or changes is None else self.draws.intensity.apply(group, changes)
+            for group, changes in zip(shown, numbers.intensity, strict=True)
+        )
 
     @torch.no_grad()
     def embed(self, patches: Tensor, step: int) -> dict[str, Tensor]:
@@ -162,49 +158,56 @@ class TrainingStep:
             return self.module.project(_joined([self.module.features(*part) for part in parts]))
 
     def hide(self, patches: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What restoration is shown, what it is to restore, and which voxels are hidden, as 0.
+        """Return the patches with hidden voxels, what is to be restored of them, and which voxels are hidden.
 
-        That is the mean of an image as nnU-Net normalises most. Of channels whose mean it leaves anywhere, that mean is shown
-        instead, and what is to be restored is standardised.
+        Hidden voxels are 0, the mean of an image as nnU-Net normalises most. In channels that nnU-Net does not normalise to zero
+        mean, they are the channel's mean, and what is to be restored is standardised.
 
         Args:
             patches: (n, C, *patch), this rank's share.
             step: number of the step.
         """
-        # beside those of the views
-        generator = torch.Generator().manual_seed(_mix(self.recipe.seed, step, 5))
-        blocks, share = self.module.hidden_blocks, self.recipe.restoration_share
-        part, device = slice(self.first, self.last), patches.device
-        mask = draw_mask(self.plan.batch_size, self.plan.patch_size, blocks, share, generator, part=part, device=device)
+        return self._hide(patches, self.draws(step).to(patches.device))
+
+    def _hide(self, patches: Tensor, numbers: StepNumbers) -> tuple[Tensor, Tensor, Tensor]:
+        assert numbers.mask is not None
+        mask = enlarge_mask(numbers.mask, patches.shape[2:])
         whole, zero = standardise(patches, self.unnormalised)
         return torch.where(mask, zero, patches), whole, mask
 
-    def _restore(self, patches: Tensor, step: int) -> Tensor:
+    def _restore(self, patches: Tensor, numbers: StepNumbers) -> Tensor:
         """The loss of the whole batch, its gradient added to this rank's, a few patches at a time."""
-        shown, whole, mask = self.hide(patches, step)
-        losses = []
-        for first in range(0, len(patches), self.plan.patches_at_once):
-            part = slice(first, first + self.plan.patches_at_once)
+        shown, whole, mask = self._hide(patches, numbers)
+        losses, at_once = [], self.plan.patches_at_once
+        for first in range(0, len(patches), at_once):
+            part = slice(first, first + at_once)
             with self._autocast():
                 restored = self._restored(shown[part])
             loss = restoration_loss(restored, whole[part], mask[part])
-            self._scaled(self.recipe.weight_restoration * loss.sum() / self.plan.batch_size).backward()
+            with self._last_backward(first + at_once >= len(patches)):
+                self._scaled(self.recipe.weight_restoration * loss.sum() / self.plan.batch_size).backward()
             losses.append(loss.detach())
-        return distributed.gather(torch.cat(losses)).mean()
+        return distributed.gather(torch.cat(losses), self.plan.batch_size).mean()
+
+    def _last_backward(self, is_last: bool) -> AbstractContextManager:
+        return self.gradient_sum.last_backward() if is_last else nullcontext()
 
     def threshold(self, step: int) -> float:
         """t in force at a step, fraction of the volume."""
         warmup = self.recipe.threshold_warmup * self.steps
         return self.plan.threshold * min(1.0, step / warmup if warmup else 1.0)
 
-    def _backward(self, shown: Shown, positions: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _backward(
+        self, shown: Shown, positions: Tensor, step: int, *, is_last: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gradients of the whole batch's loss, and that loss and the embeddings it was computed from."""
         patches, at_once = self.last - self.first, self.plan.patches_at_once
         if at_once >= patches:
             with self._autocast():
                 outputs = self.network(*shown)
             losses, everyone = self._losses(outputs, positions)
-            self._scaled(self._stage_loss(losses, step)).backward()
+            with self._last_backward(is_last):
+                self._scaled(self._stage_loss(losses, step)).backward()
             return losses, everyone
         # Gradient caching (Gao et al., 2021, https://arxiv.org/abs/2101.06983): features of all patches without a graph,
         # the gradient of the loss at these features, then the graph of a few patches at a time.
@@ -223,9 +226,10 @@ class TrainingStep:
                 piece = self._features(*part)
             # an averaged encoder has no gradient; with two training stages some features have none
             used = [key for key in piece if piece[key].requires_grad and key in gradients]
-            torch.autograd.backward(
-                [piece[key] for key in used], [gradients[key][first : first + at_once] for key in used]
-            )
+            with self._last_backward(is_last and first + at_once >= patches):
+                torch.autograd.backward(
+                    [piece[key] for key in used], [gradients[key][first : first + at_once] for key in used]
+                )
         return losses, everyone
 
     def _cut(self, shown: Shown) -> list[Shown]:
@@ -241,7 +245,7 @@ class TrainingStep:
         return torch.autocast(self.device.type) if self.device.type == "cuda" else nullcontext()
 
     def _losses(self, outputs: dict[str, Tensor], positions: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        everyone = {name: distributed.gather(output) for name, output in outputs.items()}
+        everyone = distributed.gather_all(outputs, self.plan.batch_size)
         return self.loss(everyone, positions), everyone
 
     def _in_decoder_stage(self, step: int) -> bool:
@@ -263,51 +267,60 @@ class TrainingStep:
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
 
-    def _update(self, step: int, loss: Tensor) -> bool:
-        """Move the weights, unless loss or gradient is not finite; returns whether it did. The schedule goes on anyway."""
+    def _update(self, step: int, losses: dict[str, Tensor], statistics: dict[str, Tensor]) -> dict[str, float]:
+        """Move the weights, unless loss or gradient is not finite; the schedule goes on anyway. Returns all values by name."""
+        self.gradient_sum.finish()
         if self._in_decoder_stage(step):
             for name, parameter in self.module.named_parameters():
                 if name.startswith(("encoder.", "auxiliary_encoder.")):
                     parameter.grad = None
-        distributed.sum_gradients(self.module)
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), _MAX_GRADIENT_NORM)
-        finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
+        # All that the CPU wants to know of a step is read at once, because each reading waits for the GPU.
+        values = {**losses, **statistics}
+        *read, gradient_norm = torch.stack([v.detach().to(norm.dtype) for v in (*values.values(), norm)]).tolist()
+        measured = dict(zip(values, read, strict=True))
+        loss_is_finite = math.isfinite(measured["total"])
+        self.was_skipped = not (loss_is_finite and math.isfinite(gradient_norm))
+        self._count_skipped(loss_is_finite)
         if self.grad_scaler is not None:
-            if finite:
+            if not self.was_skipped:
                 self.grad_scaler.step(self.optimizer)
             # a loss that is not finite before it is scaled says nothing about the scale
-            self.grad_scaler.update(None if torch.isfinite(loss) else self.grad_scaler.get_scale())
-        elif finite:
+            self.grad_scaler.update(None if loss_is_finite else self.grad_scaler.get_scale())
+        elif not self.was_skipped:
             self.optimizer.step()
         with warnings.catch_warnings():
             # torch warns of a first step that was skipped, as in mixed precision it may be
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
-        if finite:
+        if not self.was_skipped:
             self.module.update_ema()
-        return finite
+        return measured
 
-    def _measure(self, losses: dict[str, Tensor], outputs: dict[str, Tensor], positions: Tensor) -> dict[str, float]:
-        measured = {name: loss.item() for name, loss in losses.items()}
+    def _count_skipped(self, loss_is_finite: bool) -> None:
+        """Count skipped steps that mixed precision does not explain: it skips a few until its scale is small enough."""
+        if not self.was_skipped:
+            self.skipped_in_a_row = 0
+        elif not loss_is_finite or self.grad_scaler is None or self.grad_scaler.get_scale() <= 1:
+            self.skipped_in_a_row += 1
+
+    def _statistics(self, outputs: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+        """Return what is watched beside the losses, still on the device."""
+        found: dict[str, Tensor] = {}
         if self.module.is_contrastive:
-            measured["positives"] = monitoring.mean_positives(positions, self.loss.threshold)
+            found["positives"] = monitoring.mean_positives(positions, self.loss.threshold)
         embeddings = outputs.get("global_dominant")
         if embeddings is None and "dense_dominant" in outputs:
             embeddings = outputs["dense_dominant"].flatten(2).mean(-1)
         if embeddings is not None:
-            measured["embedding_variance"] = monitoring.embedding_variance(embeddings).item()
+            found["embedding_variance"] = monitoring.embedding_variance(embeddings)
         if "bottleneck_dominant" in outputs:
             rms, between = monitoring.feature_statistics(outputs["bottleneck_dominant"])
-            measured["bottleneck_rms"], measured["bottleneck_variance"] = rms.item(), between.item()
-        return measured
+            found["bottleneck_rms"], found["bottleneck_variance"] = rms, between
+        return found
 
 
 def _joined(pieces: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
-
-
-def _mix(*numbers: int) -> int:
-    """One seed for torch from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -12,7 +12,7 @@ import pytest
 
 from nnunetv2_macl.data import Case, PretrainingBatches, Sampling, load_batches
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.training.signals import ignore_in_worker
+from nnunetv2_macl.training.signals import Signals, StoppedWhileWaiting, ignore_in_worker
 
 pytestmark = [pytest.mark.timeout(60, func_only=True), pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
@@ -104,3 +104,39 @@ def test_a_resumed_loader_goes_on_with_the_same_batches(cases):
     rest = list(load(cases, first=4, workers=1, steps=6))
     assert [b["cases"] for b in rest] == [b["cases"] for b in whole[4:]]
     assert all((a["data"] == b["data"]).all() for a, b in zip(rest, whole[4:], strict=True))
+
+
+SMALL_SHARED_MEMORY = """
+import sys
+from nnunetv2_macl.data import Case, PretrainingBatches, Sampling, load_batches
+from nnunetv2_macl.errors import UserError
+
+batches = PretrainingBatches([Case("case", sys.argv[1])], Sampling((1, 512, 512), 4, 1, 0), (0, 4), 9)
+try:
+    print(len(list(load_batches(batches, 0, workers=2))))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_too_little_shared_memory_is_an_error_at_once(cases):
+    """One batch of 4 MiB fits into it, and those that are read ahead do not."""
+    mount = "mount -t tmpfs -o size=5m tmpfs /dev/shm"
+    own_mounts = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    if sys.platform != "linux" or subprocess.run([*own_mounts, "true"], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root on Linux")
+    command = [*own_mounts, sys.executable, "-c", SMALL_SHARED_MEMORY, cases[0].file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert "/dev/shm" in done.stdout and "nnUNet_n_proc_DA=0" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_signal_ends_the_wait_for_a_batch(own_signals):
+    signals = Signals()
+    signals.listen()
+    with pytest.raises(StoppedWhileWaiting), signals.waiting():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    # asked between two waits, it is heeded before the next one
+    with pytest.raises(StoppedWhileWaiting), signals.waiting():
+        pass
+    signals.restore()

@@ -31,14 +31,12 @@ def test_the_user_is_told_a_smaller_batch(workspace):
 
 def test_what_is_said_where_the_batch_was_planned(workspace):
     plan = prepare(Configuration.load("901", "nnUNetPlans", "2d"))
-    message = out_of_memory_advice(plan, "cuda", 3, 1, workspace.folder, in_parts=True)
+    message = out_of_memory_advice(plan, "cuda", True, 1, workspace.folder, in_parts=True)
     assert f"a batch of {plan.batch_size}." in message and f"-batch_size {smaller_batch(plan.batch_size)}" in message
-    assert (
-        "-gpu_memory 5.6" in message and "3 finished epochs are kept" in message and "--c -patches_at_once" in message
-    )
-    assert "patches_at_once" not in out_of_memory_advice(plan, "cuda", 0, 1, workspace.folder, in_parts=False)
+    assert "-gpu_memory 5.6" in message and "The last checkpoint is in" in message and "--c -patches_at_once" in message
+    assert "patches_at_once" not in out_of_memory_advice(plan, "cuda", False, 1, workspace.folder, in_parts=False)
     smallest = prepare(Configuration.load("901", "nnUNetPlans", "2d"), values={"batch_size": 2, "patches_at_once": 1})
-    assert "the least there can be" in out_of_memory_advice(smallest, "cuda", 0, 1, workspace.folder, in_parts=True)
+    assert "the least there can be" in out_of_memory_advice(smallest, "cuda", False, 1, workspace.folder, in_parts=True)
 
 
 def test_smaller_batches_are_even_and_end_at_two_patches_a_gpu():

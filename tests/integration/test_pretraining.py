@@ -141,7 +141,7 @@ def test_a_trainer_of_the_users_own(workspace):
     mine.mkdir()
     (mine / f"{PRETRAIN}_mine.py").write_text(
         "from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain\n\n"
-        f"class {PRETRAIN}_mine(nnUNetTrainerMACLPretrain):\n    save_every_epochs = 2\n"
+        f"class {PRETRAIN}_mine(nnUNetTrainerMACLPretrain):\n    save_every_seconds = 60\n"
     )
     both = os.pathsep.join([workspace.environment["nnUNet_extTrainer"], str(mine)])
     workspace.pretrain("901", "-c", "2d", "--plan_only", epochs=3, steps=1)
