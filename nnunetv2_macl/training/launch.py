@@ -33,7 +33,7 @@ def train(*, device: str, num_gpus: int, **arguments: Any) -> None:
     Raises:
         SystemExit: a process failed; the others are stopped. It has said why.
     """
-    _set_up(device)
+    prepare_process(device)
     if num_gpus == 1:
         run_training(device=torch.device(device), **arguments)
         return
@@ -88,7 +88,7 @@ def _run_rank(rank: int, ranks: int, port: int, device: str, arguments: dict[str
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
     }  # fmt: skip
-    _set_up(device)
+    prepare_process(device)
     _join(device)
     run_training(device=torch.device(device), **arguments)
     _leave()
@@ -100,7 +100,7 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _set_up(device: str) -> None:
+def prepare_process(device: str) -> None:
     """Set threads as nnU-Net's training command does, and how memory is taken; ranks on one machine share its cores."""
     if device == "cuda":
         torch.set_num_threads(1)

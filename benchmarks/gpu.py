@@ -1,0 +1,241 @@
+"""Speed and memory of a step on a GPU, network by network: ``python -m benchmarks.gpu [-o FILE.json] [--seconds 300]``.
+
+Each row is a plan of nnU-Net's own planner for a data set of that size, at the batch that this package plans. The second time is
+that of forward and backward pass of the same network with a sum as loss, which any method needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
+    nnUNetPlannerResEncL,
+    nnUNetPlannerResEncM,
+)
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from benchmarks.planned import FLAT, Fingerprint, planned
+from nnunetv2_macl.building import build_loss, build_network, build_optimizer
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.planning.derive import derive_plan
+from nnunetv2_macl.recipe import load_recipe
+from nnunetv2_macl.resources import resource_folder
+from nnunetv2_macl.training.launch import prepare_process
+from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
+
+_ONE_MM = (1.0, 1.0, 1.0)
+SHAPES = {
+    "2D, 64x64": (Fingerprint("2D", ("MR",), (1, 60, 60), (FLAT, 1.0, 1.0), ExperimentPlanner), "2d"),
+    "2D, 512x512": (Fingerprint("2D", ("MR",), (1, 512, 512), (FLAT, 1.0, 1.0), ExperimentPlanner), "2d"),
+    "3D": (Fingerprint("3D", ("MR",), (180, 250, 250), _ONE_MM, ExperimentPlanner), "3d_fullres"),
+    "3D, anisotropic": (Fingerprint("3D", ("MR",), (20, 320, 320), (10.0, 1.0, 1.0), ExperimentPlanner), "3d_fullres"),
+    "3D, ResEnc M": (Fingerprint("3D", ("MR",), (180, 250, 250), _ONE_MM, nnUNetPlannerResEncM), "3d_fullres"),
+    "3D, ResEnc L": (Fingerprint("3D", ("MR",), (180, 250, 250), _ONE_MM, nnUNetPlannerResEncL), "3d_fullres"),
+}
+# Shape, recipe, -gpu_memory (None is the planner's own), compiled or not; what matters most first.
+ROWS = (
+    ("3D", "restore", None, False),
+    ("3D", "macl", None, False),
+    ("2D, 512x512", "restore", None, False),
+    ("2D, 512x512", "macl", None, False),
+    ("3D, ResEnc M", "restore", None, False),
+    ("3D", "restore", 24.0, False),
+    ("3D", "macl", 24.0, False),
+    ("2D, 64x64", "restore", None, False),
+    ("2D, 64x64", "macl", None, False),
+    ("3D", "restore", 24.0, True),
+    ("2D, 512x512", "macl", None, True),
+    ("3D", "macl_restore", 24.0, False),
+    ("3D", "restore", 80.0, False),
+    ("3D, ResEnc L", "restore", 80.0, False),
+    ("3D", "table6_ema_encoder_one_stage", None, False),
+    ("3D, anisotropic", "restore", None, False),
+    ("3D, ResEnc M", "macl", 24.0, True),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of the table. Times are medians, in milliseconds; memory is in GiB."""
+
+    shape: str
+    recipe: str
+    gpu_memory_gb: float
+    compiled: bool
+    patch: str
+    batch_size: int
+    patches_at_once: int
+    step_ms: float
+    network_alone_ms: float
+    patches_per_second: float
+    planned_gib: float
+    allocated_gib: float
+    reserved_gib: float
+    first_steps_s: float
+
+    @property
+    def hours(self) -> float:
+        """Of the 62,500 steps of the default length."""
+        return 62_500 * self.step_ms / 3.6e6
+
+    def line(self) -> str:
+        """Return the row of a Markdown table."""
+        batch = f"{self.batch_size}"
+        if self.patches_at_once < self.batch_size:
+            batch += f" in parts of {self.patches_at_once}"
+        cells = (
+            self.shape, f"`{self.recipe}`", f"{self.gpu_memory_gb:g}", "yes" if self.compiled else "no", self.patch, batch,
+            f"{self.step_ms:.1f}", f"{self.step_ms / self.network_alone_ms:.2f}", f"{self.patches_per_second:.0f}",
+            f"{self.hours:.1f}", f"{self.planned_gib:.1f}", f"{self.allocated_gib:.1f}", f"{self.reserved_gib:.1f}",
+        )  # fmt: skip
+        return f"| {' | '.join(cells)} |"
+
+
+HEAD = (
+    "| network | recipe | `-gpu_memory` | compiled | patch | batch | ms a step | over the network alone | patches/s "
+    "| hours for 62,500 steps | planned GiB | allocated | reserved |\n" + 13 * "|---" + "|"
+)
+
+
+def build_step(
+    configuration: Configuration, recipe: str, gpu_memory: float | None, compiled: bool, device: torch.device
+) -> TrainingStep:
+    """Return a step as the trainer builds it."""
+    torch.manual_seed(0)
+    plan = derive_plan(configuration, load_recipe(recipe, resource_folder("plans")), gpu_memory_gb=gpu_memory)
+    recipe_of_plan = plan.get_recipe()
+    network: torch.nn.Module = build_network(configuration, plan, recipe_of_plan).to(device)
+    if compiled:
+        network = torch.compile(network)  # type: ignore[assignment]
+    optimizer = build_optimizer(network, recipe_of_plan)
+    schedule = LambdaLR(optimizer, partial(learning_rate_share, recipe_of_plan))
+    scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
+    step = TrainingStep(network, build_loss(recipe_of_plan), optimizer, schedule, scaler, plan, device)
+    step.network.train()
+    return step
+
+
+def network_alone(step: TrainingStep) -> Callable[[], None]:
+    """Return forward and backward pass of all that the method shows to the network, with a sum as loss."""
+    plan, module, device = step.plan, step.module, step.device
+    small, full = (
+        torch.randn(plan.patches_at_once, 1, *s, device=device) for s in (plan.dominant_patch_size, plan.patch_size)
+    )
+    groups = [small, full] * 2
+    if not module.needs_invariance:
+        groups[:2] = [None, None]  # type: ignore[list-item]
+    if not module.image_level:
+        groups[2:] = [None, None]  # type: ignore[list-item]
+
+    # of a batch in parts the projectors see the whole batch, and the network a part
+    network = step.network if plan.patches_at_once >= plan.batch_size else step._features
+
+    def run() -> None:
+        step.optimizer.zero_grad(set_to_none=True)
+        for _ in range(-(-plan.batch_size // plan.patches_at_once)):
+            if module.is_contrastive:
+                with step._autocast():
+                    outputs = network(*groups)
+                step._scaled(sum(o.float().sum() for o in outputs.values() if o.requires_grad)).backward()  # type: ignore[arg-type]
+            if module.restoration_head is not None:
+                with step._autocast():
+                    restored = step._restored(full)
+                step._scaled(restored.float().sum()).backward()
+
+    return run
+
+
+def batches(step: TrainingStep) -> Callable[[int], dict]:
+    """Return a function from a step's number to its batch, in page-locked memory as the loader gives it."""
+    size, patch = step.plan.batch_size, step.plan.patch_size
+    coarse = torch.randn(size, 1, *[max(2, n // 8) for n in patch])
+    mode = {2: "bilinear", 3: "trilinear"}[len(patch)]
+    data = torch.nn.functional.interpolate(coarse, size=patch, mode=mode)
+    images = {"data": data, "positions": torch.rand(size, 3), "cases": ["generated"] * size}
+    if step.device.type != "cuda":
+        return lambda number: images | {"numbers": step.draws(number)}
+    pinned = pin_memory(images)
+    numbers = {number: pin_memory(step.draws(number)) for number in range(24)}
+    return lambda number: pinned | {"numbers": numbers[number]}
+
+
+def timed(run: Callable[[], object], repeats: int) -> float:
+    """Return the median of some runs, milliseconds."""
+    seconds = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(seconds)
+
+
+def measure(shape: str, recipe: str, gpu_memory: float | None, compiled: bool, device: torch.device) -> Measured:
+    """Plan and run a row of the table."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    fingerprint, name = SHAPES[shape]
+    with tempfile.TemporaryDirectory() as folder, planned(fingerprint, name, Path(folder)) as configuration:
+        step = build_step(configuration, recipe, gpu_memory, compiled, device)
+    plan, batch, numbers = step.plan, batches(step), iter(range(24))
+
+    def again() -> None:
+        number = next(numbers)
+        step(batch(number), number)
+
+    began = time.perf_counter()
+    for _ in range(8):
+        again()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - began
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    whole = timed(again, 9)
+    run = network_alone(step)
+    run()
+    alone = timed(run, 5)
+    return Measured(
+        shape, recipe, plan.gpu_memory_gb, compiled, "x".join(map(str, plan.patch_size)), plan.batch_size,
+        plan.patches_at_once, whole, alone, 1e3 * plan.batch_size / whole, plan.memory_mixed_precision_gib,
+        allocated / 2**30, reserved / 2**30, first,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("-o", dest="output", type=Path, default=Path("gpu.json"), help="JSON file to write")
+    parser.add_argument("--seconds", type=float, default=300, help="begin no row after that many")
+    arguments = parser.parse_args()
+    prepare_process("cuda")
+    torch.backends.cudnn.benchmark = True  # as nnU-Net's training command
+    device, began, rows = torch.device("cuda", 0), time.perf_counter(), []
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n{HEAD}", flush=True)
+    for row in ROWS:
+        if time.perf_counter() - began > arguments.seconds - (60 if row[-1] else 0):
+            continue
+        try:
+            rows.append(measure(*row, device))
+        except Exception:  # the other rows are worth having all the same
+            traceback.print_exc()
+            continue
+        print(rows[-1].line(), flush=True)
+        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+        arguments.output.write_text(json.dumps(machine | {"rows": [asdict(r) for r in rows]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
