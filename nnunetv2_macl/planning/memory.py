@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,6 +58,9 @@ class MemoryEstimate:
             if parameter.requires_grad:
                 # gradients are part of `_fixed`
                 parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        for encoder in (self.network.encoder, self.network.auxiliary_encoder):
+            if isinstance(encoder, nn.Module):
+                encoder.register_forward_pre_hook(_cast_as_autocast_does)
 
     def gib(self, batch_size: int, patches_at_once: int | None = None, *, mixed_precision: bool = False) -> float:
         """Return the most that the tensors of a training step take, GiB.
@@ -88,14 +91,14 @@ class MemoryEstimate:
         ):
             patches = self._images(batch_size, self._patch)
             if self.network.is_contrastive:
-                self._contrast(patches, at_once, dtype)
+                self._contrast(patches, at_once)
             if self.network.restoration_head is not None:
-                self._restore(patches, at_once, dtype)
+                self._restore(patches, at_once)
         return memory.most
 
     # Both do what `TrainingStep` does, in its order.
 
-    def _contrast(self, patches: Tensor, at_once: int, dtype: torch.dtype) -> None:
+    def _contrast(self, patches: Tensor, at_once: int) -> None:
         image_level, invariance = self.network.image_level, self.network.needs_invariance
         size = len(patches)
         shown = (
@@ -107,7 +110,7 @@ class MemoryEstimate:
 
         def features(first: int) -> dict[str, Tensor]:
             part = slice(first, first + at_once)
-            return self.network.features(*(None if group is None else group[part].to(dtype) for group in shown))
+            return self.network.features(*(None if group is None else group[part] for group in shown))
 
         if at_once >= size:
             self._total(self.network.project(features(0))).backward()
@@ -126,10 +129,10 @@ class MemoryEstimate:
         used = [key for key in piece if piece[key].requires_grad and key in gradients]
         torch.autograd.backward([piece[key] for key in used], [gradients[key][:at_once] for key in used])
 
-    def _restore(self, patches: Tensor, at_once: int, dtype: torch.dtype) -> None:
+    def _restore(self, patches: Tensor, at_once: int) -> None:
         mask = torch.empty(len(patches), 1, *self._patch, dtype=torch.bool, device="meta")
         shown = torch.where(mask, 0, patches)
-        restored = self.network.restore(shown[:at_once].to(dtype))
+        restored = self.network.restore(shown[:at_once])
         restoration_loss(restored, patches[:at_once], mask[:at_once]).sum().backward()
 
     def _total(self, outputs: dict[str, Tensor]) -> Tensor:
@@ -148,6 +151,11 @@ def _as_cuda_allocates(size: int) -> int:
 
 def _forget_gradient(parameter: Tensor) -> None:
     parameter.grad = None
+
+
+def _cast_as_autocast_does(encoder: nn.Module, images: tuple[Tensor]) -> tuple[Tensor]:
+    """Images stay in float32 up to the first convolution, which reads a copy in its own precision."""
+    return (images[0].to(next(encoder.parameters()).dtype),)
 
 
 class _LiveMemory(TorchDispatchMode):

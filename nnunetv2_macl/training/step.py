@@ -187,6 +187,8 @@ class TrainingStep:
             with self._last_backward(first + at_once >= len(patches)):
                 self._scaled(self.recipe.weight_restoration * loss.sum() / self.plan.batch_size).backward()
             losses.append(loss.detach())
+            # otherwise they would stay while the next part is computed
+            del restored, loss
         return distributed.gather(torch.cat(losses), self.plan.batch_size).mean()
 
     def _last_backward(self, is_last: bool) -> AbstractContextManager:
@@ -230,6 +232,8 @@ class TrainingStep:
                 torch.autograd.backward(
                     [piece[key] for key in used], [gradients[key][first : first + at_once] for key in used]
                 )
+            # otherwise its maps would stay while the next part is computed
+            del piece
         return losses, everyone
 
     def _cut(self, shown: Shown) -> list[Shown]:
