@@ -254,14 +254,14 @@ def test_a_step_of_a_process_that_is_gone_is_taken_over(tmp_path, sleeper):
 
 def test_a_pretraining_that_was_killed_at_its_end_leaves_no_lock(tmp_path, sleeper):
     study = Study(tmp_path, OPTIONS, SPLIT, PATIENTS)
-    run = study.pretraining_run("pcl")
+    run = study.pretraining_run(parse_arm("recipe:pcl"))
     lock = claim(run, socket.gethostname(), sleeper.pid)
     (run / NETWORK_FILE).touch()
     with pytest.raises(UserError, match=f"process {sleeper.pid}"):  # still at its report
-        _pretrain(study, "pcl", "cpu", 1)
+        _pretrain(study, parse_arm("recipe:pcl"), "cpu", 1)
     sleeper.kill()
     sleeper.wait()
-    assert _pretrain(study, "pcl", "cpu", 1) == {} and not lock.exists()
+    assert _pretrain(study, parse_arm("recipe:pcl"), "cpu", 1) == {} and not lock.exists()
 
 
 SLEEPING = """

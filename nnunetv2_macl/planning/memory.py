@@ -40,6 +40,9 @@ class MemoryEstimate:
         self._channels = len(configuration.channel_names)
         self._patch = levels.patch_size
         self._small = [n // s for n, s in zip(levels.patch_size, levels.scale, strict=True)]
+        full_size_first = recipe.training_stages == 2 and not recipe.downsample_first_stage
+        # of the variance group, in the training stage that holds more
+        self._small_view = self._patch if full_size_first else self._small
         self._loss = build_loss(recipe)
         weights = sum(p.numel() for p in self.network.parameters())
         trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
@@ -57,10 +60,12 @@ class MemoryEstimate:
         """
         at_once = batch_size if patches_at_once is None else min(patches_at_once, batch_size)
         # one after the other; what is made of a whole batch's images lies there while its parts pass
-        image, small = (4 * self._channels * math.prod(size) for size in (self._patch, self._small))
+        image, small, small_view = (
+            4 * self._channels * math.prod(size) for size in (self._patch, self._small, self._small_view)
+        )
         passes = []
         if self.network.is_contrastive:
-            shown = small * self.network.needs_invariance + (small + image) * self.network.image_level
+            shown = small * self.network.needs_invariance + (small_view + image) * self.network.image_level
             passes.append((self._contrast(batch_size, at_once), shown))
         if self.network.restoration_head is not None:
             passes.append((self._restoration(at_once), image + math.prod(self._patch)))
@@ -121,12 +126,14 @@ class MemoryEstimate:
 
     def _groups(self, batch_size: int) -> tuple[torch.Tensor | None, ...]:
         image_level, invariance = self.network.image_level, self.network.needs_invariance
-        small = torch.empty(batch_size, self._channels, *self._small, device="meta")
-        full = torch.empty(batch_size, self._channels, *self._patch, device="meta")
+        small, small_view, full = (
+            torch.empty(batch_size, self._channels, *size, device="meta")
+            for size in (self._small, self._small_view, self._patch)
+        )
         return (
             small if invariance else None,
             full if invariance else None,
-            small if image_level else None,
+            small_view if image_level else None,
             full if image_level else None,
         )
 

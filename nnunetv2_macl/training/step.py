@@ -125,6 +125,8 @@ class TrainingStep:
     def show(self, patches: Tensor, step: int) -> Shown:
         """What the branches see: down(I1), I2, down(V1), V2; None for a group that no loss asks for.
 
+        V1 is not made smaller in a first training stage without downsampling.
+
         Args:
             patches: (n, C, *patch), this rank's share.
             step: number of the step.
@@ -138,7 +140,8 @@ class TrainingStep:
         if self.module.needs_invariance:
             shown[:2] = down(patches, small), patches
         if self.module.image_level:
-            shown[2:] = self.views.apply(patches, view1, small), self.views.apply(patches, view2)
+            first_size = self.plan.patch_size if self._is_at_full_size(step) else small
+            shown[2:] = self.views.apply(patches, view1, first_size), self.views.apply(patches, view2)
         if self.recipe.intensity:
             shown = [
                 self._change_intensity(group, _mix(self.recipe.seed, step, number))
@@ -249,16 +252,21 @@ class TrainingStep:
         half = self.recipe.num_epochs // 2 * self.recipe.num_iterations_per_epoch
         return self.recipe.training_stages == 2 and step >= half
 
+    def _is_at_full_size(self, step: int) -> bool:
+        """The first of two training stages, where the recipe has no downsampling in it."""
+        full_size_first = self.recipe.training_stages == 2 and not self.recipe.downsample_first_stage
+        return full_size_first and not self._in_decoder_stage(step)
+
     def _stage_loss(self, losses: dict[str, Tensor], step: int) -> Tensor:
         """The total; with two training stages the dense loss waits for the second, which has it alone."""
         if self.recipe.training_stages == 1 or "dense" not in losses or "global" not in losses:
             return losses["total"]
-        decoder_stage = self._in_decoder_stage(step)
-        return sum(  # type: ignore[return-value]
-            loss * self.loss.weights[name]
-            for name, loss in losses.items()
-            if name != "total" and (name == "dense") == decoder_stage
-        )
+        if self._in_decoder_stage(step):
+            trained = ["dense"]
+        else:
+            # L_ER compares the two sizes of an image, so it has nothing to compare at full size
+            trained = ["global"] if self._is_at_full_size(step) else ["global", "equivariance"]
+        return sum(losses[name] * self.loss.weights[name] for name in trained if name in losses)  # type: ignore
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
