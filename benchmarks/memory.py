@@ -70,6 +70,12 @@ CASES = (
         4,
         Recipe(auxiliary_encoder="ema", optimizer="adamw"),
     ),
+    Case(
+        Fingerprint("2D plain, first stage at full size", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)),
+        "2d",
+        4,
+        Recipe(training_stages=2, downsample_first_stage=False),
+    ),
 )
 
 
@@ -93,6 +99,8 @@ def measure(configuration: Configuration, levels: Levels, recipe: Recipe, batch_
         """A step as the trainer does it; returns the bytes kept for the backward pass."""
         groups = [torch.randn(batch_size, len(configuration.channel_names), *levels.patch_size) for _ in range(2)]
         shown = [x for full in groups for x in (down(full, small).clone(), full)]
+        if recipe.full_size_first:
+            shown[2] = groups[1].clone()
         if not network.needs_invariance:
             shown[:2] = None, None
         if not network.image_level:

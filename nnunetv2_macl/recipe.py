@@ -182,6 +182,11 @@ class Recipe:
         return self.weight_global + self.weight_dense > 0
 
     @property
+    def full_size_first(self) -> bool:
+        """Whether there is a first of two training stages, and the dominant branch sees the views at full size in it."""
+        return self.training_stages == 2 and not self.downsample_first_stage
+
+    @property
     def weights(self) -> dict[str, float]:
         """Of the losses that are trained, by name."""
         names = ("global", "dense", "equivariance", "restoration")

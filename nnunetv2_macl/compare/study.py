@@ -110,6 +110,11 @@ class Arm:
         """Return the recipe and its settings as an arm names them: NAME,KEY=VALUE,..."""
         return ",".join([str(self.recipe), *self.settings])
 
+    @property
+    def recipe_slug(self) -> str:
+        """Return recipe and settings as in file names."""
+        return "-".join([_slug(Path(str(self.recipe)).stem), *(_slug(text).strip("-") for text in self.settings)])
+
     def check(self, further_settings: Sequence[str] = ()) -> None:
         """Raise UserError unless the recipe, with its settings and further ones, or the weights can be loaded."""
         if self.recipe is not None:
@@ -132,8 +137,8 @@ def parse_arm(text: str) -> Arm:
         name, *texts = [what] if Path(what).is_file() else re.split(r",(?=[^,=]+=)", what)
         recipe = str(Path(name).resolve()) if Path(name).is_file() else name
         settings = tuple(sorted(settings_as_text(parse_settings(texts, f"Arm {text}"))))
-        slug = "-".join(map(_slug, ["recipe", Path(name).stem, *settings]))
-        return Arm(",".join([f"{kind}:{recipe}", *settings]), slug, recipe=recipe, settings=settings)
+        arm = Arm(",".join([f"{kind}:{recipe}", *settings]), "", recipe=recipe, settings=settings)
+        return replace(arm, slug=f"recipe-{arm.recipe_slug}")
     if kind == "weights" and what:
         file = Path(what).expanduser().resolve()
         return Arm(f"{kind}:{file}", f"weights-{_slug(file.stem)}", weights=str(file))
@@ -316,10 +321,9 @@ class Study:
         return self.folder / "planning"
 
     def pretraining_folder(self, arm: Arm) -> Path:
-        recipe = Path(str(arm.recipe))
         # a user's file may be called as one that comes with the package
-        kind = "file-" if recipe.is_absolute() else ""
-        return self.folder / "pretraining" / (kind + "-".join(map(_slug, [recipe.stem, *arm.settings])))
+        kind = "file-" if Path(str(arm.recipe)).is_absolute() else ""
+        return self.folder / "pretraining" / f"{kind}{arm.recipe_slug}"
 
     def pretraining_run(self, arm: Arm) -> Path:
         """The run's folder as nnU-Net names it: the validation cases, those of any fold, are left out."""

@@ -40,9 +40,8 @@ class MemoryEstimate:
         self._channels = len(configuration.channel_names)
         self._patch = levels.patch_size
         self._small = [n // s for n, s in zip(levels.patch_size, levels.scale, strict=True)]
-        full_size_first = recipe.training_stages == 2 and not recipe.downsample_first_stage
         # of the variance group, in the training stage that holds more
-        self._small_view = self._patch if full_size_first else self._small
+        self._small_view = self._patch if recipe.full_size_first else self._small
         self._loss = build_loss(recipe)
         weights = sum(p.numel() for p in self.network.parameters())
         trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)

@@ -254,8 +254,7 @@ class TrainingStep:
 
     def _is_at_full_size(self, step: int) -> bool:
         """The first of two training stages, where the recipe has no downsampling in it."""
-        full_size_first = self.recipe.training_stages == 2 and not self.recipe.downsample_first_stage
-        return full_size_first and not self._in_decoder_stage(step)
+        return self.recipe.full_size_first and not self._in_decoder_stage(step)
 
     def _stage_loss(self, losses: dict[str, Tensor], step: int) -> Tensor:
         """The total; with two training stages the dense loss waits for the second, which has it alone."""
