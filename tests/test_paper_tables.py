@@ -66,10 +66,10 @@ def test_the_page_has_each_row(table):
     assert rows == [name for name in ROWS if name.startswith(number)]
 
 
-@pytest.mark.parametrize("title, weights", [("Table V", TABLE_5), ("Figure 7", FIGURE_7)])
-def test_the_page_has_each_weight(title, weights):
-    recipes = recipes_in(section(title))
-    assert {(recipe.weight_dense, recipe.weight_equivariance) for recipe in recipes} == weights
+def test_the_page_has_each_pair_of_weights():
+    recipes = recipes_in(section("Table V and Figure 7"))
+    pairs = [(recipe.weight_dense, recipe.weight_equivariance) for recipe in recipes]
+    assert set(pairs) == TABLE_5 | FIGURE_7 and len(set(pairs)) == len(pairs)
     paper = load_recipe("paper", FOLDER).as_dict()
     for recipe in recipes:
         changed = {key for key, value in recipe.as_dict().items() if value != paper[key]}
