@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nnunetv2_macl.cli.pretrain import pretrain_entry
 from nnunetv2_macl.data import Sampling
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration, checksum
@@ -169,6 +170,28 @@ def test_an_edited_plan_is_not_derived_again_for_a_setting(workspace, values):
     assert file.read_bytes() == before
     same = {key: prepare(configuration).recipe[key] for key in values}
     assert prepare(configuration, values=same | {"learning_rate": 0.5}).recipe["learning_rate"] == 0.5
+
+
+def test_an_option_of_the_command_is_a_setting(workspace, monkeypatch, capsys):
+    file = plan_file(Configuration.load("901", "nnUNetPlans", "2d"))
+
+    def plan_of(*arguments):
+        command = ["nnUNetv2_train_macl_pretrain", "901", "-c", "2d", "--plan_only", *arguments]
+        monkeypatch.setattr("sys.argv", command)
+        pretrain_entry()
+        return json.loads(file.read_text())
+
+    plan = plan_of("-num_epochs", "5", "-batch_size", "6")
+    assert (
+        plan
+        == plan_of("--set", "num_epochs=5", "batch_size=6")
+        == plan_of("-num_epochs", "5", "--set", "num_epochs=5", "--set", "batch_size=6")
+    )
+    assert (plan["recipe"]["num_epochs"], plan["batch_size"]) == (5, 6)
+    with pytest.raises(SystemExit) as end:
+        plan_of("-num_epochs", "3", "--set", "num_epochs=5")
+    assert end.value.code == 1 and "'num_epochs' is set to 5 and to 3" in capsys.readouterr().err
+    assert json.loads(file.read_text()) == plan
 
 
 def test_an_edited_plan_is_kept_and_the_command_line_still_wins(workspace):
