@@ -69,6 +69,12 @@ CASES = (
         4,
         Recipe(auxiliary_encoder="ema", optimizer="adamw"),
     ),
+    Case(
+        Fingerprint("2D plain, first stage at full size", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)),
+        "2d",
+        4,
+        Recipe(training_stages=2, downsample_first_stage=False),
+    ),
 )
 
 
@@ -87,7 +93,7 @@ def measure(configuration: Configuration, levels: Levels, recipe: Recipe, batch_
         if network.needs_invariance:
             shown[:2] = down(images, small), images
         if network.image_level:
-            shown[2:] = down(images, small).clone(), images.clone()
+            shown[2:] = images.clone() if recipe.full_size_first else down(images, small).clone(), images.clone()
         optimizer.zero_grad(set_to_none=True)
         loss(network(*shown), torch.rand(batch_size, 3))["total"].backward()
         optimizer.step()

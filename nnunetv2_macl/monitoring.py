@@ -101,17 +101,18 @@ def collapse_advice(recipe: Recipe) -> str:
     """What to try, by the names of recipe keys, what helped most first."""
     tries = []
     if not recipe.standardise_projector:
-        tries.append("standardise_projector true")
+        tries.append("standardise_projector=true")
     if recipe.own_view_weight < 0.5:
-        tries.append(f"own_view_weight 0.5 (now {recipe.own_view_weight:g})")
+        tries.append(f"own_view_weight=0.5 (now {recipe.own_view_weight:g})")
     if not recipe.limit_positives:
-        tries.append("limit_positives true")
+        tries.append("limit_positives=true")
     if recipe.threshold > 0:
-        tries.append(f"a smaller threshold (now {recipe.threshold:g}), or threshold_warmup 0.2")
+        tries.append(f"a smaller threshold (now {recipe.threshold:g}), or threshold_warmup=0.2")
     tries.append(f"a smaller weight_equivariance (now {recipe.weight_equivariance:g})")
     tries.append(f"another learning_rate (now {recipe.learning_rate:g}) or optimizer (now {recipe.optimizer})")
     return (
-        "Recipe keys to try, in this order: " + "; ".join(tries) + ". -recipe macl has settings that do not collapse."
+        f"Recipe keys to try with --set KEY=VALUE, in this order: {'; '.join(tries)}. -recipe macl has settings that do not "
+        "collapse."
     )
 
 

@@ -183,7 +183,8 @@ class MACLNetwork(nn.Module):
         Args:
             invariance_small: (N, C, *small), down(I1), for the dominant branch. None where `needs_invariance` is False.
             invariance: (N, C, *patch), I2, for the auxiliary branch. None likewise.
-            variance_small: (N, C, *small), down(V1), for the dominant branch. None without the image level.
+            variance_small: (N, C, *small), down(V1), or V1 itself, (N, C, *patch), for the dominant branch. None without the
+                image level.
             variance: (N, C, *patch), V2, for the auxiliary branch. None likewise.
 
         Returns:
@@ -208,12 +209,15 @@ class MACLNetwork(nn.Module):
         full = [group for group in (invariance, variance) if group is not None]
         patches = len(full[0])
 
-        bottleneck, decoded = self._dominant(torch.cat(small))
+        # one pass, unless one group is shown at full size
+        same_size = len({group.shape for group in small}) == 1
+        passes = [self._dominant(part) for part in ([torch.cat(small)] if same_size else small)]
+        (bottleneck, decoded), (_, variance_decoded) = passes[0], passes[-1]
         dense, deepest = self._auxiliary(torch.cat(full))
 
         features: dict[str, Tensor] = {}
         if self.image_level:
-            features["variance_dominant"] = decoded[-patches:]
+            features["variance_dominant"] = variance_decoded[-patches:]
             features["variance_auxiliary"] = deepest[-patches:]
         if self.pixel_level:
             features["dense_dominant"] = decoded[:patches]

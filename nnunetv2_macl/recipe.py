@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +117,11 @@ class Recipe:
         _one_of(1, 2),
         "1: all at once; 2: all but the dense loss for half of the epochs, then that alone on the fixed encoder",
     )
+    downsample_first_stage: bool = _key(
+        True,
+        _TRUTH,
+        "with two training stages: false shows the dominant branch the views at full size in the first, which leaves out L_ER",
+    )
 
     mirroring: bool = _key(True, _TRUTH, "mirror the variance group")
     rotation: float = _key(180.0, _number(0, 180), "largest angle in plane, degrees")
@@ -177,6 +182,11 @@ class Recipe:
         return self.weight_global + self.weight_dense > 0
 
     @property
+    def full_size_first(self) -> bool:
+        """Whether there is a first of two training stages, and the dominant branch sees the views at full size in it."""
+        return self.training_stages == 2 and not self.downsample_first_stage
+
+    @property
     def weights(self) -> dict[str, float]:
         """Of the losses that are trained, by name."""
         names = ("global", "dense", "equivariance", "restoration")
@@ -222,17 +232,62 @@ def recipe_from_values(values: dict[str, Any], where: str) -> Recipe:
         raise UserError(f"{where}: {error}") from None
 
 
-def load_recipe(name_or_file: str | Path, recipes_folder: Path) -> Recipe:
+def parse_settings(texts: Iterable[str], where: str) -> dict[str, Any]:
+    """Return recipe values from KEY=VALUE texts, checked as the values of a recipe file are.
+
+    A value is written as in a recipe file, and text needs no quotation marks.
+
+    Args:
+        texts: Settings, each ``KEY=VALUE``.
+        where: What an error message names as their source.
+
+    Raises:
+        UserError: A text without ``=``, a key with two different values, or what `check_values` refuses.
+    """
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, written = text.partition("=")
+        if not (key and equals):
+            raise UserError(f"{where}: a setting must be KEY=VALUE, got '{text}'. Correct it and try again.")
+        value = _value_of(written)
+        check_values({key: value}, where)
+        if values.get(key, value) != value:
+            raise UserError(f"{where}: '{key}' is set to {values[key]!r} and to {value!r}. Give it once.")
+        values[key] = value
+    return values
+
+
+def settings_as_text(values: Mapping[str, Any]) -> list[str]:
+    """Return recipe values as the KEY=VALUE texts that `parse_settings` reads."""
+    return [
+        f"{key}={value if isinstance(value, str) and _value_of(value) == value else json.dumps(value)}"
+        for key, value in values.items()
+    ]
+
+
+def _value_of(written: str) -> Any:
+    """Return the JSON value of a text, or the text itself where it is no JSON."""
+    try:
+        return json.loads(written)
+    except (ValueError, RecursionError):
+        return written
+
+
+def load_recipe(name_or_file: str | Path, recipes_folder: Path, settings: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe and those that it inherits from.
 
     Args:
-        name_or_file: the name of a recipe in ``recipes_folder``, or a JSON file.
-        recipes_folder: where named recipes lie.
+        name_or_file: The name of a recipe in ``recipes_folder``, or a JSON file.
+        recipes_folder: The folder of the recipes that have a name.
+        settings: Checked values that replace those of the recipe.
 
     Raises:
-        UserError: no such recipe, no JSON, an unknown key, a wrong value.
+        UserError: no such recipe, no JSON, an unknown key, a wrong value, or values that do not go together.
     """
-    return recipe_from_values(*_inherited_values(name_or_file, recipes_folder, ()))
+    values, where = _inherited_values(name_or_file, recipes_folder, ())
+    if settings:
+        values, where = {**values, **settings}, f"{where} with {', '.join(settings_as_text(settings))}"
+    return recipe_from_values(values, where)
 
 
 def values_in(file: str | Path, recipes_folder: Path) -> dict[str, Any]:

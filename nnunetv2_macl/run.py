@@ -19,7 +19,7 @@ from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, handed_o
 from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, find_sources, training_cases
-from nnunetv2_macl.recipe import check_values
+from nnunetv2_macl.recipe import AUTO, check_values, settings_as_text
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.launch import join_ranks, train
 from nnunetv2_macl.training.run_folder import PLAN_COPY, PRETRAINER, pretraining_folder
@@ -74,7 +74,7 @@ def pretrain(
         num_parts, part_id: with ``preprocess_only``, every ``num_parts``-th image from ``part_id`` on, so that machines can
             share the work, as in nnU-Net's prediction.
         gpu_memory: GB that the batch is planned for; None is what nnU-Net planned for.
-        **values: recipe keys that win over the recipe's own.
+        **values: Values of recipe keys, which replace those of the recipe; the command's ``--set``.
 
     Returns:
         The run's folder, where the weights are; with ``plan_only`` or ``preprocess_only`` the folder where they would be.
@@ -265,7 +265,8 @@ def _plan_to_go_on(
     check_plan(plan, target, file, of_a_run=True)
     kept = {key: value for key, value in values.items() if key != "patches_at_once"}
     _refuse_changes(plan, kept, recipe, gpu_memory, images, folder)
-    at_once = min(values.get("patches_at_once", plan.patches_at_once), plan.batch_size)
+    asked_at_once = values.get("patches_at_once", AUTO)
+    at_once = plan.patches_at_once if asked_at_once == AUTO else min(asked_at_once, plan.batch_size)
     changed = replace(plan, patches_at_once=at_once, skip_unreadable=plan.skip_unreadable or skip_unreadable)
     if changed != plan:
         write_plan(changed, file)
@@ -280,8 +281,11 @@ def _refuse_changes(
     images: dict[str, Any],
     folder: Path,
 ) -> None:
+    before = plan.get_recipe().as_dict()
     changed = [
-        f"-{key} {value} (was {plan.recipe.get(key)})" for key, value in values.items() if plan.recipe.get(key) != value
+        f"{text} (was {before[key]})"
+        for (key, value), text in zip(values.items(), settings_as_text(values), strict=True)
+        if before[key] != value
     ]
     for key, option in (("unlabelled_datasets", "-u"), ("channel_map", "--channel_map")):
         if images[key] and images[key] != getattr(plan, key):

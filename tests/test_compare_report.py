@@ -13,7 +13,6 @@ from nnunetv2_macl.compare.report import differences, write_report
 from nnunetv2_macl.compare.results import Results
 from nnunetv2_macl.compare.steps import DONE_FILE
 from nnunetv2_macl.compare.study import RESULT_FILE, Study
-from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
 
 EPOCHS = [1, 3, 5]
 # on the test cases; the rate 0.01 does better there, 0.001 on the validation cases
@@ -31,8 +30,8 @@ def study(tmp_path):
     study = Study.open(tmp_path / "study", OPTIONS, SPLIT, PATIENTS)
     write({"labels": {"background": 0, "heart": 1, "lung": 2}}, study.raw / "dataset.json")
     write({"seconds": 9, "planner": "ExperimentPlanner", "unlabelled": 7}, study.planning_folder / DONE_FILE)
-    for recipe in (DEFAULT_RECIPE, "pcl"):
-        write({"seconds": 3600}, study.pretraining_folder(recipe) / DONE_FILE)
+    for arm in study.pretrainings:
+        write({"seconds": 3600}, study.pretraining_folder(arm) / DONE_FILE)
     for cell in study.cells:
         rng = np.random.default_rng(cell.seed)
         noise = np.random.default_rng(list(GAIN).index(cell.arm)).normal(0, 0.004, 100)

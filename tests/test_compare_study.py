@@ -145,6 +145,11 @@ def test_folders_of_something_else_are_refused(tmp_path):
         (dict(arms=["pretrained"]), "--arms must hold scratch"),
         (dict(arms=["scratch", "magic"]), "no arm 'magic'"),
         (dict(arms=["scratch", "recipe:nope"]), "No recipe 'nope'"),
+        (dict(arms=["scratch", "recipe:macl,temprature=0.2"]), "unknown key 'temprature'. Did you mean 'temperature'?"),
+        (dict(arms=["scratch", "recipe:macl,temperature=hot"]), "'temperature' must be a number above 0, got 'hot'"),
+        (dict(arms=["scratch", "recipe:macl,rotation=270"]), "'rotation' must be a number from 0 to 180, got 270"),
+        (dict(arms=["scratch", "recipe:restore,weight_restoration=0"]), "nothing to learn from"),
+        (dict(arms=["scratch", "recipe:macl,num_epochs=5"], pretrain_epochs=3), "'num_epochs' is set to 3 and to 5"),
         (dict(arms=["scratch", "weights:/no/file.pth"]), "/no/file.pth"),
         (dict(arms=["scratch", "pretrained", "pretrained"]), "two arms would be called pretrained"),
         (dict(epochs=0), "--epochs must be 1 or more, got 0"),
@@ -168,6 +173,23 @@ def test_arms_say_where_weights_come_from(tmp_path, monkeypatch):
     (tmp_path / "mine.json").write_text('{"inherits_from": "macl"}')
     monkeypatch.chdir(tmp_path)
     assert parse_arm("recipe:mine.json").recipe == str(tmp_path / "mine.json")
+
+
+def test_an_arm_may_set_keys_of_its_recipe(tmp_path, monkeypatch):
+    arm = parse_arm("recipe:macl,temperature=0.20,scaling=[0.8,1.2],optimizer=sgd")
+    assert (arm.recipe, arm.settings) == ("macl", ("optimizer=sgd", "scaling=[0.8, 1.2]", "temperature=0.2"))
+    # the same settings are the same arm, however they are written
+    assert parse_arm("recipe:macl,optimizer=sgd,scaling=[0.80, 1.2],temperature=0.2") == parse_arm(arm.name) == arm
+    arms = ["recipe:macl", "recipe:macl,temperature=0.2", "recipe:macl,temperature=0.25"]
+    study = Study(tmp_path, replace(OPTIONS, arms=["scratch", "pretrained", "encoder", *arms]), SPLIT, PATIENTS)
+    assert len({arm.slug for arm in study.arms}) == 6 and len(study.pretrainings) == 4
+    assert len({study.pretraining_folder(arm) for arm in study.pretrainings}) == 4
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.json", "a,b=c.json"):
+        (tmp_path / name).write_text('{"inherits_from": "macl"}')
+        assert parse_arm(f"recipe:{name}").recipe == str(tmp_path / name)
+    with_settings = parse_arm("recipe:a,b.json,seed=1")
+    assert (with_settings.recipe, with_settings.settings) == (str(tmp_path / "a,b.json"), ("seed=1",))
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------------
@@ -254,14 +276,14 @@ def test_a_step_of_a_process_that_is_gone_is_taken_over(tmp_path, sleeper):
 
 def test_a_pretraining_that_was_killed_at_its_end_leaves_no_lock(tmp_path, sleeper):
     study = Study(tmp_path, OPTIONS, SPLIT, PATIENTS)
-    run = study.pretraining_run("pcl")
+    run = study.pretraining_run(parse_arm("recipe:pcl"))
     lock = claim(run, socket.gethostname(), sleeper.pid)
     (run / NETWORK_FILE).touch()
     with pytest.raises(UserError, match=f"process {sleeper.pid}"):  # still at its report
-        _pretrain(study, "pcl", "cpu", 1)
+        _pretrain(study, parse_arm("recipe:pcl"), "cpu", 1)
     sleeper.kill()
     sleeper.wait()
-    assert _pretrain(study, "pcl", "cpu", 1) == {} and not lock.exists()
+    assert _pretrain(study, parse_arm("recipe:pcl"), "cpu", 1) == {} and not lock.exists()
 
 
 SLEEPING = """

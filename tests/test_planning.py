@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nnunetv2_macl.cli.pretrain import pretrain_entry
 from nnunetv2_macl.data import Sampling
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration, checksum
@@ -132,6 +133,64 @@ def test_a_plan_of_an_older_version_that_nobody_edited_is_derived_again(workspac
     old = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("channel_map", "checksum")}
     file.write_text(json.dumps(old | {"checksum": checksum(old)}))
     assert prepare(configuration) == plan
+
+
+def test_a_plan_records_how_its_recipe_was_asked_for_and_one_of_an_earlier_version_loads(workspace):
+    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    settings = {"temperature": 0.2, "scaling": [0.8, 1.2], "optimizer": "adamw"}
+    plan = prepare(configuration, recipe="macl", values=settings)
+    file = plan_file(configuration)
+    assert read_plan(file) == plan and (plan.recipe_name, plan.settings) == ("macl", settings)
+    assert plan.recipe.items() >= settings.items()
+    assert "-recipe macl --set temperature=0.2 'scaling=[0.8, 1.2]' optimizer=adamw" in describe(plan)
+    # as the earlier version wrote it
+    content = json.loads(file.read_text())
+    old = {key: value for key, value in content.items() if key not in ("recipe_name", "settings", "checksum")}
+    del old["recipe"]["downsample_first_stage"]
+    old |= {"checksum": checksum(old)}
+    file.write_text(json.dumps(old))
+    assert not was_edited(file) and read_plan(file).as_json() == old
+    assert read_plan(file).get_recipe() == plan.get_recipe() and describe(read_plan(file))
+    # the options that were typed do not describe a plan that was edited
+    file.write_text(json.dumps(content | {"threshold": 0.07}))
+    assert read_plan(file).recipe_source is None
+
+
+@pytest.mark.parametrize(
+    "values", [{"decoder_stages": 0}, {"threshold": 0.3}, {"limit_positives": False}, {"weight_dense": 0.5}]
+)
+def test_an_edited_plan_is_not_derived_again_for_a_setting(workspace, values):
+    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    prepare(configuration)
+    file = plan_file(configuration)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"threshold": 0.07}))
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=f"was edited.*{next(iter(values))}="):
+        prepare(configuration, values=values)
+    assert file.read_bytes() == before
+    same = {key: prepare(configuration).recipe[key] for key in values}
+    assert prepare(configuration, values=same | {"learning_rate": 0.5}).recipe["learning_rate"] == 0.5
+
+
+def test_an_option_of_the_command_is_a_setting(workspace, monkeypatch):
+    file = plan_file(Configuration.load("901", "nnUNetPlans", "2d"))
+
+    def plan_of(*arguments):
+        command = ["nnUNetv2_train_macl_pretrain", "901", "-c", "2d", "--plan_only", *arguments]
+        monkeypatch.setattr("sys.argv", command)
+        pretrain_entry()
+        return json.loads(file.read_text())
+
+    plan = plan_of("-num_epochs", "5", "-batch_size", "6")
+    assert (
+        plan
+        == plan_of("--set", "num_epochs=5", "batch_size=6")
+        == plan_of("-num_epochs", "5", "--set", "num_epochs=5", "--set", "batch_size=6")
+    )
+    assert (plan["recipe"]["num_epochs"], plan["batch_size"]) == (5, 6)
+    with pytest.raises(SystemExit, match="'num_epochs' is set to 5 and to 3"):
+        plan_of("-num_epochs", "3", "--set", "num_epochs=5")
+    assert json.loads(file.read_text()) == plan
 
 
 def test_an_edited_plan_is_kept_and_the_command_line_still_wins(workspace):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.recipe import Recipe, load_recipe
+from nnunetv2_macl.recipe import Recipe, load_recipe, parse_settings, settings_as_text, values_in
 from nnunetv2_macl.resources import resource_folder
 
 FOLDER = resource_folder("plans")
@@ -71,3 +71,66 @@ def test_mistakes_are_named(tmp_path, content, words):
 
 def test_every_key_has_a_meaning_or_a_plain_name():
     assert len(Recipe().as_dict()) > 30
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("temperature=0.2", 0.2),
+        ("num_epochs=5", 5),
+        ("mirroring=false", False),
+        ("base_temperature=null", None),
+        ("optimizer=adamw", "adamw"),
+        ('optimizer="adamw"', "adamw"),
+        ("scale=auto", "auto"),
+        ("scaling=[0.8, 1.2]", [0.8, 1.2]),
+        ("description=a = b", "a = b"),
+        ("description=", ""),
+    ],
+)
+def test_a_setting_is_a_value_as_a_recipe_file_has_it(text, value):
+    key = text.partition("=")[0]
+    assert parse_settings([text], "here") == {key: value}
+    assert load_recipe("macl", FOLDER, parse_settings([text], "here")) == load_recipe("macl", FOLDER, {key: value})
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.json")))
+def test_settings_are_written_as_they_are_read(name):
+    values = values_in(name, FOLDER) | {"description": "2024", "base_temperature": None}
+    assert parse_settings(settings_as_text(values), "here") == values
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("temprature", 0.1),
+        ("qqq", 1),
+        ("inherits", "macl"),
+        ("temperature", "hot"),
+        ("temperature", 0),
+        ("temperature", True),
+        ("num_epochs", 2.5),
+        ("num_epochs", 0),
+        ("rotation", 270),
+        ("optimizer", "lion"),
+        ("scaling", [1.3, 0.7]),
+    ],
+)
+def test_a_wrong_setting_is_named_as_in_a_recipe_file(tmp_path, key, value):
+    file = write(tmp_path, {key: value})
+    with pytest.raises(UserError) as in_the_file:
+        load_recipe(file, FOLDER)
+    with pytest.raises(UserError) as on_the_command_line:
+        parse_settings([f"{key}={value if isinstance(value, str) else json.dumps(value)}"], "Command line")
+    assert str(on_the_command_line.value) == str(in_the_file.value).replace(f"Recipe {file}", "Command line")
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    assert parse_settings(["seed=5", "seed=5"], "here") == {"seed": 5}
+    with pytest.raises(UserError, match="'seed' is set to 5 and to 6"):
+        parse_settings(["seed=5", "temperature=0.2", "seed=6"], "here")
+    for text in ("temperature", "=0.2", ""):
+        with pytest.raises(UserError, match=f"KEY=VALUE, got '{text}'"):
+            parse_settings([text], "here")
+    with pytest.raises(UserError, match=r"restore\.json with weight_restoration=0: .*nothing to learn from"):
+        load_recipe("restore", FOLDER, {"weight_restoration": 0})

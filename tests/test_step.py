@@ -54,6 +54,23 @@ def test_two_stages_train_one_part_at_a_time_also_in_parts():
     assert not [n for n, p in step.module.named_parameters() if "encoder" in n and not torch.equal(p, before[n])]
 
 
+@pytest.mark.parametrize("at_once", [PATCHES, 3])
+def test_a_first_stage_without_downsampling_shows_full_views_and_trains_the_global_loss(at_once):
+    recipe = Recipe(training_stages=2, downsample_first_stage=False, num_epochs=2, num_iterations_per_epoch=1)
+    step, whole = (training_step(PATCHES, n, recipe) for n in (at_once, PATCHES))
+    sizes = [[group.shape[-1] for group in step.show(batch(PATCHES)["data"], number)] for number in (0, 1)]
+    assert sizes == [[16, 32, 32, 32], [16, 32, 16, 32]]
+    step(batch(PATCHES), 0)
+    trained = {name for name, gradient in gradients(step).items() if gradient.any()}
+    assert any(name.startswith("encoder.") for name in trained) and "decoder_stages" in str(trained)
+    assert not any(name.startswith("pixel_projector") for name in trained)
+    # L_ER has no part in it: the gradient is that of the global loss alone
+    whole.loss.weights["equivariance"] = 100.0
+    whole(batch(PATCHES), 0)
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(step)[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_the_learning_rate_rises_and_falls():
     recipe = Recipe(num_epochs=10, num_iterations_per_epoch=10, learning_rate_warmup=0.1)
     shares = [learning_rate_share(recipe, step) for step in range(101)]

@@ -32,7 +32,8 @@ def _compare_parser() -> argparse.ArgumentParser:
         default=["scratch", "encoder", "pretrained"],
         metavar="ARM",
         help="scratch; pretrained (encoder and decoder, by the default recipe); encoder (of that, the encoder alone); "
-        "recipe:NAME_OR_FILE (pre-trained with it); weights:FILE (that are there already). Default: scratch encoder pretrained",
+        "recipe:NAME_OR_FILE (pre-trained with it); recipe:NAME_OR_FILE,KEY=VALUE,... (with other values of its keys, as --set "
+        "of nnUNetv2_train_macl_pretrain); weights:FILE (that are there already). Default: scratch encoder pretrained",
     )
     amount = "cases, or a fraction (0.1 or 10%%) of all"
     add(

@@ -36,6 +36,15 @@ def _pretrain_parser() -> argparse.ArgumentParser:
         help="further raw data sets to take images from",
     )
     add("-recipe", help="a recipe that comes with the package, or a JSON file of your own. Default: restore")
+    add(
+        "--set",
+        dest="settings",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="values of recipe keys, which replace those of the recipe: --set temperature=0.2 optimizer=adamw",
+    )
     add("--exclude_fold", type=int, metavar="F", help="leave out the validation images of fold F")
     add("-num_epochs", type=int, help="recipe key")
     add("-num_iterations_per_epoch", type=int, help="recipe key")
@@ -83,18 +92,20 @@ def _pair(text: str) -> tuple[str, str]:
 def pretrain_entry() -> None:
     """``nnUNetv2_train_macl_pretrain``."""
     arguments = vars(_pretrain_parser().parse_args())
+    settings = arguments.pop("settings")
     for key in ("num_epochs", "num_iterations_per_epoch", "batch_size", "patches_at_once", "seed"):
-        if arguments[key] is None:
-            del arguments[key]
+        if (value := arguments.pop(key)) is not None:
+            settings.append(f"{key}={value}")
 
     def action() -> None:
         # nnU-Net takes seconds to import, and says so when folders are unset
+        from nnunetv2_macl.recipe import parse_settings
         from nnunetv2_macl.run import pretrain
 
         if arguments["processes"] < 1:
             raise UserError(f"-np must be 1 or more, got {arguments['processes']}.")
         arguments["channel_map"] = dict(arguments["channel_map"] or {})
-        pretrain(arguments.pop("dataset_name_or_id"), **arguments)
+        pretrain(arguments.pop("dataset_name_or_id"), **arguments, **parse_settings(settings, "Command line"))
 
     run(action)
 

@@ -208,12 +208,13 @@ def _method(results: Results) -> list[str]:
         "pretrained": "starts from encoder and decoder",
     }
     lines = [
-        f"{arm.slug} {arms[arm.slug]}" + (f", pre-trained with recipe {arm.recipe}." if arm.recipe else ".")
+        f"{arm.slug} {arms[arm.slug]}"
+        + (f", pre-trained with recipe {arm.recipe_and_settings}." if arm.recipe else ".")
         for arm in study.arms
         if arm.slug in arms
     ]
     lines += [
-        f"{arm.slug} starts from encoder and decoder, pre-trained with recipe {arm.recipe}."
+        f"{arm.slug} starts from encoder and decoder, pre-trained with recipe {arm.recipe_and_settings}."
         for arm in study.arms
         if arm.slug not in arms and arm.recipe
     ]

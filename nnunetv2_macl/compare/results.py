@@ -44,7 +44,7 @@ class Results:
         classes: names, in the order of the arrays' C.
         curve_epochs: (P,).
         groups: by arm and number of labels.
-        pretraining_seconds: by recipe.
+        pretraining_seconds: by recipe, with its settings.
     """
 
     study: Study
@@ -64,8 +64,10 @@ class Results:
             for arm in study.arms
             for labels in study.split.labels
         }
-        recipes = dict.fromkeys(arm.recipe for arm in study.arms if arm.recipe is not None)
-        seconds = {recipe: read_json(study.pretraining_folder(recipe) / DONE_FILE, "")["seconds"] for recipe in recipes}
+        seconds = {
+            arm.recipe_and_settings: read_json(study.pretraining_folder(arm) / DONE_FILE, "")["seconds"]
+            for arm in study.pretrainings
+        }
         names = _class_names(read_json(study.raw / "dataset.json", ""))
         return cls(study, [names.get(key, key) for key in keys], [int(e) for e in any_cell["curve"]], groups, seconds)
 

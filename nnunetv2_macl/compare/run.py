@@ -26,7 +26,7 @@ from nnunetv2_macl.compare.report import FEWEST_PATIENTS, write_report
 from nnunetv2_macl.compare.split import patients_of, split_cases
 from nnunetv2_macl.compare.steps import DONE_FILE, Step, run_steps
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
-from nnunetv2_macl.compare.study import Cell, Options, Study, parse_arm
+from nnunetv2_macl.compare.study import Arm, Cell, Options, Study, parse_arm
 from nnunetv2_macl.cores import usable_cores
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE
@@ -160,7 +160,7 @@ def describe(study: Study, images: RawImages) -> str:
         f"{counted(len(split.labels), 'number')} of labels x {counted(options.seeds, 'seed')} x "
         f"{counted(len(options.rates), 'rate')}, each {counted(options.epochs, 'epoch')} of "
         f"{counted(options.iterations, 'step')}: {len(study.cells) * options.epochs * options.iterations:,} steps in all, "
-        f"beside {counted(len({arm.recipe for arm in study.arms if arm.recipe is not None}), 'pre-training')}"
+        f"beside {counted(len(study.pretrainings), 'pre-training')}"
     )
     lines += [f"    {cell.name}" for cell in study.cells]
     return "\n".join(lines)
@@ -179,30 +179,30 @@ def _steps(
         functools.partial(plan, study, images, planner_name, processes),
     )
     steps, pretrained = [planning], {}
-    for recipe in dict.fromkeys(arm.recipe for arm in study.arms if arm.recipe is not None):
+    for arm in study.pretrainings:
         # one after the other: they share the MACL plan's file
-        pretrained[recipe] = Step(
-            f"pre-training, recipe {Path(recipe).stem}",
-            study.pretraining_folder(recipe),
-            functools.partial(_pretrain, study, recipe, device, processes),
+        pretrained[arm.recipe_and_settings] = Step(
+            f"pre-training, recipe {','.join([Path(str(arm.recipe)).stem, *arm.settings])}",
+            study.pretraining_folder(arm),
+            functools.partial(_pretrain, study, arm, device, processes),
             needs=(steps[-1],),
         )
-        steps.append(pretrained[recipe])
+        steps.append(pretrained[arm.recipe_and_settings])
     for cell in study.cells:
-        arm_recipe = study.arm(cell.arm).recipe
+        arm = study.arm(cell.arm)
         steps.append(
             Step(
                 cell.name,
                 study.cell_folder(cell),
                 functools.partial(_run_cell, study, cell, device, processes, jobs),
-                needs=(pretrained[arm_recipe] if arm_recipe else planning,),
+                needs=(pretrained[arm.recipe_and_settings] if arm.recipe else planning,),
             )
         )
     return steps
 
 
-def _pretrain(study: Study, recipe: str, device: str, processes: int) -> dict[str, Any]:
-    options, folder, run = study.options, study.pretraining_folder(recipe), study.pretraining_run(recipe)
+def _pretrain(study: Study, arm: Arm, device: str, processes: int) -> dict[str, Any]:
+    options, folder, run = study.options, study.pretraining_folder(arm), study.pretraining_run(arm)
     # of the weights the last that is written
     weights, goes_on = run / NETWORK_FILE, resume.has_checkpoint(run)
     if weights.is_file() and not (run / resume.LATEST).is_file():
@@ -214,15 +214,11 @@ def _pretrain(study: Study, recipe: str, device: str, processes: int) -> dict[st
     command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.c, "-p", options.p]
     # each fold has the validation cases of all
     command += ["--exclude_fold", "0", "-device", device, "-np", str(processes)]
-    values = {
-        "-recipe": recipe,
-        "-num_epochs": options.pretrain_epochs,
-        "-num_iterations_per_epoch": options.pretrain_iterations,
-        "-batch_size": options.pretrain_batch_size,
-    }
-    for name, value in values.items():
-        command += [name, str(value)] if value is not None and not goes_on else []
-    command += ["--c"] if goes_on else []
+    settings = [*options.pretrain_settings, *arm.settings]
+    if goes_on:
+        command += ["--c"]
+    else:
+        command += ["-recipe", str(arm.recipe), *(["--set", *settings] if settings else [])]
     run_command(command, study.environment(folder / "nnUNet_results"), folder / "log.txt")
     if not weights.is_file():  # Ctrl-C is for all processes, and it ends as it was asked to
         raise UserError(f"Pre-training in {run} was stopped. To go on, type the same command again.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import sha256, write_first, write_json
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
 from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
-from nnunetv2_macl.recipe import load_recipe, values_in
+from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text, values_in
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
@@ -51,6 +52,16 @@ class Options:
     plan: str | None = None
     finetuning: str = "sgd"
 
+    @property
+    def pretrain_settings(self) -> list[str]:
+        """Return the recipe values that the --pretrain options set, as KEY=VALUE."""
+        values = {
+            "num_epochs": self.pretrain_epochs,
+            "num_iterations_per_epoch": self.pretrain_iterations,
+            "batch_size": self.pretrain_batch_size,
+        }
+        return settings_as_text({key: value for key, value in values.items() if value is not None})
+
     def check(self) -> None:
         """Raises UserError for a value that cannot be; names the option."""
         for key in ("seeds", "epochs", "iterations", "batch_size", "pretrain_epochs", "pretrain_iterations"):
@@ -64,7 +75,7 @@ class Options:
             raise UserError(f"--rates has a rate twice: {' '.join(f'{rate:g}' for rate in self.rates)}. Give it once.")
         arms = [parse_arm(text) for text in self.arms]
         for arm in arms:
-            arm.check()
+            arm.check(self.pretrain_settings)
         if SCRATCH not in self.arms:
             raise UserError(f"--arms must hold {SCRATCH}, which the others are compared with, got {self.arms}.")
         for number, arm in enumerate(arms):
@@ -82,6 +93,7 @@ class Arm:
         name: as on the command line.
         slug: as in file names.
         recipe: of the pre-training, or None.
+        settings: Values that replace those of the recipe, as KEY=VALUE, sorted by key.
         encoder_only: whether the pre-trained decoder is left out.
         weights: a file that is there already, or None.
     """
@@ -89,13 +101,26 @@ class Arm:
     name: str
     slug: str
     recipe: str | None = None
+    settings: tuple[str, ...] = ()
     encoder_only: bool = False
     weights: str | None = None
 
-    def check(self) -> None:
-        """Raises UserError: no such recipe or weights, or something else in the file."""
+    @property
+    def recipe_and_settings(self) -> str:
+        """Return the recipe and its settings as an arm names them: NAME,KEY=VALUE,..."""
+        return ",".join([str(self.recipe), *self.settings])
+
+    @property
+    def recipe_slug(self) -> str:
+        """Return recipe and settings as in file names."""
+        return "-".join([_slug(Path(str(self.recipe)).stem), *(_slug(text).strip("-") for text in self.settings)])
+
+    def check(self, further_settings: Sequence[str] = ()) -> None:
+        """Raise UserError unless the recipe, with its settings and further ones, or the weights can be loaded."""
         if self.recipe is not None:
-            load_recipe(self.recipe, resource_folder("plans"))
+            # a key that the arm and an option of the command set to different values is refused here
+            values = parse_settings([*further_settings, *self.settings], f"Arm {self.name} and the --pretrain options")
+            load_recipe(self.recipe, resource_folder("plans"), values)
         if self.weights is not None:
             formats.load_weights(Path(self.weights))
 
@@ -108,13 +133,18 @@ def parse_arm(text: str) -> Arm:
     if text in ("encoder", "pretrained"):
         return Arm(text, text, recipe=DEFAULT_RECIPE, encoder_only=text == "encoder")
     if kind == "recipe" and what:
-        recipe = str(Path(what).resolve()) if Path(what).is_file() else what
-        return Arm(f"{kind}:{recipe}", f"recipe-{_slug(Path(what).stem)}", recipe=recipe)
+        # a comma inside of a list is followed by a value, and one between settings by KEY=
+        name, *texts = [what] if Path(what).is_file() else re.split(r",(?=[^,=]+=)", what)
+        recipe = str(Path(name).resolve()) if Path(name).is_file() else name
+        settings = tuple(sorted(settings_as_text(parse_settings(texts, f"Arm {text}"))))
+        arm = Arm(",".join([f"{kind}:{recipe}", *settings]), "", recipe=recipe, settings=settings)
+        return replace(arm, slug=f"recipe-{arm.recipe_slug}")
     if kind == "weights" and what:
         file = Path(what).expanduser().resolve()
         return Arm(f"{kind}:{file}", f"weights-{_slug(file.stem)}", weights=str(file))
     raise UserError(
-        f"--arms: there is no arm '{text}'. Take from: {SCRATCH}, encoder, pretrained, recipe:NAME_OR_FILE, weights:FILE."
+        f"--arms: there is no arm '{text}'. Take from: {SCRATCH}, encoder, pretrained, "
+        "recipe:NAME_OR_FILE, recipe:NAME_OR_FILE,KEY=VALUE,..., weights:FILE."
     )
 
 
@@ -247,6 +277,11 @@ class Study:
     def arm(self, slug: str) -> Arm:
         return next(arm for arm in self.arms if arm.slug == slug)
 
+    @property
+    def pretrainings(self) -> list[Arm]:
+        """Return one arm of each pre-training, because several arms may start from the same one."""
+        return list({arm.recipe_and_settings: arm for arm in self.arms if arm.recipe is not None}.values())
+
     def fold(self, cell: Cell) -> int:
         """Number of the cell's split in the study's ``splits_final.json``."""
         return cell.seed * len(self.split.labels) + self.split.labels.index(cell.labels)
@@ -285,14 +320,14 @@ class Study:
     def planning_folder(self) -> Path:
         return self.folder / "planning"
 
-    def pretraining_folder(self, recipe: str) -> Path:
+    def pretraining_folder(self, arm: Arm) -> Path:
         # a user's file may be called as one that comes with the package
-        kind = "file-" if Path(recipe).is_absolute() else ""
-        return self.folder / "pretraining" / f"{kind}{_slug(Path(recipe).stem)}"
+        kind = "file-" if Path(str(arm.recipe)).is_absolute() else ""
+        return self.folder / "pretraining" / f"{kind}{arm.recipe_slug}"
 
-    def pretraining_run(self, recipe: str) -> Path:
+    def pretraining_run(self, arm: Arm) -> Path:
         """The run's folder as nnU-Net names it: the validation cases, those of any fold, are left out."""
-        results = self.pretraining_folder(recipe) / "nnUNet_results"
+        results = self.pretraining_folder(arm) / "nnUNet_results"
         return pretraining_folder(results, self.options.dataset, self.options.p, self.options.c) / "fold_0"
 
     def cell_folder(self, cell: Cell) -> Path:
@@ -302,7 +337,7 @@ class Study:
         """What fine-tuning starts from, as ``nnUNet_macl_weights`` takes it."""
         if arm.recipe is None:
             return Path(arm.weights) if arm.weights else None
-        run = self.pretraining_run(arm.recipe)
+        run = self.pretraining_run(arm)
         return run / ENCODER_FILE if arm.encoder_only else run
 
     def environment(self, results: Path) -> dict[str, str]:

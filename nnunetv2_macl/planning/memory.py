@@ -47,6 +47,8 @@ class MemoryEstimate:
         self._channels = len(configuration.channel_names)
         self._patch = levels.patch_size
         self._small = [n // s for n, s in zip(levels.patch_size, levels.scale, strict=True)]
+        # of the variance group, in the training stage that holds more
+        self._small_view = self._patch if recipe.full_size_first else self._small
         self._loss = build_loss(recipe)
         weights = sum(p.numel() for p in self.network.parameters())
         trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
@@ -104,7 +106,7 @@ class MemoryEstimate:
         shown = (
             self._images(size, self._small) if invariance else None,
             patches if invariance else None,
-            self._images(size, self._small) if image_level else None,
+            self._images(size, self._small_view) if image_level else None,
             self._images(size, self._patch) if image_level else None,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,7 +23,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import Configuration, checksum, read_json
 from nnunetv2_macl.planning.memory import is_above_zero
-from nnunetv2_macl.recipe import AUTO, Recipe, recipe_from_values
+from nnunetv2_macl.recipe import AUTO, Recipe, recipe_from_values, settings_as_text
 
 FORMAT_VERSION = 1
 # holds the plan of the command that is at work, for the processes that train by it
@@ -61,6 +62,14 @@ class MACLPlan:
     memory_mixed_precision_gib: float
     recipe: dict[str, Any]
     reasons: dict[str, str]
+    # the recipe that was asked for, and the values that replaced its own; None in an edited plan or one of an earlier version
+    recipe_name: str | None = None
+    settings: dict[str, Any] | None = None
+
+    @property
+    def recipe_source(self) -> str | None:
+        """Return the options that ask for the recipe, as they are typed; None where the plan does not record them."""
+        return describe_recipe(self.recipe_name, self.settings)
 
     def batch_bytes(self, channels: int) -> int:
         """Return the size of a batch of images in float32.
@@ -91,6 +100,8 @@ class MACLPlan:
     def as_json(self, *, edited: bool = False) -> dict[str, Any]:
         """Content of the file. The checksum tells later whether the user edited it; an edited plan stays edited."""
         content = {"format_version": FORMAT_VERSION} | asdict(self)
+        # a plan of an earlier version keeps its checksum
+        content = {key: value for key, value in content.items() if value is not None}
         return content | {"checksum": "edited" if edited else checksum(content)}
 
 
@@ -108,7 +119,10 @@ _MEND_PLAN = "Correct it, or move it away to have it derived again."
 
 def was_edited(file: Path) -> bool:
     """Whether a MACL plan was changed since it was written. Raises UserError where it is no JSON file."""
-    content = read_json(file, _MEND_PLAN)
+    return _is_edited(read_json(file, _MEND_PLAN))
+
+
+def _is_edited(content: Any) -> bool:
     if not isinstance(content, dict):
         return True
     return content.get("checksum") != checksum({key: value for key, value in content.items() if key != "checksum"})
@@ -125,6 +139,7 @@ def read_plan(file: Path) -> MACLPlan:
 
 def _plan_in(content: Any, file: Path) -> MACLPlan:
     names = [f.name for f in fields(MACLPlan)]
+    optional = [f.name for f in fields(MACLPlan) if f.default is None]
     if not isinstance(content, dict):
         raise UserError(f"{file} is no MACL plan. {_MEND_PLAN}")
     if content.get("format_version") != FORMAT_VERSION:
@@ -132,11 +147,12 @@ def _plan_in(content: Any, file: Path) -> MACLPlan:
             f"{file} has format version {content.get('format_version')!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "
             f"Update nnunetv2_macl, or move the file away to have it derived again."
         )
-    if missing := [name for name in names if name not in content]:
+    if missing := [name for name in names if name not in content and name not in optional]:
         raise UserError(f"{file} lacks {', '.join(missing)}. {_MEND_PLAN}")
-    plan = MACLPlan(**{name: content[name] for name in names})
+    plan = MACLPlan(**{name: content[name] for name in names if name in content})
     recipe_from_values(plan.recipe, f"{file}, 'recipe'")
-    return plan
+    # the options that were typed say nothing about a plan that was edited since
+    return replace(plan, recipe_name=None, settings=None) if _is_edited(content) else plan
 
 
 @contextmanager
@@ -236,9 +252,26 @@ def write_plan(plan: MACLPlan, file: Path, *, edited: bool = False) -> None:
     write_json(plan.as_json(edited=edited), file)
 
 
+def describe_recipe(name: Any, settings: Any) -> str | None:
+    """Return the options that ask for a recipe with these settings, as they are typed.
+
+    Args:
+        name: Name of the recipe, as a plan records it.
+        settings: Values by recipe key, as a plan records them.
+
+    Returns:
+        None unless both are there; a file from elsewhere may hold anything.
+    """
+    if not (isinstance(name, str) and isinstance(settings, dict)):
+        return None
+    return shlex.join(["-recipe", name, *(["--set", *settings_as_text(settings)] if settings else [])])
+
+
 def describe(plan: MACLPlan) -> str:
     """The plan in words, a line a derived value with its reason."""
     lines = [f"MACL plan of {plan.dataset_name}, {plan.plans_name}, {plan.configuration}"]
+    if plan.recipe_source:
+        lines.append(f"  recipe: {plan.recipe_source}")
     if not plan.get_recipe().is_contrastive:
         lines.append(f"  the recipe compares no patches: {', '.join(_OF_CONTRAST)} are not used")
     for keys, reason in plan.reasons.items():

@@ -13,12 +13,14 @@ from nnunetv2_macl.nnunet import Configuration, read_json
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.planning.memory import check_gpu_memory
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited, write_plan
-from nnunetv2_macl.recipe import check_values, load_recipe, recipe_from_values
+from nnunetv2_macl.recipe import check_values, load_recipe, recipe_from_values, settings_as_text
 from nnunetv2_macl.resources import resource_folder
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = "restore"
+# recipe keys that `derive_plan` turns into other numbers of the plan; an edited plan takes batch and parts as they are given
+_DERIVED_FROM = ("decoder_stages", "auxiliary_stage", "scale", "threshold", "limit_positives")
 
 
 def prepare(
@@ -70,15 +72,16 @@ def prepare(
         }
         return _adapt_edited(plan, file, values, {key: value for key, value in given.items() if value})
     name = recipe or DEFAULT_RECIPE
-    wanted = load_recipe(name, resource_folder("plans"))
-    plan = derive_plan(
+    derived = derive_plan(
         configuration,
-        recipe_from_values(wanted.as_dict() | values, f"Recipe {name}"),
+        load_recipe(name, resource_folder("plans"), values),
         unlabelled_datasets=unlabelled_datasets,
         skip_unreadable=skip_unreadable,
         channel_map=channel_map,
         gpu_memory_gb=gpu_memory_gb,
     )
+    # the name alone, because a path tells where on a machine a user keeps files
+    plan = replace(derived, recipe_name=Path(name).name, settings=values)
     # a folder that may only be read will do for the plan that is there
     if not file.is_file() or read_json(file, "") != plan.as_json():
         write_plan(plan, file)
@@ -86,8 +89,23 @@ def prepare(
 
 
 def _adapt_edited(plan: MACLPlan, file: Path, values: dict[str, Any], given: dict[str, Any]) -> MACLPlan:
+    _refuse_derived(plan, file, values)
     logger.info("Using the MACL plan as it was edited: %s (move it away to have it derived again)", file)
     adapted = replace(plan.with_recipe(values), **given)
     if adapted != plan:
         write_plan(adapted, file, edited=True)
     return adapted
+
+
+def _refuse_derived(plan: MACLPlan, file: Path, values: dict[str, Any]) -> None:
+    """Raise UserError for values that other numbers of the plan are derived from, because an edited plan keeps these."""
+    before, after = plan.get_recipe(), recipe_from_values(plan.recipe | values, "Command line")
+    keys: tuple[str, ...] = _DERIVED_FROM
+    if before.is_contrastive != after.is_contrastive:
+        keys += ("weight_global", "weight_dense")
+    refused = {key: value for key, value in values.items() if key in keys and getattr(before, key) != value}
+    if refused:
+        raise UserError(
+            f"{file} was edited, so it is not derived again for {', '.join(settings_as_text(refused))}. Edit the file itself, "
+            "or move it away."
+        )

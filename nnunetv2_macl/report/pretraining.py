@@ -95,6 +95,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     """What one looks for first: name and value."""
     log, recipe = run.log, run.plan.recipe
     rows = [("State", f"{run.state}, {run.epochs} of {recipe['num_epochs']} epochs")]
+    if run.plan.recipe_source:
+        rows.append(("Recipe", run.plan.recipe_source))
     if run.images is not None:
         left_out = f", {run.skipped} left out as unreadable" if run.skipped else ""
         rows.append(("Trained on", f"{run.images} images, none of their labels{left_out}"))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_macl.monitoring import LOSS_NAMES
+from nnunetv2_macl.planning.plan import describe_recipe
 from nnunetv2_macl.training.commands import plans_option
 
 _LOSSES = {f"train_losses/{key}": name.split(",")[0] for key, name in LOSS_NAMES.items()}
@@ -101,7 +102,8 @@ def facts_of(description: dict[str, Any]) -> dict[str, str]:
     add("network", (architecture.get("network_class_name") or "").rpartition(".")[2])
     add("patch", plan.get("patch_size") and f"{_by(plan['patch_size'])} voxels, batch {plan.get('batch_size')}")
     add("decoder stages", plan.get("decoder_stages"))
-    add("recipe", ", ".join(f"{key} {value}" for key, value in _told(recipe).items()))
+    add("recipe", describe_recipe(plan.get("recipe_name"), plan.get("settings")))
+    add("recipe values", ", ".join(f"{key} {value}" for key, value in _told(recipe).items()))
     add("epochs", description.get("epochs") or recipe.get("num_epochs"))
     losses = description.get("final_losses") or {}
     add("final losses", ", ".join(f"{short} {losses[key]:.3f}" for key, short in _LOSSES.items() if key in losses))

@@ -104,7 +104,8 @@ def _shared(pretrained: PretrainedWeights) -> dict[str, Any]:
         own = fingerprint.get("nnunet")
         kept = {key: own[key] for key in _FINGERPRINT_KEYS if key in own} if isinstance(own, dict) else {}
         shared["dataset_fingerprint"] = fingerprint | {"nnunet": kept}
-    for recipe in (shared.get("recipe"), (shared.get("macl_plan") or {}).get("recipe")):
+    plan = shared.get("macl_plan") or {}
+    for recipe in (shared.get("recipe"), plan.get("recipe"), plan.get("settings")):
         # whoever wrote a recipe of his own may have written anything into this
         if isinstance(recipe, dict) and "description" in recipe:
             recipe["description"] = ""

@@ -302,6 +302,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         if distributed.rank() == 0:
             super().on_train_start()
             write_plan(self.macl_plan, Path(self.output_folder) / PLAN_COPY)
+            if self.macl_plan.recipe_source:
+                self.print_to_log_file(f"Recipe: {self.macl_plan.recipe_source}")
         else:
             self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         distributed.spread(self.step.module)
@@ -629,12 +631,14 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def _run(self) -> dict[str, Any]:
         """What tells this run's checkpoints from another's."""
         # what may change within a run: in how many parts a batch is computed, what is done about an image that went bad and
-        # about a collapse
+        # about a collapse; and how the recipe was asked for, which earlier versions did not record
         plan = replace(
             self.macl_plan,
             patches_at_once=self.macl_plan.batch_size,
             skip_unreadable=False,
             recipe=self.macl_plan.recipe | {"collapse_patience": 0},
+            recipe_name=None,
+            settings=None,
         )
         return {"fold": str(self.fold), "macl_plan": plan.as_json()}
 

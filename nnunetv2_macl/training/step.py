@@ -117,7 +117,7 @@ class TrainingStep:
         outputs: dict[str, Tensor] = {}
         restores = self.module.restoration_head is not None
         if self.module.is_contrastive:
-            losses, outputs = self._backward(self._show(patches, numbers), positions, step, is_last=not restores)
+            losses, outputs = self._backward(self._show(patches, numbers, step), positions, step, is_last=not restores)
         if restores:
             losses["restoration"] = self._restore(patches, numbers)
             losses["total"] = losses["total"] + self.recipe.weight_restoration * losses["restoration"]
@@ -130,20 +130,23 @@ class TrainingStep:
     def show(self, patches: Tensor, step: int) -> Shown:
         """What the branches see: down(I1), I2, down(V1), V2; None for a group that no loss asks for.
 
+        V1 is not made smaller in a first training stage without downsampling.
+
         Args:
             patches: (n, C, *patch), this rank's share.
             step: number of the step.
         """
-        return self._show(patches.to(self.device), self.draws(step).to(self.device))
+        return self._show(patches.to(self.device), self.draws(step).to(self.device), step)
 
-    def _show(self, patches: Tensor, numbers: StepNumbers) -> Shown:
+    def _show(self, patches: Tensor, numbers: StepNumbers, step: int) -> Shown:
         small, spatial = self.plan.dominant_patch_size, self.draws.spatial
         shown: list[Tensor | None] = [None] * 4
         if self.module.needs_invariance:
             shown[:2] = down(patches, small), patches
         if spatial is not None and numbers.views is not None:
             view1, view2 = numbers.views
-            shown[2:] = spatial.apply(patches, view1, small), spatial.apply(patches, view2)
+            first_size = self.plan.patch_size if self._is_at_full_size(step) else small
+            shown[2:] = spatial.apply(patches, view1, first_size), spatial.apply(patches, view2)
         return tuple(  # type: ignore[return-value]
             group if group is None or changes is None else self.draws.intensity.apply(group, changes)
             for group, changes in zip(shown, numbers.intensity, strict=True)
@@ -257,16 +260,20 @@ class TrainingStep:
         half = self.recipe.num_epochs // 2 * self.recipe.num_iterations_per_epoch
         return self.recipe.training_stages == 2 and step >= half
 
+    def _is_at_full_size(self, step: int) -> bool:
+        """The first of two training stages, where the recipe has no downsampling in it."""
+        return self.recipe.full_size_first and not self._in_decoder_stage(step)
+
     def _stage_loss(self, losses: dict[str, Tensor], step: int) -> Tensor:
         """The total; with two training stages the dense loss waits for the second, which has it alone."""
         if self.recipe.training_stages == 1 or "dense" not in losses or "global" not in losses:
             return losses["total"]
-        decoder_stage = self._in_decoder_stage(step)
-        return sum(  # type: ignore[return-value]
-            loss * self.loss.weights[name]
-            for name, loss in losses.items()
-            if name != "total" and (name == "dense") == decoder_stage
-        )
+        if self._in_decoder_stage(step):
+            trained = ["dense"]
+        else:
+            # L_ER compares the two sizes of an image, so it has nothing to compare at full size
+            trained = ["global"] if self._is_at_full_size(step) else ["global", "equivariance"]
+        return sum(losses[name] * self.loss.weights[name] for name in trained if name in losses)  # type: ignore
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)

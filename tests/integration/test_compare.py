@@ -193,9 +193,12 @@ def test_a_plan_of_the_users_own_is_taken_as_it_stands(workspace, tmp_path):
 )
 def test_every_way_of_fine_tuning(workspace, tmp_path, finetuning, words):
     folder = tmp_path / "study"
-    compare(replace(OPTIONS, finetuning=finetuning, rates=[5e-4]), folder=folder, device="cpu")
+    arms = ["scratch", "recipe:restore,restoration_share=0.5"]
+    compare(replace(OPTIONS, arms=arms, finetuning=finetuning, rates=[5e-4]), folder=folder, device="cpu")
     assert f"Fine-tuning is {words}." in (folder / "compare.md").read_text()
-    for cell in ("scratch", "pretrained"):
+    (plan,) = folder.glob("pretraining/*/nnUNet_results/**/macl_plan.json")
+    assert json.loads(plan.read_text())["settings"]["restoration_share"] == 0.5
+    for cell in ("scratch", "recipe-restore-restoration_share-0-5"):
         (checkpoint,) = (folder / "cells").glob(f"{cell}_*/**/checkpoint_final.pth")
         state = torch.load(checkpoint, map_location="cpu", weights_only=False)["optimizer_state"]
         # both are Adam's kin, with the rate that was asked for

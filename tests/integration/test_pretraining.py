@@ -187,7 +187,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(workspace):
         "pcl",
         pytest.param("simclr", marks=pytest.mark.slow),
         "table6_ema_encoder_one_stage",
-        pytest.param("table6_independent_encoder_two_stages", marks=pytest.mark.slow),
+        pytest.param("table6_independent_encoder_one_stage", marks=pytest.mark.slow),
+        pytest.param("table6_two_stages_no_downsampling", marks=pytest.mark.slow),
     ],
 )
 def test_recipes_run(workspace, recipe):
@@ -200,7 +201,7 @@ def test_recipes_run(workspace, recipe):
 
 def test_two_training_stages_train_one_part_at_a_time(workspace):
     folder = pretrain(
-        DATASET, "2d", recipe="table6_shared_encoder_two_stages", device="cpu", num_epochs=1, num_iterations_per_epoch=2,
+        DATASET, "2d", recipe="table6_two_stages_downsampling", device="cpu", num_epochs=1, num_iterations_per_epoch=2,
         batch_size=4,
     )  # fmt: skip
     # one epoch of one: the second stage alone, which leaves the encoder as it was made
@@ -331,7 +332,7 @@ def test_options_that_cannot_change_are_told_when_going_on(workspace):
     generate_dataset(workspace.raw / "Dataset902_Other", labelled=1, unlabelled=0, test=0, shape=(6, 40, 48))
     options = dict(device="cpu", unlabelled=[902, "902"])
     pretrain("901", "2d", num_epochs=1, num_iterations_per_epoch=1, batch_size=4, **options)
-    with pytest.raises(UserError, match=r"-batch_size 8 \(was 4\)") as error:
+    with pytest.raises(UserError, match=r"batch_size=8 \(was 4\)") as error:
         pretrain("901", "2d", batch_size=8, continue_training=True, **options)
     assert "-u" not in str(error.value)
 
