@@ -225,9 +225,9 @@ def test_a_list_of_images_needs_no_labels(workspace):
     description["dataset"] = {"a": {"images": ["images/case_000_0000.nii.gz"]}}
     (other / "dataset.json").write_text(json.dumps(description))
     assert len(run(datasets=["Dataset902_Other"]).cases) == 5
-    for listed in ([], {"c": 3}, {"c": {"label": "x"}}):
+    for listed in ([], {"c": 3}, {"c": {"label": "x"}}, {"c": {"images": "c_0000.nii.gz"}}, {"c": {"images": [0]}}):
         (other / "dataset.json").write_text(json.dumps(description | {"dataset": listed}))
-        with pytest.raises(UserError, match="'dataset' must be an object of cases"):
+        with pytest.raises(UserError, match=r"'dataset' must be an object .* a list of 'images'"):
             run(datasets=["Dataset902_Other"])
 
 

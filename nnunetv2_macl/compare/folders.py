@@ -18,10 +18,11 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_macl.compare.split import patients_of
 from nnunetv2_macl.compare.study import Options, Study
+from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json, write_whole
-from nnunetv2_macl.nnunet import channel_names, preprocessed_folder, raw_folder, read_json
-from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, group_channels, pick_channels, read_description
+from nnunetv2_macl.nnunet import preprocessed_folder, raw_folder, read_dataset_json, read_json
+from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, group_channels, pick_channels
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.words import counted
 
@@ -48,7 +49,8 @@ class RawImages:
         what is not there; names it.
         """
         folder = raw_folder(dataset)
-        dataset_json = read_description(folder / "dataset.json", "The study needs the raw data set: put it there.")
+        mend = "The study needs the raw data set: put it there."
+        dataset_json = read_dataset_json(folder / "dataset.json", mend, labels=True)
         if not (folder / "imagesTr").is_dir() and "dataset" not in dataset_json:
             raise UserError(f"{folder / 'imagesTr'} does not exist. Put the labelled cases there and in labelsTr.")
         _require_no_dead_links(folder / "imagesTr")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import stat
@@ -17,8 +19,9 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_macl.data import Case
+from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import SUPPORTED_CONFIGURATIONS, Configuration, channel_names, raw_folder, read_json
+from nnunetv2_macl.nnunet import SUPPORTED_CONFIGURATIONS, Configuration, raw_folder, read_dataset_json
 
 UNLABELLED_FOLDER = "imagesUn"
 
@@ -121,9 +124,8 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
             f"{folder} does not exist, so there are no images of {name} to use. Put them there or leave out -u."
         )
     file = folder / "dataset.json"
-    dataset_json = read_description(
-        file, "Write one, as for any nnU-Net data set: channel_names and file_ending are needed."
-    )
+    mend = "Write one, as for any nnU-Net data set: channel_names and file_ending are needed."
+    dataset_json = read_dataset_json(file, mend)
     theirs = channel_names(dataset_json)
     channels = _match_channels(configuration, name, theirs, channel_map)
     ending = dataset_json["file_ending"]
@@ -160,24 +162,9 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
     return Source(name, cases, incomplete, reader, left)
 
 
-def read_description(file: Path, mend: str) -> dict[str, Any]:
-    """A raw data set's dataset.json. Raises UserError where it is not there (``mend`` says what to do), or lacks a key."""
-    dataset_json = read_json(file, mend)
-    for key in ("channel_names", "file_ending"):
-        if key not in dataset_json and not (key == "channel_names" and "modality" in dataset_json):
-            raise UserError(f"{file} has no '{key}'. Add it, as for any nnU-Net data set.")
-    return dataset_json
-
-
 def _listed_images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Images by case where dataset.json lists them; labels need not be there."""
-    listed = dataset_json["dataset"]
-    if not isinstance(listed, dict) or not all(isinstance(e, dict) and e.get("images") for e in listed.values()):
-        raise UserError(
-            f"{folder / 'dataset.json'}: 'dataset' must be an object of cases, each with a list of 'images', as nnU-Net has it. "
-            "Correct it, or leave out -u."
-        )
-    unlabelled = {case: {"label": ""} | entry for case, entry in listed.items()}
+    unlabelled = {case: {"label": ""} | entry for case, entry in dataset_json["dataset"].items()}
     return get_filenames_of_train_images_and_targets(str(folder), dataset_json | {"dataset": unlabelled})
 
 
@@ -190,7 +177,9 @@ def _reader(
         return own
     example = next(iter(cases.values())).files[0]
     try:
-        return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+        # nnU-Net prints the traceback of every reader that fails
+        with contextlib.redirect_stderr(io.StringIO()):
+            return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
     except (RuntimeError, OSError) as error:
         raise UserError(
             f"nnU-Net finds nothing that reads {example}: {error} Correct it, or leave {folder.name} out of -u."
