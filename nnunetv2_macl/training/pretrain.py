@@ -47,7 +47,7 @@ from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_
 from nnunetv2_macl.training.epoch_log import CollapseWatch, Epoch, EpochSums, log_keys
 from nnunetv2_macl.training.export import export_run
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice
-from nnunetv2_macl.training.run_folder import PLAN_COPY, PRETRAINER, RunLock, set_aside
+from nnunetv2_macl.training.run_folder import PLAN_COPY, PRETRAINER, RunLock, set_aside, write_cases
 from nnunetv2_macl.training.signals import Signals, ignore_in_worker
 from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
@@ -281,6 +281,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         if distributed.rank() == 0:
             super().on_train_start()
             write_plan(self.macl_plan, Path(self.output_folder) / PLAN_COPY)
+            write_cases(Path(self.output_folder), self._cases_by_dataset(), resumed=self._resumed_images is not None)
         else:
             self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         distributed.spread(self.step.module)
@@ -298,6 +299,14 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 "WARNING: the images are no longer those that the run began with; it goes on with these"
             )
         self._signals.listen()
+
+    def _cases_by_dataset(self) -> list[tuple[str, str]]:
+        """Return data set and name of each case that the run sees."""
+        configuration = self.macl_configuration
+        # nnU-Net keeps labelled cases in a folder of the configuration, this package others in a folder of their data set
+        datasets = {configuration.cases_folder.name: configuration.dataset_name}
+        folders = ((Path(case.file).parent.name, case.name) for case in self.data.cases)
+        return [(datasets.get(folder, folder), name) for folder, name in folders]
 
     def _images(self) -> str:
         return checksum([case.name for case in self.data.cases])
