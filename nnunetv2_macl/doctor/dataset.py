@@ -22,6 +22,7 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
 from nnunetv2_macl.doctor.shell import shell_in_use
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.folds import check_fold, number_of_folds, splits_file, too_few_cases
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration, raw_folder
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.planning.positives import resampled_shapes
@@ -59,6 +60,7 @@ def dataset_checks(
     except UserError as error:
         yield from_error("plan", error)
         return
+    yield folds(target, device)
     yield images(target, labelled, sources)
     yield headers(sources, skip_unreadable=plan.skip_unreadable)
     yield estimate(target, sources, device, timeout)
@@ -79,6 +81,22 @@ def plan_is_there(target: Configuration) -> Result:
         words += f"; the plan also has {', '.join(others)} (-c)"
     values = {"configuration": target.name, "patch_size": target.patch_size, "other_configurations": others}
     return Result("plan", RIGHT, words, values=values)
+
+
+def folds(target: Configuration, device: str) -> Result:
+    """Return whether nnU-Net can make the folds that it fine-tunes, or read those of the user."""
+    check, file = "folds", splits_file(target)
+    try:
+        number = number_of_folds(target)
+        for fold in range(number):
+            check_fold(target, fold)
+    except UserError as error:
+        return from_error(check, error)
+    if not number:
+        words, _, example = too_few_cases(target).partition(": echo ")
+        mend = command_to_fine_tune(target, device=device) + (f"\necho {example}" if example else "")
+        return Result(check, WRONG, words, mend)
+    return Result(check, RIGHT, f"{number} folds, {f'of {file}' if file.is_file() else 'which nnU-Net will make'}")
 
 
 def macl_plan(plan: MACLPlan, origin: str) -> Result:

@@ -20,8 +20,9 @@ from torch._dynamo import OptimizedModule
 
 from nnunetv2_macl import __version__, checkpoints, formats
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.folds import check_fold, number_of_folds, too_few_cases
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration
-from nnunetv2_macl.training.commands import command_to_pretrain
+from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
 from nnunetv2_macl.training.run_folder import cases_seen, pretraining_folder
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
 from nnunetv2_macl.transfer import Transfer, kernel_norms, plan_transfer, rescale_kernels
@@ -163,8 +164,16 @@ class nnUNetTrainerMACL(nnUNetTrainer):
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return nnU-Net's split, which is asked for before the training begins, too, and logged once."""
         if self._split is None:
+            if self.fold != "all":
+                self._check_fold(int(self.fold))
             self._split = super().do_split()
         return self._split
+
+    def _check_fold(self, fold: int) -> None:
+        if not number_of_folds(self._configuration):
+            command = command_to_fine_tune(self._configuration, "all", self.device.type, type(self).__name__)
+            raise UserError(f"{too_few_cases(self._configuration)}\nOn all cases, type:\n    {command}")
+        check_fold(self._configuration, fold)
 
     def _seen_before(self, pretrained: checkpoints.PretrainedWeights) -> str | None:
         """Return what pre-training saw of this fold's validation cases, in words, or None."""

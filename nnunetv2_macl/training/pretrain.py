@@ -25,6 +25,7 @@ from nnunetv2_macl.building import build_loss, build_network, build_optimizer
 from nnunetv2_macl.data import Case, PretrainingBatches, hear_no_more_of_workers, load_batches, worker_was_killed
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import CannotWriteError, cannot_write, is_refused_write, remove_temporary
+from nnunetv2_macl.folds import check_fold, number_of_folds, too_few_cases
 from nnunetv2_macl.messages import heard
 from nnunetv2_macl.monitoring import LOSS_NAMES
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration, checksum
@@ -324,6 +325,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             )
         own = training_cases(self.macl_configuration)
         if self.fold != "all":
+            check_fold(self.macl_configuration, int(self.fold))
             left_out = set(self.do_split()[1])
             own = [case for case in own if case.name not in left_out]
             self.print_to_log_file(f"Kept apart: the {len(left_out)} validation images of fold {self.fold}")
@@ -539,8 +541,9 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         collapsed = (
             "The run ended COLLAPSED: fine-tuning from it is not likely to help.\n" if self.collapse.reason else ""
         )
+        no_folds = "" if number_of_folds(self.macl_configuration) else f"{too_few_cases(self.macl_configuration)}\n"
         self.print_to_log_file(
-            f"{collapsed}Weights: {self.output_folder}\nFine-tune from them:\n"
+            f"{collapsed}Weights: {self.output_folder}\n{no_folds}Fine-tune from them:\n"
             f'    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"\n    '
             # fine-tuning looks in the folder of this package's own trainer
             + (f"export {WEIGHTS_VARIABLE}={shlex.quote(str(self.output_folder))}\n    " if is_own else "")
