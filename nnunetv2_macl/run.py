@@ -19,7 +19,13 @@ from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, handed_on, read_plan, write_plan
 from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
-from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, find_sources, training_cases
+from nnunetv2_macl.preprocessing.sources import (
+    UNLABELLED_FOLDER,
+    find_sources,
+    no_spacing_told,
+    training_cases,
+    without_spacing,
+)
 from nnunetv2_macl.recipe import check_values
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.launch import join_ranks, train
@@ -183,6 +189,8 @@ def _plan(
                 "%d files of %s are not named CASE_0000 with its file ending, and are left out: %s",
                 len(source.passed_over), source.dataset_name, ", ".join(source.passed_over[:3]),
             )  # fmt: skip
+        if bare := without_spacing(source):
+            logger.warning("WARNING: %s", no_spacing_told(bare))
     if not sources:
         logger.info(
             "No unlabelled images: pre-training on the training images alone. More go into %s, or come with -u.",
