@@ -41,6 +41,8 @@ from nnunetv2_macl.data import Case
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json, write_whole
+from nnunetv2_macl.main_guard import require_main_guard
+from nnunetv2_macl.messages import show_any_character
 from nnunetv2_macl.nnunet import Configuration, raw_folder
 from nnunetv2_macl.planning.memory import is_above_zero
 from nnunetv2_macl.preprocessing.index import Index
@@ -204,6 +206,7 @@ def _require_space(configuration: Configuration, folder: Path, cases: int) -> No
 def _run(
     configuration: Configuration, todo: list[tuple], processes: int, skipped: dict[Path, str], skip_unreadable: bool
 ) -> None:
+    require_main_guard()
     # spawn, as nnU-Net does: forked children inherit locks that are held
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
@@ -239,6 +242,7 @@ _configuration: Configuration
 def _initialise(configuration: Configuration) -> None:
     global _configuration
     _configuration = configuration
+    show_any_character()
     blosc2.set_nthreads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

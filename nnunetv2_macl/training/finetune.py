@@ -21,6 +21,7 @@ from torch._dynamo import OptimizedModule
 from nnunetv2_macl import __version__, checkpoints, formats
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import check_fold, number_of_folds, too_few_cases
+from nnunetv2_macl.messages import for_log_file, show_any_character
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
 from nnunetv2_macl.training.run_folder import cases_seen, pretraining_folder
@@ -56,11 +57,17 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which it inspects
     ) -> None:
+        show_any_character()
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.finetuning_epochs
         self.initial_lr = self.finetuning_lr
         self.macl_origin: dict[str, Any] | None = None
         self._split: tuple[list[str], list[str]] | None = None
+
+    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """As nnU-Net's, for any name of a file or a case."""
+        words = map(for_log_file, args)
+        super().print_to_log_file(*words, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         optimizer, scheduler = super().configure_optimizers()

@@ -26,7 +26,7 @@ from nnunetv2_macl.data import Case, PretrainingBatches, hear_no_more_of_workers
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import CannotWriteError, cannot_write, is_refused_write, remove_temporary
 from nnunetv2_macl.folds import check_fold, number_of_folds, too_few_cases
-from nnunetv2_macl.messages import heard
+from nnunetv2_macl.messages import for_log_file, heard, show_any_character
 from nnunetv2_macl.monitoring import LOSS_NAMES
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration, checksum
 from nnunetv2_macl.planning.plan import (
@@ -80,6 +80,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which it inspects
     ) -> None:
+        show_any_character()
         self._continue_training = bool(plans.get("continue_training"))
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
@@ -356,7 +357,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
         """As nnU-Net's, but every rank says the same, so one is enough."""
         also_print_to_console = also_print_to_console and distributed.rank() == 0
-        super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
+        words = map(for_log_file, args)
+        super().print_to_log_file(*words, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
 
     # --- one epoch -------------------------------------------------------------------------------------------------------
 
