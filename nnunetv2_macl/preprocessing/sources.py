@@ -9,6 +9,7 @@ import re
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import SUPPORTED_CONFIGURATIONS, Configuration, raw_folder, read_dataset_json
 
 UNLABELLED_FOLDER = "imagesUn"
+_FILES_AT_ONCE = 16
 # endings that name one format: a reader of one reads the other
 _SAME_FORMAT = ((".nii.gz", ".nii"), (".tif", ".tiff"))
 
@@ -250,15 +252,22 @@ def group_channels(folder: Path, ending: str) -> dict[str, dict[int, RawFile]]:
         raise UserError(f"{folder} cannot be read: {error.strerror}. Check its permissions.") from None
     inside = [os.path.realpath(folder), os.path.realpath(os.environ["nnUNet_raw"])]
     there = {entry.name: entry for entry in entries}
-    cases: dict[str, dict[int, RawFile]] = defaultdict(dict)
-    for name, (case, channel) in _images_among(there, ending).items():
+
+    def look(name: str) -> RawFile:
         entry = there[name]
-        file = RawFile.look(str(folder / name), entry.stat, entry.is_symlink(), inside)
         beside: list[list[str | int]] = []
         for other in (there[other] for other in sidecars(name) if other in there):
             with contextlib.suppress(OSError):  # a dead link
                 beside.append([other.name, other.stat().st_size, other.stat().st_mtime_ns])
-        cases[case][channel] = file._replace(beside=beside) if beside else file
+        found = RawFile.look(str(folder / name), entry.stat, entry.is_symlink(), inside)
+        return found._replace(beside=beside)
+
+    images = _images_among(there, ending)
+    cases: dict[str, dict[int, RawFile]] = defaultdict(dict)
+    # the file system of an archive may take milliseconds for each file, and answers many at once
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        for (case, channel), file in zip(images.values(), pool.map(look, images), strict=True):
+            cases[case][channel] = file
     return dict(cases)
 
 
