@@ -1,4 +1,4 @@
-"""Weights in the formats of others: read from nnssl, written for nnU-Net's two ways to fine-tune."""
+"""Weights in the formats of others: read from nnU-Net and nnssl, written for nnU-Net's two ways to fine-tune."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from typing import Any
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.sharing.package import write_package
 from nnunetv2_macl.training.run_folder import PRETRAINER
+from nnunetv2_macl.transfer import TWIN, stem_kernels
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("nnssl", "nnunet")
 PACKAGE = "zip"
 ADAPTATION_PLAN = "nnssl_adaptation_plan"
+_NNUNET_KEYS = {"network_weights", "init_args", "trainer_name"}
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 _UNETS = "dynamic_network_architectures.architectures.unet."
 # classes that a file may name; anything else in it would be imported and called
@@ -53,10 +58,10 @@ _NAMED = {name: ("ResidualEncoderUNet", _RESIDUAL_ENCODER_L) for name in ("ResEn
 
 
 def load_weights(path: Path) -> PretrainedWeights:
-    """Pre-trained weights of this package or of nnssl.
+    """Return the weights of a pre-training run of this package or of nnssl, or of a training of nnU-Net.
 
     Args:
-        path: what `checkpoints.load_weights` takes, or a checkpoint of nnssl.
+        path: what `checkpoints.load_weights` takes, or a checkpoint of nnU-Net v2 or of nnssl.
 
     Raises:
         UserError: nothing there, damaged, more in it than tensors and plain values, or no weights of a U-Net; names the file.
@@ -65,7 +70,58 @@ def load_weights(path: Path) -> PretrainedWeights:
         content = checkpoints.load(path)
         if ADAPTATION_PLAN in content:
             return _from_nnssl(content, path)
+        if is_nnunet_checkpoint(content):
+            return _from_nnunet(content, path)
     return checkpoints.load_weights(path)
+
+
+def is_nnunet_checkpoint(content: dict[str, Any]) -> bool:
+    """Return whether a checkpoint is one of nnU-Net's own training, by whichever trainer."""
+    # the checkpoints of this package name their kind
+    return "kind" not in content and content.keys() >= _NNUNET_KEYS
+
+
+def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
+    """Return the encoder and the decoder of a trained network; its segmentation layers are of its own labels."""
+    try:
+        arguments = content["init_args"]
+        plans, dataset_json = PlansManager(arguments["plans"]), arguments["dataset_json"]
+        trained_for = Configuration(
+            plans.dataset_name, plans.plans_name, arguments["configuration"], plans, dataset_json
+        )
+        architecture, preprocessing = trained_for.architecture(), trained_for.preprocessing()
+        # nnU-Net loads weights that were saved while they were distributed or compiled, too
+        named = {_WRAPPERS.sub("", key): value for key, value in content["network_weights"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{file} is a checkpoint of nnU-Net without a usable plan of its network: {reason}. Take the checkpoint that "
+            f"nnU-Net's training wrote at its end ({checkpoints.NNUNET_FILE})."
+        ) from None
+    weights = {
+        key: value
+        for key, value in named.items()
+        if isinstance(value, Tensor) and ".seg_layers." not in key and not key.startswith(f"{TWIN}encoder.")
+    }
+    if not weights:
+        raise UserError(f"{file} is a checkpoint of nnU-Net that holds no weights of a network. Take another file.")
+    stem = stem_kernels(weights)
+    description = {
+        "kind": "nnunet",
+        "dataset_name": trained_for.dataset_name,
+        "plans_name": trained_for.plans_name,
+        "configuration": trained_for.name,
+        "fold": arguments.get("fold"),
+        "epochs": content.get("current_epoch"),
+        "preprocessing": preprocessing,
+        "dataset_fingerprint": {"channel_names": trained_for.channel_names},
+        "citations": checkpoints.CITATIONS if content.get("macl") else checkpoints.CITATIONS[1:],
+    }
+    if stem and trained_for.is_cascaded:
+        description["network_input_channels"] = weights[stem[0]].shape[1]
+    images = architecture["input_channels"]
+    weights |= {key: weights[key][:, :images] for key in stem}
+    return PretrainedWeights([file], weights, architecture, description)
 
 
 def _from_nnssl(content: dict[str, Any], file: Path) -> PretrainedWeights:
@@ -289,7 +345,8 @@ def _own_network(pretrained: PretrainedWeights) -> nn.Module:
             here = list(state[key].shape) if key in state else "not there"
             raise UserError(
                 f"The weights in {files} do not fit the architecture that they come with: {key} is {list(value.shape)} in the "
-                f"file and {here} in the network. The file is damaged; take another one."
+                f"file and {here} in the network. Either the file was changed, or its trainer builds another network than its "
+                "plan names. Such weights can be fine-tuned from, but not exported."
             )
     return network
 

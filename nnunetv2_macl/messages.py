@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import locale
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+
+def show_any_character() -> None:
+    """Have this process show a character that its output's encoding lacks as an escape, instead of ending with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def for_log_file(text: object) -> str:
+    """Return a text in which what a file of the system's encoding cannot hold is an escape: nnU-Net opens its log so."""
+    encoding = locale.getpreferredencoding(False)
+    return str(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 class _Saying(logging.Handler):

@@ -23,6 +23,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_macl.dataset_json import channel_names, check_dataset_json
 from nnunetv2_macl.errors import UserError
 
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -86,11 +87,17 @@ def dataset_name(name_or_id: str | int) -> str:
 def read_json(path: Path, mend: str) -> Any:
     """Read a JSON file. Raises UserError that says what is wrong with it, and ``mend``."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        # Windows' editors put a byte order mark before the text
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist. {mend}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}. {mend}") from None
+
+
+def read_dataset_json(file: Path, mend: str, *, labels: bool = False) -> dict[str, Any]:
+    """Read and check a dataset.json. Raises UserError as `read_json` and `check_dataset_json` do."""
+    return check_dataset_json(read_json(file, mend), file, labels=labels)
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,8 @@ class Configuration:
         mend = _how_to_plan(name, plans_name)
         file = folder / f"{plans_name}.json"
         plans = read_json(file, mend if file.is_file() else _other_plans(folder) + mend)
-        dataset_json = read_json(folder / "dataset.json", mend)
+        described = folder / "dataset.json"
+        dataset_json = read_dataset_json(described, mend, labels=True)
         if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
             raise UserError(f"{file} is no nnU-Net plan. {mend}")
         for key, wanted in (("plans_name", plans_name), ("dataset_name", name)):
@@ -146,7 +154,7 @@ class Configuration:
         planned, channels = len(found.manager.normalization_schemes), found.channel_names
         if planned != len(channels):
             raise UserError(
-                f"{file} plans {configuration} for {planned} channels, and {folder / 'dataset.json'} names {len(channels)}: "
+                f"{file} plans {configuration} for {planned} channels, and {described} names {len(channels)}: "
                 f"{', '.join(channels) or 'none'}. The data set was changed, and nnU-Net keeps from an older plan what it "
                 f"does not plan anew. Rename the plan, to keep it, and plan again: mv {file} {file}.old. {mend}"
             )
@@ -268,12 +276,6 @@ class Configuration:
     def plan_checksum(self) -> str:
         """Changes when the nnU-Net plan changes in anything that the MACL plan is derived from."""
         return checksum([self.architecture(), self.patch_size, self.preprocessing_checksum()])
-
-
-def channel_names(dataset_json: dict[str, Any]) -> list[str]:
-    """Names of the channels in their order. ``modality`` is nnU-Net's older key."""
-    names = dataset_json.get("channel_names", dataset_json.get("modality", {}))
-    return [str(names[key]) for key in sorted(names, key=int)]
 
 
 def checksum(content: Any) -> str:

@@ -14,11 +14,18 @@ import torch
 
 from nnunetv2_macl import distributed, nnunet
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.folds import check_fold, number_of_folds
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, handed_on, read_plan, write_plan
 from nnunetv2_macl.planning.prepare import prepare
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
-from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, find_sources, training_cases
+from nnunetv2_macl.preprocessing.sources import (
+    UNLABELLED_FOLDER,
+    find_sources,
+    no_spacing_told,
+    training_cases,
+    without_spacing,
+)
 from nnunetv2_macl.recipe import AUTO, check_values, settings_as_text
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.launch import join_ranks, train
@@ -182,6 +189,8 @@ def _plan(
                 "%d files of %s are not named CASE_0000 with its file ending, and are left out: %s",
                 len(source.passed_over), source.dataset_name, ", ".join(source.passed_over[:3]),
             )  # fmt: skip
+        if bare := without_spacing(source):
+            logger.warning("WARNING: %s", no_spacing_told(bare))
     if not sources:
         logger.info(
             "No unlabelled images: pre-training on the training images alone. More go into %s, or come with -u.",
@@ -232,17 +241,10 @@ def _check_parts(num_parts: int, part_id: int, preprocess_only: bool) -> None:
 
 
 def _check_fold(fold: int, configuration: Configuration) -> int:
-    file = configuration.folder / "splits_final.json"
-    folds = 5  # what nnU-Net makes where there is no file
-    if file.is_file():
-        folds = len(nnunet.read_json(file, "Move it away to have nnU-Net make it again."))
-    if not 0 <= fold < folds:
-        where = str(file) if file.is_file() else "nnU-Net's own split"
-        raise UserError(f"--exclude_fold {fold}: {where} has the folds 0 to {folds - 1}. Give one of these.")
-    if not file.is_file() and len(training_cases(configuration)) < folds:
+    check_fold(configuration, fold)
+    if not 0 <= fold < (folds := number_of_folds(configuration)):
         raise UserError(
-            f"--exclude_fold {fold}: {configuration.dataset_name} has fewer than {folds} training cases, so nnU-Net cannot "
-            f"split them. Write {file} yourself, or leave out --exclude_fold."
+            f"--exclude_fold {fold}: {configuration.dataset_name} has the folds 0 to {folds - 1}. Give one of these."
         )
     return fold
 

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from nnunetv2_macl.checkpoints import NETWORK_FILE
-from nnunetv2_macl.compare.folders import _link
+from nnunetv2_macl.cli.compare import _compare_parser
+from nnunetv2_macl.compare.folders import RawImages, _link, link_unlabelled
 from nnunetv2_macl.compare.run import _pretrain
 from nnunetv2_macl.compare.split import split_cases
 from nnunetv2_macl.compare.steps import DONE_FILE, Step, run_steps
@@ -29,6 +30,7 @@ OPTIONS = Options(
     labels=["3", "6"], seeds=2, rates=[1e-2, 1e-3], test="25%", validation="10%", group_regex=None, epochs=5, iterations=4,
     batch_size=None, pretrain_epochs=None, pretrain_iterations=None, pretrain_batch_size=None, disable_tta=False,
 )  # fmt: skip
+IMAGES = RawImages({}, {}, {})
 SPLIT = split_cases(PATIENTS, test="25%", validation="10%", labels=["3", "6"], seeds=2)
 
 
@@ -122,6 +124,40 @@ def test_an_image_that_was_mended_is_taken_again(tmp_path, monkeypatch, links):
         (tmp_path / "new").replace(image)
         _link(image, of_the_study, "case")
         assert of_the_study.read_bytes() == content
+
+
+def test_unlabelled_images_follow_the_users_until_something_is_trained_on_them(tmp_path):
+    """One is corrected, one taken out, one added; a spacing file goes with its image."""
+    study, images = Study(tmp_path / "study", OPTIONS, SPLIT, PATIENTS), tmp_path / "imagesUn"
+    images.mkdir()
+
+    def follow(*files):
+        cases = {file[: -len("_0000.tif")]: [str(images / file)] for file in files}
+        link_unlabelled(study, RawImages({}, cases, {}))
+        return {path.name: path.read_text() for path in (study.raw / "imagesUn").iterdir()}
+
+    for name in ("a_0000.tif", "b_0000.tif", "b.json"):
+        (images / name).write_text("first")
+    assert follow("a_0000.tif", "b_0000.tif") == {"a_0000.tif": "first", "b_0000.tif": "first", "b.json": "first"}
+    (images / "a_0000.tif").unlink()
+    (images / "a_0000.tif").write_text("corrected")
+    (images / "c_0000.tif").write_text("new")
+    assert follow("a_0000.tif", "c_0000.tif") == {"a_0000.tif": "corrected", "c_0000.tif": "new"}
+    assert (images / "b_0000.tif").read_text() == "first"  # the user's own stays
+
+
+def test_images_that_cannot_be_used_are_left_out_by_the_option_that_is_named(tmp_path, monkeypatch):
+    folder = tmp_path / OPTIONS.dataset
+    for name in ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesUn/b_0000.nii.gz", "imagesUn/c_0001.nii.gz"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    description = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    with pytest.raises(UserError, match=r"c_0001\.nii\.gz.*--skip_unreadable"):
+        RawImages.find(OPTIONS.dataset)
+    assert list(RawImages.find(OPTIONS.dataset, skip_unreadable=True).unlabelled) == ["b"]
+    assert _compare_parser().parse_args(["901", "-c", "2d", "--skip_unreadable"]).skip_unreadable
 
 
 def test_folders_of_something_else_are_refused(tmp_path):
@@ -280,10 +316,10 @@ def test_a_pretraining_that_was_killed_at_its_end_leaves_no_lock(tmp_path, sleep
     lock = claim(run, socket.gethostname(), sleeper.pid)
     (run / NETWORK_FILE).touch()
     with pytest.raises(UserError, match=f"process {sleeper.pid}"):  # still at its report
-        _pretrain(study, parse_arm("recipe:pcl"), "cpu", 1)
+        _pretrain(study, IMAGES, parse_arm("recipe:pcl"), "cpu", 1, False)
     sleeper.kill()
     sleeper.wait()
-    assert _pretrain(study, parse_arm("recipe:pcl"), "cpu", 1) == {} and not lock.exists()
+    assert _pretrain(study, IMAGES, parse_arm("recipe:pcl"), "cpu", 1, False) == {} and not lock.exists()
 
 
 SLEEPING = """

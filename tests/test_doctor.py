@@ -222,8 +222,11 @@ def test_a_data_set_with_everything_measured_and_nothing_written(workspace):
     results = {r.check: r for r in dataset.dataset_checks("901", "2d", "nnUNetPlans", "cpu")}
     assert _hashes(workspace.folder) == before
     assert results["images"].values == {"labelled": 5, "unlabelled": 4}
-    assert results["headers"].values == {"files": 4, "skipped": 2} and "--skip_unreadable" in results["headers"].mend
-    assert f"{cut} is cut short" in results["headers"].words and f"{empty} is empty" in results["headers"].words
+    assert (
+        results["headers"].values == {"files": 4, "skipped": 2, "read": 2}
+        and "--skip_unreadable" in results["headers"].mend
+    )
+    assert f"{cut} cannot be used" in results["headers"].words and f"{empty} cannot be used" in results["headers"].words
     measured = results["estimate"].values
     assert results["estimate"].status == doctor.NOTE
     steps = measured["steps_per_epoch"] * measured["epochs"]
@@ -266,9 +269,10 @@ def test_headers_are_wrong_where_the_run_would_stop_and_nowhere_else(tmp_path):
 def test_what_a_run_leaves_out_is_no_mistake(workspace):
     file = next((workspace.raw / DATASET / "imagesUn").iterdir())
     file.write_bytes(b"")
-    sources = dataset.find_sources(dataset.Configuration.load("901", "nnUNetPlans", "2d"), ())
-    assert dataset.headers(sources, skip_unreadable=False).status == doctor.WRONG
-    left_out = dataset.headers(sources, skip_unreadable=True)
+    target = dataset.Configuration.load("901", "nnUNetPlans", "2d")
+    sources = dataset.sources_in_use(target, ())
+    assert dataset.headers(target, sources, skip_unreadable=False).status == doctor.WRONG
+    left_out = dataset.headers(target, sources, skip_unreadable=True)
     assert left_out.status == doctor.NOTE and str(file) in left_out.words
 
 

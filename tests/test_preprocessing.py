@@ -225,9 +225,9 @@ def test_a_list_of_images_needs_no_labels(workspace):
     description["dataset"] = {"a": {"images": ["images/case_000_0000.nii.gz"]}}
     (other / "dataset.json").write_text(json.dumps(description))
     assert len(run(datasets=["Dataset902_Other"]).cases) == 5
-    for listed in ([], {"c": 3}, {"c": {"label": "x"}}):
+    for listed in ([], {"c": 3}, {"c": {"label": "x"}}, {"c": {"images": "c_0000.nii.gz"}}, {"c": {"images": [0]}}):
         (other / "dataset.json").write_text(json.dumps(description | {"dataset": listed}))
-        with pytest.raises(UserError, match="'dataset' must be an object of cases"):
+        with pytest.raises(UserError, match=r"'dataset' must be an object .* a list of 'images'"):
             run(datasets=["Dataset902_Other"])
 
 
@@ -258,11 +258,11 @@ def test_a_plan_of_another_number_of_channels_is_refused(workspace):
 
 def test_files_of_other_names_are_told(workspace, caplog):
     folder = workspace.raw / DATASET / "imagesUn"
-    for name in ("p9.nii.gz", "q1_0000.nii", "q4_000.nii.gz", ".DS_Store"):
+    for name in ("p9.nii.gz", "q1_0000.mha", "q4_000.nii.gz", ".DS_Store"):
         (folder / name).touch()
     pretrain("901", "2d", device="cpu", plan_only=True)
     told = "3 files of Dataset901_Generated are not named CASE_0000"
-    assert told in caplog.text and "imagesUn/p9.nii.gz, imagesUn/q1_0000.nii, imagesUn/q4_000.nii.gz" in caplog.text
+    assert told in caplog.text and "imagesUn/p9.nii.gz, imagesUn/q1_0000.mha, imagesUn/q4_000.nii.gz" in caplog.text
     result = images(load(), 5, find_sources(load(), []))
     assert result.status == "note" and "3 files are not named" in result.words
 

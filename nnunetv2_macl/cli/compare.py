@@ -77,6 +77,11 @@ def _compare_parser() -> argparse.ArgumentParser:
     add("-device", default="cuda", help="cuda, cpu or mps. Default: cuda")
     add("-np", dest="processes", type=int, default=8, help="processes for preprocessing and export. Default: 8")
     add("--jobs", type=int, default=1, help="cells at a time. Default: 1")
+    add(
+        "--skip_unreadable",
+        action="store_true",
+        help="leave out unlabelled images that cannot be used, instead of stopping",
+    )
     add("--dry_run", action="store_true", help="show split and cells, and stop")
     return parser
 
@@ -89,7 +94,9 @@ def compare_entry() -> None:
         from nnunetv2_macl.compare.run import compare
         from nnunetv2_macl.compare.study import Options
 
-        how = {key: arguments.pop(key) for key in ("folder", "device", "processes", "jobs", "dry_run")}
+        how = {
+            key: arguments.pop(key) for key in ("folder", "device", "processes", "jobs", "dry_run", "skip_unreadable")
+        }
         compare(Options(**arguments), **how)
 
     run(action)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nnunetv2_macl import doctor
 from nnunetv2_macl.cli.messages import run
+from nnunetv2_macl.messages import show_any_character
 from nnunetv2_macl.resources import resource_folder
 
 
@@ -25,6 +26,7 @@ def doctor_entry() -> None:
     parser.add_argument("-device", default="cuda", help="cuda, cpu or mps. Default: cuda")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     arguments = parser.parse_args()
+    show_any_character()
     results = []
     for result in doctor.examine(
         arguments.dataset_name_or_id, arguments.configuration, arguments.plans, arguments.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shlex
 import shutil
@@ -18,12 +19,15 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_macl.compare.split import patients_of
 from nnunetv2_macl.compare.study import Options, Study
+from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json, write_whole
-from nnunetv2_macl.nnunet import channel_names, preprocessed_folder, raw_folder, read_json
-from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, group_channels, pick_channels, read_description
+from nnunetv2_macl.nnunet import preprocessed_folder, raw_folder, read_dataset_json, read_json
+from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, group_channels, pick_channels, sidecars
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.words import counted
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_PLANS, DEFAULT_PLANNER = "nnUNetPlans", "ExperimentPlanner"
 
@@ -43,12 +47,15 @@ class RawImages:
     dataset_json: dict[str, Any]
 
     @classmethod
-    def find(cls, dataset: str) -> RawImages:
-        """Raises UserError: no data set, no cases, or a case without a label, with a channel missing, or whose image is a link to
+    def find(cls, dataset: str, *, skip_unreadable: bool = False) -> RawImages:
+        """Return the images of a raw data set, without the unlabelled ones that lack something where they may be skipped.
+
+        Raises UserError: no data set, no cases, or a case without a label, with a channel missing, or whose image is a link to
         what is not there; names it.
         """
         folder = raw_folder(dataset)
-        dataset_json = read_description(folder / "dataset.json", "The study needs the raw data set: put it there.")
+        mend = "The study needs the raw data set: put it there."
+        dataset_json = read_dataset_json(folder / "dataset.json", mend, labels=True)
         if not (folder / "imagesTr").is_dir() and "dataset" not in dataset_json:
             raise UserError(f"{folder / 'imagesTr'} does not exist. Put the labelled cases there and in labelsTr.")
         _require_no_dead_links(folder / "imagesTr")
@@ -64,7 +71,12 @@ class RawImages:
         files = group_channels(folder / UNLABELLED_FOLDER, ending)
         unlabelled, wrong = pick_channels(files, list(range(len(names))), names)
         for reason in wrong.values():
-            raise UserError(f"{reason} Correct it, or take the case out of {folder / UNLABELLED_FOLDER}.")
+            if not skip_unreadable:
+                raise UserError(
+                    f"{reason} Correct it, take the case out of {folder / UNLABELLED_FOLDER}, or go on without such images: "
+                    "--skip_unreadable"
+                )
+            logger.warning("Left out: %s", reason)
         return cls(
             {str(case): entry for case, entry in labelled.items()},
             {case: found.files for case, found in unlabelled.items()},
@@ -232,18 +244,36 @@ def _link_images(study: Study, images: RawImages) -> None:
         for channel, file in enumerate(entry["images"]):
             _link(Path(file), study.raw / f"images{where}" / f"{case}_{channel:04d}{ending}", case)
         _link(Path(entry["label"]), study.raw / f"labels{where}" / f"{case}{ending}", case)
-    for case in pretraining_images(study, list(images.unlabelled)):
-        for file in map(Path, images.unlabelled[case]):
-            _link(file, study.raw / UNLABELLED_FOLDER / file.name, case)
+    link_unlabelled(study, images)
     description = {key: value for key, value in images.dataset_json.items() if key != "dataset"}
     write_json(description | {"numTraining": len(images.labelled) - len(tested)}, study.raw / "dataset.json")
 
 
+def link_unlabelled(study: Study, images: RawImages) -> None:
+    """Have the study's unlabelled images follow the user's, who may have corrected, added or taken out some.
+
+    Args:
+        study: on whose unlabelled images nothing was trained yet.
+        images: of the user.
+    """
+    folder = study.raw / UNLABELLED_FOLDER
+    wanted: set[str] = set()
+    for case in pretraining_images(study, list(images.unlabelled)):
+        for file in map(Path, images.unlabelled[case]):
+            _link(file, folder / file.name, case)
+            names = file.name, f"{case}.json", *sidecars(file.name)
+            wanted |= {name for name in names if (file.parent / name).exists()}
+    for link in folder.iterdir() if folder.is_dir() else ():
+        if link.name not in wanted:
+            link.unlink()
+
+
 def _link(file: Path, link: Path, case: str) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
-    # the spacing of a TIFF lies in a JSON file beside it
-    beside = file.parent / f"{case}.json"
-    for source, target in ((file, link), (beside, link.parent / beside.name)):
+    # what is read with an image, and the spacing file of a TIFF's label
+    names = dict(zip(sidecars(file.name), sidecars(link.name), strict=False)) | {f"{case}.json": f"{case}.json"}
+    beside = [(file.parent / theirs, link.parent / ours) for theirs, ours in names.items()]
+    for source, target in ((file, link), *beside):
         if not source.exists() or (target.exists() and target.samefile(source)):
             continue
         # of an image that was mended since

@@ -16,6 +16,7 @@ from nnunetv2_macl.checkpoints import NETWORK_FILE
 from nnunetv2_macl.compare.folders import (
     RawImages,
     check_arms,
+    link_unlabelled,
     plan,
     planner,
     plans_name,
@@ -46,6 +47,7 @@ def compare(
     processes: int = 8,
     jobs: int = 1,
     dry_run: bool = False,
+    skip_unreadable: bool = False,
 ) -> Path:
     """Run a label-efficiency study, or go on with it: plan, pre-train, fine-tune each cell, report.
 
@@ -59,6 +61,7 @@ def compare(
         processes: for preprocessing and export.
         jobs: cells at a time.
         dry_run: show split and cells, and stop.
+        skip_unreadable: leave out unlabelled images that cannot be used.
 
     Returns:
         The study's folder, with ``compare.md``, ``compare.csv`` and ``compare.png``.
@@ -82,7 +85,7 @@ def compare(
     _check_configuration(options)
     if not dry_run:
         check_device(device)
-    images = RawImages.find(options.dataset)
+    images = RawImages.find(options.dataset, skip_unreadable=skip_unreadable)
     patients = patients_of(images.labelled, options.group_regex)
     split = split_cases(
         patients,
@@ -103,7 +106,7 @@ def compare(
     study = Study.open(folder, options, split, patients)
     logger.info("Study in %s", folder)
     with ended_by_sigterm():
-        run_steps(_steps(study, images, planner_name, device, processes, jobs), jobs)
+        run_steps(_steps(study, images, planner_name, device, processes, jobs, skip_unreadable), jobs)
     logger.info("\n%s", write_report(study))
     return folder
 
@@ -171,7 +174,13 @@ def _names(cases: list[str], shown: int = 6) -> str:
 
 
 def _steps(
-    study: Study, images: RawImages, planner_name: str | None, device: str, processes: int, jobs: int
+    study: Study,
+    images: RawImages,
+    planner_name: str | None,
+    device: str,
+    processes: int,
+    jobs: int,
+    skip_unreadable: bool,
 ) -> list[Step]:
     planning = Step(
         "planning and preprocessing",
@@ -184,7 +193,7 @@ def _steps(
         pretrained[arm.recipe_and_settings] = Step(
             f"pre-training, recipe {','.join([Path(str(arm.recipe)).stem, *arm.settings])}",
             study.pretraining_folder(arm),
-            functools.partial(_pretrain, study, arm, device, processes),
+            functools.partial(_pretrain, study, images, arm, device, processes, skip_unreadable),
             needs=(steps[-1],),
         )
         steps.append(pretrained[arm.recipe_and_settings])
@@ -201,7 +210,9 @@ def _steps(
     return steps
 
 
-def _pretrain(study: Study, arm: Arm, device: str, processes: int) -> dict[str, Any]:
+def _pretrain(
+    study: Study, images: RawImages, arm: Arm, device: str, processes: int, skip_unreadable: bool
+) -> dict[str, Any]:
     options, folder, run = study.options, study.pretraining_folder(arm), study.pretraining_run(arm)
     # of the weights the last that is written
     weights, goes_on = run / NETWORK_FILE, resume.has_checkpoint(run)
@@ -211,6 +222,9 @@ def _pretrain(study: Study, arm: Arm, device: str, processes: int) -> dict[str, 
         lock.acquire()
         lock.release()
         return {}
+    if not any(_has_begun(study, other) for other in study.arms if other.recipe is not None):
+        # all recipes see the same images: those that the user has by the time the first one begins
+        link_unlabelled(study, images)
     command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.c, "-p", options.p]
     # each fold has the validation cases of all
     command += ["--exclude_fold", "0", "-device", device, "-np", str(processes)]
@@ -219,10 +233,17 @@ def _pretrain(study: Study, arm: Arm, device: str, processes: int) -> dict[str, 
         command += ["--c"]
     else:
         command += ["-recipe", str(arm.recipe), *(["--set", *settings] if settings else [])]
+    command += ["--skip_unreadable"] if skip_unreadable else []
     run_command(command, study.environment(folder / "nnUNet_results"), folder / "log.txt")
     if not weights.is_file():  # Ctrl-C is for all processes, and it ends as it was asked to
         raise UserError(f"Pre-training in {run} was stopped. To go on, type the same command again.")
     return {}
+
+
+def _has_begun(study: Study, arm: Arm) -> bool:
+    """Return whether something was trained on the unlabelled images for an arm."""
+    run = study.pretraining_run(arm)
+    return resume.has_checkpoint(run) or (run / NETWORK_FILE).is_file()
 
 
 def _run_cell(study: Study, cell: Cell, device: str, processes: int, jobs: int) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import perf_counter
 
 import nibabel
 import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from PIL import Image
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.data import plan_reading_here
@@ -24,16 +26,38 @@ from nnunetv2_macl.doctor import machine
 from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
 from nnunetv2_macl.doctor.shell import shell_in_use
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.folds import check_fold, number_of_folds, splits_file, too_few_cases
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration, raw_folder
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.planning.positives import resampled_shapes
-from nnunetv2_macl.preprocessing.cases import check_nifti_header, nifti_is_cut_short, unlabelled_folder
-from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, Source, find_sources, training_cases
+from nnunetv2_macl.preprocessing.cases import (
+    UnusableImageError,
+    check_nifti_header,
+    index_of,
+    made_of,
+    nifti_may_be_cut_short,
+    read_case,
+    sources_in_use,
+    unlabelled_folder,
+    whats_flat,
+)
+from nnunetv2_macl.preprocessing.sources import (
+    UNLABELLED_FOLDER,
+    CaseFiles,
+    Source,
+    no_spacing_told,
+    training_cases,
+    without_spacing,
+)
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
 from nnunetv2_macl.training.finetune import load_transfer
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
 _MEASURE_TIMEOUT = 600
+# channels of the commonest kinds of PNG, by Pillow's name
+_BANDS = {"1": 1, "L": 1, "I": 1, "I;16": 1, "RGB": 3, "RGBA": 4}
+# for reading images that a run would read
+_READ_SECONDS = 30.0
 _TOLD = 3
 
 
@@ -59,12 +83,13 @@ def dataset_checks(
         yield macl_plan(plan, origin)
         batch_bytes = plan.batch_bytes(len(target.channel_names))
         yield machine.shared_memory_of_plan(plan_reading_here(batch_bytes), batch_bytes)
-        sources = find_sources(target, plan.unlabelled_datasets, plan.channel_map)
+        sources = sources_in_use(target, plan.unlabelled_datasets, plan.channel_map)
     except UserError as error:
         yield from_error("plan", error)
         return
+    yield folds(target, device)
     yield images(target, labelled, sources)
-    yield headers(sources, skip_unreadable=plan.skip_unreadable)
+    yield headers(target, sources, skip_unreadable=plan.skip_unreadable)
     yield estimate(target, sources, device, timeout)
     yield weights(target, device)
 
@@ -85,6 +110,22 @@ def plan_is_there(target: Configuration) -> Result:
     return Result("plan", RIGHT, words, values=values)
 
 
+def folds(target: Configuration, device: str) -> Result:
+    """Return whether nnU-Net can make the folds that it fine-tunes, or read those of the user."""
+    check, file = "folds", splits_file(target)
+    try:
+        number = number_of_folds(target)
+        for fold in range(number):
+            check_fold(target, fold)
+    except UserError as error:
+        return from_error(check, error)
+    if not number:
+        words, _, example = too_few_cases(target).partition(": echo ")
+        mend = command_to_fine_tune(target, device=device) + (f"\necho {example}" if example else "")
+        return Result(check, WRONG, words, mend)
+    return Result(check, RIGHT, f"{number} folds, {f'of {file}' if file.is_file() else 'which nnU-Net will make'}")
+
+
 def macl_plan(plan: MACLPlan, origin: str) -> Result:
     """Which MACL plan a run would follow."""
     words = f"MACL plan, {origin}: batch {plan.batch_size}, {plan.decoder_stages} decoder stage(s), threshold {plan.threshold:g}"
@@ -95,41 +136,87 @@ def images(target: Configuration, labelled: int, sources: list[Source]) -> Resul
     """How many images there are to learn from."""
     counts = {source.dataset_name: len(source.cases) + len(source.incomplete) for source in sources}
     unlabelled = sum(counts.values())
-    words = f"{labelled} labelled images, {unlabelled} unlabelled"
+    check, words = "images", f"{labelled} labelled images, {unlabelled} unlabelled"
     if len(counts) > 1:
         words += f" ({', '.join(f'{count} of {name}' for name, count in counts.items())})"
     values = {"labelled": labelled, "unlabelled": unlabelled}
+    if bare := [file for source in sources for file in without_spacing(source)]:
+        words += f"; {no_spacing_told(bare)}"
+        return Result(check, NOTE, words, values=values)
     others = [f"{s.dataset_name}/{name}" for s in sources for name in s.passed_over]
     if others:
         words += f"; {len(others)} files are not named as nnU-Net names images, and are left out: {', '.join(others[:_TOLD])}"
-        return Result("images", NOTE, words, values=values)
+        return Result(check, NOTE, words, values=values)
     if unlabelled:
-        return Result("images", RIGHT, words, values=values)
+        return Result(check, RIGHT, words, values=values)
     folder = raw_folder(target.dataset_name) / UNLABELLED_FOLDER
     ending = target.dataset_json["file_ending"]
     mend = f"# put unlabelled images into {folder}, named CASE_0000{ending}, or add -u DATASET2"
-    return Result("images", NOTE, f"{words}: pre-training would see the labelled images alone", mend, values)
+    return Result(check, NOTE, f"{words}: pre-training would see the labelled images alone", mend, values)
 
 
-def headers(sources: list[Source], *, skip_unreadable: bool) -> Result:
-    """Which unlabelled images could not be used, as far as their headers tell; a run may leave them out."""
-    wrong = [reason for source in sources for reason in source.incomplete.values()]
-    files = [
-        (file, source.reader, case.channels_there if case.channels is not None else 1)
-        for source in sources
-        for case in source.cases.values()
-        for file in case.files
-    ]
+def headers(
+    target: Configuration, sources: list[Source], *, skip_unreadable: bool, seconds: float = _READ_SECONDS
+) -> Result:
+    """Return which unlabelled images could not be used.
+
+    Images that are not preprocessed yet are read as a run reads them, as many as the time allows. Of the others the
+    header is looked at.
+
+    Args:
+        target: configuration that they are for.
+        sources: of the images.
+        skip_unreadable: whether the run leaves out what it cannot use.
+        seconds: for reading.
+    """
+    check, wrong = "headers", [reason for source in sources for reason in source.incomplete.values()]
+    flat: list[str] = []
+    todo = [(source, case) for source in sources for case in _not_done(target, source)]
+    until, read = perf_counter() + seconds, 0
+    for source, case in todo:
+        if perf_counter() > until:
+            break
+        read += 1
+        if reason := whats_flat(target, case):
+            flat.append(reason)
+            continue
+        try:
+            read_case(target, case, source.reader)
+        except UnusableImageError as error:
+            wrong.append(str(error))
     with ThreadPoolExecutor(8) as pool:
-        wrong += [reason for reason in pool.map(header_problem, *zip(*files, strict=True)) if reason] if files else []
-    values = {"files": len(files), "skipped": len(wrong)}
-    if not wrong:
-        return Result("headers", RIGHT, f"{len(files)} unlabelled files have sound headers", values=values)
-    told = "\n".join(wrong[:_TOLD]) + (f"\nand {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else "")
-    if skip_unreadable:
-        return Result("headers", NOTE, f"{len(wrong)} unlabelled images are left out:\n{told}", values=values)
+        for is_flat, reason in pool.map(lambda job: _by_header(target, *job), todo[read:]):
+            (flat if is_flat else wrong).extend([reason] if reason else [])
+    number = sum(len(case.files) for source in sources for case in source.cases.values())
+    values = {"files": number, "skipped": len(wrong) + len(flat), "read": read}
+    done = sum(len(source.cases) for source in sources) - len(todo)
+    if not wrong and not flat:
+        how = f"{done} are preprocessed, {read} were read, {len(todo) - read} have sound headers"
+        return Result(check, RIGHT, f"unlabelled images: {how}", values=values)
+    left_out = [*wrong, *flat] if skip_unreadable else flat
+    if not wrong or skip_unreadable:
+        return Result(check, NOTE, f"{len(left_out)} unlabelled images are left out:\n{_some(left_out)}", values=values)
     mend = "# mend or remove them, or go on without\nnnUNetv2_train_macl_pretrain ... --skip_unreadable"
-    return Result("headers", WRONG, f"{len(wrong)} unlabelled images cannot be used:\n{told}", mend, values)
+    return Result(check, WRONG, f"{len(wrong)} unlabelled images cannot be used:\n{_some(wrong)}", mend, values)
+
+
+def _by_header(target: Configuration, source: Source, case: CaseFiles) -> tuple[bool, str | None]:
+    """Return whether a case is flat, and what is wrong with it, as far as its headers tell."""
+    if flat := whats_flat(target, case):
+        return True, flat
+    channels = case.channels_there if case.channels is not None else 1
+    return False, next(filter(None, (header_problem(file, source.reader, channels) for file in case.files)), None)
+
+
+def _not_done(target: Configuration, source: Source) -> list[CaseFiles]:
+    """Return the cases of a source that a run would preprocess."""
+    index = index_of(target, source)
+    return [files for name, files in source.cases.items() if not index.is_done(name, made_of(source, files, index))]
+
+
+def _some(reasons: list[str]) -> str:
+    more = f"\nand {len(reasons) - _TOLD} more" if len(reasons) > _TOLD else ""
+    return "\n".join(reasons[:_TOLD]) + more
 
 
 def header_problem(file: str, reader: type[BaseReaderWriter], channels: int) -> str | None:
@@ -140,17 +227,21 @@ def header_problem(file: str, reader: type[BaseReaderWriter], channels: int) -> 
         reader: nnU-Net's, that will read it: what is wrong for ITK may be right for another.
         channels: that it should hold.
     """
-    is_nifti = file.endswith((".nii", ".nii.gz"))
+    is_nifti = file.lower().endswith((".nii", ".nii.gz"))
     try:
         if os.path.getsize(file) == 0:
             return f"{file} is empty"
         if is_nifti:
             check_nifti_header(file)
-            if nifti_is_cut_short(file):
-                return f"{file} is cut short: it holds less or more than its header says"
+            if nifti_may_be_cut_short(file):
+                np.asanyarray(nibabel.load(file).dataobj)  # type: ignore[attr-defined]
             size = nibabel.load(file).shape  # type: ignore[attr-defined]
             if len(size) > 3 and size[3] != channels:
                 return f"{file} has {size[3]} channels or time points, and should have {channels}"
+        if file.lower().endswith((".png", ".bmp")):
+            bands = _BANDS.get(Image.open(file).mode, channels)
+            if bands != channels:
+                return f"{file} has {bands} channels, and should have {channels}"
         if not is_nifti or issubclass(reader, SimpleITKIO):
             header = sitk.ImageFileReader()
             header.SetFileName(file)

@@ -7,6 +7,9 @@ is done is listed in an index, see `index`. nnU-Net's own folders are only read.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import logging
 import math
 import multiprocessing
@@ -25,8 +28,11 @@ from typing import Any
 import blosc2
 import nibabel
 import numpy as np
+import SimpleITK as sitk
+import tifffile
 from nibabel.openers import ImageOpener
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from tqdm import tqdm
 
@@ -35,9 +41,19 @@ from nnunetv2_macl.data import Case
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json, write_whole
+from nnunetv2_macl.main_guard import require_main_guard
+from nnunetv2_macl.messages import show_any_character
 from nnunetv2_macl.nnunet import Configuration, raw_folder
+from nnunetv2_macl.planning.memory import is_above_zero
 from nnunetv2_macl.preprocessing.index import Index
-from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, CaseFiles, Source, find_sources, training_cases
+from nnunetv2_macl.preprocessing.sources import (
+    UNLABELLED_FOLDER,
+    CaseFiles,
+    Source,
+    find_sources,
+    sidecars,
+    training_cases,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,29 +101,19 @@ def preprocess_unlabelled(
     Raises:
         UserError: an image that cannot be used (named), or too little space.
     """
-    signature = configuration.preprocessing_checksum()
     folder = unlabelled_folder(configuration)
     cases, todo, made, indices = [], [], [], []
     skipped: dict[Path, str] = {}
-    sources = find_sources(configuration, datasets, channel_map)
-    _require_raw_images(configuration, folder / configuration.dataset_name, sources)
-    labelled = {case.name for case in training_cases(configuration)}
-    for source in sources:
-        if source.dataset_name == configuration.dataset_name and (twice := labelled & source.cases.keys()):
-            some = ", ".join(sorted(twice)[:3]) + (", ..." if len(twice) > 3 else "")
-            logger.info(
-                "%d images in %s are labelled cases too, and count once: %s", len(twice), UNLABELLED_FOLDER, some
-            )
-            source = replace(source, cases={name: c for name, c in source.cases.items() if name not in twice})
+    for source in sources_in_use(configuration, datasets, channel_map):
         for name, reason in source.incomplete.items():
             _skip_or_raise(reason, folder / source.dataset_name / name, skipped, skip_unreadable)
-        index = Index(folder / source.dataset_name, signature)
+        index = index_of(configuration, source)
+        index.remove_abandoned()
         indices.append(index)
         for name, files in list(source.cases.items())[part]:
             target = folder / source.dataset_name / name
             cases.append(Case(name, f"{target}.b2nd"))
-            made_from = {"files": files.made_from, "channels": files.channels, "plan": signature}
-            made_from["reader"] = source.reader.__name__
+            made_from = made_of(source, files, index)
             if not index.is_done(name, made_from):
                 todo.append((files, source.reader, target, made_from))
                 made.append((index, name, made_from))
@@ -127,6 +133,40 @@ def preprocess_unlabelled(
     if todo or skipped:
         logger.info("Unlabelled images: %d are ready, %d are left out", len(ready.cases), len(skipped))
     return ready
+
+
+def sources_in_use(
+    configuration: Configuration, datasets: Sequence[str], channel_map: Mapping[str, str] | None = None
+) -> list[Source]:
+    """Return the sources of `find_sources` without the images that are labelled cases too.
+
+    Raises:
+        UserError: As `find_sources` does, or the raw images of preprocessed ones are out of reach.
+    """
+    sources = find_sources(configuration, datasets, channel_map)
+    _require_raw_images(configuration, unlabelled_folder(configuration) / configuration.dataset_name, sources)
+    labelled = {case.name for case in training_cases(configuration)}
+    return [_counted_once(source, labelled) if source.dataset_name == configuration.dataset_name else source
+            for source in sources]  # fmt: skip
+
+
+def _counted_once(source: Source, labelled: set[str]) -> Source:
+    if not (twice := labelled & source.cases.keys()):
+        return source
+    some = ", ".join(sorted(twice)[:3]) + (", ..." if len(twice) > 3 else "")
+    logger.info("%d images in %s are labelled cases too, and count once: %s", len(twice), UNLABELLED_FOLDER, some)
+    return replace(source, cases={name: files for name, files in source.cases.items() if name not in twice})
+
+
+def index_of(configuration: Configuration, source: Source) -> Index:
+    """Return the index of the preprocessed cases of a source."""
+    return Index(unlabelled_folder(configuration) / source.dataset_name, configuration.preprocessing_checksum())
+
+
+def made_of(source: Source, files: CaseFiles, index: Index) -> dict[str, Any]:
+    """Return what a preprocessed case is made from, as its record and the index have it."""
+    made_from = {"files": files.made_from, "channels": files.channels, "plan": index.signature}
+    return made_from | {"reader": source.reader.__name__}
 
 
 def _require_raw_images(configuration: Configuration, folder: Path, sources: Sequence[Source]) -> None:
@@ -166,6 +206,7 @@ def _require_space(configuration: Configuration, folder: Path, cases: int) -> No
 def _run(
     configuration: Configuration, todo: list[tuple], processes: int, skipped: dict[Path, str], skip_unreadable: bool
 ) -> None:
+    require_main_guard()
     # spawn, as nnU-Net does: forked children inherit locks that are held
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
@@ -174,13 +215,13 @@ def _run(
         initializer=_initialise,
         initargs=(configuration,),
     ) as pool:
-        futures = {pool.submit(_preprocess_case, *job): job for job in todo}
+        futures = {pool.submit(_preprocess_volume, *job): job for job in todo}
         bar = tqdm(as_completed(futures), total=len(todo), unit="case", disable=not sys.stderr.isatty())
         try:
             for number, future in enumerate(bar, 1):
-                error = future.result()
+                error, is_flat = future.result()
                 if error is not None:
-                    _skip_or_raise(error, futures[future][2], skipped, skip_unreadable)
+                    _skip_or_raise(error, futures[future][2], skipped, skip_unreadable or is_flat)
                 if bar.disable and number % max(1, len(todo) // 10) == 0:
                     logger.info("Preprocessed %d of %d", number, len(todo))
         except BrokenProcessPool:
@@ -201,6 +242,7 @@ _configuration: Configuration
 def _initialise(configuration: Configuration) -> None:
     global _configuration
     _configuration = configuration
+    show_any_character()
     blosc2.set_nthreads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -212,32 +254,112 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+def _preprocess_volume(case: CaseFiles, *how: Any) -> tuple[str | None, bool]:
+    """Preprocess one case. Returns what is wrong with it, or None, and whether the run goes on without it by itself."""
+    if flat := whats_flat(_configuration, case):
+        return flat, True
+    return _preprocess_case(case, *how), False
+
+
+def whats_flat(configuration: Configuration, case: CaseFiles) -> str | None:
+    """Return in words that an image of one slice has no place among volumes, or None where it is a volume or 2D is planned.
+
+    Scouts and localizers are common in archives. nnU-Net's resampling would repeat the slice into a volume.
+    """
+    if len(configuration.patch_size) == 2:
+        return None
+    for file in case.files:
+        # what cannot be read is told when it is read
+        with contextlib.suppress(Exception):
+            size = _voxels(file)
+            if len(size) < 3 or 1 in size:
+                shape = "x".join(map(str, size))
+                return f"{file} is a single slice ({shape} voxels), and {configuration.name} is trained on volumes."
+    return None
+
+
+def _voxels(file: str) -> list[int]:
+    """Return the number of voxels on each axis, as the header says."""
+    if _is_nifti(file):
+        return list(nibabel.load(file).shape[:3])  # type: ignore[attr-defined]
+    if file.lower().endswith((".tif", ".tiff")):
+        with tifffile.TiffFile(file) as tiff:
+            return list(tiff.series[0].shape)
+    header = sitk.ImageFileReader()
+    header.SetFileName(file)
+    header.ReadImageInformation()
+    return list(header.GetSize())[:3]
+
+
+def _is_nifti(file: str) -> bool:
+    return file.lower().endswith((".nii", ".nii.gz"))
+
+
+class UnusableImageError(Exception):
+    """An image that cannot be used; the message names its files and says why."""
+
+
+def read_case(
+    configuration: Configuration, case: CaseFiles, reader: type[BaseReaderWriter]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Read a case as nnU-Net does, and check what nnU-Net does not.
+
+    Args:
+        configuration: that it is to be preprocessed for.
+        case: its files.
+        reader: nnU-Net's.
+
+    Returns:
+        Voxels, (C, *volume), and nnU-Net's properties.
+
+    Raises:
+        UnusableImageError: It cannot be read, or cannot be used.
+    """
+    names, said = ", ".join(case.files), io.StringIO()
+    try:
+        for file in case.files:
+            _check_nifti(file)
+        if issubclass(reader, Tiff3DIO):
+            _check_spacing_file(case.files[0])
+        # nnU-Net prints what is wrong with the channels of a case, and raises an error without words
+        with contextlib.redirect_stdout(said):
+            images, properties = reader().read_images(case.files)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [line for line in said.getvalue().splitlines() if "ERROR" in line]
+        raise UnusableImageError(
+            f"{names} cannot be used: {reason[-1].strip() if reason else type(error).__name__}."
+        ) from error
+    print(said.getvalue(), end="")
+    if case.channels is not None:
+        if images.ndim != 4 or len(images) != case.channels_there:
+            raise UnusableImageError(
+                f"{names} holds {len(images)} channel(s); its data set has {case.channels_there}, one a file or all in one."
+            )
+        images = images[case.channels]
+    if wrong := _whats_wrong(configuration, images):
+        raise UnusableImageError(f"{names} {wrong}")
+    if (axes := len(properties["spacing"])) != 3:
+        raise UnusableImageError(
+            f"{names} cannot be used: it has the spacing of {axes} axes, and values of other meaning on the third."
+        )
+    resampled = _resampled_shape(configuration, images.shape[1:], properties["spacing"])
+    if not 0 < math.prod(resampled) <= _MOST_VOXELS:
+        raise UnusableImageError(
+            f"{names} cannot be used: at the plan's spacing it would have {'x'.join(map(str, resampled))} voxels. "
+            f"Is its spacing of {', '.join(f'{mm:g}' for mm in properties['spacing'])} mm right?"
+        )
+    return images, properties
+
+
 def _preprocess_case(
     case: CaseFiles, reader: type[BaseReaderWriter], target: Path, made_from: dict[str, Any]
 ) -> str | None:
     """Preprocess one case. Returns what is wrong with it, or None."""
     names = ", ".join(case.files)
     try:
-        for file in case.files:
-            _check_nifti(file)
-        images, properties = reader().read_images(case.files)
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        return f"{names} cannot be used: {reason[-1] if reason else type(error).__name__}."
-    if case.channels is not None:
-        if images.ndim != 4 or len(images) != case.channels_there:
-            return f"{names} holds {len(images)} channel(s); its data set has {case.channels_there}, one a file or all in one."
-        images = images[case.channels]
-    if wrong := _whats_wrong(images):
-        return f"{names} {wrong}"
-    if (axes := len(properties["spacing"])) != 3:
-        return f"{names} cannot be used: it has the spacing of {axes} axes, and values of other meaning on the third."
-    resampled = _resampled_shape(images.shape[1:], properties["spacing"])
-    if not 0 < math.prod(resampled) <= _MOST_VOXELS:
-        return (
-            f"{names} cannot be used: at the plan's spacing it would have {'x'.join(map(str, resampled))} voxels. "
-            f"Is its spacing of {', '.join(f'{mm:g}' for mm in properties['spacing'])} mm right?"
-        )
+        images, properties = read_case(_configuration, case, reader)
+    except UnusableImageError as error:
+        return str(error)
     manager = _configuration.manager
     try:
         data, _, properties = manager.preprocessor_class(verbose=False).run_case_npy(
@@ -253,12 +375,16 @@ def _preprocess_case(
     return None
 
 
-def nifti_is_cut_short(file: str) -> bool:
-    """Whether a NIfTI file has another size than its header says. Reads no more than the header and the last bytes."""
+def nifti_may_be_cut_short(file: str) -> bool:
+    """Return whether a NIfTI file has another size than its header says, of which reading it whole tells the reason.
+
+    Reads no more than the header and the last bytes. Compressed files of several parts, as bgzip writes them, and files
+    with bytes after the image have another size and are whole.
+    """
     wanted = _promised_bytes(nibabel.load(file))
     with open(file, "rb") as stream:
         size = stream.seek(0, os.SEEK_END)
-        if file.endswith(".gz"):
+        if file.lower().endswith(".gz"):
             if size * _MOST_COMPRESSED < wanted:
                 return True
             stream.seek(-4, os.SEEK_END)
@@ -288,37 +414,53 @@ def _check_nifti(file: str) -> None:
     """Raise ValueError for what ITK's NIfTI reader passes over: a header as above; a file cut short, and NaN, for which it
     fills in 0.
     """
-    if not file.endswith((".nii", ".nii.gz")):
+    if not _is_nifti(file):
         return
     check_nifti_header(file)
     image: Any = nibabel.load(file)
     dtype = image.get_data_dtype()
     size, promised = os.stat(file).st_size, _promised_bytes(image)
-    if size * (_MOST_COMPRESSED if file.endswith(".gz") else 1) < promised:
+    if size * (_MOST_COMPRESSED if file.lower().endswith(".gz") else 1) < promised:
         raise ValueError(f"it was cut short: {size:,} bytes of the {promised:,} that its header promises")
-    if not nifti_is_cut_short(file) and dtype.kind != "f":
+    if not nifti_may_be_cut_short(file) and dtype.kind != "f":
         return
     # read whole: fails where data are missing
     if not np.isfinite(np.asanyarray(image.dataobj)).all():
         raise ValueError("it holds NaN or infinite values")
 
 
-def _resampled_shape(shape: Sequence[int], spacing: Sequence[float]) -> list[int]:
+def _check_spacing_file(image: str) -> None:
+    """Raise ValueError for a TIFF's spacing file that nnU-Net cannot use; without one nnU-Net takes 1 on each axis."""
+    file = Path(image).parent / sidecars(os.path.basename(image))[0]
+    if not file.exists():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        spacing = content.get("spacing") if isinstance(content, dict) else None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"its spacing file {file} cannot be read: {error}") from None
+    numbers = spacing if isinstance(spacing, list) else []
+    if len(numbers) != 3 or not all(is_above_zero(mm) for mm in numbers):
+        got = json.dumps(content)[:100]
+        raise ValueError(f'its spacing file {file} must be like {{"spacing": [3, 0.5, 0.5]}}, and is {got}')
+
+
+def _resampled_shape(configuration: Configuration, shape: Sequence[int], spacing: Sequence[float]) -> list[int]:
     """Voxels an axis at the plan's spacing, as nnU-Net will make them; in 2D the slices stay."""
-    order, target = _configuration.plans_manager.transpose_forward, _configuration.manager.spacing
+    order, target = configuration.plans_manager.transpose_forward, configuration.manager.spacing
     shape, spacing = [shape[axis] for axis in order], [spacing[axis] for axis in order]
     target = [*spacing[: len(spacing) - len(target)], *target]
     return [round(n * mm / wanted) for n, mm, wanted in zip(shape, spacing, target, strict=True)]
 
 
-def _whats_wrong(images: np.ndarray) -> str | None:
-    channels = len(_configuration.channel_names)
+def _whats_wrong(configuration: Configuration, images: np.ndarray) -> str | None:
+    channels = len(configuration.channel_names)
     if images.ndim != 4:
         return f"has {images.ndim - 1} dimensions; nnU-Net takes images of 2 or 3."
     if not images.size:
         return f"is empty: its shape is {images.shape}."
     if len(images) != channels:
-        return f"has {len(images)} channels or time points; {_configuration.dataset_name} has {channels}."
+        return f"has {len(images)} channels or time points; {configuration.dataset_name} has {channels}."
     if not np.isfinite(images).all():
         return "holds NaN or infinite values."
     if not np.ptp(images.reshape(len(images), -1), axis=1).any():

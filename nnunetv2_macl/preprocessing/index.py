@@ -37,7 +37,6 @@ class Index:
         self._entries = self._read()
         self._changed = False
         self._there = self._list()
-        remove_temporary(folder, older_than=_ABANDONED)
 
     def is_done(self, name: str, made_from: dict[str, Any]) -> bool:
         """Whether the case is there, whole, and made from these files by this plan."""
@@ -56,6 +55,10 @@ class Index:
             self._entries[name] = entry
             self._changed = True
         return done
+
+    def remove_abandoned(self) -> None:
+        """Remove what processes that were killed left in the folder."""
+        remove_temporary(self.folder, older_than=_ABANDONED)
 
     def look_again(self) -> None:
         """After cases were made."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +17,18 @@ from typing import Any, NamedTuple
 
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_macl.data import Case
+from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import SUPPORTED_CONFIGURATIONS, Configuration, channel_names, raw_folder, read_json
+from nnunetv2_macl.nnunet import SUPPORTED_CONFIGURATIONS, Configuration, raw_folder, read_dataset_json
 
 UNLABELLED_FOLDER = "imagesUn"
+_FILES_AT_ONCE = 16
+# endings that name one format: a reader of one reads the other
+_SAME_FORMAT = ((".nii.gz", ".nii"), (".tif", ".tiff"))
 
 
 class CaseFiles(NamedTuple):
@@ -30,7 +38,7 @@ class CaseFiles(NamedTuple):
     channels: list[int] | None
     # how many there are in that one file
     channels_there: int
-    # name, bytes, time of the last change (ns) of each file
+    # name, bytes, time of the last change (ns) of each file, and of those that are read with them
     made_from: list[list[str | int]]
 
 
@@ -40,6 +48,8 @@ class RawFile(NamedTuple):
     path: str
     made_from: list[str | int]
     wrong: str | None
+    # the same of the files that are read with it, such as the spacing file of a TIFF
+    beside: list[list[str | int]] = []  # noqa: RUF012 - never changed
 
     @classmethod
     def look(cls, path: str, status: Callable[[], os.stat_result], is_link: bool, inside: Sequence[str]) -> RawFile:
@@ -62,6 +72,19 @@ class RawFile(NamedTuple):
                 "in a data set are not followed. Copy the image there, or make the whole folder a link."
             )
         return cls(path, [name, found.st_size, found.st_mtime_ns], wrong)
+
+
+def sidecars(name: str) -> list[str]:
+    """Return the names of the files that may be read with an image: the spacing of a TIFF, the voxels of a detached header.
+
+    Args:
+        name: of the image's file, CASE_0000ENDING.
+    """
+    stem, ending = os.path.splitext(name)
+    if ending.lower() in (".tif", ".tiff"):
+        return [f"{re.sub(r'_[0-9]{4}$', '', stem)}.json"]  # as nnU-Net's Tiff3DIO names it
+    detached = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz"), ".hdr": (".img", ".img.gz"), ".img": (".hdr",)}
+    return [f"{stem}{other}" for other in detached.get(ending.lower(), ())]
 
 
 def _lies_in(path: str, folders: Sequence[str]) -> bool:
@@ -105,13 +128,23 @@ def find_sources(
         cases, incomplete = pick_channels(files, channels, configuration.channel_names)
         reader = configuration.plans_manager.image_reader_writer_class
         sources.append(Source(configuration.dataset_name, cases, incomplete, reader, passed_over(own, ending)))
-    elif own.is_dir() and any(own.iterdir()):
-        found = sorted(p.name for p in own.iterdir())[0]
+    elif left := passed_over(own, ending):
         raise UserError(
-            f"{own} holds no image named as nnU-Net names them (CASE_0000{ending}); there is {found}. "
-            f"Rename the files, one a channel: CASE_0000{ending}, CASE_0001{ending}, ..."
+            f"{own} holds no image named as nnU-Net names them (CASE_0000{ending}); there is "
+            f"{os.path.basename(left[0])}. {_how_to_name(own / os.path.basename(left[0]), ending)}"
         )
     return sources + [_other_dataset(configuration, name, channel_map or {}) for name in datasets]
+
+
+def _how_to_name(file: Path, ending: str) -> str:
+    """Return how the images of a folder become ones that are read, to judge by one of them."""
+    if file.name.lower().endswith(_endings(ending)):
+        return f"Rename the files, one a channel: CASE_0000{ending}, CASE_0001{ending}, ..."
+    convert = f"import SimpleITK as s; s.WriteImage(s.ReadImage('{file}'), 'CASE_0000{ending}')"
+    return (
+        f"Another name would not make it another format, so convert the files, one a channel, to CASE_0000{ending}, "
+        f'CASE_0001{ending}, ..., for example: python -c "{convert}". DICOM becomes NIfTI by dcm2niix.'
+    )
 
 
 def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping[str, str]) -> Source:
@@ -121,9 +154,8 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
             f"{folder} does not exist, so there are no images of {name} to use. Put them there or leave out -u."
         )
     file = folder / "dataset.json"
-    dataset_json = read_description(
-        file, "Write one, as for any nnU-Net data set: channel_names and file_ending are needed."
-    )
+    mend = "Write one, as for any nnU-Net data set: channel_names and file_ending are needed."
+    dataset_json = read_dataset_json(file, mend)
     theirs = channel_names(dataset_json)
     channels = _match_channels(configuration, name, theirs, channel_map)
     ending = dataset_json["file_ending"]
@@ -137,10 +169,7 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
                 f"{file} lists a case {bad[0]!r}, which is no name for a file. Correct it, or leave out -u."
             )
         files = {
-            case: {
-                channel: RawFile.look(path, partial(os.stat, path), False, ())
-                for channel, path in enumerate(entry["images"])
-            }
+            case: {channel: _listed_file(path) for channel, path in enumerate(entry["images"])}
             for case, entry in listed.items()
         }
     else:
@@ -160,25 +189,20 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
     return Source(name, cases, incomplete, reader, left)
 
 
-def read_description(file: Path, mend: str) -> dict[str, Any]:
-    """A raw data set's dataset.json. Raises UserError where it is not there (``mend`` says what to do), or lacks a key."""
-    dataset_json = read_json(file, mend)
-    for key in ("channel_names", "file_ending"):
-        if key not in dataset_json and not (key == "channel_names" and "modality" in dataset_json):
-            raise UserError(f"{file} has no '{key}'. Add it, as for any nnU-Net data set.")
-    return dataset_json
-
-
 def _listed_images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Images by case where dataset.json lists them; labels need not be there."""
-    listed = dataset_json["dataset"]
-    if not isinstance(listed, dict) or not all(isinstance(e, dict) and e.get("images") for e in listed.values()):
-        raise UserError(
-            f"{folder / 'dataset.json'}: 'dataset' must be an object of cases, each with a list of 'images', as nnU-Net has it. "
-            "Correct it, or leave out -u."
-        )
-    unlabelled = {case: {"label": ""} | entry for case, entry in listed.items()}
+    unlabelled = {case: {"label": ""} | entry for case, entry in dataset_json["dataset"].items()}
     return get_filenames_of_train_images_and_targets(str(folder), dataset_json | {"dataset": unlabelled})
+
+
+def _listed_file(path: str) -> RawFile:
+    found = RawFile.look(path, partial(os.stat, path), False, ())
+    beside: list[list[str | int]] = []
+    for name in sidecars(os.path.basename(path)):
+        with contextlib.suppress(OSError):
+            status = os.stat(os.path.join(os.path.dirname(path), name))
+            beside.append([name, status.st_size, status.st_mtime_ns])
+    return found._replace(beside=beside)
 
 
 def _reader(
@@ -190,7 +214,9 @@ def _reader(
         return own
     example = next(iter(cases.values())).files[0]
     try:
-        return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+        # nnU-Net prints the traceback of every reader that fails
+        with contextlib.redirect_stderr(io.StringIO()):
+            return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
     except (RuntimeError, OSError) as error:
         raise UserError(
             f"nnU-Net finds nothing that reads {example}: {error} Correct it, or leave {folder.name} out of -u."
@@ -225,17 +251,41 @@ def group_channels(folder: Path, ending: str) -> dict[str, dict[int, RawFile]]:
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}. Check its permissions.") from None
     inside = [os.path.realpath(folder), os.path.realpath(os.environ["nnUNet_raw"])]
-    pattern = _image_name(ending)
+    there = {entry.name: entry for entry in entries}
+
+    def look(name: str) -> RawFile:
+        entry = there[name]
+        beside: list[list[str | int]] = []
+        for other in (there[other] for other in sidecars(name) if other in there):
+            with contextlib.suppress(OSError):  # a dead link
+                beside.append([other.name, other.stat().st_size, other.stat().st_mtime_ns])
+        found = RawFile.look(str(folder / name), entry.stat, entry.is_symlink(), inside)
+        return found._replace(beside=beside)
+
+    images = _images_among(there, ending)
     cases: dict[str, dict[int, RawFile]] = defaultdict(dict)
-    for entry in entries:
-        if match := pattern.fullmatch(entry.name):
-            file = RawFile.look(str(folder / entry.name), entry.stat, entry.is_symlink(), inside)
-            cases[match["case"]][int(match["channel"])] = file
+    # the file system of an archive may take milliseconds for each file, and answers many at once
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        for (case, channel), file in zip(images.values(), pool.map(look, images), strict=True):
+            cases[case][channel] = file
     return dict(cases)
 
 
-def _image_name(ending: str) -> re.Pattern[str]:
-    return re.compile(r"(?P<case>.+)_(?P<channel>\d{4})" + re.escape(ending), re.DOTALL)
+def _images_among(names: Iterable[str], ending: str) -> dict[str, tuple[str, int]]:
+    """Return case and channel of each name of an image; of two files of one image, the one that ends as planned."""
+    endings = "|".join(map(re.escape, _endings(ending)))
+    pattern = re.compile(rf"(?P<case>.+)_(?P<channel>\d{{4}})(?i:{endings})", re.DOTALL)
+    chosen: dict[tuple[str, int], str] = {}
+    # those that end as planned come first
+    for name in sorted(names, key=lambda name: (not name.endswith(ending), name)):
+        if match := pattern.fullmatch(name):
+            chosen.setdefault((match["case"], int(match["channel"])), name)
+    return {name: image for image, name in sorted(chosen.items(), key=lambda item: item[1])}
+
+
+def _endings(ending: str) -> tuple[str, ...]:
+    """Return the endings, in small letters, of the files that hold the format of an ending."""
+    return next((same for same in _SAME_FORMAT if ending.lower() in same), (ending.lower(),))
 
 
 def pick_channels(
@@ -268,16 +318,42 @@ def pick_channels(
 
 
 def _case_files(files: Sequence[RawFile], channels: list[int] | None, channels_there: int) -> CaseFiles:
-    return CaseFiles([file.path for file in files], channels, channels_there, [file.made_from for file in files])
+    made_from = [file.made_from for file in files]
+    # the channels of a case have one spacing file
+    for file in files:
+        made_from += [other for other in file.beside if other not in made_from]
+    return CaseFiles([file.path for file in files], channels, channels_there, made_from)
+
+
+def without_spacing(source: Source) -> list[str]:
+    """Return the TIFF files that have no spacing file beside them, for which nnU-Net takes a spacing of 1 on each axis."""
+    if not issubclass(source.reader, Tiff3DIO):
+        return []
+    return [
+        case.files[0]
+        for case in source.cases.values()
+        if not any(str(made[0]).endswith(".json") for made in case.made_from)
+    ]
+
+
+def no_spacing_told(files: Sequence[str]) -> str:
+    """Return in words which TIFF files have no spacing file."""
+    some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    missing = os.path.join(os.path.dirname(files[0]), sidecars(os.path.basename(files[0]))[0])
+    return (
+        f"{len(files)} TIFF images have no spacing file, so nnU-Net takes a spacing of 1 on each axis: {some}. To give one, "
+        f'write {missing}, such as {{"spacing": [3, 0.5, 0.5]}}'
+    )
 
 
 def passed_over(folder: Path, ending: str) -> list[str]:
-    """FOLDER/FILE of the files in a folder that are not named as nnU-Net names images."""
+    """Return FOLDER/FILE of the files in a folder that are neither images, as nnU-Net names them, nor read with one."""
     if not folder.is_dir():
         return []
-    pattern = _image_name(ending)
-    names = sorted(e.name for e in os.scandir(folder) if not (e.name.startswith(".") or pattern.fullmatch(e.name)))
-    return [f"{folder.name}/{name}" for name in names]
+    names = os.listdir(folder)
+    images = _images_among(names, ending)
+    used = {*images, *(other for name in images for other in sidecars(name))}
+    return [f"{folder.name}/{name}" for name in sorted(names) if not (name.startswith(".") or name in used)]
 
 
 def training_cases(configuration: Configuration) -> list[Case]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from nnunetv2_macl.building import build_network
 from nnunetv2_macl.data import Case, PretrainingBatches
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.folds import read_splits
 from nnunetv2_macl.network import MACLNetwork
-from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.report.run import Run, unlabelled_folders
 
@@ -97,8 +97,7 @@ def _cases(run: Run) -> list[Case]:
     except KeyError:
         raise UserError("nnUNet_preprocessed is not set, so there are no images to show.") from None
     if run.fold.isdigit():
-        splits = run.configuration.folder / "splits_final.json"
-        kept_apart = read_json(splits, "Its run left out a fold of that file.")[int(run.fold)]["val"]
+        kept_apart = read_splits(run.configuration)[int(run.fold)]["val"]
         cases = [case for case in cases if case.name not in kept_apart]
     # written last: whoever has one is whole
     records = sorted(record for folder in unlabelled_folders(run) for record in folder.glob("*.json"))

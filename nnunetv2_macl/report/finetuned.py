@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration, raw_folder, read_json
+from nnunetv2_macl.nnunet import Configuration, raw_folder, read_dataset_json, read_json
 from nnunetv2_macl.report.curves import BLUE, COLOURS, GREEN, ORANGE, draw_curves
 from nnunetv2_macl.report.pictures import png, stretched
 from nnunetv2_macl.report.run import FINISHED, STAMP, STOPPED, log_lines
@@ -57,7 +57,11 @@ def describe_training(folder: Path) -> dict[str, Any]:
     trainer, plans_name, configuration_name = folder.resolve().parent.name.split("__")
     plans = PlansManager(read_json(folder.parent / "plans.json", mend))
     configuration = Configuration(
-        plans.dataset_name, plans_name, configuration_name, plans, read_json(folder.parent / "dataset.json", mend)
+        plans.dataset_name,
+        plans_name,
+        configuration_name,
+        plans,
+        read_dataset_json(folder.parent / "dataset.json", mend, labels=True),
     )
     lines = [STAMP.sub("", line) for line in log_lines(folder)]
     epochs = _epochs(lines)

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.monitoring import LOSS_NAMES
-from nnunetv2_macl.nnunet import Configuration, read_json
+from nnunetv2_macl.nnunet import Configuration, read_dataset_json, read_json
 from nnunetv2_macl.planning.plan import MACLPlan, read_plan
 from nnunetv2_macl.preprocessing.cases import unlabelled_folder
 from nnunetv2_macl.training import resume
@@ -98,7 +98,7 @@ def read_run(folder: Path) -> Run:
         plan.plans_name,
         plan.configuration,
         PlansManager(read_json(folder.parent / "plans.json", mend)),
-        read_json(folder.parent / "dataset.json", mend),
+        read_dataset_json(folder.parent / "dataset.json", mend),
     )
     lines = log_lines(folder)
     images, skipped = None, 0

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
 
 from nnunetv2_macl import distributed
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.folds import number_of_folds
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.training.run_folder import PRETRAINER
+
+FINETUNER = "nnUNetTrainerMACL"
 
 
 def command_to_pretrain(configuration: Configuration, fold: int | str = "all", device: str = "cuda") -> str:
@@ -43,11 +48,17 @@ def command_to_go_on(
     return f"{command_to_pretrain(configuration, fold, device)}{gpus} --c"
 
 
-def command_to_fine_tune(configuration: Configuration, fold: int | str = "all", device: str = "cuda") -> str:
-    """Fine-tunes from what a run has made; the first fold from a run on all images."""
+def command_to_fine_tune(
+    configuration: Configuration, fold: int | str = "all", device: str = "cuda", trainer: str = FINETUNER
+) -> str:
+    """Fine-tunes from what a run has made: from a run on all images the first fold, or all cases where there are no folds."""
     options = f"{plans_option(configuration.plans_name)}{_device(device)}"
-    fold = 0 if fold == "all" else fold
-    return f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr nnUNetTrainerMACL{options}"
+    if fold == "all":
+        folds = 1
+        with contextlib.suppress(UserError, KeyError):  # the data set of a report may be on another machine
+            folds = number_of_folds(configuration)
+        fold = 0 if folds else "all"
+    return f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr {trainer}{options}"
 
 
 def plans_option(plans_name: str) -> str:

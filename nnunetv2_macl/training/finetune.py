@@ -21,13 +21,18 @@ from torch._dynamo import OptimizedModule
 
 from nnunetv2_macl import __version__, checkpoints, formats
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.folds import check_fold, number_of_folds, too_few_cases
+from nnunetv2_macl.messages import for_log_file, show_any_character
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration
-from nnunetv2_macl.training.commands import command_to_pretrain
-from nnunetv2_macl.training.run_folder import pretraining_folder
+from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
+from nnunetv2_macl.training.run_folder import cases_seen, pretraining_folder
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
 from nnunetv2_macl.transfer import Transfer, kernel_norms, plan_transfer, rescale_kernels
 
 logger = logging.getLogger(__name__)
+
+# validation cases that a warning names
+_NAMED = 10
 
 
 class nnUNetTrainerMACL(nnUNetTrainer):
@@ -53,10 +58,17 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which it inspects
     ) -> None:
+        show_any_character()
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.finetuning_epochs
         self.initial_lr = self.finetuning_lr
         self.macl_origin: dict[str, Any] | None = None
+        self._split: tuple[list[str], list[str]] | None = None
+
+    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """As nnU-Net's, for any name of a file or a case."""
+        words = map(for_log_file, args)
+        super().print_to_log_file(*words, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         optimizer, scheduler = super().configure_optimizers()
@@ -136,7 +148,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         )
 
     def _report(self, pretrained: checkpoints.PretrainedWeights, transfer: Transfer, rescaled: bool) -> None:
-        method = "nnssl" if pretrained.description.get("kind") == "nnssl" else "MACL"
+        method = {"nnssl": "nnssl", "nnunet": "nnU-Net"}.get(str(pretrained.description.get("kind")), "MACL")
         lines = [f"{method} weights from {', '.join(str(file) for file in pretrained.files)}"]
         for part in ("encoder", "decoder"):
             taken, tensors = transfer.count(part)
@@ -151,19 +163,54 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         else:
             lines = [f"{row.how}: {row.part} ({row.why})" for row in transfer.rows if row.why]
         self.print_to_log_file("\n  ".join(["", *lines])[1:], add_timestamp=False)
-        description, own = pretrained.description, self.plans_manager.dataset_name
-        others = (description.get("dataset_fingerprint") or {}).get("unlabelled_datasets") or ()
-        seen = own in others or (
-            description.get("dataset_name") == own and str(description.get("fold")) != str(self.fold)
-        )
-        if seen and self.fold != "all":
-            self.print_to_log_file(
-                f"  The images of this fold's validation cases were among the pre-training images, without their labels. "
-                f"To leave them out: {command_to_pretrain(self._configuration, self.fold, self.device.type)}",
-                add_timestamp=False,
-            )
+        if self.fold != "all" and (seen := self._seen_before(pretrained)):
+            self.print_to_log_file(f"  WARNING: {seen}", add_timestamp=False)
+        description = pretrained.description
         if description.get("collapsed"):
             self.print_to_log_file(f"WARNING: these weights are of a run that collapsed: {description['collapsed']}")
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Return nnU-Net's split, which is asked for before the training begins, too, and logged once."""
+        if self._split is None:
+            if self.fold != "all":
+                self._check_fold(int(self.fold))
+            self._split = super().do_split()
+        return self._split
+
+    def _check_fold(self, fold: int) -> None:
+        if not number_of_folds(self._configuration):
+            command = command_to_fine_tune(self._configuration, "all", self.device.type, type(self).__name__)
+            raise UserError(f"{too_few_cases(self._configuration)}\nOn all cases, type:\n    {command}")
+        check_fold(self._configuration, fold)
+
+    def _seen_before(self, pretrained: checkpoints.PretrainedWeights) -> str | None:
+        """Return what pre-training saw of this fold's validation cases, in words, or None."""
+        description, own = pretrained.description, self.plans_manager.dataset_name
+        is_own = description.get("dataset_name") == own
+        other_fold = is_own and str(description.get("fold")) != str(self.fold)
+        if description.get("kind") == "nnunet":
+            return (
+                f"These weights were trained with the labels of {own}, fold {description.get('fold')}. This fold's "
+                "validation cases were among its training cases, as far as the folds' numbers tell, so their Dice will be "
+                f"too high. Take a checkpoint of fold {self.fold}."
+            ) if other_fold else None  # fmt: skip
+        leave_out = f"To leave them out: {command_to_pretrain(self._configuration, self.fold, self.device.type)}"
+        seen = cases_seen(pretrained.files[0].parent)
+        if seen is None:  # weights without their run's folder
+            others = (description.get("dataset_fingerprint") or {}).get("unlabelled_datasets") or ()
+            if not (other_fold or own in others):
+                return None
+            return (
+                "The images of this fold's validation cases were among the pre-training images, without their labels. "
+                f"{leave_out}"
+            )
+        validation = self.do_split()[1]
+        if not (names := sorted(seen.get(own, set()) & set(validation))):
+            return None
+        return (
+            f"{len(names)} of this fold's {len(validation)} validation cases were among the pre-training images, without "
+            f"their labels: {', '.join(names[:_NAMED])}{', ...' * (len(names) > _NAMED)}. {leave_out}"
+        )
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint, whole or not at all, that names the stock trainer: its network is stock.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import signal
 import socket
@@ -17,9 +18,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from nnunetv2.run.run_training import run_training
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunetv2_macl import distributed
 from nnunetv2_macl.cores import usable_cores
+from nnunetv2_macl.main_guard import require_main_guard
 
 
 def train(*, device: str, num_gpus: int, **arguments: Any) -> None:
@@ -34,6 +37,9 @@ def train(*, device: str, num_gpus: int, **arguments: Any) -> None:
         SystemExit: a process failed; the others are stopped. It has said why.
     """
     prepare_process(device)
+    # elsewhere than on Linux, data workers import the script again, too
+    if num_gpus > 1 or (multiprocessing.get_all_start_methods()[0] != "fork" and get_allowed_n_proc_DA() > 0):
+        require_main_guard()
     if num_gpus == 1:
         run_training(device=torch.device(device), **arguments)
         return

@@ -32,7 +32,8 @@ from nnunetv2_macl.data import (
 )
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import CannotWriteError, cannot_write, is_refused_write, remove_temporary
-from nnunetv2_macl.messages import heard
+from nnunetv2_macl.folds import check_fold, number_of_folds, too_few_cases
+from nnunetv2_macl.messages import for_log_file, heard, show_any_character
 from nnunetv2_macl.monitoring import LOSS_NAMES
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration, checksum
 from nnunetv2_macl.planning.plan import (
@@ -56,7 +57,7 @@ from nnunetv2_macl.training.epoch_log import CollapseWatch, Epoch, EpochSums, lo
 from nnunetv2_macl.training.export import export_run
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice
 from nnunetv2_macl.training.progress_picture import ProgressPicture
-from nnunetv2_macl.training.run_folder import PLAN_COPY, PRETRAINER, RunLock, set_aside
+from nnunetv2_macl.training.run_folder import PLAN_COPY, PRETRAINER, RunLock, set_aside, write_cases
 from nnunetv2_macl.training.signals import Signals, StoppedWhileWaiting, ignore_in_worker
 from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
@@ -90,6 +91,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which it inspects
     ) -> None:
+        show_any_character()
         self._continue_training = bool(plans.get("continue_training"))
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
@@ -304,6 +306,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             write_plan(self.macl_plan, Path(self.output_folder) / PLAN_COPY)
             if self.macl_plan.recipe_source:
                 self.print_to_log_file(f"Recipe: {self.macl_plan.recipe_source}")
+            write_cases(Path(self.output_folder), self._cases_by_dataset(), resumed=self._resumed_images is not None)
         else:
             self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         distributed.spread(self.step.module)
@@ -322,6 +325,14 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             )
         self._signals.listen()
 
+    def _cases_by_dataset(self) -> list[tuple[str, str]]:
+        """Return data set and name of each case that the run sees."""
+        configuration = self.macl_configuration
+        # nnU-Net keeps labelled cases in a folder of the configuration, this package others in a folder of their data set
+        datasets = {configuration.cases_folder.name: configuration.dataset_name}
+        folders = ((Path(case.file).parent.name, case.name) for case in self.data.cases)
+        return [(datasets.get(folder, folder), name) for folder, name in folders]
+
     def _images(self) -> str:
         return checksum([case.name for case in self.data.cases])
 
@@ -338,6 +349,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             )
         own = training_cases(self.macl_configuration)
         if self.fold != "all":
+            check_fold(self.macl_configuration, int(self.fold))
             left_out = set(self.do_split()[1])
             own = [case for case in own if case.name not in left_out]
             self.print_to_log_file(f"Kept apart: the {len(left_out)} validation images of fold {self.fold}")
@@ -386,7 +398,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
         """As nnU-Net's, but every rank says the same, so one is enough."""
         also_print_to_console = also_print_to_console and distributed.rank() == 0
-        super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
+        words = map(for_log_file, args)
+        super().print_to_log_file(*words, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
 
     # --- one epoch -------------------------------------------------------------------------------------------------------
 
@@ -581,8 +594,9 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         collapsed = (
             "The run ended COLLAPSED: fine-tuning from it is not likely to help.\n" if self.collapse.reason else ""
         )
+        no_folds = "" if number_of_folds(self.macl_configuration) else f"{too_few_cases(self.macl_configuration)}\n"
         self.print_to_log_file(
-            f"{collapsed}Weights: {self.output_folder}\nFine-tune from them:\n"
+            f"{collapsed}Weights: {self.output_folder}\n{no_folds}Fine-tune from them:\n"
             f'    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"\n    '
             # fine-tuning looks in the folder of this package's own trainer
             + (f"export {WEIGHTS_VARIABLE}={shlex.quote(str(self.output_folder))}\n    " if is_own else "")

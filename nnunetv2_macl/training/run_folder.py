@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,11 +15,13 @@ import psutil
 
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import cannot_write
+from nnunetv2_macl.files import cannot_write, write_json
 
 PRETRAINER = "nnUNetTrainerMACLPretrain"
 # the plan that a run began with, in its folder
 PLAN_COPY = "macl_plan.json"
+# names of the cases that a run has seen, by data set; they stay in its folder when weights are given to others
+_CASES = "macl_cases.json"
 
 
 def pretraining_folder(results: Path, dataset_name: str, plans_name: str, configuration: str) -> Path:
@@ -32,6 +34,32 @@ def pretraining_folder(results: Path, dataset_name: str, plans_name: str, config
         configuration: of the plan.
     """
     return results / dataset_name / f"{PRETRAINER}__{plans_name}__{configuration}"
+
+
+def write_cases(folder: Path, cases: Iterable[tuple[str, str]], *, resumed: bool) -> None:
+    """Write the names of the cases that a run sees.
+
+    Args:
+        folder: of the run.
+        cases: data set and name of each.
+        resumed: whether the run saw other cases before, which are kept.
+
+    Raises:
+        UserError: the file could not be written.
+    """
+    seen = (cases_seen(folder) or {}) if resumed else {}
+    for dataset, case in cases:
+        seen.setdefault(dataset, set()).add(case)
+    write_json({dataset: sorted(names) for dataset, names in seen.items()}, folder / _CASES)
+
+
+def cases_seen(folder: Path) -> dict[str, set[str]] | None:
+    """Return the names of the cases that a run has seen, by data set; None where its folder does not tell."""
+    try:
+        content = json.loads((folder / _CASES).read_text(encoding="utf-8"))
+        return {dataset: set(names) for dataset, names in content.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
 
 
 class RunLock:

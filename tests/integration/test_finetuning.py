@@ -14,8 +14,10 @@ from test_report import Page
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.report import write_report
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
+from nnunetv2_macl.training.run_folder import cases_seen, write_cases
 
 QUICK = "nnUNetTrainerMACL_quick"
 # a user's own trainer, in a folder of his own
@@ -60,6 +62,7 @@ def test_the_log_says_what_was_taken(pretrained):
     assert re.search(r"decoder: [1-9]\d* of 60 tensors taken", pretrained.out)
     assert "decoder.seg_layers" in pretrained.out and "trained anew" in pretrained.out
     assert "fold_all/macl_encoder.pth" in pretrained.out and "--exclude_fold 0" in pretrained.out
+    assert "1 of this fold's 1 validation cases were among the pre-training images" in pretrained.out
     assert "Mean Validation Dice" in pretrained.out
 
 
@@ -111,12 +114,48 @@ def test_validation_images_that_pre_training_saw_are_told(workspace):
         ({"dataset_name": "Dataset902_Archive", "fold": "all"}, False),
         ({"dataset_name": "Dataset902_Archive", "dataset_fingerprint": {"unlabelled_datasets": [DATASET]}}, True),
     ):
+        # weights without their run's folder
         before = len(log.read_text())
         files = [Path("macl_encoder.pth")]
         trainer.load_macl_weights(PretrainedWeights(files, encoder, configuration.architecture(), description))
         told = log.read_text()[before:]
         assert ("were among the pre-training images" in told) == seen
         assert ("nnUNetv2_train_macl_pretrain 901 -c 2d --exclude_fold 1 -device cpu" in told) == seen
+
+
+def test_validation_cases_that_a_run_saw_are_named_whatever_its_fold_is_called(workspace, tmp_path):
+    """The split may have changed since, and the same cases may have come in by another data set."""
+    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    names = [case.name for case in training_cases(configuration)]
+    splits = [{"train": names[2:], "val": names[:2]}, {"train": names[:3], "val": names[3:]}]
+    (configuration.folder / "splits_final.json").write_text(json.dumps(splits))
+    plans = configuration.plans_manager.plans | {"continue_training": False}
+    trainer = nnUNetTrainerMACL(plans, "2d", 0, configuration.dataset_json, torch.device("cpu"))
+    trainer.initialize()
+    encoder = {key: value for key, value in trainer.network.state_dict().items() if key.startswith("encoder.")}
+
+    def told(description, *seen):
+        before = Path(trainer.log_file).read_text()
+        write_cases(tmp_path, seen, resumed=False)
+        files = [tmp_path / "macl_encoder.pth"]
+        trainer.load_macl_weights(PretrainedWeights(files, encoder, configuration.architecture(), description))
+        return Path(trainer.log_file).read_text()[len(before) :]
+
+    other = {"dataset_name": "Dataset902_Archive", "fold": "all"}
+    own = [(DATASET, name) for name in names]
+    for description in ({"dataset_name": DATASET, "fold": "0"}, {"dataset_name": DATASET, "fold": "all"}, other):
+        out = told(description, *own[1:])
+        assert "1 of this fold's 2 validation cases were among the pre-training images" in out
+        assert f"labels: {names[1]}. To leave them out: nnUNetv2_train_macl_pretrain 901 -c 2d --exclude_fold 0" in out
+        assert "were among" not in told(description, *own[2:])
+        # cases of the same names of another data set
+        assert "were among" not in told(description, *(("Dataset902_Archive", name) for name in names))
+    # a run that was continued has seen what it saw before, too
+    write_cases(tmp_path, own[:1], resumed=False)
+    write_cases(tmp_path, own[4:], resumed=True)
+    assert cases_seen(tmp_path) == {DATASET: {names[0], names[4]}}
+    supervised = {"kind": "nnunet", "dataset_name": DATASET, "fold": 1}
+    assert "trained with the labels of" in told(supervised) and "with the labels" not in told(supervised | {"fold": 0})
 
 
 def test_checkpoints_are_those_of_the_stock_trainer(pretrained):

@@ -23,6 +23,7 @@ from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.synthetic import generate_dataset
 from nnunetv2_macl.training.commands import command_to_go_on
+from nnunetv2_macl.training.run_folder import cases_seen
 
 PRETRAIN = "nnUNetTrainerMACLPretrain"
 EXPORTED = ("macl_encoder.pth", "macl_decoder.pth", "macl_network.pth")
@@ -65,6 +66,8 @@ def test_the_command_from_beginning_to_end(workspace):
     assert expected <= files and "checkpoint_latest.pth" not in files
     assert any(name.startswith("training_log_") for name in files)
     assert not any(name.endswith(".tmp") or name.startswith(".macl_running") for name in files)
+
+    assert {name: len(cases) for name, cases in cases_seen(folder).items()} == {DATASET: 9, "Dataset902_Other": 2}
 
     encoder, decoder, network = (checkpoints.load(folder / name) for name in EXPORTED)
     checkpoint = checkpoints.load(folder / "checkpoint_final.pth")["network_weights"]

@@ -1,0 +1,82 @@
+"""Output: any name can be shown, and a script that cannot work is told why."""
+
+import io
+import locale
+import logging
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nnunetv2_macl.cli.messages import run
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.main_guard import require_main_guard
+from nnunetv2_macl.messages import for_log_file, show_any_character
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
+
+# in no code page of Windows; and a byte of a name that is not in UTF-8
+NAMES = ("\u03a9", os.fsdecode(b"M\xfcller"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_a_name_that_the_output_cannot_show_ends_nothing(monkeypatch, name, encoding):
+    streams = {}
+    for stream in ("stdout", "stderr"):
+        streams[stream] = io.BytesIO()
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(streams[stream], encoding=encoding))
+    run(lambda: logging.getLogger("nnunetv2_macl").warning("Left out: %s_0000.nii.gz", name))
+    print(name, file=sys.stderr, flush=True)
+    assert b"_0000.nii.gz" in streams["stdout"].getvalue() and streams["stderr"].getvalue()
+
+
+def test_output_that_is_no_stream_of_text_is_left_alone(monkeypatch):
+    """As in a notebook, or where there is none at all."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    show_any_character()
+
+
+def test_the_log_file_holds_any_name(workspace, monkeypatch):
+    monkeypatch.setattr(locale, "getpreferredencoding", lambda *_: "cp1252")
+    assert for_log_file("M\u00fcller \u03a9") == "M\u00fcller \\u03a9"
+    target = Configuration.load("901", "nnUNetPlans", "2d")
+    plans = target.plans_manager.plans | {"continue_training": False}
+    trainer = nnUNetTrainerMACL(plans, "2d", 0, target.dataset_json, torch.device("cpu"))
+    trainer.print_to_log_file(*NAMES)
+    with open(trainer.log_file, encoding="cp1252") as log:
+        assert "\\u03a9" in log.read()
+
+
+@pytest.mark.parametrize(
+    ("script", "good"),
+    [
+        ("pretrain()", False),
+        ("import logging\nlogging.getLogger(__name__)\npretrain()", False),
+        ('if __name__ == "__main__":\n    pretrain()', True),
+        ('if "__main__" == __name__:\n    pretrain()', True),
+        ('def main(): pass\n__name__ == "__main__" and main()', True),
+        ("\x00 not Python", True),
+    ],
+)
+def test_a_script_that_would_run_again_in_each_process_is_told_so(tmp_path, monkeypatch, script, good):
+    file = tmp_path / "my_script.py"
+    file.write_text(script)
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=str(file), __spec__=None))
+    if good:
+        require_main_guard()
+        return
+    with pytest.raises(UserError, match=r'my_script\.py would run again .* if __name__ == "__main__":$'):
+        require_main_guard()
+
+
+def test_consoles_and_modules_need_no_guard(monkeypatch):
+    for main in (SimpleNamespace(), SimpleNamespace(__file__="/nowhere/console.exe/__main__.py", __spec__=None)):
+        monkeypatch.setitem(sys.modules, "__main__", main)
+        require_main_guard()
+    code = "from nnunetv2_macl.main_guard import require_main_guard; require_main_guard()"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

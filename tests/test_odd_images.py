@@ -1,0 +1,203 @@
+"""Images as archives hold them: with files beside them, with the other ending of a format, and scouts among volumes."""
+
+import gzip
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import tifffile
+from conftest import DATASET
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+
+from nnunetv2_macl import doctor
+from nnunetv2_macl.doctor.dataset import headers
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.preprocessing import cases as preprocessing
+from nnunetv2_macl.preprocessing.cases import UnusableImageError, read_case, whats_flat
+from nnunetv2_macl.preprocessing.sources import (
+    CaseFiles,
+    Source,
+    find_sources,
+    group_channels,
+    passed_over,
+    pick_channels,
+    sidecars,
+    without_spacing,
+)
+
+VOLUME = np.random.default_rng(0).normal(100, 20, (8, 40, 48)).astype(np.float32)
+
+
+@pytest.fixture
+def target(workspace):
+    return Configuration.load("901", "nnUNetPlans", "2d")
+
+
+class Volumes:
+    """What `whats_flat` asks of a configuration."""
+
+    name = "3d_fullres"
+    patch_size = (16, 32, 32)
+
+
+def write(file, array=VOLUME):
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(file))
+
+
+def source_in(folder, ending, reader):
+    cases, wrong = pick_channels(group_channels(folder, ending), [0], ["MR"])
+    assert not wrong
+    return Source("Dataset900_There", cases, wrong, reader, passed_over(folder, ending))
+
+
+def test_what_is_read_with_an_image():
+    assert sidecars("case_1_0000.tif") == sidecars("case_1_0001.TIFF") == ["case_1.json"]
+    assert "a_0000.raw" in sidecars("a_0000.mhd") and "a_0000.img" in sidecars("a_0000.hdr")
+    assert sidecars("a_0000.nii.gz") == []
+
+
+@pytest.mark.parametrize(
+    ("ending", "beside", "reader"), [(".tif", "a.json", Tiff3DIO), (".mhd", "a_0000.raw", SimpleITKIO)]
+)
+def test_a_change_of_a_file_beside_an_image_is_a_change_of_the_image(tmp_path, monkeypatch, ending, beside, reader):
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    (tmp_path / f"a_0000{ending}").write_bytes(b"image")
+    (tmp_path / "notes.txt").touch()
+
+    def made_from():
+        return source_in(tmp_path, ending, reader).cases["a"].made_from
+
+    alone = made_from()
+    (tmp_path / beside).write_text("{}")
+    source = source_in(tmp_path, ending, reader)
+    first = source.cases["a"].made_from
+    assert first[0] == alone[0] and first[1][0] == beside
+    assert source.passed_over == [f"{tmp_path.name}/notes.txt"]
+    (tmp_path / beside).write_text('{"spacing": [3, 1, 1]}')
+    assert made_from() not in (first, alone)
+    (tmp_path / beside).unlink()
+    assert made_from() == alone
+
+
+def test_a_tiff_without_spacing_and_one_with_a_wrong_spacing_are_told(target, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    image, spacing = tmp_path / "a_0000.tif", tmp_path / "a.json"
+    tifffile.imwrite(image, VOLUME)
+    assert without_spacing(source_in(tmp_path, ".tif", Tiff3DIO)) == [str(image)]
+    assert without_spacing(source_in(tmp_path, ".tif", SimpleITKIO)) == []
+    case = CaseFiles([str(image)], None, 1, [])
+    for content in (
+        "",
+        "[]",
+        '{"spacing": 1}',
+        '{"spacing": [1, 1]}',
+        '{"spacing": [0, 1, 1]}',
+        '{"spacing": ["1", 1, 1]}',
+    ):
+        spacing.write_text(content)
+        with pytest.raises(UnusableImageError, match=r"its spacing file .*a\.json"):
+            read_case(target, case, Tiff3DIO)
+    spacing.write_text('{"spacing": [3, 0.5, 0.5]}')
+    assert without_spacing(source_in(tmp_path, ".tif", Tiff3DIO)) == []
+    assert read_case(target, case, Tiff3DIO)[1]["spacing"] == [3, 0.5, 0.5]
+
+
+def test_both_endings_of_a_format_are_read(target, workspace):
+    folder = workspace.raw / DATASET / "imagesUn"
+    write(folder / "plain_0000.nii")
+    write(folder / "Upper_0000.nii")
+    (folder / "Upper_0000.nii").rename(folder / "Upper_0000.NII")
+    # the same image twice: the one that ends as planned is taken, the other is told
+    write(folder / "case_005_0000.nii")
+    (source,) = find_sources(target, [])
+    assert source.cases["plain"].files == [str(folder / "plain_0000.nii")] and "Upper" in source.cases
+    assert source.cases["case_005"].files == [str(folder / "case_005_0000.nii.gz")]
+    assert source.passed_over == ["imagesUn/case_005_0000.nii"]
+    for reader in (SimpleITKIO, NibabelIO):
+        assert read_case(target, source.cases["plain"], reader)[0].shape == (1, *VOLUME.shape)
+    done = preprocessing.preprocess_unlabelled(target, [], processes=1)
+    assert {"plain", "Upper"} < {case.name for case in done.cases}
+
+
+def test_advice_for_another_format_is_to_convert(target, workspace):
+    folder = workspace.raw / DATASET / "imagesUn"
+    for name, words in (
+        ("a_0000.nrrd", "convert"),
+        ("a_0000.mha", "convert"),
+        ("a.nii", "Rename"),
+        ("a.nii.gz", "Rename"),
+    ):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        write(folder / name)
+        with pytest.raises(UserError, match=rf"CASE_0000\.nii\.gz.*{name}.*{words}") as error:
+            find_sources(target, [])
+        assert ("Rename" in str(error.value)) == (words == "Rename")
+
+
+def test_a_single_slice_is_no_volume(tmp_path):
+    def flat(name, array):
+        write(tmp_path / name, array)
+        return whats_flat(Volumes, CaseFiles([str(tmp_path / name)], None, 1, []))
+
+    assert "40" in flat("scout.nii.gz", VOLUME[0]) and "single slice" in flat("scout.mha", VOLUME[0])
+    for axis in range(3):
+        assert "single slice" in flat(f"axis{axis}.nii.gz", VOLUME.take([0], axis))
+    assert flat("two.nii.gz", VOLUME[:2]) is None and flat("volume.nrrd", VOLUME) is None
+    for name, array, is_flat in (
+        ("flat.tif", VOLUME[0], True),
+        ("one.tif", VOLUME[:1], True),
+        ("many.tif", VOLUME, False),
+    ):
+        tifffile.imwrite(tmp_path / name, array)
+        assert (whats_flat(Volumes, CaseFiles([str(tmp_path / name)], None, 1, [])) is not None) == is_flat
+    # what cannot be read is told when it is read
+    (tmp_path / "broken.nii.gz").write_bytes(b"")
+    assert whats_flat(Volumes, CaseFiles([str(tmp_path / "broken.nii.gz")], None, 1, [])) is None
+
+
+def test_single_slices_among_volumes_are_left_out_and_the_run_goes_on(target, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(preprocessing, "_configuration", Volumes, raising=False)
+    write(tmp_path / "scout.nii.gz", VOLUME[0])
+    reason, is_flat = preprocessing._preprocess_volume(
+        CaseFiles([str(tmp_path / "scout.nii.gz")], None, 1, []), SimpleITKIO, tmp_path / "out", {}
+    )
+    assert is_flat and str(tmp_path / "scout.nii.gz") in reason and not (tmp_path / "out.b2nd").exists()
+    # of planes the 2D network is made for there are no volumes
+    assert whats_flat(target, CaseFiles([str(tmp_path / "scout.nii.gz")], None, 1, [])) is None
+
+
+def test_the_doctor_accepts_what_the_run_accepts(target, workspace):
+    """Compressed in parts, as bgzip does; with bytes after the image; NaN; constant; a case that is labelled, too."""
+    folder = workspace.raw / DATASET / "imagesUn"
+    write(workspace.folder / "plain.nii")
+    plain = (workspace.folder / "plain.nii").read_bytes()
+    (folder / "parts_0000.nii.gz").write_bytes(
+        b"".join(gzip.compress(plain[start : start + 20000]) for start in range(0, len(plain), 20000))
+    )
+    (folder / "padded_0000.nii.gz").write_bytes(gzip.compress(plain + bytes(512)))
+    (folder / "case_000_0000.nii.gz").write_bytes(b"broken")  # never read: it counts as the labelled case of its name
+    sources = preprocessing.sources_in_use(target, [])
+    for seconds in (60, 0):  # read, and by the headers alone
+        result = headers(target, sources, skip_unreadable=False, seconds=seconds)
+        assert result.status == doctor.RIGHT and result.values["skipped"] == 0, result
+    assert len(preprocessing.preprocess_unlabelled(target, [], processes=1).cases) == 6
+    write(folder / "nan_0000.nii.gz", np.where(VOLUME > 130, np.nan, VOLUME).astype(np.float32))
+    write(folder / "constant_0000.nii.gz", np.full_like(VOLUME, 3))
+    sources = preprocessing.sources_in_use(target, [])
+    result = headers(target, sources, skip_unreadable=False)
+    assert result.status == doctor.WRONG and result.values == {"files": 8, "skipped": 2, "read": 2}
+    skipped = preprocessing.preprocess_unlabelled(target, [], processes=1, skip_unreadable=True).skipped
+    assert {path.name for path in skipped} == {"nan", "constant"}
+
+
+def test_channels_that_do_not_fit_each_other_are_explained(target, tmp_path):
+    write(tmp_path / "a_0000.nii.gz")
+    write(tmp_path / "a_0001.nii.gz", VOLUME[:, :20])
+    case = CaseFiles([str(tmp_path / f"a_000{channel}.nii.gz") for channel in (0, 1)], None, 1, [])
+    with pytest.raises(UnusableImageError, match="Not all input images have the same shape"):
+        read_case(target, case, SimpleITKIO)
