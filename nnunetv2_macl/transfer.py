@@ -195,7 +195,8 @@ class _Plan:
     ) -> None:
         self.source, self.state, self.offset = pretrained.weights, state, offset
         self.elsewhere, self.channel_names = pretrained.elsewhere, channel_names
-        self.strides = [_strides(a) for a in (pretrained.architecture, architecture)]
+        self.architectures = pretrained.architecture, architecture
+        self.strides = [_strides(a) for a in self.architectures]
         self.depths = (_depth(self.source) or len(self.strides[0]), _depth(state))
         self.own = [key for key in state if not key.startswith(f"{TWIN}encoder.")]
         stem = next((key for key in self.own if key.startswith("encoder.") and key.endswith(".conv.weight")), "")
@@ -323,6 +324,11 @@ class _Plan:
             strides = [s[i] if i < len(s) else None for s, i in zip(self.strides, (theirs, int(stage)), strict=True)]
             if strides[0] != strides[1]:
                 notes.append(f"stride {strides[0]} there, {strides[1]} here")
+        norms, pools = zip(*map(_kind_of_stages, self.architectures), strict=True)
+        if name.endswith(".stages") and norms[0] != norms[1]:
+            notes.append(f"{norms[0]} there, {norms[1]} here")
+        if part.startswith("encoder.stages") and int(stage) > 0 and pools[0] != pools[1]:
+            notes.append(f"{pools[0]} there, {pools[1]} here")
         return notes
 
     def _why_not(self, part: str, left: list[str]) -> str:
@@ -371,6 +377,13 @@ def _parameters(state: dict[str, Tensor], keys: Iterable[str]) -> int:
 
 def _without_inputs(weight: Tensor) -> tuple[int, ...]:
     return (weight.shape[0], *weight.shape[2:])
+
+
+def _kind_of_stages(architecture: dict[str, Any]) -> tuple[str, str]:
+    """Return the norm and the way of downsampling of an architecture's stages, in words."""
+    norm = str((architecture.get("arch_kwargs") or {}).get("norm_op")).rpartition(".")[2]
+    pools = str(architecture.get("network_class_name")).endswith(".PaperUNet")
+    return norm, "max-pooling" if pools else "strided convolutions"
 
 
 def _strides(architecture: dict[str, Any]) -> list[Any]:

@@ -116,10 +116,12 @@ def network_entry() -> None:
     arguments = parser.parse_args()
 
     def action() -> None:
-        from nnunetv2_macl.planning.network import plan_network
+        from nnunetv2_macl.planning.network import needs_this_package, plan_network
 
         file = plan_network(arguments.dataset_name_or_id, arguments.network, arguments.plans, arguments.configuration)
         print(f"{file}\nUse it with: -p {file.stem}")
+        if needs_this_package(file):
+            print("Training and prediction with this network need nnunetv2_macl, wherever they run.")
 
     run(action)
 
