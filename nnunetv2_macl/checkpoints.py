@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,28 +49,56 @@ def _size(content: Any) -> int:
 
 
 def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """`torch.load` of tensors and plain types only: nothing in the file is run.
+    """Load a checkpoint that holds tensors, plain types and numpy's numbers only: nothing in the file is run.
 
     Raises:
         UserError: no such file, damaged, or holding anything else; names the file.
     """
     verify(file)
-    try:
-        content = torch.load(file, map_location=device, weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"{file} cannot be loaded: it is damaged, or holds more than tensors and plain values "
-            f"({type(error).__name__}: {reason[0] if reason else ''}). Take another file."
-        ) from error
+    with _numpy_numbers_allowed():
+        try:
+            content = torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:
+            raise UserError(f"{file} cannot be loaded: {_why_not(file, error)} Take another file.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, not a checkpoint. Take another file.")
     return content
 
 
+def _numpy_numbers_allowed() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which `torch.load` also takes numpy's numbers and arrays, as nnU-Net's checkpoints hold them."""
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # torch before 2.6
+        return contextlib.nullcontext()
+    allowed: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS"}]
+    for value in (np.float64(), np.empty(0)):
+        function: Any = value.__reduce__()[0]
+        # numpy 1 and 2 keep the function under different names, and a checkpoint has the name of its writer's
+        allowed += [(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")]
+    return torch.serialization.safe_globals(allowed)
+
+
+def _why_not(file: Path, error: Exception) -> str:
+    """Return why `torch.load` refused a file, as one sentence without torch's advice to run what is in the file."""
+    objects: list[str] = []
+    with contextlib.suppress(Exception):  # a file of another format, or torch before 2.6
+        objects = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    if objects:
+        more = ", ..." if len(objects) > 3 else ""
+        return (
+            f"it holds more than tensors and plain values, namely {', '.join(objects[:3])}{more}. Loading such objects can "
+            "run code that is in the file, so this package does not load them."
+        )
+    reason = (str(error).strip().splitlines() or [""])[0]
+    # torch prints a part of its messages in bold
+    reason = re.sub(r"\x1b\[\d*m", "", reason).rstrip(". ")
+    return f"torch cannot read it ({type(error).__name__}: {reason}). The file is damaged, or no file of torch.save."
+
+
 # --- exported weights ----------------------------------------------------------------------------------------------------
 
 ENCODER_FILE, DECODER_FILE, NETWORK_FILE = "macl_encoder.pth", "macl_decoder.pth", "macl_network.pth"
+# what nnU-Net's training leaves at its end
+NNUNET_FILE = "checkpoint_final.pth"
 
 CITATIONS = [
     "Zeng et al. Multi-level Asymmetric Contrastive Learning for Medical Image Segmentation Pre-training. IEEE JBHI 2026. "
@@ -188,6 +218,9 @@ def load_weights(path: Path) -> PretrainedWeights:
             inner = [
                 str(file.parent) for depth in ("*", "*/*") for file in sorted(path.glob(f"{depth}/{ENCODER_FILE}"))
             ][:5]
+            inner += [str(file) for depth in (".", "fold_*") for file in sorted(path.glob(f"{depth}/{NNUNET_FILE}"))][
+                :5
+            ]
             where = f"Give one of: {', '.join(inner)}" if inner else "Give a pre-training run's folder: .../fold_all"
             raise UserError(f"There is no {ENCODER_FILE} in the folder {path}. {where}")
     elif path.is_file():
@@ -200,7 +233,10 @@ def load_weights(path: Path) -> PretrainedWeights:
     for file in files:
         content = load(file)
         if content.get("kind") not in ("macl_encoder", "macl_decoder", "macl_network"):
-            raise UserError(f"{file} holds no weights of MACL pre-training. Give {ENCODER_FILE} or its folder.")
+            raise UserError(
+                f"{file} holds no weights that this package can use. The file holds {', '.join(map(str, list(content)[:6]))}. "
+                f"Give {ENCODER_FILE} or its folder, or a checkpoint of nnU-Net v2 (checkpoint_final.pth) or of nnssl."
+            )
         if content.get("format_version") != FORMAT_VERSION:
             raise UserError(
                 f"{file} has format version {content.get('format_version')!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "

@@ -1,4 +1,4 @@
-"""Weights in the formats of others: read from nnssl and the MACL authors, written for nnU-Net's two ways to fine-tune."""
+"""Weights in the formats of others: read from nnU-Net, nnssl and the MACL authors, written for nnU-Net's ways to fine-tune."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import read_json
+from nnunetv2_macl.nnunet import Configuration, read_json
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.sharing.package import write_package
 from nnunetv2_macl.training.run_folder import PRETRAINER
+from nnunetv2_macl.transfer import TWIN, stem_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ FORMATS = ("nnssl", "nnunet")
 PACKAGE = "zip"
 ADAPTATION_PLAN = "nnssl_adaptation_plan"
 AUTHORS_WEIGHTS = "model_state_dict"
+_NNUNET_KEYS = {"network_weights", "init_args", "trainer_name"}
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 _UNETS = "dynamic_network_architectures.architectures.unet."
 _PAPER_UNET = "nnunetv2_macl.networks.paper_unet.PaperUNet"
@@ -57,10 +61,11 @@ _NAMED = {name: ("ResidualEncoderUNet", _RESIDUAL_ENCODER_L) for name in ("ResEn
 
 
 def load_weights(path: Path) -> PretrainedWeights:
-    """Pre-trained weights of this package, of nnssl, or of the authors of MACL.
+    """Return the weights of a run of this package, of nnssl, of nnU-Net's own training, or of the authors of MACL.
 
     Args:
-        path: what `checkpoints.load_weights` takes, a checkpoint of nnssl, or a file that the authors of MACL published.
+        path: what `checkpoints.load_weights` takes, a checkpoint of nnU-Net v2 or of nnssl, or a file that the authors of MACL
+            published.
 
     Raises:
         UserError: nothing there, damaged, more in it than tensors and plain values, or no weights of a U-Net; names the file.
@@ -71,7 +76,58 @@ def load_weights(path: Path) -> PretrainedWeights:
             return _from_nnssl(content, path)
         if isinstance(content.get(AUTHORS_WEIGHTS), dict):
             return _from_authors(content[AUTHORS_WEIGHTS], path)
+        if is_nnunet_checkpoint(content):
+            return _from_nnunet(content, path)
     return checkpoints.load_weights(path)
+
+
+def is_nnunet_checkpoint(content: dict[str, Any]) -> bool:
+    """Return whether a checkpoint is one of nnU-Net's own training, by whichever trainer."""
+    # the checkpoints of this package name their kind
+    return "kind" not in content and content.keys() >= _NNUNET_KEYS
+
+
+def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
+    """Return the encoder and the decoder of a trained network; its segmentation layers are of its own labels."""
+    try:
+        arguments = content["init_args"]
+        plans, dataset_json = PlansManager(arguments["plans"]), arguments["dataset_json"]
+        trained_for = Configuration(
+            plans.dataset_name, plans.plans_name, arguments["configuration"], plans, dataset_json
+        )
+        architecture, preprocessing = trained_for.architecture(), trained_for.preprocessing()
+        # nnU-Net loads weights that were saved while they were distributed or compiled, too
+        named = {_WRAPPERS.sub("", key): value for key, value in content["network_weights"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{file} is a checkpoint of nnU-Net without a usable plan of its network: {reason}. Take the checkpoint that "
+            f"nnU-Net's training wrote at its end ({checkpoints.NNUNET_FILE})."
+        ) from None
+    weights = {
+        key: value
+        for key, value in named.items()
+        if isinstance(value, Tensor) and ".seg_layers." not in key and not key.startswith(f"{TWIN}encoder.")
+    }
+    if not weights:
+        raise UserError(f"{file} is a checkpoint of nnU-Net that holds no weights of a network. Take another file.")
+    stem = stem_kernels(weights)
+    description = {
+        "kind": "nnunet",
+        "dataset_name": trained_for.dataset_name,
+        "plans_name": trained_for.plans_name,
+        "configuration": trained_for.name,
+        "fold": arguments.get("fold"),
+        "epochs": content.get("current_epoch"),
+        "preprocessing": preprocessing,
+        "dataset_fingerprint": {"channel_names": trained_for.channel_names},
+        "citations": checkpoints.CITATIONS if content.get("macl") else checkpoints.CITATIONS[1:],
+    }
+    if stem and trained_for.is_cascaded:
+        description["network_input_channels"] = weights[stem[0]].shape[1]
+    images = architecture["input_channels"]
+    weights |= {key: weights[key][:, :images] for key in stem}
+    return PretrainedWeights([file], weights, architecture, description)
 
 
 def _from_nnssl(content: dict[str, Any], file: Path) -> PretrainedWeights:
@@ -343,7 +399,8 @@ def _own_network(pretrained: PretrainedWeights) -> nn.Module:
             here = list(state[key].shape) if key in state else "not there"
             raise UserError(
                 f"The weights in {files} do not fit the architecture that they come with: {key} is {list(value.shape)} in the "
-                f"file and {here} in the network. The file is damaged; take another one."
+                f"file and {here} in the network. Either the file was changed, or its trainer builds another network than its "
+                "plan names. Such weights can be fine-tuned from, but not exported."
             )
     return network
 

@@ -6,7 +6,7 @@ Works on the state dicts of dynamic-network-architectures U-Nets; a tensor is na
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -351,6 +351,14 @@ class _Plan:
         ours, source = unequal[0], self.source_of(unequal[0])
         here = "" if ours == source else f"{ours} is "
         return f"{source} is {list(self.source[source].shape)} there, {here}{list(self.state[ours].shape)} here"
+
+
+def stem_kernels(weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of a U-Net's first kernel, which takes the images and, in a cascade's second stage, segmentations."""
+    stem = next((key for key in weights if key.startswith("encoder.") and key.endswith(".conv.weight")), None)
+    if stem is None:
+        return []
+    return [key for key, weight in weights.items() if _unit(key) == _unit(stem) and weight.ndim > 2]
 
 
 def _unit(key: str) -> str:

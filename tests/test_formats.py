@@ -6,13 +6,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import DATASET
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from test_transfer import KINDS, architecture, unet
 
 from nnunetv2_macl import checkpoints, formats
-from nnunetv2_macl.cli.weights import export_entry
+from nnunetv2_macl.cli.weights import export_entry, inspect_entry
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.training.finetune import load_transfer
 from nnunetv2_macl.transfer import ADAPTED, plan_transfer
 
 
@@ -377,10 +381,9 @@ def test_nnssl_checkpoints_of_other_networks_and_damaged_ones_are_named(tmp_path
     checkpoints.save(content, file)
     with pytest.raises(UserError, match=r"checkpoint\.pth is no whole nnssl checkpoint: .* lacks 'key_to_stem'"):
         formats.load_weights(file)
-    # what older ones hold; to load it, code in the file would have to be run
+    # what older ones hold
     torch.save(nnssl_checkpoint(own, state) | {"_best_ema": np.float64(0.5)}, file)
-    with pytest.raises(UserError, match=r"checkpoint\.pth cannot be loaded: .*more than tensors and plain values"):
-        formats.load_weights(file)
+    assert formats.load_weights(file).weights
 
 
 def test_an_nnssl_checkpoint_becomes_one_of_nnunet(tmp_path):
@@ -392,3 +395,120 @@ def test_an_nnssl_checkpoint_becomes_one_of_nnunet(tmp_path):
     load_pretrained_weights(fresh, tmp_path / "nnunet.pth")
     image = torch.randn(1, 1, 16, 16, 16)
     assert torch.equal(fresh.encoder(image)[-1], network.encoder(image)[-1])
+
+
+# --- nnU-Net's own checkpoints, as nnU-Net writes them ------------------------------------------------------------------------
+
+
+def nnunet_trainer(folder, fold=0):
+    """nnU-Net's own trainer of the planned data set, as it is when a training begins."""
+    plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    dataset_json = json.loads((folder / "dataset.json").read_text())
+    trainer = nnUNetTrainer(plans, "2d", fold, dataset_json, torch.device("cpu"))
+    trainer.initialize()
+    return trainer
+
+
+def test_a_checkpoint_of_nnunet_is_taken_as_weights(workspace, tmp_path, monkeypatch, capsys):
+    trainer = nnunet_trainer(workspace.preprocessed / DATASET)
+    # nnU-Net's log and its best Dice are numpy's numbers
+    trainer._best_ema = np.float64(0.5)
+    trainer.logger.log("train_losses", np.float32(0.25), 0)
+    trainer.logger.log("dice_per_class_or_region", [np.float64(0.5), np.float64(np.nan)], 0)
+    file = tmp_path / "checkpoint_final.pth"
+    trainer.save_checkpoint(str(file))
+    state = trainer.network.state_dict()
+
+    found = formats.load_weights(file)
+    target = Configuration.load("901", "nnUNetPlans", "2d")
+    assert found.architecture == target.architecture() and found.description["fold"] == 0
+    _, fitted = load_transfer(file, target)
+    assert fitted.difference is None
+    for part in ("encoder", "decoder"):
+        own = [key for key in state if key.startswith(f"{part}.") and not key.startswith("decoder.encoder.")]
+        taken, tensors = fitted.count(part)
+        assert (taken, tensors) == (len([key for key in own if ".seg_layers." not in key]), len(own))
+    assert all(torch.equal(value, state[key]) for key, value in fitted.weights.items())
+
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_inspect", str(file)])
+    inspect_entry()
+    assert "checkpoint of nnU-Net's training with labels" in capsys.readouterr().out
+    # the folder of the fold names the file in it
+    with pytest.raises(UserError, match=r"Give one of: .*checkpoint_final\.pth"):
+        formats.load_weights(tmp_path)
+
+
+def nnunet_checkpoint(own, state, **configuration):
+    """Content of a checkpoint of nnU-Net, of a plan with one configuration."""
+    planned = {"architecture": {**own, "_kw_requires_import": ["conv_op", "norm_op"]}, "patch_size": [16, 16, 16]}
+    planned |= {"pool_op_kernel_sizes": own["arch_kwargs"]["strides"], "normalization_schemes": ["ZScoreNormalization"]}
+    plans = {"dataset_name": "Dataset900_There", "plans_name": "nnUNetPlans", "configurations": {}}
+    plans["configurations"]["3d_fullres"] = planned | configuration
+    return {
+        "network_weights": state,
+        "trainer_name": "nnUNetTrainer",
+        "init_args": {
+            "plans": plans,
+            "configuration": "3d_fullres",
+            "fold": "all",
+            "dataset_json": {"channel_names": {"0": "T1", "1": "T2"}},
+            "device": torch.device("cpu"),
+        },
+        "current_epoch": 1000,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+def test_a_second_stage_of_a_cascade_gives_what_it_learned_of_images(tmp_path, kind, prefix):
+    """Its first convolution also takes the first stage's segmentation, here of three labels."""
+    own = architecture(kind, 3, features=[4, 8, 12], channels=2)
+    state = unet(own | {"input_channels": 5}, seed=5).state_dict()
+    content = nnunet_checkpoint(own, {prefix + key: value for key, value in state.items()}, previous_stage="3d_lowres")
+    torch.save(content, tmp_path / "cascade.pth")
+    weights = formats.load_weights(tmp_path / "cascade.pth")
+    assert {value.shape[1] for key, value in weights.weights.items() if state[key].ndim > 2 and
+            state[key].shape[1] != value.shape[1]} == {2}  # fmt: skip
+    fitted = plan_transfer(weights, unet(own).state_dict(), weights.architecture)
+    encoder = len([key for key in state if key.startswith("encoder.")])
+    assert fitted.difference is None and fitted.count("encoder") == (encoder, encoder)
+    # the whole network for nnU-Net's own option, its further inputs included
+    formats.export(tmp_path / "cascade.pth", tmp_path / "whole.pth", "nnunet")
+    load_pretrained_weights(unet(own | {"input_channels": 5}, classes=3), tmp_path / "whole.pth")
+
+
+def test_checkpoints_of_nnunet_that_cannot_be_used_are_told_by_what_they_lack(tmp_path):
+    own = architecture(axes=3, features=[4, 8, 12], channels=2)
+    file = tmp_path / "checkpoint_final.pth"
+    whole = nnunet_checkpoint(own, unet(own).state_dict())
+    for key, value, words in (
+        ("init_args", {}, "without a usable plan of its network: 'plans' is missing"),
+        ("init_args", whole["init_args"] | {"plans": None}, "without a usable plan"),
+        ("init_args", whole["init_args"] | {"configuration": "2d"}, "without a usable plan"),
+        ("network_weights", {}, "holds no weights of a network"),
+        ("network_weights", None, "without a usable plan|no weights"),
+    ):
+        torch.save(whole | {key: value}, file)
+        with pytest.raises(UserError, match=words) as error:
+            formats.load_weights(file)
+        assert str(file) in str(error.value) and "damaged" not in str(error.value)
+    # of the first nnU-Net, and of other libraries
+    torch.save({"epoch": 3, "state_dict": {}}, file)
+    with pytest.raises(UserError, match=r"The file holds epoch, state_dict\. .*checkpoint of nnU-Net v2"):
+        formats.load_weights(file)
+
+
+class _Hostile:
+    """An object of a class that only its writer knows; to load it would run what it names."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code in a file was run')",)
+
+
+def test_code_in_a_checkpoint_is_not_run_and_is_named(tmp_path):
+    own = architecture(axes=3, features=[4, 8, 12], channels=2)
+    file = tmp_path / "checkpoint_final.pth"
+    torch.save(nnunet_checkpoint(own, unet(own).state_dict()) | {"logging": _Hostile()}, file)
+    with pytest.raises(UserError, match=r"more than tensors and plain values, namely \S*\.exec") as error:
+        formats.load_weights(file)
+    assert "damaged" not in str(error.value) and "\x1b" not in str(error.value)

@@ -82,6 +82,16 @@ def _checkpoint(file: Path) -> str:
         facts["tensors"] = str(len(pretrained.weights))
         citations = [json.dumps(citation) for citation in pretrained.description["citations"]]
         return _told(file, "checkpoint of nnssl", facts, _wholeness(file), citations)
+    if formats.is_nnunet_checkpoint(content):
+        pretrained = formats.load_weights(file)
+        description = pretrained.description
+        facts = {
+            key: str(description[key]) for key in ("dataset_name", "plans_name", "configuration", "fold", "epochs")
+        }
+        facts["trainer"] = str(content["trainer_name"])
+        facts["tensors"] = str(len(pretrained.weights))
+        what = "checkpoint of nnU-Net's training with labels, to fine-tune from"
+        return _told(file, what, facts, _wholeness(file), description["citations"])
     kind = content.get("kind")
     if kind not in _KINDS:
         raise UserError(f"{file} is no file of nnunetv2_macl: it holds {', '.join(map(str, list(content)[:8]))}.")

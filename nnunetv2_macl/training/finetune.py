@@ -135,7 +135,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         )
 
     def _report(self, pretrained: checkpoints.PretrainedWeights, transfer: Transfer, rescaled: bool) -> None:
-        method = "nnssl" if pretrained.description.get("kind") == "nnssl" else "MACL"
+        method = {"nnssl": "nnssl", "nnunet": "nnU-Net"}.get(str(pretrained.description.get("kind")), "MACL")
         lines = [f"{method} weights from {', '.join(str(file) for file in pretrained.files)}"]
         for part in ("encoder", "decoder"):
             taken, tensors = transfer.count(part)
