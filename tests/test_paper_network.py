@@ -132,10 +132,12 @@ def test_transfer_to_nnunets_own_network_explains_every_stage(small_file):
     rows = {row.part: row for row in fitted.rows}
     network.load_state_dict(network.state_dict() | fitted.weights)
     stages = [f"encoder.stages.{stage}" for stage in range(6)]
-    assert [rows[stage].how for stage in stages] == [AS_IT_IS] * 4 + [NOT_TAKEN] * 2
+    assert [rows[stage].how for stage in stages] == [AS_IT_IS] * 4 + [ADAPTED, NOT_TAKEN]
     assert "BatchNorm2d there, InstanceNorm2d here" in rows[stages[0]].why and "pool" not in rows[stages[0]].why
     assert "max-pooling there, strided convolutions here" in rows[stages[1]].why
-    assert "encoder.stages.4.0.convs.0.norm.weight is not there" in rows[stages[4]].why
+    centre = rows[stages[4]]
+    # the two convolutions go, each with its bias under two names; the two norms stay
+    assert (centre.taken, centre.tensors) == (8, 16) and "no norm there" in centre.why
     assert rows[stages[5]].why == "no such stage there"
     assert rows["decoder.stages.4"].how == AS_IT_IS and "BatchNorm2d there" in rows["decoder.stages.4"].why
     assert "pool" not in rows["decoder.stages.4"].why
@@ -161,6 +163,13 @@ def test_it_becomes_a_checkpoint_of_nnunet(small_file, tmp_path):
 
 def test_it_has_the_submodules_that_nnunets_networks_have():
     check_submodules(build(paper_architecture(2, features_per_stage=[4, 8, 16, 32, 64])))
+
+
+def test_what_does_not_fit_is_refused_with_the_account_of_every_stage(small_file, workspace):
+    """The generated data set's network has other widths."""
+    out = workspace.run("nnUNetv2_macl_transfer", small_file, "901", "-c", "2d", code=1)
+    assert "Traceback" not in out and "there, encoder.stages.1.0.convs.0.conv.weight is" not in out
+    assert "encoder.stages.1" in out and "not taken" in out and "is [8, 4, 3, 3] there, [64, 32, 3, 3] here" in out
 
 
 @pytest.mark.slow

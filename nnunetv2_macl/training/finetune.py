@@ -24,7 +24,7 @@ from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration
 from nnunetv2_macl.training.commands import command_to_pretrain
 from nnunetv2_macl.training.run_folder import pretraining_folder
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
-from nnunetv2_macl.transfer import Transfer, kernel_norms, plan_transfer, rescale_kernels
+from nnunetv2_macl.transfer import TooLittleFitsError, Transfer, kernel_norms, plan_transfer, rescale_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +135,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         )
 
     def _report(self, pretrained: checkpoints.PretrainedWeights, transfer: Transfer, rescaled: bool) -> None:
-        method = {"nnssl": "nnssl", "nnunet": "nnU-Net"}.get(str(pretrained.description.get("kind")), "MACL")
-        lines = [f"{method} weights from {', '.join(str(file) for file in pretrained.files)}"]
+        lines = [f"{pretrained.origin} weights from {', '.join(str(file) for file in pretrained.files)}"]
         for part in ("encoder", "decoder"):
             taken, tensors = transfer.count(part)
             lines.append(f"  {part}: {taken} of {tensors} tensors taken")
@@ -201,14 +200,13 @@ def transfer_to(target: Configuration, state: dict[str, Tensor], pretrained: che
         UserError: weights of a network too unlike this one; names the first difference.
     """
     channels = determine_num_input_channels(target.plans_manager, target.manager, target.dataset_json)
-    names_there = (pretrained.description.get("dataset_fingerprint") or {}).get("channel_names") or ()
     return plan_transfer(
         pretrained,
         state,
         target.architecture() | {"input_channels": channels},
         image_channels=len(target.channel_names),
-        channel_names=(names_there, target.channel_names),
-        command=command_to_pretrain(target),
+        channel_names=(pretrained.channel_names, target.channel_names),
+        advice=f"Pre-train for this one: {command_to_pretrain(target)}",
     )
 
 
@@ -225,7 +223,11 @@ def show_transfer(weights: Path, dataset: str | int, plans: str, configuration: 
         UserError: no such data set, plan, configuration or weights, or weights of a network too unlike this one.
     """
     target = Configuration.load(dataset, plans, configuration)
-    pretrained, transfer = load_transfer(weights, target)
+    try:
+        pretrained, transfer = load_transfer(weights, target)
+    except TooLittleFitsError as error:
+        logger.info("%s\n", error.transfer.table())
+        raise
     logger.info(
         "%s\nfor %s, %s, %s: %s\n\n%s",
         ", ".join(str(file) for file in pretrained.files),
