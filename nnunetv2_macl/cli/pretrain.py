@@ -55,6 +55,12 @@ def _pretrain_parser() -> argparse.ArgumentParser:
     add("-np", dest="processes", type=int, default=8, help="processes for preprocessing. Default: 8")
     add("-device", default="cuda", help="cuda, cpu or mps. Default: cuda. Which GPU: CUDA_VISIBLE_DEVICES=X")
     add("-num_gpus", type=int, default=1, help="GPUs to train on. Default: 1")
+    add(
+        "-pretrained_weights",
+        metavar="FILE_OR_FOLDER",
+        help="weights to start from, instead of a freshly initialised network: a pre-training run's folder, a file in it, a "
+        "checkpoint of nnU-Net or nnssl, or a file of the MACL authors",
+    )
     add("--c", dest="continue_training", action="store_true", help="go on with the run that was stopped")
     add("--disable_checkpointing", action="store_true", help="write no checkpoints and no weights")
     add("--skip_unreadable", action="store_true", help="leave out images that cannot be used, instead of stopping")

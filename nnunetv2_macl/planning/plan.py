@@ -33,7 +33,8 @@ _OF_CONTRAST = ("dominant_patch_size", "grid", "threshold", "expected_positives"
 class MACLPlan:
     """What is trained, on what, and how: the recipe, and all that follows from it and the nnU-Net plan.
 
-    Per-axis values are in the order of the nnU-Net plan, sizes in voxels, memory in GiB.
+    Per-axis values are in the order of the nnU-Net plan, sizes in voxels, memory in GiB. ``pretrained_weights`` is None, or what
+    `plan_start` returns about the weights that the run starts from.
     """
 
     dataset_name: str
@@ -60,6 +61,7 @@ class MACLPlan:
     memory_mixed_precision_gib: float
     recipe: dict[str, Any]
     reasons: dict[str, str]
+    pretrained_weights: dict[str, Any] | None = None
 
     def get_recipe(self) -> Recipe:
         return recipe_from_values(self.recipe, "MACL plan")
@@ -82,6 +84,9 @@ class MACLPlan:
     def as_json(self, *, edited: bool = False) -> dict[str, Any]:
         """Content of the file. The checksum tells later whether the user edited it; an edited plan stays edited."""
         content = {"format_version": FORMAT_VERSION} | asdict(self)
+        if self.pretrained_weights is None:
+            # the plan of a run that starts from a fresh network is the same as before this key existed
+            del content["pretrained_weights"]
         return content | {"checksum": "edited" if edited else checksum(content)}
 
 
@@ -123,9 +128,9 @@ def _plan_in(content: Any, file: Path) -> MACLPlan:
             f"{file} has format version {content.get('format_version')!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "
             f"Update nnunetv2_macl, or move the file away to have it derived again."
         )
-    if missing := [name for name in names if name not in content]:
+    if missing := [name for name in names if name not in content and name != "pretrained_weights"]:
         raise UserError(f"{file} lacks {', '.join(missing)}. {_MEND_PLAN}")
-    plan = MACLPlan(**{name: content[name] for name in names})
+    plan = MACLPlan(**{name: content[name] for name in names if name in content})
     recipe_from_values(plan.recipe, f"{file}, 'recipe'")
     return plan
 
@@ -214,6 +219,18 @@ def check_plan(plan: MACLPlan, configuration: Configuration, file: Path, *, of_a
     require(isinstance(plan.skip_unreadable, bool), "skip_unreadable", "true or false")
     good = isinstance(plan.channel_map, dict) and all(isinstance(c, str) for c in plan.channel_map.values())
     require(good, "channel_map", "channel names by channel names")
+    start = plan.pretrained_weights
+    keys = {
+        "path": str,
+        "files": dict,
+        "origin": str,
+        "encoder": str,
+        "decoder": str,
+        "citations": list,
+        "transfer": list,
+    }
+    good = start is None or (isinstance(start, dict) and all(isinstance(start.get(k), t) for k, t in keys.items()))
+    require(good, "pretrained_weights", "null, or what -pretrained_weights has written")
     names = {f.name for f in fields(MACLPlan)}
     good = isinstance(plan.reasons, dict) and all(names.issuperset(keys.split(", ")) for keys in plan.reasons)
     require(good, "reasons", "words by keys of the plan")
@@ -240,7 +257,20 @@ def describe(plan: MACLPlan) -> str:
     )
     if plan.unlabelled_datasets:
         lines.append(f"  unlabelled images also from {', '.join(plan.unlabelled_datasets)}")
+    if plan.pretrained_weights is not None:
+        lines.append(f"  starts from {start_in_short(plan.pretrained_weights)}")
+        lines += [f"      {line}" for line in plan.pretrained_weights["transfer"]]
     return "\n".join(lines)
+
+
+def start_in_short(start: dict[str, Any]) -> str:
+    """Return what a run starts from, in one line; ``start`` is ``pretrained_weights`` of its plan."""
+    files = ", ".join(f"{name} (SHA-256 {checksum[:16]}...)" for name, checksum in start["files"].items())
+    trained_on = f", trained on {start['dataset_name']}" if start.get("dataset_name") else ""
+    return (
+        f"{start['origin']} weights{trained_on}, {files}; taken: {start['encoder']} tensors of the encoder and "
+        f"{start['decoder']} of the decoder stages that are pre-trained"
+    )
 
 
 def _words(value: Any) -> str:
