@@ -26,6 +26,16 @@ from nnunetv2_macl.recipe import AUTO, Recipe, recipe_from_values
 FORMAT_VERSION = 1
 # holds the plan of the command that is at work, for the processes that train by it
 _HANDED_ON, _PROCESSES = "nnUNet_macl_plan", "nnUNet_macl_processes"
+# what `plan_start` writes about the weights that a run starts from
+_START = {
+    "path": str,
+    "files": dict,
+    "origin": str,
+    "encoder": str,
+    "decoder": str,
+    "citations": list,
+    "transfer": list,
+}
 _OF_CONTRAST = ("dominant_patch_size", "grid", "threshold", "expected_positives", "out_of_plane_rotation")
 
 
@@ -131,6 +141,14 @@ def _plan_in(content: Any, file: Path) -> MACLPlan:
     if missing := [name for name in names if name not in content and name != "pretrained_weights"]:
         raise UserError(f"{file} lacks {', '.join(missing)}. {_MEND_PLAN}")
     plan = MACLPlan(**{name: content[name] for name in names if name in content})
+    start = plan.pretrained_weights
+    if start is not None and not (
+        isinstance(start, dict) and all(isinstance(start.get(key), kind) for key, kind in _START.items())
+    ):
+        raise UserError(
+            f"{file}: 'pretrained_weights' must be null, or what -pretrained_weights has written, got {start!r:.200}. "
+            f"{_MEND_PLAN}"
+        )
     recipe_from_values(plan.recipe, f"{file}, 'recipe'")
     return plan
 
@@ -219,18 +237,6 @@ def check_plan(plan: MACLPlan, configuration: Configuration, file: Path, *, of_a
     require(isinstance(plan.skip_unreadable, bool), "skip_unreadable", "true or false")
     good = isinstance(plan.channel_map, dict) and all(isinstance(c, str) for c in plan.channel_map.values())
     require(good, "channel_map", "channel names by channel names")
-    start = plan.pretrained_weights
-    keys = {
-        "path": str,
-        "files": dict,
-        "origin": str,
-        "encoder": str,
-        "decoder": str,
-        "citations": list,
-        "transfer": list,
-    }
-    good = start is None or (isinstance(start, dict) and all(isinstance(start.get(k), t) for k, t in keys.items()))
-    require(good, "pretrained_weights", "null, or what -pretrained_weights has written")
     names = {f.name for f in fields(MACLPlan)}
     good = isinstance(plan.reasons, dict) and all(names.issuperset(keys.split(", ")) for keys in plan.reasons)
     require(good, "reasons", "words by keys of the plan")

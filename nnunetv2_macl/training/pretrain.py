@@ -173,7 +173,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     def _refuse_nnunets_pretrained_weights(self) -> None:
         """Name our command where nnU-Net's was given weights: nnU-Net would look for a whole segmentation network in them."""
-        parser = argparse.ArgumentParser(add_help=False)
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("-pretrained_weights")
         given = parser.parse_known_args(sys.argv[1:])[0].pretrained_weights
         if given is not None and not was_handed_on():
