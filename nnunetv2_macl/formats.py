@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 import shlex
@@ -254,8 +255,10 @@ def export(source: Path, file: Path, name: str | None = None, license_id: str = 
                 "The weights were trained with %s; nnUNetv2_preprocess_like_nnssl will take ZScoreNormalization.",
                 ", ".join(sorted(schemes)),
             )
+        has_command = importlib.util.find_spec("nnunetv2.experiment_planning.like_nnssl") is not None
         logger.info(
-            "Next, with nnU-Net's master branch: nnUNetv2_preprocess_like_nnssl -d DATASET -n NAME -pc %s",
+            "Next%s: nnUNetv2_preprocess_like_nnssl -d DATASET -n NAME -pc %s",
+            "" if has_command else ", with nnU-Net's master branch, since the nnU-Net here does not have the command",
             shlex.quote(str(file)),
         )
     else:

@@ -162,6 +162,15 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             )
         if description.get("collapsed"):
             self.print_to_log_file(f"WARNING: these weights are of a run that collapsed: {description['collapsed']}")
+        start = (description.get("macl_plan") or {}).get("pretrained_weights") or {}
+        is_other_fold = self.fold != "all" and str(start.get("fold")) != str(self.fold)
+        if start.get("dataset_name") == self.plans_manager.dataset_name and is_other_fold:
+            labels = " with their labels, so their Dice will be too high" if start.get("origin") == "nnU-Net" else ""
+            self.print_to_log_file(
+                f"WARNING: the pre-training started from {start.get('origin')} weights that were trained on "
+                f"{start['dataset_name']}, fold {start.get('fold')}. That training may have seen this fold's validation "
+                f"cases{labels}."
+            )
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint, whole or not at all, that names the stock trainer: its network is stock.
