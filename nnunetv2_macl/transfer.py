@@ -5,6 +5,7 @@ Works on the state dicts of dynamic-network-architectures U-Nets; a tensor is na
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def plan_transfer(
         files = ", ".join(str(file) for file in pretrained.files)
         why = difference or "they hold less than that of an encoder"
         raise TooLittleFitsError(
-            f"The weights in {files} are for another network: {share:.1%} of this one's encoder can be taken from them, less "
+            f"The weights in {files} are for another network: {math.floor(1000 * share) / 10}% of this one's encoder can be taken from them, less "
             f"than the {SMALLEST_SHARE:.0%} that are worth it; {why}. {advice}",
             transfer,
         )
@@ -310,7 +311,7 @@ class _Plan:
         notes = self._names_notes(taken)
         notes += [note for key in sorted(self.adapted & set(taken))[:1] if (note := self._channels_note(key))]
         if taken:
-            notes += self._stage_notes(part)
+            notes += self._stage_notes(part, has_norm=not set(taken) <= self.without_norm)
         if len(taken) < len(keys):
             notes.append(self._why_not(part, [key for key in keys if key not in self.sources]))
         return Row(part, len(taken), len(keys), how, "; ".join(notes))
@@ -335,7 +336,7 @@ class _Plan:
             notes.append(f"{ours - images} further input channels start fresh")
         return "; ".join(notes)
 
-    def _stage_notes(self, part: str) -> list[str]:
+    def _stage_notes(self, part: str, *, has_norm: bool) -> list[str]:
         name, _, stage = part.rpartition(".")
         if not stage.isdigit():
             return []
@@ -346,7 +347,7 @@ class _Plan:
             if strides[0] != strides[1]:
                 notes.append(f"stride {strides[0]} there, {strides[1]} here")
         norms, pools = zip(*map(_kind_of_stages, self.architectures), strict=True)
-        if name.endswith(".stages") and norms[0] != norms[1]:
+        if has_norm and name.endswith(".stages") and norms[0] != norms[1]:
             notes.append(f"{norms[0]} there, {norms[1]} here")
         if part.startswith("encoder.stages") and int(stage) > 0 and pools[0] != pools[1]:
             notes.append(f"{pools[0]} there, {pools[1]} here")
