@@ -172,8 +172,8 @@ def _from_authors(content: dict[str, Any], file: Path) -> PretrainedWeights:
     architecture = read_json(resource_folder("plans") / "networks" / "paper.json", "Install again.")["architecture"]
     stages = architecture["arch_kwargs"]["n_stages"]
     names = _names_of_authors(stages - 1)
-    # torch's DataParallel puts "module." before every name
-    theirs = {str(key).removeprefix("module.").rpartition(".")[::2]: value for key, value in content.items()}
+    # some of the files were saved while the network was distributed
+    theirs = {_WRAPPERS.sub("", str(key)).rpartition(".")[::2]: value for key, value in content.items()}
     weights: dict[str, Tensor] = {}
     for (module, parameter), value in theirs.items():
         if isinstance(value, Tensor):

@@ -118,8 +118,10 @@ def plan_transfer(
     if share < SMALLEST_SHARE:
         files = ", ".join(str(file) for file in pretrained.files)
         why = difference or "they hold less than that of an encoder"
+        # rounded down, so that a share just below the limit is not shown as the limit
+        percent = math.floor(1000 * share) / 10
         raise TooLittleFitsError(
-            f"The weights in {files} are for another network: {math.floor(1000 * share) / 10}% of this one's encoder can be taken from them, less "
+            f"The weights in {files} are for another network: {percent}% of this one's encoder can be taken from them, less "
             f"than the {SMALLEST_SHARE:.0%} that are worth it; {why}. {advice}",
             transfer,
         )

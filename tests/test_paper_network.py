@@ -137,7 +137,9 @@ def test_transfer_to_nnunets_own_network_explains_every_stage(small_file):
     assert "max-pooling there, strided convolutions here" in rows[stages[1]].why
     centre = rows[stages[4]]
     # the two convolutions go, each with its bias under two names; the two norms stay
-    assert (centre.taken, centre.tensors) == (8, 16) and "no norm there" in centre.why and "BatchNorm2d" not in centre.why
+    assert (
+        (centre.taken, centre.tensors) == (8, 16) and "no norm there" in centre.why and "BatchNorm2d" not in centre.why
+    )
     assert rows[stages[5]].why == "no such stage there"
     assert rows["decoder.stages.4"].how == AS_IT_IS and "BatchNorm2d there" in rows["decoder.stages.4"].why
     assert "pool" not in rows["decoder.stages.4"].why
