@@ -129,7 +129,7 @@ class PretrainedWeights:
     @property
     def origin(self) -> str:
         """Who trained the weights: MACL, nnssl, nnU-Net or the MACL authors."""
-        known = {"nnssl": "nnssl", "nnunet": "nnU-Net", "macl_authors": "The MACL authors'"}
+        known = {"nnssl": "nnssl", "nnunet": "nnU-Net", "macl_authors": "the MACL authors'"}
         return known.get(str(self.description.get("kind")), "MACL")
 
 
