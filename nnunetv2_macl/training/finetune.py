@@ -165,7 +165,9 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         start = (description.get("macl_plan") or {}).get("pretrained_weights") or {}
         is_other_fold = self.fold != "all" and str(start.get("fold")) != str(self.fold)
         if start.get("dataset_name") == self.plans_manager.dataset_name and is_other_fold:
-            labels = " with their labels, and their Dice will then be too high" if start.get("origin") == "nnU-Net" else ""
+            labels = (
+                " with their labels, and their Dice will then be too high" if start.get("origin") == "nnU-Net" else ""
+            )
             self.print_to_log_file(
                 f"WARNING: the pre-training started from {start.get('origin')} weights that were trained on "
                 f"{start['dataset_name']}, fold {start.get('fold')}. That training may have seen this fold's validation "
