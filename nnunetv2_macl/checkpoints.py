@@ -121,6 +121,17 @@ class PretrainedWeights:
     description: dict[str, Any]
     elsewhere: frozenset[str] = frozenset()
 
+    @property
+    def channel_names(self) -> list[str]:
+        """Names of the image channels that the weights were trained on; none where that is not known."""
+        return (self.description.get("dataset_fingerprint") or {}).get("channel_names") or []
+
+    @property
+    def origin(self) -> str:
+        """Who trained the weights: MACL, nnssl, nnU-Net or the MACL authors."""
+        known = {"nnssl": "nnssl", "nnunet": "nnU-Net", "macl_authors": "the MACL authors'"}
+        return known.get(str(self.description.get("kind")), "MACL")
+
 
 def export_weights(
     folder: Path,

@@ -1,7 +1,8 @@
-"""Weights in the formats of others: read from nnU-Net and nnssl, written for nnU-Net's two ways to fine-tune."""
+"""Weights in the formats of others: read from nnU-Net, nnssl and the MACL authors, written for nnU-Net's ways to fine-tune."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 import shlex
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import Configuration, read_json
+from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.sharing.package import write_package
 from nnunetv2_macl.training.run_folder import PRETRAINER
 from nnunetv2_macl.transfer import TWIN, stem_kernels
@@ -26,12 +28,14 @@ logger = logging.getLogger(__name__)
 FORMATS = ("nnssl", "nnunet")
 PACKAGE = "zip"
 ADAPTATION_PLAN = "nnssl_adaptation_plan"
+AUTHORS_WEIGHTS = "model_state_dict"
 _NNUNET_KEYS = {"network_weights", "init_args", "trainer_name"}
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 _UNETS = "dynamic_network_architectures.architectures.unet."
+_PAPER_UNET = "nnunetv2_macl.networks.paper_unet.PaperUNet"
 # classes that a file may name; anything else in it would be imported and called
-_ALLOWED_CLASSES = (f"{_UNETS}PlainConvUNet", f"{_UNETS}ResidualEncoderUNet")
+_ALLOWED_CLASSES = (f"{_UNETS}PlainConvUNet", f"{_UNETS}ResidualEncoderUNet", _PAPER_UNET)
 _ALLOWED_LAYERS = re.compile(r"torch\.nn\.(modules\.\w+\.)?[A-Z]\w*")
 
 # nnssl's networks that go by a name alone, in nnU-Net's words
@@ -58,10 +62,11 @@ _NAMED = {name: ("ResidualEncoderUNet", _RESIDUAL_ENCODER_L) for name in ("ResEn
 
 
 def load_weights(path: Path) -> PretrainedWeights:
-    """Return the weights of a pre-training run of this package or of nnssl, or of a training of nnU-Net.
+    """Return the weights of a run of this package, of nnssl, of nnU-Net's own training, or of the authors of MACL.
 
     Args:
-        path: what `checkpoints.load_weights` takes, or a checkpoint of nnU-Net v2 or of nnssl.
+        path: what `checkpoints.load_weights` takes, a checkpoint of nnU-Net v2 or of nnssl, or a file that the authors of MACL
+            published.
 
     Raises:
         UserError: nothing there, damaged, more in it than tensors and plain values, or no weights of a U-Net; names the file.
@@ -70,6 +75,8 @@ def load_weights(path: Path) -> PretrainedWeights:
         content = checkpoints.load(path)
         if ADAPTATION_PLAN in content:
             return _from_nnssl(content, path)
+        if isinstance(content.get(AUTHORS_WEIGHTS), dict):
+            return _from_authors(content[AUTHORS_WEIGHTS], path)
         if is_nnunet_checkpoint(content):
             return _from_nnunet(content, path)
     return checkpoints.load_weights(path)
@@ -160,6 +167,54 @@ def _from_nnssl(content: dict[str, Any], file: Path) -> PretrainedWeights:
     return PretrainedWeights([file], weights, architecture, description)
 
 
+def _from_authors(content: dict[str, Any], file: Path) -> PretrainedWeights:
+    """Read the weights of the paper's network. The projectors in the file belong to no U-Net and are left out."""
+    architecture = read_json(resource_folder("plans") / "networks" / "paper.json", "Install again.")["architecture"]
+    stages = architecture["arch_kwargs"]["n_stages"]
+    names = _names_of_authors(stages - 1)
+    # some of the files were saved while the network was distributed
+    theirs = {_WRAPPERS.sub("", str(key)).rpartition(".")[::2]: value for key, value in content.items()}
+    weights: dict[str, Tensor] = {}
+    for (module, parameter), value in theirs.items():
+        if isinstance(value, Tensor):
+            weights |= {f"{name}.{parameter}": value for name in names.get(module, ())}
+    absent = [module for module in names if (module, "weight") not in theirs]
+    if absent:
+        raise UserError(
+            f"{file} holds {AUTHORS_WEIGHTS}, and not those of the MACL authors' network: it lacks {absent[0]}. "
+            "Take another file."
+        )
+    first = [weights[f"encoder.stages.{stage}.0.convs.0.conv.weight"] for stage in range(stages)]
+    kwargs = architecture["arch_kwargs"] | {"features_per_stage": [len(weight) for weight in first]}
+    return PretrainedWeights(
+        [file],
+        weights,
+        {"network_class_name": _PAPER_UNET, "arch_kwargs": kwargs, "input_channels": first[0].shape[1]},
+        {"kind": "macl_authors", "citations": checkpoints.CITATIONS[:1]},
+    )
+
+
+def _names_of_authors(poolings: int) -> dict[str, tuple[str, ...]]:
+    """Map each module of the authors' network to its names in `PaperUNet`, where a layer has two."""
+
+    def layers(block: str) -> list[tuple[str, str]]:
+        return [(f"{block}.conv", f"{block}.all_modules.0"), (f"{block}.norm", f"{block}.all_modules.1")]
+
+    names: dict[str, tuple[str, ...]] = {}
+    for level in range(1, poolings + 1):
+        # the authors count levels from the image, nnU-Net's decoder counts them from the bottleneck
+        names[f"online_decoder.upscale{level + 1}"] = (f"decoder.transpconvs.{poolings - level}",)
+        for block in (0, 1):
+            for number, layer in enumerate(layers(f"encoder.stages.{level - 1}.0.convs.{block}")):
+                names[f"share_encoder.contr_{level}_{block + 1}.{number}"] = layer
+            for number, layer in enumerate(layers(f"decoder.stages.{poolings - level}.convs.{block}")):
+                names[f"online_decoder.expand_{level}_{block + 1}.{number}"] = layer
+    for block in (0, 1):
+        # a ReLU is between the two convolutions of the centre
+        names[f"share_encoder.center.{2 * block}"] = layers(f"encoder.stages.{poolings}.0.convs.{block}")[0]
+    return names
+
+
 # --- writing -------------------------------------------------------------------------------------------------------------
 
 
@@ -200,8 +255,10 @@ def export(source: Path, file: Path, name: str | None = None, license_id: str = 
                 "The weights were trained with %s; nnUNetv2_preprocess_like_nnssl will take ZScoreNormalization.",
                 ", ".join(sorted(schemes)),
             )
+        has_command = importlib.util.find_spec("nnunetv2.experiment_planning.like_nnssl") is not None
         logger.info(
-            "Next, with nnU-Net's master branch: nnUNetv2_preprocess_like_nnssl -d DATASET -n NAME -pc %s",
+            "Next%s: nnUNetv2_preprocess_like_nnssl -d DATASET -n NAME -pc %s",
+            "" if has_command else ", with nnU-Net's master branch, since the nnU-Net here does not have the command",
             shlex.quote(str(file)),
         )
     else:
@@ -335,8 +392,8 @@ def _own_network(pretrained: PretrainedWeights) -> nn.Module:
     named = _named_classes(kwargs)
     if name not in _ALLOWED_CLASSES or not all(_ALLOWED_LAYERS.fullmatch(kwargs[key]) for key in named):
         raise UserError(
-            f"{files} names the network {name} with {', '.join(f'{key} {kwargs[key]}' for key in named)}; only nnU-Net's "
-            "PlainConvUNet and ResidualEncoderUNet with torch's own layers can be exported."
+            f"{files} names the network {name} with {', '.join(f'{key} {kwargs[key]}' for key in named)}; only "
+            "PlainConvUNet, ResidualEncoderUNet and PaperUNet with torch's own layers can be exported."
         )
     network = _build(architecture, architecture["input_channels"])
     state = network.state_dict()

@@ -310,6 +310,16 @@ class MACLNetwork(nn.Module):
                 decoder[f"decoder.stages.{rest}"] = value
         return encoder, decoder
 
+    @torch.no_grad()
+    def load_unet_weights(self, weights: dict[str, Tensor]) -> None:
+        """Copy in weights by the names of `unet_weights`. A separate auxiliary encoder gets the weights of the encoder too."""
+        encoder, decoder = self.unet_weights()
+        own = encoder | decoder
+        for key, weight in weights.items():
+            own[key].copy_(weight)
+        if self.auxiliary_encoder is not None:
+            self.auxiliary_encoder.load_state_dict(self.encoder.state_dict())
+
 
 def averaged_at_once(patch_size: Sequence[int]) -> int:
     """Return how many patches pass the averaged encoder at a time."""

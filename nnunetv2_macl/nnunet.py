@@ -151,6 +151,12 @@ class Configuration:
                 f"{file} has no configuration '{configuration}'. Take one of these with -c: {', '.join(available)}."
             )
         found = cls(name, plans_name, configuration, PlansManager(plans), dataset_json)
+        if not isinstance(found.manager.network_arch_init_kwargs, dict):
+            # as nnUNetv2_preprocess_like_nnssl writes it where nnssl knows the network by its name
+            raise UserError(
+                f"{file} names the network {found.manager.network_arch_class_name} without its layers, which this package needs. "
+                "Use a plan of nnU-Net's own planner, and give it the weights with -pretrained_weights: -p nnUNetResEncUNetLPlans"
+            )
         planned, channels = len(found.manager.normalization_schemes), found.channel_names
         if planned != len(channels):
             raise UserError(

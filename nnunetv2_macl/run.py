@@ -56,6 +56,7 @@ def pretrain(
     num_parts: int = 1,
     part_id: int = 0,
     gpu_memory: float | None = None,
+    pretrained_weights: str | Path | None = None,
     **values: Any,
 ) -> Path:
     """Plan, preprocess, pre-train, and write weights that ``nnUNetTrainerMACL`` fine-tunes from.
@@ -81,6 +82,8 @@ def pretrain(
         num_parts, part_id: with ``preprocess_only``, every ``num_parts``-th image from ``part_id`` on, so that machines can
             share the work, as in nnU-Net's prediction.
         gpu_memory: GB that the batch is planned for; None is what nnU-Net planned for.
+        pretrained_weights: Weights to start from: the folder of a pre-training run or a file in it, a checkpoint of nnU-Net or of
+            nnssl, or a file of the MACL authors. None starts from a freshly initialised network.
         **values: Values of recipe keys, which replace those of the recipe; the command's ``--set``.
 
     Returns:
@@ -102,14 +105,15 @@ def pretrain(
         fold = "all" if exclude_fold is None else _check_fold(exclude_fold, target)
         results = Path(os.environ["nnUNet_results"])
         folder = pretraining_folder(results, target.dataset_name, plans, target.name) / f"fold_{fold}"
+        start = None if pretrained_weights is None else Path(pretrained_weights).expanduser()
         if first:
             if configuration is None:
                 _say_which(target)
             if continue_training:
                 asked = {"unlabelled_datasets": _full_names(unlabelled), "channel_map": dict(channel_map or {})}
-                plan = _plan_to_go_on(folder, target, values, recipe, gpu_memory, asked, skip_unreadable)
+                plan = _plan_to_go_on(folder, target, values, recipe, gpu_memory, asked, skip_unreadable, start)
             else:
-                plan = _plan(target, unlabelled, recipe, values, skip_unreadable, channel_map, gpu_memory)
+                plan = _plan(target, unlabelled, recipe, values, skip_unreadable, channel_map, gpu_memory, start)
             if not plan_only:
                 preprocess_unlabelled(
                     target,
@@ -166,6 +170,7 @@ def _plan(
     skip_unreadable: bool,
     channel_map: Mapping[str, str] | None,
     gpu_memory: float | None,
+    start: Path | None,
 ) -> MACLPlan:
     """Check what there is to train on, write the MACL plan and tell it."""
     training_cases(target)
@@ -181,6 +186,7 @@ def _plan(
         skip_unreadable=skip_unreadable,
         channel_map=channel_map,
         gpu_memory_gb=gpu_memory,
+        pretrained_weights=start,
     )
     logger.info("%s", describe(plan))
     for source in sources:
@@ -257,6 +263,7 @@ def _plan_to_go_on(
     gpu_memory: float | None,
     images: dict[str, Any],
     skip_unreadable: bool,
+    start: Path | None,
 ) -> MACLPlan:
     """The plan that the run began with. May change: patches computed at once, and whether unreadable images are left out."""
     file = folder / PLAN_COPY
@@ -266,7 +273,7 @@ def _plan_to_go_on(
     plan = read_plan(file)
     check_plan(plan, target, file, of_a_run=True)
     kept = {key: value for key, value in values.items() if key != "patches_at_once"}
-    _refuse_changes(plan, kept, recipe, gpu_memory, images, folder)
+    _refuse_changes(plan, kept, recipe, gpu_memory, images, folder, start)
     asked_at_once = values.get("patches_at_once", AUTO)
     at_once = plan.patches_at_once if asked_at_once == AUTO else min(asked_at_once, plan.batch_size)
     changed = replace(plan, patches_at_once=at_once, skip_unreadable=plan.skip_unreadable or skip_unreadable)
@@ -282,6 +289,7 @@ def _refuse_changes(
     gpu_memory: float | None,
     images: dict[str, Any],
     folder: Path,
+    start: Path | None,
 ) -> None:
     before = plan.get_recipe().as_dict()
     changed = [
@@ -294,6 +302,9 @@ def _refuse_changes(
             changed.append(f"{option} {images[key]} (was {getattr(plan, key)})")
     if gpu_memory is not None and gpu_memory != plan.gpu_memory_gb:
         changed.append(f"-gpu_memory {gpu_memory:g} (was {plan.gpu_memory_gb:g})")
+    began = (plan.pretrained_weights or {}).get("path")
+    if start is not None and str(start.resolve()) != began:
+        changed.append(f"-pretrained_weights {start} (was {began})")
     if recipe is not None:
         changed.append(f"-recipe {recipe}")
     if changed:

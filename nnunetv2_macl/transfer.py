@@ -5,6 +5,7 @@ Works on the state dicts of dynamic-network-architectures U-Nets; a tensor is na
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ class Row:
     why: str = ""
 
 
+class TooLittleFitsError(UserError):
+    """Says that pre-trained weights are of a network too unlike the target. ``transfer`` says what could be taken."""
+
+    def __init__(self, message: str, transfer: Transfer) -> None:
+        super().__init__(message)
+        self.transfer = transfer
+
+
 @dataclass(frozen=True)
 class Transfer:
     """Weights to put into the target's state dict, under all their names there, and the account of them.
@@ -77,13 +86,14 @@ def plan_transfer(
     *,
     image_channels: int | None = None,
     channel_names: tuple[Sequence[str], Sequence[str]] = ((), ()),
-    command: str = "nnUNetv2_train_macl_pretrain DATASET -c CONFIGURATION",
+    advice: str = "Pre-train for this one: nnUNetv2_train_macl_pretrain DATASET -c CONFIGURATION",
 ) -> Transfer:
     """Fit pre-trained weights to a U-Net.
 
     A stage takes the weights of the stage at the same depth, or of the one above or below where more fit so. A convolution
     goes with its bias and norm, whole or not at all, and only where every shape is equal; the first convolution alone is
-    fitted to another number of input channels, see `fit_input_channels`, or to the same ones in another order.
+    fitted to another number of input channels, see `fit_input_channels`, or to the same ones in another order. Where the
+    source's network has no norm after a convolution, the target's norm stays as it is.
 
     Args:
         pretrained: the weights, and the architecture that they were trained in.
@@ -92,10 +102,10 @@ def plan_transfer(
         image_channels: how many of the target's first input channels are images. None: all. The others, a cascade's
             segmentation of its first stage, keep the target's own weights.
         channel_names: of the images there, and of those here; none where they are not known.
-        command: pre-trains for the target; told to the user where the weights do not fit.
+        advice: What the user can do where the weights do not fit, as a sentence.
 
     Raises:
-        UserError: less than a quarter of the encoder's parameters fits; names the first difference.
+        TooLittleFitsError: Less than a quarter of the encoder's parameters fits. The message names the first difference.
     """
     difference = first_difference(pretrained.architecture, architecture)
     channels = image_channels, channel_names
@@ -104,14 +114,18 @@ def plan_transfer(
     best = max(plans, key=lambda plan: _parameters(state, plan.sources))
     encoder = [key for key in state if key.startswith("encoder.")]
     share = _parameters(state, (key for key in encoder if key in best.sources)) / max(1, _parameters(state, encoder))
+    transfer = Transfer(best.weights(), best.rows(), difference)
     if share < SMALLEST_SHARE:
         files = ", ".join(str(file) for file in pretrained.files)
         why = difference or "they hold less than that of an encoder"
-        raise UserError(
-            f"The weights in {files} are for another network: {share:.1%} of this one's encoder can be taken from them, less "
-            f"than the {SMALLEST_SHARE:.0%} that are worth it; {why}. Pre-train for this one: {command}"
+        # rounded down, so that a share just below the limit is not shown as the limit
+        percent = math.floor(1000 * share) / 10
+        raise TooLittleFitsError(
+            f"The weights in {files} are for another network: {percent}% of this one's encoder can be taken from them, less "
+            f"than the {SMALLEST_SHARE:.0%} that are worth it; {why}. {advice}",
+            transfer,
         )
-    return Transfer(best.weights(), best.rows(), difference)
+    return transfer
 
 
 def fit_input_channels(weight: Tensor, channels: int) -> Tensor:
@@ -195,7 +209,8 @@ class _Plan:
     ) -> None:
         self.source, self.state, self.offset = pretrained.weights, state, offset
         self.elsewhere, self.channel_names = pretrained.elsewhere, channel_names
-        self.strides = [_strides(a) for a in (pretrained.architecture, architecture)]
+        self.architectures = pretrained.architecture, architecture
+        self.strides = [_strides(a) for a in self.architectures]
         self.depths = (_depth(self.source) or len(self.strides[0]), _depth(state))
         self.own = [key for key in state if not key.startswith(f"{TWIN}encoder.")]
         stem = next((key for key in self.own if key.startswith("encoder.") and key.endswith(".conv.weight")), "")
@@ -208,11 +223,15 @@ class _Plan:
         # target's name -> source's name
         self.sources: dict[str, str] = {}
         self.adapted: set[str] = set()
+        self.without_norm: set[str] = set()
         for unit, keys in units.items():
-            if all(self._fits(key) for key in keys):
-                self.sources |= {key: self.source_of(key) for key in keys}
+            without_norm = self._without_norm(keys)
+            taken = without_norm or keys
+            if all(self._fits(key) for key in taken):
+                self.sources |= {key: self.source_of(key) for key in taken}
+                self.without_norm |= set(without_norm)
                 if unit == self.stem:
-                    self.adapted = {key for key in keys if self._is_adapted(key)}
+                    self.adapted = {key for key in taken if self._is_adapted(key)}
 
     def source_of(self, key: str) -> str:
         """The source's name for what the target calls ``key``, whether or not the source has it."""
@@ -228,6 +247,12 @@ class _Plan:
         # decoder stages count from the bottleneck: s belongs to encoder stage depth - 2 - s
         source_depth, depth = self.depths
         return source_depth - depth + stage - self.offset
+
+    def _without_norm(self, keys: list[str]) -> list[str]:
+        """Return the names of a convolution whose norm the source's network does not have; none where it has the norm."""
+        convolution = [key for key in keys if re.search(r"\.(conv|all_modules\.0)\.", key)]
+        has_norm = any(self.source_of(key) in self.source for key in keys if key not in convolution)
+        return convolution if len(convolution) < len(keys) and not has_norm else []
 
     def _fits(self, key: str) -> bool:
         if ".seg_layers." in key:
@@ -284,11 +309,11 @@ class _Plan:
 
     def _row(self, part: str, keys: list[str]) -> Row:
         taken = [key for key in keys if key in self.sources]
-        how = ADAPTED if self.adapted & set(taken) else AS_IT_IS if taken else NOT_TAKEN
+        how = ADAPTED if (self.adapted | self.without_norm) & set(taken) else AS_IT_IS if taken else NOT_TAKEN
         notes = self._names_notes(taken)
         notes += [note for key in sorted(self.adapted & set(taken))[:1] if (note := self._channels_note(key))]
         if taken:
-            notes += self._stage_notes(part)
+            notes += self._stage_notes(part, has_norm=not set(taken) <= self.without_norm)
         if len(taken) < len(keys):
             notes.append(self._why_not(part, [key for key in keys if key not in self.sources]))
         return Row(part, len(taken), len(keys), how, "; ".join(notes))
@@ -313,7 +338,7 @@ class _Plan:
             notes.append(f"{ours - images} further input channels start fresh")
         return "; ".join(notes)
 
-    def _stage_notes(self, part: str) -> list[str]:
+    def _stage_notes(self, part: str, *, has_norm: bool) -> list[str]:
         name, _, stage = part.rpartition(".")
         if not stage.isdigit():
             return []
@@ -323,6 +348,11 @@ class _Plan:
             strides = [s[i] if i < len(s) else None for s, i in zip(self.strides, (theirs, int(stage)), strict=True)]
             if strides[0] != strides[1]:
                 notes.append(f"stride {strides[0]} there, {strides[1]} here")
+        norms, pools = zip(*map(_kind_of_stages, self.architectures), strict=True)
+        if has_norm and name.endswith(".stages") and norms[0] != norms[1]:
+            notes.append(f"{norms[0]} there, {norms[1]} here")
+        if part.startswith("encoder.stages") and int(stage) > 0 and pools[0] != pools[1]:
+            notes.append(f"{pools[0]} there, {pools[1]} here")
         return notes
 
     def _why_not(self, part: str, left: list[str]) -> str:
@@ -338,6 +368,8 @@ class _Plan:
         if not any(key.startswith(f"{part}.") for key in self.source):
             is_elsewhere = any(key.startswith(f"{part}.") for key in self.elsewhere)
             return "pre-trained, but not in this file: give the run's folder" if is_elsewhere else "not pre-trained"
+        if {_unit(key) for key in left} <= {_unit(key) for key in self.without_norm}:
+            return "no norm there: the norms here start fresh"
         absent = [key for key in left if self.source_of(key) not in self.source]
         unequal = [key for key in left if not self._fits(key) and key not in absent]
         if not unequal:
@@ -379,6 +411,13 @@ def _parameters(state: dict[str, Tensor], keys: Iterable[str]) -> int:
 
 def _without_inputs(weight: Tensor) -> tuple[int, ...]:
     return (weight.shape[0], *weight.shape[2:])
+
+
+def _kind_of_stages(architecture: dict[str, Any]) -> tuple[str, str]:
+    """Return the norm and the way of downsampling of an architecture's stages, in words."""
+    norm = str((architecture.get("arch_kwargs") or {}).get("norm_op")).rpartition(".")[2]
+    pools = str(architecture.get("network_class_name")).endswith(".PaperUNet")
+    return norm, "max-pooling" if pools else "strided convolutions"
 
 
 def _strides(architecture: dict[str, Any]) -> list[Any]:

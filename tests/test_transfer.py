@@ -318,7 +318,7 @@ def test_a_deeper_stage_is_taken_as_far_as_it_goes():
 )
 def test_what_does_not_fit_is_refused_with_the_first_difference(theirs, ours, first):
     with pytest.raises(UserError, match=f"macl_encoder.pth are for another network: 0.0% of .*{first}.*Type THIS"):
-        transfer(theirs, ours, command="Type THIS")
+        transfer(theirs, ours, advice="Type THIS")
 
 
 def test_less_than_a_quarter_of_the_encoder_is_refused():

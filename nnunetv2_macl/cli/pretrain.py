@@ -64,6 +64,12 @@ def _pretrain_parser() -> argparse.ArgumentParser:
     add("-np", dest="processes", type=int, default=8, help="processes for preprocessing. Default: 8")
     add("-device", default="cuda", help="cuda, cpu or mps. Default: cuda. Which GPU: CUDA_VISIBLE_DEVICES=X")
     add("-num_gpus", type=int, default=1, help="GPUs to train on. Default: 1")
+    add(
+        "-pretrained_weights",
+        metavar="FILE_OR_FOLDER",
+        help="weights to start from, instead of a freshly initialised network: a pre-training run's folder, a file in it, a "
+        "checkpoint of nnU-Net or nnssl, or a file of the MACL authors",
+    )
     add("--c", dest="continue_training", action="store_true", help="go on with the run that was stopped")
     add("--disable_checkpointing", action="store_true", help="write no checkpoints and no weights")
     add("--skip_unreadable", action="store_true", help="leave out images that cannot be used, instead of stopping")
@@ -127,10 +133,12 @@ def network_entry() -> None:
     arguments = parser.parse_args()
 
     def action() -> None:
-        from nnunetv2_macl.planning.network import plan_network
+        from nnunetv2_macl.planning.network import needs_this_package, plan_network
 
         file = plan_network(arguments.dataset_name_or_id, arguments.network, arguments.plans, arguments.configuration)
         print(f"{file}\nUse it with: -p {file.stem}")
+        if needs_this_package(file):
+            print("Training and prediction with this network need nnunetv2_macl, wherever they run.")
 
     run(action)
 

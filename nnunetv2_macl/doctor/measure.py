@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -60,7 +61,8 @@ class _Measured(nnUNetTrainerMACLPretrain):
     """The pre-training as it is, on the training images, which are preprocessed already; leaves nothing."""
 
     def _load_plan(self) -> MACLPlan:
-        return plan_in_use(self.macl_configuration)[0]
+        # the weights that a run starts from change neither its speed nor its memory
+        return replace(plan_in_use(self.macl_configuration)[0], pretrained_weights=None)
 
     def _prepare_data(self) -> Preprocessed:
         return Preprocessed(training_cases(self.macl_configuration), {})

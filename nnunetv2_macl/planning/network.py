@@ -57,6 +57,12 @@ def plan_network(dataset: str | int, network: str, plans: str = "nnUNetPlans", c
     return target
 
 
+def needs_this_package(file: Path) -> bool:
+    """Return whether a nnU-Net plan names a network of this package, which nnU-Net then imports wherever it runs."""
+    configurations = read_json(file, "Write it again.")["configurations"].values()
+    return any(c["architecture"]["network_class_name"].startswith("nnunetv2_macl.") for c in configurations)
+
+
 def _read(network: str) -> tuple[Path, dict[str, Any]]:
     folder = resource_folder("plans") / "networks"
     file = Path(network)

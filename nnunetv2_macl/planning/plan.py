@@ -28,6 +28,16 @@ from nnunetv2_macl.recipe import AUTO, Recipe, recipe_from_values, settings_as_t
 FORMAT_VERSION = 1
 # holds the plan of the command that is at work, for the processes that train by it
 _HANDED_ON, _PROCESSES = "nnUNet_macl_plan", "nnUNet_macl_processes"
+# what `plan_start` writes about the weights that a run starts from
+_START = {
+    "path": str,
+    "files": dict,
+    "origin": str,
+    "encoder": str,
+    "decoder": str,
+    "citations": list,
+    "transfer": list,
+}
 _OF_CONTRAST = ("dominant_patch_size", "grid", "threshold", "expected_positives", "out_of_plane_rotation")
 
 
@@ -35,7 +45,8 @@ _OF_CONTRAST = ("dominant_patch_size", "grid", "threshold", "expected_positives"
 class MACLPlan:
     """What is trained, on what, and how: the recipe, and all that follows from it and the nnU-Net plan.
 
-    Per-axis values are in the order of the nnU-Net plan, sizes in voxels, memory in GiB.
+    Per-axis values are in the order of the nnU-Net plan, sizes in voxels, memory in GiB. ``pretrained_weights`` is None, or what
+    `plan_start` returns about the weights that the run starts from.
     """
 
     dataset_name: str
@@ -62,6 +73,7 @@ class MACLPlan:
     memory_mixed_precision_gib: float
     recipe: dict[str, Any]
     reasons: dict[str, str]
+    pretrained_weights: dict[str, Any] | None = None
     # the recipe that was asked for, and the values that replaced its own; None in an edited plan or one of an earlier version
     recipe_name: str | None = None
     settings: dict[str, Any] | None = None
@@ -150,6 +162,14 @@ def _plan_in(content: Any, file: Path) -> MACLPlan:
     if missing := [name for name in names if name not in content and name not in optional]:
         raise UserError(f"{file} lacks {', '.join(missing)}. {_MEND_PLAN}")
     plan = MACLPlan(**{name: content[name] for name in names if name in content})
+    start = plan.pretrained_weights
+    if start is not None and not (
+        isinstance(start, dict) and all(isinstance(start.get(key), kind) for key, kind in _START.items())
+    ):
+        raise UserError(
+            f"{file}: 'pretrained_weights' must be null, or what -pretrained_weights has written, got {start!r:.200}. "
+            f"{_MEND_PLAN}"
+        )
     recipe_from_values(plan.recipe, f"{file}, 'recipe'")
     # the options that were typed say nothing about a plan that was edited since
     return replace(plan, recipe_name=None, settings=None) if _is_edited(content) else plan
@@ -282,7 +302,20 @@ def describe(plan: MACLPlan) -> str:
     )
     if plan.unlabelled_datasets:
         lines.append(f"  unlabelled images also from {', '.join(plan.unlabelled_datasets)}")
+    if plan.pretrained_weights is not None:
+        lines.append(f"  starts from {start_in_short(plan.pretrained_weights)}")
+        lines += [f"      {line}" for line in plan.pretrained_weights["transfer"]]
     return "\n".join(lines)
+
+
+def start_in_short(start: dict[str, Any]) -> str:
+    """Return what a run starts from, in one line; ``start`` is ``pretrained_weights`` of its plan."""
+    files = ", ".join(f"{name} (SHA-256 {checksum[:16]}...)" for name, checksum in start["files"].items())
+    trained_on = f", trained on {start['dataset_name']}" if start.get("dataset_name") else ""
+    return (
+        f"{start['origin']} weights{trained_on}, {files}; taken: {start['encoder']} tensors of the encoder and "
+        f"{start['decoder']} of the decoder stages that are pre-trained"
+    )
 
 
 def _words(value: Any) -> str:

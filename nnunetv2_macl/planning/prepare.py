@@ -15,6 +15,7 @@ from nnunetv2_macl.planning.memory import check_gpu_memory
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.recipe import check_values, load_recipe, recipe_from_values, settings_as_text
 from nnunetv2_macl.resources import resource_folder
+from nnunetv2_macl.start import plan_start
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ def prepare(
     skip_unreadable: bool = False,
     channel_map: Mapping[str, str] | None = None,
     gpu_memory_gb: float | None = None,
+    pretrained_weights: Path | None = None,
 ) -> MACLPlan:
     """Derive the MACL plan and write it beside nnU-Net's. One that the user edited is kept, and only given ``values``.
 
@@ -43,9 +45,11 @@ def prepare(
         skip_unreadable: leave out images that cannot be used.
         channel_map: the configuration's channel names to those of ``unlabelled_datasets``, where they have other names.
         gpu_memory_gb: what the batch may take; None is what nnU-Net planned for.
+        pretrained_weights: File or folder of weights that pre-training starts from; None for a freshly initialised network.
 
     Raises:
-        UserError: a wrong recipe or value; an edited plan that does not fit its network or the recipe asked for.
+        UserError: a wrong recipe or value; an edited plan that does not fit its network or the recipe asked for; weights of a
+            network too unlike this one.
     """
     values = values or {}
     check_values(values, "Command line")
@@ -69,6 +73,7 @@ def prepare(
             "unlabelled_datasets": list(unlabelled_datasets),
             "skip_unreadable": skip_unreadable,
             "channel_map": dict(channel_map or {}),
+            "pretrained_weights": _start(pretrained_weights, configuration, plan),
         }
         return _adapt_edited(plan, file, values, {key: value for key, value in given.items() if value})
     name = recipe or DEFAULT_RECIPE
@@ -82,10 +87,15 @@ def prepare(
     )
     # the name alone, because a path tells where on a machine a user keeps files
     plan = replace(derived, recipe_name=Path(name).name, settings=values)
+    plan = replace(plan, pretrained_weights=_start(pretrained_weights, configuration, plan))
     # a folder that may only be read will do for the plan that is there
     if not file.is_file() or read_json(file, "") != plan.as_json():
         write_plan(plan, file)
     return plan
+
+
+def _start(weights: Path | None, configuration: Configuration, plan: MACLPlan) -> dict[str, Any] | None:
+    return None if weights is None else plan_start(weights, configuration, plan, plan.get_recipe())
 
 
 def _adapt_edited(plan: MACLPlan, file: Path, values: dict[str, Any], given: dict[str, Any]) -> MACLPlan:

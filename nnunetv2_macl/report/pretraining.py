@@ -15,6 +15,7 @@ from PIL import Image
 from nnunetv2_macl import monitoring
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE
+from nnunetv2_macl.planning.plan import start_in_short
 from nnunetv2_macl.recipe import Recipe, meaning
 from nnunetv2_macl.report.curves import loss_curves, other_curves
 from nnunetv2_macl.report.features import Features, show_features
@@ -102,6 +103,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         rows.append(("Trained on", f"{run.images} images, none of their labels{left_out}"))
     if run.fold != "all":
         rows.append(("Left out", f"the validation images of fold {run.fold}"))
+    if run.plan.pretrained_weights is not None:
+        rows.append(("Started from", start_in_short(run.plan.pretrained_weights)))
     for key, name in monitoring.LOSS_NAMES.items():
         if values := log.get(f"train_losses/{key}"):
             lines = log.get("references/collapse") if key in monitoring.CONTRASTIVE else None

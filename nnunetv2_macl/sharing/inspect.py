@@ -92,6 +92,12 @@ def _checkpoint(file: Path) -> str:
         facts["tensors"] = str(len(pretrained.weights))
         what = "checkpoint of nnU-Net's training with labels, to fine-tune from"
         return _told(file, what, facts, _wholeness(file), description["citations"])
+    if isinstance(content.get(formats.AUTHORS_WEIGHTS), dict):
+        pretrained = formats.load_weights(file)
+        facts = {"network": "the paper's U-Net", "channels": str(pretrained.architecture["input_channels"])}
+        facts["tensors"] = str(len(pretrained.weights))
+        what = "weights that the authors of MACL published"
+        return _told(file, what, facts, _wholeness(file), pretrained.description["citations"])
     kind = content.get("kind")
     if kind not in _KINDS:
         raise UserError(f"{file} is no file of nnunetv2_macl: it holds {', '.join(map(str, list(content)[:8]))}.")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_macl.monitoring import LOSS_NAMES
-from nnunetv2_macl.planning.plan import describe_recipe
+from nnunetv2_macl.planning.plan import describe_recipe, start_in_short
 from nnunetv2_macl.training.commands import plans_option
 
 _LOSSES = {f"train_losses/{key}": name.split(",")[0] for key, name in LOSS_NAMES.items()}
@@ -19,6 +19,7 @@ def model_card(description: dict[str, Any], license_id: str) -> str:
     reasons = (description.get("macl_plan") or {}).get("reasons") or {}
     plan = "\n".join(f"- `{key}`: {reason}" for key, reason in reasons.items())
     citations = "\n".join(f"- {citation}" for citation in description.get("citations", []))
+    start = (description.get("macl_plan") or {}).get("pretrained_weights")
     configuration = description.get("configuration")
     collapsed = description.get("collapsed")
     recipe = description.get("recipe") or (description.get("macl_plan") or {}).get("recipe") or {}
@@ -61,7 +62,7 @@ nnUNet_macl_weights=FOLDER_THAT_WAS_TOLD nnUNetv2_train YOUR_DATASET {options}
 ## How it was trained
 
 {plan}
-
+{_started_from(start) if start else ""}
 ## Limits
 
 Trained on images of one kind; whether they help on others is to be measured. The weights are made from images of patients:
@@ -70,6 +71,17 @@ names, paths and images are not in this file.
 ## Citation
 
 {citations}
+"""
+
+
+def _started_from(start: dict[str, Any]) -> str:
+    table = "\n".join(start["transfer"])
+    return f"""
+The network started from {start_in_short(start)}. The licence of those weights may apply to these as well.
+
+```text
+{table}
+```
 """
 
 
@@ -91,6 +103,8 @@ def facts_of(description: dict[str, Any]) -> dict[str, str]:
     add("plan", ", ".join(filter(None, (description.get("plans_name") or plan.get("plans_name"), configuration))))
     add("images", fingerprint.get("images"))
     add("also from", ", ".join(fingerprint.get("unlabelled_datasets") or plan.get("unlabelled_datasets") or []))
+    if start := plan.get("pretrained_weights"):
+        add("started from", start_in_short(start))
     add("channels", ", ".join(fingerprint.get("channel_names") or []))
     if description.get("fold") not in (None, "all"):
         add("left out", f"the validation images of fold {description['fold']}")

@@ -65,5 +65,8 @@ def export_run(
             "epochs": outcome["epochs"],
             "final_losses": outcome["final_losses"],
             "collapsed": outcome["collapsed"],
+            "citations": list(
+                dict.fromkeys([*checkpoints.CITATIONS, *(plan.pretrained_weights or {}).get("citations", ())])
+            ),
         },
     )

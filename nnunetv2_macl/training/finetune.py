@@ -27,7 +27,7 @@ from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
 from nnunetv2_macl.training.run_folder import cases_seen, pretraining_folder
 from nnunetv2_macl.training.user_errors import user_errors_end_the_run
-from nnunetv2_macl.transfer import Transfer, kernel_norms, plan_transfer, rescale_kernels
+from nnunetv2_macl.transfer import TooLittleFitsError, Transfer, kernel_norms, plan_transfer, rescale_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -148,8 +148,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         )
 
     def _report(self, pretrained: checkpoints.PretrainedWeights, transfer: Transfer, rescaled: bool) -> None:
-        method = {"nnssl": "nnssl", "nnunet": "nnU-Net"}.get(str(pretrained.description.get("kind")), "MACL")
-        lines = [f"{method} weights from {', '.join(str(file) for file in pretrained.files)}"]
+        lines = [f"{pretrained.origin} weights from {', '.join(str(file) for file in pretrained.files)}"]
         for part in ("encoder", "decoder"):
             taken, tensors = transfer.count(part)
             lines.append(f"  {part}: {taken} of {tensors} tensors taken")
@@ -168,6 +167,17 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         description = pretrained.description
         if description.get("collapsed"):
             self.print_to_log_file(f"WARNING: these weights are of a run that collapsed: {description['collapsed']}")
+        start = (description.get("macl_plan") or {}).get("pretrained_weights") or {}
+        is_other_fold = self.fold != "all" and str(start.get("fold")) != str(self.fold)
+        if start.get("dataset_name") == self.plans_manager.dataset_name and is_other_fold:
+            labels = (
+                " with their labels, and their Dice will then be too high" if start.get("origin") == "nnU-Net" else ""
+            )
+            self.print_to_log_file(
+                f"WARNING: the pre-training started from {start.get('origin')} weights that were trained on "
+                f"{start['dataset_name']}, fold {start.get('fold')}. That training may have seen this fold's validation "
+                f"cases{labels}."
+            )
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return nnU-Net's split, which is asked for before the training begins, too, and logged once."""
@@ -259,14 +269,13 @@ def transfer_to(target: Configuration, state: dict[str, Tensor], pretrained: che
         UserError: weights of a network too unlike this one; names the first difference.
     """
     channels = determine_num_input_channels(target.plans_manager, target.manager, target.dataset_json)
-    names_there = (pretrained.description.get("dataset_fingerprint") or {}).get("channel_names") or ()
     return plan_transfer(
         pretrained,
         state,
         target.architecture() | {"input_channels": channels},
         image_channels=len(target.channel_names),
-        channel_names=(names_there, target.channel_names),
-        command=command_to_pretrain(target),
+        channel_names=(pretrained.channel_names, target.channel_names),
+        advice=f"Pre-train for this one: {command_to_pretrain(target)}",
     )
 
 
@@ -283,7 +292,11 @@ def show_transfer(weights: Path, dataset: str | int, plans: str, configuration: 
         UserError: no such data set, plan, configuration or weights, or weights of a network too unlike this one.
     """
     target = Configuration.load(dataset, plans, configuration)
-    pretrained, transfer = load_transfer(weights, target)
+    try:
+        pretrained, transfer = load_transfer(weights, target)
+    except TooLittleFitsError as error:
+        logger.info("%s\n", error.transfer.table())
+        raise
     logger.info(
         "%s\nfor %s, %s, %s: %s\n\n%s",
         ", ".join(str(file) for file in pretrained.files),

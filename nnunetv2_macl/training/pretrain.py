@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import shlex
 import sys
@@ -42,6 +43,7 @@ from nnunetv2_macl.planning.plan import (
     plan_file,
     plan_to_train,
     processes_to_use,
+    start_in_short,
     was_handed_on,
     write_plan,
 )
@@ -50,8 +52,14 @@ from nnunetv2_macl.preprocessing.cases import Preprocessed, preprocess_unlabelle
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.report import write_report_after_run
+from nnunetv2_macl.start import start_from_weights
 from nnunetv2_macl.training import resume
-from nnunetv2_macl.training.commands import command_as_typed, command_to_fine_tune, command_to_go_on
+from nnunetv2_macl.training.commands import (
+    command_as_typed,
+    command_to_fine_tune,
+    command_to_go_on,
+    command_to_pretrain,
+)
 from nnunetv2_macl.training.compiling import compile_advice, is_compile_error
 from nnunetv2_macl.training.epoch_log import CollapseWatch, Epoch, EpochSums, log_keys
 from nnunetv2_macl.training.export import export_run
@@ -158,6 +166,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             self.plans_manager,
             self.dataset_json,
         )
+        self._refuse_nnunets_pretrained_weights()
         with distributed.first_rank_first() as first:
             if first:
                 self._lock.acquire()
@@ -186,6 +195,18 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             self.macl_configuration.unnormalised_channels,
         )
         self.logger.update_config({"macl_plan": self.macl_plan.as_json()})
+
+    def _refuse_nnunets_pretrained_weights(self) -> None:
+        """Name our command where nnU-Net's was given weights: nnU-Net would look for a whole segmentation network in them."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("-pretrained_weights")
+        given = parser.parse_known_args(sys.argv[1:])[0].pretrained_weights
+        if given is not None and not was_handed_on():
+            raise UserError(
+                f"nnU-Net's command cannot start a pre-training from weights. Type:\n"
+                f"    {command_to_pretrain(self.macl_configuration, self.fold, self.device.type)} "
+                f"-pretrained_weights {shlex.quote(given)}"
+            )
 
     def _load_plan(self) -> MACLPlan:
         """The command's plan. Without a command: of the run that goes on, or beside nnU-Net's, derived where there is none."""
@@ -297,6 +318,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         with distributed.first_rank_first() as first:
             if first:
                 if self._resumed_images is None:
+                    # the weights may be those of the earlier run in this folder
+                    self._start_from_weights()
                     set_aside(Path(self.output_folder), keep=Path(self.log_file), say=self.print_to_log_file)
                 data = self._prepare_data()
         # another rank that looked for itself might find other images readable
@@ -332,6 +355,20 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         datasets = {configuration.cases_folder.name: configuration.dataset_name}
         folders = ((Path(case.file).parent.name, case.name) for case in self.data.cases)
         return [(datasets.get(folder, folder), name) for folder, name in folders]
+
+    def _start_from_weights(self) -> None:
+        """Copy in the weights that the plan names. The other ranks get them from this one, with all other weights."""
+        start = self.macl_plan.pretrained_weights
+        if start is None:
+            return
+        is_sgd = isinstance(self.optimizer, torch.optim.SGD)
+        transfer = start_from_weights(self.step.module, self.macl_configuration, start, rescale=is_sgd)
+        lines = [f"The run starts from {start_in_short(start)}", *transfer.table().splitlines()]
+        if is_sgd:
+            lines.append(
+                "For SGD, kernels before an instance norm are scaled to the size of fresh ones: the same function"
+            )
+        self.print_to_log_file("\n  ".join(lines))
 
     def _images(self) -> str:
         return checksum([case.name for case in self.data.cases])

@@ -1,0 +1,102 @@
+"""Pre-training that starts from weights instead of a freshly initialised network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_macl import formats
+from nnunetv2_macl.building import Meeting, build_network
+from nnunetv2_macl.checkpoints import PretrainedWeights
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import sha256
+from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.transfer import Transfer, kernel_norms, plan_transfer, rescale_kernels
+
+
+def plan_start(weights: Path, configuration: Configuration, levels: Meeting, recipe: Recipe) -> dict[str, Any]:
+    """Return what the MACL plan says about the weights that pre-training starts from.
+
+    Args:
+        weights: A file or folder that `formats.load_weights` takes.
+        configuration: The configuration that is pre-trained.
+        levels: The decoder stages that are pre-trained.
+        recipe: The recipe of the run.
+
+    Returns:
+        ``path``; ``files``, the SHA-256 checksum of each by its name; ``origin``, ``dataset_name``, ``fold`` and ``citations`` of
+        the weights, None or empty where the files do not say; ``encoder`` and ``decoder``, the number of tensors taken; and
+        ``transfer``, the account of each stage as lines of text.
+
+    Raises:
+        UserError: There are no weights, or less than a quarter of the encoder's parameters fits.
+    """
+    pretrained = formats.load_weights(weights)
+    transfer = _fit(pretrained, configuration, build_network(configuration, levels, recipe))
+    taken = {part: "{} of {}".format(*transfer.count(part)) for part in ("encoder", "decoder")}
+    return {
+        "path": str(weights.resolve()),
+        "files": _checksums(pretrained),
+        "origin": pretrained.origin,
+        "dataset_name": pretrained.description.get("dataset_name"),
+        "fold": pretrained.description.get("fold"),
+        "citations": [_as_text(citation) for citation in pretrained.description.get("citations") or []],
+        **taken,
+        "transfer": transfer.table().splitlines(),
+    }
+
+
+def start_from_weights(
+    network: MACLNetwork, configuration: Configuration, start: dict[str, Any], *, rescale: bool
+) -> Transfer:
+    """Copy the weights that a MACL plan names into the pre-training network.
+
+    Args:
+        network: The freshly initialised network.
+        configuration: The configuration that is pre-trained.
+        start: What `plan_start` returned.
+        rescale: Whether kernels get the norms of fresh ones, see `rescale_kernels`; for SGD.
+
+    Raises:
+        UserError: The files are gone, or are no longer those that the plan was made with, or no longer fit.
+    """
+    pretrained = formats.load_weights(Path(start["path"]))
+    found = _checksums(pretrained)
+    if found != start["files"]:
+        changed = next(name for name in {**found, **start["files"]} if found.get(name) != start["files"].get(name))
+        raise UserError(
+            f"{changed} in {start['path']} is not the file that the MACL plan was made with: its SHA-256 is "
+            f"{found.get(changed)}, and the plan says {start['files'].get(changed)}. Give -pretrained_weights again, to start "
+            "from the file as it is now."
+        )
+    transfer = _fit(pretrained, configuration, network)
+    fresh = kernel_norms(network)
+    network.load_unet_weights(transfer.weights)
+    if rescale:
+        rescale_kernels(network, fresh)
+    return transfer
+
+
+def _fit(pretrained: PretrainedWeights, configuration: Configuration, network: MACLNetwork) -> Transfer:
+    encoder, decoder = network.unet_weights()
+    return plan_transfer(
+        pretrained,
+        encoder | decoder,
+        configuration.architecture(),
+        channel_names=(pretrained.channel_names, configuration.channel_names),
+        advice="Leave out -pretrained_weights to start from a freshly initialised network.",
+    )
+
+
+def _checksums(pretrained: PretrainedWeights) -> dict[str, str]:
+    return {file.name: sha256(file) for file in pretrained.files}
+
+
+def _as_text(citation: Any) -> str:
+    """Return a citation as text: nnssl's are dictionaries."""
+    if isinstance(citation, dict) and isinstance(citation.get("apa_citations"), (list, tuple)):
+        return f"{citation.get('name')}: {'; '.join(map(str, citation['apa_citations']))}"
+    return citation if isinstance(citation, str) else json.dumps(citation)
