@@ -14,7 +14,6 @@ import os
 import shlex
 import shutil
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -38,6 +37,7 @@ from nnunetv2_macl.files import write_json, write_whole
 from nnunetv2_macl.nnunet import Configuration, raw_folder
 from nnunetv2_macl.preprocessing.index import Index
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, CaseFiles, Source, find_sources, training_cases
+from nnunetv2_macl.processes import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -202,14 +202,7 @@ def _initialise(configuration: Configuration) -> None:
     global _configuration
     _configuration = configuration
     blosc2.set_nthreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """However the command ends, and it may be killed: an idle process of the pool would wait for work for ever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
+    end_with_parent()
 
 
 def _preprocess_case(
@@ -219,7 +212,7 @@ def _preprocess_case(
     names = ", ".join(case.files)
     try:
         for file in case.files:
-            _check_nifti(file)
+            check_nifti(file)
         images, properties = reader().read_images(case.files)
     except Exception as error:
         reason = str(error).strip().splitlines()
@@ -284,7 +277,7 @@ def check_nifti_header(file: str) -> None:
         raise ValueError(f"its spacing is {', '.join(f'{mm:g}' for mm in spacing)} mm")
 
 
-def _check_nifti(file: str) -> None:
+def check_nifti(file: str) -> None:
     """Raise ValueError for what ITK's NIfTI reader passes over: a header as above; a file cut short, and NaN, for which it
     fills in 0.
     """
