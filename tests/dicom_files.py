@@ -13,7 +13,7 @@ def write_series(
     description="t2_tse", orientation=AXIAL, positions=None, spacing=(1.5, 1.5), step=5.0, start=0, compressed=False,
     image_uid=None,
 ):  # fmt: skip
-    """Write the slices of a volume (slices, rows, columns) as ``start.dcm``, ... ``positions``: in mm along the normal."""
+    """Write the slices of a volume (slices, rows, columns) as DICOM files. ``positions``: in mm along the normal."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()

@@ -1,4 +1,4 @@
-"""A tree of DICOM and NIfTI files becomes imagesUn: which series are taken, what they hold, and that no name is told."""
+"""A tree of DICOM and NIfTI files becomes imagesUn: which series are taken, their voxels, and no names in them."""
 
 import csv
 import gzip
@@ -281,8 +281,8 @@ def test_collected_dicom_pretrains_what_is_fine_tuned(workspace, tmp_path):
     private = str(tmp_path / "private")
     command = ("nnUNetv2_macl_collect", tmp_path / "dicom", "-d", "28", "--modality", "MR", "--private_folder", private)
     assert "4 images of 4 patients" in workspace.run(*command, "-np", "1")
-    # 5 labelled and 4 unlabelled cases of the data set, and the 4 that were collected
-    assert "13 cases" in workspace.pretrain("901", "-c", "2d", "-u", "28", "--channel_map", "MR0=MR")
+    workspace.pretrain("901", "-c", "2d", "-u", "28", "--channel_map", "MR0=MR")
+    assert len(list(workspace.preprocessed.glob("*/nnUNetPlans_macl_2d/Dataset028_Collected/*.b2nd"))) == 4
     weights = workspace.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"
     assert weights.is_file()
     trainer = "nnUNetTrainerMACL_1epoch"

@@ -80,8 +80,8 @@ def collect(
         link: Make hard links to NIfTI files instead of copies, where they have the ending of the data set.
         min_slices: Series and volumes of fewer slices are left out.
         keep_derived: Take series whose image type is derived or secondary, too.
-        patient_regex: What of the path of a NIfTI file is the patient: its first group, or all that it matches. None: the
-            first folder below ``source``, or the file itself.
+        patient_regex: What of the path of a NIfTI file is the patient: its first group, or all that it matches. None:
+            the first folder below ``source``, or the file itself.
         private_folder: Folder of the key of the pseudonyms and of the table. Only its owner may read them.
         processes: Number of images that are read and written at a time.
 
@@ -181,8 +181,8 @@ def _ending_of(folder: Path, modality: str | None) -> str:
     channels, ending = channel_names(description), description["file_ending"]
     if len(channels) != 1:
         raise UserError(
-            f"{folder.name} has {len(channels)} channels ({', '.join(channels)}), and a series is one channel. Give a data set "
-            "of one channel or a new number: -d"
+            f"{folder.name} has {len(channels)} channels ({', '.join(channels)}), and a series is one channel. Give "
+            "a data set of one channel or a new number: -d"
         )
     if ending not in SimpleITKIO.supported_file_endings:
         raise UserError(
@@ -197,8 +197,8 @@ def _ending_of(folder: Path, modality: str | None) -> str:
 def _require_same_key(earlier: list[Row], pseudonyms: Pseudonyms, table: Path) -> None:
     if any(row.key not in ("", pseudonyms.fingerprint) for row in earlier):
         raise UserError(
-            f"{table} lists images that were named with another key than the one in {table.parent}, so the same patients would "
-            "get other pseudonyms. Put the old key back, or collect into a new data set: -d"
+            f"{table} lists images that were named with another key than the one in {table.parent}, so the same "
+            "patients would get other pseudonyms. Put the old key back, or collect into a new data set: -d"
         )
 
 
@@ -264,7 +264,10 @@ def _find(
 
 
 def _files(source: Path, folder: Path) -> Iterator[Path]:
-    """Yield the files of a tree in the order of their paths, without the data set's own. Links to folders are not followed."""
+    """Yield the files of a tree in the order of their paths, without the data set's own.
+
+    Links to folders are not followed.
+    """
 
     def fail(error: OSError) -> None:
         logger.warning("Left out: %s cannot be read: %s", error.filename, error.strerror)
@@ -285,7 +288,8 @@ def _nifti(file: Path, source: Path, pseudonyms: Pseudonyms, pattern: re.Pattern
         patient = (match[1] if pattern.groups else match[0]) if match else ""
         if not patient:
             raise UserError(
-                f"--patient_regex '{pattern.pattern}' finds no patient in {path.as_posix()}. Give one that does for each file."
+                f"--patient_regex '{pattern.pattern}' finds no patient in {path.as_posix()}. Give one that does for "
+                "each file."
             )
     status = file.stat()
     return Candidate(
@@ -315,8 +319,8 @@ def _select(
     if modality is None and len(there) > 1:
         counts = ", ".join(f"{counted(number, f'{name} image')}" for name, number in there.most_common())
         raise UserError(
-            f"{source} holds several modalities ({counts}), and a channel has one. Say which: "
-            f"--modality {there.most_common(1)[0][0]}"
+            f"{source} holds several modalities ({counts}), and a channel has one. Say which: --modality "
+            f"{there.most_common(1)[0][0]}"
         )
     modality = modality or next(iter(there), None)
     taken = [c for c in candidates if c.row.kind == "NIfTI" or c.row.modality == modality]
@@ -373,7 +377,8 @@ def _make(
             if result.failed:
                 hint = " Leave out --link where the images are on another disk." if link else ""
                 raise UserError(
-                    f"{images / row.image} could not be written: {result.failed}. Make space or check the permissions, and type "
+                    f"{images / row.image} could not be written: {result.failed}. Make space or check the "
+                    "permissions, and type "
                     f"the same command again to continue.{hint}"
                 )
             twin = image_of.get(result.voxels) if result.voxels else None
@@ -392,8 +397,8 @@ def _make(
                 logger.info("Read %d of %d images", number, len(todo))
     except BrokenProcessPool:
         raise UserError(
-            "A process was killed, most likely for want of memory or by a damaged image. Type the same command again, with "
-            "-np 1: what is done stays done."
+            "A process was killed, most likely for want of memory or by a damaged image. Type the same command "
+            "again, with -np 1: what is done stays done."
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

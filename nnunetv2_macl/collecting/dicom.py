@@ -1,7 +1,7 @@
 """DICOM headers, and which series of them are scans that make one volume.
 
-The headers are read by SimpleITK (GDCM), which nnU-Net depends on already. Attribute names and their tags are those of the DICOM
-standard, PS3.3 and PS3.6.
+The headers are read by SimpleITK (GDCM), which nnU-Net depends on already. Attribute names and their tags are those of
+the DICOM standard, PS3.3 and PS3.6.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def why_unreadable(file: str | Path, error: Exception) -> str:
 
 
 def group_series(slices: Iterable[Slice]) -> dict[str, Series]:
-    """Group slices by their series. An image that several files hold counts once, in the series where it is met first."""
+    """Group slices by their series. An image in several files counts once, in the series where it is met first."""
     series: dict[str, Series] = defaultdict(Series)
     seen: set[str] = set()
     for header in slices:
@@ -205,17 +205,18 @@ def _geometry(slices: list[Slice]) -> str | None:
         if len(places) == 1:
             return f"one slice position with {several} images (a time series)"
         return (
-            f"4D: up to {several} images at each of {len(places)} slice positions (time points, echoes, directions); convert "
-            "the volume that you want with dcm2niix and collect the NIfTI file"
+            f"4D: up to {several} images at each of {len(places)} slice positions (time points, echoes, directions); "
+            "convert the volume that you want with dcm2niix and collect the NIfTI file"
         )
     if np.abs(distances - typical).max() > _UNEVEN * typical:
         at = int(np.abs(distances - typical).argmax())
-        return f"missing slices: {distances[at]:.2f} mm from slice {at + 1} to {at + 2}, and {typical:.2f} mm between others"
+        gap = f"{distances[at]:.2f} mm from slice {at + 1} to {at + 2}"
+        return f"missing slices: {gap}, and {typical:.2f} mm between others"
     ordered = sort_slices(slices)
     moved = np.subtract(ordered[-1].position, ordered[0].position)  # type: ignore[arg-type]
     sideways = moved - np.dot(moved, _normal(slices)) * _normal(slices)
     if np.linalg.norm(sideways) > _TILT * np.linalg.norm(moved):
-        return "gantry tilt: its slices are not stacked at right angles; convert it with dcm2niix and collect the NIfTI file"
+        return "gantry tilt: its slices are not at right angles; convert it with dcm2niix and collect the NIfTI file"
     return None
 
 

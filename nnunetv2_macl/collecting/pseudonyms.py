@@ -60,7 +60,8 @@ def load_key(folder: Path) -> Pseudonyms:
         raise cannot_write(error, file) from error
     if os.name == "posix" and others:
         raise UserError(
-            f"{file} is the key of the pseudonyms, and others than you may read it. Type: chmod 600 {shlex.quote(str(file))}"
+            f"{file} is the key of the pseudonyms, and others than you may read it. Type: chmod 600 "
+            f"{shlex.quote(str(file))}"
         )
     try:
         key = bytes.fromhex(text)
@@ -68,7 +69,7 @@ def load_key(folder: Path) -> Pseudonyms:
         key = b""
     if len(key) != _KEY_BYTES:
         raise UserError(
-            f"{file} is not a key: it should hold {2 * _KEY_BYTES} hexadecimal digits. Put back the key that the earlier images "
-            "were named with, or give another folder: --private_folder FOLDER"
+            f"{file} is not a key: it should hold {2 * _KEY_BYTES} hexadecimal digits. Put back the key that the "
+            "earlier images were named with, or give another folder: --private_folder FOLDER"
         )
     return Pseudonyms(key)

@@ -1,4 +1,4 @@
-"""The table of what was collected and what was left out, with the reason. It leads back to patients, so it is private."""
+"""The table of what was collected and left out, with the reasons. It leads back to patients, so it is private."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def initialise_worker() -> None:
 def make_image(job: Job) -> Made:
     """Read the files of a job, check them, and write the image."""
     try:
-        image = _read_series(job.files) if job.is_dicom else _read_nifti(job.files[0])
+        image = read_series(job.files) if job.is_dicom else _read_nifti(job.files[0])
         if reason := _why_not(image, job):
             return Made(left_out=reason)
     except Exception as error:  # SimpleITK, GDCM and nibabel raise of every kind for damaged files
@@ -77,7 +77,8 @@ def make_image(job: Job) -> Made:
     return Made(voxels=_checksum(image))
 
 
-def _read_series(files: list[str]) -> sitk.Image:
+def read_series(files: list[str]) -> sitk.Image:
+    """Read the slices of a DICOM series, in their order, as int16 where that holds all values, else as float32."""
     reader = sitk.ImageSeriesReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileNames(files)
