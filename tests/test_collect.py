@@ -244,6 +244,8 @@ def test_mistakes_are_explained(tmp_path, raw):
         collect(tmp_path / "dicom", "28", modality="PT", **options)
     with pytest.raises(UserError, match="not a folder"):
         collect(tmp_path / "none", "28", **options)
+    with pytest.raises(UserError, match="itself"):
+        collect(folder, folder.name, **options)
 
 
 @pytest.mark.slow
@@ -254,15 +256,15 @@ def test_a_run_that_is_stopped_continues(tmp_path):
     command = ["nnUNetv2_macl_collect", str(tmp_path / "dicom"), "-d", "28", "-np", "1"]
     images = tmp_path / "raw" / "Dataset028_Collected" / "imagesUn"
     for number in (signal.SIGINT, signal.SIGKILL):
-        there = len(list(images.glob("*")))
+        there = len(list(images.glob("p*")))
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        while len(list(images.glob("*"))) <= there + 1:
+        while len(list(images.glob("p*"))) <= there + 1:
             assert process.poll() is None
             time.sleep(0.02)
         os.killpg(process.pid, number)
         errors = process.communicate(timeout=60)[1]
         assert process.returncode and "Traceback" not in errors
-    done = {file.name: file.stat().st_mtime_ns for file in images.iterdir()}
+    done = {file.name: file.stat().st_mtime_ns for file in images.glob("p*")}
     assert 4 <= len(done) < 12
     subprocess.run(command, env=environment, check=True, timeout=300)
     now = {file.name: file.stat().st_mtime_ns for file in images.iterdir()}
@@ -271,6 +273,7 @@ def test_a_run_that_is_stopped_continues(tmp_path):
     assert sum(now[name] != when for name, when in done.items()) <= 1
     assert len(rows(tmp_path / "nnunetv2_macl_private" / "Dataset028_Collected.csv")) == 12
     assert sorted(path.name for path in images.parent.iterdir()) == ["dataset.json", "imagesUn"]
+    assert len(list(images.iterdir())) == 12
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 NEW_DATA_SET = "Collected"
 DEFAULT_PRIVATE_FOLDER = "~/nnunetv2_macl_private"
-# in the folder of the data set, so that an image is moved into place at once
+# in imagesUn, which may be a link to another disk, so that an image is moved into place at once
 _WORK_FOLDER = ".collecting"
 
 
@@ -99,6 +99,10 @@ def collect(
             raise UserError(f"{option} must be 1 or more, got {value}.")
     pattern = _compile(patient_regex)
     folder = raw_data_set(dataset, NEW_DATA_SET)
+    if source.is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{source} is in the data set {folder.name} itself. Give a folder elsewhere, or another data set: -d"
+        )
     if private_folder.is_relative_to(folder.resolve()):
         raise UserError(
             f"{private_folder} is in the data set, which others may get. Give another folder: --private_folder FOLDER"
@@ -356,7 +360,7 @@ def _make(
     if not todo:
         return done
     image_of = {row.voxels: row.image for row in made.values() if row.voxels and (images / row.image).is_file()}
-    work = images.parent / _WORK_FOLDER
+    work = images.resolve() / _WORK_FOLDER
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     rows = list(done)

@@ -7,9 +7,11 @@ the DICOM standard, PS3.3 and PS3.6.
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +83,12 @@ class Series:
 
 
 def is_dicom(file: Path) -> bool:
-    """Return whether a file is DICOM by its ending or by the preamble of the standard (PS3.10, 7.1)."""
+    """Return whether a file is a DICOM object by its ending or by the preamble of the standard (PS3.10, 7.1).
+
+    A ``DICOMDIR``, which lists the files of a medium, is none.
+    """
+    if file.name.upper() == "DICOMDIR":
+        return False
     if file.suffix.lower() in DICOM_ENDINGS:
         return True
     with open(file, "rb") as stream:
@@ -102,11 +109,8 @@ def read_header(file: Path) -> Slice:
     there = set(reader.GetMetaDataKeys())
 
     def text(tag: str) -> str:
-        return reader.GetMetaData(tag).strip(" \0") if tag in there else ""
-
-    def numbers(tag: str, count: int) -> tuple[float, ...] | None:
-        values = tuple(float(part) for part in text(tag).split("\\") if part.strip())
-        return values if len(values) == count and np.isfinite(values).all() else None
+        # one copy of what all slices of a series share: an archive may have millions of them
+        return sys.intern(reader.GetMetaData(tag).strip(" \0")) if tag in there else ""
 
     born = f"{text('0010|0010')} {text('0010|0030')}".strip()
     return Slice(
@@ -117,13 +121,19 @@ def read_header(file: Path) -> Slice:
         modality=text("0008|0060").upper(),
         image_type=tuple(part.strip().upper() for part in text("0008|0008").split("\\")),
         description=" ".join(dict.fromkeys(part for tag in ("0008|103e", "0018|1030") if (part := text(tag)))),
-        position=numbers("0020|0032", 3),
-        orientation=numbers("0020|0037", 6),
+        position=_numbers(text("0020|0032"), 3),
+        orientation=_numbers(text("0020|0037"), 6),
         shape=(text("0028|0010"), text("0028|0011")),
-        spacing=numbers("0028|0030", 2),
+        spacing=_numbers(text("0028|0030"), 2),
         frames=int(text("0028|0008") or 1),
         channels=int(text("0028|0002") or 1),
     )
+
+
+@lru_cache(maxsize=10_000)
+def _numbers(text: str, count: int) -> tuple[float, ...] | None:
+    values = tuple(float(part) for part in text.split("\\") if part.strip())
+    return values if len(values) == count and np.isfinite(values).all() else None
 
 
 def last_line(error: Exception) -> str:
@@ -139,7 +149,10 @@ def why_unreadable(file: str | Path, error: Exception) -> str:
     if not found:
         return last_line(error)
     syntax = found[1].decode().rstrip(".")
-    return f"{last_line(error)} (transfer syntax {syntax}); if it is a whole file, decompress it first: gdcmconv --raw"
+    return (
+        f"{last_line(error)} (transfer syntax {syntax}); it is damaged, holds no image, or is compressed in a way that "
+        "SimpleITK does not read: gdcmconv --raw decompresses it"
+    )
 
 
 def group_series(slices: Iterable[Slice]) -> dict[str, Series]:
