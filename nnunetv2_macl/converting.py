@@ -191,7 +191,7 @@ def chaos(source: Path, sequences: Iterable[str] = ("t2spir",)) -> RawDataSet:
         UserError: The files are not there, or masks are missing.
     """
     cases = []
-    found = {path.parent for path in source.resolve().rglob("T2SPIR") if path.is_dir()}
+    found = {path.parent for path in source.resolve().rglob("T*") if path.name in ("T1DUAL", "T2SPIR")}
     patients = sorted(path for path in found if path.name.isdecimal() and path.parent.name == "MR")
     for patient in patients:
         for sequence in sequences:
@@ -199,7 +199,10 @@ def chaos(source: Path, sequences: Iterable[str] = ("t2spir",)) -> RawDataSet:
             slices = sorted((patient / folder / images).glob("*.dcm"), key=_last_number)
             masks = sorted((patient / folder / "Ground").glob("*.png"), key=_last_number)
             if not slices:
-                raise UserError(f"{patient / folder / images} holds no .dcm file. Unpack the archive of CHAOS again.")
+                raise UserError(
+                    f"{patient / folder / images} holds no .dcm file. Unpack the archive of CHAOS again, or give other "
+                    "--sequences."
+                )
             if masks and len(masks) != len(slices):
                 raise UserError(
                     f"{patient / folder} has {len(slices)} slices in {images} and {len(masks)} masks in Ground. Each "

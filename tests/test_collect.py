@@ -206,6 +206,23 @@ def test_nifti_files(tmp_path, raw):
     )
 
 
+def test_images_get_the_ending_of_the_data_set(tmp_path, raw):
+    write_series(tmp_path / "tree" / "dicom", volume(1), "1.1")
+    write_nifti(tmp_path / "tree" / "Doe.nii.gz", volume(2))
+    (raw / "Dataset028_There").mkdir(parents=True)
+    file = raw / "Dataset028_There" / "dataset.json"
+    file.write_text('{"channel_names": {"0": "T1"}, "file_ending": ".nrrd"}')
+    before = file.read_text()
+    table = collect(tmp_path / "tree", "28", private_folder=tmp_path / "private", processes=1, link=True)
+    assert file.read_text() == before
+    for row in rows(table):
+        image = raw / "Dataset028_There" / "imagesUn" / row["image"]
+        assert image.suffix == ".nrrd"
+        expected = volume(1 if row["kind"] == "DICOM" else 2)
+        assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(image))), expected)
+        assert b"Doe" not in image.read_bytes()
+
+
 def test_the_key_is_kept_and_guarded(tmp_path, raw):
     write_series(tmp_path / "dicom", volume(1), "1.1")
     first = load_key(tmp_path / "private")

@@ -115,13 +115,15 @@ def collect(
     lock.acquire()
     try:
         earlier = read_table(table)
-        _require_same_key(earlier, pseudonyms, table)
+        _require_same_key(earlier, pseudonyms.fingerprint, table)
         # without a last line that a killed run has cut short
         write_table(earlier, table)
         taken = {row.series for row in earlier if row.taken == TAKEN}
-        candidates, left_out = _find(source, folder, pseudonyms, pattern, min_slices, keep_derived, ending, taken)
-        candidates, others, modality = _select(candidates, modality, source)
-        left_out += others
+        slices, files, left_out = _read_tree(source, folder)
+        series, others = _series_candidates(slices, taken, pseudonyms, ending, min_slices, keep_derived)
+        niftis, lost = _nifti_candidates(files, source, pseudonyms, ending, pattern)
+        candidates, of_others, modality = _select([*niftis, *series], modality, source)
+        left_out += others + lost + of_others
         images = folder / UNLABELLED_FOLDER
         rows = []
         if candidates:
@@ -198,40 +200,28 @@ def _ending_of(folder: Path, modality: str | None) -> str:
     return ending
 
 
-def _require_same_key(earlier: list[Row], pseudonyms: Pseudonyms, table: Path) -> None:
-    if any(row.key not in ("", pseudonyms.fingerprint) for row in earlier):
+def _require_same_key(earlier: list[Row], fingerprint: str, table: Path) -> None:
+    if any(row.key not in ("", fingerprint) for row in earlier):
         raise UserError(
             f"{table} lists images that were named with another key than the one in {table.parent}, so the same "
             "patients would get other pseudonyms. Put the old key back, or collect into a new data set: -d"
         )
 
 
-def _find(
-    source: Path,
-    folder: Path,
-    pseudonyms: Pseudonyms,
-    pattern: re.Pattern[str] | None,
-    min_slices: int,
-    keep_derived: bool,
-    ending: str,
-    taken: set[str],
-) -> tuple[list[Candidate], list[Row]]:
-    """Read all headers. Return the images that can be made and a row for each other series or file.
-
-    Images in several series belong to the one in ``taken``, the series that were collected earlier.
-    """
+def _read_tree(source: Path, folder: Path) -> tuple[list[Slice], list[Path], list[Row]]:
+    """Return the headers of the DICOM files of a tree, its NIfTI files, and a row for each other file."""
     slices: list[Slice] = []
-    candidates: list[Candidate] = []
+    nifti: list[Path] = []
     left_out: list[Row] = []
     logger.info("Looking through %s", source)
     bar = tqdm(_files(source, folder), unit="file", disable=not sys.stderr.isatty())
     for number, file in enumerate(bar, 1):
         if bar.disable and number % 10_000 == 0:
             logger.info("Looked at %d files", number)
-        kind = "NIfTI" if file.name.lower().endswith(NIFTI_ENDINGS) else "other"
+        kind = "other"
         try:
-            if kind == "NIfTI":
-                candidates.append(_nifti(file, source, pseudonyms, pattern, ending))
+            if file.name.lower().endswith(NIFTI_ENDINGS):
+                nifti.append(file)
             elif is_dicom(file):
                 kind = "DICOM"
                 slices.append(read_header(file))
@@ -240,11 +230,38 @@ def _find(
         except OSError as error:
             left_out.append(Row(LEFT_OUT, f"cannot be read: {error.strerror}", kind=kind, source=str(file)))
         except (RuntimeError, ValueError) as error:
-            left_out.append(
-                Row(LEFT_OUT, f"cannot be read: {why_unreadable(file, error)}", kind=kind, source=str(file))
-            )
+            reason = f"cannot be read: {why_unreadable(file, error)}"
+            left_out.append(Row(LEFT_OUT, reason, kind=kind, source=str(file)))
+    return slices, nifti, left_out
+
+
+def _files(source: Path, folder: Path) -> Iterator[Path]:
+    """Yield the files of a tree in the order of their paths, without the data set's own.
+
+    Links to folders are not followed.
+    """
+
+    def fail(error: OSError) -> None:
+        logger.warning("Left out: %s cannot be read: %s", error.filename, error.strerror)
+
+    target = folder.resolve()
+    for root, folders, files in os.walk(source, onerror=fail):
+        folders[:] = sorted(name for name in folders if Path(root, name) != target)
+        for name in sorted(files):
+            yield Path(root, name)
+
+
+def _series_candidates(
+    slices: list[Slice], taken: set[str], pseudonyms: Pseudonyms, ending: str, min_slices: int, keep_derived: bool
+) -> tuple[list[Candidate], list[Row]]:
+    """Return the series that make one volume each, and a row for each other series.
+
+    Images in several series belong to the one in ``taken``, the series that were collected earlier.
+    """
+    candidates, left_out = [], []
+    first_of = {s.series: s for s in reversed(slices)}
     for uid, series in group_series(sorted(slices, key=lambda s: s.series not in taken)).items():
-        first = series.slices[0] if series.slices else next(s for s in slices if s.series == uid)
+        first = first_of[uid]
         images = sorted(s.image for s in series.slices)
         row = Row(
             TAKEN,
@@ -267,37 +284,20 @@ def _find(
     return candidates, left_out
 
 
-def _files(source: Path, folder: Path) -> Iterator[Path]:
-    """Yield the files of a tree in the order of their paths, without the data set's own.
-
-    Links to folders are not followed.
-    """
-
-    def fail(error: OSError) -> None:
-        logger.warning("Left out: %s cannot be read: %s", error.filename, error.strerror)
-
-    target = folder.resolve()
-    for root, folders, files in os.walk(source, onerror=fail):
-        folders[:] = sorted(name for name in folders if Path(root, name) != target)
-        for name in sorted(files):
-            yield Path(root, name)
-
-
-def _nifti(file: Path, source: Path, pseudonyms: Pseudonyms, pattern: re.Pattern[str] | None, ending: str) -> Candidate:
-    path = file.relative_to(source)
-    if pattern is None:
-        patient = path.parts[0] if len(path.parts) > 1 else _stem(path.name)
-    else:
-        match = pattern.search(path.as_posix())
-        patient = (match[1] if pattern.groups else match[0]) if match else ""
-        if not patient:
-            raise UserError(
-                f"--patient_regex '{pattern.pattern}' finds no patient in {path.as_posix()}. Give one that does for "
-                "each file."
-            )
-    status = file.stat()
-    return Candidate(
-        Row(
+def _nifti_candidates(
+    files: list[Path], source: Path, pseudonyms: Pseudonyms, ending: str, pattern: re.Pattern[str] | None
+) -> tuple[list[Candidate], list[Row]]:
+    """Return the NIfTI files that are there, and a row for each link that leads nowhere."""
+    candidates, left_out = [], []
+    for file in files:
+        path = file.relative_to(source)
+        patient = _patient_of(path, pattern)
+        try:
+            status = file.stat()
+        except OSError as error:
+            left_out.append(Row(LEFT_OUT, f"cannot be read: {error.strerror}", kind="NIfTI", source=str(file)))
+            continue
+        row = Row(
             TAKEN,
             "",
             f"{pseudonyms.case(patient, path.as_posix())}_0000{ending}",
@@ -306,13 +306,23 @@ def _nifti(file: Path, source: Path, pseudonyms: Pseudonyms, pattern: re.Pattern
             source=str(file),
             content=f"{status.st_size} {status.st_mtime_ns}",
             key=pseudonyms.fingerprint,
-        ),
-        [str(file)],
-    )
+        )
+        candidates.append(Candidate(row, [str(file)]))
+    return candidates, left_out
 
 
-def _stem(name: str) -> str:
-    return re.sub(r"\.nii(\.gz)?$", "", name, flags=re.IGNORECASE)
+def _patient_of(path: Path, pattern: re.Pattern[str] | None) -> str:
+    """Return what of the path of a NIfTI file below the source is its patient."""
+    if pattern is None:
+        return path.parts[0] if len(path.parts) > 1 else re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    match = pattern.search(path.as_posix())
+    patient = (match[1] if pattern.groups else match[0]) if match else ""
+    if not patient:
+        raise UserError(
+            f"--patient_regex '{pattern.pattern}' finds no patient in {path.as_posix()}. Give one that finds a patient "
+            "in each path."
+        )
+    return patient
 
 
 def _select(
@@ -419,8 +429,11 @@ def _summarise(rows: list[Row], images: Path, table: Path) -> None:
     taken = [row for row in rows if row.taken == TAKEN]
     patients = len({row.patient for row in taken})
     logger.info("%s of %s in %s", counted(len(taken), "image"), counted(patients, "patient"), images)
-    reasons = Counter((row.kind, re.split(r"[:;(]", row.reason)[0].strip()) for row in rows if row.taken == LEFT_OUT)
-    for (kind, reason), number in reasons.most_common():
-        what = "DICOM series" if kind == "DICOM" else f"{kind} file"
+    reasons = Counter(
+        ("DICOM series" if row.series else f"{row.kind} file", re.split(r"[:;(]", row.reason)[0].strip())
+        for row in rows
+        if row.taken == LEFT_OUT
+    )
+    for (what, reason), number in reasons.most_common():
         logger.info("Left out: %d %s: %s", number, what, reason)
     logger.info("What was taken, from where and why not: %s (private: it leads back to patients)", table)
