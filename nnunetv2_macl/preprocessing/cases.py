@@ -17,7 +17,6 @@ import os
 import shlex
 import shutil
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -54,6 +53,7 @@ from nnunetv2_macl.preprocessing.sources import (
     sidecars,
     training_cases,
 )
+from nnunetv2_macl.processes import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -244,14 +244,7 @@ def _initialise(configuration: Configuration) -> None:
     _configuration = configuration
     show_any_character()
     blosc2.set_nthreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """However the command ends, and it may be killed: an idle process of the pool would wait for work for ever."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
+    end_with_parent()
 
 
 def _preprocess_volume(case: CaseFiles, *how: Any) -> tuple[str | None, bool]:
@@ -318,7 +311,7 @@ def read_case(
     names, said = ", ".join(case.files), io.StringIO()
     try:
         for file in case.files:
-            _check_nifti(file)
+            check_nifti(file)
         if issubclass(reader, Tiff3DIO):
             _check_spacing_file(case.files[0])
         # nnU-Net prints what is wrong with the channels of a case, and raises an error without words
@@ -410,7 +403,7 @@ def check_nifti_header(file: str) -> None:
         raise ValueError(f"its spacing is {', '.join(f'{mm:g}' for mm in spacing)} mm")
 
 
-def _check_nifti(file: str) -> None:
+def check_nifti(file: str) -> None:
     """Raise ValueError for what ITK's NIfTI reader passes over: a header as above; a file cut short, and NaN, for which it
     fills in 0.
     """

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 from conftest import Workspace
+from dicom_files import volume, write_series
+from test_converting import imagechd, mmwhs
 from test_docs import PAGES, blocks
 
 from nnunetv2_macl.synthetic import generate_dataset
@@ -42,6 +44,7 @@ nnUNetv2_macl_compare() {
     --epochs 1 --iterations 1 -batch_size 2 --pretrain_epochs 1 --pretrain_iterations 1 --pretrain_batch_size 4 \
     --disable_tta -device cpu -np 1
 }
+nnUNetv2_macl_collect() { command nnUNetv2_macl_collect "$@" --private_folder private -np 1; }
 nnUNetv2_predict() { command nnUNetv2_predict "${@/%nnUNetTrainerMACL/nnUNetTrainerMACL_quick}" -device cpu; }
 """
 QUICK = """
@@ -70,6 +73,10 @@ def space(tmp_path_factory):
     raw = space.raw / "Dataset027_ACDC"
     generate_dataset(raw, labelled=5, unlabelled=3, test=1, shape=(8, 40, 48))
     generate_dataset(space.raw / "Dataset028_Archive", labelled=3, unlabelled=2, test=0, shape=(8, 40, 48), seed=1)
+    for number in range(2):
+        write_series(space.folder / "export" / str(number), volume(number, (8, 40, 48)), f"1.{number}", f"ID {number}")
+    imagechd(space.folder / "ImageCHD_dataset")
+    mmwhs(space.folder / "MM-WHS_2017")
     (space.folder / "quick").mkdir()
     (space.folder / "quick" / "nnUNetTrainerMACL_quick.py").write_text(QUICK)
     shutil.copytree(raw / "imagesTs", space.folder / "images")

@@ -1,0 +1,440 @@
+"""Collect the images of a folder tree as the unlabelled images of a raw data set."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from tqdm import tqdm
+
+from nnunetv2_macl.collecting.dicom import (
+    Slice,
+    group_series,
+    is_dicom,
+    read_header,
+    sort_slices,
+    why_not,
+    why_unreadable,
+)
+from nnunetv2_macl.collecting.pseudonyms import Pseudonyms, load_key
+from nnunetv2_macl.collecting.table import LEFT_OUT, TAKEN, Row, append_row, read_table, write_table
+from nnunetv2_macl.collecting.voxels import NIFTI_ENDINGS, Job, initialise_worker, make_image
+from nnunetv2_macl.cores import usable_cores
+from nnunetv2_macl.dataset_json import channel_names
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import cannot_write
+from nnunetv2_macl.nnunet import read_dataset_json
+from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER
+from nnunetv2_macl.raw_data import DESCRIPTION, raw_data_set, write_description
+from nnunetv2_macl.training.run_folder import RunLock
+from nnunetv2_macl.words import counted
+
+logger = logging.getLogger(__name__)
+
+NEW_DATA_SET = "Collected"
+DEFAULT_PRIVATE_FOLDER = "~/nnunetv2_macl_private"
+# in imagesUn, which may be a link to another disk, so that an image is moved into place at once
+_WORK_FOLDER = ".collecting"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An image that can be made, as its row in the table says, and its files in their order."""
+
+    row: Row
+    files: list[str]
+
+
+def collect(
+    source: Path,
+    dataset: str,
+    *,
+    modality: str | None = None,
+    link: bool = False,
+    min_slices: int = 5,
+    keep_derived: bool = False,
+    patient_regex: str | None = None,
+    private_folder: Path = Path(DEFAULT_PRIVATE_FOLDER),
+    processes: int = 8,
+) -> Path:
+    """Write one image for each DICOM series and NIfTI file of a folder tree into ``imagesUn`` of a raw data set.
+
+    What has been collected already is not written again, so a run that was stopped continues.
+
+    Args:
+        source: Folder of the tree. It is only read.
+        dataset: Raw data set with one channel, by its number or name; made where it does not exist.
+        modality: DICOM modality to take; None if all series have the same one.
+        link: Make hard links to NIfTI files instead of copies, where they have the ending of the data set.
+        min_slices: Series and volumes of fewer slices are left out.
+        keep_derived: Take series whose image type is derived or secondary, too.
+        patient_regex: What of the path of a NIfTI file is the patient: its first group, or all that it matches. None:
+            the first folder below ``source``, or the file itself.
+        private_folder: Folder of the key of the pseudonyms and of the table. Only its owner may read them.
+        processes: Number of images that are read and written at a time.
+
+    Returns:
+        The table of what was taken and left out, with the reasons.
+
+    Raises:
+        UserError: A wrong option, another kind of data set, several modalities, or a full disk.
+    """
+    source, private_folder = source.expanduser().resolve(), private_folder.expanduser().resolve()
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder. Give the folder of the images.")
+    for option, value in (("-np", processes), ("--min_slices", min_slices)):
+        if value < 1:
+            raise UserError(f"{option} must be 1 or more, got {value}.")
+    pattern = _compile(patient_regex)
+    folder = raw_data_set(dataset, NEW_DATA_SET)
+    if source.is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{source} is in the data set {folder.name} itself. Give a folder elsewhere, or another data set: -d"
+        )
+    if private_folder.is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{private_folder} is in the data set, which others may get. Give another folder: --private_folder FOLDER"
+        )
+    ending = _ending_of(folder, modality)
+    pseudonyms = load_key(private_folder)
+    table = private_folder / f"{folder.name}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(folder)
+    lock.acquire()
+    try:
+        earlier = read_table(table)
+        _require_same_key(earlier, pseudonyms.fingerprint, table)
+        # without a last line that a killed run has cut short
+        write_table(earlier, table)
+        taken = {row.series for row in earlier if row.taken == TAKEN}
+        slices, files, left_out = _read_tree(source, folder)
+        series, others = _series_candidates(slices, taken, pseudonyms, ending, min_slices, keep_derived)
+        niftis, lost = _nifti_candidates(files, source, pseudonyms, ending, pattern)
+        candidates, of_others, modality = _select([*niftis, *series], modality, source)
+        left_out += others + lost + of_others
+        images = folder / UNLABELLED_FOLDER
+        rows = []
+        if candidates:
+            _describe(folder, modality, ending)
+            images.mkdir(exist_ok=True)
+            rows = _make(candidates, earlier, images, table, min_slices, link, processes)
+        rows += left_out
+        write_table([*_still_valid(earlier, rows, images, source), *rows], table)
+    except KeyboardInterrupt:
+        raise UserError("Stopped. Type the same command again to continue: what is done stays done.") from None
+    except OSError as error:
+        raise cannot_write(error, folder) from error
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):  # only a folder that is empty
+            folder.rmdir()
+    _summarise(rows, images, table)
+    if not candidates:
+        raise UserError(f"{source} holds no image that can be taken. {table} lists what is there, and why not.")
+    return table
+
+
+def _describe(folder: Path, modality: str | None, ending: str) -> None:
+    """Write dataset.json where there is none."""
+    if (folder / DESCRIPTION).is_file():
+        return
+    if modality is None:
+        raise UserError(
+            f"{folder / DESCRIPTION} does not exist, and NIfTI files do not say their modality. Give it, for example: "
+            "--modality MR"
+        )
+    write_description(folder, [modality], {"background": 0}, 0, ending)
+
+
+def _still_valid(earlier: list[Row], rows: list[Row], images: Path, source: Path) -> list[Row]:
+    """Return the earlier rows that a new table keeps: images that are there, and what other trees left out."""
+    new = {row.image for row in rows if row.image}
+    return [
+        row
+        for row in earlier
+        if row.image not in new
+        and ((images / row.image).is_file() if row.taken == TAKEN else not Path(row.source).is_relative_to(source))
+    ]
+
+
+def _compile(patient_regex: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if patient_regex is None else re.compile(patient_regex)
+    except re.error as error:
+        raise UserError(
+            f"--patient_regex '{patient_regex}' is not a regular expression: {error}. Correct it."
+        ) from None
+
+
+def _ending_of(folder: Path, modality: str | None) -> str:
+    """Return the file ending of a data set. Raises UserError if images of one channel cannot be written for it."""
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        return ".nii.gz"
+    description = read_dataset_json(file, "Correct it, or give another data set: -d")
+    channels, ending = channel_names(description), description["file_ending"]
+    if len(channels) != 1:
+        raise UserError(
+            f"{folder.name} has {len(channels)} channels ({', '.join(channels)}), and a series is one channel. Give "
+            "a data set of one channel or a new number: -d"
+        )
+    if ending not in SimpleITKIO.supported_file_endings:
+        raise UserError(
+            f"{folder.name} has files that end in {ending}, and volumes are written as "
+            f"{', '.join(SimpleITKIO.supported_file_endings)}. Give another data set or a new number: -d"
+        )
+    if channels[0] == "CT" and modality not in (None, "CT"):
+        raise UserError(f"The channel of {folder.name} is CT, and --modality is {modality}. Give another data set: -d")
+    return ending
+
+
+def _require_same_key(earlier: list[Row], fingerprint: str, table: Path) -> None:
+    if any(row.key not in ("", fingerprint) for row in earlier):
+        raise UserError(
+            f"{table} lists images that were named with another key than the one in {table.parent}, so the same "
+            "patients would get other pseudonyms. Put the old key back, or collect into a new data set: -d"
+        )
+
+
+def _read_tree(source: Path, folder: Path) -> tuple[list[Slice], list[Path], list[Row]]:
+    """Return the headers of the DICOM files of a tree, its NIfTI files, and a row for each other file."""
+    slices: list[Slice] = []
+    nifti: list[Path] = []
+    left_out: list[Row] = []
+    logger.info("Looking through %s", source)
+    bar = tqdm(_files(source, folder), unit="file", disable=not sys.stderr.isatty())
+    for number, file in enumerate(bar, 1):
+        if bar.disable and number % 10_000 == 0:
+            logger.info("Looked at %d files", number)
+        kind = "other"
+        try:
+            if file.name.lower().endswith(NIFTI_ENDINGS):
+                nifti.append(file)
+            elif is_dicom(file):
+                kind = "DICOM"
+                slices.append(read_header(file))
+            else:
+                left_out.append(Row(LEFT_OUT, "neither DICOM nor NIfTI", kind=kind, source=str(file)))
+        except OSError as error:
+            left_out.append(Row(LEFT_OUT, f"cannot be read: {error.strerror}", kind=kind, source=str(file)))
+        except (RuntimeError, ValueError) as error:
+            reason = f"cannot be read: {why_unreadable(file, error)}"
+            left_out.append(Row(LEFT_OUT, reason, kind=kind, source=str(file)))
+    return slices, nifti, left_out
+
+
+def _files(source: Path, folder: Path) -> Iterator[Path]:
+    """Yield the files of a tree in the order of their paths, without the data set's own.
+
+    Links to folders are not followed.
+    """
+
+    def fail(error: OSError) -> None:
+        logger.warning("Left out: %s cannot be read: %s", error.filename, error.strerror)
+
+    target = folder.resolve()
+    for root, folders, files in os.walk(source, onerror=fail):
+        folders[:] = sorted(name for name in folders if Path(root, name) != target)
+        for name in sorted(files):
+            yield Path(root, name)
+
+
+def _series_candidates(
+    slices: list[Slice], taken: set[str], pseudonyms: Pseudonyms, ending: str, min_slices: int, keep_derived: bool
+) -> tuple[list[Candidate], list[Row]]:
+    """Return the series that make one volume each, and a row for each other series.
+
+    Images in several series belong to the one in ``taken``, the series that were collected earlier.
+    """
+    candidates, left_out = [], []
+    first_of = {s.series: s for s in reversed(slices)}
+    for uid, series in group_series(sorted(slices, key=lambda s: s.series not in taken)).items():
+        first = first_of[uid]
+        images = sorted(s.image for s in series.slices)
+        row = Row(
+            TAKEN,
+            f"{counted(series.copies, 'duplicate file')} left out" if series.copies else "",
+            f"{pseudonyms.case(first.patient, uid)}_0000{ending}",
+            pseudonyms.patient(first.patient),
+            "DICOM",
+            first.modality,
+            first.description,
+            len(series.slices) + series.copies,
+            first.file,
+            uid,
+            hashlib.sha256("\n".join(images).encode(errors="surrogateescape")).hexdigest(),
+            key=pseudonyms.fingerprint,
+        )
+        if reason := why_not(series, min_slices, keep_derived):
+            left_out.append(replace(row, taken=LEFT_OUT, reason=reason, image=""))
+        else:
+            candidates.append(Candidate(row, [s.file for s in sort_slices(series.slices)]))
+    return candidates, left_out
+
+
+def _nifti_candidates(
+    files: list[Path], source: Path, pseudonyms: Pseudonyms, ending: str, pattern: re.Pattern[str] | None
+) -> tuple[list[Candidate], list[Row]]:
+    """Return the NIfTI files that are there, and a row for each link that leads nowhere."""
+    candidates, left_out = [], []
+    for file in files:
+        path = file.relative_to(source)
+        patient = _patient_of(path, pattern)
+        try:
+            status = file.stat()
+        except OSError as error:
+            left_out.append(Row(LEFT_OUT, f"cannot be read: {error.strerror}", kind="NIfTI", source=str(file)))
+            continue
+        row = Row(
+            TAKEN,
+            "",
+            f"{pseudonyms.case(patient, path.as_posix())}_0000{ending}",
+            pseudonyms.patient(patient),
+            "NIfTI",
+            source=str(file),
+            content=f"{status.st_size} {status.st_mtime_ns}",
+            key=pseudonyms.fingerprint,
+        )
+        candidates.append(Candidate(row, [str(file)]))
+    return candidates, left_out
+
+
+def _patient_of(path: Path, pattern: re.Pattern[str] | None) -> str:
+    """Return what of the path of a NIfTI file below the source is its patient."""
+    if pattern is None:
+        return path.parts[0] if len(path.parts) > 1 else re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    match = pattern.search(path.as_posix())
+    patient = (match[1] if pattern.groups else match[0]) if match else ""
+    if not patient:
+        raise UserError(
+            f"--patient_regex '{pattern.pattern}' finds no patient in {path.as_posix()}. Give one that finds a patient "
+            "in each path."
+        )
+    return patient
+
+
+def _select(
+    candidates: list[Candidate], modality: str | None, source: Path
+) -> tuple[list[Candidate], list[Row], str | None]:
+    """Return the candidates of the modality, rows for the others, and the modality, which NIfTI files do not have."""
+    there = Counter(c.row.modality for c in candidates if c.row.kind == "DICOM")
+    if modality is None and len(there) > 1:
+        counts = ", ".join(f"{counted(number, f'{name} image')}" for name, number in there.most_common())
+        raise UserError(
+            f"{source} holds several modalities ({counts}), and a channel has one. Say which: --modality "
+            f"{there.most_common(1)[0][0]}"
+        )
+    modality = modality or next(iter(there), None)
+    taken = [c for c in candidates if c.row.kind == "NIfTI" or c.row.modality == modality]
+    reason = f"another modality than {modality}"
+    others = [
+        replace(c.row, taken=LEFT_OUT, reason=reason, image="")
+        for c in candidates
+        if c.row.kind == "DICOM" and c.row.modality != modality
+    ]
+    return taken, others, modality
+
+
+def _make(
+    candidates: list[Candidate],
+    earlier: list[Row],
+    images: Path,
+    table: Path,
+    min_slices: int,
+    link: bool,
+    processes: int,
+) -> list[Row]:
+    """Make the images that are not there yet. Return a row for each candidate."""
+    made = {row.image: row for row in earlier if row.taken == TAKEN}
+    done, todo = [], []
+    for candidate in candidates:
+        row = made.get(candidate.row.image)
+        if row and row.content == candidate.row.content and (images / row.image).is_file():
+            done.append(replace(candidate.row, voxels=row.voxels))
+        else:
+            todo.append(candidate)
+    if done:
+        logger.info("%s there already", counted(len(done), "image"))
+    if not todo:
+        return done
+    image_of = {row.voxels: row.image for row in made.values() if row.voxels and (images / row.image).is_file()}
+    work = images.resolve() / _WORK_FOLDER
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    rows = list(done)
+    # spawn, as nnU-Net does: forked children inherit locks that are held
+    pool = ProcessPoolExecutor(
+        min(processes, len(todo), usable_cores()), multiprocessing.get_context("spawn"), initialise_worker
+    )
+    try:
+        futures: list[tuple[Candidate, Future]] = []
+        for number, candidate in enumerate(todo):
+            target = work / f"{number}{_image_ending(candidate.row.image)}"
+            job = Job(candidate.files, str(target), candidate.row.kind == "DICOM", min_slices, link)
+            futures.append((candidate, pool.submit(make_image, job)))
+        bar = tqdm(futures, unit="image", disable=not sys.stderr.isatty())
+        for number, (candidate, future) in enumerate(bar, 1):
+            result, row = future.result(), candidate.row
+            target = work / f"{number - 1}{_image_ending(row.image)}"
+            if result.failed:
+                hint = " Leave out --link where the images are on another disk." if link else ""
+                raise UserError(
+                    f"{images / row.image} could not be written: {result.failed}. Make space or check the "
+                    "permissions, and type "
+                    f"the same command again to continue.{hint}"
+                )
+            twin = image_of.get(result.voxels) if result.voxels else None
+            if result.left_out:
+                row = replace(row, taken=LEFT_OUT, reason=result.left_out, image="")
+            elif twin not in (None, row.image):
+                row = replace(row, taken=LEFT_OUT, reason=f"duplicate: the same voxels as {twin}", image="")
+                target.unlink()
+            else:
+                os.replace(target, images / row.image)
+                row = replace(row, voxels=result.voxels)
+                image_of[row.voxels] = row.image
+            append_row(row, table)
+            rows.append(row)
+            if bar.disable and number % max(1, len(todo) // 10) == 0:
+                logger.info("Read %d of %d images", number, len(todo))
+    except BrokenProcessPool:
+        raise UserError(
+            "A process was killed, most likely for want of memory or by a damaged image. Type the same command "
+            "again, with -np 1: what is done stays done."
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(work)
+    return rows
+
+
+def _image_ending(image: str) -> str:
+    return image[image.index(".") :]
+
+
+def _summarise(rows: list[Row], images: Path, table: Path) -> None:
+    taken = [row for row in rows if row.taken == TAKEN]
+    patients = len({row.patient for row in taken})
+    logger.info("%s of %s in %s", counted(len(taken), "image"), counted(patients, "patient"), images)
+    reasons = Counter(
+        ("DICOM series" if row.series else f"{row.kind} file", re.split(r"[:;(]", row.reason)[0].strip())
+        for row in rows
+        if row.taken == LEFT_OUT
+    )
+    for (what, reason), number in reasons.most_common():
+        logger.info("Left out: %d %s: %s", number, what, reason)
+    logger.info("What was taken, from where and why not: %s (private: it leads back to patients)", table)

@@ -1,0 +1,98 @@
+"""The table of what was collected and left out, with the reasons. It leads back to patients, so it is private."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_macl.files import cannot_write, write_whole
+
+TAKEN = "yes"
+LEFT_OUT = "no"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A DICOM series, a NIfTI file or another file.
+
+    Attributes:
+        taken: ``yes`` or ``no``.
+        reason: Why it was left out; what is worth knowing of an image that was taken.
+        image: File name of the image that was made.
+        patient: Pseudonym of the patient.
+        kind: ``DICOM``, ``NIfTI`` or ``other``.
+        modality: DICOM modality.
+        description: Series description and protocol name.
+        files: Number of files.
+        source: Path of the (first) file.
+        series: Series Instance UID.
+        content: SHA-256 of what the image was made from: image UIDs of a series, or size and time of a file.
+        voxels: SHA-256 of the voxels and their geometry, by which duplicates are found.
+        key: Fingerprint of the key of the pseudonyms.
+    """
+
+    taken: str
+    reason: str = ""
+    image: str = ""
+    patient: str = ""
+    kind: str = ""
+    modality: str = ""
+    description: str = ""
+    files: int = 1
+    source: str = ""
+    series: str = ""
+    content: str = ""
+    voxels: str = ""
+    key: str = ""
+
+
+_COLUMNS = [column.name for column in fields(Row)]
+
+
+def read_table(file: Path) -> list[Row]:
+    """Return the rows of a table; none where there is no table. A last line that was cut short is ignored."""
+    if not file.is_file():
+        return []
+    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        return [_as_row(values) for values in csv.DictReader(stream) if _is_whole(values)]
+
+
+def _is_whole(values: dict[str, Any]) -> bool:
+    return set(values) == set(_COLUMNS) and None not in values.values() and values["files"].isdecimal()
+
+
+def _as_row(values: dict[str, Any]) -> Row:
+    return Row(**values | {"files": int(values["files"])})
+
+
+def append_row(row: Row, file: Path) -> None:
+    """Append a row to a table, so that a run that is killed loses none. Raises UserError if that fails."""
+    try:
+        new = not file.exists()
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with open(descriptor, "a", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            stream.write(_as_csv([row], header=new))
+    except OSError as error:
+        raise cannot_write(error, file) from error
+
+
+def write_table(rows: Iterable[Row], file: Path) -> None:
+    """Write a table anew, images that were taken first. Raises UserError if that fails."""
+    ordered = sorted(rows, key=lambda row: (row.taken != TAKEN, row.image, row.source))
+    text = _as_csv(ordered, header=True).encode(errors="surrogateescape")
+    write_whole(file, lambda stream: stream.write(text))
+    os.chmod(file, 0o600)
+
+
+def _as_csv(rows: Iterable[Row], header: bool) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()

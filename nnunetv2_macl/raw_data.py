@@ -1,0 +1,68 @@
+"""nnU-Net raw data sets that this package writes into."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import write_json
+
+DESCRIPTION = "dataset.json"
+
+
+def raw_data_set(name_or_id: str, new_name: str) -> Path:
+    """Return the folder of a raw data set that exists, or of one to be made. Nothing is written.
+
+    Args:
+        name_or_id: ``27``, or ``Dataset027_ACDC``.
+        new_name: Name after the number of a data set that does not exist and is given by its number.
+
+    Raises:
+        UserError: nnUNet_raw is not set, the name is not one of nnU-Net's, or several data sets have the number.
+    """
+    root = os.environ.get("nnUNet_raw")
+    if not root:
+        raise UserError("nnUNet_raw is not set. Type:\n    export nnUNet_raw=/path/to/nnUNet_raw")
+    if re.fullmatch(r"Dataset\d{3}_.+", name_or_id) and name_or_id == os.path.basename(name_or_id):
+        number = name_or_id[7:10]
+    elif name_or_id.isdecimal() and 0 < int(name_or_id) < 1000:
+        number = f"{int(name_or_id):03d}"
+    else:
+        raise UserError(f"-d must be a number from 1 to 999 or a name such as Dataset027_NAME, got '{name_or_id}'.")
+    there = sorted(path.name for path in Path(root).glob(f"Dataset{number}_*") if path.is_dir())
+    if name_or_id in there or not there:
+        return Path(root) / (f"Dataset{number}_{new_name}" if name_or_id.isdecimal() else name_or_id)
+    if len(there) > 1 or not name_or_id.isdecimal():
+        raise UserError(
+            f"The number {number} belongs to {' and '.join(there)} in {root}. Give another number or that name."
+        )
+    return Path(root) / there[0]
+
+
+def write_description(
+    folder: Path, channels: list[str], labels: Mapping[str, int], cases: int, file_ending: str, **more: Any
+) -> None:
+    """Write the ``dataset.json`` of a raw data set.
+
+    Args:
+        folder: Folder of the data set.
+        channels: Name of each channel; "CT" and "rgb_to_0_1" have a meaning for nnU-Net's normalisation.
+        labels: Names and values, with the background.
+        cases: Number of labelled training cases.
+        file_ending: Ending of images and labels, such as ``.nii.gz``.
+        more: Further entries.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    description = {
+        "channel_names": {str(number): name for number, name in enumerate(channels)},
+        "labels": dict(labels),
+        "numTraining": cases,
+        "file_ending": file_ending,
+    }
+    write_json(description | more, folder / DESCRIPTION)
