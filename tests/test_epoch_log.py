@@ -1,0 +1,59 @@
+"""What an epoch reports of its speed, and when its picture is drawn."""
+
+import pytest
+
+from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.training.epoch_log import Epoch, EpochSums
+from nnunetv2_macl.training.progress_picture import ProgressPicture
+
+LOG = {"lrs": [0.1], "patches_per_second": [5.0], "train_losses/restoration": [0.5]}
+
+
+def sums(*steps):
+    made = EpochSums()
+    for seconds, is_warm in steps:
+        made.add({"total": 1.0}, skipped=False)
+        made.add_time(seconds, is_warm=is_warm)
+    return made
+
+
+def test_speed_and_time_left_leave_compiling_out():
+    epoch = Epoch(0, 3, 8, sums((60, False), (2, True), (2, True)), Recipe())
+    assert epoch.patches_per_second == 4.0
+    # two more epochs of three steps of two seconds, and of what comes between epochs
+    assert epoch.line(between_epochs=4.0).endswith("0:00:20 left")
+
+
+def test_an_epoch_without_a_warm_step_still_has_a_speed():
+    assert Epoch(0, 1, 8, sums((4, False), (4, False)), Recipe()).patches_per_second == 2.0
+
+
+def test_sums_of_an_earlier_version_are_continued():
+    assert EpochSums(steps=4, skipped=0, seconds=8.0, sums={}).seconds_per_step == 2.0
+
+
+def test_the_picture_is_drawn_at_first_at_last_and_once_in_a_while(tmp_path):
+    file = tmp_path / "progress.png"
+    picture = ProgressPicture(file, "a run", every=3600)
+    picture.update(LOG)
+    picture.wait()
+    first = file.read_bytes()
+    file.unlink()
+    picture.update(LOG)
+    picture.wait()
+    assert not file.exists()
+    picture.update(LOG, is_last=True)
+    assert file.read_bytes() == first
+
+
+def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    picture = ProgressPicture(tmp_path / "file" / "progress.png", "a run")
+    picture.update(LOG, is_last=True)
+
+
+def test_skipped_steps_count_in_time_and_not_in_means():
+    made = sums((1, True))
+    made.add({"total": float("nan")}, skipped=True)
+    made.add_time(1, is_warm=True)
+    assert made.means() == {"total": 1.0} and made.seconds_per_step == pytest.approx(1.0)
