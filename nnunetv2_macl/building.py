@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 import torch
@@ -69,9 +70,10 @@ def build_loss(recipe: Recipe) -> MultiLevelContrastiveLoss:
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     parameters = [p for p in network.parameters() if p.requires_grad]
     settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
-    if parameters[0].device.type == "cuda":
-        # one kernel for all weights, and no wait for the gradient scaler's check
-        settings["fused"] = True
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=recipe.momentum, **settings)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](parameters, **settings)
+        settings["momentum"] = recipe.momentum
+    # One kernel for all weights, and no wait for the gradient scaler's check. SGD has it from torch 2.3 on.
+    if parameters[0].device.type == "cuda" and "fused" in inspect.signature(kind).parameters:
+        settings["fused"] = True
+    return kind(parameters, **settings)

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -290,7 +290,7 @@ def load_batches(
     prefetch: int = 2,
     pin_memory: bool = False,
     prepare_worker: Callable[[int], None] | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """The batches from step ``first`` on, read ahead by worker processes.
 
     Args:

@@ -416,12 +416,13 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             prepare_worker=ignore_in_worker,
         )
         try:
-            while True:
-                with self._signals.waiting():
-                    batch = next(stream, None)
-                if batch is None:
-                    return
-                yield batch
+            with contextlib.closing(stream):
+                while True:
+                    with self._signals.waiting():
+                        batch = next(stream, None)
+                    if batch is None:
+                        return
+                    yield batch
         except StoppedWhileWaiting:
             if self._step:
                 self.save_checkpoint(str(Path(self.output_folder) / resume.LATEST))
