@@ -77,3 +77,19 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     if parameters[0].device.type == "cuda" and "fused" in inspect.signature(kind).parameters:
         settings["fused"] = True
     return kind(parameters, **settings)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimiser and keep how this process computes the update.
+
+    torch would take that from the state too, which may come from another device or from an earlier version.
+
+    Args:
+        optimizer: As `build_optimizer` has built it.
+        state: Its state dict from a checkpoint.
+    """
+    groups = [
+        theirs | {key: ours[key] for key in ("fused", "foreach") if key in ours}
+        for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict(state | {"param_groups": groups})

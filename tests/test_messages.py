@@ -22,7 +22,7 @@ from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 NAMES = ("\u03a9", os.fsdecode(b"M\xfcller"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_a_name_that_the_output_cannot_show_ends_nothing(monkeypatch, name, encoding):
     streams = {}

@@ -8,6 +8,7 @@ import torch
 from steps import batch, gradients, training_step
 from torch import nn
 
+from nnunetv2_macl.building import load_optimizer
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
@@ -143,3 +144,21 @@ def test_what_is_trained_is_compiled_and_the_same(recipe, at_once):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     assert not torch._dynamo.utils.counters["graph_break"]
     assert measured[0] == pytest.approx(measured[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("saved_fused, fused", [(None, True), (True, None)])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_an_optimiser_goes_on_where_its_update_is_computed_in_another_way(name, saved_fused, fused):
+    """A checkpoint of another device, or of an earlier version."""
+    kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    weights = [torch.zeros(3, requires_grad=True) for _ in range(2)]
+    saved, optimizer = (kinds[name]([w], lr=0.1, fused=f) for w, f in zip(weights, (saved_fused, fused), strict=True))
+    weights[0].grad = torch.ones(3)
+    saved.step()
+    load_optimizer(optimizer, saved.state_dict())
+    assert optimizer.param_groups[0]["fused"] == fused
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(weights[1].sum()).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert (weights[1] < 0).all()

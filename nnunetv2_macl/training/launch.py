@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from nnunetv2.run.run_training import run_training
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch._inductor import config as inductor
 
 from nnunetv2_macl import distributed
 from nnunetv2_macl.cores import usable_cores
@@ -73,6 +74,7 @@ def _signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[None]:
 def join_ranks(device: str) -> None:
     """Join the processes that torchrun started, until this one ends; does nothing where it started none."""
     if distributed.started_by_torchrun() and not dist.is_initialized():
+        prepare_process(device)
         _join(device)
         # not before: torch does not join the same processes twice
         atexit.register(_leave)
@@ -112,7 +114,8 @@ def prepare_process(device: str) -> None:
         torch.set_num_threads(1)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if ranks_here > 1:
-            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, usable_cores() // ranks_here)))
+            # read from the environment at import, which has been
+            inductor.compile_threads = min(inductor.compile_threads, max(1, usable_cores() // ranks_here))
         if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
             # Without it the allocator held 1.2 to 1.7 times what a step uses. torch reads the variable at the first allocation.
             os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

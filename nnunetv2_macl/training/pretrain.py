@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from nnunetv2_macl import checkpoints, distributed, monitoring, probes
-from nnunetv2_macl.building import build_loss, build_network, build_optimizer
+from nnunetv2_macl.building import build_loss, build_network, build_optimizer, load_optimizer
 from nnunetv2_macl.data import (
     Case,
     PretrainingBatches,
@@ -632,7 +632,10 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         collapsed = (
             "The run ended COLLAPSED: fine-tuning from it is not likely to help.\n" if self.collapse.reason else ""
         )
-        no_folds = "" if number_of_folds(self.macl_configuration) else f"{too_few_cases(self.macl_configuration)}\n"
+        no_folds = ""
+        with contextlib.suppress(UserError, KeyError):  # a splits file that cannot be read is a matter of fine-tuning
+            if not number_of_folds(self.macl_configuration):
+                no_folds = f"{too_few_cases(self.macl_configuration)}\n"
         self.print_to_log_file(
             f"{collapsed}Weights: {self.output_folder}\n{no_folds}Fine-tune from them:\n"
             f'    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"\n    '
@@ -716,7 +719,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         self.step.module.load_state_dict(checkpoint["network_weights"])
-        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        load_optimizer(self.optimizer, checkpoint["optimizer_state"])
         self._step = self.lr_scheduler.last_epoch = checkpoint["step"]
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])

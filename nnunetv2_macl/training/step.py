@@ -207,7 +207,8 @@ class TrainingStep:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gradients of the whole batch's loss, and that loss and the embeddings it was computed from."""
         patches, at_once = self.last - self.first, self.plan.patches_at_once
-        if at_once >= patches:
+        # by the largest share, because all ranks have to exchange the same in the same order
+        if at_once >= distributed.share(self.plan.batch_size, 0)[1]:
             with self._autocast():
                 outputs = self.network(*shown)
             losses, everyone = self._losses(outputs, positions)
