@@ -113,9 +113,9 @@ def prepare_process(device: str) -> None:
     if device == "cuda":
         torch.set_num_threads(1)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if ranks_here > 1:
-            # read from the environment at import, which has been
-            inductor.compile_threads = min(inductor.compile_threads, max(1, usable_cores() // ranks_here))
+        if ranks_here > 1 and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+            # torch has read that variable already, when it was imported
+            inductor.compile_threads = max(1, usable_cores() // ranks_here)
         if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
             # Without it the allocator held 1.2 to 1.7 times what a step uses. torch reads the variable at the first allocation.
             os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
