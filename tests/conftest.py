@@ -50,7 +50,8 @@ class Workspace:
             env=self.environment | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",  # progress bars, whatever this process's locale is
+            errors="replace",
             timeout=timeout,
         )
         assert process.returncode == code, f"{command} exited with {process.returncode}:\n{process.stdout[-6000:]}"

@@ -25,6 +25,8 @@ NAMES = ("\u03a9", os.fsdecode(b"M\xfcller"))
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_a_name_that_the_output_cannot_show_ends_nothing(monkeypatch, name, encoding):
+    # pytest would collect the message, and its workers cannot hand a byte that is not in UTF-8 on to each other
+    monkeypatch.setattr(logging.getLogger("nnunetv2_macl"), "propagate", False)
     streams = {}
     for stream in ("stdout", "stderr"):
         streams[stream] = io.BytesIO()
