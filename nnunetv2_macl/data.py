@@ -251,11 +251,11 @@ def plan_reading(batch_bytes: int, allowed: int, free: int | None = None) -> Rea
     if not allowed:
         return Reading(0, 0, 0)
     room = _READ_AHEAD_BYTES if free is None else min(_READ_AHEAD_BYTES, int(_SHARED_PART * free))
-    # one batch more than those in hand: the one that is being trained on
-    batches = room // batch_bytes - 1
+    # beside those that are read ahead: the one that is trained on, and the one that comes next
+    batches = room // batch_bytes - 2
     prefetch = 2 if batch_bytes <= _LARGE_BATCH and batches >= 2 else 1
     workers = min(allowed, max(1, batches // prefetch))
-    return Reading(workers, prefetch, (workers * prefetch + 1) * batch_bytes)
+    return Reading(workers, prefetch, (workers * prefetch + 2) * batch_bytes)
 
 
 @lru_cache(maxsize=64)

@@ -116,7 +116,7 @@ MIB = 2**20
     "batch, allowed, free, workers, prefetch",
     [
         (20 * MIB, 12, 64 * 2**30, 12, 2),  # a large machine, small batches: as many as nnU-Net uses
-        (400 * MIB, 12, 64 * 2**30, 4, 1),  # large batches: two GiB at most are read ahead
+        (400 * MIB, 12, 64 * 2**30, 3, 1),  # large batches: two GiB at most are read ahead
         (20 * MIB, 12, 64 * MIB, 1, 1),  # a container's default
         (20 * MIB, 12, 30 * MIB, 1, 1),  # too little for any: a worker's error tells it
         (20 * MIB, 0, 30 * MIB, 0, 0),  # no workers, no shared memory
@@ -125,7 +125,7 @@ MIB = 2**20
 def test_what_is_read_ahead_is_bounded_by_memory(batch, allowed, free, workers, prefetch):
     reading = plan_reading(batch, allowed, free)
     assert (reading.workers, reading.prefetch) == (workers, prefetch)
-    assert reading.needed == ((workers * prefetch + 1) * batch if workers else 0)
+    assert reading.needed == ((workers * prefetch + 2) * batch if workers else 0)
 
 
 def test_numbers_of_a_step_come_with_its_batch(cases):
