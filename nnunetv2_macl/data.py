@@ -251,7 +251,7 @@ def plan_reading(batch_bytes: int, allowed: int, free: int | None = None) -> Rea
     if not allowed:
         return Reading(0, 0, 0)
     room = _READ_AHEAD_BYTES if free is None else min(_READ_AHEAD_BYTES, int(_SHARED_PART * free))
-    # beside those that are read ahead: the one that is trained on, and the one that comes next
+    # Two more batches need room: the current batch, and the next one while a worker reads it.
     batches = room // batch_bytes - 2
     prefetch = 2 if batch_bytes <= _LARGE_BATCH and batches >= 2 else 1
     workers = min(allowed, max(1, batches // prefetch))

@@ -71,7 +71,7 @@ def _check_channels(names: Any, key: str, file: Path) -> None:
 
 
 def _number(value: Any) -> int | None:
-    """Return the channel number that a key stands for, or None."""
+    """Return the channel number in a key, or None if the key is not a number."""
     try:
         return int(value) if isinstance(value, (str, int)) and not isinstance(value, bool) and int(value) >= 0 else None
     except ValueError:

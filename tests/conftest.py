@@ -50,7 +50,7 @@ class Workspace:
             env=self.environment | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            encoding="utf-8",  # progress bars, whatever this process's locale is
+            encoding="utf-8",  # nnU-Net prints progress bars in UTF-8 in any locale
             errors="replace",
             timeout=timeout,
         )

@@ -1,4 +1,4 @@
-"""Images as archives hold them: with files beside them, with the other ending of a format, and scouts among volumes."""
+"""Images as archives contain them: with sidecar files, with another file ending, and with localizers among volumes."""
 
 import gzip
 import shutil

@@ -17,7 +17,7 @@ from nnunetv2_macl.processes import end_with_parent
 
 # NIfTI files of so few different values, all of them whole numbers, are segmentations rather than images
 _MAX_LABELS = 16
-# free space that must be left beside an uncompressed image
+# An image is written only if this much disk space stays free.
 _SPARE_BYTES = 64 * 2**20
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 

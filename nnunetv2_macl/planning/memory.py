@@ -118,7 +118,7 @@ class MemoryEstimate:
             self._total(self.network.project(features(0))).backward()
             return
         with torch.no_grad():
-            # all parts take the same, one after the other, so one stands for all
+            # One part is enough, because the parts run one after the other and need the same memory.
             piece = features(0)
             joined = {key: value.new_empty(size, *value.shape[1:]) for key, value in piece.items()}
             del piece
@@ -253,7 +253,7 @@ def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> Batch:
 
 
 def _largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """Return the largest of some sizes that fits, or None; whatever is smaller than one that fits does so too."""
+    """Return the largest size that fits, or None. A size that is smaller than a fitting one must fit as well."""
     first = bisect_left(range(len(sizes)), True, key=lambda i: fits(sizes[i]))
     return sizes[first] if first < len(sizes) else None
 

@@ -248,7 +248,7 @@ def _initialise(configuration: Configuration) -> None:
 
 
 def _preprocess_volume(case: CaseFiles, *how: Any) -> tuple[str | None, bool]:
-    """Preprocess one case. Returns what is wrong with it, or None, and whether the run goes on without it by itself."""
+    """Preprocess one case. Return the problem, or None, and whether the run leaves the case out without an option."""
     if flat := whats_flat(_configuration, case):
         return flat, True
     return _preprocess_case(case, *how), False

@@ -326,7 +326,7 @@ def _case_files(files: Sequence[RawFile], channels: list[int] | None, channels_t
 
 
 def without_spacing(source: Source) -> list[str]:
-    """Return the TIFF files that have no spacing file beside them, for which nnU-Net takes a spacing of 1 on each axis."""
+    """Return the TIFF files without a spacing file. nnU-Net assumes a spacing of 1 on each axis for them."""
     if not issubclass(source.reader, Tiff3DIO):
         return []
     return [

@@ -319,7 +319,7 @@ class TrainingStep:
             self.skipped_in_a_row += 1
 
     def _statistics(self, outputs: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-        """Return what is watched beside the losses, still on the device."""
+        """Return the statistics that the log shows with the losses. They stay on the device."""
         found: dict[str, Tensor] = {}
         if self.module.is_contrastive:
             found["positives"] = monitoring.mean_positives(positions, self.loss.threshold)
