@@ -293,9 +293,9 @@ def _refuse_changes(
 ) -> None:
     before = plan.get_recipe().as_dict()
     changed = [
-        f"{text} (was {before[key]})"
+        f"{text} (was {before.get(key)})"
         for (key, value), text in zip(values.items(), settings_as_text(values), strict=True)
-        if before[key] != value
+        if before.get(key) != value
     ]
     for key, option in (("unlabelled_datasets", "-u"), ("channel_map", "--channel_map")):
         if images[key] and images[key] != getattr(plan, key):

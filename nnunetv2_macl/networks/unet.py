@@ -17,7 +17,7 @@ class UNet(PretrainableNetwork):
     """Encoder stages, and decoder stages that each upsample, concatenate the encoder's map of that size, and convolve."""
 
     adapts = (PlainConvUNet, ResidualEncoderUNet, ResidualUNet, PaperUNet)
-    names = {"encoder": "encoder", "transpconvs": "decoder.transpconvs", "stages": "decoder.stages"}  # noqa: RUF012
+    names = {"encoder": "encoder", "transpconvs": "decoder.transpconvs", "stages": "decoder.stages"}
 
     def __init__(self, network: nn.Module, decoder_stages: int) -> None:
         super().__init__(network, decoder_stages)

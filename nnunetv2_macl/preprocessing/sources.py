@@ -49,7 +49,7 @@ class RawFile(NamedTuple):
     made_from: list[str | int]
     wrong: str | None
     # the same of the files that are read with it, such as the spacing file of a TIFF
-    beside: list[list[str | int]] = []  # noqa: RUF012 - never changed
+    beside: list[list[str | int]] = []
 
     @classmethod
     def look(cls, path: str, status: Callable[[], os.stat_result], is_link: bool, inside: Sequence[str]) -> RawFile:
