@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nnunetv2_macl import distributed
 from nnunetv2_macl.building import build_optimizer
+from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, to_device
 from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.networks.registry import pretrainable
 from nnunetv2_macl.planning.plan import MACLPlan
@@ -30,6 +31,22 @@ def recipe_of(**values):
     return recipe_from_values(values, "test")
 
 
+def model_of(unet, patch, recipe=None, **levels):
+    """The methods of a recipe around a U-Net; scale, K and e from the recipe, or as they are given."""
+    recipe = recipe or recipe_of()
+    geometry = Geometry(patch_size=list(patch), **({"decoder_stages": 1, "auxiliary_stage": 4} | levels))
+    return PretrainingModel(pretrainable(unet, geometry.decoder_stages), geometry, recipe)
+
+
+def embeddings_of(model, patches):
+    """What each method compares of patches, together, as in the first step of a training."""
+    random = StepRandom(0, 0, len(patches), slice(None), patches.shape[1], tuple(patches.shape[2:]))
+    numbers, found = to_device(model.views.draw(random), patches.device), {}
+    for method in model:
+        found |= method.project(method.encode(method.views.make(patches, numbers[method.name], Progress(0, 2, 2))))
+    return found
+
+
 def plan(batch_size, patches_at_once, recipe):
     return MACLPlan(
         dataset_name="Dataset001_Test", plans_name="nnUNetPlans", configuration="2d", nnunet_plan_checksum="",
@@ -41,7 +58,9 @@ def plan(batch_size, patches_at_once, recipe):
     )  # fmt: skip
 
 
-def training_step(batch_size, patches_at_once, recipe=None, dtype=torch.float64, norm=nn.InstanceNorm2d, unnormalised=()):
+def training_step(
+    batch_size, patches_at_once, recipe=None, dtype=torch.float64, norm=nn.InstanceNorm2d, unnormalised=()
+):
     recipe = recipe or recipe_of(own_view_weight=0.5)
     made = plan(batch_size, patches_at_once, recipe)
     geometry = replace(made.geometry, unnormalised_channels=unnormalised)
@@ -49,9 +68,7 @@ def training_step(batch_size, patches_at_once, recipe=None, dtype=torch.float64,
     if distributed.world_size() > 1:
         distributed.synchronise_batch_norm(model)
     optimizer = build_optimizer(model, recipe)
-    return TrainingStep(
-        model, optimizer, LambdaLR(optimizer, lambda step: 1.0), None, made, torch.device("cpu")
-    )
+    return TrainingStep(model, optimizer, LambdaLR(optimizer, lambda step: 1.0), None, made, torch.device("cpu"))
 
 
 def batch(patches, dtype=torch.float64):

@@ -11,7 +11,6 @@ from nnunetv2_macl.losses import PositionalContrastiveLoss, ReferenceValues
 from nnunetv2_macl.methods.registry import loss_labels
 from nnunetv2_macl.methods.statistics import batch_rank, embedding_variance, feature_statistics
 
-
 PATCHES = 32
 
 

@@ -5,8 +5,8 @@ import torch
 from steps import batch, gradients, recipe_of, training_step
 
 from nnunetv2_macl import checkpoints
-from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.methods.branches import plan_branches
+from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.restoration import (
     RestorationHead,
@@ -111,13 +111,13 @@ def test_it_learns_where_nnunet_does_not_normalise():
     generator = torch.Generator().manual_seed(0)
     images = torch.nn.functional.interpolate(torch.randn(8, 1, 4, 4, generator=generator), (32, 32), mode="bicubic")
     images = (images - images.mean((2, 3), keepdim=True)) / images.std((2, 3), correction=0, keepdim=True)
-    losses = {}
+    losses, recipe = {}, recipe_of(**ALONE, optimizer="adamw", learning_rate=3e-3)
     for name, patches, channels in (
         ("z-scored", images, ()),
         ("HU", 500 * images - 300, (0,)),
         ("HU, not told", 500 * images - 300, ()),
     ):
-        step = training_step(8, 8, recipe_of(**ALONE, optimizer="adamw", learning_rate=3e-3), dtype=torch.float32, unnormalised=channels)
+        step = training_step(8, 8, recipe, dtype=torch.float32, unnormalised=channels)
         batches = {"data": patches, "positions": torch.rand(8, 3)}
         losses[name] = [step(batches, number)["restoration"] for number in range(40)]
     # zeros around the patch are another grey
