@@ -119,8 +119,8 @@ def test_plan_on_disk(workspace):
         "memory",
     ):
         assert key in words
-    assert "compares no patches" in words
-    assert "compares no patches" not in describe(prepare(configuration, recipe="macl_restore"))
+    assert "restoration does not use dominant_patch_size, grid, threshold" in words
+    assert "does not use" not in describe(prepare(configuration, recipe="macl_restore"))
     prepare(configuration, values={"batch_size": 8})
     content = json.loads(file.read_text())
     explained = ", ".join(content["reasons"])
@@ -147,7 +147,9 @@ def test_a_plan_records_how_its_recipe_was_asked_for_and_one_of_an_earlier_versi
     # as the earlier version wrote it
     content = json.loads(file.read_text())
     old = {key: value for key, value in content.items() if key not in ("recipe_name", "settings", "checksum")}
-    del old["recipe"]["downsample_first_stage"]
+    # version 0.1 named no method and listed the keys of both
+    old["recipe"] = plan.recipe | {"weight_restoration": 0.0, "restoration_share": 0.6}
+    del old["recipe"]["method"], old["recipe"]["downsample_first_stage"]
     old |= {"checksum": checksum(old)}
     file.write_text(json.dumps(old))
     assert not was_edited(file) and read_plan(file).as_json() == old
@@ -158,11 +160,11 @@ def test_a_plan_records_how_its_recipe_was_asked_for_and_one_of_an_earlier_versi
 
 
 @pytest.mark.parametrize(
-    "values", [{"decoder_stages": 0}, {"threshold": 0.3}, {"limit_positives": False}, {"weight_dense": 0.5}]
+    "values", [{"decoder_stages": 0}, {"threshold": 0.3}, {"limit_positives": False}, {"auxiliary_stage": 3}]
 )
 def test_an_edited_plan_is_not_derived_again_for_a_setting(workspace, values):
     configuration = Configuration.load("901", "nnUNetPlans", "2d")
-    prepare(configuration)
+    prepare(configuration, recipe="macl")
     file = plan_file(configuration)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"threshold": 0.07}))
     before = file.read_bytes()
@@ -196,7 +198,7 @@ def test_an_option_of_the_command_is_a_setting(workspace, monkeypatch):
 
 def test_an_edited_plan_is_kept_and_the_command_line_still_wins(workspace):
     configuration = Configuration.load("901", "nnUNetPlans", "2d")
-    prepare(configuration)
+    prepare(configuration, recipe="macl")
     file = plan_file(configuration)
     content = json.loads(file.read_text())
     content["threshold"] = 0.07

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 AUTO: Literal["auto"] = "auto"
 
@@ -34,6 +34,13 @@ class SpatialViewKeys(MethodConfig):
         [0.7, 1.3], description="smallest and largest scaling factor; the smaller one comes first"
     )
     translation: Fraction = Field(0.1, description="largest shift, as a fraction of the patch's edge")
+
+    @field_validator("scaling")
+    @classmethod
+    def _smaller_first(cls, scaling: list[float]) -> list[float]:
+        if scaling[0] > scaling[1]:
+            raise ValueError("a list with the smaller factor first")
+        return scaling
 
 
 class BranchKeys(MethodConfig):

@@ -97,8 +97,6 @@ class MACLConfig(BranchKeys, SpatialViewKeys):
                 "weight_global and weight_dense are both 0, which leaves nothing to learn from: features that are the same for "
                 "every image would do. Set one of them above 0, or leave method macl out"
             )
-        if self.scaling[0] > self.scaling[1]:
-            raise ValueError(f"scaling must have the smaller factor first, got {self.scaling}")
         return self
 
 
