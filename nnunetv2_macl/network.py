@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nnunetv2_macl.restoration import RestorationHead, hidden_blocks
+from nnunetv2_macl.restoration import RestorationHead
+from nnunetv2_macl.views import hidden_blocks
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_macl.planning.plan import MACLPlan
-from nnunetv2_macl.restoration import draw_mask
-from nnunetv2_macl.views import INTENSITY_ON, IntensityNumbers, IntensityViews, SpatialViews
+from nnunetv2_macl.views import INTENSITY_ON, IntensityNumbers, IntensityViews, SpatialViews, draw_mask
 
 # The first numbers of the seeds: the spatial views have none, the intensity views of the four groups have 1 to 4.
 _MASK = 5
@@ -33,7 +32,7 @@ class StepNumbers(NamedTuple):
         views: (2, n, A, A+1), parameters of the two spatial views; see `SpatialViews.draw`. None where nothing is contrasted
             on the image level.
         intensity: For each of down(I1), I2, down(V1), V2, or None where that group is not changed.
-        mask: (n, 1, *grid) bool, what is hidden; see `nnunetv2_macl.restoration.draw_mask`. None without restoration.
+        mask: (n, 1, *grid) bool, what is hidden; see `nnunetv2_macl.views.draw_mask`. None without restoration.
     """
 
     views: Tensor | None

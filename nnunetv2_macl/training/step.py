@@ -18,9 +18,9 @@ from nnunetv2_macl.network import MACLNetwork
 from nnunetv2_macl.planning.memory import refuse_parts
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.recipe import Recipe
-from nnunetv2_macl.restoration import enlarge_mask, restoration_loss, standardise
+from nnunetv2_macl.restoration import restoration_loss
 from nnunetv2_macl.training.draws import StepDraws, StepNumbers, derive_seed
-from nnunetv2_macl.views import down
+from nnunetv2_macl.views import down, enlarge_mask, standardise
 
 _MAX_GRADIENT_NORM = 12  # nnU-Net's own
 
