@@ -13,11 +13,15 @@ from nnunetv2_macl.losses import (
     EquivarianceLoss,
     MultiLevelContrastiveLoss,
     PositionalContrastiveLoss,
+    contrast,
     positive_mask,
+    positive_weights,
     reference_values,
 )
+from nnunetv2_macl.losses.fused import FusedContrast
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "loss_vectors.npz"
+# Losses and gradients of the published implementation, at random vectors.
+REFERENCE = Path(__file__).parent / "data" / "loss_vectors.npz"
 
 
 def loop(dominant, auxiliary, positions, threshold, temperature, own_view_weight=0.0):
@@ -38,7 +42,6 @@ def loop(dominant, auxiliary, positions, threshold, temperature, own_view_weight
     return np.mean(per_anchor)
 
 
-@pytest.mark.skipif(not REFERENCE.exists(), reason=f"no reference numbers at {REFERENCE}")
 @pytest.mark.parametrize("case", range(3))
 def test_published_implementation(case):
     with np.load(REFERENCE) as file:
@@ -93,6 +96,21 @@ def test_chunks_change_neither_loss_nor_gradient(monkeypatch):
     chunked = DenseContrastiveLoss()(*maps, positions)
     torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(chunked, maps), whole_gradients, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1), (6, 5, 4), (5, 16, 40)])
+@pytest.mark.parametrize("own_view_weight", [0.0, 0.4, 1.0])
+def test_the_fused_loss_is_the_readable_one_in_value_and_gradient(shape, own_view_weight):
+    generator = torch.Generator().manual_seed(0)
+    embeddings = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    positions = torch.rand(shape[0], 3, generator=generator)
+    weights = positive_weights(positions, 0.4, own_view_weight, torch.float64)
+    # each location has a gradient of its own, as in a sum of several losses
+    upstream = torch.randn(shape[2], generator=generator, dtype=torch.float64)
+    readable, fused = (function(*embeddings, weights, 0.1) for function in (contrast, FusedContrast.apply))
+    torch.testing.assert_close(fused, readable, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, embeddings, upstream) for loss in (fused, readable)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 def test_threshold_is_strict_and_chebyshev():

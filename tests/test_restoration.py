@@ -6,16 +6,10 @@ from steps import batch, gradients, recipe_of, training_step
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.methods.branches import plan_branches
+from nnunetv2_macl.methods.restoration import RestorationHead, restoration_loss
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.memory import MemoryEstimate
-from nnunetv2_macl.restoration import (
-    RestorationHead,
-    draw_mask,
-    enlarge_mask,
-    hidden_blocks,
-    restoration_loss,
-    standardise,
-)
+from nnunetv2_macl.views import draw_mask, enlarge_mask, hidden_blocks, standardise
 
 ALONE = dict(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weight_restoration=1.0)
 

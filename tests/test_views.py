@@ -126,7 +126,7 @@ def test_intensity_of_each_image_and_channel_is_its_own():
 
 
 def test_blur_keeps_a_ramp_and_spreads_a_point():
-    from nnunetv2_macl.views import _blurred
+    from nnunetv2_macl.views.intensity import _blurred
 
     ramp = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8)
     torch.testing.assert_close(_blurred(ramp)[..., 1:-1, :], ramp[..., 1:-1, :])

@@ -1,7 +1,6 @@
-"""Restoration of hidden voxels, L_R: what a masked patch looked like, read off the partial decoder. No part of the paper.
+"""Masked views: which voxels of a patch are hidden, in blocks.
 
-Source: Xie et al., SimMIM, CVPR 2022, https://arxiv.org/abs/2111.09886 (a mask over the input, a linear head, a loss on what was
-hidden), for any U-Net, 2D or 3D.
+Source: Xie et al., SimMIM, CVPR 2022, https://arxiv.org/abs/2111.09886, with several block sizes instead of one.
 """
 
 from __future__ import annotations
@@ -11,50 +10,23 @@ from math import prod
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nnunetv2_macl.losses import full_precision
-
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+# Shortest longest axis of a block, voxels.
 _SMALLEST_BLOCK = 4
 
 
-class RestorationHead(nn.Module):
-    """Each location of a decoder map predicts its own block of voxels, linearly.
-
-    Args:
-        channels: of the decoder map.
-        image_channels: of the image.
-        block: voxels of the image an axis and location.
-    """
-
-    def __init__(self, channels: int, image_channels: int, block: Sequence[int]) -> None:
-        super().__init__()
-        self.image_channels = image_channels
-        self.block = tuple(block)
-        self.predict = _CONV[len(self.block)](channels, image_channels * prod(self.block), 1)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """(N, channels, *grid) -> (N, image_channels, *image)."""
-        patches, grid, axes = len(maps), maps.shape[2:], len(self.block)
-        blocks = self.predict(maps).view(patches, self.image_channels, *self.block, *grid)
-        # grid and block by turns
-        order = [axis for pair in zip(range(2 + axes, 2 + 2 * axes), range(2, 2 + axes), strict=True) for axis in pair]
-        sizes = [n * b for n, b in zip(grid, self.block, strict=True)]
-        return blocks.permute(0, 1, *order).reshape(patches, self.image_channels, *sizes)
-
-
 def hidden_blocks(strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Sizes in which voxels are hidden together: the locations of encoder stages, from 4 voxels on.
+    """Return the sizes of the blocks in which voxels are hidden: those that one location of an encoder stage stands for.
 
-    Several, since how large a hole must be, that its rim does not fill it, and may be, that there is something to fill it
-    from, depends on the size of what is in the images.
+    Several sizes are used, because the right one depends on the structures in the image: small blocks can be filled from
+    their border, and very large ones leave no context. A block has at least 4 voxels on its longest axis.
 
     Args:
-        strides: Total stride of each encoder stage, per axis, as far down as blocks may grow.
+        strides: Total stride of each encoder stage on each axis, down to the stage of the largest block.
 
     Returns:
-        Voxels an axis, each once; that of the last stage where none has 4.
+        Voxels on each axis, without repetitions. Where no stage reaches 4 voxels, the size of the last stage alone.
     """
     large = [tuple(stride) for stride in strides if max(stride) >= _SMALLEST_BLOCK] or [tuple(strides[-1])]
     return list(dict.fromkeys(large))
@@ -69,7 +41,7 @@ def draw_mask(
     *,
     part: slice = slice(None),
 ) -> Tensor:
-    """Draw which voxels are hidden, in whole blocks of one size in each patch.
+    """Draw which voxels are hidden. They are whole blocks, which have one size within a patch.
 
     Args:
         patches: N, number of patches.
@@ -97,21 +69,24 @@ def _draw_grid(size: Sequence[int], block: Sequence[int], share: float, generato
 
 
 def enlarge_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """Repeat each value of a mask until it covers ``size``: (N, 1, *grid) -> (N, 1, *size), whole multiples of the grid."""
+    """Return a mask (N, 1, *grid) with each value repeated, so that it is (N, 1, *size). Sizes are multiples of the grid."""
     for axis, voxels in enumerate(size, 2):
         mask = mask.repeat_interleave(voxels // mask.shape[axis], axis)
     return mask
 
 
 def standardise(images: Tensor, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Some channels at mean 0 and deviation 1 in each image, as restoring asks for; constant ones at 0.
+    """Standardise some channels to mean 0 and standard deviation 1 in each image. Constant channels become 0.
+
+    Restoration hides voxels as 0 and weighs errors of all channels alike, so channels that nnU-Net does not normalise need it.
 
     Args:
         images: (N, C, *size).
-        channels: by number.
+        channels: Indices of the channels to standardise.
 
     Returns:
-        (N, C, *size), the images themselves where there are no such channels; and what 0 is in the images, (N, C, 1, ...).
+        The images, (N, C, *size), and the value of the given images that became 0, (N, C, 1, ...). Without channels, the
+        given images themselves.
     """
     zero = images.new_zeros(*images.shape[:2], *[1] * (images.ndim - 2))
     if not channels:
@@ -128,11 +103,3 @@ def standardise(images: Tensor, channels: Sequence[int]) -> tuple[Tensor, Tensor
         whole[:, channel] = (centred / deviation.clamp_min(1e-12)).view_as(whole[:, channel])
         zero[:, channel] = (first + mean).view_as(zero[:, channel])
     return whole, zero
-
-
-def restoration_loss(restored: Tensor, images: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error over the hidden voxels of each patch: (N, C, *size) twice, (N, 1, *size) -> (N,)."""
-    with full_precision(images):
-        squared = (restored.float() if restored.dtype != images.dtype else restored) - images
-        squared = squared.square().mean(1, keepdim=True) * mask
-        return squared.flatten(1).sum(1) / mask.flatten(1).sum(1)

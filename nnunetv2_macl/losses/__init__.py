@@ -1,0 +1,41 @@
+"""The losses of MACL, their weighted sum, and reference values for reading their curves.
+
+The losses are functions of embeddings and positions: nothing here knows nnU-Net, paths, ranks or loggers.
+
+Source: Zeng et al., "Multi-level Asymmetric Contrastive Learning for Medical Image Segmentation Pre-training", IEEE JBHI
+2026, https://arxiv.org/abs/2309.11876. Positives by position: Zeng et al., "Positional Contrastive Learning for
+Volumetric Medical Image Segmentation", MICCAI 2021, https://arxiv.org/abs/2106.09157.
+"""
+
+from nnunetv2_macl.losses.contrastive import (
+    DenseContrastiveLoss,
+    PositionalContrastiveLoss,
+    contrast,
+    positive_mask,
+    positive_weights,
+)
+from nnunetv2_macl.losses.equivariance import EQUIVARIANCE_FORMS, EquivarianceLoss
+from nnunetv2_macl.losses.fused import SIMILARITIES_AT_ONCE, locations_at_once, similarities_on_meta
+from nnunetv2_macl.losses.interpolation import LINEAR_MODE, down
+from nnunetv2_macl.losses.multi_level import MultiLevelContrastiveLoss
+from nnunetv2_macl.losses.precision import full_precision
+from nnunetv2_macl.losses.references import ReferenceValues, reference_values
+
+__all__ = [
+    "EQUIVARIANCE_FORMS",
+    "LINEAR_MODE",
+    "SIMILARITIES_AT_ONCE",
+    "DenseContrastiveLoss",
+    "EquivarianceLoss",
+    "MultiLevelContrastiveLoss",
+    "PositionalContrastiveLoss",
+    "ReferenceValues",
+    "contrast",
+    "down",
+    "full_precision",
+    "locations_at_once",
+    "positive_mask",
+    "positive_weights",
+    "reference_values",
+    "similarities_on_meta",
+]

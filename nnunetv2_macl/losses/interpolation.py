@@ -1,0 +1,28 @@
+"""The paper's downsampling, which views and the equivariance loss share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+# torch's name for linear interpolation, by number of spatial axes.
+LINEAR_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def down(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Return maps interpolated linearly to another size, with aligned corners: the paper's downsampling.
+
+    Args:
+        maps: (N, C, *spatial), with one to three spatial axes.
+        size: Voxels on each spatial axis of the result.
+
+    Returns:
+        (N, C, *size). Maps that have this size already are returned themselves.
+
+    Source: MACL section III (down).
+    """
+    if tuple(maps.shape[2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode=LINEAR_MODE[maps.ndim - 2], align_corners=True)

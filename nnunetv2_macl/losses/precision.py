@@ -1,0 +1,27 @@
+"""Losses in full precision, also where a network is trained in mixed precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager:
+    """Return a context in which autocast is disabled on the tensor's device.
+
+    Only CUDA and CPU need this: training uses autocast on no other device, and torch has it for MPS only in recent versions.
+    """
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if kind in ("cuda", "cpu") else nullcontext()
+
+
+def at_least_float32(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two tensors, both in float32 where the first has less precision than that.
+
+    Half precision has too few digits for a similarity that is divided by a temperature of 0.1.
+    """
+    if first.dtype in (torch.float32, torch.float64):
+        return first, second
+    return first.float(), second.float()
