@@ -25,6 +25,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_macl.dataset_json import channel_names, check_dataset_json
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.networks.base import PretrainableNetwork
+from nnunetv2_macl.networks.registry import family_of
 
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 # names the weights to fine-tune from
@@ -121,7 +123,7 @@ class Configuration:
 
         Raises:
             UserError: no data set, no plan, one that names another data set or other plans, no such configuration, or one for
-                another number of channels.
+                another number of channels or with a network that cannot be pre-trained.
         """
         require_folders()
         name = dataset_name(dataset)
@@ -157,6 +159,10 @@ class Configuration:
                 f"{file} names the network {found.manager.network_arch_class_name} without its layers, which this package needs. "
                 "Use a plan of nnU-Net's own planner, and give it the weights with -pretrained_weights: -p nnUNetResEncUNetLPlans"
             )
+        try:
+            _ = found.network_family
+        except UserError as error:
+            raise UserError(f"{file}, {configuration}: {error}") from None
         planned, channels = len(found.manager.normalization_schemes), found.channel_names
         if planned != len(channels):
             raise UserError(
@@ -169,6 +175,11 @@ class Configuration:
     @property
     def manager(self) -> ConfigurationManager:
         return self.plans_manager.get_configuration(self.name)
+
+    @property
+    def network_family(self) -> type[PretrainableNetwork]:
+        """The family of the planned network. Raises UserError where the network cannot be pre-trained, see `family_of`."""
+        return family_of(self.manager.network_arch_class_name)
 
     @property
     def is_cascaded(self) -> bool:
