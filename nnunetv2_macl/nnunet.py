@@ -25,7 +25,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_macl.dataset_json import channel_names, check_dataset_json
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.networks.base import PretrainableNetwork
 from nnunetv2_macl.networks.registry import family_of
 
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -159,10 +158,7 @@ class Configuration:
                 f"{file} names the network {found.manager.network_arch_class_name} without its layers, which this package needs. "
                 "Use a plan of nnU-Net's own planner, and give it the weights with -pretrained_weights: -p nnUNetResEncUNetLPlans"
             )
-        try:
-            _ = found.network_family
-        except UserError as error:
-            raise UserError(f"{file}, {configuration}: {error}") from None
+        found.check_network()
         planned, channels = len(found.manager.normalization_schemes), found.channel_names
         if planned != len(channels):
             raise UserError(
@@ -176,10 +172,12 @@ class Configuration:
     def manager(self) -> ConfigurationManager:
         return self.plans_manager.get_configuration(self.name)
 
-    @property
-    def network_family(self) -> type[PretrainableNetwork]:
-        """The family of the planned network. Raises UserError where the network cannot be pre-trained, see `family_of`."""
-        return family_of(self.manager.network_arch_class_name)
+    def check_network(self) -> None:
+        """Raise UserError unless the network of the plan can be pre-trained, see `family_of`."""
+        try:
+            family_of(self.manager.network_arch_class_name)
+        except UserError as error:
+            raise UserError(f"{self.folder / self.plans_name}.json, {self.name}: {error}") from None
 
     @property
     def is_cascaded(self) -> bool:
