@@ -100,6 +100,8 @@ def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
         family = family_of(architecture["network_class_name"])
         # nnU-Net loads weights that were saved while they were distributed or compiled, too
         named = {_WRAPPERS.sub("", key): value for key, value in content["network_weights"].items()}
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise UserError(
@@ -245,7 +247,8 @@ def export(source: Path, file: Path, name: str | None = None, license_id: str = 
     content = as_nnunet(pretrained) if name == "nnunet" else as_nnssl(pretrained)
     checkpoints.save(content, file, checksum=True)
     logger.info("%s holds %d tensors, in the format %s.", file, len(content["network_weights"]), name)
-    if name == "nnunet" and any(key.startswith("decoder.") for key in pretrained.elsewhere):
+    part_of = family_of(pretrained.architecture["network_class_name"]).part_of
+    if name == "nnunet" and any(part_of(key) != "encoder" for key in pretrained.elsewhere):
         logger.warning("%s has no decoder, so its decoder is fresh. Give the run's folder, which holds both.", source)
     if name == "nnssl":
         schemes = set(pretrained.description["preprocessing"]["normalization_schemes"]) - {"ZScoreNormalization"}

@@ -313,8 +313,8 @@ class _Plan:
     def rows(self) -> list[Row]:
         parts: dict[str, list[str]] = {}
         for key in self.own:
-            stage = self.family.stage_of(key)
-            parts.setdefault("{}.{}".format(*(stage or key.split("."))), []).append(key)
+            name = self.family.stage_of(key) or key.split(".")[:2]
+            parts.setdefault(".".join(map(str, name)), []).append(key)
         return [self._row(part, keys) for part, keys in parts.items()]
 
     def _row(self, part: str, keys: list[str]) -> Row:
