@@ -3,15 +3,18 @@
 import json
 import sys
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import DATASET
 from dynamic_network_architectures.architectures.primus import PrimusS
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from steps import unet
 from torch import nn
 
+from nnunetv2_macl import doctor
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.cli import look, pretrain
 from nnunetv2_macl.errors import UserError
@@ -236,12 +239,11 @@ def test_a_plan_with_another_network_is_refused_before_anything_is_done(workspac
     code, out = refusal(look.doctor_entry, "--json")
     (plan,) = [result for result in json.loads(out)["results"] if result["check"] == "plan"]
     message, _ = refusal(pretrain.pretrain_entry)
-    assert code == 1 and plan["status"] == "wrong"
+    assert code == 1 and plan["status"] == doctor.WRONG
     for words in (plan["words"], message):
         assert f"{file}, 2d: The network {name} cannot be pre-trained" in words
         assert all(known.rpartition(".")[2] in words for known in network_types())
     # nnU-Net's own command reads the plan without this package
-    configuration.plans_manager.plans["configurations"]["2d"]["architecture"]["network_class_name"] = name
     with pytest.raises(UserError, match="cannot be pre-trained"):
-        prepare(configuration)
+        prepare(replace(configuration, plans_manager=PlansManager(plans)))
     assert sorted(workspace.folder.rglob("*")) == before
