@@ -155,7 +155,8 @@ def export_weights(
         UserError: a file could not be written.
     """
     trained = encoder | decoder
-    whole = {key: with_fresh_inputs(_own_or_twin(key, trained, fresh), fresh) for key, fresh in unet_weights.items()}
+    taken = under_all_names(unet_weights, trained)
+    whole = {key: with_fresh_inputs(taken.get(key, fresh), fresh) for key, fresh in unet_weights.items()}
     fresh_inputs = [key for key, value in trained.items() if value.shape != unet_weights[key].shape]
     for name, kind, weights in (
         (ENCODER_FILE, "macl_encoder", encoder),
@@ -178,9 +179,23 @@ def export_weights(
         save(content, folder / name, checksum=True)
 
 
-def _own_or_twin(key: str, weights: dict[str, Tensor], otherwise: Any) -> Any:
-    """Weight of a U-Net key: nnU-Net's decoder lists its encoder a second time, as ``decoder.encoder...``."""
-    return weights.get(key, weights.get(key.removeprefix("decoder."), otherwise))
+def first_names(state: dict[str, Tensor]) -> dict[str, str]:
+    """Return the first name in a state dict of each tensor, by each of its names.
+
+    A network that uses a module in two places lists its weights twice: nnU-Net's decoder has the encoder as its own too.
+    """
+    first: dict[tuple, str] = {}
+    # state_dict() gives a new tensor over the same memory for each of a parameter's names
+    return {
+        key: first.setdefault((value.device, value.data_ptr(), value.shape, value.stride()), key)
+        for key, value in state.items()
+    }
+
+
+def under_all_names(state: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights under every name that a network's state dict has for them."""
+    found = {key: weights.get(key, weights.get(first)) for key, first in first_names(state).items()}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def with_fresh_inputs(trained: Tensor, fresh: Tensor) -> Tensor:
@@ -194,15 +209,9 @@ def with_fresh_inputs(trained: Tensor, fresh: Tensor) -> Tensor:
 
 def _detached(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU; a tensor that stands under several names stays one, and is written once."""
-    copies: dict[tuple, Tensor] = {}
-    detached = {}
-    for key, value in weights.items():
-        # state_dict() gives a new tensor over the same memory for each of a parameter's names
-        place = (value.device, value.data_ptr(), value.shape, value.stride())
-        if place not in copies:
-            copies[place] = value.detach().cpu().clone()
-        detached[key] = copies[place]
-    return detached
+    names = first_names(weights)
+    copies = {first: weights[first].detach().cpu().clone() for first in names.values()}
+    return {key: copies[first] for key, first in names.items()}
 
 
 def package_versions() -> dict[str, str]:
@@ -264,12 +273,6 @@ def load_weights(path: Path) -> PretrainedWeights:
             ) from None
     description = {k: v for k, v in content.items() if k not in ("network_weights", "trained_keys", "fresh_inputs")}
     return PretrainedWeights(files, weights, architecture, description, frozenset(trained - weights.keys()))
-
-
-def weights_for(state: dict[str, Tensor], pretrained: PretrainedWeights) -> dict[str, Tensor]:
-    """The pre-trained weights under every name that a U-Net's state dict has for them."""
-    found = {key: _own_or_twin(key, pretrained.weights, None) for key in state}
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def first_difference(theirs: Any, ours: Any, name: str = "") -> str | None:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.networks.registry import family_of, network_types
 from nnunetv2_macl.nnunet import Configuration, read_json
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.sharing.package import write_package
 from nnunetv2_macl.training.run_folder import PRETRAINER
-from nnunetv2_macl.transfer import TWIN, stem_kernels
+from nnunetv2_macl.transfer import stem_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,7 @@ _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 _UNETS = "dynamic_network_architectures.architectures.unet."
 _PAPER_UNET = "nnunetv2_macl.networks.paper_unet.PaperUNet"
-# classes that a file may name; anything else in it would be imported and called
-_ALLOWED_CLASSES = (f"{_UNETS}PlainConvUNet", f"{_UNETS}ResidualEncoderUNet", _PAPER_UNET)
+# layers that a file may name; anything else in it would be imported and called
 _ALLOWED_LAYERS = re.compile(r"torch\.nn\.(modules\.\w+\.)?[A-Z]\w*")
 
 # nnssl's networks that go by a name alone, in nnU-Net's words
@@ -97,8 +97,11 @@ def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
             plans.dataset_name, plans.plans_name, arguments["configuration"], plans, dataset_json
         )
         architecture, preprocessing = trained_for.architecture(), trained_for.preprocessing()
+        family = family_of(architecture["network_class_name"])
         # nnU-Net loads weights that were saved while they were distributed or compiled, too
         named = {_WRAPPERS.sub("", key): value for key, value in content["network_weights"].items()}
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise UserError(
@@ -106,13 +109,11 @@ def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
             f"nnU-Net's training wrote at its end ({checkpoints.NNUNET_FILE})."
         ) from None
     weights = {
-        key: value
-        for key, value in named.items()
-        if isinstance(value, Tensor) and ".seg_layers." not in key and not key.startswith(f"{TWIN}encoder.")
+        key: value for key, value in named.items() if isinstance(value, Tensor) and family.part_of(key) is not None
     }
     if not weights:
         raise UserError(f"{file} is a checkpoint of nnU-Net that holds no weights of a network. Take another file.")
-    stem = stem_kernels(weights)
+    stem = stem_kernels(family, weights)
     description = {
         "kind": "nnunet",
         "dataset_name": trained_for.dataset_name,
@@ -146,7 +147,7 @@ def _from_nnssl(content: dict[str, Any], file: Path) -> PretrainedWeights:
     short = str(name).rpartition(".")[2]
     if short in _NAMED and not kwargs:
         short, kwargs = _NAMED[short]
-    if f"{_UNETS}{short}" not in _ALLOWED_CLASSES or not isinstance(kwargs, dict):
+    if short not in ("PlainConvUNet", "ResidualEncoderUNet") or not isinstance(kwargs, dict):
         raise UserError(
             f"{file} holds weights of the network '{name}', and only those of PlainConvUNet, ResidualEncoderUNet and "
             f"ResEncL fit nnU-Net's U-Nets. Take another file."
@@ -246,7 +247,8 @@ def export(source: Path, file: Path, name: str | None = None, license_id: str = 
     content = as_nnunet(pretrained) if name == "nnunet" else as_nnssl(pretrained)
     checkpoints.save(content, file, checksum=True)
     logger.info("%s holds %d tensors, in the format %s.", file, len(content["network_weights"]), name)
-    if name == "nnunet" and any(key.startswith("decoder.") for key in pretrained.elsewhere):
+    part_of = family_of(pretrained.architecture["network_class_name"]).part_of
+    if name == "nnunet" and any(part_of(key) != "encoder" for key in pretrained.elsewhere):
         logger.warning("%s has no decoder, so its decoder is fresh. Give the run's folder, which holds both.", source)
     if name == "nnssl":
         schemes = set(pretrained.description["preprocessing"]["normalization_schemes"]) - {"ZScoreNormalization"}
@@ -275,7 +277,7 @@ def as_nnunet(pretrained: PretrainedWeights) -> dict[str, Any]:
     inputs = pretrained.description.get("network_input_channels", pretrained.architecture["input_channels"])
     if inputs != pretrained.architecture["input_channels"]:
         state = _build(pretrained.architecture, inputs).state_dict()
-    taken = checkpoints.weights_for(state, pretrained)
+    taken = checkpoints.under_all_names(state, pretrained.weights)
     fresh_inputs = [key for key, value in pretrained.weights.items() if value.shape != state[key].shape]
     known = {key: value for key, value in pretrained.description.items() if key not in ("kind", "format_version")}
     return {
@@ -303,7 +305,8 @@ def as_nnssl(pretrained: PretrainedWeights) -> dict[str, Any]:
     """
     files = ", ".join(str(file) for file in pretrained.files)
     network = _own_network(pretrained)
-    lacking = [key for key in network.state_dict() if key.startswith("encoder.") and key not in pretrained.weights]
+    part_of = family_of(type(network)).part_of
+    lacking = [key for key in network.state_dict() if part_of(key) == "encoder" and key not in pretrained.weights]
     if lacking:
         raise UserError(
             f"{files} holds no whole encoder: {lacking[0]} is not there. Give the pre-training run's folder, or "
@@ -390,10 +393,11 @@ def _own_network(pretrained: PretrainedWeights) -> nn.Module:
     architecture = pretrained.architecture
     name, kwargs = architecture["network_class_name"], architecture["arch_kwargs"]
     named = _named_classes(kwargs)
-    if name not in _ALLOWED_CLASSES or not all(_ALLOWED_LAYERS.fullmatch(kwargs[key]) for key in named):
+    if name not in network_types() or not all(_ALLOWED_LAYERS.fullmatch(kwargs[key]) for key in named):
+        known = ", ".join(sorted(known.rpartition(".")[2] for known in network_types()))
         raise UserError(
-            f"{files} names the network {name} with {', '.join(f'{key} {kwargs[key]}' for key in named)}; only "
-            "PlainConvUNet, ResidualEncoderUNet and PaperUNet with torch's own layers can be exported."
+            f"{files} names the network {name} with {', '.join(f'{key} {kwargs[key]}' for key in named)}; only {known} with "
+            "torch's own layers can be exported."
         )
     network = _build(architecture, architecture["input_channels"])
     state = network.state_dict()

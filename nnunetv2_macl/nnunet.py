@@ -25,6 +25,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_macl.dataset_json import channel_names, check_dataset_json
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.networks.registry import family_of
 
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 # names the weights to fine-tune from
@@ -121,7 +122,7 @@ class Configuration:
 
         Raises:
             UserError: no data set, no plan, one that names another data set or other plans, no such configuration, or one for
-                another number of channels.
+                another number of channels or with a network that cannot be pre-trained.
         """
         require_folders()
         name = dataset_name(dataset)
@@ -157,6 +158,7 @@ class Configuration:
                 f"{file} names the network {found.manager.network_arch_class_name} without its layers, which this package needs. "
                 "Use a plan of nnU-Net's own planner, and give it the weights with -pretrained_weights: -p nnUNetResEncUNetLPlans"
             )
+        found.check_network()
         planned, channels = len(found.manager.normalization_schemes), found.channel_names
         if planned != len(channels):
             raise UserError(
@@ -169,6 +171,13 @@ class Configuration:
     @property
     def manager(self) -> ConfigurationManager:
         return self.plans_manager.get_configuration(self.name)
+
+    def check_network(self) -> None:
+        """Raise UserError unless the network of the plan can be pre-trained, see `family_of`."""
+        try:
+            family_of(self.manager.network_arch_class_name)
+        except UserError as error:
+            raise UserError(f"{self.folder / self.plans_name}.json, {self.name}: {error}") from None
 
     @property
     def is_cascaded(self) -> bool:

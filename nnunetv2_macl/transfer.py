@@ -1,6 +1,6 @@
 """Weights pre-trained for one U-Net, fitted to another: what can be taken, what is adapted, and what is left and why.
 
-Works on the state dicts of dynamic-network-architectures U-Nets; a tensor is named as the U-Net names it.
+Works on state dicts. The family of the network knows its stages by the names of their weights, see `networks.base`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from nnunetv2_macl.checkpoints import PretrainedWeights, first_difference
+from nnunetv2_macl.checkpoints import PretrainedWeights, first_difference, first_names
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.networks.base import PretrainableNetwork, class_name
+from nnunetv2_macl.networks.registry import family_of
 
-# nnU-Net's decoder lists its encoder a second time under this name
-TWIN = "decoder."
 # below this share of the encoder's parameters, fine-tuning would start from a random network in all but name
 SMALLEST_SHARE = 0.25
 
@@ -29,7 +29,6 @@ AS_IT_IS, ADAPTED, NOT_TAKEN = "as it is", "adapted", "not taken"
 
 # what may stand between a convolution and its norm
 _SCALE_WITH_THEIR_INPUT = (_DropoutNd, nn.ReLU, nn.LeakyReLU)
-_STAGE = re.compile(r"(encoder\.stages|decoder\.stages|decoder\.transpconvs)\.(\d+)\.(.+)")
 _ANYWAY = "segmentation layers are always trained anew"
 
 
@@ -38,6 +37,7 @@ class Row:
     """What becomes of one part of the target: ``taken`` of its ``tensors``, how, and why or why not."""
 
     part: str
+    is_encoder: bool
     taken: int
     tensors: int
     how: str
@@ -65,7 +65,7 @@ class Transfer:
 
     def count(self, part: str) -> tuple[int, int]:
         """Tensors taken, and all tensors, of the ``encoder`` or the ``decoder``."""
-        rows = [row for row in self.rows if row.part.startswith(f"{part}.")]
+        rows = [row for row in self.rows if row.is_encoder == (part == "encoder")]
         return sum(row.taken for row in rows), sum(row.tensors for row in rows)
 
     def table(self) -> str:
@@ -106,17 +106,25 @@ def plan_transfer(
 
     Raises:
         TooLittleFitsError: Less than a quarter of the encoder's parameters fits. The message names the first difference.
+        UserError: The networks are not of one family.
     """
+    files = ", ".join(str(file) for file in pretrained.files)
+    there, here = (str(a.get("network_class_name")) for a in (pretrained.architecture, architecture))
+    family = family_of(here)
+    if there not in map(class_name, family.adapts):
+        raise UserError(
+            f"The weights in {files} are for another kind of network: {there} there and {here} here, whose stages do not "
+            f"correspond. {advice}"
+        )
     difference = first_difference(pretrained.architecture, architecture)
     channels = image_channels, channel_names
-    plans = [_Plan(pretrained, state, architecture, *channels, offset) for offset in (0, -1, 1)]
+    plans = [_Plan(family, pretrained, state, architecture, *channels, offset) for offset in (0, -1, 1)]
     # the first of equals: the same depth
     best = max(plans, key=lambda plan: _parameters(state, plan.sources))
-    encoder = [key for key in state if key.startswith("encoder.")]
+    encoder = [key for key in state if family.part_of(key) == "encoder"]
     share = _parameters(state, (key for key in encoder if key in best.sources)) / max(1, _parameters(state, encoder))
     transfer = Transfer(best.weights(), best.rows(), difference)
     if share < SMALLEST_SHARE:
-        files = ", ".join(str(file) for file in pretrained.files)
         why = difference or "they hold less than that of an encoder"
         # rounded down, so that a share just below the limit is not shown as the limit
         percent = math.floor(1000 * share) / 10
@@ -200,6 +208,7 @@ class _Plan:
 
     def __init__(
         self,
+        family: type[PretrainableNetwork],
         pretrained: PretrainedWeights,
         state: dict[str, Tensor],
         architecture: dict[str, Any],
@@ -207,13 +216,14 @@ class _Plan:
         channel_names: tuple[Sequence[str], Sequence[str]],
         offset: int,
     ) -> None:
-        self.source, self.state, self.offset = pretrained.weights, state, offset
+        self.family, self.source, self.state, self.offset = family, pretrained.weights, state, offset
         self.elsewhere, self.channel_names = pretrained.elsewhere, channel_names
         self.architectures = pretrained.architecture, architecture
-        self.strides = [_strides(a) for a in self.architectures]
-        self.depths = (_depth(self.source) or len(self.strides[0]), _depth(state))
-        self.own = [key for key in state if not key.startswith(f"{TWIN}encoder.")]
-        stem = next((key for key in self.own if key.startswith("encoder.") and key.endswith(".conv.weight")), "")
+        self.first_names = first_names(state)
+        # nnU-Net's decoder lists its encoder a second time
+        self.own = [key for key, first in self.first_names.items() if family.part_of(key) == family.part_of(first)]
+        self.depths = (_depth(family, self.source) or _depth(family, state), _depth(family, state))
+        stem = family.input_weight(state) or ""
         self.stem = _unit(stem) if stem else None
         self.image_channels = image_channels
         self.order = self._channel_order(stem)
@@ -235,18 +245,18 @@ class _Plan:
 
     def source_of(self, key: str) -> str:
         """The source's name for what the target calls ``key``, whether or not the source has it."""
-        match = _STAGE.fullmatch(key)
-        if match is None:
+        own = self.family.stage_of(key)
+        if own is None:
             return key
-        part, stage, rest = match[1], int(match[2]), match[3]
-        return f"{part}.{self.source_stage(part, stage)}.{rest}"
+        part, stage = self.source_stage(*own)
+        return f"{part}.{stage}{key.removeprefix('{}.{}'.format(*own))}"
 
-    def source_stage(self, part: str, stage: int) -> int:
-        if part == "encoder.stages":
-            return stage + self.offset
+    def source_stage(self, part: str, stage: int) -> tuple[str, int]:
+        if part == self.family.encoder_stages:
+            return part, stage + self.offset
         # decoder stages count from the bottleneck: s belongs to encoder stage depth - 2 - s
         source_depth, depth = self.depths
-        return source_depth - depth + stage - self.offset
+        return part, source_depth - depth + stage - self.offset
 
     def _without_norm(self, keys: list[str]) -> list[str]:
         """Return the names of a convolution whose norm the source's network does not have; none where it has the norm."""
@@ -255,7 +265,7 @@ class _Plan:
         return convolution if len(convolution) < len(keys) and not has_norm else []
 
     def _fits(self, key: str) -> bool:
-        if ".seg_layers." in key:
+        if self.family.part_of(key) is None:
             return False
         source, ours = self.source.get(self.source_of(key)), self.state[key]
         # images go into the first convolution alone, features into every other
@@ -273,11 +283,10 @@ class _Plan:
         return not source.shape[1] == ours.shape[1] == self._images(ours) or self.order is not None
 
     def weights(self) -> dict[str, Tensor]:
-        """Under the names of the target's state dict, its twins of the encoder included."""
+        """Return the weights under all names that the target's state dict has for them."""
         weights = {key: self.source[source] for key, source in self.sources.items()}
         weights |= {key: self._fit_stem(key) for key in self.adapted}
-        twins = {key: weights.get(key.removeprefix(TWIN)) for key in self.state if key.startswith(f"{TWIN}encoder.")}
-        return weights | {key: value for key, value in twins.items() if value is not None}
+        return {key: weights[first] for key, first in self.first_names.items() if first in weights} | weights
 
     def _fit_stem(self, key: str) -> Tensor:
         source, ours = self.source[key], self.state[key]
@@ -304,7 +313,8 @@ class _Plan:
     def rows(self) -> list[Row]:
         parts: dict[str, list[str]] = {}
         for key in self.own:
-            parts.setdefault(_part(key), []).append(key)
+            name = self.family.stage_of(key) or key.split(".")[:2]
+            parts.setdefault(".".join(map(str, name)), []).append(key)
         return [self._row(part, keys) for part, keys in parts.items()]
 
     def _row(self, part: str, keys: list[str]) -> Row:
@@ -312,11 +322,13 @@ class _Plan:
         how = ADAPTED if (self.adapted | self.without_norm) & set(taken) else AS_IT_IS if taken else NOT_TAKEN
         notes = self._names_notes(taken)
         notes += [note for key in sorted(self.adapted & set(taken))[:1] if (note := self._channels_note(key))]
-        if taken:
-            notes += self._stage_notes(part, has_norm=not set(taken) <= self.without_norm)
+        stage = self.family.stage_of(keys[0])
+        if taken and stage:
+            notes += self._stage_notes(stage, has_norm=not set(taken) <= self.without_norm)
         if len(taken) < len(keys):
             notes.append(self._why_not(part, [key for key in keys if key not in self.sources]))
-        return Row(part, len(taken), len(keys), how, "; ".join(notes))
+        is_encoder = self.family.part_of(keys[0]) == "encoder"
+        return Row(part, is_encoder, len(taken), len(keys), how, "; ".join(notes))
 
     def _names_notes(self, taken: list[str]) -> list[str]:
         """Of the first convolution, where the channels have other names there, or another order."""
@@ -338,30 +350,17 @@ class _Plan:
             notes.append(f"{ours - images} further input channels start fresh")
         return "; ".join(notes)
 
-    def _stage_notes(self, part: str, *, has_norm: bool) -> list[str]:
-        name, _, stage = part.rpartition(".")
-        if not stage.isdigit():
-            return []
-        theirs = self.source_stage(name, int(stage))
-        notes = [f"from {name}.{theirs}"] if theirs != int(stage) else []
-        if name == "encoder.stages" and all(self.strides):
-            strides = [s[i] if i < len(s) else None for s, i in zip(self.strides, (theirs, int(stage)), strict=True)]
-            if strides[0] != strides[1]:
-                notes.append(f"stride {strides[0]} there, {strides[1]} here")
-        norms, pools = zip(*map(_kind_of_stages, self.architectures), strict=True)
-        if has_norm and name.endswith(".stages") and norms[0] != norms[1]:
-            notes.append(f"{norms[0]} there, {norms[1]} here")
-        if part.startswith("encoder.stages") and int(stage) > 0 and pools[0] != pools[1]:
-            notes.append(f"{pools[0]} there, {pools[1]} here")
-        return notes
+    def _stage_notes(self, stage: tuple[str, int], *, has_norm: bool) -> list[str]:
+        theirs = self.source_stage(*stage)
+        notes = [] if theirs == stage else ["from {}.{}".format(*theirs)]
+        return notes + self.family.stage_differences(*self.architectures, (theirs, stage), has_norm=has_norm)
 
     def _why_not(self, part: str, left: list[str]) -> str:
-        name, _, stage = part.rpartition(".")
-        if part == "decoder.seg_layers":
+        if self.family.part_of(left[0]) is None:
             return _ANYWAY
-        if stage.isdigit():
-            theirs = self.source_stage(name, int(stage))
-            stages = self.depths[0] if name == "encoder.stages" else self.depths[0] - 1
+        if stage := self.family.stage_of(left[0]):
+            name, theirs = self.source_stage(*stage)
+            stages = self.depths[0] if name == self.family.encoder_stages else self.depths[0] - 1
             if not 0 <= theirs < stages:
                 return "no such stage there"
             part = f"{name}.{theirs}"
@@ -379,12 +378,10 @@ class _Plan:
         return f"{source} is {list(self.source[source].shape)} there, {here}{list(self.state[ours].shape)} here"
 
 
-def stem_kernels(weights: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of a U-Net's first kernel, which takes the images and, in a cascade's second stage, segmentations."""
-    stem = next((key for key in weights if key.startswith("encoder.") and key.endswith(".conv.weight")), None)
-    if stem is None:
-        return []
-    return [key for key, weight in weights.items() if _unit(key) == _unit(stem) and weight.ndim > 2]
+def stem_kernels(family: type[PretrainableNetwork], weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of a network's first kernel, which takes the images and, in a cascade's second stage, segmentations."""
+    stem = family.input_weight(weights)
+    return [key for key, weight in weights.items() if stem and _unit(key) == _unit(stem) and weight.ndim > 2]
 
 
 def _unit(key: str) -> str:
@@ -393,15 +390,10 @@ def _unit(key: str) -> str:
     return unit if inside else key.rpartition(".")[0]
 
 
-def _part(key: str) -> str:
-    match = _STAGE.fullmatch(key)
-    return f"{match[1]}.{match[2]}" if match else ".".join(key.split(".")[:2])
-
-
-def _depth(weights: Iterable[str]) -> int:
-    """Number of encoder stages that the names tell of."""
-    stages = (_STAGE.fullmatch(key) for key in weights)
-    return max((int(match[2]) + 1 for match in stages if match and match[1] == "encoder.stages"), default=0)
+def _depth(family: type[PretrainableNetwork], weights: Iterable[str]) -> int:
+    """Return the number of encoder stages that have weights."""
+    stages = filter(None, map(family.stage_of, weights))
+    return max((number + 1 for part, number in stages if part == family.encoder_stages), default=0)
 
 
 def _parameters(state: dict[str, Tensor], keys: Iterable[str]) -> int:
@@ -411,15 +403,3 @@ def _parameters(state: dict[str, Tensor], keys: Iterable[str]) -> int:
 
 def _without_inputs(weight: Tensor) -> tuple[int, ...]:
     return (weight.shape[0], *weight.shape[2:])
-
-
-def _kind_of_stages(architecture: dict[str, Any]) -> tuple[str, str]:
-    """Return the norm and the way of downsampling of an architecture's stages, in words."""
-    norm = str((architecture.get("arch_kwargs") or {}).get("norm_op")).rpartition(".")[2]
-    pools = str(architecture.get("network_class_name")).endswith(".PaperUNet")
-    return norm, "max-pooling" if pools else "strided convolutions"
-
-
-def _strides(architecture: dict[str, Any]) -> list[Any]:
-    strides = (architecture.get("arch_kwargs") or {}).get("strides")
-    return strides if isinstance(strides, list) else []

@@ -7,6 +7,7 @@ hidden), for any U-Net, 2D or 3D.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch

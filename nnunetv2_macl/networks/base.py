@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class PretrainableNetwork(nn.Module):
     Attributes:
         adapts: The network types of the family. A subclass of such a type is another network.
         names: The name of each of the adapter's own modules in the network, the encoder first.
+        encoder_stages: The name of the list of encoder stages in the network.
         encoder: The encoder, which returns the map of each stage. A method may copy and average it.
         encoder_levels: The maps of the encoder stages, the first stage first. The last is the bottleneck.
         decoder_levels: The maps of the decoder stages that are held. ``decoder_levels[k]`` is the map after k + 1 stages.
@@ -44,6 +45,7 @@ class PretrainableNetwork(nn.Module):
 
     adapts: ClassVar[tuple[type[nn.Module], ...]] = ()
     names: ClassVar[dict[str, str]] = {}
+    encoder_stages: ClassVar[str] = ""
 
     encoder: nn.Module
     encoder_levels: list[Level]
@@ -72,6 +74,46 @@ class PretrainableNetwork(nn.Module):
     def examples(cls, axes: int) -> list[nn.Module]:
         """Return a small network of each type of the family with 2 or 3 axes, for tests; none if the family has none."""
         raise NotImplementedError
+
+    @classmethod
+    def part_of(cls, name: str) -> str | None:
+        """Return which of the adapter's own modules holds a weight, by its name in the network. None: it is not trained."""
+        return next((own for own, there in cls.names.items() if name.startswith(f"{there}.")), None)
+
+    @classmethod
+    def stage_of(cls, name: str) -> tuple[str, int] | None:
+        """Return the list of stages that holds a weight, and the stage's number in it. None: the weight is in no stage.
+
+        Encoder stages are counted from the image, decoder stages from the bottleneck.
+        """
+        for stages in (cls.encoder_stages, *(there for own, there in cls.names.items() if own != "encoder")):
+            number = name.removeprefix(f"{stages}.").partition(".")[0]
+            if name.startswith(f"{stages}.") and number.isdigit():
+                return stages, int(number)
+        return None
+
+    @classmethod
+    def input_weight(cls, weights: Mapping[str, Tensor]) -> str | None:
+        """Return the name of the kernel that takes the images, the first one of the encoder. None: there is no encoder."""
+        return next((key for key, weight in weights.items() if cls.part_of(key) == "encoder" and weight.ndim > 2), None)
+
+    @classmethod
+    def stage_differences(
+        cls,
+        theirs: dict[str, Any],
+        ours: dict[str, Any],
+        stages: tuple[tuple[str, int], tuple[str, int]],
+        *,
+        has_norm: bool,
+    ) -> list[str]:
+        """Return how a stage of one architecture differs from a stage of another, beyond the shapes of its weights, in words.
+
+        Args:
+            theirs, ours: Architectures of the family, as nnU-Net's plans have them.
+            stages: The stage of each, as `stage_of` returns it.
+            has_norm: Whether the stage takes weights of a norm.
+        """
+        return []
 
     @property
     def mixes_samples(self) -> bool:
@@ -157,7 +199,6 @@ def check_adapter(family: type[PretrainableNetwork], network: nn.Module) -> None
     levels = [*adapter.encoder_levels, adapter.encoder_levels[-1], *adapter.decoder_levels]
     expected = [(1, level.channels, *_divided(size, level.stride)) for level in levels]
     found = [tuple(values.shape) for values in (*encoded, *decoded)]
-    name = f"{type(network).__module__}.{type(network).__qualname__}"
     if found != expected:
         problem = f"its maps are {found}, and its levels say {expected}"
     elif not read:
@@ -169,9 +210,14 @@ def check_adapter(family: type[PretrainableNetwork], network: nn.Module) -> None
     else:
         return
     raise UserError(
-        f"The adapter {family.__name__} does not compute what the network {name} computes: {problem}. Pre-training would train "
-        f"another network. Correct {family.__module__}."
+        f"The adapter {family.__name__} does not compute what the network {class_name(type(network))} computes: {problem}. "
+        f"Pre-training would train another network. Correct {family.__module__}."
     )
+
+
+def class_name(network_type: type[nn.Module]) -> str:
+    """Return the full name of a network type, as nnU-Net's plans give it."""
+    return f"{network_type.__module__}.{network_type.__qualname__}"
 
 
 def _divided(size: list[int], stride: tuple[int, ...]) -> list[int]:

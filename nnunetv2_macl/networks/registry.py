@@ -10,7 +10,7 @@ from torch import nn
 
 from nnunetv2_macl import networks
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.networks.base import PretrainableNetwork, check_adapter
+from nnunetv2_macl.networks.base import PretrainableNetwork, check_adapter, class_name
 
 
 @cache
@@ -22,20 +22,30 @@ def families() -> tuple[type[PretrainableNetwork], ...]:
     return tuple(dict.fromkeys(adapter for adapter in adapters if adapter.adapts))
 
 
-def family_of(network_type: type[nn.Module]) -> type[PretrainableNetwork]:
+@cache
+def network_types() -> dict[str, tuple[type[nn.Module], type[PretrainableNetwork]]]:
+    """Return each network type that can be pre-trained, with its family, by the type's full name."""
+    return {class_name(adapted): (adapted, family) for family in families() for adapted in family.adapts}
+
+
+def family_of(network: type[nn.Module] | str) -> type[PretrainableNetwork]:
     """Return the family that adapts a network type.
 
+    Args:
+        network: The type, or its full name, as nnU-Net's plans give it. Nothing is imported by that name.
+
     Raises:
-        UserError: There is none, because a network that only looks like one of a family may compute something else.
+        UserError: There is none. A network that only looks like one of a family may compute something else.
     """
-    for family in families():
-        if network_type in family.adapts:
-            return family
-    known = ", ".join(sorted(adapted.__name__ for family in families() for adapted in family.adapts))
+    name = network if isinstance(network, str) else class_name(network)
+    adapted, family = network_types().get(name, (None, None))
+    if family is not None and network in (name, adapted):
+        return family
+    known = ", ".join(sorted(name.rpartition(".")[2] for name in network_types()))
     raise UserError(
-        f"The network {network_type.__module__}.{network_type.__qualname__} cannot be pre-trained: no adapter in "
-        f"nnunetv2_macl/networks is for it. Networks that can be: {known}. Give a plan of one of these with -p PLANS, or add a "
-        "file to nnunetv2_macl/networks with a subclass of PretrainableNetwork for this network (see base.py there)."
+        f"The network {name} cannot be pre-trained: no adapter in nnunetv2_macl/networks is for it. These networks can be "
+        f"pre-trained: {known}. Give a plan of one of them with -p PLANS, or add a file with a subclass of PretrainableNetwork "
+        "for this network to nnunetv2_macl/networks, as base.py there describes it."
     )
 
 

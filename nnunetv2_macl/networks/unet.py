@@ -18,6 +18,7 @@ class UNet(PretrainableNetwork):
 
     adapts = (PlainConvUNet, ResidualEncoderUNet, ResidualUNet, PaperUNet)
     names = {"encoder": "encoder", "transpconvs": "decoder.transpconvs", "stages": "decoder.stages"}
+    encoder_stages = "encoder.stages"
 
     def __init__(self, network: nn.Module, decoder_stages: int) -> None:
         super().__init__(network, decoder_stages)
@@ -77,3 +78,35 @@ class UNet(PretrainableNetwork):
             upsampled = self.transpconvs[depth](decoded[-1])
             decoded.append(self.stages[depth](torch.cat((upsampled, maps[-depth - 2]), 1)))
         return decoded
+
+    @classmethod
+    def stage_differences(
+        cls,
+        theirs: dict[str, Any],
+        ours: dict[str, Any],
+        stages: tuple[tuple[str, int], tuple[str, int]],
+        *,
+        has_norm: bool,
+    ) -> list[str]:
+        (part, there), (_, here) = stages
+        in_encoder = part == cls.encoder_stages
+        compared: list[list[Any]] = []
+        strides = [_keyword(architecture, "strides") for architecture in (theirs, ours)]
+        if in_encoder and all(isinstance(values, list) for values in strides):
+            pairs = zip(strides, (there, here), strict=True)
+            compared.append(["stride ", *(values[n] if n < len(values) else None for values, n in pairs)])
+        if has_norm and part != cls.names["transpconvs"]:
+            norms = [str(_keyword(architecture, "norm_op")).rpartition(".")[2] for architecture in (theirs, ours)]
+            compared.append(["", *norms])
+        if in_encoder and here > 0:
+            compared.append(["", _downsampling(theirs), _downsampling(ours)])
+        return [f"{what}{one} there, {other} here" for what, one, other in compared if one != other]
+
+
+def _keyword(architecture: dict[str, Any], key: str) -> Any:
+    return (architecture.get("arch_kwargs") or {}).get(key)
+
+
+def _downsampling(architecture: dict[str, Any]) -> str:
+    pools = str(architecture.get("network_class_name")).endswith(f".{PaperUNet.__name__}")
+    return "max-pooling" if pools else "strided convolutions"

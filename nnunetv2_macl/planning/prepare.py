@@ -49,9 +49,10 @@ def prepare(
 
     Raises:
         UserError: a wrong recipe or value; an edited plan that does not fit its network or the recipe asked for; weights of a
-            network too unlike this one.
+            network too unlike this one; a network that cannot be pre-trained.
     """
     values = values or {}
+    configuration.check_network()
     check_values(values, "Command line")
     if gpu_memory_gb is not None:
         check_gpu_memory(gpu_memory_gb)
