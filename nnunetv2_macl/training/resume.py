@@ -19,7 +19,7 @@ KIND = "macl_checkpoint"
 FORMAT_VERSION = 2
 
 
-def keep_previous(latest: Path) -> None:
+def rotate_checkpoint(latest: Path) -> None:
     """Give the latest checkpoint a second name before it is replaced. It keeps its own: a kill here costs nothing.
 
     Raises:
@@ -64,7 +64,7 @@ def load_checkpoint(folder: Path, run: dict[str, Any], say: Callable[[str], None
             bad[file] = str(error)
             continue
         for other, reason in bad.items():
-            aside = _set_aside(other)
+            aside = _quarantine(other)
             say(f"WARNING: {reason} It is kept as {aside.name}; the run goes on from {file.name}.")
         return checkpoint
     if bad or any(folder.glob("checkpoint_*.corrupt*")):
@@ -102,7 +102,7 @@ def _read(file: Path, run: dict[str, Any]) -> dict[str, Any]:
     return checkpoint
 
 
-def _set_aside(file: Path) -> Path:
+def _quarantine(file: Path) -> Path:
     aside, number = file.with_name(f"{file.name}.corrupt"), 1
     while aside.exists():
         aside, number = file.with_name(f"{file.name}.corrupt{number}"), number + 1

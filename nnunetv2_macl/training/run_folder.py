@@ -182,7 +182,7 @@ def _process_start(pid: int) -> str | None:
         return None
 
 
-def set_aside(folder: Path, keep: Path, say: Callable[[str], None]) -> None:
+def archive_previous_run(folder: Path, keep: Path, say: Callable[[str], None]) -> None:
     """Move what an earlier run left in its folder into a sub-folder, so that a new run overwrites nothing.
 
     Args:

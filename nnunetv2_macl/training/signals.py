@@ -38,7 +38,7 @@ class Signals:
         self._save = False
         self._is_waiting = False
 
-    def listen(self) -> None:
+    def install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _STOP:
@@ -52,7 +52,7 @@ class Signals:
             signal.signal(number, handler)
         self._before = {}
 
-    def asked(self) -> tuple[bool, bool]:
+    def pending_requests(self) -> tuple[bool, bool]:
         """Whether to stop, and whether to write a checkpoint; the same on all ranks, once for each time it was asked."""
         stop, save = self._stop_since is not None, self._save
         self._save = False
