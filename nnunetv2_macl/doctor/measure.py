@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -27,11 +26,12 @@ from nnunetv2_macl.preprocessing.cases import Preprocessed
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import load_recipe
 from nnunetv2_macl.resources import resource_folder
-from nnunetv2_macl.training.pretrain import MOST_SKIPPED, nnUNetTrainerMACLPretrain
+from nnunetv2_macl.training.callbacks.measuring import MAX_SKIPPED_STEPS
+from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
 
 STEPS = 3
-# Mixed precision may skip steps until its scale has come down from 2^16 to 1, and MOST_SKIPPED more end a run.
-_MOST_STEPS = 16 + MOST_SKIPPED + 1 + STEPS
+# Mixed precision may skip steps until its scale has come down from 2^16 to 1, and MAX_SKIPPED_STEPS more end a run.
+_MOST_STEPS = 16 + MAX_SKIPPED_STEPS + 1 + STEPS
 
 
 def plan_in_use(configuration: Configuration) -> tuple[MACLPlan, str]:
@@ -67,15 +67,16 @@ class _Measured(nnUNetTrainerMACLPretrain):
     def _prepare_data(self) -> Preprocessed:
         return Preprocessed(training_cases(self.macl_configuration), {})
 
-    def _batches(self) -> Iterator[dict]:
+    def get_dataloaders(self) -> tuple[Any, None]:
         # a plan may be for fewer steps
         plan = self.macl_plan
         batches = PretrainingBatches(
             self.data.cases, plan.sampling, (0, plan.batch_size), _MOST_STEPS, draws=self.step.draws
         )
-        reading = plan_reading_here(self._batch_bytes)
+        reading = plan_reading_here(self.batch_bytes)
         pinned = self.device.type == "cuda"
-        return load_batches(batches, 0, workers=reading.workers, prefetch=reading.prefetch, pin_memory=pinned)
+        stream = load_batches(batches, 0, workers=reading.workers, prefetch=reading.prefetch, pin_memory=pinned)
+        return stream, None
 
 
 def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[str, Any]:

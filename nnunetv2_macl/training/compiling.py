@@ -1,4 +1,4 @@
-"""When torch.compile cannot work: what happened, and what to type."""
+"""The message for a computer where torch.compile does not work: what happened, and what to type."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ def is_compile_error(error: BaseException) -> bool:
 
 
 def compile_advice(error: BaseException, command: str) -> str:
-    """Return what the user is told.
+    """Return the message for the user.
 
     Args:
-        error: For which `is_compile_error` is True.
-        command: That was typed.
+        error: An error for which `is_compile_error` is True.
+        command: The command that the user typed.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__

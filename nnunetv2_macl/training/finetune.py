@@ -26,7 +26,7 @@ from nnunetv2_macl.messages import for_log_file, show_any_character
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
 from nnunetv2_macl.training.run_folder import cases_seen, pretraining_folder
-from nnunetv2_macl.training.user_errors import user_errors_end_the_run
+from nnunetv2_macl.training.user_errors import exit_on_user_error
 from nnunetv2_macl.transfer import TooLittleFitsError, Transfer, kernel_norms, plan_transfer, rescale_kernels
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             scheduler = _WarmupPolyLR(optimizer, self.initial_lr, warmup, self.num_epochs)
         return optimizer, scheduler
 
-    @user_errors_end_the_run
+    @exit_on_user_error
     def on_train_start(self) -> None:
         # initialised by now means: by --c, --val or -pretrained_weights, and then the weights are there already
         if not self.was_initialized:
@@ -238,7 +238,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         checkpoint["macl"] = self.macl_origin
         checkpoints.save(checkpoint, Path(filename))
 
-    @user_errors_end_the_run
+    @exit_on_user_error
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         super().load_checkpoint(filename_or_checkpoint)
         if isinstance(filename_or_checkpoint, str):

@@ -12,7 +12,7 @@ from torch import nn
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
-from nnunetv2_macl.training.user_errors import user_errors_end_the_run
+from nnunetv2_macl.training.user_errors import exit_on_user_error
 
 # of the learning rate, in the last epoch
 _LAST_SHARE = 0.01
@@ -54,7 +54,7 @@ class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
         optimizer = torch.optim.Adam(self.network.parameters(), self.initial_lr)
         return optimizer, _CosineLR(optimizer, self.initial_lr, self.num_epochs)
 
-    @user_errors_end_the_run
+    @exit_on_user_error
     def initialize(self) -> None:
         super().initialize()
         if len(self.configuration_manager.patch_size) != 2:

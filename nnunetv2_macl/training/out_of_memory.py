@@ -1,4 +1,4 @@
-"""When memory runs out all the same: what happened, and what to type."""
+"""The message for a run whose memory is too small: what happened, and what to type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.recipe import AUTO
 
-# what CUDA and MPS, cuDNN and cuBLAS, the CPU allocator and oneDNN say
+# torch has a type of its own only for the CUDA allocator. MPS and pinned memory, cuDNN and cuBLAS, the CPU allocator and oneDNN
+# raise a RuntimeError with one of these texts.
 _WORDS = (
     "out of memory",
     "alloc_failed",
@@ -22,6 +23,7 @@ _WORDS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of the device or of the machine is too small."""
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
     )
@@ -30,15 +32,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory_advice(
     plan: MACLPlan, device: str, has_checkpoint: bool, world_size: int, folder: Path, *, in_parts: bool
 ) -> str:
-    """What the user is told.
+    """Return the message for the user, with the options that need less memory.
 
     Args:
-        plan: of the run.
-        device: where memory ran out.
-        has_checkpoint: Whether the run can be continued from one.
-        world_size: number of GPUs, 1 without.
-        folder: of the run.
-        in_parts: whether the network's batch can be computed in parts.
+        plan: Plan of the run.
+        device: Type of the device whose memory ran out.
+        has_checkpoint: Whether the run can be continued from a checkpoint.
+        world_size: Number of GPUs, 1 without GPUs.
+        folder: Folder of the run.
+        in_parts: Whether the network allows that a batch is computed in parts.
     """
     at_once = min(plan.patches_at_once, math.ceil(plan.batch_size / world_size))
     size = "x".join(map(str, plan.patch_size))
@@ -66,5 +68,5 @@ def out_of_memory_advice(
 
 
 def smaller_batch(batch_size: int, world_size: int = 1) -> int:
-    """About 70 % of the batch, even, at least two patches a GPU."""
+    """Return an even number, about 70 % of the batch, and at least two patches for each GPU."""
     return max(2 * world_size, int(batch_size * 0.7) // 2 * 2)

@@ -28,13 +28,13 @@ class ProgressPicture:
         self._thread: threading.Thread | None = None
 
     def update(self, log: dict[str, list], *, is_last: bool = False) -> None:
-        """Draw the log if it is time for it; the last picture is always drawn, and waited for."""
+        """Draw the log if it is time for it. The last picture is always drawn, and this method waits for it."""
         due = self._drawn_at is None or monotonic() - self._drawn_at >= self.every
         if not (due or is_last):
             return
         self.wait()
         self._drawn_at = monotonic()
-        # a copy, because the log grows while it is drawn
+        # Copy the log, because it grows while it is drawn.
         values = {key: list(value) for key, value in log.items()}
         self._thread = threading.Thread(target=self._draw, args=(values,), name="progress.png")
         self._thread.start()

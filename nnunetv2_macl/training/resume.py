@@ -1,4 +1,4 @@
-"""A run's checkpoints: which one to go on from, and what becomes of a damaged one."""
+"""The checkpoints of a run: finds the newest good one, and renames damaged ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import cannot_write, write_whole
 
 FINAL, LATEST, PREVIOUS = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_previous.pth"
-# the newest first
+# The newest comes first.
 CHECKPOINTS = (FINAL, LATEST, PREVIOUS)
 KIND = "macl_checkpoint"
 FORMAT_VERSION = 2
@@ -46,11 +46,13 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def keep_previous(latest: Path) -> None:
-    """Give the latest checkpoint a second name before it is replaced. It keeps its own: a kill here costs nothing.
+def rotate_checkpoint(latest: Path) -> None:
+    """Keep the latest checkpoint as the previous one before it is replaced.
+
+    The file gets a second name and keeps its own, so it is not lost if the process is killed here.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: The folder cannot be written.
     """
     if not latest.is_file():
         return
@@ -67,19 +69,19 @@ def keep_previous(latest: Path) -> None:
 
 
 def load_checkpoint(folder: Path, run: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest good checkpoint of a run; damaged ones in front of it are renamed ``.corrupt``.
+    """Load the newest good checkpoint of a run. Damaged ones that are newer are renamed to ``.corrupt``.
 
     Args:
-        folder: of the run.
-        run: what a checkpoint of this run says of its run.
-        say: tells the user.
+        folder: Folder of the run.
+        run: What identifies the run in its checkpoints.
+        say: Called with a message for the user.
 
     Returns:
-        The checkpoint, on the CPU, where an optimiser keeps its numbers of steps: they would be waited for on a GPU. None where
-        there is no file of one.
+        The checkpoint, or None if there is no file of one. It is on the CPU, because optimisers keep their step counters there;
+        on a GPU each counter would cause a synchronisation.
 
     Raises:
-        UserError: one of a newer version, or none of those that are there is good. Nothing is renamed then.
+        UserError: A checkpoint has another format version, or there are checkpoints and none is good. No file is renamed then.
     """
     bad: dict[Path, str] = {}
     for file in (folder / name for name in CHECKPOINTS):
@@ -91,7 +93,7 @@ def load_checkpoint(folder: Path, run: dict[str, Any], say: Callable[[str], None
             bad[file] = str(error)
             continue
         for other, reason in bad.items():
-            aside = _set_aside(other)
+            aside = _quarantine(other)
             say(f"WARNING: {reason} It is kept as {aside.name}; the run goes on from {file.name}.")
         return checkpoint
     if bad or any(folder.glob("checkpoint_*.corrupt*")):
@@ -101,12 +103,12 @@ def load_checkpoint(folder: Path, run: dict[str, Any], say: Callable[[str], None
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether ``--c`` has something to go on from."""
+    """Return whether ``--c`` has a checkpoint to continue from."""
     return any((folder / name).is_file() for name in CHECKPOINTS)
 
 
 class _BadCheckpointError(Exception):
-    """Says what is wrong with a checkpoint."""
+    """A checkpoint that the run cannot continue from. The message says why."""
 
 
 def _read(file: Path, run: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +131,8 @@ def _read(file: Path, run: dict[str, Any]) -> dict[str, Any]:
     return checkpoint
 
 
-def _set_aside(file: Path) -> Path:
+def _quarantine(file: Path) -> Path:
+    """Rename a damaged checkpoint, and return its new path."""
     aside, number = file.with_name(f"{file.name}.corrupt"), 1
     while aside.exists():
         aside, number = file.with_name(f"{file.name}.corrupt{number}"), number + 1
@@ -141,6 +144,6 @@ def _set_aside(file: Path) -> Path:
 
 
 def remove_previous(folder: Path) -> None:
-    """Once the run is through and exported."""
+    """Remove the previous checkpoint, after the run has ended and its weights are exported."""
     with contextlib.suppress(OSError):
         (folder / PREVIOUS).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time, and nothing of an earlier one lost."""
+"""The folder of a run: one run at a time writes into it, and the files of an earlier run are kept."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import cannot_write, write_json
 
 PRETRAINER = "nnUNetTrainerMACLPretrain"
-# the plan that a run began with, in its folder
+# The file in the folder of a run with the plan that the run began with.
 PLAN_COPY = "macl_plan.json"
-# names of the cases that a run has seen, by data set; they stay in its folder when weights are given to others
+# Names of the cases that a run has seen, by data set. This file stays here when the weights are shared.
 _CASES = "macl_cases.json"
 
 
 def pretraining_folder(results: Path, dataset_name: str, plans_name: str, configuration: str) -> Path:
-    """Where nnU-Net puts pre-training runs; the folds are in it.
+    """Return the folder into which nnU-Net puts pre-training runs, with one folder for each fold.
 
     Args:
-        results: ``nnUNet_results``.
-        dataset_name: by its full name.
-        plans_name: plans identifier.
-        configuration: of the plan.
+        results: The folder ``nnUNet_results``.
+        dataset_name: Full name of the data set.
+        plans_name: Plans identifier.
+        configuration: Name of the configuration.
     """
     return results / dataset_name / f"{PRETRAINER}__{plans_name}__{configuration}"
 
@@ -40,12 +40,12 @@ def write_cases(folder: Path, cases: Iterable[tuple[str, str]], *, resumed: bool
     """Write the names of the cases that a run sees.
 
     Args:
-        folder: of the run.
-        cases: data set and name of each.
-        resumed: whether the run saw other cases before, which are kept.
+        folder: Folder of the run.
+        cases: Data set and name of each case.
+        resumed: Whether the run has seen cases before. The file keeps their names.
 
     Raises:
-        UserError: the file could not be written.
+        UserError: The file could not be written.
     """
     seen = (cases_seen(folder) or {}) if resumed else {}
     for dataset, case in cases:
@@ -54,7 +54,7 @@ def write_cases(folder: Path, cases: Iterable[tuple[str, str]], *, resumed: bool
 
 
 def cases_seen(folder: Path) -> dict[str, set[str]] | None:
-    """Return the names of the cases that a run has seen, by data set; None where its folder does not tell."""
+    """Return the names of the cases that a run has seen, by data set; None if its folder does not say."""
     try:
         content = json.loads((folder / _CASES).read_text(encoding="utf-8"))
         return {dataset: set(names) for dataset, names in content.items()}
@@ -63,10 +63,13 @@ def cases_seen(folder: Path) -> dict[str, set[str]] | None:
 
 
 class RunLock:
-    """Held while a run writes into a folder; a second run is refused. A lock whose process is gone is taken over.
+    """Locks a folder for one run. A second run is refused; the lock of a process that has ended is taken over.
 
-    The file says who holds it, and is there as long as it is held. It is read and written under a lock of the operating
-    system, so that of several runs that find it free, or find its process gone, one gets it.
+    The lock is a file that exists while the lock is held, and that says which process holds it since when. The file is read
+    and written under a lock of the operating system, so exactly one of several runs gets a free lock.
+
+    Args:
+        folder: Folder to lock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,7 +77,11 @@ class RunLock:
         self._held = False
 
     def acquire(self) -> None:
-        """Raises UserError where another run holds the folder, with its host, process and start; or if it is read-only."""
+        """Lock the folder, on rank 0. Does nothing if this object holds the lock.
+
+        Raises:
+            UserError: Another run holds the lock; its host, process and start are in the message. Or the folder is read-only.
+        """
         if self._held or rank() != 0:
             return
         try:
@@ -92,32 +99,36 @@ class RunLock:
         while True:
             with open(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8") as stream:
                 _lock(stream)
-                if self._is(stream):
+                if self._is_current(stream):
                     yield stream
                     return
 
-    def _is(self, stream: TextIO) -> bool:
-        """The file may have been given back, and removed, since it was opened."""
+    def _is_current(self, stream: TextIO) -> bool:
+        """Return False if the file was removed after it was opened, because its lock was released meanwhile."""
         try:
             return os.path.samestat(os.stat(self.file), os.fstat(stream.fileno()))
         except FileNotFoundError:
             return False
 
     def holder(self) -> dict[str, Any] | None:
-        """Host, pid and start of the run that holds the folder, as far as can be told from here; None where there is none."""
+        """Return host, process and start of the run that holds the lock; None if there is none.
+
+        A lock of another machine, whose processes cannot be seen from here, counts as held.
+        """
         try:
-            return _alive_one(self.file.read_text(encoding="utf-8"))
+            return _living_holder(self.file.read_text(encoding="utf-8"))
         except OSError:
             return None
 
     def _refuse_if_alive(self, content: str) -> None:
-        if other := _alive_one(content):
+        if other := _living_holder(content):
             raise UserError(
                 f"Another run is writing into {self.file.parent}: process {other['pid']} on {other['host']}, since "
                 f"{other.get('started')}. Wait for it or stop it. If it is gone, type: rm '{self.file}'"
             )
 
     def release(self) -> None:
+        """Remove the lock, if this object holds it."""
         if self._held:
             with contextlib.suppress(OSError):
                 self.file.unlink(missing_ok=True)
@@ -135,27 +146,27 @@ def _this_process() -> dict[str, Any]:
 
 
 def _lock(stream: TextIO) -> None:
-    # not on Windows, and not on every file system: there the moment between reading and writing is not covered
+    # Windows and some file systems have no such lock. Two runs that start at the same moment can then both get the folder.
     with contextlib.suppress(ImportError, OSError):
         import fcntl
 
         fcntl.flock(stream, fcntl.LOCK_EX)
 
 
-def _alive_one(content: str) -> dict[str, Any] | None:
-    """Who holds a folder, of what its lock file says; None where its process is gone."""
+def _living_holder(content: str) -> dict[str, Any] | None:
+    """Return the content of a lock file, or None if its process has ended."""
     try:
         other = json.loads(content)
         ours = _process_numbers()
         here = (other["host"], other.get("processes", ours)) == (socket.gethostname(), ours)
         pid, begun = int(other["pid"]), other.get("process_start")
     except (ValueError, KeyError, TypeError, AttributeError):
-        return None  # nobody's: its writer was killed in the middle
+        return None  # the process was killed while it wrote the file
     return None if here and not _alive(pid, begun) else other
 
 
 def _alive(pid: int, begun: str | None) -> bool:
-    """Whether the process that wrote a lock is alive: its number may be another's by now."""
+    """Return whether the process that wrote a lock is alive. Another process may have its number by now."""
     if pid == os.getpid():
         return False
     if not psutil.pid_exists(pid):
@@ -165,7 +176,7 @@ def _alive(pid: int, begun: str | None) -> bool:
 
 
 def _process_numbers() -> str | None:
-    """Whose numbers processes have here: of several containers on a host each counts its own. None where that is not known."""
+    """Return an identifier of the process numbers here, because each container on a host has its own; None if unknown."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -173,24 +184,24 @@ def _process_numbers() -> str | None:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process of this machine began, as Linux counts it; None where that is not known."""
+    """Return when a process of this machine began, as Linux counts it; None if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # the second field is the command's name in brackets, with anything in it
+        # The second field is the name of the command in brackets, and the name may contain spaces and brackets.
         return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
     except (OSError, IndexError):
         return None
 
 
-def set_aside(folder: Path, keep: Path, say: Callable[[str], None]) -> None:
-    """Move what an earlier run left in its folder into a sub-folder, so that a new run overwrites nothing.
+def archive_previous_run(folder: Path, keep: Path, say: Callable[[str], None]) -> None:
+    """Move the files of an earlier run into a sub-folder, so that a new run overwrites nothing.
 
     Args:
-        folder: of the run.
-        keep: this run's own log file.
-        say: tells the user.
+        folder: Folder of the run.
+        keep: Log file of the new run, which stays.
+        say: Called with a message for the user.
     """
-    # nnU-Net has opened this run's W&B folder by now
+    # The W&B folder stays, because nnU-Net has opened it for the new run.
     old = [p for p in folder.iterdir() if p != keep and not p.name.startswith((".", "previous_", "wandb"))]
     if not any(p.suffix == ".pth" for p in old):
         return

@@ -1,4 +1,4 @@
-"""Signals that a cluster sends: stop after this step, or write a checkpoint and go on."""
+"""Signals of a cluster: they stop the run after a step, or ask for a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from nnunetv2_macl.distributed import any_rank, world_size
 
-# what started the ranks passes on to them what the cluster has sent to them already: seconds
+# torchrun forwards a signal that the cluster has already sent to every rank. Within this many seconds it is a duplicate.
 _REPEATS = 5.0
 
 _STOP = [signal.SIGTERM, signal.SIGINT]
@@ -20,16 +20,16 @@ _SAVE = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
 
 
 class StoppedWhileWaiting(BaseException):
-    """Asked to stop between two steps, while the next batch was waited for.
+    """A signal to stop, received while the run waited for the next batch.
 
-    Not an Exception, as KeyboardInterrupt is none: what handles errors on its way must not take it for one.
+    Like KeyboardInterrupt this is no Exception, because code that handles errors must not catch it.
     """
 
 
 class Signals:
     """SIGTERM and SIGINT ask to stop, SIGUSR1 asks for a checkpoint. A second SIGTERM or SIGINT stops at once.
 
-    Python allows it in the main thread alone; elsewhere nothing is listened to.
+    Python allows signal handlers only in the main thread; in another thread `install` does nothing.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,8 @@ class Signals:
         self._save = False
         self._is_waiting = False
 
-    def listen(self) -> None:
+    def install(self) -> None:
+        """Replace the handlers of these signals."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _STOP:
@@ -47,13 +48,13 @@ class Signals:
             self._before[number] = signal.signal(number, self._on_save)
 
     def restore(self) -> None:
-        """Leave the signals to whoever had them before."""
+        """Restore the earlier handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
-    def asked(self) -> tuple[bool, bool]:
-        """Whether to stop, and whether to write a checkpoint; the same on all ranks, once for each time it was asked."""
+    def pending_requests(self) -> tuple[bool, bool]:
+        """Return whether to stop and whether to write a checkpoint, the same on all ranks. A checkpoint is asked for once."""
         stop, save = self._stop_since is not None, self._save
         self._save = False
         if not any_rank(stop or save):
@@ -62,9 +63,9 @@ class Signals:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within, a signal to stop raises `StoppedWhileWaiting` at once: a batch may never come.
+        """Within the context, a signal to stop raises `StoppedWhileWaiting` at once, because a batch may never come.
 
-        Of several ranks none can stop alone, so there the signal is heeded after the step.
+        Several ranks can only stop together, so with more than one rank the signal takes effect after the step.
         """
         if self._stop_since is not None and world_size() == 1:
             raise StoppedWhileWaiting
@@ -88,6 +89,6 @@ class Signals:
 
 
 def ignore_in_worker(worker: int) -> None:
-    """For data workers: the training process decides, and a cluster signals them all. It ends them by itself."""
+    """Make a data worker ignore the signals, which a cluster sends to all processes. The training process ends the workers."""
     for number in (*_STOP, *_SAVE):
         signal.signal(number, signal.SIG_IGN)

@@ -1,21 +1,35 @@
-"""A user's mistake inside nnU-Net's own commands ends in its message, not in a traceback."""
+"""Errors that end a trainer's run, as messages for the user: what happened, and the command that continues the run."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nnunetv2_macl import distributed
+from nnunetv2_macl.data import hear_no_more_of_workers, too_little_shared_memory, worker_was_killed
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import CannotWriteError, cannot_write, is_refused_write
+from nnunetv2_macl.planning.plan import plan_file, was_handed_on
+from nnunetv2_macl.training import resume
+from nnunetv2_macl.training.commands import command_as_typed, command_to_pretrain
+from nnunetv2_macl.training.compiling import compile_advice, is_compile_error
+from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice
+from nnunetv2_macl.training.run_folder import PLAN_COPY
+
+if TYPE_CHECKING:
+    from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
 
 
-def user_errors_end_the_run(method: Callable) -> Callable:
-    """Turn a UserError of a trainer's method into an exit with code 1 that shows the message alone.
+def exit_on_user_error(method: Callable) -> Callable:
+    """Turn a UserError of a trainer's method into an exit with code 1 that shows only the message.
 
-    nnU-Net's commands have no place for a user's mistake: they would print a traceback. A run that ends before it wrote
-    anything but its log leaves nothing behind.
+    nnU-Net's commands would print a traceback. A run that has written nothing except its log leaves no folder behind.
     """
 
     @functools.wraps(method)
@@ -24,18 +38,126 @@ def user_errors_end_the_run(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
         except UserError as error:
             self.print_to_log_file(f"Error: {error}", also_print_to_console=False)
-            _leave_nothing(Path(self.output_folder), Path(self.log_file))
+            _remove_empty_folders(Path(self.output_folder), Path(self.log_file))
             raise SystemExit(f"\nError: {error}") from error
 
     return wrapped
 
 
-def _leave_nothing(folder: Path, log: Path) -> None:
-    # another rank may be at it too
+def _remove_empty_folders(folder: Path, log: Path) -> None:
+    # Another rank may be removing them too.
     with contextlib.suppress(OSError):
         if any(path != log and not path.name.startswith(".") for path in folder.iterdir()):
             return
         log.unlink(missing_ok=True)
-        # fold, trainer and data set, as far as nothing else is in them
+        # These are the folders of fold, trainer and data set. A folder that is not empty stays.
         for empty in (folder, folder.parent, folder.parent.parent):
             empty.rmdir()
+
+
+@contextlib.contextmanager
+def exit_on_refused_write(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
+    """Exit with code 1 and the name of the file when nnU-Net's constructor cannot write. It has no log file yet."""
+    try:
+        yield
+    except OSError as error:
+        if not is_refused_write(error):
+            raise
+        message = cannot_write(error, _path_of(error, trainer))
+        raise SystemExit(f"\nError: {message}") from message
+
+
+@contextlib.contextmanager
+def explain_run_errors(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
+    """Turn what can end a run outside a step into a UserError with the command that continues the run.
+
+    Raises:
+        UserError: A file could not be written, or a data worker was killed.
+    """
+    try:
+        yield
+    except CannotWriteError as error:
+        raise _with_command_to_go_on(error, trainer) from error
+    except OSError as error:  # nnU-Net writes files too
+        if not is_refused_write(error):
+            raise
+        raise _with_command_to_go_on(cannot_write(error, _path_of(error, trainer)), trainer) from error
+    except RuntimeError as error:
+        if not worker_was_killed(error):
+            raise
+        hear_no_more_of_workers()
+        if "Bus error" in str(error):  # a process gets this signal when it writes beyond the end of shared memory
+            raise UserError(f"A data worker was killed. {too_little_shared_memory(trainer.batch_bytes)}") from error
+        raise UserError(
+            f"A data worker was killed, most likely for want of memory ({str(error).splitlines()[0]}). Type, with fewer "
+            f"workers: nnUNet_n_proc_DA=2 {trainer.command_to_go_on()}"
+        ) from error
+
+
+@contextlib.contextmanager
+def explain_step_errors(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
+    """Turn what can end a training step into a UserError with the command that avoids it.
+
+    Raises:
+        UserError: torch.compile does not work here, or the memory is too small.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_compile_error(error):
+            typed = command_as_typed(trainer.macl_configuration, trainer.fold, trainer.device.type)
+            raise UserError(compile_advice(error, typed)) from error
+        if not is_out_of_memory(error):
+            raise
+        folder = Path(trainer.output_folder)
+        advice = out_of_memory_advice(
+            trainer.macl_plan,
+            trainer.device.type,
+            not trainer.disable_checkpointing and resume.has_checkpoint(folder),
+            distributed.world_size(),
+            folder,
+            in_parts=not trainer.step.model.network.mixes_samples,
+        )
+        raise UserError(advice + _plan_edit_hint(trainer)) from error
+
+
+def refuse_pretrained_weights(trainer: nnUNetTrainerMACLPretrain) -> None:
+    """Name our command when nnU-Net's command was given weights: nnU-Net expects those of a whole segmentation network.
+
+    Raises:
+        UserError: The command line has ``-pretrained_weights``, and it is not our command.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-pretrained_weights")
+    weights = parser.parse_known_args(sys.argv[1:])[0].pretrained_weights
+    if weights is not None and not was_handed_on():
+        raise UserError(
+            f"nnU-Net's command cannot start a pre-training from weights. Type:\n"
+            f"    {command_to_pretrain(trainer.macl_configuration, trainer.fold, trainer.device.type)} "
+            f"-pretrained_weights {shlex.quote(weights)}"
+        )
+
+
+def _with_command_to_go_on(error: UserError, trainer: nnUNetTrainerMACLPretrain) -> UserError:
+    if not resume.has_checkpoint(Path(trainer.output_folder)):
+        return error
+    return UserError(f"{error} To go on then, type:\n    {trainer.command_to_go_on()}")
+
+
+def _plan_edit_hint(trainer: nnUNetTrainerMACLPretrain) -> str:
+    """Return a hint for users of nnU-Net's own command, which reads from the plan what our command has options for."""
+    next_to_nnunets, of_the_run = plan_file(trainer.macl_configuration), Path(trainer.output_folder) / PLAN_COPY
+    if was_handed_on() or not next_to_nnunets.is_file():
+        return ""
+    hint = (
+        f" nnU-Net's command has no such options: set patches_at_once or batch_size in {next_to_nnunets}, and type it "
+        "again."
+    )
+    if of_the_run.is_file():
+        hint += f" To go on (--c), set patches_at_once in {of_the_run}."
+    return hint
+
+
+def _path_of(error: OSError, trainer: nnUNetTrainerMACLPretrain) -> Path:
+    """Return the file that could not be written, or its folder, because not every such error names the file."""
+    return Path(error.filename or trainer.output_folder)

@@ -6,9 +6,9 @@ import signal
 from nnunetv2_macl.training.signals import Signals
 
 signals = Signals()
-signals.listen()
+signals.install()
 os.kill(os.getpid(), signal.SIGTERM)
-assert signals.asked() == (True, False)
+assert signals.pending_requests() == (True, False)
 print("first", flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
 print("second", flush=True)

@@ -135,7 +135,7 @@ def test_too_little_shared_memory_is_an_error_at_once(cases):
 
 def test_a_signal_ends_the_wait_for_a_batch(own_signals):
     signals = Signals()
-    signals.listen()
+    signals.install()
     with pytest.raises(StoppedWhileWaiting), signals.waiting():
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()

@@ -14,7 +14,7 @@ from nnunetv2_macl import checkpoints, monitoring
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json
 from nnunetv2_macl.training import resume
-from nnunetv2_macl.training.run_folder import RunLock, set_aside
+from nnunetv2_macl.training.run_folder import RunLock, archive_previous_run
 
 FULL = r"could not be written: the disk is full \([\d,]+ bytes needed, [\d,]+ bytes free\)\. Make space"
 
@@ -109,7 +109,7 @@ def test_an_earlier_run_is_not_moved_by_halves(tmp_path, small_disk):
     log = tmp_path / "results" / "log.txt"
     log.write_text("")
     (tmp_path / "results" / "macl_encoder.pth").write_bytes(b"weights")
-    set_aside(tmp_path / "results", log, print)
+    archive_previous_run(tmp_path / "results", log, print)
     assert len(list((tmp_path / "results").glob("previous_*/macl_encoder.pth"))) == 1
 
 

@@ -38,7 +38,7 @@ def checkpoint(number, values=200_000, run=RUN):
 
 def write(folder, number, **more):
     latest = folder / resume.LATEST
-    resume.keep_previous(latest)
+    resume.rotate_checkpoint(latest)
     checkpoints.save(checkpoint(number, **more), latest)
 
 

@@ -120,13 +120,13 @@ def test_the_real_command_gets_a_real_signal(workspace):
 def test_a_checkpoint_on_demand(workspace, monkeypatch, whole):
     seen = []
     folder = workspace.run_folder(PRETRAIN)
-    original = resume.keep_previous
+    original = resume.rotate_checkpoint
 
     def keep(latest):
         original(latest)
         seen.append(latest.exists())
 
-    monkeypatch.setattr(resume, "keep_previous", keep)
+    monkeypatch.setattr(resume, "rotate_checkpoint", keep)
     with after_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGUSR1)):
         run()
     assert len(seen) == 2  # on demand, and at the end of the first epoch
@@ -230,10 +230,10 @@ def test_torchruns_repetition_is_no_second_signal(monkeypatch):
 
     monkeypatch.setattr(module, "world_size", lambda: 2)
     signals = Signals()
-    signals.listen()
+    signals.install()
     for _ in range(3):
         os.kill(os.getpid(), signal.SIGTERM)
-    assert signals.asked() == (True, False)
+    assert signals.pending_requests() == (True, False)
     signals.restore()
 
 

@@ -38,13 +38,13 @@ def ask_rank(rank, ranks, folder):
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     signals = Signals()
-    signals.listen()
-    said = [signals.asked()]
+    signals.install()
+    said = [signals.pending_requests()]
     if rank == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
-    said += [signals.asked(), signals.asked()]
+    said += [signals.pending_requests(), signals.pending_requests()]
     if rank == 0:
         os.kill(os.getpid(), signal.SIGTERM)
-    said.append(signals.asked())
+    said.append(signals.pending_requests())
     Path(folder, f"{rank}.json").write_text(json.dumps(said))
     dist.destroy_process_group()

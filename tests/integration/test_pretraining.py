@@ -70,7 +70,13 @@ def test_the_command_from_beginning_to_end(workspace):
     assert {name: len(cases) for name, cases in cases_seen(folder).items()} == {DATASET: 9, "Dataset902_Other": 2}
 
     encoder, decoder, network = (checkpoints.load(folder / name) for name in EXPORTED)
-    checkpoint = checkpoints.load(folder / "checkpoint_final.pth")["network_weights"]
+    saved = checkpoints.load(folder / "checkpoint_final.pth")
+    # Version 0.1.0 continues from these keys.
+    assert " ".join(sorted(saved)) == (
+        "collapse collapsed current_epoch epoch_sums format_version grad_scaler_state images kind logging lr_scheduler_state "
+        "network_weights optimizer_state run step trainer_name"
+    )
+    checkpoint = saved["network_weights"]
     own = stock_network(workspace).state_dict()
     whole = network["network_weights"]
     assert whole.keys() == own.keys()

@@ -1,0 +1,104 @@
+"""Callbacks that write what the user looks at and uses: pictures, weights, the report, the next command."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from nnunetv2_macl import distributed, monitoring
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.folds import number_of_folds, too_few_cases
+from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE
+from nnunetv2_macl.report import write_report_after_run
+from nnunetv2_macl.training import resume
+from nnunetv2_macl.training.callbacks.base import Callback
+from nnunetv2_macl.training.commands import command_to_fine_tune
+from nnunetv2_macl.training.export import export_run
+from nnunetv2_macl.training.progress_picture import ProgressPicture
+from nnunetv2_macl.training.run_folder import PRETRAINER
+
+if TYPE_CHECKING:
+    from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
+
+
+class Pictures(Callback):
+    """Draws ``views.png`` before the first step, and ``progress.png`` while the run goes on."""
+
+    def __init__(self, trainer: nnUNetTrainerMACLPretrain) -> None:
+        super().__init__(trainer)
+        dataset, configuration = trainer.plans_manager.dataset_name, trainer.configuration_name
+        title = f"MACL pre-training, {dataset}, {configuration}, fold {trainer.fold}"
+        self._progress = ProgressPicture(self.folder / "progress.png", title)
+
+    def on_step_start(self, batch: dict[str, Any]) -> None:
+        if self.trainer.steps_done == 0 and distributed.rank() == 0:
+            self._draw_views(batch)
+
+    def _draw_views(self, batch: dict[str, Any]) -> None:
+        step, recipe = self.trainer.step, self.trainer.recipe
+        views = step.show(batch["data"], 0)
+        shown = {
+            title: views[method.name][name]
+            for method in step.methods
+            for name, title in method.view_titles.items()
+            if name in views[method.name]
+        }
+        # A picture that cannot be written does not end the run.
+        with contextlib.suppress(UserError):
+            monitoring.plot_views(
+                shown,
+                batch["positions"],
+                batch["cases"],
+                self.trainer.macl_plan.threshold if recipe.compares_positions else None,
+                self.folder / "views.png",
+            )
+
+    def on_epoch_end(self, *, is_last: bool) -> None:
+        if distributed.rank() == 0:
+            self._progress.update(self.trainer.log_of_epochs, is_last=is_last)
+
+    def on_exit(self) -> None:
+        self._progress.wait()
+
+
+class Export(Callback):
+    """Writes the weights for fine-tuning and the report, and tells how to fine-tune."""
+
+    def on_train_end(self) -> None:
+        trainer = self.trainer
+        if distributed.rank() != 0 or trainer.disable_checkpointing:
+            return
+        log = trainer.log_of_epochs
+        outcome = {
+            "fold": str(trainer.fold),
+            "epochs": trainer.num_epochs,
+            "images": len(trainer.data.cases),
+            "final_losses": {key: log[key][-1] for key in log if key.startswith("train_losses")},
+            "collapsed": trainer.collapse.watch.reason,
+        }
+        export_run(self.folder, trainer.macl_configuration, trainer.macl_plan, trainer.step.model, outcome)
+        resume.remove_previous(self.folder)
+        write_report_after_run(self.folder, trainer.print_to_log_file, trainer.device.type)
+
+    def tell_next_command(self) -> None:
+        """Print where the weights are, and the command that fine-tunes from them."""
+        trainer = self.trainer
+        if trainer.disable_checkpointing:
+            trainer.print_to_log_file("No weights were written: checkpointing is disabled.")
+            return
+        collapsed = no_folds = folder = ""
+        if trainer.collapse.watch.reason:
+            collapsed = "The run ended COLLAPSED: fine-tuning from it is not likely to help.\n"
+        # Pre-training does not need the splits file, so fine-tuning reports it when it cannot be read.
+        with contextlib.suppress(UserError, KeyError):
+            if not number_of_folds(trainer.macl_configuration):
+                no_folds = f"{too_few_cases(trainer.macl_configuration)}\n"
+        # Fine-tuning looks only in the folder of this package's own trainer.
+        if type(trainer).__name__ != PRETRAINER:
+            folder = f"export {WEIGHTS_VARIABLE}={shlex.quote(str(trainer.output_folder))}\n    "
+        command = command_to_fine_tune(trainer.macl_configuration, trainer.fold, trainer.device.type)
+        trainer.print_to_log_file(
+            f"{collapsed}Weights: {trainer.output_folder}\n{no_folds}Fine-tune from them:\n"
+            f'    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"\n    {folder}{command}'
+        )

@@ -1,0 +1,120 @@
+"""What a pre-training run starts from: its images, the batches of patches from them, and given weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnunetv2_macl import distributed
+from nnunetv2_macl.data import Case, PretrainingBatches, load_batches, plan_reading_here
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.folds import check_fold
+from nnunetv2_macl.messages import heard
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.planning.plan import processes_to_use, start_in_short, was_handed_on
+from nnunetv2_macl.preprocessing.cases import Preprocessed, preprocess_unlabelled
+from nnunetv2_macl.preprocessing.sources import training_cases
+from nnunetv2_macl.start import start_from_weights
+from nnunetv2_macl.training.signals import StoppedWhileWaiting, ignore_in_worker
+
+if TYPE_CHECKING:
+    from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
+
+
+def labelled_cases(trainer: nnUNetTrainerMACLPretrain) -> list[Case]:
+    """Return nnU-Net's preprocessed cases without those that the fold leaves out.
+
+    Raises:
+        UserError: A case is not preprocessed, or there is no such fold.
+    """
+    cases = training_cases(trainer.macl_configuration)
+    if trainer.fold == "all":
+        return cases
+    check_fold(trainer.macl_configuration, int(trainer.fold))
+    left_out = set(trainer.do_split()[1])
+    trainer.print_to_log_file(f"Kept apart: the {len(left_out)} validation images of fold {trainer.fold}")
+    return [case for case in cases if case.name not in left_out]
+
+
+def unlabelled_cases(trainer: nnUNetTrainerMACLPretrain) -> Preprocessed:
+    """Preprocess the unlabelled images that are not preprocessed yet, and return all of them.
+
+    Raises:
+        UserError: An image cannot be used, or a file cannot be written.
+    """
+    # Our command shows the messages of preprocessing on the console itself.
+    say = partial(trainer.print_to_log_file, also_print_to_console=not was_handed_on())
+    with heard(say):
+        return preprocess_unlabelled(
+            trainer.macl_configuration,
+            trainer.macl_plan.unlabelled_datasets,
+            processes=processes_to_use(),
+            skip_unreadable=trainer.macl_plan.skip_unreadable,
+            channel_map=trainer.macl_plan.channel_map,
+        )
+
+
+def cases_by_dataset(configuration: Configuration, cases: list[Case]) -> list[tuple[str, str]]:
+    """Return data set and name of each case."""
+    # nnU-Net keeps labelled cases in a folder of the configuration; this package keeps others in a folder of their data set.
+    datasets = {configuration.cases_folder.name: configuration.dataset_name}
+    folders = ((Path(case.file).parent.name, case.name) for case in cases)
+    return [(datasets.get(folder, folder), name) for folder, name in folders]
+
+
+def batches(trainer: nnUNetTrainerMACLPretrain) -> Iterator[dict[str, Any]]:
+    """Yield this rank's part of each batch, from the next step on. A checkpoint is written before an error or an exit.
+
+    Raises:
+        UserError: A case cannot be read.
+        RuntimeError: A data worker was killed.
+        SystemExit: A signal asked to stop.
+    """
+    plan = trainer.macl_plan
+    share = distributed.share(plan.batch_size)
+    dataset = PretrainingBatches(trainer.data.cases, plan.sampling, share, trainer.step.steps, draws=trainer.step.draws)
+    reading = plan_reading_here(trainer.batch_bytes, distributed.ranks_on_this_machine())
+    stream = load_batches(
+        dataset,
+        trainer.steps_done,
+        workers=reading.workers,
+        prefetch=reading.prefetch,
+        pin_memory=trainer.device.type == "cuda",
+        prepare_worker=ignore_in_worker,
+    )
+    try:
+        with contextlib.closing(stream):
+            while True:
+                with trainer.stop_and_save.signals.waiting():
+                    batch = next(stream, None)
+                if batch is None:
+                    return
+                yield batch
+    except StoppedWhileWaiting:
+        trainer.checkpoints.save_between_steps()
+        trainer.stop_and_save.stop()
+    except (UserError, RuntimeError):
+        trainer.checkpoints.save_between_steps()
+        raise
+
+
+def load_start_weights(trainer: nnUNetTrainerMACLPretrain) -> None:
+    """Copy the weights that the plan names into the network of rank 0, and print which of them fit.
+
+    Raises:
+        UserError: The weights are missing or have changed.
+    """
+    start = trainer.macl_plan.pretrained_weights
+    if start is None:
+        return
+    is_sgd = isinstance(trainer.optimizer, torch.optim.SGD)
+    transfer = start_from_weights(trainer.step.model, trainer.macl_configuration, start, rescale=is_sgd)
+    lines = [f"The run starts from {start_in_short(start)}", *transfer.table().splitlines()]
+    if is_sgd:
+        lines.append("For SGD, kernels before an instance norm are scaled to the size of fresh ones: the same function")
+    trainer.print_to_log_file("\n  ".join(lines))
