@@ -91,7 +91,7 @@ def _preprocessing(configuration: Configuration) -> Row:
 
 def _loader(configuration: Configuration, device: torch.device) -> list[Row]:
     patch = configuration.patch_size
-    step = training_step(configuration, 16, device)
+    step = training_step(configuration, device, batch_size=16)
     sampling = Sampling(volume_patch(patch), 16, step.plan.position_group_size, 1)
     ours = PretrainingBatches(training_cases(configuration), sampling, (0, 16), 10**6)
     data = infer_dataset_class(str(configuration.cases_folder))(str(configuration.cases_folder))
@@ -101,7 +101,7 @@ def _loader(configuration: Configuration, device: torch.device) -> list[Row]:
         lambda: [ours[i] for i in range(BATCHES)], lambda: [next(loader) for _ in range(BATCHES)], repeats=3
     )
     speed, nnunet_speed = (16 * BATCHES / s for s in seconds)
-    data_of_step = batch(step, 16)
+    data_of_step = batch(step)
     step(data_of_step, 0)
     consumed = 16 / min(timed(lambda i=i: step(data_of_step, i)) for i in range(3))
     size = "x".join(map(str, patch))

@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,17 +23,12 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncL,
     nnUNetPlannerResEncM,
 )
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from benchmarks.planned import FLAT, Fingerprint, planned
-from nnunetv2_macl.building import build_loss, build_network, build_optimizer
-from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.derive import derive_plan
-from nnunetv2_macl.recipe import load_recipe
-from nnunetv2_macl.resources import resource_folder
+from benchmarks.step import network_alone, training_step
 from nnunetv2_macl.training.launch import prepare_process
-from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
+from nnunetv2_macl.training.step import TrainingStep
 
 _ONE_MM = (1.0, 1.0, 1.0)
 SHAPES = {
@@ -110,54 +104,6 @@ HEAD = (
 )
 
 
-def build_step(
-    configuration: Configuration, recipe: str, gpu_memory: float | None, compiled: bool, device: torch.device
-) -> TrainingStep:
-    """Return a step as the trainer builds it."""
-    torch.manual_seed(0)
-    plan = derive_plan(configuration, load_recipe(recipe, resource_folder("plans")), gpu_memory_gb=gpu_memory)
-    recipe_of_plan = plan.get_recipe()
-    network: torch.nn.Module = build_network(configuration, plan, recipe_of_plan).to(device)
-    if compiled:
-        network = torch.compile(network)  # type: ignore[assignment]
-    optimizer = build_optimizer(network, recipe_of_plan)
-    schedule = LambdaLR(optimizer, partial(learning_rate_share, recipe_of_plan))
-    scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
-    step = TrainingStep(network, build_loss(recipe_of_plan), optimizer, schedule, scaler, plan, device)
-    step.network.train()
-    return step
-
-
-def network_alone(step: TrainingStep) -> Callable[[], None]:
-    """Return forward and backward pass of all that the method shows to the network, with a sum as loss."""
-    plan, module, device = step.plan, step.module, step.device
-    small, full = (
-        torch.randn(plan.patches_at_once, 1, *s, device=device) for s in (plan.dominant_patch_size, plan.patch_size)
-    )
-    groups = [small, full] * 2
-    if not module.needs_invariance:
-        groups[:2] = [None, None]  # type: ignore[list-item]
-    if not module.image_level:
-        groups[2:] = [None, None]  # type: ignore[list-item]
-
-    # of a batch in parts the projectors see the whole batch, and the network a part
-    network = step.network if plan.patches_at_once >= plan.batch_size else step._features
-
-    def run() -> None:
-        step.optimizer.zero_grad(set_to_none=True)
-        for _ in range(-(-plan.batch_size // plan.patches_at_once)):
-            if module.is_contrastive:
-                with step._autocast():
-                    outputs = network(*groups)
-                step._scaled(sum(o.float().sum() for o in outputs.values() if o.requires_grad)).backward()  # type: ignore[arg-type]
-            if module.restoration_head is not None:
-                with step._autocast():
-                    restored = step._restored(full)
-                step._scaled(restored.float().sum()).backward()
-
-    return run
-
-
 def batches(step: TrainingStep) -> Callable[[int], dict]:
     """Return a function from a step's number to its batch, in page-locked memory as the loader gives it."""
     size, patch = step.plan.batch_size, step.plan.patch_size
@@ -191,7 +137,7 @@ def measure(shape: str, recipe: str, gpu_memory: float | None, compiled: bool, d
     torch.cuda.reset_peak_memory_stats()
     fingerprint, name = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder, planned(fingerprint, name, Path(folder)) as configuration:
-        step = build_step(configuration, recipe, gpu_memory, compiled, device)
+        step = training_step(configuration, device, recipe, gpu_memory_gb=gpu_memory, compiled=compiled)
     plan, batch, numbers = step.plan, batches(step), iter(range(24))
 
     def again() -> None:
@@ -205,7 +151,7 @@ def measure(shape: str, recipe: str, gpu_memory: float | None, compiled: bool, d
     first = time.perf_counter() - began
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     whole = timed(again, 9)
-    run = network_alone(step)
+    run = network_alone(step, batch(0)["data"])
     run()
     alone = timed(run, 5)
     return Measured(

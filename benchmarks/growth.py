@@ -24,8 +24,8 @@ def run(device: torch.device) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         with planned(FINGERPRINT, "2d", Path(folder)) as configuration:
-            steps = {n: training_step(configuration, n, device) for n in BATCHES}
-        seconds = {n: [timed(lambda s=s, n=n: s(batch(s, n), 0)) for _ in range(4)] for n, s in steps.items()}
+            steps = {n: training_step(configuration, device, batch_size=n) for n in BATCHES}
+        seconds = {n: [timed(lambda s=s: s(batch(s), 0)) for _ in range(4)] for n, s in steps.items()}
         a_patch = {n: statistics.median(times[1:]) / n for n, times in seconds.items()}
         for n in BATCHES[1:]:
             what = f"seconds a patch at N={n} over N={BATCHES[0]}"

@@ -8,9 +8,10 @@ Both are the most that a whole step holds: activations, weights, gradients and o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
@@ -20,12 +21,9 @@ from torch import Tensor
 
 from benchmarks.measure import peak_allocated
 from benchmarks.planned import FLAT, Fingerprint, planned
-from nnunetv2_macl.building import build_loss, build_network, build_optimizer
-from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.levels import Levels, plan_levels
+from benchmarks.step import batch, training_step
 from nnunetv2_macl.planning.memory import MemoryEstimate
-from nnunetv2_macl.recipe import Recipe
-from nnunetv2_macl.views import down
+from nnunetv2_macl.training.step import TrainingStep
 
 
 class Case(NamedTuple):
@@ -34,74 +32,64 @@ class Case(NamedTuple):
     fingerprint: Fingerprint
     configuration: str
     batch_size: int
-    recipe: Recipe = Recipe()
+    recipe: str = "macl"
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
-_ADAMW, _SGD = Recipe(optimizer="adamw", own_view_weight=0.5), Recipe()
-_MR = ("MR",)
+_MR, _SGD = ("MR",), {"optimizer": "sgd"}
 CASES = (
-    Case(Fingerprint("2D plain", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)), "2d", 4, _ADAMW),
-    Case(Fingerprint("2D ResEnc", ("MR", "MR"), (1, 128, 96), (FLAT, 1.0, 1.0), nnUNetPlannerResEncM), "2d", 4, _ADAMW),
-    Case(Fingerprint("3D plain", _MR, (36, 50, 35), (1.0, 1.0, 1.0)), "3d_fullres", 2, _ADAMW),
-    Case(Fingerprint("3D ResEnc", _MR, (32, 32, 32), (1.0, 1.0, 1.0), nnUNetPlannerResEncM), "3d_fullres", 2, _SGD),
-    Case(Fingerprint("3D plain, anisotropic", _MR, (8, 96, 80), (10.0, 1.5, 1.5)), "3d_fullres", 2, _ADAMW),
+    Case(Fingerprint("2D plain", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)), "2d", 4),
+    Case(Fingerprint("2D ResEnc", ("MR", "MR"), (1, 128, 96), (FLAT, 1.0, 1.0), nnUNetPlannerResEncM), "2d", 4),
+    Case(Fingerprint("3D plain", _MR, (36, 50, 35), (1.0, 1.0, 1.0)), "3d_fullres", 2),
+    Case(
+        Fingerprint("3D ResEnc", _MR, (32, 32, 32), (1.0, 1.0, 1.0), nnUNetPlannerResEncM),
+        "3d_fullres",
+        2,
+        settings=_SGD,
+    ),
+    Case(Fingerprint("3D plain, anisotropic", _MR, (8, 96, 80), (10.0, 1.5, 1.5)), "3d_fullres", 2),
     Case(
         Fingerprint("3D ResEnc, anisotropic", _MR, (8, 96, 80), (10.0, 1.5, 1.5), nnUNetPlannerResEncM),
         "3d_fullres",
         2,
-        _ADAMW,
     ),
     Case(
         Fingerprint("2D plain, encoder only (PCL)", _MR, (1, 128, 128), (FLAT, 1.0, 1.0)),
         "2d",
         8,
-        Recipe(decoder_stages=0, auxiliary_stage="bottleneck", weight_dense=0, weight_equivariance=0),
+        settings=_SGD
+        | {"decoder_stages": 0, "auxiliary_stage": "bottleneck", "weight_dense": 0.0, "weight_equivariance": 0.0},
     ),
     Case(
         Fingerprint("2D plain, dense loss in chunks", _MR, (1, 32, 32), (FLAT, 1.0, 1.0)),
         "2d",
         128,
-        Recipe(decoder_stages=3, auxiliary_stage=1),
+        settings=_SGD | {"decoder_stages": 3, "auxiliary_stage": 1},
     ),
     Case(
         Fingerprint("2D plain, averaged encoder", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)),
         "2d",
         4,
-        Recipe(auxiliary_encoder="ema", optimizer="adamw"),
+        settings={"auxiliary_encoder": "ema"},
     ),
     Case(
         Fingerprint("2D plain, first stage at full size", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)),
         "2d",
         4,
-        Recipe(training_stages=2, downsample_first_stage=False),
+        settings=_SGD | {"training_stages": 2, "downsample_first_stage": False},
     ),
+    Case(Fingerprint("2D plain, restoration", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)), "2d", 4, "restore"),
+    Case(Fingerprint("2D plain, both methods", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)), "2d", 4, "macl_restore"),
 )
 
 
-def measure(configuration: Configuration, levels: Levels, recipe: Recipe, batch_size: int) -> int:
+def measure(step: TrainingStep) -> int:
     """Train two real steps on the CPU and return the most bytes that were allocated during a step."""
-    torch.manual_seed(0)
-    network = build_network(configuration, levels, recipe)
-    loss = build_loss(recipe)
-    optimizer = build_optimizer(network, recipe)
-    small = [n // s for n, s in zip(levels.patch_size, levels.scale, strict=True)]
-
-    def step() -> None:
-        """Train a step as the trainer does."""
-        images = torch.randn(batch_size, len(configuration.channel_names), *levels.patch_size)
-        shown = [None] * 4
-        if network.needs_invariance:
-            shown[:2] = down(images, small), images
-        if network.image_level:
-            shown[2:] = images.clone() if recipe.full_size_first else down(images, small).clone(), images.clone()
-        optimizer.zero_grad(set_to_none=True)
-        loss(network(*shown), torch.rand(batch_size, 3))["total"].backward()
-        optimizer.step()
-
-    step()
-    held = [*network.parameters(), *_tensors(optimizer.state_dict())]
-    optimizer.zero_grad(set_to_none=True)
-    return _bytes(held) + peak_allocated(step)[1]
+    data = batch(step)
+    step(data, 0)
+    held = [*step.model.parameters(), *_tensors(step.optimizer.state_dict())]
+    step.optimizer.zero_grad(set_to_none=True)
+    return _bytes(held) + data["data"].nbytes + peak_allocated(lambda: step(data, 1))[1]
 
 
 def _tensors(state: dict) -> list[Tensor]:
@@ -113,20 +101,21 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def compare(case: Case, folder: Path) -> tuple[MemoryEstimate, int, Levels]:
-    """What is predicted and what is measured for a case."""
+def compare(case: Case, folder: Path) -> tuple[MemoryEstimate, int, list[int]]:
+    """Return what is predicted for a case, the bytes that are measured, and the patch."""
     with planned(case.fingerprint, case.configuration, folder) as configuration:
-        levels = plan_levels(configuration.patch_size, configuration.strides, case.recipe)
-        estimate = MemoryEstimate(configuration, levels, case.recipe)
-        return estimate, measure(configuration, levels, case.recipe, case.batch_size), levels
+        settings = {"batch_size": case.batch_size, "patches_at_once": case.batch_size} | case.settings
+        step = training_step(configuration, torch.device("cpu"), case.recipe, **settings)
+        estimate = MemoryEstimate(configuration, step.plan.geometry, step.recipe)
+        return estimate, measure(step), step.plan.patch_size
 
 
 def main() -> None:
     print(f"{'':31}{'patch':>12}{'batch':>6}  {'peak of a step, MiB: predicted':>31}{'measured':>9}{'ratio':>6}")
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
-            estimate, measured, levels = compare(case, Path(folder))
-        patch = "x".join(map(str, levels.patch_size))
+            estimate, measured, patch_size = compare(case, Path(folder))
+        patch = "x".join(map(str, patch_size))
         peak, peaked = estimate.gib(case.batch_size) * 1024, measured / 2**20
         print(
             f"{case.fingerprint.name:31}{patch:>12}{case.batch_size:>6}  {peak:31.1f}{peaked:9.1f}{peak / peaked:6.2f}",

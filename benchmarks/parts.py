@@ -18,7 +18,7 @@ LARGE = Fingerprint("2D", ("MR",), (1, 248, 248), (FLAT, 1.0, 1.0))
 
 def run(device: torch.device) -> list[Row]:
     few, whole, cut = _steps(SMALL, device)
-    ours, theirs = side_by_side(lambda: cut(batch(cut, 64), 0), lambda: whole(batch(whole, 64), 0), repeats=2)
+    ours, theirs = side_by_side(lambda: cut(batch(cut), 0), lambda: whole(batch(whole), 0), repeats=2)
     rows = [
         at_most(
             "batch in parts", f"{_size(cut)}, N=64 in parts of 8, time over the uncut batch", ours, theirs, "s", 1.5
@@ -35,16 +35,16 @@ def _steps(fingerprint: Fingerprint, device: torch.device) -> list[TrainingStep]
     """N=8, N=64, N=64 in parts of 8."""
     with tempfile.TemporaryDirectory() as folder, planned(fingerprint, "2d", Path(folder)) as configuration:
         return [
-            training_step(configuration, patches, device, optimizer="sgd", patches_at_once=at_once)
+            training_step(configuration, device, optimizer="sgd", batch_size=patches, patches_at_once=at_once)
             for patches, at_once in ((8, 8), (64, 64), (64, 8))
         ]
 
 
 def _peak(step: TrainingStep) -> int:
-    data = batch(step, step.plan.batch_size)
+    data = batch(step)
     step(data, 0)
     step.optimizer.zero_grad(set_to_none=True)
-    weights_and_momentum = 2 * sum(parameter.nbytes for parameter in step.module.parameters())
+    weights_and_momentum = 2 * sum(parameter.nbytes for parameter in step.model.parameters())
     return weights_and_momentum + peak_allocated(lambda: step(data, 0))[1]
 
 

@@ -43,10 +43,10 @@ def _rank(rank: int, world: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world)
     (Path(folder) / f"plan{rank}").mkdir()
     with planned(FINGERPRINT, "2d", Path(folder) / f"plan{rank}") as configuration:
-        step = training_step(configuration, PATCHES, torch.device("cpu"))
+        step = training_step(configuration, torch.device("cpu"), batch_size=PATCHES)
     if world > 1:
-        distributed.synchronise_batch_norm(step.module)
-    mine = {key: value[step.first : step.last] for key, value in batch(step, PATCHES).items()}
+        distributed.synchronise_batch_norm(step.model)
+    mine = {key: value[step.first : step.last] for key, value in batch(step).items()}
     step(mine, 0)
     dist.barrier()
     (Path(folder) / str(rank)).write_text(str(timed(lambda: [step(mine, i) for i in range(STEPS)])))

@@ -1,44 +1,47 @@
-"""What the time of a whole step goes to: each part alone, over the whole."""
+"""What the time of a whole step of `macl` goes to: each part alone, over the whole."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import Row, side_by_side
-from benchmarks.step import bare, batch, planned_shapes, training_step
+from benchmarks.step import batch, network_alone, planned_shapes, training_step
 from nnunetv2_macl.training.step import TrainingStep
 
 
-def parts(step: TrainingStep, data: dict[str, torch.Tensor]) -> dict[str, Callable[[], object]]:
-    """By name: views, network, losses, statistics for the log, update of the weights."""
+def parts(step: TrainingStep, data: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
+    """Return the parts of a step by name: views, network, losses, statistics for the log, update of the weights."""
     patches, positions = data["data"].to(step.device), data["positions"].to(step.device)
-    shown = step.show(patches, 0)
+    (method,), progress = step.methods, step.progress(0)
+    alone = network_alone(step, patches)
+    views = step.show(patches, 0)[method.name]
     with torch.no_grad(), step._autocast():
-        outputs = {name: output.detach() for name, output in step.network(*shown).items()}
-    bare(step, len(patches))
-    gradients = [parameter.grad for parameter in step.module.parameters()]
+        embeddings = method.project(method.encode(views))
+    alone()
+    gradients = [parameter.grad for parameter in step.model.parameters()]
 
-    def losses() -> dict[str, torch.Tensor]:
-        values = step.loss({name: output.requires_grad_() for name, output in outputs.items()}, positions)
+    def losses() -> dict[str, Tensor]:
+        values = method.losses({name: e.requires_grad_() for name, e in embeddings.items()}, positions, progress)
         values["total"].backward()
-        for output in outputs.values():
-            output.grad = None
+        for embedding in embeddings.values():
+            embedding.grad = None
         return values
 
     measured = {name: value.detach() for name, value in losses().items()}
 
     def update() -> None:
-        for parameter, gradient in zip(step.module.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(step.model.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        step._update(0, measured["total"])
+        step._update(progress, measured, {})
 
     return {
         "views": lambda: step.show(patches, 0),
-        "network, forward and backward": lambda: bare(step, len(patches)),
+        "network, forward and backward": alone,
         "losses, forward and backward": losses,
-        "statistics for the log": lambda: step._measure(measured, outputs, positions),
+        "statistics for the log": lambda: step._statistics(method, embeddings, positions),
         "update of the weights": update,
     }
 
@@ -46,8 +49,8 @@ def parts(step: TrainingStep, data: dict[str, torch.Tensor]) -> dict[str, Callab
 def run(device: torch.device) -> list[Row]:
     rows = []
     for shape, configuration, patches in planned_shapes():
-        step = training_step(configuration, patches, device)
-        data = batch(step, patches)
+        step = training_step(configuration, device, batch_size=patches)
+        data = batch(step)
         alone = parts(step, data)
         whole, *seconds = side_by_side(lambda s=step, d=data: s(d, 0), *alone.values(), repeats=3)
         for title, ours in zip(alone, seconds, strict=True):

@@ -14,12 +14,14 @@ from nnunetv2_macl.training.step import TrainingStep
 
 
 def channels_last(step: TrainingStep) -> None:
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}
-    step.module.to(memory_format=layout[2 + len(step.plan.patch_size)])
-    shown = step.show
-    step.show = lambda *arguments: tuple(  # type: ignore[method-assign]
-        group if group is None else group.contiguous(memory_format=layout[group.ndim]) for group in shown(*arguments)
-    )
+    layout = {2: torch.channels_last, 3: torch.channels_last_3d}[len(step.plan.patch_size)]
+    step.model.to(memory_format=layout)
+    for method in step.methods:
+
+        def make(*arguments, make=method.views.make):
+            return {name: view.contiguous(memory_format=layout) for name, view in make(*arguments).items()}
+
+        method.views.make = make  # type: ignore[method-assign]
 
 
 def bfloat16(step: TrainingStep) -> None:
@@ -28,7 +30,7 @@ def bfloat16(step: TrainingStep) -> None:
 
 def fused_optimiser(step: TrainingStep) -> None:
     settings = {key: step.optimizer.defaults[key] for key in ("lr", "weight_decay")}
-    step.optimizer = torch.optim.AdamW(step.module.parameters(), fused=True, **settings)
+    step.optimizer = torch.optim.AdamW(step.model.parameters(), fused=True, **settings)
     step.scheduler = LambdaLR(step.optimizer, lambda _: 1.0)
 
 
@@ -37,7 +39,7 @@ def no_autocast(step: TrainingStep) -> None:
 
 
 def compiled(step: TrainingStep) -> None:
-    step.network = torch.compile(step.network)  # type: ignore[assignment]
+    step._encode = {method.name: torch.compile(method.encode, dynamic=False) for method in step.methods}
 
 
 def switches(device: torch.device) -> dict[str, Callable[[TrainingStep], None]]:
@@ -50,10 +52,10 @@ def run(device: torch.device) -> list[Row]:
     rows = []
     for shape, configuration, patches in planned_shapes():
         changes = {"": lambda _: None} | switches(device)
-        steps = [training_step(configuration, patches, device) for _ in changes]
+        steps = [training_step(configuration, device, batch_size=patches) for _ in changes]
         for step, change in zip(steps, changes.values(), strict=True):
             change(step)
-        data = batch(steps[0], patches)
+        data = batch(steps[0])
         plain, *seconds = side_by_side(*(partial(step, data, 0) for step in steps), repeats=3)
         for title, ours in zip(list(changes)[1:], seconds, strict=True):
             what = f"{title}, {shape}, over the step as it is"

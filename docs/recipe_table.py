@@ -1,21 +1,55 @@
-"""Prints the table of recipe keys that stands in docs/plan.md: ``python docs/recipe_table.py``."""
+"""Write docs/recipe_keys.md, the reference of all recipe keys, from their models: ``python docs/recipe_table.py``."""
 
+import inspect
 import json
-from dataclasses import fields
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.methods.registry import all_methods
+from nnunetv2_macl.recipe import Recipe, recipe_type
+
+PAGE = Path(__file__).parent / "recipe_keys.md"
+INTRODUCTION = """# Recipe keys
+
+`python docs/recipe_table.py` writes this page from the code. [The plan](plan.md) says what a recipe is. A recipe has the keys of
+the first table and those of the methods that its `method` names."""
+TYPES = {"integer": "whole number", "number": "number", "string": "text", "null": "`null`", "boolean": "`true` or `false`"}
 
 
-def table() -> str:
-    rows = ["| key | by itself | may be | meaning |", "|---|---|---|---|"]
-    values = Recipe().as_dict()
-    for field in fields(Recipe):
-        allowed = field.metadata["allowed"].words
-        rows.append(
-            f"| `{field.name}` | `{json.dumps(values[field.name])}` | {allowed} | {field.metadata['meaning']} |"
-        )
+def page() -> str:
+    """Return the text of the page."""
+    sections = [INTRODUCTION, "## Keys of every recipe", table(Recipe, Recipe.model_fields)]
+    for name, method in all_methods().items():
+        about = (inspect.getdoc(method) or "").partition("\n")[0]
+        sections += [f"## Method `{name}`", about, table(recipe_type(name), method.Config.model_fields)]
+    return "\n\n".join(sections) + "\n"
+
+
+def table(model: type[Recipe], keys: Iterable[str]) -> str:
+    """Return the Markdown table of some keys of a recipe model."""
+    rows = ["| key | default | may be | meaning |", "|---|---|---|---|"]
+    schemas = model.model_json_schema()["properties"]
+    for key in keys:
+        field = model.model_fields[key]
+        default = "must be given" if field.is_required() else f"`{json.dumps(field.default)}`"
+        rows.append(f"| `{key}` | {default} | {allowed(schemas[key])} | {field.description} |")
     return "\n".join(rows)
 
 
+def allowed(schema: dict[str, Any]) -> str:
+    """Return in words which values a JSON schema allows."""
+    if "anyOf" in schema:
+        return ", or ".join(allowed(part) for part in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return " or ".join(f"`{json.dumps(value)}`" for value in schema.get("enum", [schema.get("const")]))
+    if schema["type"] == "array":
+        lengths = dict.fromkeys((schema["minItems"], schema["maxItems"]))
+        return f"list of {' or '.join(map(str, lengths))} values, each a {allowed(schema['items'])}"
+    words = TYPES[schema["type"]]
+    limits = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "and below"}
+    return " ".join([words, *(f"{word} {schema[limit]}" for limit, word in limits.items() if limit in schema)])
+
+
 if __name__ == "__main__":
-    print(table())
+    PAGE.write_text(page(), encoding="utf-8")

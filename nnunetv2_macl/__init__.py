@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from nnunetv2_macl.losses import down as down
     from nnunetv2_macl.losses import positive_mask as positive_mask
     from nnunetv2_macl.losses import reference_values as reference_values
+    from nnunetv2_macl.methods.base import Geometry as Geometry
+    from nnunetv2_macl.methods.base import Progress as Progress
+    from nnunetv2_macl.methods.base import StepRandom as StepRandom
     from nnunetv2_macl.methods.model import PretrainingModel as PretrainingModel
     from nnunetv2_macl.networks.registry import pretrainable as pretrainable
     from nnunetv2_macl.recipe import Recipe as Recipe
     from nnunetv2_macl.recipe import load_recipe as load_recipe
+    from nnunetv2_macl.recipe import recipe_from_values as recipe_from_values
     from nnunetv2_macl.report import write_report as write_report
     from nnunetv2_macl.run import pretrain as pretrain
     from nnunetv2_macl.training.finetune import nnUNetTrainerMACL as nnUNetTrainerMACL
@@ -34,12 +38,15 @@ if TYPE_CHECKING:
 _FOUND_IN = {
     "DenseContrastiveLoss": "losses",
     "EquivarianceLoss": "losses",
+    "Geometry": "methods.base",
     "IntensityViews": "views",
     "MultiLevelContrastiveLoss": "losses",
     "PositionalContrastiveLoss": "losses",
     "PretrainingModel": "methods.model",
+    "Progress": "methods.base",
     "Recipe": "recipe",
     "SpatialViews": "views",
+    "StepRandom": "methods.base",
     "UserError": "errors",
     "down": "losses",
     "load_recipe": "recipe",
@@ -48,6 +55,7 @@ _FOUND_IN = {
     "positive_mask": "losses",
     "pretrain": "run",
     "pretrainable": "networks.registry",
+    "recipe_from_values": "recipe",
     "reference_values": "losses",
     "write_report": "report",
 }

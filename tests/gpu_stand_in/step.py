@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.gpu import SHAPES, batches, build_step
+from benchmarks.gpu import SHAPES, batches
 from benchmarks.planned import planned
+from benchmarks.step import training_step
 
 LIBRARY = ctypes.CDLL(os.environ["STAND_IN"])
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_long)
@@ -86,7 +87,7 @@ def main(shape, recipes):
         for recipe in recipes:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            step = build_step(configuration, recipe, None, False, device)
+            step = training_step(configuration, device, recipe)
             batch = batches(step)
             for number in range(2):
                 step(batch(number), number)
