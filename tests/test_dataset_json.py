@@ -49,6 +49,7 @@ def test_the_older_key_and_no_labels():
         *(({"channel_names": value}, ["channel_names", "an object"]) for value in ({}, [], "", None, 3, True, [["T1"]])),
         ({"channel_names": {"0": "T1", "00": "T2"}}, ["channel_names"]),
         ({"channel_names": {"-1": "T1"}}, ["channel_names"]),
+        *(({"channel_names": value}, ["from 0 on without a gap"]) for value in ({"1": "T1", "2": "T2"}, {"0": "T1", "2": "T2"})),
         ({"channel_names": {"first": "T1"}}, ["channel_names"]),
         *(({"channel_names": {"0": value}}, ["channel_names", "a text"]) for value in (None, 1, ["T1"], {"a": 1}, "")),
         *(({"file_ending": value}, ["file_ending", ".nii.gz"]) for value in (None, "", ".", "nii.gz", 1, [".nii.gz"])),
