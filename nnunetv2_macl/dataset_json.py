@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,8 +40,8 @@ def check_dataset_json(content: Any, file: Path, *, labels: bool = False) -> dic
             raise UserError(f"{file} has no '{required}'. Add it, as for any nnU-Net data set.")
     _check_channels(content[key], key, file)
     ending = content["file_ending"]
-    if not (isinstance(ending, str) and ending.startswith(".") and len(ending) > 1):
-        _refuse(file, "'file_ending'", 'a text that begins with a dot, such as ".nii.gz"', ending)
+    if not (isinstance(ending, str) and re.fullmatch(r"(\.\w+)+", ending)):
+        _refuse(file, "'file_ending'", 'a file ending, such as ".nii.gz"', ending)
     reader = content.get("overwrite_image_reader_writer", "")
     if not isinstance(reader, str):
         _refuse(file, "'overwrite_image_reader_writer'", 'the name of a nnU-Net reader, such as "SimpleITKIO"', reader)
