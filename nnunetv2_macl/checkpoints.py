@@ -88,7 +88,8 @@ def _why_not(file: Path, error: Exception) -> str:
             f"it holds more than tensors and plain values, namely {', '.join(objects[:3])}{more}. Loading such objects can "
             "run code that is in the file, so this package does not load them."
         )
-    reason = (str(error).strip().splitlines() or [""])[0]
+    # torch puts the advice to run what is in the file before the reason
+    reason = (str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines() or [""])[0]
     # torch prints a part of its messages in bold
     reason = re.sub(r"\x1b\[\d*m", "", reason).rstrip(". ")
     return f"torch cannot read it ({type(error).__name__}: {reason}). The file is damaged, or no file of torch.save."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,8 +40,8 @@ def check_dataset_json(content: Any, file: Path, *, labels: bool = False) -> dic
             raise UserError(f"{file} has no '{required}'. Add it, as for any nnU-Net data set.")
     _check_channels(content[key], key, file)
     ending = content["file_ending"]
-    if not (isinstance(ending, str) and ending.startswith(".") and len(ending) > 1):
-        _refuse(file, "'file_ending'", 'a text that begins with a dot, such as ".nii.gz"', ending)
+    if not (isinstance(ending, str) and re.fullmatch(r"(\.\w+)+", ending)):
+        _refuse(file, "'file_ending'", 'a file ending, such as ".nii.gz"', ending)
     reader = content.get("overwrite_image_reader_writer", "")
     if not isinstance(reader, str):
         _refuse(file, "'overwrite_image_reader_writer'", 'the name of a nnU-Net reader, such as "SimpleITKIO"', reader)
@@ -54,12 +55,14 @@ def check_dataset_json(content: Any, file: Path, *, labels: bool = False) -> dic
 def _check_channels(names: Any, key: str, file: Path) -> None:
     rule = "an object of channel names by channel number"
     if isinstance(names, dict) and names:
-        numbers = [_number(number) for number in names]
-        if None not in numbers and len(set(numbers)) == len(names):
+        numbers = [number for number in map(_number, names) if number is not None]
+        if sorted(numbers) == list(range(len(names))):
             if wrong := [name for name in names.values() if not (isinstance(name, str) and name)]:
                 _refuse(file, f"a name in '{key}'", 'a text, such as "MR"', wrong[0])
             return
-        if all(_number(number) is not None for number in names.values()):  # names and numbers the other way round
+        if len(set(numbers)) == len(names):
+            rule += " from 0 on without a gap"
+        elif all(_number(number) is not None for number in names.values()):  # names and numbers the other way round
             rule += f", here {json.dumps({str(number): name for name, number in names.items()})}"
     elif isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         rule += f", here {json.dumps({str(number): name for number, name in enumerate(names)})}"

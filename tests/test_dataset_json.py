@@ -49,9 +49,11 @@ def test_the_older_key_and_no_labels():
         *(({"channel_names": value}, ["channel_names", "an object"]) for value in ({}, [], "", None, 3, True, [["T1"]])),
         ({"channel_names": {"0": "T1", "00": "T2"}}, ["channel_names"]),
         ({"channel_names": {"-1": "T1"}}, ["channel_names"]),
+        *(({"channel_names": value}, ["from 0 on without a gap"]) for value in ({"1": "T1", "2": "T2"}, {"0": "T1", "2": "T2"})),
         ({"channel_names": {"first": "T1"}}, ["channel_names"]),
         *(({"channel_names": {"0": value}}, ["channel_names", "a text"]) for value in (None, 1, ["T1"], {"a": 1}, "")),
         *(({"file_ending": value}, ["file_ending", ".nii.gz"]) for value in (None, "", ".", "nii.gz", 1, [".nii.gz"])),
+        *(({"file_ending": value}, ["file_ending", ".nii.gz"]) for value in (".nii.gz ", "./nii.gz", ".*")),
         *(({"overwrite_image_reader_writer": value}, ["overwrite_image_reader_writer"]) for value in (None, 1, {})),
         *(({"labels": value}, ["labels", "background"]) for value in (None, [], "organ", {"organ": 1}, {"0": "background"})),
         ({"labels": {"background": 0, "organ": "one"}}, ["labels"]),
@@ -94,6 +96,16 @@ def test_every_way_to_a_data_set_checks_it(workspace):
         with pytest.raises(UserError, match=r"'channel_names' must be .* here \{\"0\": \"MR0\"\}") as error:
             read()
         assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("label", [None, 3, "labelsTr/case_000.nii.gz"])
+def test_the_labels_of_listed_images_are_not_looked_at(workspace, label):
+    (workspace.raw / DATASET).rename(workspace.raw / "Dataset902_Other")
+    file = workspace.raw / "Dataset902_Other" / "dataset.json"
+    listed = {"listed": {"images": ["imagesTr/case_000_0000.nii.gz"], "label": label}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dataset": listed}))
+    (source,) = find_sources(Configuration.load("901", "nnUNetPlans", "2d"), ["Dataset902_Other"])
+    assert "listed" in source.cases and not source.incomplete
 
 
 def test_a_byte_order_mark_is_no_mistake(workspace):

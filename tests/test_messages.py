@@ -76,6 +76,34 @@ def test_a_script_that_would_run_again_in_each_process_is_told_so(tmp_path, monk
         require_main_guard()
 
 
+GUARDED = 'if __name__ == "__main__":\n    print("{}")\n'
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+@pytest.mark.parametrize(
+    ("script", "good"),
+    [
+        ("{call}", False),
+        (GUARDED.format("a guard elsewhere") + "{call}", False),
+        ("{call}\n" + GUARDED.format("a guard below"), False),
+        (GUARDED.format("a guard around the call") + "    {call}", True),
+        ('def main():\n    {call}\n__name__ == "__main__" and main()', True),
+        (
+            "import threading\n" + GUARDED.format("a thread") + "    threading.Thread(target=lambda: {call}).start()",
+            True,
+        ),
+    ],
+)
+def test_the_call_itself_must_be_below_the_guard(tmp_path, script, good, as_module):
+    call = "__import__('nnunetv2_macl.main_guard').main_guard.require_main_guard()"
+    (tmp_path / "my_script.py").write_text(script.format(call=call))
+    command = [sys.executable, *(["-m", "my_script"] if as_module else ["my_script.py"])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (process.returncode == 0) == good, process.stderr
+    assert good or "my_script.py would run again in each" in process.stderr
+
+
 def test_consoles_and_modules_need_no_guard(monkeypatch):
     for main in (SimpleNamespace(), SimpleNamespace(__file__="/nowhere/console.exe/__main__.py", __spec__=None)):
         monkeypatch.setitem(sys.modules, "__main__", main)

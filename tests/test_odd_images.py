@@ -3,6 +3,7 @@
 import gzip
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -13,7 +14,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunetv2_macl import doctor
-from nnunetv2_macl.doctor.dataset import headers
+from nnunetv2_macl.doctor.dataset import header_problem, headers
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.preprocessing import cases as preprocessing
@@ -83,6 +84,19 @@ def test_a_change_of_a_file_beside_an_image_is_a_change_of_the_image(tmp_path, m
     assert made_from() == alone
 
 
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
+def test_a_data_file_that_kept_its_name_is_read_with_its_header(tmp_path, monkeypatch, ending):
+    """As where people rename the header alone to the name that nnU-Net asks for."""
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    write(tmp_path / f"patient{ending}")
+    (tmp_path / f"patient{ending}").rename(tmp_path / f"patient_0000{ending}")
+    source = source_in(tmp_path, ending, SimpleITKIO)
+    first = source.cases["patient"].made_from
+    assert [name for name, *_ in first] == [f"patient_0000{ending}", "patient.raw"] and not source.passed_over
+    (tmp_path / "patient.raw").write_bytes((VOLUME + 1).tobytes() + b"more")
+    assert source_in(tmp_path, ending, SimpleITKIO).cases["patient"].made_from != first
+
+
 def test_a_tiff_without_spacing_and_one_with_a_wrong_spacing_are_told(target, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     image, spacing = tmp_path / "a_0000.tif", tmp_path / "a.json"
@@ -123,6 +137,28 @@ def test_both_endings_of_a_format_are_read(target, workspace):
     assert {"plain", "Upper"} < {case.name for case in done.cases}
 
 
+def test_a_file_with_the_other_ending_of_its_format_is_explained(target, tmp_path):
+    for written, named in (("a.nii", "a_0000.nii.gz"), ("b.nii.gz", "b_0000.nii")):
+        write(tmp_path / written)
+        (tmp_path / written).rename(tmp_path / named)
+        renamed = tmp_path / f"{named[0]}_0000{written[1:]}"
+        with pytest.raises(UnusableImageError, match=f"Rename it to {renamed}"):
+            read_case(target, CaseFiles([str(tmp_path / named)], None, 1, []), SimpleITKIO)
+        assert f"Rename it to {renamed}" in header_problem(str(tmp_path / named), SimpleITKIO, 1)
+        (tmp_path / named).rename(renamed)
+        assert read_case(target, CaseFiles([str(renamed)], None, 1, []), SimpleITKIO)[0].shape == (1, *VOLUME.shape)
+
+
+def test_the_doctor_finds_by_the_header_what_no_run_can_use(target, tmp_path):
+    colours = np.zeros(VOLUME.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    for name, array in (("colours", colours), ("five", VOLUME[..., None, None].repeat(3, -1))):
+        file = str(tmp_path / f"{name}_0000.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), file)
+        with pytest.raises(UnusableImageError):
+            read_case(target, CaseFiles([file], None, 1, []), SimpleITKIO)
+        assert header_problem(file, SimpleITKIO, 1)
+
+
 def test_advice_for_another_format_is_to_convert(target, workspace):
     folder = workspace.raw / DATASET / "imagesUn"
     for name, words in (
@@ -155,6 +191,11 @@ def test_a_single_slice_is_no_volume(tmp_path):
     ):
         tifffile.imwrite(tmp_path / name, array)
         assert (whats_flat(Volumes, CaseFiles([str(tmp_path / name)], None, 1, [])) is not None) == is_flat
+    # a header without a size is damaged
+    write(tmp_path / "nothing.nii")
+    content = (tmp_path / "nothing.nii").read_bytes()
+    (tmp_path / "nothing.nii").write_bytes(content[:40] + bytes(16) + content[56:])
+    assert whats_flat(Volumes, CaseFiles([str(tmp_path / "nothing.nii")], None, 1, [])) is None
     # what cannot be read is told when it is read
     (tmp_path / "broken.nii.gz").write_bytes(b"")
     assert whats_flat(Volumes, CaseFiles([str(tmp_path / "broken.nii.gz")], None, 1, [])) is None

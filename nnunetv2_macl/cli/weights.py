@@ -8,6 +8,11 @@ from pathlib import Path
 
 from nnunetv2_macl.cli.messages import run
 
+_WEIGHTS = (
+    "a pre-training run's folder, a file in it, a checkpoint of nnU-Net (checkpoint_final.pth) or of nnssl, or a file that the "
+    "MACL authors published, such as MACL_CHD.pth"
+)
+
 
 def transfer_entry() -> None:
     """``nnUNetv2_macl_transfer``."""
@@ -17,9 +22,7 @@ def transfer_entry() -> None:
         epilog="Example: nnUNetv2_macl_transfer macl_encoder.pth 27 -c 3d_fullres, then "
         "nnUNet_macl_weights=macl_encoder.pth nnUNetv2_train 27 3d_fullres 0 -tr nnUNetTrainerMACL",
     )
-    parser.add_argument(
-        "weights", help="a pre-training run's folder, a file in it, or a checkpoint of nnU-Net or nnssl"
-    )
+    parser.add_argument("weights", help=_WEIGHTS)
     parser.add_argument("dataset_name_or_id", help="data set to fine-tune on, by name or id")
     parser.add_argument(
         "-c",
@@ -45,9 +48,7 @@ def export_entry() -> None:
         epilog="Examples: nnUNetv2_macl_export RUN_FOLDER -o weights.zip; "
         "nnUNetv2_macl_export macl_encoder.pth -o for_nnunet.pth --format nnunet",
     )
-    parser.add_argument(
-        "weights", help="a pre-training run's folder, a file in it, or a checkpoint of nnU-Net or nnssl"
-    )
+    parser.add_argument("weights", help=_WEIGHTS)
     parser.add_argument("-o", dest="output", required=True, help="file to write")
     parser.add_argument(
         "--format",
@@ -99,7 +100,9 @@ def inspect_entry() -> None:
         epilog="Example: nnUNetv2_macl_inspect macl_encoder.pth",
     )
     parser.add_argument(
-        "file", help="checkpoint, exported weights, MACL plan, package (.zip), or checkpoint of nnU-Net or nnssl"
+        "file",
+        help="a checkpoint, exported weights, a MACL plan or a package (.zip) of this project, a checkpoint of nnU-Net or of "
+        "nnssl, or a file that the MACL authors published",
     )
     file = Path(parser.parse_args().file).expanduser()
 

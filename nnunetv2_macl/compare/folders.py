@@ -23,7 +23,13 @@ from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json, write_whole
 from nnunetv2_macl.nnunet import preprocessed_folder, raw_folder, read_dataset_json, read_json
-from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, group_channels, pick_channels, sidecars
+from nnunetv2_macl.preprocessing.sources import (
+    UNLABELLED_FOLDER,
+    group_channels,
+    named_in_header,
+    pick_channels,
+    sidecars,
+)
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.words import counted
 
@@ -261,7 +267,7 @@ def link_unlabelled(study: Study, images: RawImages) -> None:
     for case in pretraining_images(study, list(images.unlabelled)):
         for file in map(Path, images.unlabelled[case]):
             _link(file, folder / file.name, case)
-            names = file.name, f"{case}.json", *sidecars(file.name)
+            names = file.name, f"{case}.json", *sidecars(file.name), *named_in_header(str(file))
             wanted |= {name for name in names if (file.parent / name).exists()}
     for link in folder.iterdir() if folder.is_dir() else ():
         if link.name not in wanted:
@@ -272,6 +278,7 @@ def _link(file: Path, link: Path, case: str) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
     # what is read with an image, and the spacing file of a TIFF's label
     names = dict(zip(sidecars(file.name), sidecars(link.name), strict=False)) | {f"{case}.json": f"{case}.json"}
+    names |= {name: name for name in named_in_header(str(file))}
     beside = [(file.parent / theirs, link.parent / ours) for theirs, ours in names.items()]
     for source, target in ((file, link), *beside):
         if not source.exists() or (target.exists() and target.samefile(source)):

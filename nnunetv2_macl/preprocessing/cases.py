@@ -14,6 +14,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -61,6 +62,10 @@ logger = logging.getLogger(__name__)
 _MOST_COMPRESSED = 1032
 # 16 GiB, beyond which a spacing is wrong rather than an image large
 _MOST_VOXELS = 2**32
+
+# how files begin: with the size of their header, of 348 bytes, or as gzip has it
+_NIFTI_STARTS = (b"\x5c\x01\0\0", b"\0\0\x01\x5c")
+_GZIP_START = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -265,7 +270,7 @@ def whats_flat(configuration: Configuration, case: CaseFiles) -> str | None:
         # what cannot be read is told when it is read
         with contextlib.suppress(Exception):
             size = _voxels(file)
-            if len(size) < 3 or 1 in size:
+            if 0 not in size and (len(size) == 2 or 1 in size):
                 shape = "x".join(map(str, size))
                 return f"{file} is a single slice ({shape} voxels), and {configuration.name} is trained on volumes."
     return None
@@ -391,12 +396,18 @@ def _promised_bytes(image: Any) -> int:
 
 
 def check_nifti_header(file: str) -> None:
-    """Raise ValueError for what ITK's NIfTI reader passes over in a header: a spacing of 0, for which it takes 1; complex
-    numbers, of which it leaves the imaginary part out.
+    """Raise ValueError for a header that promises what nnU-Net cannot take, or that ITK's NIfTI reader passes over.
+
+    ITK takes a spacing of 1 in place of 0, and leaves the imaginary part of complex numbers out.
     """
+    _check_compression(file)
     image: Any = nibabel.load(file)
     if image.get_data_dtype().kind == "c":
         raise ValueError("it holds complex numbers")
+    if image.get_data_dtype().fields or math.prod(image.shape[4:]) > 1:
+        raise ValueError(
+            "it holds several channels in each voxel, as in RGB, and nnU-Net reads one number a voxel from NIfTI files"
+        )
     with ImageOpener(file) as stream:  # nibabel corrects what it loads
         spacing = np.abs(type(image.header).from_fileobj(stream, check=False)["pixdim"][1:4])
     if not (np.isfinite(spacing) & (spacing > 0)).all():
@@ -420,6 +431,21 @@ def check_nifti(file: str) -> None:
     # read whole: fails where data are missing
     if not np.isfinite(np.asanyarray(image.dataobj)).all():
         raise ValueError("it holds NaN or infinite values")
+
+
+def _check_compression(file: str) -> None:
+    """Raise ValueError for a NIfTI image that was renamed from .nii to .nii.gz or back, which readers then cannot read."""
+    stem, is_gzip = re.sub(r"(?i)(\.nii|\.nii\.gz)$", "", file), file.lower().endswith(".gz")
+    with open(file, "rb") as stream:
+        start = stream.read(4)
+    if is_gzip and start in _NIFTI_STARTS:
+        raise ValueError(
+            f"its name says that it is compressed, and it is not. Rename it to {stem}.nii, which is read, too"
+        )
+    if not is_gzip and start.startswith(_GZIP_START):
+        raise ValueError(
+            f"it is compressed, and its name does not say so. Rename it to {stem}.nii.gz, which is read, too"
+        )
 
 
 def _check_spacing_file(image: str) -> None:

@@ -30,6 +30,10 @@ _FILES_AT_ONCE = 16
 # endings that name one format: a reader of one reads the other
 _SAME_FORMAT = ((".nii.gz", ".nii"), (".tif", ".tiff"))
 
+# in the header of a MetaImage or a NRRD image
+_DATA_FILE = re.compile(rb"^(?:ElementDataFile *=|data ?file:) *(.+?)\s*$", re.MULTILINE)
+_LONGEST_HEADER = 1 << 16
+
 
 class CaseFiles(NamedTuple):
     """Files of one case in the order of DATASET's channels, or one file and the channels to take from it."""
@@ -85,6 +89,25 @@ def sidecars(name: str) -> list[str]:
         return [f"{re.sub(r'_[0-9]{4}$', '', stem)}.json"]  # as nnU-Net's Tiff3DIO names it
     detached = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz"), ".hdr": (".img", ".img.gz"), ".img": (".hdr",)}
     return [f"{stem}{other}" for other in detached.get(ending.lower(), ())]
+
+
+def named_in_header(image: str) -> list[str]:
+    """Return the name of the data file that a detached header names, in a list; none where the image has no such header.
+
+    People rename the header alone, to the name that nnU-Net asks for, and the data file keeps its name.
+
+    Args:
+        image: Path of the image's file.
+    """
+    if not image.lower().endswith((".mhd", ".nhdr")):
+        return []
+    try:
+        with open(image, "rb") as stream:
+            named = _DATA_FILE.search(stream.read(_LONGEST_HEADER))
+    except OSError:
+        return []  # the reader says why
+    name = os.fsdecode(named[1]) if named else ""
+    return [name] if name not in ("", "LOCAL", "LIST") and name == os.path.basename(name) else []
 
 
 def _lies_in(path: str, folders: Sequence[str]) -> bool:
@@ -191,14 +214,14 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
 
 def _listed_images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Images by case where dataset.json lists them; labels need not be there."""
-    unlabelled = {case: {"label": ""} | entry for case, entry in dataset_json["dataset"].items()}
+    unlabelled = {case: entry | {"label": ""} for case, entry in dataset_json["dataset"].items()}
     return get_filenames_of_train_images_and_targets(str(folder), dataset_json | {"dataset": unlabelled})
 
 
 def _listed_file(path: str) -> RawFile:
     found = RawFile.look(path, partial(os.stat, path), False, ())
     beside: list[list[str | int]] = []
-    for name in sidecars(os.path.basename(path)):
+    for name in dict.fromkeys((*sidecars(os.path.basename(path)), *named_in_header(path))):
         with contextlib.suppress(OSError):
             status = os.stat(os.path.join(os.path.dirname(path), name))
             beside.append([name, status.st_size, status.st_mtime_ns])
@@ -256,7 +279,8 @@ def group_channels(folder: Path, ending: str) -> dict[str, dict[int, RawFile]]:
     def look(name: str) -> RawFile:
         entry = there[name]
         beside: list[list[str | int]] = []
-        for other in (there[other] for other in sidecars(name) if other in there):
+        read_with = dict.fromkeys((*sidecars(name), *named_in_header(str(folder / name))))
+        for other in (there[other] for other in read_with if other in there):
             with contextlib.suppress(OSError):  # a dead link
                 beside.append([other.name, other.stat().st_size, other.stat().st_mtime_ns])
         found = RawFile.look(str(folder / name), entry.stat, entry.is_symlink(), inside)
@@ -352,7 +376,7 @@ def passed_over(folder: Path, ending: str) -> list[str]:
         return []
     names = os.listdir(folder)
     images = _images_among(names, ending)
-    used = {*images, *(other for name in images for other in sidecars(name))}
+    used = {*images, *(other for name in images for other in (*sidecars(name), *named_in_header(str(folder / name))))}
     return [f"{folder.name}/{name}" for name in sorted(names) if not (name.startswith(".") or name in used)]
 
 
