@@ -9,7 +9,7 @@ Source: MACL section III (invariance group, variance group, down).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,9 @@ INTENSITY_ON = {
     "variance": (False, False, True, True),
     "auxiliary": (False, True, False, True),
 }
+# Voxels that are changed at a time. Where each of them is read from takes 12 bytes, so a batch of large volumes would need more
+# memory for that than for the images.
+_VOXELS_AT_ONCE = 2**24
 
 
 class SpatialViews:
@@ -116,8 +119,20 @@ class SpatialViews:
             (N, C, *size).
         """
         size = tuple(size or patches.shape[2:])
-        grid = F.affine_grid(parameters.to(patches), [len(patches), 1, *size], align_corners=True)
-        return F.grid_sample(patches, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+        parameters, views = parameters.to(patches), patches.new_empty(*patches.shape[:2], *size)
+        for part in _parts(len(patches), size):
+            shown = patches[part]
+            grid = F.affine_grid(parameters[part], [len(shown), 1, *size], align_corners=True)
+            views[part] = F.grid_sample(shown, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+            # otherwise it would stay while the next one is computed
+            del grid
+        return views
+
+
+def _parts(patches: int, size: Sequence[int]) -> Iterator[slice]:
+    """Yield which patches of ``size`` voxels are changed at a time."""
+    at_once = max(1, _VOXELS_AT_ONCE // math.prod(size))
+    return (slice(first, first + at_once) for first in range(0, patches, at_once))
 
 
 def _rotation(axes: int, first: int, second: int, angles: Tensor) -> Tensor:
@@ -202,6 +217,13 @@ class IntensityViews:
         """
         if not self.strength:
             return patches
+        views = torch.empty_like(patches)
+        for part in _parts(len(patches), patches.shape[2:]):
+            views[part] = self._change(patches[part], IntensityNumbers(numbers.values[part], numbers.noise_seeds[part]))
+        return views
+
+    def _change(self, patches: Tensor, numbers: IntensityNumbers) -> Tensor:
+        """Return what `apply` returns, at the memory of several copies of the patches."""
         axes = patches.ndim - 2
         single = [*patches.shape[:2], *[1] * axes]
 
