@@ -8,7 +8,7 @@ Both are the most that a whole step holds: activations, weights, gradients and o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncM,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.measure import peak_allocated
 from benchmarks.planned import FLAT, Fingerprint, planned
@@ -98,6 +98,11 @@ def measure(configuration: Configuration, levels: Levels, recipe: Recipe, batch_
         loss(network(*shown), torch.rand(batch_size, 3))["total"].backward()
         optimizer.step()
 
+    return peak_of_step(step, network, optimizer)
+
+
+def peak_of_step(step: Callable[[], object], network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Run a step twice and return the most bytes that weights, optimiser and all that it computes take in the second run."""
     step()
     held = [*network.parameters(), *_tensors(optimizer.state_dict())]
     optimizer.zero_grad(set_to_none=True)

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks.memory import CASES, compare
-from benchmarks.planned import Fingerprint, plan_with_nnunet
+from benchmarks.memory import CASES, compare, peak_of_step
+from benchmarks.planned import FLAT, Fingerprint, plan_with_nnunet, planned
+from benchmarks.step import batch, training_step
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
 from nnunetv2_macl.planning.derive import derive_plan
@@ -28,6 +30,35 @@ QUICK = ("2D plain", "3D plain", "2D plain, dense loss in chunks", "2D plain, av
 def test_prediction_against_a_real_step(case, tmp_path):
     estimate, measured, _ = compare(case, tmp_path)
     assert 0.97 * measured < estimate.gib(case.batch_size) * 2**30 < 1.2 * measured
+
+
+@pytest.mark.parametrize("mixed_precision", [False, True], ids=["float32", "mixed precision"])
+@pytest.mark.parametrize(
+    "values, size, at_once",
+    [
+        ({"weight_global": 0.0, "weight_dense": 0.0, "weight_equivariance": 0.0, "weight_restoration": 1.0}, 8, 8),
+        ({"weight_restoration": 1.0}, 4, 2),
+    ],
+    ids=["restoration", "contrast and restoration in parts"],
+)
+def test_prediction_against_a_step_as_the_trainer_takes_it(values, size, at_once, mixed_precision, tmp_path):
+    with planned(Fingerprint("2D plain", ("MR",), (1, 64, 64), (FLAT, 1.0, 1.0)), "2d", tmp_path) as configuration:
+        step = training_step(configuration, size, torch.device("cpu"), patches_at_once=at_once, **values)
+        levels = plan_levels(configuration.patch_size, configuration.strides, step.recipe)
+        estimate = MemoryEstimate(configuration, levels, step.recipe)
+    predicted = estimate.gib(size, at_once, mixed_precision=mixed_precision) * 2**30
+    data = batch(step, size)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
+            step(data, 0)
+
+    measured = peak_of_step(run, step.module, step.optimizer)
+    if mixed_precision:
+        # A CPU takes the memory of a GPU here, apart from cuBLAS's workspace of 32 MiB and blocks of whole 2 MiB.
+        assert measured < predicted - 32 * 2**20 < 1.3 * measured
+    else:
+        assert 0.97 * measured < predicted < 1.2 * measured
 
 
 @pytest.fixture
