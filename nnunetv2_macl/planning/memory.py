@@ -20,7 +20,7 @@ from nnunetv2_macl.network import InstanceProjector, MACLNetwork
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.levels import Levels
 from nnunetv2_macl.recipe import AUTO, Recipe
-from nnunetv2_macl.restoration import restoration_loss
+from nnunetv2_macl.restoration import restoration_loss, standardise
 
 # the batch beyond which more memory is not spent
 _BATCH_SIZES = (32, 24, 16, 12, 8, 6, 4, 2)
@@ -45,6 +45,7 @@ class MemoryEstimate:
         with torch.device("meta"):
             self.network = build_network(configuration, levels, recipe)
         self._channels = len(configuration.channel_names)
+        self._unnormalised = configuration.unnormalised_channels
         self._patch = levels.patch_size
         self._small = [n // s for n, s in zip(levels.patch_size, levels.scale, strict=True)]
         # of the variance group, in the training stage that holds more
@@ -133,9 +134,10 @@ class MemoryEstimate:
 
     def _restore(self, patches: Tensor, at_once: int) -> None:
         mask = torch.empty(len(patches), 1, *self._patch, dtype=torch.bool, device="meta")
-        shown = torch.where(mask, 0, patches)
+        whole, zero = standardise(patches, self._unnormalised)
+        shown = torch.where(mask, zero, patches)
         restored = self.network.restore(shown[:at_once])
-        restoration_loss(restored, patches[:at_once], mask[:at_once]).sum().backward()
+        restoration_loss(restored, whole[:at_once], mask[:at_once]).sum().backward()
 
     def _total(self, outputs: dict[str, Tensor]) -> Tensor:
         patches = len(next(iter(outputs.values())))
