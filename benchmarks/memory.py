@@ -83,13 +83,18 @@ CASES = (
 )
 
 
-def measure(step: TrainingStep) -> int:
+def measure(step: TrainingStep, *, mixed_precision: bool = False) -> int:
     """Train two real steps on the CPU and return the most bytes that were allocated during a step."""
     data = batch(step)
-    step(data, 0)
+
+    def train(number: int) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
+            step(data, number)
+
+    train(0)
     held = [*step.model.parameters(), *_tensors(step.optimizer.state_dict())]
     step.optimizer.zero_grad(set_to_none=True)
-    return _bytes(held) + data["data"].nbytes + peak_allocated(lambda: step(data, 1))[1]
+    return _bytes(held) + data["data"].nbytes + peak_allocated(lambda: train(1))[1]
 
 
 def _tensors(state: dict) -> list[Tensor]:

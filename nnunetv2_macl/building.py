@@ -51,8 +51,12 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     if recipe.optimizer == "sgd":
         settings["momentum"] = recipe.momentum
-    # One kernel for all weights, and no wait for the gradient scaler's check. SGD has it from torch 2.3 on.
-    if parameters[0].device.type == "cuda" and "fused" in inspect.signature(kind).parameters:
+    # One kernel for all weights, and no wait for the gradient scaler's check. SGD has it from torch 2.3 on. There it fails if
+    # some weights get their first gradient later than others, as with two training stages.
+    is_possible = "fused" in inspect.signature(kind).parameters and (
+        recipe.optimizer != "sgd" or not recipe.trains_in_stages
+    )
+    if parameters[0].device.type == "cuda" and is_possible:
         settings["fused"] = True
     return kind(parameters, **settings)
 

@@ -69,6 +69,11 @@ class Recipe(MethodConfig):
         """Return whether patches of near positions are positives of each other."""
         return any(method.compares_positions for method in methods_of(self.method))
 
+    @property
+    def trains_in_stages(self) -> bool:
+        """Return whether some weights get their first gradient later than others."""
+        return any(method.trains_in_stages(self) for method in methods_of(self.method))
+
     def as_dict(self) -> dict[str, Any]:
         """Return all values by key, as JSON has them."""
         return self.model_dump()

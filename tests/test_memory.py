@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from steps import recipe_of
 
-from benchmarks.memory import CASES, compare
-from benchmarks.planned import Fingerprint, plan_with_nnunet
+from benchmarks.memory import CASES, compare, measure
+from benchmarks.planned import FLAT, Fingerprint, plan_with_nnunet, planned
+from benchmarks.step import training_step
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
@@ -28,6 +30,22 @@ QUICK = ("2D plain", "3D plain", "2D plain, dense loss in chunks", "2D plain, av
 def test_prediction_against_a_real_step(case, tmp_path):
     estimate, measured, _ = compare(case, tmp_path)
     assert 0.97 * measured < estimate.gib(case.batch_size) * 2**30 < 1.2 * measured
+
+
+@pytest.mark.parametrize("mixed_precision", [False, True], ids=["float32", "mixed precision"])
+@pytest.mark.parametrize("recipe, size, at_once", [("restore", 8, 8), ("macl_restore", 4, 2)])
+def test_prediction_against_a_step_in_mixed_precision_and_in_parts(recipe, size, at_once, mixed_precision, tmp_path):
+    with planned(Fingerprint("2D plain", ("MR",), (1, 64, 64), (FLAT, 1.0, 1.0)), "2d", tmp_path) as configuration:
+        sizes = {"batch_size": size, "patches_at_once": at_once}
+        step = training_step(configuration, torch.device("cpu"), recipe, **sizes)
+        estimate = MemoryEstimate(configuration, step.plan.geometry, step.recipe)
+    predicted = estimate.gib(size, at_once, mixed_precision=mixed_precision) * 2**30
+    measured = measure(step, mixed_precision=mixed_precision)
+    if mixed_precision:
+        # A CPU takes the memory of a GPU here, apart from cuBLAS's workspace of 32 MiB and blocks of whole 2 MiB.
+        assert measured < predicted - 32 * 2**20 < 1.3 * measured
+    else:
+        assert 0.97 * measured < predicted < 1.2 * measured
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from benchmarks.measure import peak_allocated
 from nnunetv2_macl.views import IntensityNumbers, IntensityViews, SpatialViews, down
+from nnunetv2_macl.views import parts as module
 
 STILL = dict(mirroring=False, rotation=0.0, scaling=(1.0, 1.0), translation=0.0)
 
@@ -113,6 +115,22 @@ def test_a_part_of_a_batch_is_changed_as_within_the_whole():
     whole = IntensityViews().apply(patches, numbers)
     part = IntensityViews().apply(patches[2:4], IntensityNumbers(numbers.values[2:4], numbers.noise_seeds[2:4]))
     torch.testing.assert_close(part, whole[2:4])
+
+
+@pytest.mark.parametrize("size", [(48, 40), (16, 20, 12)])
+def test_a_few_patches_at_a_time_give_the_same_views_in_less_memory(monkeypatch, size):
+    patches = torch.randn(16, 2, *size, generator=generator())
+    spatial, intensity = SpatialViews(size), IntensityViews()
+    parameters = spatial.draw(16, generator(1))
+    numbers = intensity.draw(16, 2, len(size), generator(2))
+    for run in (lambda: spatial.apply(patches, parameters), lambda: intensity.apply(patches, numbers)):
+        whole, at_once = peak_allocated(run)
+        # three at a time, and one in the end
+        monkeypatch.setattr(module, "VOXELS_AT_ONCE", 3 * size[0] * patches[0, 0, 0].numel())
+        several, in_parts = peak_allocated(run)
+        monkeypatch.undo()
+        torch.testing.assert_close(several, whole)
+        assert in_parts < 0.6 * at_once
 
 
 def test_intensity_of_a_constant_image_is_finite():

@@ -206,6 +206,11 @@ class Method(nn.Module, ABC):
         """Return the losses that a recipe trains, each with its weight in the total."""
         return dict.fromkeys(cls.loss_labels, 1.0)
 
+    @classmethod
+    def trains_in_stages(cls, recipe: Any) -> bool:
+        """Return whether some weights get their first gradient later than others."""
+        return False
+
     @abstractmethod
     def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the network's features by name, each with a row per patch. No patch sees another here.

@@ -242,6 +242,10 @@ class MACL(Method):
     def weights(cls, recipe: Any) -> dict[str, float]:
         return {name: weight for name in cls.loss_labels if (weight := getattr(recipe, f"weight_{name}"))}
 
+    @classmethod
+    def trains_in_stages(cls, recipe: Any) -> bool:
+        return recipe.training_stages == 2
+
     def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         small = [views[group] for group in GROUPS[::2] if group in views]
         full = [views[group] for group in GROUPS[1::2] if group in views]

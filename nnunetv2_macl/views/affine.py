@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunetv2_macl.views.parts import parts_of
+
 
 class SpatialViews:
     """Mirror, rotate, scale and translate 2D or 3D patches at random.
@@ -107,8 +109,14 @@ class SpatialViews:
             (N, C, *size).
         """
         size = tuple(size or patches.shape[2:])
-        grid = F.affine_grid(parameters.to(patches), [len(patches), 1, *size], align_corners=True)
-        return F.grid_sample(patches, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+        parameters, views = parameters.to(patches), patches.new_empty(*patches.shape[:2], *size)
+        for part in parts_of(len(patches), size):
+            shown = patches[part]
+            grid = F.affine_grid(parameters[part], [len(shown), 1, *size], align_corners=True)
+            views[part] = F.grid_sample(shown, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+            # Otherwise it would stay while the next one is computed.
+            del grid
+        return views
 
 
 def _rotation(axes: int, first: int, second: int, angles: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnunetv2_macl.losses import LINEAR_MODE
+from nnunetv2_macl.views.parts import parts_of
 
 
 class IntensityNumbers(NamedTuple):
@@ -88,6 +89,13 @@ class IntensityViews:
         """
         if not self.strength:
             return patches
+        views = torch.empty_like(patches)
+        for part in parts_of(len(patches), patches.shape[2:]):
+            views[part] = self._change(patches[part], IntensityNumbers(numbers.values[part], numbers.noise_seeds[part]))
+        return views
+
+    def _change(self, patches: Tensor, numbers: IntensityNumbers) -> Tensor:
+        """Return what `apply` returns, at the memory of several copies of the patches."""
         axes = patches.ndim - 2
         single = [*patches.shape[:2], *[1] * axes]
 

@@ -91,6 +91,9 @@ def main(shape, recipes):
             batch = batches(step)
             for number in range(2):
                 step(batch(number), number)
+            if step.recipe.trains_in_stages:
+                # a step of the second stage, which trains other weights
+                step(batch(2), step.steps - 1)
             allocated = torch.cuda.max_memory_allocated() / 2**30
             waits = waits_of(lambda step=step, batch=batch: step(batch(2), 2))
             found = {
