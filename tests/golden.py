@@ -172,10 +172,14 @@ def prepare(folder: Path) -> None:
 def add_plans(folder: Path) -> None:
     """Write plans of small networks beside nnU-Net's own, and the recipe files.
 
+    Unlabelled images are removed, because they would be preprocessed again for each plan, which takes longer than training.
+
     Args:
         folder: With nnU-Net's three folders, in which the data set is planned and preprocessed in 2D.
     """
+    shutil.rmtree(folder / "nnUNet_raw" / DATASET / "imagesUn")
     planned = folder / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
+    shutil.rmtree(planned.with_name("nnUNetPlans_macl_2d"))
     for network in NETWORKS:
         plans = json.loads(planned.read_text())
         for configuration, patch, strides in (
