@@ -14,7 +14,13 @@ INTRODUCTION = """# Recipe keys
 
 `python docs/recipe_table.py` writes this page from the code. [The plan](plan.md) says what a recipe is. A recipe has the keys of
 the first table and those of the methods that its `method` names."""
-TYPES = {"integer": "whole number", "number": "number", "string": "text", "null": "`null`", "boolean": "`true` or `false`"}
+TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "null": "`null`",
+    "boolean": "`true` or `false`",
+}
 
 
 def page() -> str:
