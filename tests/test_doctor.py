@@ -18,7 +18,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2_macl import doctor
 from nnunetv2_macl.cli import look
 from nnunetv2_macl.data import Reading
-from nnunetv2_macl.doctor import dataset, environment, finder, machine, shell
+from nnunetv2_macl.doctor import dataset, environment, finder, machine
 from nnunetv2_macl.doctor.measure import plan_in_use
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES
 from nnunetv2_macl.planning.prepare import prepare
@@ -38,7 +38,6 @@ def bare(monkeypatch):
     """None of nnU-Net's variables is set: that is when people need the doctor."""
     for name in (*FOLDER_VARIABLES, "nnUNet_extTrainer", "nnUNet_macl_weights", "CONDA_DEFAULT_ENV"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(environment, "shell_in_use", lambda: "bash")
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -55,6 +54,7 @@ def test_nothing_set_is_told_line_by_line(bare, monkeypatch, capsys):
     for name in FOLDER_VARIABLES:
         assert f'> export {name}="/path/to/{name}"' in out
     assert '> export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"' in out
+    assert "~/.bashrc" in out and "set -gx NAME VALUE" in out
     assert "4 is looked at when this is mended" in out and "4 to mend" in out
     assert len(out.splitlines()) < 40, "more than a screen"
 
@@ -125,7 +125,6 @@ def test_another_class_of_the_name_is_told_with_its_file(monkeypatch, tmp_path):
 def test_a_hidden_trainer_is_mended_by_the_line_that_is_shown(monkeypatch, tmp_path):
     (tmp_path / "old_copy.py").write_text(OTHER)
     monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
-    monkeypatch.setattr(environment, "shell_in_use", lambda: "bash")
     result = environment.trainers_are_found()
     assert result.status == doctor.WRONG and f"{tmp_path / 'old_copy.py'} won" in result.words
     assert result.mend.splitlines()[-1] == 'export nnUNet_extTrainer="$(nnUNetv2_macl_trainers):$nnUNet_extTrainer"'
@@ -140,38 +139,6 @@ def test_a_broken_module_in_the_folder_is_named(monkeypatch, tmp_path, content, 
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path), str(resource_folder("trainers"))]))
     found = finder.find("nnUNetTrainerMACL")
     assert words in found["error"] and found["file"] == str(file)
-
-
-# --- lines for the shell ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["bash", "zsh", "fish", "pwsh"])
-@pytest.mark.parametrize("before", ["", "/mine"])
-def test_the_lines_do_in_each_shell_what_they_say(name, before, monkeypatch, tmp_path):
-    """Run in the shell itself, where it is installed."""
-    if shutil.which(name) is None:
-        pytest.skip(f"{name} is not installed")
-    command = tmp_path / "nnUNetv2_macl_trainers"
-    command.write_text("#!/bin/sh\necho /ours\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), os.environ["PATH"]]))
-    monkeypatch.setenv("nnUNet_extTrainer", before)
-    kind = "powershell" if name == "pwsh" else name
-    show = {"fish": "echo $nnUNet_extTrainer $nnUNet_raw", "powershell": '"$env:nnUNet_extTrainer $env:nnUNet_raw"'}
-    lines = [shell.set_trainers(kind), shell.set_variable("nnUNet_raw", "/raw", kind)]
-    lines.append(show.get(kind, "echo $nnUNet_extTrainer $nnUNet_raw"))
-    out = subprocess.run([name, "-c", "\n".join(lines)], capture_output=True, text=True)
-    assert out.stdout.strip() == f"{before + ':' if before else ''}/ours /raw", out
-
-
-def test_the_lines_of_every_shell(monkeypatch):
-    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
-    assert shell.set_trainers("fish") == "set -gx nnUNet_extTrainer (nnUNetv2_macl_trainers)"
-    assert shell.set_trainers("powershell") == '$env:nnUNet_extTrainer = "$(nnUNetv2_macl_trainers)"'
-    monkeypatch.setenv("CONDA_DEFAULT_ENV", "macl")
-    assert shell.for_good("zsh") == 'conda env config vars set NAME="VALUE"\nconda activate macl'
-    monkeypatch.setenv("CONDA_DEFAULT_ENV", "base")
-    assert "~/.zshrc" in shell.for_good("zsh")
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------------

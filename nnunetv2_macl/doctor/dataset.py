@@ -24,7 +24,6 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.data import plan_reading_here
 from nnunetv2_macl.doctor import machine
 from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
-from nnunetv2_macl.doctor.shell import shell_in_use
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import check_fold, number_of_folds, splits_file, too_few_cases
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration, raw_folder
@@ -313,9 +312,8 @@ def weights(target: Configuration, device: str) -> Result:
         try:
             _, transfer = load_transfer(Path(named), target)
         except UserError as error:
-            unset = {"fish": f"set -e {WEIGHTS_VARIABLE}", "powershell": f"Remove-Item Env:{WEIGHTS_VARIABLE}"}
-            mend = unset.get(shell_in_use(), f"unset {WEIGHTS_VARIABLE}")
-            return Result(check, WRONG, f"{WEIGHTS_VARIABLE} names weights that cannot be used: {error}", mend)
+            words = f"{WEIGHTS_VARIABLE} names weights that cannot be used: {error}"
+            return Result(check, WRONG, words, f"unset {WEIGHTS_VARIABLE}")
         taken = ", ".join("{} of {} tensors of the {}".format(*transfer.count(p), p) for p in ("encoder", "decoder"))
         return Result(
             check,
