@@ -23,7 +23,14 @@ from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json, write_whole
 from nnunetv2_macl.nnunet import preprocessed_folder, raw_folder, read_dataset_json, read_json
-from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, group_channels, pick_channels, sidecars
+from nnunetv2_macl.preprocessing.sources import (
+    UNLABELLED_FOLDER,
+    RawFile,
+    drop_second_names,
+    group_channels,
+    pick_channels,
+    sidecars,
+)
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.words import counted
 
@@ -68,6 +75,7 @@ class RawImages:
                     f"Case {case} has no label: {entry['label']} does not exist. Put it there, or the image into "
                     f"{folder / UNLABELLED_FOLDER}."
                 )
+        used = {RawFile.look(file).identity for entry in labelled.values() for file in entry["images"]}
         files = group_channels(folder / UNLABELLED_FOLDER, ending)
         unlabelled, wrong = pick_channels(files, list(range(len(names))), names)
         for reason in wrong.values():
@@ -79,7 +87,7 @@ class RawImages:
             logger.warning("Left out: %s", reason)
         return cls(
             {str(case): entry for case, entry in labelled.items()},
-            {case: found.files for case, found in unlabelled.items()},
+            {case: found.files for case, found in drop_second_names(unlabelled, used).items()},
             dataset_json,
         )
 
@@ -279,7 +287,6 @@ def _link(file: Path, link: Path, case: str) -> None:
         # of an image that was mended since
         target.unlink(missing_ok=True)
         try:
-            # a second name rather than a symbolic link, which pre-training follows within a data set only
             os.link(source.resolve(), target)
         except OSError:  # another disk, or not allowed
             with source.open("rb") as stream:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,7 +16,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import sha256, write_first, write_json
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
 from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
-from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text, values_in
+from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
@@ -180,7 +178,7 @@ class Study:
         options: what was asked for.
         split: of the cases.
         patients: of each case.
-        files: SHA-256 of what the user's files that the options name say, by their names.
+        files: SHA-256 of the weights that arms name, by file.
     """
 
     folder: Path
@@ -196,7 +194,7 @@ class Study:
         Raises:
             UserError: the folder holds something else, or a study with other options or other cases; names them.
         """
-        study = cls(folder, options, split, patients, _contents(options))
+        study = cls(folder, options, split, patients, _checksums(options))
         file = folder / STUDY_FILE
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file. Give a folder: -o FOLDER")
@@ -216,7 +214,7 @@ class Study:
             changed.append(f"--seeds {options.seeds} (was {there.options.seeds})")
         if missing := [arm for arm in there.options.arms if arm not in options.arms]:
             changed.append(f"--arms without {_typed(missing)}")
-        changed += [f"what {name} says" for name, was in there.files.items() if study.files.get(name, was) != was]
+        changed += [f"the weights {name}" for name, was in there.files.items() if study.files.get(name, was) != was]
         if changed:
             raise UserError(
                 f"{folder} holds a study that goes on as it began; changed: {', '.join(changed)}. "
@@ -346,17 +344,10 @@ class Study:
         return {name: str(place) for name, place in zip(FOLDER_VARIABLES, places, strict=True)}
 
 
-def _contents(options: Options) -> dict[str, str]:
-    """SHA-256 of what plan, recipes and weights of the user say, by file; of a recipe with those that it inherits from."""
-    contents = {} if options.plan is None else {options.plan: sha256(Path(options.plan))}
-    for arm in map(parse_arm, options.arms):
-        if arm.recipe is not None and Path(arm.recipe).is_absolute():
-            values = values_in(arm.recipe, resource_folder("plans")) | {"description": ""}
-            contents[arm.recipe] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-        if arm.weights is not None:
-            files = formats.load_weights(Path(arm.weights)).files
-            contents[arm.weights] = " ".join(map(sha256, files))
-    return contents
+def _checksums(options: Options) -> dict[str, str]:
+    """Return the SHA-256 of the weights that arms name. A plan is copied, and a recipe read, when the study begins."""
+    weights = [arm.weights for arm in map(parse_arm, options.arms) if arm.weights is not None]
+    return {name: " ".join(map(sha256, formats.load_weights(Path(name)).files)) for name in weights}
 
 
 def _typed(value: Any) -> str:

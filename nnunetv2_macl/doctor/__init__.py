@@ -53,7 +53,7 @@ def examine(
     for name, check in checks:
         if name.removeprefix("disk_") in wrong:
             continue
-        for result in _guarded(name, lambda check=check: [check()]):
+        for result in _guarded(name, partial(_as_list, check)):
             wrong |= {result.check} if result.status == WRONG else set()
             yield result
     if wrong & {*_FOLDERS, "nnUNet_extTrainer"}:
@@ -71,6 +71,10 @@ def examine(
         yield from dataset_checks(dataset, configuration, plans, device)
 
     yield from _guarded("dataset", of_dataset)
+
+
+def _as_list(check: Callable[[], Result]) -> list[Result]:
+    return [check()]
 
 
 def _in_every_shell() -> str:

@@ -49,7 +49,9 @@ from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
     CaseFiles,
     Source,
+    drop_second_names,
     find_sources,
+    labelled_identities,
     sidecars,
     training_cases,
 )
@@ -146,16 +148,23 @@ def sources_in_use(
     sources = find_sources(configuration, datasets, channel_map)
     _require_raw_images(configuration, unlabelled_folder(configuration) / configuration.dataset_name, sources)
     labelled = {case.name for case in training_cases(configuration)}
-    return [_counted_once(source, labelled) if source.dataset_name == configuration.dataset_name else source
-            for source in sources]  # fmt: skip
+    used = labelled_identities(configuration)
+    return [
+        _counted_once(source, labelled if source.dataset_name == configuration.dataset_name else set(), used)
+        for source in sources
+    ]
 
 
-def _counted_once(source: Source, labelled: set[str]) -> Source:
-    if not (twice := labelled & source.cases.keys()):
-        return source
-    some = ", ".join(sorted(twice)[:3]) + (", ..." if len(twice) > 3 else "")
-    logger.info("%d images in %s are labelled cases too, and count once: %s", len(twice), UNLABELLED_FOLDER, some)
-    return replace(source, cases={name: files for name, files in source.cases.items() if name not in twice})
+def _counted_once(source: Source, labelled: set[str], used: set[tuple[int, int]]) -> Source:
+    named_otherwise = {name: files for name, files in source.cases.items() if name not in labelled}
+    cases = drop_second_names(named_otherwise, used)
+    if twice := sorted(source.cases.keys() - cases.keys()):
+        some = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
+        logger.info(
+            "%d images of %s are labelled cases or other images too, and count once: %s",
+            len(twice), source.dataset_name, some,
+        )  # fmt: skip
+    return replace(source, cases=cases)
 
 
 def index_of(configuration: Configuration, source: Source) -> Index:
