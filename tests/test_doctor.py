@@ -190,10 +190,12 @@ def test_a_data_set_with_everything_measured_and_nothing_written(workspace):
     assert _hashes(workspace.folder) == before
     assert results["images"].values == {"labelled": 5, "unlabelled": 4}
     assert (
-        results["headers"].values == {"files": 4, "skipped": 2, "read": 2}
-        and "--skip_unreadable" in results["headers"].mend
+        results["readable"].values == {"files": 4, "skipped": 2, "read": 2}
+        and "--skip_unreadable" in results["readable"].mend
     )
-    assert f"{cut} cannot be used" in results["headers"].words and f"{empty} cannot be used" in results["headers"].words
+    assert (
+        f"{cut} cannot be used" in results["readable"].words and f"{empty} cannot be used" in results["readable"].words
+    )
     measured = results["estimate"].values
     assert results["estimate"].status == doctor.NOTE
     steps = measured["steps_per_epoch"] * measured["epochs"]
@@ -216,30 +218,13 @@ def test_a_plan_of_an_older_nnunet_plan_is_derived_anew_as_a_start_would(workspa
     assert plan.skip_unreadable and "derived anew" in dataset.macl_plan(plan, origin).words
 
 
-def test_headers_are_wrong_where_the_run_would_stop_and_nowhere_else(tmp_path):
-    def image(name, shape, affine, dtype=np.float32):
-        file = str(tmp_path / f"{name}.nii.gz")
-        nib.save(nib.Nifti1Image(np.ones(shape, dtype), affine), file)
-        return file
-
-    sheared = np.eye(4)
-    sheared[0, 1] = 0.5
-    file = image("sheared", (8, 8, 8), sheared)
-    assert dataset.header_problem(file, NibabelIO, 1) is None
-    assert "orthonormal" in dataset.header_problem(file, SimpleITKIO, 1)
-    assert "complex" in dataset.header_problem(image("complex", (8, 8, 8), np.eye(4), np.complex64), SimpleITKIO, 1)
-    times = image("times", (8, 8, 8, 3), np.eye(4))
-    assert "3 channels or time points, and should have 1" in dataset.header_problem(times, NibabelIO, 1)
-    assert dataset.header_problem(times, SimpleITKIO, 3) is None
-
-
 def test_what_a_run_leaves_out_is_no_mistake(workspace):
     file = next((workspace.raw / DATASET / "imagesUn").iterdir())
     file.write_bytes(b"")
     target = dataset.Configuration.load("901", "nnUNetPlans", "2d")
     sources = dataset.sources_in_use(target, ())
-    assert dataset.headers(target, sources, skip_unreadable=False).status == doctor.WRONG
-    left_out = dataset.headers(target, sources, skip_unreadable=True)
+    assert dataset.readable(target, sources, skip_unreadable=False).status == doctor.WRONG
+    left_out = dataset.readable(target, sources, skip_unreadable=True)
     assert left_out.status == doctor.NOTE and str(file) in left_out.words
 
 

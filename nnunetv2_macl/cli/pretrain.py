@@ -153,9 +153,6 @@ def demo_entry() -> None:
     parser.add_argument("folder", nargs="?", default="macl_demo", help="where to write. Default: ./macl_demo")
     folder = Path(parser.parse_args().folder)
 
-    def action() -> None:
-        from nnunetv2_macl.demo import demo
+    from nnunetv2_macl.demo import demo
 
-        demo(folder)
-
-    run(action)
+    run(lambda: demo(folder))

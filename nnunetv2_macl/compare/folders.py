@@ -41,17 +41,11 @@ DEFAULT_PLANS, DEFAULT_PLANNER = "nnUNetPlans", "ExperimentPlanner"
 
 @dataclass(frozen=True)
 class RawImages:
-    """The user's raw data set.
+    """The user's raw data set."""
 
-    Attributes:
-        labelled: by case, its ``images`` and its ``label``.
-        unlabelled: by case, the images in ``imagesUn``.
-        dataset_json: of the data set.
-    """
-
-    labelled: dict[str, dict[str, Any]]
-    unlabelled: dict[str, list[str]]
-    dataset_json: dict[str, Any]
+    labelled: dict[str, dict[str, Any]]  # by case, its ``images`` and its ``label``
+    unlabelled: dict[str, list[str]]  # by case, the images in ``imagesUn``
+    dataset_json: dict[str, Any]  # of the data set
 
     @classmethod
     def find(cls, dataset: str, *, skip_unreadable: bool = False) -> RawImages:
@@ -102,13 +96,9 @@ def _require_no_dead_links(folder: Path) -> None:
 
 
 def _require_channels(case: str, images: Sequence[str], channels: int, ending: str | None) -> None:
-    """Raises UserError unless the images of a labelled case are there, one a channel or all channels in one.
+    """Raise UserError unless a labelled case has all images, one for each channel or one for all channels.
 
-    Args:
-        case: name.
-        images: files.
-        channels: of the data set.
-        ending: of the files' names; None where dataset.json lists them, by any name.
+    ``ending`` is None where dataset.json lists the files, which may have any name.
     """
     for file in images:
         if not os.path.isfile(file):
@@ -161,16 +151,10 @@ def plans_name(plan: Path) -> str:
 
 
 def plan(study: Study, images: RawImages, planner_name: str | None, processes: int) -> dict[str, Any]:
-    """Link the raw images, and have nnU-Net plan and preprocess those of the training share.
-
-    Args:
-        study: without folders yet.
-        images: of the user.
-        planner_name: None where a plan was given.
-        processes: for preprocessing.
+    """Link the raw images, and have nnU-Net plan (unless a plan was given) and preprocess the training share.
 
     Raises:
-        UserError: no such configuration in the plan, or nnU-Net failed.
+        UserError: The plan has no such configuration, or nnU-Net failed.
     """
     options = study.options
     _link_images(study, images)
@@ -207,14 +191,10 @@ def plan(study: Study, images: RawImages, planner_name: str | None, processes: i
 
 
 def check_arms(study: Study, images: RawImages) -> None:
-    """What would stop a cell, told before the hours of pre-training.
-
-    Args:
-        study: planned.
-        images: of the user.
+    """Check before the hours of pre-training whether a cell of a planned study could not be trained.
 
     Raises:
-        UserError: a way of fine-tuning that is not for such data, or weights of a network too unlike the plan's.
+        UserError: The way of fine-tuning is not for such data, or the weights are of a network too unlike the plan's.
     """
     options = study.options
     mend = "and another folder: -o FOLDER"
@@ -258,12 +238,7 @@ def _link_images(study: Study, images: RawImages) -> None:
 
 
 def link_unlabelled(study: Study, images: RawImages) -> None:
-    """Have the study's unlabelled images follow the user's, who may have corrected, added or taken out some.
-
-    Args:
-        study: on whose unlabelled images nothing was trained yet.
-        images: of the user.
-    """
+    """Have the study's unlabelled images follow the user's, who may correct, add or remove some before training."""
     folder = study.raw / UNLABELLED_FOLDER
     wanted: set[str] = set()
     for case in pretraining_images(study, list(images.unlabelled)):

@@ -85,23 +85,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Arm:
-    """Where the weights come from that fine-tuning starts with.
+    """Where the weights come from that fine-tuning starts with."""
 
-    Attributes:
-        name: as on the command line.
-        slug: as in file names.
-        recipe: of the pre-training, or None.
-        settings: Values that replace those of the recipe, as KEY=VALUE, sorted by key.
-        encoder_only: whether the pre-trained decoder is left out.
-        weights: a file that is there already, or None.
-    """
-
-    name: str
-    slug: str
-    recipe: str | None = None
-    settings: tuple[str, ...] = ()
-    encoder_only: bool = False
-    weights: str | None = None
+    name: str  # as on the command line
+    slug: str  # as in file names
+    recipe: str | None = None  # of the pre-training, or None
+    settings: tuple[str, ...] = ()  # Values that replace those of the recipe, as KEY=VALUE, sorted by key
+    encoder_only: bool = False  # whether the pre-trained decoder is left out
+    weights: str | None = None  # a file that is there already, or None
 
     @property
     def recipe_and_settings(self) -> str:
@@ -171,21 +162,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A study in its folder.
+    """A study in its folder."""
 
-    Attributes:
-        folder: of the study.
-        options: what was asked for.
-        split: of the cases.
-        patients: of each case.
-        files: SHA-256 of the weights that arms name, by file.
-    """
-
-    folder: Path
-    options: Options
-    split: Split
-    patients: dict[str, str]
-    files: dict[str, str] = field(default_factory=dict)
+    folder: Path  # of the study
+    options: Options  # what was asked for
+    split: Split  # of the cases
+    patients: dict[str, str]  # of each case
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the weights that arms name, by file
 
     @classmethod
     def open(cls, folder: Path, options: Options, split: Split, patients: dict[str, str]) -> Study:

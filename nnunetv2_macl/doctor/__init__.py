@@ -30,14 +30,7 @@ _OTHER_SHELLS = (
 def examine(
     dataset: str | None = None, configuration: str | None = None, plans: str = "nnUNetPlans", device: str = "cuda"
 ) -> Iterator[Result]:
-    """Check this machine, and a data set if one is given; a result at a time.
-
-    Args:
-        dataset: by name or id; None looks at the machine alone.
-        configuration: of the nnU-Net plan; None takes the first supported one.
-        plans: plans identifier.
-        device: ``cuda``, ``cpu`` or ``mps``.
-    """
+    """Check this machine, and a data set if one is given by name or id; yield a result at a time."""
     wrong = set()
     checks: list[tuple[str, Callable[[], Result]]] = [
         ("python", environment.python_version),

@@ -93,15 +93,15 @@ def preprocess_unlabelled(
     """Preprocess all unlabelled images that are not done yet.
 
     Args:
-        configuration: whose plan is used.
-        datasets: further raw data sets, by full name.
-        processes: at work at a time.
-        skip_unreadable: leave images out that cannot be used, instead of stopping.
-        channel_map: see `find_sources`.
-        part: of each data set's cases, in the order of their names: what this machine does.
+        configuration: Whose plan is used.
+        datasets: Further raw data sets, by full name.
+        processes: Number of cases at a time.
+        skip_unreadable: Leave images out that cannot be used, instead of stopping.
+        channel_map: See `find_sources`.
+        part: Which cases of each data set, in the order of their names, this machine does.
 
     Raises:
-        UserError: an image that cannot be used (named), or too little space.
+        UserError: An image cannot be used (named), or there is too little space.
     """
     folder = unlabelled_folder(configuration)
     cases, todo, made, indices = [], [], [], []
@@ -304,18 +304,10 @@ class UnusableImageError(Exception):
 def read_case(
     configuration: Configuration, case: CaseFiles, reader: type[BaseReaderWriter]
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Read a case as nnU-Net does, and check what nnU-Net does not.
-
-    Args:
-        configuration: that it is to be preprocessed for.
-        case: its files.
-        reader: nnU-Net's.
-
-    Returns:
-        Voxels, (C, *volume), and nnU-Net's properties.
+    """Read a case as nnU-Net does, and check what nnU-Net does not. Return voxels, (C, *volume), and nnU-Net's properties.
 
     Raises:
-        UnusableImageError: It cannot be read, or cannot be used.
+        UnusableImageError: The case cannot be read, or cannot be used.
     """
     names, said = ", ".join(case.files), io.StringIO()
     try:
@@ -377,7 +369,7 @@ def _preprocess_case(
     return None
 
 
-def nifti_may_be_cut_short(file: str) -> bool:
+def _may_be_cut_short(file: str) -> bool:
     """Return whether a NIfTI file has another size than its header says, of which reading it whole tells the reason.
 
     Reads no more than the header and the last bytes. Compressed files of several parts, as bgzip writes them, and files
@@ -399,32 +391,24 @@ def _promised_bytes(image: Any) -> int:
     return int(image.dataobj.offset) + math.prod(image.shape) * image.get_data_dtype().itemsize
 
 
-def check_nifti_header(file: str) -> None:
-    """Raise ValueError for what ITK's NIfTI reader passes over in a header: a spacing of 0, for which it takes 1; complex
-    numbers, of which it leaves the imaginary part out.
+def check_nifti(file: str) -> None:
+    """Raise ValueError for what ITK's NIfTI reader accepts: a spacing of 0, for which it takes 1; complex numbers, of which it
+    leaves out the imaginary part; a file cut short, and NaN, for which it fills in 0.
     """
+    if not _is_nifti(file):
+        return
     image: Any = nibabel.load(file)
-    if image.get_data_dtype().kind == "c":
+    dtype = image.get_data_dtype()
+    if dtype.kind == "c":
         raise ValueError("it holds complex numbers")
     with ImageOpener(file) as stream:  # nibabel corrects what it loads
         spacing = np.abs(type(image.header).from_fileobj(stream, check=False)["pixdim"][1:4])
     if not (np.isfinite(spacing) & (spacing > 0)).all():
         raise ValueError(f"its spacing is {', '.join(f'{mm:g}' for mm in spacing)} mm")
-
-
-def check_nifti(file: str) -> None:
-    """Raise ValueError for what ITK's NIfTI reader passes over: a header as above; a file cut short, and NaN, for which it
-    fills in 0.
-    """
-    if not _is_nifti(file):
-        return
-    check_nifti_header(file)
-    image: Any = nibabel.load(file)
-    dtype = image.get_data_dtype()
     size, promised = os.stat(file).st_size, _promised_bytes(image)
     if size * (_MOST_COMPRESSED if file.lower().endswith(".gz") else 1) < promised:
         raise ValueError(f"it was cut short: {size:,} bytes of the {promised:,} that its header promises")
-    if not nifti_may_be_cut_short(file) and dtype.kind != "f":
+    if not _may_be_cut_short(file) and dtype.kind != "f":
         return
     # read whole: fails where data are missing
     if not np.isfinite(np.asanyarray(image.dataobj)).all():

@@ -25,12 +25,7 @@ _ABANDONED = 6 * 3600.0
 
 
 class Index:
-    """The cases of one source that are done.
-
-    Args:
-        folder: of the source's preprocessed cases.
-        signature: of the plan that they are to be made by.
-    """
+    """The cases in the folder of a source that are done by the plan of a signature."""
 
     def __init__(self, folder: Path, signature: str) -> None:
         self.folder, self.signature = folder, signature

@@ -83,11 +83,7 @@ def _beside(folder: str, name: str) -> list[list[str | int]]:
 
 
 def sidecars(name: str) -> list[str]:
-    """Return the names of the files that may be read with an image: the spacing of a TIFF, the voxels of a detached header.
-
-    Args:
-        name: of the image's file, CASE_0000ENDING.
-    """
+    """Return the names of the files that may be read with an image: a TIFF's spacing, a detached header's voxels."""
     stem, ending = os.path.splitext(name)
     if ending.lower() in (".tif", ".tiff"):
         return [f"{re.sub(r'_[0-9]{4}$', '', stem)}.json"]  # as nnU-Net's Tiff3DIO names it
@@ -109,15 +105,12 @@ class Source:
 def find_sources(
     configuration: Configuration, datasets: Sequence[str], channel_map: Mapping[str, str] | None = None
 ) -> list[Source]:
-    """Unlabelled images: DATASET's ``imagesUn``, and ``imagesTr`` and ``imagesUn`` of the data sets in ``datasets``.
+    """Return DATASET's ``imagesUn``, and ``imagesTr`` and ``imagesUn`` of further raw data sets, given by full name.
 
-    Args:
-        configuration: of DATASET.
-        datasets: further raw data sets, by full name.
-        channel_map: DATASET's channel names to those of ``datasets``, where they have other names.
+    ``channel_map`` gives DATASET's channel names those of the other data sets, where they have other names.
 
     Raises:
-        UserError: a data set is missing, has other channels, or has no image.
+        UserError: A data set is missing, has other channels, or has no image.
     """
     sources = []
     own = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
