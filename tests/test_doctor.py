@@ -7,13 +7,9 @@ import shutil
 import subprocess
 import sys
 
-import nibabel as nib
-import numpy as np
 import pytest
 import torch
 from conftest import DATASET, environment_without_nnunet
-from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_macl import doctor
 from nnunetv2_macl.cli import look
