@@ -391,20 +391,28 @@ def _promised_bytes(image: Any) -> int:
     return int(image.dataobj.offset) + math.prod(image.shape) * image.get_data_dtype().itemsize
 
 
-def check_nifti(file: str) -> None:
-    """Raise ValueError for what ITK's NIfTI reader accepts: a spacing of 0, for which it takes 1; complex numbers, of which it
-    leaves out the imaginary part; a file cut short, and NaN, for which it fills in 0.
+def check_nifti_header(file: str) -> None:
+    """Raise ValueError for what ITK's NIfTI reader passes over in a header: a spacing of 0, for which it takes 1; complex
+    numbers, of which it leaves the imaginary part out.
     """
-    if not _is_nifti(file):
-        return
     image: Any = nibabel.load(file)
-    dtype = image.get_data_dtype()
-    if dtype.kind == "c":
+    if image.get_data_dtype().kind == "c":
         raise ValueError("it holds complex numbers")
     with ImageOpener(file) as stream:  # nibabel corrects what it loads
         spacing = np.abs(type(image.header).from_fileobj(stream, check=False)["pixdim"][1:4])
     if not (np.isfinite(spacing) & (spacing > 0)).all():
         raise ValueError(f"its spacing is {', '.join(f'{mm:g}' for mm in spacing)} mm")
+
+
+def check_nifti(file: str) -> None:
+    """Raise ValueError for what ITK's NIfTI reader passes over: a header as above; a file cut short, and NaN, for which it
+    fills in 0.
+    """
+    if not _is_nifti(file):
+        return
+    check_nifti_header(file)
+    image: Any = nibabel.load(file)
+    dtype = image.get_data_dtype()
     size, promised = os.stat(file).st_size, _promised_bytes(image)
     if size * (_MOST_COMPRESSED if file.lower().endswith(".gz") else 1) < promised:
         raise ValueError(f"it was cut short: {size:,} bytes of the {promised:,} that its header promises")
