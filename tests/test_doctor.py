@@ -12,7 +12,7 @@ import torch
 from conftest import DATASET, environment_without_nnunet
 
 from nnunetv2_macl import doctor
-from nnunetv2_macl.cli import look
+from nnunetv2_macl.cli.doctor import doctor_entry
 from nnunetv2_macl.data import Reading
 from nnunetv2_macl.doctor import dataset, environment, finder, machine
 from nnunetv2_macl.doctor.measure import plan_in_use
@@ -40,7 +40,7 @@ def run(monkeypatch, capsys, *arguments):
     """The command in this process: exit code and what it printed."""
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_doctor", *arguments])
     with pytest.raises(SystemExit) as end:
-        look.doctor_entry()
+        doctor_entry()
     return end.value.code, capsys.readouterr().out
 
 
@@ -66,7 +66,7 @@ def test_json_is_json_and_nothing_else(bare, monkeypatch, capsys):
 
 def test_a_fresh_process_without_variables_has_no_traceback(bare, tmp_path):
     """As it is typed: nnU-Net itself complains about unset variables when it is imported; none of that is shown."""
-    command = [sys.executable, "-c", "from nnunetv2_macl.cli.look import doctor_entry; doctor_entry()", "--json"]
+    command = [sys.executable, "-c", "from nnunetv2_macl.cli.doctor import doctor_entry; doctor_entry()", "--json"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment_without_nnunet())
     assert process.returncode == 1 and json.loads(process.stdout) and "Traceback" not in process.stderr
 
