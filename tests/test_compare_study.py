@@ -27,7 +27,8 @@ from nnunetv2_macl.errors import UserError
 
 PATIENTS = {f"c{n:02d}": f"c{n:02d}" for n in range(40)}
 OPTIONS = Options(
-    dataset="Dataset901_Generated", c="2d", p="nnUNetPlans", arms=["scratch", "encoder", "pretrained", "recipe:pcl"],
+    dataset="Dataset901_Generated", c="2d", p="nnUNetPlans",
+    arms=["scratch", "encoder", "pretrained", "recipe:pcl"],
     labels=["3", "6"], seeds=2, rates=[1e-2, 1e-3], test="25%", validation="10%", group_regex=None, epochs=5, iterations=4,
     batch_size=None, pretrain_epochs=None, pretrain_iterations=None, pretrain_batch_size=None, disable_tta=False,
 )  # fmt: skip

@@ -109,8 +109,8 @@ def _require_channels(case: str, images: Sequence[str], channels: int, ending: s
         ending is not None and found not in (wanted, wanted[:1])
     ):
         raise UserError(
-            f"Case {case} has {', '.join(found)}, and the data set has {counted(channels, 'channel')}: {', '.join(wanted)}. Put "
-            "what is missing there, or take the case out."
+            f"Case {case} has {', '.join(found)}, and the data set has {counted(channels, 'channel')}: {', '.join(wanted)}. "
+            "Put what is missing there, or take the case out."
         )
 
 

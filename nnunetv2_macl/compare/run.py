@@ -149,8 +149,8 @@ def describe(study: Study, images: RawImages) -> str:
         )
     if (tested := len({study.patients[case] for case in split.test})) < FEWEST_PATIENTS:
         lines.append(
-            f"attention:   {counted(tested, 'test patient')} will not tell a difference from chance, at least {FEWEST_PATIENTS} "
-            "do: --test N"
+            f"attention:   {counted(tested, 'test patient')} will not tell a difference from chance, at least "
+            f"{FEWEST_PATIENTS} do: --test N"
         )
     for seed, subset in enumerate(split.subsets):
         for labels, cases in subset.items():

@@ -109,8 +109,8 @@ def folds(target: Configuration, device: str) -> Result:
 
 def macl_plan(plan: MACLPlan, origin: str) -> Result:
     """Which MACL plan a run would follow."""
-    words = f"MACL plan, {origin}: batch {plan.batch_size}, {plan.decoder_stages} decoder stage(s), threshold {plan.threshold:g}"
-    return Result("macl_plan", RIGHT, words)
+    words = f"MACL plan, {origin}: batch {plan.batch_size}, {plan.decoder_stages} decoder stage(s)"
+    return Result("macl_plan", RIGHT, f"{words}, threshold {plan.threshold:g}")
 
 
 def images(target: Configuration, labelled: int, sources: list[Source]) -> Result:
