@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from nnunetv2_macl.losses import down as down
     from nnunetv2_macl.losses import positive_mask as positive_mask
     from nnunetv2_macl.losses import reference_values as reference_values
-    from nnunetv2_macl.network import InstanceProjector as InstanceProjector
-    from nnunetv2_macl.network import MACLNetwork as MACLNetwork
-    from nnunetv2_macl.network import PixelProjector as PixelProjector
+    from nnunetv2_macl.methods.model import PretrainingModel as PretrainingModel
+    from nnunetv2_macl.networks.registry import pretrainable as pretrainable
     from nnunetv2_macl.recipe import Recipe as Recipe
     from nnunetv2_macl.recipe import load_recipe as load_recipe
     from nnunetv2_macl.report import write_report as write_report
@@ -35,12 +34,10 @@ if TYPE_CHECKING:
 _FOUND_IN = {
     "DenseContrastiveLoss": "losses",
     "EquivarianceLoss": "losses",
-    "InstanceProjector": "network",
     "IntensityViews": "views",
-    "MACLNetwork": "network",
     "MultiLevelContrastiveLoss": "losses",
-    "PixelProjector": "network",
     "PositionalContrastiveLoss": "losses",
+    "PretrainingModel": "methods.model",
     "Recipe": "recipe",
     "SpatialViews": "views",
     "UserError": "errors",
@@ -50,6 +47,7 @@ _FOUND_IN = {
     "nnUNetTrainerMACLPretrain": "training.pretrain",
     "positive_mask": "losses",
     "pretrain": "run",
+    "pretrainable": "networks.registry",
     "reference_values": "losses",
     "write_report": "report",
 }

@@ -1,34 +1,36 @@
-"""Network, loss and optimiser that a recipe asks for."""
+"""The model and the optimiser that a recipe asks for."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
-from nnunetv2_macl.losses import MultiLevelContrastiveLoss
-from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.methods.base import Geometry
+from nnunetv2_macl.methods.model import PretrainingModel
+from nnunetv2_macl.networks.registry import pretrainable
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.recipe import Recipe
 
 
-class Meeting(Protocol):
-    """Where the branches meet, as `Levels` and `MACLPlan` say it."""
+def build_model(
+    configuration: Configuration, geometry: Geometry, recipe: Recipe, unet: nn.Module | None = None
+) -> PretrainingModel:
+    """Return what is trained: the methods of a recipe around a segmentation network.
 
-    @property
-    def decoder_stages(self) -> int: ...
+    Args:
+        configuration: Of nnU-Net.
+        geometry: What the methods read of the network, and the patches.
+        recipe: Names the methods.
+        unet: The segmentation network; None builds nnU-Net's own for the configuration.
 
-    @property
-    def auxiliary_stage(self) -> int: ...
-
-
-def build_network(
-    configuration: Configuration, levels: Meeting, recipe: Recipe, unet: nn.Module | None = None
-) -> MACLNetwork:
-    """The pre-training network around ``unet``, or around nnU-Net's own network for the configuration."""
+    Raises:
+        UserError: The network is of a family that cannot be pre-trained.
+    """
     if unet is None:
         manager = configuration.manager
         unet = get_network_from_plans(
@@ -39,32 +41,8 @@ def build_network(
             2,
             allow_init=False,
         )
-    return MACLNetwork(
-        unet,
-        decoder_stages=levels.decoder_stages,
-        auxiliary_stage=levels.auxiliary_stage,
-        image_level=recipe.weight_global > 0,
-        pixel_level=recipe.weight_dense > 0,
-        feature_level=recipe.weight_equivariance > 0,
-        restoration=recipe.weight_restoration > 0,
-        embedding_dim=recipe.embedding_dim,
-        standardise=recipe.standardise_projector,
-        auxiliary_encoder=recipe.auxiliary_encoder,
-        ema_decay=recipe.ema_decay,
-    )
-
-
-def build_loss(recipe: Recipe) -> MultiLevelContrastiveLoss:
-    return MultiLevelContrastiveLoss(
-        weight_global=recipe.weight_global,
-        weight_dense=recipe.weight_dense,
-        weight_equivariance=recipe.weight_equivariance,
-        temperature=recipe.temperature,
-        threshold=recipe.threshold,
-        base_temperature=recipe.base_temperature,
-        own_view_weight=recipe.own_view_weight,
-        equivariance_form=recipe.equivariance_form,
-    )
+    geometry = replace(geometry, unnormalised_channels=configuration.unnormalised_channels)
+    return PretrainingModel(pretrainable(unet, geometry.decoder_stages), geometry, recipe)
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -3,112 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from nnunetv2_macl.files import write_whole
-from nnunetv2_macl.losses import ReferenceValues, positive_mask, reference_values
+from nnunetv2_macl.losses import positive_mask
+from nnunetv2_macl.methods.registry import all_methods, loss_labels, methods_of
 from nnunetv2_macl.recipe import Recipe
 
-LOSS_NAMES = {
-    "global": "L_g, image level",
-    "dense": "L_d, pixel level",
-    "equivariance": "L_ER, feature level",
-    "restoration": "L_R, restoration",
-}
-# those that have a value at which nothing is learned
-CONTRASTIVE = ("global", "dense")
-# A loss counts as learned when it is below collapse by this share of the way to the own-view line.
-_LEARNED_SHARE = 0.05
 # Unit vectors that vary less than this are one vector.
 _SMALLEST_VARIANCE = 0.01
-# A loss that fell by more than this share of the collapse value since the epoch before is on its way, wherever it is.
-_FALLING_SHARE = 0.005
+# Vectors that vary in fewer directions than this lie on one line. A batch of fewer patches says too little about it.
+_SMALLEST_RANK, _MIN_BATCH = 1.05, 8
 # Epochs can be a few steps long; before this many the loss says little.
 _MIN_STEPS = 40
+_LINE_COLOURS = ("C3", "C1", "C2", "C7")
 
 
-@torch.no_grad()
-def embedding_variance(embeddings: Tensor) -> Tensor:
-    """How much (N, C) embeddings vary between images: 1 - |mean of the unit vectors|^2. 0 one vector, 1 all over."""
-    return 1 - F.normalize(embeddings.float(), dim=-1).mean(0).square().sum()
+def reference_lines(recipe: Recipe, batch_size: int, means: Mapping[str, float]) -> dict[str, float]:
+    """Return the values to read the curves of a run against, by name.
 
-
-@torch.no_grad()
-def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Of (N, C, *spatial) features: their RMS, and the share of their variance that lies between images.
-
-    Instance norm fixes the RMS, so a network that makes one map for every image shows in the second number alone.
+    Args:
+        recipe: Of the run.
+        batch_size: N, patches of a step.
+        means: Mean statistics of the epoch.
     """
-    features = features.float().flatten(1)
-    between = features.var(0, unbiased=False).mean()
-    return features.square().mean().sqrt(), between / features.var(unbiased=False).clamp_min(1e-12)
-
-
-def mean_positives(positions: Tensor, threshold: float) -> Tensor:
-    """Return the mean number of positives of an anchor in a batch, its own other view included."""
-    return positive_mask(positions, threshold).sum(1).float().mean()
-
-
-def contrastive_references(patches: int, positives: float, recipe: Recipe) -> ReferenceValues:
-    return reference_values(
-        patches,
-        max(1.0, positives),
-        temperature=recipe.temperature,
-        base_temperature=recipe.base_temperature,
-        own_view_weight=recipe.own_view_weight,
-    )
+    return {k: v for m in methods_of(recipe.method) for k, v in m.reference_lines(recipe, batch_size, means).items()}
 
 
 def collapse_reason(
-    epoch: dict[str, float], before: dict[str, float], references: ReferenceValues, steps_done: int
+    recipe: Recipe, batch_size: int, means: Mapping[str, float], before: Mapping[str, float], steps_done: int
 ) -> str | None:
-    """Why the run counts as collapsed, or None.
+    """Return why the run counts as collapsed, or None.
+
+    The embeddings tell it for every method: they no longer vary between images, or in one direction only. A method may know
+    more from its losses.
 
     Args:
-        epoch: means over the epoch: ``global`` and ``dense`` losses, ``embedding_variance``, as far as there are any.
-        before: the losses of the epoch before; empty in the first.
-        references: for this epoch's batch and positives.
-        steps_done: since the run began.
+        recipe: Of the run.
+        batch_size: N, patches of a step.
+        means: Losses and statistics of the epoch, as far as there are any.
+        before: The losses of the epoch before; empty in the first.
+        steps_done: Since the run began.
     """
     if steps_done < _MIN_STEPS:
         return None
     reasons = []
-    line = references.collapse - _LEARNED_SHARE * (references.collapse - references.own_view_only)
-    for name in CONTRASTIVE:
-        # fresh networks start above the line and fall through it
-        falling = before.get(name, math.inf) - epoch.get(name, math.inf) > _FALLING_SHARE * references.collapse
-        if epoch.get(name, -math.inf) > line and not falling:
-            reasons.append(
-                f"{LOSS_NAMES[name]} is {epoch[name]:.3f}: at {references.collapse:.3f} every image has one embedding, a "
-                f"network that knows the own view alone reaches {references.own_view_only:.3f}"
-            )
-    if epoch.get("embedding_variance", 1.0) < _SMALLEST_VARIANCE:
-        reasons.append(f"embeddings do not vary between images (variance {epoch['embedding_variance']:.4f} of 1)")
+    for method in methods_of(recipe.method):
+        reasons += method.collapse_reasons(means, before, method.reference_lines(recipe, batch_size, means))
+    variance, rank = means.get("embedding_variance", 1.0), means.get("embedding_rank", math.inf)
+    if variance < _SMALLEST_VARIANCE:
+        reasons.append(f"embeddings do not vary between images (variance {variance:.4f} of 1)")
+    elif rank < _SMALLEST_RANK and batch_size >= _MIN_BATCH:
+        reasons.append(f"embeddings vary in one direction only (effective rank {rank:.2f})")
     return "; ".join(reasons) or None
 
 
 def collapse_advice(recipe: Recipe) -> str:
-    """What to try, by the names of recipe keys, what helped most first."""
-    tries = []
-    if not recipe.standardise_projector:
-        tries.append("standardise_projector=true")
-    if recipe.own_view_weight < 0.5:
-        tries.append(f"own_view_weight=0.5 (now {recipe.own_view_weight:g})")
-    if not recipe.limit_positives:
-        tries.append("limit_positives=true")
-    if recipe.threshold > 0:
-        tries.append(f"a smaller threshold (now {recipe.threshold:g}), or threshold_warmup=0.2")
-    tries.append(f"a smaller weight_equivariance (now {recipe.weight_equivariance:g})")
+    """Return what to try against collapse, by the names of recipe keys, what helped most first."""
+    tries = [advice for method in methods_of(recipe.method) for advice in method.collapse_advice(recipe)]
     tries.append(f"another learning_rate (now {recipe.learning_rate:g}) or optimizer (now {recipe.optimizer})")
     return (
         f"Recipe keys to try with --set KEY=VALUE, in this order: {'; '.join(tries)}. -recipe macl has settings that do not "
@@ -121,7 +81,8 @@ def collapse_advice(recipe: Recipe) -> str:
 
 def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
     """``progress.png``: each loss with its reference lines, embedding variance, learning rate, speed; over epochs."""
-    names = [name for name in LOSS_NAMES if log.get(f"train_losses/{name}")]
+    labels = loss_labels()
+    names = [name for name in labels if log.get(f"train_losses/{name}")]
     varies = bool(log.get("embedding_variance"))
     panels = len(names) + varies + 2
     # Without pyplot, which other threads may be using.
@@ -129,14 +90,10 @@ def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
     axes = figure.subplots(panels, 1, sharex=True)
     epochs = range(len(log["lrs"]))
     for axis, name in zip(axes, names, strict=False):
-        axis.plot(epochs, log[f"train_losses/{name}"], "o-", ms=3, color="C0", label=LOSS_NAMES[name])
-        if name in CONTRASTIVE:
-            for key, colour, label in (
-                ("collapse", "C3", "collapse: one embedding for every image"),
-                ("own_view_only", "C1", "own view only"),
-                ("all_found", "C2", "all positives found"),
-            ):
-                axis.plot(epochs, log[f"references/{key}"], "--", color=colour, lw=1, label=label)
+        axis.plot(epochs, log[f"train_losses/{name}"], "o-", ms=3, color="C0", label=labels[name])
+        for (key, label), colour in zip(lines_of(name).items(), _LINE_COLOURS, strict=False):
+            if values := log.get(f"references/{key}"):
+                axis.plot(epochs, values, "--", color=colour, lw=1, label=label)
         axis.set_ylabel("loss")
         axis.legend(loc="best", fontsize=8)
     if varies:
@@ -152,6 +109,11 @@ def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
         axis.grid(alpha=0.3)
     figure.tight_layout()
     _write(figure, file, dpi=100)
+
+
+def lines_of(loss: str) -> dict[str, str]:
+    """Return the reference lines that belong to the curve of a loss: each label by name."""
+    return {k: v for m in all_methods().values() if loss in m.referenced_losses for k, v in m.reference_labels.items()}
 
 
 def _line(axis: Any, epochs: range, values: Sequence[float], label: str, colour: str) -> None:
@@ -173,7 +135,7 @@ def plot_views(
         groups: what is shown by title, each (N, C, *spatial); volumes are shown at their middle slice.
         positions: (N, 3), fraction of the volume.
         names: of the cases.
-        threshold: t in force; None where patches are not compared.
+        threshold: t in force; None where positions do not matter.
         file: to write.
         shown: number of patches.
     """

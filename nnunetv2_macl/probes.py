@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from nnunetv2_macl.data import Case, PretrainingBatches
-from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.networks.base import PretrainableNetwork
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.plan import volume_patch
 from nnunetv2_macl.training.step import TrainingStep
@@ -80,16 +80,16 @@ class Probe:
     @torch.no_grad()
     def measure(self, step: TrainingStep) -> dict[str, float]:
         """Values by `probe_keys`; NaN for what cannot be measured. The network is left as it was."""
-        network = step.module
-        was_training = network.training
-        network.eval()
+        model = step.model
+        was_training = model.training
+        model.eval()
         try:
             at_once = step.plan.patches_at_once
-            return {LINEAR_DICE: self._linear_dice(network, step.device, at_once)} | self._of_embeddings(step)
+            return {LINEAR_DICE: self._linear_dice(model.network, step.device, at_once)} | self._of_embeddings(step)
         finally:
-            network.train(was_training)
+            model.train(was_training)
 
-    def _linear_dice(self, network: MACLNetwork, device: torch.device, at_once: int) -> float:
+    def _linear_dice(self, network: PretrainableNetwork, device: torch.device, at_once: int) -> float:
         """Mean Dice of the classes on the measured cases, on the grid of the dense features."""
         if not self.measured:
             return float("nan")
@@ -114,14 +114,14 @@ class Probe:
         return float(np.mean(scores)) if scores else float("nan")
 
     def _locations(
-        self, network: MACLNetwork, device: torch.device, at_once: int, patches: Sequence[tuple[Tensor, Tensor]]
+        self, network: PretrainableNetwork, device: torch.device, at_once: int, patches: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Features (L, C) and labels (L,) at every grid location of all patches, but for those to be ignored."""
         values = torch.tensor([0, *self.classes, *self.ignored])
         features, labels = [], []
         for images, segmentations in patches:
             parts = images.split(at_once)
-            dense = torch.cat([network.dense_features(part.to(device)).float().cpu() for part in parts])
+            dense = torch.cat([network.decode(network.encode(part.to(device)))[-1].float().cpu() for part in parts])
             # the class that most of a location's voxels have
             shares = torch.stack([(segmentations == value).float() for value in values], 1)
             shares = F.interpolate(shares, size=dense.shape[2:], mode="area")
@@ -132,26 +132,22 @@ class Probe:
         return torch.cat(features).numpy(), torch.cat(labels).numpy()
 
     def _of_embeddings(self, step: TrainingStep) -> dict[str, float]:
-        network = step.module
-        dominant: list[Tensor] = []
-        auxiliary: list[Tensor] = []
+        network = step.model.network
+        one: list[Tensor] = []
+        other: list[Tensor] = []
         stages: list[list[Tensor]] = []
         patches = sum(len(images) for images in self.images)
         for number, images in enumerate(self.images):
             for part in images.split(step.plan.patches_at_once):
-                stages.append([_some_locations(maps, patches) for maps in network.stages(part.to(step.device))])
-            if not network.is_contrastive:
-                continue
-            outputs = step.embed(images, number)
-            level = "global" if "global_dominant" in outputs else "dense"
-            for embeddings, branch in ((dominant, "dominant"), (auxiliary, "auxiliary")):
-                embedding = outputs[f"{level}_{branch}"].float().cpu()
-                embeddings.append(embedding if level == "global" else embedding.flatten(2).mean(-1))
+                stages.append([_some_locations(maps, patches) for maps in network.encode(part.to(step.device))])
+            if (two := step.representations(images, number)) is not None:
+                one.append(two[0].float().cpu())
+                other.append(two[1].float().cpu())
         ranks = [effective_rank(torch.cat(locations)) for locations in zip(*stages, strict=True)]
         values = {ALIGNMENT: float("nan"), UNIFORMITY: float("nan")}
-        if dominant:
-            one, two = torch.cat(dominant), torch.cat(auxiliary)
-            values = {ALIGNMENT: alignment(one, two), UNIFORMITY: uniformity(torch.cat((one, two)))}
+        if one:
+            first, second = torch.cat(one), torch.cat(other)
+            values = {ALIGNMENT: alignment(first, second), UNIFORMITY: uniformity(torch.cat((first, second)))}
         return values | {f"{EFFECTIVE_RANK}_{stage}": rank for stage, rank in enumerate(ranks, 1)}
 
 

@@ -1,235 +1,224 @@
 """Pre-training recipes: every setting that a user may choose, its default and what it may be.
 
-A recipe is a flat JSON file. ``inherits_from`` names another recipe whose values it starts from. The ones that come with the
-package lie in ``plans/``.
+A recipe is a flat JSON file. ``method`` names how it trains, and the method says which keys there are beside those that all
+recipes have. ``inherits_from`` names another recipe whose values it starts from. The recipes that come with the package lie in
+``plans/``.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, create_model
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.losses import EQUIVARIANCE_FORMS
-from nnunetv2_macl.network import AUXILIARY_ENCODERS
-from nnunetv2_macl.views import INTENSITY_ON
+from nnunetv2_macl.methods.config import AUTO, Auto, Count, Fraction, MethodConfig, NotNegative, Positive
+from nnunetv2_macl.methods.registry import all_methods, methods_of
 
-AUTO = "auto"
-OPTIMIZERS = ("sgd", "adam", "adamw")
-SCHEDULES = ("cosine", "poly", "constant")
+__all__ = ["AUTO", "Recipe", "load_recipe", "recipe_from_values"]
 
 
-class _Allowed(NamedTuple):
-    words: str
-    check: Callable[[Any], bool]
+class Recipe(MethodConfig):
+    """The keys that all recipes have. `recipe_from_values` adds those of the method and checks every value."""
 
-    def __or__(self, other: _Allowed) -> _Allowed:  # type: ignore[override]
-        return _Allowed(f"{self.words} or {other.words}", lambda value: self.check(value) or other.check(value))
-
-
-def _number(low: float, high: float = math.inf, *, above: bool = False, whole: bool = False) -> _Allowed:
-    kind = "a whole number" if whole else "a number"
-    words = f"{kind} {'above' if above else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
-
-    def check(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            return False
-        return math.isfinite(value) and (value > low if above else value >= low) and value <= high
-
-    return _Allowed(words, check)
-
-
-def _one_of(*values: Any) -> _Allowed:
-    return _Allowed(
-        "one of " + ", ".join(json.dumps(v) for v in values) if len(values) > 1 else json.dumps(values[0]),
-        lambda value: any(value == v and type(value) is type(v) for v in values),
+    method: str = Field(description="how it trains; several methods are joined by +, and their losses are added")
+    description: str = Field("", description="what the recipe is for")
+    decoder_stages: Annotated[int, Field(ge=0)] | Auto = Field(
+        AUTO, description="K, the number of decoder stages that are trained"
     )
-
-
-def _list_of(item: _Allowed, lengths: tuple[int, ...], extra: Callable[[list], bool] = lambda _: True) -> _Allowed:
-    return _Allowed(
-        f"a list of {' or '.join(map(str, lengths))} values, each {item.words}",
-        lambda value: (
-            isinstance(value, list) and len(value) in lengths and all(map(item.check, value)) and extra(value)
-        ),
-    )
-
-
-_TEXT = _Allowed("text", lambda value: isinstance(value, str))
-_TRUTH = _one_of(True, False)
-
-
-def _key(default: Any, allowed: _Allowed, meaning: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"allowed": allowed, "meaning": meaning})
-    return field(default=default, metadata={"allowed": allowed, "meaning": meaning})
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One pre-training setting. Build it with `load_recipe`, which checks every value."""
-
-    description: str = _key("", _TEXT, "what the recipe is for")
-
-    weight_global: float = _key(1.0, _number(0), "λ1, of the image-level loss L_g")
-    weight_dense: float = _key(0.5, _number(0), "λ2, of the pixel-level loss L_d")
-    weight_equivariance: float = _key(1.0, _number(0), "λ3, of the feature-level loss L_ER")
-    weight_restoration: float = _key(
-        0.0, _number(0), "of restoring hidden voxels, L_R: no part of the paper, see plans/restore.json"
-    )
-    restoration_share: float = _key(0.6, _number(0, 1), "of the blocks of a patch, hidden from restoration")
-    equivariance_form: str = _key(
-        "l1",
-        _one_of(*EQUIVARIANCE_FORMS),
-        "l1: the paper's; standardised: of maps centred and scaled over the batch, so that maps alike for every image do not pay",
-    )
-    temperature: float = _key(0.1, _number(0, above=True), "τ")
-    base_temperature: float | None = _key(
-        0.07, _number(0, above=True) | _one_of(None), "L_g and L_d are multiplied by τ / this; null: not at all"
-    )
-    threshold: float = _key(0.1, _number(0, 1), "t, fraction of the volume within which two patches are positives")
-    threshold_warmup: float = _key(0.0, _number(0, 1), "share of the steps over which t rises from 0")
-    own_view_weight: float = _key(0.0, _number(0, 1), "a in a·(own view) + (1-a)·(mean over all positives)")
-    limit_positives: bool = _key(
-        True, _TRUTH, "lower t until an anchor has at most about N/8 positives beside its own view"
-    )
-
-    decoder_stages: int | str = _key(AUTO, _number(0, whole=True) | _one_of(AUTO), "K, decoder stages that are trained")
-    auxiliary_stage: int | str = _key(
-        AUTO, _number(1, whole=True) | _one_of(AUTO, "bottleneck"), "e, encoder stage of the auxiliary dense map"
-    )
-    scale: int | list[int] | str = _key(
+    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="the optimiser")
+    learning_rate: Positive = Field(0.01, description="the highest learning rate")
+    momentum: Annotated[float, Field(ge=0, le=0.9999)] = Field(0.9, description="of `sgd`")
+    weight_decay: NotNegative = Field(1e-5, description="the weight decay")
+    schedule: Literal["cosine", "poly", "constant"] = Field("cosine", description="of the learning rate, down to 0")
+    learning_rate_warmup: Fraction = Field(0.0, description="fraction of the steps over which the rate rises from 0")
+    num_epochs: Count = Field(250, description="number of epochs")
+    num_iterations_per_epoch: Count = Field(250, description="number of steps in an epoch")
+    batch_size: Annotated[int, Field(ge=2)] | Auto = Field(AUTO, description="N, patches of a step over all GPUs")
+    patches_at_once: Count | Auto = Field(
         AUTO,
-        _number(1, whole=True) | _list_of(_number(1, whole=True), (2, 3)) | _one_of(AUTO),
-        "s, how much smaller the dominant branch sees the patch: the largest axis, or one value an axis",
+        description="patches of a batch (of each GPU's part) whose activations are held at a time; fewer than the batch: the "
+        "same gradient, less memory, and with contrast a third more time",
     )
-    auxiliary_encoder: str = _key("shared", _one_of(*AUXILIARY_ENCODERS), "the encoder of the auxiliary branch")
-    ema_decay: float = _key(0.999, _number(0, 1), "of the averaged auxiliary encoder")
-    standardise_projector: bool = _key(True, _TRUTH, "standardise pooled features over the batch")
-    embedding_dim: int = _key(128, _number(2, whole=True), "length of the image-level vectors")
-    training_stages: int = _key(
-        1,
-        _one_of(1, 2),
-        "1: all at once; 2: all but the dense loss for half of the epochs, then that alone on the fixed encoder",
-    )
-    downsample_first_stage: bool = _key(
-        True,
-        _TRUTH,
-        "with two training stages: false shows the dominant branch the views at full size in the first, which leaves out L_ER",
-    )
-
-    mirroring: bool = _key(True, _TRUTH, "mirror the variance group")
-    rotation: float = _key(180.0, _number(0, 180), "largest angle in plane, degrees")
-    scaling: list[float] = _key(
-        [0.7, 1.3], _list_of(_number(0, above=True), (2,), lambda v: v[0] <= v[1]), "smallest and largest factor"
-    )
-    translation: float = _key(0.1, _number(0, 1), "largest shift, fraction of the patch edge")
-
-    intensity: float = _key(
-        0.0, _number(0, 2), "strength of random gamma, contrast, brightness, bias field, noise and blur; 0: none"
-    )
-    intensity_on: str = _key(
-        "all",
-        _one_of(*INTENSITY_ON),
-        "what is changed so: both groups in both branches, the variance group, or what the auxiliary branch sees",
-    )
-
-    optimizer: str = _key("sgd", _one_of(*OPTIMIZERS), "")
-    learning_rate: float = _key(0.01, _number(0, above=True), "at its highest")
-    momentum: float = _key(0.9, _number(0, 0.9999), "of sgd")
-    weight_decay: float = _key(1e-5, _number(0), "")
-    schedule: str = _key("cosine", _one_of(*SCHEDULES), "of the learning rate, down to 0")
-    learning_rate_warmup: float = _key(0.0, _number(0, 1), "share of the steps over which the rate rises from 0")
-    num_epochs: int = _key(250, _number(1, whole=True), "")
-    num_iterations_per_epoch: int = _key(250, _number(1, whole=True), "")
-    batch_size: int | str = _key(AUTO, _number(2, whole=True) | _one_of(AUTO), "N, patches a step over all GPUs")
-    patches_at_once: int | str = _key(
-        AUTO,
-        _number(1, whole=True) | _one_of(AUTO),
-        "patches of a batch (of each GPU's share) whose activations are held at a time; fewer than the batch: same gradient, "
-        "less memory, and with contrast a third more time",
-    )
-    seed: int = _key(12345, _number(0, 2**32 - 1, whole=True), "of every random number")
-    probe_every: int = _key(
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(12345, description="of every random number")
+    probe_every: Annotated[int, Field(ge=0)] = Field(
         0,
-        _number(0, whole=True),
-        "epochs between two looks at what the features are worth, labels being read for that alone; 0: none",
+        description="epochs between two measurements of what the features are worth, for which alone labels are read; `0`: none",
     )
-    collapse_patience: int = _key(
-        10, _number(0, whole=True), "epochs in collapse after which the run stops; 0: it goes on whatever happens"
+    collapse_patience: Annotated[int, Field(ge=0)] = Field(
+        10, description="epochs in collapse after which the run stops; `0`: it goes on whatever happens"
     )
 
-    def __post_init__(self) -> None:
-        if not self.is_contrastive and self.weight_restoration <= 0:
-            raise UserError(
-                "weight_global, weight_dense and weight_restoration are all 0, which leaves nothing to learn from. Set one of "
-                "them above 0."
-            )
-        if not self.is_contrastive and self.weight_equivariance > 0:
-            raise UserError(
-                "weight_equivariance is above 0 and weight_global and weight_dense are 0: features that are the same for every "
-                "image would do. Set weight_equivariance to 0, or one of the others above 0."
-            )
+    @property
+    def losses(self) -> dict[str, float]:
+        """Return the losses that are trained, by name, each with its weight."""
+        return {loss: weight for m in methods_of(self.method) for loss, weight in m.weights(self).items()}
 
     @property
-    def is_contrastive(self) -> bool:
-        """Whether patches are compared at all, or restored alone."""
-        return self.weight_global + self.weight_dense > 0
+    def couples_samples(self) -> bool:
+        """Return whether the loss of a patch depends on the other patches of the batch."""
+        return any(method.couples_samples for method in methods_of(self.method))
 
     @property
-    def full_size_first(self) -> bool:
-        """Whether there is a first of two training stages, and the dominant branch sees the views at full size in it."""
-        return self.training_stages == 2 and not self.downsample_first_stage
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Of the losses that are trained, by name."""
-        names = ("global", "dense", "equivariance", "restoration")
-        return {name: weight for name in names if (weight := getattr(self, f"weight_{name}"))}
+    def compares_positions(self) -> bool:
+        """Return whether patches of near positions are positives of each other."""
+        return any(method.compares_positions for method in methods_of(self.method))
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return all values by key, as JSON has them."""
+        return self.model_dump()
 
 
-_FIELDS = {f.name: f for f in fields(Recipe)}
+@cache
+def recipe_type(method: str) -> type[Recipe]:
+    """Return the recipe model with the keys of a method. Raises UserError where there is no such method."""
+    configs = tuple(m.Config for m in methods_of(method))
+    bases: Any = (*configs, Recipe)
+    return create_model(f"Recipe_{method.replace('+', '_')}", __base__=bases)
+
+
+def defaults_of(method: str) -> dict[str, Any]:
+    """Return the default of each key of a method's recipes that has one."""
+    return {key: f.get_default() for key, f in recipe_type(method).model_fields.items() if not f.is_required()}
 
 
 def meaning(key: str) -> str:
-    """What a recipe key means, in words; empty where its name says it."""
-    return _FIELDS[key].metadata["meaning"]
+    """Return what a recipe key means; empty for a key that no recipe has."""
+    return next((t.model_fields[key].description or "" for t in _known_types() if key in t.model_fields), "")
 
 
-def check_values(values: dict[str, Any], where: str) -> None:
-    """Check recipe keys and values.
+def _known_types() -> list[type[Recipe]]:
+    return [recipe_type(method) for method in all_methods()]
+
+
+# Version 0.1 knew these two methods, named none in a recipe, and read off the weights which of them a recipe used.
+_WEIGHTS_OF_0_1 = {
+    "macl": {"weight_global": 1.0, "weight_dense": 0.5, "weight_equivariance": 1.0},
+    "restoration": {"weight_restoration": 0.0},
+}
+
+
+def _with_method(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the values with their method. A recipe of version 0.1 has none, and its weights say which it is."""
+    if "method" in values:
+        return values
+    weights = {key: default for keys in _WEIGHTS_OF_0_1.values() for key, default in keys.items()}
+    weights = {key: values.get(key, default) for key, default in weights.items()}
+    for key, weight in weights.items():
+        _check({"method": "macl+restoration", key: weight}, where, only=key)
+    contrasts, restores = weights["weight_global"] + weights["weight_dense"] > 0, weights["weight_restoration"] > 0
+    if not contrasts and weights["weight_equivariance"] > 0:
+        raise UserError(
+            f"{where}: weight_equivariance is above 0, and weight_global and weight_dense are 0: features that are the same for "
+            "every image would do. Set weight_equivariance to 0, or one of the others above 0."
+        )
+    if not (contrasts or restores):
+        raise UserError(
+            f"{where}: weight_global, weight_dense and weight_restoration are all 0, which leaves nothing to learn from. Set one "
+            "of them above 0."
+        )
+    method = "+".join(name for name, used in (("macl", contrasts), ("restoration", restores)) if used)
+    unused = recipe_type("macl+restoration").model_fields.keys() - recipe_type(method).model_fields.keys()
+    return {key: value for key, value in values.items() if key not in unused} | {"method": method}
+
+
+def with_settings(values: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with new ones in their place.
+
+    New values as version 0.1 wrote them name no method and set a weight of another one. Then the weights say again which
+    methods there are.
+    """
+    method = values.get("method")
+    parts = method.split("+") if isinstance(method, str) else []
+    missing = [name for name in _WEIGHTS_OF_0_1 if name not in parts]
+    sets_weights = any(key in new for keys in _WEIGHTS_OF_0_1.values() for key in keys)
+    if not parts or "method" in new or not sets_weights or not set(parts) <= set(_WEIGHTS_OF_0_1):
+        return {**values, **new}
+    zero = {key: 0.0 for name in missing for key in _WEIGHTS_OF_0_1[name]}
+    return {**zero, **{key: value for key, value in values.items() if key != "method"}, **new}
+
+
+def _check(values: dict[str, Any], where: str, only: str | None = None) -> Recipe | None:
+    """Return the recipe of values that name their method.
+
+    Args:
+        values: Recipe values.
+        where: What an error message names as their source.
+        only: Report errors of this key alone, and return None.
 
     Raises:
-        UserError: an unknown key or a value of the wrong type or out of range; names ``where``, the key, what it may be and
-            what it got.
+        UserError: An unknown key, or a value of the wrong type or out of range.
+    """
+    model = recipe_type(values["method"])
+    try:
+        return model(**values)
+    except ValidationError as error:
+        problems = error.errors()
+    if only is not None:
+        problems = [p for p in problems if p["loc"][:1] == (only,)]
+        if not problems:
+            return None
+    problem = problems[0]
+    if not problem["loc"]:
+        raise UserError(f"{where}: {problem['msg'].removeprefix('Value error, ')}. Correct it and try again.")
+    key = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        raise UserError(f"{where}: {_unknown_key(key, values['method'])}")
+    said = [p["msg"].removeprefix("Input should be ") for p in problems if p["loc"][0] == key]
+    raise UserError(
+        f"{where}: '{key}' must be {' or '.join(dict.fromkeys(said))}, got {values.get(key)!r}. Correct it and try again."
+    )
+
+
+def _unknown_key(key: str, method: str) -> str:
+    others = [name for name, m in all_methods().items() if key in m.Config.model_fields]
+    if others:
+        return (
+            f"'{key}' is a key of method {' and '.join(others)}, and the method is {method}. Leave it out, or name the method: "
+            f'"method": "{others[0]}" alone, or joined by + with others.'
+        )
+    keys = list(recipe_type(method).model_fields)
+    near = difflib.get_close_matches(key, keys, n=1)
+    hint = f"Did you mean '{near[0]}'?" if near else f"The keys are: {', '.join(keys)}."
+    return f"unknown key '{key}'. {hint}"
+
+
+def check_values(values: Any, where: str) -> None:
+    """Check recipe keys and values that may be a part of a recipe.
+
+    Raises:
+        UserError: An unknown key, or a value of the wrong type or out of range; names ``where``, the key, what it may be and
+            what it is.
     """
     if not isinstance(values, dict):
         raise UserError(f'{where} must be a JSON object ({{"key": value, ...}}), got {type(values).__name__}.')
-    for key, value in values.items():
-        if key not in _FIELDS:
-            near = difflib.get_close_matches(key, _FIELDS, n=1)
-            hint = f"Did you mean '{near[0]}'?" if near else f"The keys are: {', '.join(_FIELDS)}."
-            raise UserError(f"{where}: unknown key '{key}'. {hint}")
-        allowed: _Allowed = _FIELDS[key].metadata["allowed"]
-        if not allowed.check(value):
-            raise UserError(f"{where}: '{key}' must be {allowed.words}, got {value!r}. Correct it and try again.")
+    if "method" in values:
+        if not isinstance(values["method"], str):
+            raise UserError(f"{where}: 'method' must be text, got {values['method']!r}. Correct it and try again.")
+        recipe_type(values["method"])
+    for key in values:
+        # a key of any method may be set beside a recipe that names the method
+        method = next((name for name in all_methods() if key in recipe_type(name).model_fields), None)
+        if method is None:
+            raise UserError(f"{where}: {_unknown_key(key, '+'.join(all_methods()))}")
+        if key != "method":
+            _check({"method": method, key: values[key]}, where, only=key)
 
 
-def recipe_from_values(values: dict[str, Any], where: str) -> Recipe:
-    """A recipe from its JSON values, checked. Raises UserError as `check_values` does."""
+def recipe_from_values(values: Any, where: str) -> Recipe:
+    """Return the recipe with JSON values, checked. Raises UserError as `check_values` does."""
     check_values(values, where)
     try:
-        return Recipe(**values)
+        recipe = _check(_with_method(values, where), where)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
+    assert recipe is not None
+    return recipe
 
 
 def parse_settings(texts: Iterable[str], where: str) -> dict[str, Any]:
@@ -286,7 +275,7 @@ def load_recipe(name_or_file: str | Path, recipes_folder: Path, settings: Mappin
     """
     values, where = _inherited_values(name_or_file, recipes_folder, ())
     if settings:
-        values, where = {**values, **settings}, f"{where} with {', '.join(settings_as_text(settings))}"
+        values, where = with_settings(values, settings), f"{where} with {', '.join(settings_as_text(settings))}"
     return recipe_from_values(values, where)
 
 
@@ -310,7 +299,7 @@ def _inherited_values(name_or_file: str | Path, folder: Path, visited: tuple[Pat
         parent = values.pop("inherits_from")
         if not isinstance(parent, str):
             raise UserError(f"{where}: 'inherits_from' must be the name or file of a recipe, got {parent!r}.")
-        values = _inherited_values(parent, folder, (*visited, path))[0] | values
+        values = with_settings(_inherited_values(parent, folder, (*visited, path))[0], values)
     check_values(values, where)
     return values, where
 

@@ -51,14 +51,13 @@ def hidden_blocks(strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     from, depends on the size of what is in the images.
 
     Args:
-        strides: of each encoder stage, an axis, as far down as blocks may grow.
+        strides: Total stride of each encoder stage, per axis, as far down as blocks may grow.
 
     Returns:
         Voxels an axis, each once; that of the last stage where none has 4.
     """
-    total = np.cumprod(np.asarray(strides), axis=0)
-    large = [stride for stride in total if stride.max() >= _SMALLEST_BLOCK] or [total[-1]]
-    return list(dict.fromkeys(tuple(stride.tolist()) for stride in large))
+    large = [tuple(stride) for stride in strides if max(stride) >= _SMALLEST_BLOCK] or [tuple(strides[-1])]
+    return list(dict.fromkeys(large))
 
 
 def draw_mask(

@@ -274,9 +274,9 @@ def _plan_to_go_on(
     check_plan(plan, target, file, of_a_run=True)
     before = plan.get_recipe().as_dict()
     changed = [
-        f"{text} (was {before[key]})"
+        f"{text} (was {before.get(key)})"
         for (key, value), text in zip(values.items(), settings_as_text(values), strict=True)
-        if before[key] != value and key != "patches_at_once"
+        if before.get(key) != value and key != "patches_at_once"
     ]
     for key, option in (("unlabelled_datasets", "-u"), ("channel_map", "--channel_map")):
         if images[key] and images[key] != getattr(plan, key):

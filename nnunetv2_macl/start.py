@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_macl import formats
-from nnunetv2_macl.building import Meeting, build_network
+from nnunetv2_macl.building import build_model
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import sha256
-from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.methods.base import Geometry
+from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.transfer import Transfer, kernel_norms, plan_transfer, rescale_kernels
 
 
-def plan_start(weights: Path, configuration: Configuration, levels: Meeting, recipe: Recipe) -> dict[str, Any]:
+def plan_start(weights: Path, configuration: Configuration, geometry: Geometry, recipe: Recipe) -> dict[str, Any]:
     """Return what the MACL plan says about the weights that pre-training starts from.
 
     Args:
         weights: A file or folder that `formats.load_weights` takes.
         configuration: The configuration that is pre-trained.
-        levels: The decoder stages that are pre-trained.
+        geometry: The decoder stages that are pre-trained.
         recipe: The recipe of the run.
 
     Returns:
@@ -35,7 +36,7 @@ def plan_start(weights: Path, configuration: Configuration, levels: Meeting, rec
         UserError: There are no weights, or less than a quarter of the encoder's parameters fits.
     """
     pretrained = formats.load_weights(weights)
-    transfer = _fit(pretrained, configuration, build_network(configuration, levels, recipe))
+    transfer = _fit(pretrained, configuration, build_model(configuration, geometry, recipe))
     taken = {part: "{} of {}".format(*transfer.count(part)) for part in ("encoder", "decoder")}
     return {
         "path": str(weights.resolve()),
@@ -50,12 +51,12 @@ def plan_start(weights: Path, configuration: Configuration, levels: Meeting, rec
 
 
 def start_from_weights(
-    network: MACLNetwork, configuration: Configuration, start: dict[str, Any], *, rescale: bool
+    model: PretrainingModel, configuration: Configuration, start: dict[str, Any], *, rescale: bool
 ) -> Transfer:
     """Copy the weights that a MACL plan names into the pre-training network.
 
     Args:
-        network: The freshly initialised network.
+        model: Freshly initialised.
         configuration: The configuration that is pre-trained.
         start: What `plan_start` returned.
         rescale: Whether kernels get the norms of fresh ones, see `rescale_kernels`; for SGD.
@@ -72,16 +73,16 @@ def start_from_weights(
             f"{found.get(changed)}, and the plan says {start['files'].get(changed)}. Give -pretrained_weights again, to start "
             "from the file as it is now."
         )
-    transfer = _fit(pretrained, configuration, network)
-    fresh = kernel_norms(network)
-    network.load_unet_weights(transfer.weights)
+    transfer = _fit(pretrained, configuration, model)
+    fresh = kernel_norms(model)
+    model.load_weights(transfer.weights)
     if rescale:
-        rescale_kernels(network, fresh)
+        rescale_kernels(model, fresh)
     return transfer
 
 
-def _fit(pretrained: PretrainedWeights, configuration: Configuration, network: MACLNetwork) -> Transfer:
-    encoder, decoder = network.unet_weights()
+def _fit(pretrained: PretrainedWeights, configuration: Configuration, model: PretrainingModel) -> Transfer:
+    encoder, decoder = model.network.trained_weights()
     return plan_transfer(
         pretrained,
         encoder | decoder,

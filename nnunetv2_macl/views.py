@@ -232,6 +232,8 @@ class IntensityViews:
 def _noise(patches: Tensor, seeds: Sequence[int]) -> Tensor:
     """Standard normal noise for each patch from its own seed, drawn on the patches' device because it is as large as they."""
     noise = torch.empty_like(patches)
+    if patches.is_meta:
+        return noise
     generator = torch.Generator(patches.device)
     for patch, seed in zip(noise, seeds, strict=True):
         patch.normal_(generator=generator.manual_seed(seed))

@@ -66,10 +66,8 @@ class Workspace:
         return self.results / DATASET / f"{trainer}__{plans}__{configuration}" / f"fold_{fold}"
 
 
-@pytest.fixture(scope="session")
-def planned(tmp_path_factory):
-    """A generated data set after nnU-Net's planning and preprocessing. Not to be written into: see ``workspace``."""
-    space = Workspace(tmp_path_factory.mktemp("planned"))
+def plan_dataset(space: Workspace) -> None:
+    """Generate a data set and let nnU-Net plan it and preprocess it in 2D."""
     generate_dataset(space.raw / DATASET, labelled=5, unlabelled=4, test=1, shape=(8, 40, 48))
     space.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "-npfp", "1", "-np", "1")
     # so that each test need not preprocess the unlabelled images again
@@ -78,6 +76,13 @@ def planned(tmp_path_factory):
     space.results.mkdir()
     plan_file = next(space.preprocessed.glob("*/*_macl_2d.json"))
     plan_file.unlink()
+
+
+@pytest.fixture(scope="session")
+def planned(tmp_path_factory):
+    """A generated data set after nnU-Net's planning and preprocessing. Not to be written into: see ``workspace``."""
+    space = Workspace(tmp_path_factory.mktemp("planned"))
+    plan_dataset(space)
     return space
 
 

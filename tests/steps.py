@@ -1,15 +1,19 @@
 """A training step on a small U-Net, for tests that compare one way of computing it with another."""
 
+from dataclasses import replace
+
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from nnunetv2_macl import distributed
-from nnunetv2_macl.building import build_loss, build_optimizer
-from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.building import build_optimizer
+from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, to_device
+from nnunetv2_macl.methods.model import PretrainingModel
+from nnunetv2_macl.networks.registry import pretrainable
 from nnunetv2_macl.planning.plan import MACLPlan
-from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.recipe import recipe_from_values
 from nnunetv2_macl.training.step import TrainingStep
 
 PATCH = 32
@@ -23,6 +27,26 @@ def unet(norm=nn.InstanceNorm2d):
     )  # fmt: skip
 
 
+def recipe_of(**values):
+    return recipe_from_values(values, "test")
+
+
+def model_of(unet, patch, recipe=None, **levels):
+    """The methods of a recipe around a U-Net; scale, K and e from the recipe, or as they are given."""
+    recipe = recipe or recipe_of()
+    geometry = Geometry(patch_size=list(patch), **({"decoder_stages": 1, "auxiliary_stage": 4} | levels))
+    return PretrainingModel(pretrainable(unet, geometry.decoder_stages), geometry, recipe)
+
+
+def embeddings_of(model, patches):
+    """What each method compares of patches, together, as in the first step of a training."""
+    random = StepRandom(0, 0, len(patches), slice(None), patches.shape[1], tuple(patches.shape[2:]))
+    numbers, found = to_device(model.views.draw(random), patches.device), {}
+    for method in model:
+        found |= method.project(method.encode(method.views.make(patches, numbers[method.name], Progress(0, 2, 2))))
+    return found
+
+
 def plan(batch_size, patches_at_once, recipe):
     return MACLPlan(
         dataset_name="Dataset001_Test", plans_name="nnUNetPlans", configuration="2d", nnunet_plan_checksum="",
@@ -34,20 +58,17 @@ def plan(batch_size, patches_at_once, recipe):
     )  # fmt: skip
 
 
-def training_step(batch_size, patches_at_once, recipe=None, dtype=torch.float64, norm=nn.InstanceNorm2d):
-    recipe = recipe or Recipe(own_view_weight=0.5)
-    network = MACLNetwork(
-        unet(norm), decoder_stages=1, auxiliary_stage=4, auxiliary_encoder=recipe.auxiliary_encoder,
-        image_level=recipe.weight_global > 0, pixel_level=recipe.weight_dense > 0,
-        feature_level=recipe.weight_equivariance > 0, restoration=recipe.weight_restoration > 0,
-    ).to(dtype)  # fmt: skip
+def training_step(
+    batch_size, patches_at_once, recipe=None, dtype=torch.float64, norm=nn.InstanceNorm2d, unnormalised=()
+):
+    recipe = recipe or recipe_of(own_view_weight=0.5)
+    made = plan(batch_size, patches_at_once, recipe)
+    geometry = replace(made.geometry, unnormalised_channels=unnormalised)
+    model = PretrainingModel(pretrainable(unet(norm), made.decoder_stages), geometry, recipe).to(dtype)
     if distributed.world_size() > 1:
-        distributed.synchronise_batch_norm(network)
-    optimizer = build_optimizer(network, recipe)
-    return TrainingStep(
-        network, build_loss(recipe), optimizer, LambdaLR(optimizer, lambda step: 1.0), None,
-        plan(batch_size, patches_at_once, recipe), torch.device("cpu"),
-    )  # fmt: skip
+        distributed.synchronise_batch_norm(model)
+    optimizer = build_optimizer(model, recipe)
+    return TrainingStep(model, optimizer, LambdaLR(optimizer, lambda step: 1.0), None, made, torch.device("cpu"))
 
 
 def batch(patches, dtype=torch.float64):
@@ -59,4 +80,4 @@ def batch(patches, dtype=torch.float64):
 
 
 def gradients(step):
-    return {name: p.grad.clone() for name, p in step.module.named_parameters() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None}

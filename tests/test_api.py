@@ -7,9 +7,11 @@ import pytest
 import torch
 from conftest import environment_without_nnunet
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from steps import embeddings_of, model_of, recipe_of
 from torch import nn
 
 import nnunetv2_macl
+from nnunetv2_macl.methods.base import Progress
 
 
 def run(code):
@@ -27,7 +29,7 @@ def test_importing_the_package_loads_nothing_heavy_and_says_nothing():
 
 
 def test_the_method_is_imported_without_nnunet():
-    names = "MACLNetwork, PositionalContrastiveLoss, DenseContrastiveLoss, SpatialViews, MultiLevelContrastiveLoss"
+    names = "PretrainingModel, pretrainable, PositionalContrastiveLoss, DenseContrastiveLoss, SpatialViews, MultiLevelContrastiveLoss"
     assert run(f"from nnunetv2_macl import {names}; import sys; print('nnunetv2' in sys.modules)") == "False\n"
 
 
@@ -42,9 +44,7 @@ def test_every_name_is_there():
 @pytest.mark.parametrize("axes", [2, 3])
 @pytest.mark.parametrize("kind", [PlainConvUNet, ResidualEncoderUNet])
 def test_pre_training_any_network_of_the_kind(kind, axes):
-    """The example of docs/python.md: its loss falls, and the U-Net itself has learned."""
-    from nnunetv2_macl import MACLNetwork, MultiLevelContrastiveLoss, SpatialViews, down
-
+    """The loss falls, and the U-Net itself has learned."""
     torch.manual_seed(0)
     blocks = "n_conv_per_stage" if kind is PlainConvUNet else "n_blocks_per_stage"
     unet = kind(
@@ -54,21 +54,14 @@ def test_pre_training_any_network_of_the_kind(kind, axes):
         nonlin=nn.LeakyReLU, **{blocks: 1},
     )  # fmt: skip
     before = {key: value.clone() for key, value in unet.state_dict().items()}
-    network = MACLNetwork(unet, decoder_stages=1, auxiliary_stage=4)
-    loss = MultiLevelContrastiveLoss(own_view_weight=0.5)
-    views = SpatialViews([32] * axes)
-    small = [16] * axes
-    optimizer = torch.optim.AdamW((p for p in network.parameters() if p.requires_grad), 1e-3)
-    generator = torch.Generator().manual_seed(0)
-    patches = torch.rand(4, 1, *[32] * axes, generator=generator)
+    model = model_of(unet, [32] * axes, recipe_of(own_view_weight=0.5), scale=[2] * axes)
+    (method,) = model
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    patches = torch.rand(4, 1, *[32] * axes, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([0.1, 0.15, 0.5, 0.9])
     totals = []
     for _ in range(8):
-        one, two = views.draw(4, generator), views.draw(4, generator)
-        outputs = network(
-            down(patches, small), patches, views.apply(patches, one, small), views.apply(patches, two)
-        )  # fmt: skip
-        total = loss(outputs, positions)["total"]
+        total = method.losses(embeddings_of(model, patches), positions, Progress(0, 1, 8))["total"]
         optimizer.zero_grad()
         total.backward()
         optimizer.step()

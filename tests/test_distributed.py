@@ -7,15 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from steps import batch, gradients, training_step
+from steps import batch, gradients, recipe_of, training_step
 from torch import nn
 
 from nnunetv2_macl import distributed
-from nnunetv2_macl.recipe import Recipe
 
 PATCHES = 7  # divides by neither 2 nor 3
 # every loss, and every change of what is shown
-RECIPE = Recipe(own_view_weight=0.5, weight_restoration=1.0, intensity=1.0, equivariance_form="standardised")
+RECIPE = recipe_of(own_view_weight=0.5, weight_restoration=1.0, intensity=1.0, equivariance_form="standardised")
 
 
 def rank_process(rank, world, port, folder, at_once, norm):
@@ -26,7 +25,7 @@ def rank_process(rank, world, port, folder, at_once, norm):
     first, last = distributed.share(PATCHES)
     mine = {key: value[first:last] for key, value in batch(PATCHES).items()}
     measured = step(mine, 0)
-    torch.save((measured, gradients(step), step.module.state_dict()), f"{folder}/{rank}.pt")
+    torch.save((measured, gradients(step), step.model.state_dict()), f"{folder}/{rank}.pt")
     with distributed.first_rank_first() as is_first:
         assert is_first == (rank == 0)
     assert distributed.any_rank(rank == world - 1) and not distributed.any_rank(False)
@@ -48,7 +47,7 @@ def test_ranks_give_losses_gradients_and_weights_of_one_process(tmp_path, world,
         assert theirs == pytest.approx(measured, rel=1e-9)
         for name, gradient in gradients(whole).items():
             torch.testing.assert_close(their_gradients[name], gradient, rtol=1e-8, atol=1e-11, msg=name)
-        for name, value in whole.module.state_dict().items():
+        for name, value in whole.model.state_dict().items():
             torch.testing.assert_close(their_state[name], value, rtol=1e-8, atol=1e-10, msg=name)
 
 

@@ -1,8 +1,8 @@
 """What an epoch reports of its speed, and when its picture is drawn."""
 
 import pytest
+from steps import recipe_of
 
-from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.training.epoch_log import Epoch, EpochSums
 from nnunetv2_macl.training.progress_picture import ProgressPicture
 
@@ -18,14 +18,14 @@ def sums(*steps):
 
 
 def test_speed_and_time_left_leave_compiling_out():
-    epoch = Epoch(0, 3, 8, sums((60, False), (2, True), (2, True)), Recipe())
+    epoch = Epoch(0, 3, 8, sums((60, False), (2, True), (2, True)), recipe_of())
     assert epoch.patches_per_second == 4.0
     # two more epochs of three steps of two seconds, and of what comes between epochs
     assert epoch.line(between_epochs=4.0).endswith("0:00:20 left")
 
 
 def test_an_epoch_without_a_warm_step_still_has_a_speed():
-    assert Epoch(0, 1, 8, sums((4, False), (4, False)), Recipe()).patches_per_second == 2.0
+    assert Epoch(0, 1, 8, sums((4, False), (4, False)), recipe_of()).patches_per_second == 2.0
 
 
 def test_sums_of_an_earlier_version_are_continued():

@@ -3,17 +3,17 @@
 import json
 
 import pytest
+from steps import recipe_of
 
 from benchmarks.memory import CASES, compare
 from benchmarks.planned import Fingerprint, plan_with_nnunet
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
 from nnunetv2_macl.planning.derive import derive_plan
-from nnunetv2_macl.planning.levels import plan_levels
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.planning.plan import plan_file
 from nnunetv2_macl.planning.prepare import prepare
-from nnunetv2_macl.recipe import Recipe
 
 QUICK = ("2D plain", "3D plain", "2D plain, dense loss in chunks", "2D plain, averaged encoder")
 
@@ -40,11 +40,11 @@ def configuration(tmp_path, monkeypatch):
 
 
 def test_the_batch_fits_what_nnunet_planned_for_or_what_is_asked_for(configuration):
-    plans = {gb: derive_plan(configuration, Recipe(), gpu_memory_gb=gb) for gb in (None, 8.0, 24.0, 80.0, 0.5)}
+    plans = {gb: derive_plan(configuration, recipe_of(), gpu_memory_gb=gb) for gb in (None, 8.0, 24.0, 80.0, 0.5)}
     assert plans[None].gpu_memory_gb == 8 and "ExperimentPlanner" in plans[None].reasons["gpu_memory_gb"]
     assert plans[None].batch_size == plans[8.0].batch_size < plans[24.0].batch_size < plans[80.0].batch_size
-    levels = plan_levels(configuration.patch_size, configuration.strides, Recipe())
-    memory = MemoryEstimate(configuration, levels, Recipe())
+    levels = plan_branches(configuration.patch_size, configuration.strides, recipe_of())
+    memory = MemoryEstimate(configuration, levels, recipe_of())
     for gb in (8.0, 24.0, 80.0):
         # a fifth more for fragmentation and workspaces; a card of 8 GB has 8 GiB, which leaves room for the context
         needed = {n: 1.2 * memory.gib(n, mixed_precision=True) * 2**30 / 1e9 for n in (32, 24, 16, 12, 8, 6, 4, 2)}

@@ -12,7 +12,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_macl import checkpoints, formats
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.networks.registry import pretrainable
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.transfer import ADAPTED, AS_IT_IS, NOT_TAKEN, plan_transfer
 
@@ -92,13 +92,12 @@ def test_every_map_is_that_of_the_authors_network(small, tmp_path, prefix):
     assert left and all(".seg_layers." in key for key in left)
     network.eval()
     # the pre-training network reads the same stages
-    ours = MACLNetwork(network, decoder_stages=4, auxiliary_stage=5, image_level=False).eval()
+    ours = pretrainable(network, 4).eval()
     with torch.no_grad():
-        found = {f"encoder_stage_{n}": m for n, m in enumerate(ours.stages(maps["input"]), 1)}
+        found = {f"encoder_stage_{n}": m for n, m in enumerate(ours.encode(maps["input"]), 1)}
         found["bottleneck"] = found.pop("encoder_stage_5")
-        for stages in range(1, 5):
-            part = MACLNetwork(network, decoder_stages=stages, auxiliary_stage=5, image_level=False).eval()
-            found[f"decoder_stage_{stages}"] = part.dense_features(maps["input"])
+        decoded = ours.decode(ours.encode(maps["input"]))[1:]
+        found |= {f"decoder_stage_{n}": m for n, m in enumerate(decoded, 1)}
     names = maps.keys() - {"input"}
     assert len(names) == 6
     for name in names:

@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import recipe_of
 
 from nnunetv2_macl.cli.pretrain import pretrain_entry
 from nnunetv2_macl.data import Sampling
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.nnunet import Configuration, checksum
-from nnunetv2_macl.planning.levels import plan_levels
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.planning.plan import check_plan, describe, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.planning.positives import plan_position_groups, plan_threshold
 from nnunetv2_macl.planning.prepare import prepare
-from nnunetv2_macl.recipe import Recipe, load_recipe
+from nnunetv2_macl.recipe import load_recipe
 from nnunetv2_macl.resources import resource_folder
 
 
@@ -40,29 +41,29 @@ ANISOTROPIC = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2], [1, 2, 2]]
     ],
 )
 def test_worked_examples(patch, strides, e, k, scale, planned):
-    levels = plan_levels(patch, strides, Recipe())
+    levels = plan_branches(patch, strides, recipe_of())
     assert (levels.auxiliary_stage, levels.decoder_stages, levels.scale) == (e, k, scale)
     assert levels.patch_size == planned
 
 
 def test_where_no_scale_fits_both_branches_see_the_full_patch():
-    levels = plan_levels([32, 32], [[1, 1], [2, 2], [4, 4], [4, 4]], Recipe())
+    levels = plan_branches([32, 32], [[1, 1], [2, 2], [4, 4], [4, 4]], recipe_of())
     assert (levels.auxiliary_stage, levels.decoder_stages, levels.scale) == (3, 1, [1, 1])
     assert levels.patch_size == [64, 64] and "no scale" in levels.reason  # 32x32 would leave a bottleneck of one voxel
 
 
 @pytest.mark.parametrize("k", range(5))
 def test_table_iv_on_the_papers_network(k):
-    levels = plan_levels([512, 512], pooled(4), Recipe(decoder_stages=k, auxiliary_stage="bottleneck"))
+    levels = plan_branches([512, 512], pooled(4), recipe_of(decoder_stages=k, auxiliary_stage="bottleneck"))
     assert levels.decoder_stages == k and levels.auxiliary_stage == 5
     assert levels.scale == [2**k] * 2
 
 
 def test_recipe_that_the_network_cannot_give_is_explained():
     with pytest.raises(UserError, match=r"decoder_stages=9.*4 stages"):
-        plan_levels([64, 64], pooled(3), Recipe(decoder_stages=9))
+        plan_branches([64, 64], pooled(3), recipe_of(decoder_stages=9))
     with pytest.raises(UserError, match=r"scale=3.*Take one of these"):
-        plan_levels([64, 64], pooled(3), Recipe(scale=3))
+        plan_branches([64, 64], pooled(3), recipe_of(scale=3))
 
 
 strides_of = st.integers(2, 3).flatmap(
@@ -80,7 +81,7 @@ def test_any_topology_gets_a_legal_plan(strides, data):
     """Both dense maps on one grid; every size a multiple; the dominant bottleneck no single voxel."""
     total = np.cumprod(strides, axis=0)
     patch = [int(n) * data.draw(st.integers(4, 9)) for n in total[-1]]
-    levels = plan_levels(patch, strides, Recipe())
+    levels = plan_branches(patch, strides, recipe_of())
     scale, size = np.array(levels.scale), np.array(levels.patch_size)
     m = len(strides) - levels.decoder_stages
     assert 1 <= m <= levels.auxiliary_stage <= len(strides)
@@ -93,11 +94,11 @@ def test_threshold_is_lowered_until_positives_are_few():
     rng = np.random.default_rng(0)
     shapes = [[int(n), 100, 100] for n in rng.integers(60, 140, 40)]
     sampling = Sampling((1, 100, 100), 32, 1, 0)
-    threshold, expected, reason = plan_threshold(shapes, sampling, Recipe())
+    threshold, expected, reason = plan_threshold(shapes, sampling, recipe_of())
     assert 0.02 < threshold < 0.05 and expected - 1 <= 4 and "lowered from 0.1" in reason
-    threshold, expected, _ = plan_threshold(shapes, sampling, Recipe(limit_positives=False))
+    threshold, expected, _ = plan_threshold(shapes, sampling, recipe_of(limit_positives=False))
     assert threshold == 0.1 and expected - 1 == pytest.approx(2 * 31 * 0.19, rel=0.1)
-    assert plan_threshold(shapes, sampling, Recipe(threshold=0.0))[:2] == (0.0, 1.0)
+    assert plan_threshold(shapes, sampling, recipe_of(threshold=0.0))[:2] == (0.0, 1.0)
 
 
 def test_plan_on_disk(workspace):
@@ -258,8 +259,8 @@ def test_a_plan_of_another_nnunet_plan_is_told(workspace):
 
 def test_memory_grows_with_the_batch(workspace):
     configuration = Configuration.load("901", "nnUNetPlans", "2d")
-    levels = plan_levels(configuration.patch_size, configuration.strides, Recipe())
-    memory = MemoryEstimate(configuration, levels, Recipe())
+    levels = plan_branches(configuration.patch_size, configuration.strides, recipe_of())
+    memory = MemoryEstimate(configuration, levels, recipe_of())
     assert memory.gib(16) > memory.gib(8) > memory.gib(2) > 0
     growth = (memory.gib(16) - memory.gib(8)) / (memory.gib(8) - memory.gib(4))
     assert growth == pytest.approx(2, rel=0.1)

@@ -40,10 +40,14 @@ def test_few_locations_from_all_over_a_large_map():
 class _Linear(torch.nn.Module):
     """Features in which the image stands as it is, beside noise, on half the grid."""
 
-    def dense_features(self, images):
+    def encode(self, images):
+        return [images]
+
+    def decode(self, maps):
+        (images,) = maps
         pooled = torch.nn.functional.avg_pool2d(images, 2)
         noise = torch.randn(len(images), 3, *pooled.shape[2:], generator=torch.Generator().manual_seed(0))
-        return torch.cat((pooled, noise), 1)
+        return [torch.cat((pooled, noise), 1)]
 
 
 def test_a_linear_probe_finds_what_is_there_and_nothing_else(workspace):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import Workspace
+from steps import recipe_of
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES
-from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.report import page, write_report, write_report_after_run
 from nnunetv2_macl.report.features import main_components, nearest
 from nnunetv2_macl.report.run import _curves_in_log, read_run
@@ -149,7 +149,7 @@ def test_every_form_of_an_epochs_line_is_read(losses, skipped):
     sums.add({name: 1.5 for name in losses} | {"total": 3.0, "positives": 2.5}, skipped=False)
     if skipped:
         sums.add({}, skipped=True)
-    log = _curves_in_log([Epoch(7, 10, 4, sums, Recipe()).line()])
+    log = _curves_in_log([Epoch(7, 10, 4, sums, recipe_of()).line()])
     assert {key for key in log if key.startswith("train_losses/")} == {f"train_losses/{name}" for name in losses}
     assert log["train_losses"] == [3.0] and log["seconds"] == [2.0]
     assert log.get("positives") == (None if losses == ("restoration",) else [2.5])

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from steps import batch, gradients, training_step
+from steps import batch, gradients, recipe_of, training_step
 
 from nnunetv2_macl import checkpoints
+from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.levels import plan_levels
 from nnunetv2_macl.planning.memory import MemoryEstimate
-from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.restoration import (
     RestorationHead,
     draw_mask,
@@ -61,9 +60,9 @@ def test_sizes_come_by_turns_one_in_a_patch():
 @pytest.mark.parametrize(
     "strides, blocks",
     [
-        ([[1, 1], [2, 2], [2, 2], [2, 2], [2, 2]], [(4, 4), (8, 8), (16, 16)]),
-        ([[1, 1, 1], [1, 2, 2], [2, 2, 2], [1, 1, 1], [2, 2, 2]], [(2, 4, 4), (4, 8, 8)]),
-        ([[1, 1], [2, 2]], [(2, 2)]),
+        ([(1, 1), (2, 2), (4, 4), (8, 8), (16, 16)], [(4, 4), (8, 8), (16, 16)]),
+        ([(1, 1, 1), (1, 2, 2), (2, 4, 4), (2, 4, 4), (4, 8, 8)], [(2, 4, 4), (4, 8, 8)]),
+        ([(1, 1), (2, 2)], [(2, 2)]),
     ],
     ids=["2D", "anisotropic", "shallow"],
 )
@@ -71,18 +70,23 @@ def test_holes_are_as_large_as_locations_of_the_encoder(strides, blocks):
     assert hidden_blocks(strides) == blocks
 
 
+def views(step, patches, number):
+    shown = step.show(patches, number)["restoration"]
+    return shown["masked"], shown["target"], shown["mask"]
+
+
 def test_a_step_hides_what_the_mask_says_and_another_part_each_time():
-    step = training_step(6, 6, Recipe(**ALONE))
+    step = training_step(6, 6, recipe_of(**ALONE))
     patches = batch(6)["data"] + 10
-    shown, whole, mask = step.hide(patches, 0)
+    shown, whole, mask = views(step, patches, 0)
     assert whole is patches
-    step.unnormalised = (0,)
-    shown_raw = step.hide(patches, 0)[0]
+    raw = training_step(6, 6, recipe_of(**ALONE), unnormalised=(0,))
+    shown_raw = views(raw, patches, 0)[0]
     assert torch.equal(shown_raw[~mask], patches[~mask])
     for image, part, hidden in zip(patches, shown_raw, mask, strict=True):
         torch.testing.assert_close(part[hidden], image.mean().expand(int(hidden.sum())))
     assert torch.equal(shown, torch.where(mask, 0, patches)) and 0.5 < mask.float().mean() < 0.7
-    assert not torch.equal(mask, step.hide(patches, 1)[2])
+    assert not torch.equal(mask, views(step, patches, 1)[2])
 
 
 def test_channels_of_any_scale_are_restored_on_one_scale():
@@ -107,14 +111,13 @@ def test_it_learns_where_nnunet_does_not_normalise():
     generator = torch.Generator().manual_seed(0)
     images = torch.nn.functional.interpolate(torch.randn(8, 1, 4, 4, generator=generator), (32, 32), mode="bicubic")
     images = (images - images.mean((2, 3), keepdim=True)) / images.std((2, 3), correction=0, keepdim=True)
-    losses = {}
+    losses, recipe = {}, recipe_of(**ALONE, optimizer="adamw", learning_rate=3e-3)
     for name, patches, channels in (
         ("z-scored", images, ()),
         ("HU", 500 * images - 300, (0,)),
         ("HU, not told", 500 * images - 300, ()),
     ):
-        step = training_step(8, 8, Recipe(**ALONE, optimizer="adamw", learning_rate=3e-3), dtype=torch.float32)
-        step.unnormalised = channels
+        step = training_step(8, 8, recipe, dtype=torch.float32, unnormalised=channels)
         batches = {"data": patches, "positions": torch.rand(8, 3)}
         losses[name] = [step(batches, number)["restoration"] for number in range(40)]
     # zeros around the patch are another grey
@@ -144,7 +147,7 @@ def test_the_loss_counts_what_is_hidden():
     assert restoration_loss(restored, images, mask).tolist() == [5, 4]
 
 
-@pytest.mark.parametrize("recipe", [Recipe(weight_restoration=2.0), Recipe(**ALONE)], ids=["beside", "alone"])
+@pytest.mark.parametrize("recipe", [recipe_of(weight_restoration=2.0), recipe_of(**ALONE)], ids=["beside", "alone"])
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(recipe, at_once):
     whole, cut = training_step(7, 7, recipe), training_step(7, at_once, recipe)
@@ -154,18 +157,18 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(recipe, at_once):
     got = gradients(cut)
     for name, gradient in gradients(whole).items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
-    assert got["restoration_head.predict.weight"].any()
+    assert got["methods.restoration.restoration_head.predict.weight"].any()
 
 
 def test_beside_contrast_it_adds_its_gradient_and_changes_nothing_else():
-    plain, both = training_step(5, 5, Recipe()), training_step(5, 5, Recipe(weight_restoration=1.0))
-    alone = training_step(5, 5, Recipe(**ALONE))
-    both.module.load_state_dict({**both.module.state_dict(), **plain.module.state_dict()})
-    shared = {key: value for key, value in both.module.state_dict().items() if key in alone.module.state_dict()}
-    alone.module.load_state_dict(shared)
+    plain, both = training_step(5, 5, recipe_of()), training_step(5, 5, recipe_of(weight_restoration=1.0))
+    alone = training_step(5, 5, recipe_of(**ALONE))
+    both.model.load_state_dict({**both.model.state_dict(), **plain.model.state_dict()})
+    shared = {key: value for key, value in both.model.state_dict().items() if key in alone.model.state_dict()}
+    alone.model.load_state_dict(shared)
     measured = [step(batch(5), 0) for step in (plain, both, alone)]
     assert measured[1]["total"] == pytest.approx(measured[0]["total"] + measured[2]["total"])
-    key = "encoder.stages.1.0.convs.0.conv.weight"
+    key = "network.encoder.stages.1.0.convs.0.conv.weight"
     # clipped each on its own, so compare directions of what was not
     one, two, three = (gradients(step)[key].flatten() for step in (plain, both, alone))
     basis = torch.stack((one, three), 1)
@@ -174,7 +177,7 @@ def test_beside_contrast_it_adds_its_gradient_and_changes_nothing_else():
 
 
 def test_it_learns_to_restore():
-    step = training_step(8, 8, Recipe(**ALONE, optimizer="adamw", learning_rate=3e-3), dtype=torch.float32)
+    step = training_step(8, 8, recipe_of(**ALONE, optimizer="adamw", learning_rate=3e-3), dtype=torch.float32)
     ramp = torch.linspace(-1, 1, 32).expand(8, 1, 32, 32).clone()
     losses = [step({"data": ramp, "positions": torch.rand(8, 3)}, number)["restoration"] for number in range(60)]
     assert losses[-1] < 0.3 * losses[0]
@@ -182,14 +185,14 @@ def test_it_learns_to_restore():
 
 def test_the_memory_of_both_is_that_of_the_larger(workspace):
     configuration = Configuration.load("901", "nnUNetPlans", "2d")
-    levels = plan_levels(configuration.patch_size, configuration.strides, Recipe())
+    levels = plan_branches(configuration.patch_size, configuration.strides, recipe_of())
     alone, plain, both = (
         MemoryEstimate(configuration, levels, recipe)
-        for recipe in (Recipe(**ALONE), Recipe(), Recipe(weight_restoration=1.0))
+        for recipe in (recipe_of(**ALONE), recipe_of(), recipe_of(weight_restoration=1.0))
     )
     assert 0 < alone.gib(8) < plain.gib(8) <= both.gib(8) < plain.gib(8) * 1.1
     assert alone.gib(8, 2) < alone.gib(8)
-    assert Recipe(**ALONE).weights == {"restoration": 1.0}
+    assert recipe_of(**ALONE).losses == {"restoration": 1.0}
 
 
 def test_a_run_of_restoration_alone(workspace):

@@ -11,16 +11,16 @@ import torch
 from conftest import DATASET
 from faults.tools import after_step, same
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from steps import recipe_of
 from torch import nn
 
 from nnunetv2_macl import checkpoints, formats
-from nnunetv2_macl.building import build_network
+from nnunetv2_macl.building import build_model
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import sha256
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.planning.plan import describe, plan_file, read_plan
 from nnunetv2_macl.planning.prepare import prepare
-from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.sharing.model_card import model_card
 from nnunetv2_macl.start import plan_start, start_from_weights
@@ -52,26 +52,26 @@ def target(workspace):
 
 
 def network_of(target, plan):
-    return build_network(target, plan, plan.get_recipe())
+    return build_model(target, plan.geometry, plan.get_recipe())
 
 
 @pytest.mark.parametrize("auxiliary_encoder", ["shared", "ema", "independent"])
 def test_every_encoder_gets_the_weights(target, nnunet_file, auxiliary_encoder):
     plan = prepare(target, recipe="macl", values={"auxiliary_encoder": auxiliary_encoder})
-    start = plan_start(nnunet_file, target, plan, plan.get_recipe())
+    start = plan_start(nnunet_file, target, plan.geometry, plan.get_recipe())
     network = network_of(target, plan)
     start_from_weights(network, target, start, rescale=False)
     theirs = formats.load_weights(nnunet_file).weights
-    encoder, decoder = network.unet_weights()
+    encoder, decoder = network.network.trained_weights()
     assert decoder and all(torch.equal(value, theirs[key]) for key, value in {**encoder, **decoder}.items())
     if auxiliary_encoder != "shared":
-        state = network.auxiliary_encoder.state_dict()
+        state = network.methods["macl"].auxiliary_encoder.state_dict()
         assert all(torch.equal(value, theirs[f"encoder.{key}"]) for key, value in state.items())
 
 
 def test_for_sgd_kernels_get_the_size_of_fresh_ones(target, nnunet_file):
     plan = prepare(target)
-    start = plan_start(nnunet_file, target, plan, plan.get_recipe())
+    start = plan_start(nnunet_file, target, plan.geometry, plan.get_recipe())
     network = network_of(target, plan)
     fresh = kernel_norms(network)
     start_from_weights(network, target, start, rescale=True)
@@ -105,17 +105,17 @@ def test_an_edited_plan_takes_the_weights(target, nnunet_file):
 
 
 def test_weights_that_cannot_be_used_are_refused_in_a_sentence(target, nnunet_file, workspace):
-    plan, recipe = prepare(target), Recipe()
+    plan, recipe = prepare(target), recipe_of()
     content = checkpoints.load(nnunet_file)
     architecture = content["init_args"]["plans"]["configurations"]["2d"]["architecture"]["arch_kwargs"]
     architecture["features_per_stage"] = [33, 65, 129, 257]
     content["network_weights"] = {key: torch.cat([v, v[:1]]) for key, v in content["network_weights"].items()}
     checkpoints.save(content, workspace.folder / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth are for another network.*Leave out -pretrained_weights"):
-        plan_start(workspace.folder / "other.pth", target, plan, recipe)
+        plan_start(workspace.folder / "other.pth", target, plan.geometry, recipe)
     with pytest.raises(UserError, match=r"no pre-trained weights at .*nowhere"):
-        plan_start(workspace.folder / "nowhere", target, plan, recipe)
-    start = plan_start(nnunet_file, target, plan, recipe)
+        plan_start(workspace.folder / "nowhere", target, plan.geometry, recipe)
+    start = plan_start(nnunet_file, target, plan.geometry, recipe)
     shutil.copy(workspace.folder / "other.pth", nnunet_file)
     with pytest.raises(UserError, match=r"checkpoint_final\.pth in .* is not the file .* -pretrained_weights again"):
         start_from_weights(network_of(target, plan), target, start, rescale=False)

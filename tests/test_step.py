@@ -1,16 +1,14 @@
 """A training step computed in parts against the same step computed at once."""
 
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
-from steps import batch, gradients, training_step
+from steps import batch, gradients, recipe_of, training_step
 from torch import nn
 
 from nnunetv2_macl.building import load_optimizer
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
 
 PATCHES = 7
@@ -19,7 +17,7 @@ PATCHES = 7
 @pytest.mark.parametrize("auxiliary_encoder", ["shared", "ema", "independent"])
 @pytest.mark.parametrize("at_once", [1, 3, 6])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(at_once, auxiliary_encoder):
-    recipe = Recipe(own_view_weight=0.5, auxiliary_encoder=auxiliary_encoder)
+    recipe = recipe_of(own_view_weight=0.5, auxiliary_encoder=auxiliary_encoder)
     whole, cut = training_step(PATCHES, PATCHES, recipe), training_step(PATCHES, at_once, recipe)
     measured = whole(batch(PATCHES), 0), cut(batch(PATCHES), 0)
     assert measured[0] == pytest.approx(measured[1], rel=1e-9)
@@ -27,7 +25,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(at_once, auxiliary_encod
     assert wanted.keys() == got.keys() and any(gradient.any() for gradient in wanted.values())
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
-    for (name, one), (_, other) in zip(whole.module.named_buffers(), cut.module.named_buffers(), strict=True):
+    for (name, one), (_, other) in zip(whole.model.named_buffers(), cut.model.named_buffers(), strict=True):
         torch.testing.assert_close(one, other, msg=name)  # running statistics of the projectors
 
 
@@ -42,38 +40,39 @@ def test_a_batch_in_parts_in_float32():
 
 
 def test_two_stages_train_one_part_at_a_time_also_in_parts():
-    recipe = Recipe(training_stages=2, num_epochs=2, num_iterations_per_epoch=1, weight_decay=0.0)
+    recipe = recipe_of(training_stages=2, num_epochs=2, num_iterations_per_epoch=1, weight_decay=0.0)
     for at_once in (PATCHES, 3):
         step = training_step(PATCHES, at_once, recipe)
-        before = {name: p.clone() for name, p in step.module.named_parameters()}
+        before = {name: p.clone() for name, p in step.model.named_parameters()}
         step(batch(PATCHES), 1)  # the second epoch: the decoder's
-        changed = {name.split(".")[0] for name, p in step.module.named_parameters() if not torch.equal(p, before[name])}
-        assert "encoder" not in changed and "decoder_stages" in changed
-    step = training_step(PATCHES, PATCHES, replace(recipe, auxiliary_encoder="independent"))
-    before = {name: p.clone() for name, p in step.module.named_parameters()}
+        changed = {name.split(".")[1] for name, p in step.model.named_parameters() if not torch.equal(p, before[name])}
+        assert "encoder" not in changed and "stages" in changed
+    step = training_step(PATCHES, PATCHES, recipe_of(**recipe.as_dict() | {"auxiliary_encoder": "independent"}))
+    before = {name: p.clone() for name, p in step.model.named_parameters()}
     step(batch(PATCHES), 1)
-    assert not [n for n, p in step.module.named_parameters() if "encoder" in n and not torch.equal(p, before[n])]
+    assert not [n for n, p in step.model.named_parameters() if "encoder" in n and not torch.equal(p, before[n])]
 
 
 @pytest.mark.parametrize("at_once", [PATCHES, 3])
 def test_a_first_stage_without_downsampling_shows_full_views_and_trains_the_global_loss(at_once):
-    recipe = Recipe(training_stages=2, downsample_first_stage=False, num_epochs=2, num_iterations_per_epoch=1)
+    recipe = recipe_of(training_stages=2, downsample_first_stage=False, num_epochs=2, num_iterations_per_epoch=1)
     step, whole = (training_step(PATCHES, n, recipe) for n in (at_once, PATCHES))
-    sizes = [[group.shape[-1] for group in step.show(batch(PATCHES)["data"], number)] for number in (0, 1)]
+    views = [step.show(batch(PATCHES)["data"], number)["macl"] for number in (0, 1)]
+    sizes = [[group.shape[-1] for group in shown.values()] for shown in views]
     assert sizes == [[16, 32, 32, 32], [16, 32, 16, 32]]
     step(batch(PATCHES), 0)
     trained = {name for name, gradient in gradients(step).items() if gradient.any()}
-    assert any(name.startswith("encoder.") for name in trained) and "decoder_stages" in str(trained)
-    assert not any(name.startswith("pixel_projector") for name in trained)
+    assert any(name.startswith("network.encoder.") for name in trained) and "network.stages" in str(trained)
+    assert not any(name.startswith("methods.macl.pixel_projector") for name in trained)
     # L_ER has no part in it: the gradient is that of the global loss alone
-    whole.loss.weights["equivariance"] = 100.0
+    whole.methods[0].loss.weights["equivariance"] = 100.0
     whole(batch(PATCHES), 0)
     for name, gradient in gradients(whole).items():
         torch.testing.assert_close(gradients(step)[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_the_learning_rate_rises_and_falls():
-    recipe = Recipe(num_epochs=10, num_iterations_per_epoch=10, learning_rate_warmup=0.1)
+    recipe = recipe_of(num_epochs=10, num_iterations_per_epoch=10, learning_rate_warmup=0.1)
     shares = [learning_rate_share(recipe, step) for step in range(101)]
     assert shares[0] == pytest.approx(1 / 11) and max(shares) == shares[10] == 1.0
     assert shares[:10] == sorted(shares[:10]) and shares[10:] == sorted(shares[10:], reverse=True)
@@ -85,27 +84,27 @@ def test_the_learning_rate_rises_and_falls():
 )
 def test_the_scale_of_mixed_precision_is_lowered_for_gradients_alone(spoil, scale):
     """A batch that cannot be learned from, seen again and again, would bring it down to nothing, and learning with it."""
-    step = training_step(PATCHES, PATCHES, Recipe(), dtype=torch.float32)
+    step = training_step(PATCHES, PATCHES, recipe_of(), dtype=torch.float32)
     step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     patches = batch(PATCHES, torch.float32)
     if spoil == "loss":
         patches["data"][0, 0, 3, 4] = torch.nan
     if spoil == "gradient":
-        next(step.module.parameters()).register_hook(lambda gradient: gradient * torch.inf)
-    before = [p.clone() for p in step.module.parameters()]
+        next(step.model.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    before = [p.clone() for p in step.model.parameters()]
     step(patches, 0)
     assert step.grad_scaler.get_scale() == scale
     assert step.was_skipped == (spoil is not None)
     # a scale that is still too large explains a gradient that is not finite
     assert step.skipped_in_a_row == (spoil == "loss")
-    moved = any(not torch.equal(p, old) for p, old in zip(step.module.parameters(), before, strict=True))
+    moved = any(not torch.equal(p, old) for p, old in zip(step.model.parameters(), before, strict=True))
     assert moved == (spoil is None)
 
 
 def test_steps_without_a_finite_gradient_count_once_the_scale_explains_them_no_more():
-    step = training_step(PATCHES, PATCHES, Recipe(), dtype=torch.float32)
+    step = training_step(PATCHES, PATCHES, recipe_of(), dtype=torch.float32)
     step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    next(step.module.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    next(step.model.parameters()).register_hook(lambda gradient: gradient * torch.inf)
     counted = []
     for number in range(5):
         step(batch(PATCHES, torch.float32), number)
@@ -124,22 +123,21 @@ def test_a_network_that_mixes_patches_is_not_computed_in_parts(norm, refused):
         training_step(PATCHES, 3, norm=norm)
 
 
-RESTORATION = Recipe(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weight_restoration=1.0)
+RESTORATION = recipe_of(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weight_restoration=1.0)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize(
-    "recipe, at_once", [(RESTORATION, PATCHES), (RESTORATION, 3), (Recipe(), 3), (Recipe(), PATCHES)]
+    "recipe, at_once", [(RESTORATION, PATCHES), (RESTORATION, 3), (recipe_of(), 3), (recipe_of(), PATCHES)]
 )
 def test_what_is_trained_is_compiled_and_the_same(recipe, at_once):
     plain, compiled = (training_step(PATCHES, at_once, recipe, dtype=torch.float32) for _ in range(2))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = TrainingStep(
-        torch.compile(compiled.module), compiled.loss, compiled.optimizer, compiled.scheduler, None, compiled.plan,
-        compiled.device,
-    )  # fmt: skip
+        torch.compile(compiled.model), compiled.optimizer, compiled.scheduler, None, compiled.plan, compiled.device
+    )
     measured = plain(batch(PATCHES, torch.float32), 0), compiled(batch(PATCHES, torch.float32), 0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -15,14 +15,17 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncM,
     nnUNetPlannerResEncXL,
 )
+from steps import embeddings_of, recipe_of
 from torch import nn
 
 from benchmarks.planned import FLAT, Fingerprint, plan_with_nnunet
-from nnunetv2_macl.building import build_network
-from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.building import build_model
+from nnunetv2_macl.methods.base import Geometry
+from nnunetv2_macl.methods.branches import plan_branches
+from nnunetv2_macl.methods.model import PretrainingModel
+from nnunetv2_macl.networks.registry import pretrainable
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
 from nnunetv2_macl.planning.derive import derive_plan
-from nnunetv2_macl.planning.levels import plan_levels
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.recipe import Recipe
 
@@ -90,17 +93,11 @@ MATRIX = QUICK + tuple(
 )
 
 
-def outputs_of(network: MACLNetwork, plan, channels: int, batch_size: int) -> dict[str, torch.Tensor]:
-    """What a meta-device network returns for patches of the plan's size."""
-    small = torch.empty(batch_size, channels, *plan.dominant_patch_size, device="meta")
-    full = torch.empty(batch_size, channels, *plan.patch_size, device="meta")
-    return network(small, full, small, full)
-
-
 def check_legal(plan: MACLPlan, configuration: Configuration) -> None:
     with torch.device("meta"):
-        network = build_network(configuration, plan, Recipe())
-    outputs = outputs_of(network, plan, len(configuration.channel_names), 2)
+        model = build_model(configuration, plan.geometry, recipe_of())
+    patches = torch.empty(2, len(configuration.channel_names), *plan.patch_size, device="meta")
+    outputs = embeddings_of(model, patches)
     assert outputs["dense_dominant"].shape == outputs["dense_auxiliary"].shape
     assert list(outputs["dense_dominant"].shape[2:]) == plan.grid
     assert np.prod(outputs["bottleneck_dominant"].shape[2:]) >= (4 if len(plan.patch_size) == 2 else 8)
@@ -132,7 +129,7 @@ def check_all_configurations(fingerprint: Fingerprint, folder) -> list[MACLPlan]
     plans = []
     for name in sorted(set(names) - {"3d_cascade_fullres"}):
         configuration = Configuration.load(dataset, plans_name, name)
-        plan = derive_plan(configuration, Recipe())
+        plan = derive_plan(configuration, recipe_of())
         check_legal(plan, configuration)
         plans.append(plan)
     expected = {"2d"} if fingerprint.shape[0] == 1 else {"2d", "3d_fullres"}
@@ -205,7 +202,7 @@ def topologies(draw) -> Topology:
     return Topology(patch, strides, kernels, each(depth, stages), each(depth, stages - 1), draw(st.booleans()))
 
 
-def build(topology: Topology, **levels) -> MACLNetwork:
+def build(topology: Topology, geometry: Geometry) -> PretrainingModel:
     axes, stages = len(topology.patch), len(topology.strides)
     depth = "n_blocks_per_stage" if topology.residual else "n_conv_per_stage"
     with torch.device("meta"):
@@ -224,18 +221,16 @@ def build(topology: Topology, **levels) -> MACLNetwork:
             nonlin_kwargs={"inplace": True},
             **{depth: topology.blocks},
         )
-        return MACLNetwork(unet, **levels)
+        return PretrainingModel(pretrainable(unet, geometry.decoder_stages), geometry, recipe_of())
 
 
 def check_topology(topology: Topology, recipe: Recipe) -> None:
-    levels = plan_levels(topology.patch, topology.strides, recipe)
+    levels = plan_branches(topology.patch, topology.strides, recipe)
     total = np.cumprod(topology.strides, axis=0)
     scale, patch = np.array(levels.scale), np.array(levels.patch_size)
     assert levels.reason and not (patch % (scale * total[-1])).any()
-    network = build(topology, decoder_stages=levels.decoder_stages, auxiliary_stage=levels.auxiliary_stage)
-    small = torch.empty(2, 1, *(patch // scale), device="meta")
-    full = torch.empty(2, 1, *patch, device="meta")
-    outputs = network(small, full, small, full)  # instance norm refuses a single voxel
+    # instance norm refuses a single voxel
+    outputs = embeddings_of(build(topology, levels), torch.empty(2, 1, *patch, device="meta"))
     assert outputs["dense_dominant"].shape == outputs["dense_auxiliary"].shape
     assert tuple(outputs["dense_dominant"].shape[2:]) == tuple(patch // total[levels.auxiliary_stage - 1])
     assert np.prod(outputs["bottleneck_dominant"].shape[2:]) >= (4 if len(patch) == 2 else 8)
@@ -244,7 +239,7 @@ def check_topology(topology: Topology, recipe: Recipe) -> None:
 @given(topologies())
 @settings(max_examples=40, deadline=None)
 def test_networks_written_by_hand(topology):
-    check_topology(topology, Recipe())
+    check_topology(topology, recipe_of())
 
 
 @pytest.mark.slow
@@ -254,11 +249,11 @@ def test_recipes_on_networks_written_by_hand(topology, data):
     """K and e as a recipe may fix them, each that the network has."""
     stages = len(topology.strides)
     k = data.draw(st.integers(0, stages - 1))
-    check_topology(topology, Recipe())
-    check_topology(topology, Recipe(decoder_stages=k, auxiliary_stage=data.draw(st.integers(stages - k, stages))))
+    check_topology(topology, recipe_of())
+    check_topology(topology, recipe_of(decoder_stages=k, auxiliary_stage=data.draw(st.integers(stages - k, stages))))
 
 
 def test_a_bottleneck_of_one_voxel_gets_a_larger_patch():
-    levels = plan_levels([8, 8], [[1, 1], [8, 8], [1, 1]], Recipe())
+    levels = plan_branches([8, 8], [[1, 1], [8, 8], [1, 1]], recipe_of())
     assert (levels.decoder_stages, levels.scale, levels.patch_size) == (0, [1, 1], [16, 16])
     assert "only the encoder is trained" in levels.reason and "changed from nnU-Net's 8x8" in levels.reason

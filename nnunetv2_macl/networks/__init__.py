@@ -1,1 +1,1 @@
-"""Segmentation networks that dynamic-network-architectures cannot express. A nnU-Net plan names their classes."""
+"""Segmentation networks: adapters for pre-training, and classes of our own, which a nnU-Net plan names."""

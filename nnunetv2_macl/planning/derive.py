@@ -8,8 +8,8 @@ import numpy as np
 from nnunetv2.configuration import ANISO_THRESHOLD
 
 from nnunetv2_macl.data import Sampling
+from nnunetv2_macl.methods.registry import methods_of
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.levels import plan_levels
 from nnunetv2_macl.planning.memory import MemoryEstimate, check_gpu_memory, plan_batch
 from nnunetv2_macl.planning.plan import MACLPlan, volume_patch
 from nnunetv2_macl.planning.positives import ONLY_THE_OWN_VIEW, plan_position_groups, plan_threshold, resampled_shapes
@@ -36,14 +36,16 @@ def derive_plan(
         gpu_memory_gb: what the batch may take; None is what nnU-Net planned for.
 
     Raises:
-        UserError: the recipe and the network do not go together; nnU-Net's fingerprint is missing.
-        NotImplementedError: a network that is no U-Net.
+        UserError: the recipe and the network do not go together; the network is of a family that cannot be pre-trained;
+            nnU-Net's fingerprint is missing.
     """
-    levels = plan_levels(configuration.patch_size, configuration.strides, recipe)
-    patch = levels.patch_size
+    # of several methods, the first decides
+    method = methods_of(recipe.method)[0]
+    geometry = method.plan_geometry(configuration.patch_size, configuration.strides, recipe)
+    patch = geometry.patch_size
     axes = len(patch)
-    stride = np.prod(np.asarray(configuration.strides)[: levels.auxiliary_stage], axis=0)
-    memory = MemoryEstimate(configuration, levels, recipe)
+    stride = np.prod(np.asarray(configuration.strides)[: geometry.auxiliary_stage], axis=0)
+    memory = MemoryEstimate(configuration, geometry, recipe)
     target, target_reason = configuration.gpu_memory_target()
     if gpu_memory_gb is not None:
         target, target_reason = check_gpu_memory(gpu_memory_gb), "asked for with -gpu_memory"
@@ -51,7 +53,7 @@ def derive_plan(
     group_size, group_reason = plan_position_groups(axes, batch.size, recipe)
     sampling = Sampling(volume_patch(patch), batch.size, group_size, recipe.seed)
     threshold, expected, threshold_reason = plan_threshold(resampled_shapes(configuration), sampling, recipe)
-    if recipe.is_contrastive and threshold == 0:
+    if recipe.compares_positions and threshold == 0:
         group_size, group_reason = 1, ONLY_THE_OWN_VIEW
     if axes == 2:
         out_of_plane, out_reason = 0.0, "2D"
@@ -67,11 +69,11 @@ def derive_plan(
         unlabelled_datasets=list(unlabelled_datasets),
         skip_unreadable=skip_unreadable,
         channel_map=dict(channel_map or {}),
-        decoder_stages=levels.decoder_stages,
-        auxiliary_stage=levels.auxiliary_stage,
-        scale=levels.scale,
+        decoder_stages=geometry.decoder_stages,
+        auxiliary_stage=geometry.auxiliary_stage,
+        scale=geometry.scale,
         patch_size=patch,
-        dominant_patch_size=[n // s for n, s in zip(patch, levels.scale, strict=True)],
+        dominant_patch_size=geometry.dominant_patch_size,
         grid=[n // int(s) for n, s in zip(patch, stride, strict=True)],
         batch_size=batch.size,
         patches_at_once=batch.at_once,
@@ -84,9 +86,9 @@ def derive_plan(
         memory_mixed_precision_gib=round(memory.gib(batch.size, batch.at_once, mixed_precision=True), 2),
         recipe=recipe.as_dict(),
         reasons={
-            "decoder_stages, auxiliary_stage, scale, patch_size": levels.reason,
+            "decoder_stages, auxiliary_stage, scale, patch_size": geometry.reason,
             "dominant_patch_size": "patch_size divided by scale",
-            "grid": f"where both dense maps lie: patch_size divided by the stride at stage {levels.auxiliary_stage}",
+            "grid": f"where both dense maps lie: patch_size divided by the stride at stage {geometry.auxiliary_stage}",
             "gpu_memory_gb": target_reason,
             "batch_size": batch.size_reason,
             "patches_at_once": batch.at_once_reason,

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nnunetv2_macl.building import build_loss, build_network
+from nnunetv2_macl.building import build_model
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.losses import similarities_on_meta
-from nnunetv2_macl.network import InstanceProjector, MACLNetwork
+from nnunetv2_macl.methods.base import Geometry, Method, Progress, StepRandom, to_device
+from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.levels import Levels
 from nnunetv2_macl.recipe import AUTO, Recipe
-from nnunetv2_macl.restoration import restoration_loss
 
 # the batch beyond which more memory is not spent
 _BATCH_SIZES = (32, 24, 16, 12, 8, 6, 4, 2)
@@ -31,6 +30,7 @@ _FEW_NEGATIVES = 8
 _OVERHEAD = 0.2
 # cuBLAS takes this much of torch's memory for itself.
 _WORKSPACE_BYTES = 32 * 2**20
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 # The CUDA context and what the libraries keep outside of torch's memory.
 _CONTEXT_BYTES = 0.6e9
 
@@ -41,28 +41,26 @@ class MemoryEstimate:
     torch's meta device runs the operations on shapes alone, so every map, copy and gradient has its real size and lifetime.
     """
 
-    def __init__(self, configuration: Configuration, levels: Levels, recipe: Recipe) -> None:
+    def __init__(self, configuration: Configuration, geometry: Geometry, recipe: Recipe) -> None:
         with torch.device("meta"):
-            self.network = build_network(configuration, levels, recipe)
+            self.model = build_model(configuration, geometry, recipe)
+        self._geometry = geometry
         self._channels = len(configuration.channel_names)
-        self._patch = levels.patch_size
-        self._small = [n // s for n, s in zip(levels.patch_size, levels.scale, strict=True)]
-        # of the variance group, in the training stage that holds more
-        self._small_view = self._patch if recipe.full_size_first else self._small
-        self._loss = build_loss(recipe)
-        weights = sum(p.numel() for p in self.network.parameters())
-        trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+        # the first step: with two training stages, the first one holds more
+        self._progress = Progress(0, recipe.num_epochs, recipe.num_iterations_per_epoch)
+        weights = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._half_weights = 2 * weights
         # weight, gradient, and what the optimiser keeps
         self._fixed = 4 * (weights + trained * (1 + {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer]))
         self._peaks: dict[tuple[int, int, bool], int] = {}
-        for parameter in self.network.parameters():
+        for parameter in self.model.parameters():
             if parameter.requires_grad:
                 # gradients are part of `_fixed`
                 parameter.register_post_accumulate_grad_hook(_forget_gradient)
-        for encoder in (self.network.encoder, self.network.auxiliary_encoder):
-            if isinstance(encoder, nn.Module):
-                encoder.register_forward_pre_hook(_cast_as_autocast_does)
+        for module in self.model.modules():
+            if isinstance(module, _CONVOLUTIONS):
+                module.register_forward_pre_hook(_cast_as_autocast_does)
 
     def gib(self, batch_size: int, patches_at_once: int | None = None, *, mixed_precision: bool = False) -> float:
         """Return the most that the tensors of a training step take, GiB.
@@ -84,65 +82,46 @@ class MemoryEstimate:
 
     def _peak(self, batch_size: int, at_once: int, mixed_precision: bool) -> int:
         dtype = torch.float16 if mixed_precision else torch.float32
-        for part in self.network.children():
-            # torch's autocast leaves the projectors of pooled features, which are in float32, nearly as they are
-            part.to(torch.float32 if isinstance(part, InstanceProjector) else dtype)
+        self.model.to(dtype)
+        for module in self.model.modules():
+            # torch's autocast leaves the heads on pooled features, which are in float32, nearly as they are
+            if isinstance(module, (nn.Linear, nn.BatchNorm1d)):
+                module.to(torch.float32)
+        random = StepRandom(0, 0, batch_size, slice(None), self._channels, tuple(self._geometry.patch_size))
+        numbers = to_device(self.model.views.draw(random), torch.device("meta"))
         with (
             similarities_on_meta("cuda" if mixed_precision else "cpu"),
             _LiveMemory(_as_cuda_allocates if mixed_precision else int) as memory,
         ):
-            patches = self._images(batch_size, self._patch)
-            if self.network.is_contrastive:
-                self._contrast(patches, at_once)
-            if self.network.restoration_head is not None:
-                self._restore(patches, at_once)
+            patches = torch.empty(batch_size, self._channels, *self._geometry.patch_size, device="meta")
+            for method in self.model:
+                self._backward(method, method.views.make(patches, numbers[method.name], self._progress), at_once)
         return memory.most
 
-    # Both do what `TrainingStep` does, in its order.
-
-    def _contrast(self, patches: Tensor, at_once: int) -> None:
-        image_level, invariance = self.network.image_level, self.network.needs_invariance
-        size = len(patches)
-        shown = (
-            self._images(size, self._small) if invariance else None,
-            patches if invariance else None,
-            self._images(size, self._small_view) if image_level else None,
-            self._images(size, self._patch) if image_level else None,
-        )
-
-        def features(first: int) -> dict[str, Tensor]:
-            part = slice(first, first + at_once)
-            return self.network.features(*(None if group is None else group[part] for group in shown))
-
-        if at_once >= size:
-            self._total(self.network.project(features(0))).backward()
+    def _backward(self, method: Method, views: dict[str, Tensor], at_once: int) -> None:
+        """Do what `TrainingStep` does, in its order."""
+        size = len(next(iter(views.values())))
+        part = {name: view[:at_once] for name, view in views.items()}
+        if at_once >= size or not method.couples_samples:
+            self._losses(method, method.project(method.encode(part))).sum().backward()
             return
         with torch.no_grad():
             # One part is enough, because the parts run one after the other and need the same memory.
-            piece = features(0)
+            piece = method.encode(part)
             joined = {key: value.new_empty(size, *value.shape[1:]) for key, value in piece.items()}
             del piece
         joined = {key: value.requires_grad_() for key, value in joined.items()}
-        outputs = self.network.project(joined)
-        self._total(outputs).backward()
+        outputs = method.project(joined)
+        self._losses(method, outputs).backward()
         gradients = {key: value.grad for key, value in joined.items() if value.grad is not None}
         del joined
-        piece = features(0)
+        piece = method.encode(part)
         used = [key for key in piece if piece[key].requires_grad and key in gradients]
         torch.autograd.backward([piece[key] for key in used], [gradients[key][:at_once] for key in used])
 
-    def _restore(self, patches: Tensor, at_once: int) -> None:
-        mask = torch.empty(len(patches), 1, *self._patch, dtype=torch.bool, device="meta")
-        shown = torch.where(mask, 0, patches)
-        restored = self.network.restore(shown[:at_once])
-        restoration_loss(restored, patches[:at_once], mask[:at_once]).sum().backward()
-
-    def _total(self, outputs: dict[str, Tensor]) -> Tensor:
+    def _losses(self, method: Method, outputs: dict[str, Tensor]) -> Tensor:
         patches = len(next(iter(outputs.values())))
-        return self._loss(outputs, torch.empty(patches, 3, device="meta"))["total"]
-
-    def _images(self, number: int, size: Sequence[int]) -> Tensor:
-        return torch.empty(number, self._channels, *size, device="meta")
+        return method.losses(outputs, torch.empty(patches, 3, device="meta"), self._progress)["total"]
 
 
 def _as_cuda_allocates(size: int) -> int:
@@ -155,9 +134,9 @@ def _forget_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _cast_as_autocast_does(encoder: nn.Module, images: tuple[Tensor]) -> tuple[Tensor]:
+def _cast_as_autocast_does(convolution: nn.Module, images: tuple[Tensor]) -> tuple[Tensor]:
     """Images stay in float32 up to the first convolution, which reads a copy in its own precision."""
-    return (images[0].to(next(encoder.parameters()).dtype),)
+    return (images[0].to(next(convolution.parameters()).dtype),)
 
 
 class _LiveMemory(TorchDispatchMode):
@@ -231,7 +210,7 @@ def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> Batch:
         reason = f"the largest of up to {_BATCH_SIZES[0]} that fits gpu_memory_gb in mixed precision"
         if not fits(size):
             reason = "the smallest there can be"
-        if recipe.is_contrastive and size < _FEW_NEGATIVES and not memory.network.features_vary:
+        if recipe.couples_samples and size < _FEW_NEGATIVES and not memory.model.network.mixes_samples:
             reason += (
                 f"; few negatives: -batch_size {_FEW_NEGATIVES} would be computed in parts, at the memory of a part"
             )
@@ -239,14 +218,14 @@ def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> Batch:
         size, reason = int(recipe.batch_size), "as the recipe has it"
     if recipe.patches_at_once != AUTO:
         at_once, at_once_reason = min(int(recipe.patches_at_once), size), "as the recipe has it"
-    elif fits(size) or memory.network.features_vary:
+    elif fits(size) or memory.model.network.mixes_samples:
         at_once, at_once_reason = size, "the whole batch"
     else:
         at_once = _largest([n for n in _BATCH_SIZES if n < size], lambda n: fits(size, n)) or 1
         at_once_reason = "the most that fits; the gradient is that of the whole batch"
-        if recipe.is_contrastive:
+        if recipe.couples_samples:
             at_once_reason += ", at a third more time"
-    refuse_parts(memory.network, at_once, size)
+    refuse_parts(memory.model, at_once, size)
     if not fits(size, at_once):
         reason += f", though it takes about {needed(size, at_once):.1f} GB in mixed precision: more than gpu_memory_gb"
     return Batch(size, at_once, reason, at_once_reason)
@@ -258,15 +237,15 @@ def _largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     return sizes[first] if first < len(sizes) else None
 
 
-def refuse_parts(network: MACLNetwork, at_once: int, patches: int) -> None:
+def refuse_parts(model: PretrainingModel, at_once: int, patches: int) -> None:
     """Raises UserError where a batch is to be computed in parts, and what is made of a patch depends on the others.
 
     Args:
-        network: to be trained.
+        model: to be trained.
         at_once: patches in a part.
         patches: of the batch.
     """
-    if at_once < patches and network.features_vary:
+    if at_once < patches and model.network.mixes_samples:
         raise UserError(
             f"patches_at_once is {at_once} of a batch of {patches}, and this network has batch norm or dropout, so that a batch "
             f"cannot be computed in parts. Take it whole: -patches_at_once {patches}"

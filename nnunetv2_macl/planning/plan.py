@@ -21,9 +21,11 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2_macl.data import Sampling
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json
+from nnunetv2_macl.methods.base import Geometry
+from nnunetv2_macl.methods.registry import all_methods, methods_of
 from nnunetv2_macl.nnunet import Configuration, checksum, read_json
 from nnunetv2_macl.planning.memory import is_above_zero
-from nnunetv2_macl.recipe import AUTO, Recipe, recipe_from_values, settings_as_text
+from nnunetv2_macl.recipe import AUTO, Recipe, recipe_from_values, settings_as_text, with_settings
 
 FORMAT_VERSION = 1
 # holds the plan of the command that is at work, for the processes that train by it
@@ -38,7 +40,6 @@ _START = {
     "citations": list,
     "transfer": list,
 }
-_OF_CONTRAST = ("dominant_patch_size", "grid", "threshold", "expected_positives", "out_of_plane_rotation")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,18 @@ class MACLPlan:
             volume_patch(self.patch_size), self.batch_size, self.position_group_size, self.get_recipe().seed
         )
 
+    @property
+    def geometry(self) -> Geometry:
+        """Return what the methods read of the network, and the patches."""
+        return Geometry(
+            self.decoder_stages,
+            self.auxiliary_stage,
+            self.scale,
+            self.patch_size,
+            threshold=self.threshold,
+            out_of_plane_rotation=self.out_of_plane_rotation,
+        )
+
     def with_recipe(self, values: dict[str, Any]) -> MACLPlan:
         """The same plan with other recipe values, none of which anything else is derived from but batch and parts."""
         given = {key: value for key, value in values.items() if value != AUTO}
@@ -107,7 +120,7 @@ class MACLPlan:
         # a batch that was computed whole stays whole
         as_it_was = self.patches_at_once if self.patches_at_once < self.batch_size else batch_size
         at_once = min(given.get("patches_at_once", as_it_was), batch_size)
-        return replace(self, recipe=self.recipe | values, batch_size=batch_size, patches_at_once=at_once)
+        return replace(self, recipe=with_settings(self.recipe, values), batch_size=batch_size, patches_at_once=at_once)
 
     def as_json(self, *, edited: bool = False) -> dict[str, Any]:
         """Content of the file. The checksum tells later whether the user edited it; an edited plan stays edited."""
@@ -292,8 +305,14 @@ def describe(plan: MACLPlan) -> str:
     lines = [f"MACL plan of {plan.dataset_name}, {plan.plans_name}, {plan.configuration}"]
     if plan.recipe_source:
         lines.append(f"  recipe: {plan.recipe_source}")
-    if not plan.get_recipe().is_contrastive:
-        lines.append(f"  the recipe compares no patches: {', '.join(_OF_CONTRAST)} are not used")
+    methods = methods_of(plan.get_recipe().method)
+    unused = [
+        key
+        for key in dict.fromkeys(key for method in all_methods().values() for key in method.plan_keys)
+        if not any(key in method.plan_keys for method in methods)
+    ]
+    if unused:
+        lines.append(f"  the method {plan.get_recipe().method} does not use {', '.join(unused)}")
     for keys, reason in plan.reasons.items():
         values = ", ".join(f"{key} {_words(getattr(plan, key))}" for key in keys.split(", "))
         lines.append(f"  {values}\n      {reason}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
 from nnunetv2_macl.data import Sampling, draw_corner, position
 from nnunetv2_macl.nnunet import Configuration, read_json
-from nnunetv2_macl.recipe import Recipe
 
 ONLY_THE_OWN_VIEW = "only the own view is a positive"
 
@@ -46,11 +46,11 @@ def _expected_positives(distances: list[np.ndarray], threshold: float) -> float:
     return float(np.mean([2 * (d < threshold).sum(1).mean() - (1 if threshold > 0 else -1) for d in distances]))
 
 
-def plan_threshold(shapes: Sequence[Sequence[int]], sampling: Sampling, recipe: Recipe) -> tuple[float, float, str]:
+def plan_threshold(shapes: Sequence[Sequence[int]], sampling: Sampling, recipe: Any) -> tuple[float, float, str]:
     """Threshold t, the expected number of positives an anchor (own view included), and the reason."""
+    if not recipe.compares_positions:
+        return 0.0, 0.0, "no patches are compared"
     threshold = float(recipe.threshold)
-    if not recipe.is_contrastive:
-        return threshold, 0.0, "no patches are compared"
     distances = positive_distances(shapes, sampling)
     at_recipe = _expected_positives(distances, threshold)
     if not recipe.limit_positives or threshold == 0:
@@ -71,8 +71,8 @@ def plan_threshold(shapes: Sequence[Sequence[int]], sampling: Sampling, recipe: 
     return threshold, expected, reason
 
 
-def plan_position_groups(axes: int, batch_size: int, recipe: Recipe) -> tuple[int, str]:
-    if not recipe.is_contrastive:
+def plan_position_groups(axes: int, batch_size: int, recipe: Any) -> tuple[int, str]:
+    if not recipe.compares_positions:
         return 1, "no patches are compared"
     if recipe.threshold == 0:
         return 1, ONLY_THE_OWN_VIEW

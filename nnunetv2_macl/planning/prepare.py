@@ -13,7 +13,7 @@ from nnunetv2_macl.nnunet import Configuration, read_json
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.planning.memory import check_gpu_memory
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited, write_plan
-from nnunetv2_macl.recipe import check_values, load_recipe, recipe_from_values, settings_as_text
+from nnunetv2_macl.recipe import check_values, load_recipe, recipe_from_values, settings_as_text, with_settings
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.start import plan_start
 
@@ -95,7 +95,7 @@ def prepare(
 
 
 def _start(weights: Path | None, configuration: Configuration, plan: MACLPlan) -> dict[str, Any] | None:
-    return None if weights is None else plan_start(weights, configuration, plan, plan.get_recipe())
+    return None if weights is None else plan_start(weights, configuration, plan.geometry, plan.get_recipe())
 
 
 def _adapt_edited(plan: MACLPlan, file: Path, values: dict[str, Any], given: dict[str, Any]) -> MACLPlan:
@@ -109,11 +109,12 @@ def _adapt_edited(plan: MACLPlan, file: Path, values: dict[str, Any], given: dic
 
 def _refuse_derived(plan: MACLPlan, file: Path, values: dict[str, Any]) -> None:
     """Raise UserError for values that other numbers of the plan are derived from, because an edited plan keeps these."""
-    before, after = plan.get_recipe(), recipe_from_values(plan.recipe | values, "Command line")
+    before, after = plan.get_recipe(), recipe_from_values(with_settings(plan.recipe, values), "Command line")
     keys: tuple[str, ...] = _DERIVED_FROM
-    if before.is_contrastive != after.is_contrastive:
-        keys += ("weight_global", "weight_dense")
-    refused = {key: value for key, value in values.items() if key in keys and getattr(before, key) != value}
+    if before.method != after.method:
+        keys += tuple(values)
+    was = before.as_dict()
+    refused = {key: value for key, value in values.items() if key in keys and was.get(key) != value}
     if refused:
         raise UserError(
             f"{file} was edited, so it is not derived again for {', '.join(settings_as_text(refused))}. Edit the file itself, "

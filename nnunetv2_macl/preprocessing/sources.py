@@ -47,10 +47,10 @@ class RawFile(NamedTuple):
     """An image file; ``wrong`` says why it cannot be taken, and ``beside`` lists the files that are read with it."""
 
     path: str
-    made_from: list[str | int] = []  # noqa: RUF012 - never changed
+    made_from: list[str | int] = []
     identity: tuple[int, int] = (0, 0)
     wrong: str | None = None
-    beside: list[list[str | int]] = []  # noqa: RUF012 - never changed
+    beside: list[list[str | int]] = []
 
     @classmethod
     def look(cls, path: str) -> RawFile:

@@ -12,7 +12,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from nnunetv2_macl.monitoring import CONTRASTIVE, LOSS_NAMES
+from nnunetv2_macl.methods.registry import loss_labels
+from nnunetv2_macl.monitoring import lines_of
 from nnunetv2_macl.probes import EFFECTIVE_RANK, LINEAR_DICE
 
 # stands in the SVG for the colour of the text around it
@@ -20,11 +21,7 @@ _TEXT = "#010203"
 # readable on white and on black
 BLUE, RED, ORANGE, GREEN, VIOLET = "#3b82c4", "#d64545", "#d98a1f", "#3f9b62", "#8f6cc9"
 COLOURS = (RED, GREEN, BLUE, ORANGE, VIOLET)
-_REFERENCES = (
-    ("collapse", RED, "collapse: one embedding for every image"),
-    ("own_view_only", ORANGE, "knows the own view alone"),
-    ("all_found", GREEN, "all positives found"),
-)
+_LINE_COLOURS = (RED, ORANGE, GREEN, VIOLET)
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -43,18 +40,17 @@ _STYLE: dict[Any, Any] = {
 def loss_curves(log: dict[str, list[float]]) -> dict[str, str]:
     """Title -> SVG of each loss with its reference lines."""
     curves = {}
-    for name, title in LOSS_NAMES.items():
+    for name, title in loss_labels().items():
         values = log.get(f"train_losses/{name}")
         if not values:
             continue
         lines = [(values, BLUE, "-", f"{title.split(',')[0]} of this run")]
-        if name in CONTRASTIVE:
-            lines += [
-                (log[f"references/{key}"], colour, "--", label)
-                for key, colour, label in _REFERENCES
-                if log.get(f"references/{key}")
-            ]
-        curves[title] = draw_curves(lines, name, from_zero=name not in CONTRASTIVE)
+        lines += [
+            (log[f"references/{key}"], colour, "--", label)
+            for (key, label), colour in zip(lines_of(name).items(), _LINE_COLOURS, strict=False)
+            if log.get(f"references/{key}")
+        ]
+        curves[title] = draw_curves(lines, name, from_zero=len(lines) == 1)
     return curves
 
 
@@ -62,6 +58,7 @@ def other_curves(log: dict[str, list[float]]) -> dict[str, str]:
     """Title -> SVG of what tells how the run goes besides its losses."""
     wanted = (
         ("embedding_variance", "Variance of embeddings between images (0: collapsed)", VIOLET),
+        ("embedding_rank", "Effective rank of the embeddings of a batch (1: collapsed)", VIOLET),
         ("positives", "Positives an anchor, its own view included", GREEN),
         ("lrs", "Learning rate", ORANGE),
         ("patches_per_second", "Patches a second", BLUE),

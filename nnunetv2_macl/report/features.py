@@ -9,11 +9,11 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
-from nnunetv2_macl.building import build_network
+from nnunetv2_macl.building import build_model
 from nnunetv2_macl.data import Case, PretrainingBatches
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import read_splits
-from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.networks.base import PretrainableNetwork
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.report.run import Run, unlabelled_folders
 
@@ -112,7 +112,7 @@ def _varied(positions: np.ndarray, names: np.ndarray) -> list[int]:
     return first + [i for i in range(len(positions)) if i not in first]
 
 
-def _networks(run: Run) -> dict[str, MACLNetwork]:
+def _networks(run: Run) -> dict[str, PretrainableNetwork]:
     """A fresh network as nnU-Net initialises it with the run's seed, and the run's own."""
     recipe, networks = run.plan.get_recipe(), {}
     for when in ("before", "after"):
@@ -125,21 +125,21 @@ def _networks(run: Run) -> dict[str, MACLNetwork]:
                 2,
                 True,
             )
-            network = build_network(run.configuration, run.plan, recipe, unet)
+            model = build_model(run.configuration, run.plan.geometry, recipe, unet)
         if when == "after":
-            network.load_state_dict(run.weights or {})
-        networks[when] = network
+            model.load_state_dict(run.weights or {})
+        networks[when] = model.network
     return networks
 
 
 @torch.no_grad()
-def _features(network: MACLNetwork, patches: Tensor, device: str) -> tuple[Tensor, np.ndarray]:
+def _features(network: PretrainableNetwork, patches: Tensor, device: str) -> tuple[Tensor, np.ndarray]:
     """Dense features of the first patches at their middle slice, (COLOURED, C, h, w), and pooled ones of all, (N, C)."""
     size = max(1, _BATCH_VOXELS // int(np.prod(patches.shape[2:])))
     dense: list[Tensor] = []
     pooled: list[Tensor] = []
     for batch in patches.split(size):
-        features = network.dense_features(batch.to(device)).float().cpu()
+        features = network.decode(network.encode(batch.to(device)))[-1].float().cpu()
         pooled.append(features.flatten(2).mean(-1))
         if sum(len(part) for part in dense) < COLOURED:
             dense.append(features[:, :, features.shape[2] // 2] if features.ndim == 5 else features)

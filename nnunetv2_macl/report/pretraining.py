@@ -14,9 +14,11 @@ from PIL import Image
 
 from nnunetv2_macl import monitoring
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.methods.registry import loss_labels
+from nnunetv2_macl.monitoring import lines_of
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE
 from nnunetv2_macl.planning.plan import start_in_short
-from nnunetv2_macl.recipe import Recipe, meaning
+from nnunetv2_macl.recipe import defaults_of, meaning
 from nnunetv2_macl.report.curves import loss_curves, other_curves
 from nnunetv2_macl.report.features import Features, show_features
 from nnunetv2_macl.report.pictures import as_data, grey, png
@@ -36,12 +38,14 @@ def describe_run(folder: Path, device: str) -> dict[str, Any]:
     except UserError as error:
         features, no_features = None, str(error)
     recipe = run.plan.get_recipe()
+    defaults = defaults_of(recipe.method)
+    lines = [key for loss in recipe.losses for key in lines_of(loss)]
     return {
         "run": run,
         "recipe": [
-            (key, value, meaning(key), value != getattr(Recipe(), key)) for key, value in recipe.as_dict().items()
+            (key, value, meaning(key), value != defaults.get(key, value)) for key, value in recipe.as_dict().items()
         ],
-        "contrastive": recipe.is_contrastive,
+        "has_collapse_line": "collapse" in lines,
         "plan": _plan(run),
         "sources": [_told_source(source) for source in image_sources(run)],
         "losses": {title: Markup(svg) for title, svg in loss_curves(run.log).items()},
@@ -86,8 +90,8 @@ def _axes(values: np.ndarray) -> str:
 
 def _summary(run: Run) -> list[tuple[str, str]]:
     """What one looks for first: name and value."""
-    log, recipe = run.log, run.plan.recipe
-    rows = [("State", f"{run.state}, {run.epochs} of {recipe['num_epochs']} epochs")]
+    log, recipe = run.log, run.plan.get_recipe()
+    rows = [("State", f"{run.state}, {run.epochs} of {recipe.num_epochs} epochs")]
     if run.plan.recipe_source:
         rows.append(("Recipe", run.plan.recipe_source))
     if run.images is not None:
@@ -97,19 +101,19 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         rows.append(("Left out", f"the validation images of fold {run.fold}"))
     if run.plan.pretrained_weights is not None:
         rows.append(("Started from", start_in_short(run.plan.pretrained_weights)))
-    for key, name in monitoring.LOSS_NAMES.items():
+    for key, name in loss_labels().items():
         if values := log.get(f"train_losses/{key}"):
-            lines = log.get("references/collapse") if key in monitoring.CONTRASTIVE else None
+            lines = log.get("references/collapse") if "collapse" in lines_of(key) else None
             rows.append(
                 (name, f"{values[0]:.3f} → {values[-1]:.3f}" + (f" (collapse: {lines[-1]:.3f})" if lines else ""))
             )
     speed = [value for value in log.get("patches_per_second", []) if value > 0]
     if speed:
         # not by the clock, which counts the nights between a stop and --c as well
-        seconds = recipe["num_iterations_per_epoch"] * run.plan.batch_size / np.asarray(speed)
+        seconds = recipe.num_iterations_per_epoch * run.plan.batch_size / np.asarray(speed)
         rows.append(("Speed", f"{np.median(speed):.3g} patches a second, {np.median(seconds):.3g} s an epoch"))
         rows.append(("Time", str(timedelta(seconds=round(float(seconds.sum()))))))
-        left = recipe["num_epochs"] - run.epochs
+        left = recipe.num_epochs - run.epochs
         if run.state != FINISHED and left > 0:
             rows.append(("Still to go", str(timedelta(seconds=round(float(np.median(seconds)) * left)))))
     return rows

@@ -13,7 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.monitoring import LOSS_NAMES
+from nnunetv2_macl.methods.registry import loss_labels
 from nnunetv2_macl.nnunet import Configuration, read_dataset_json, read_json
 from nnunetv2_macl.planning.plan import MACLPlan, read_plan
 from nnunetv2_macl.preprocessing.cases import unlabelled_folder
@@ -26,7 +26,7 @@ _EPOCH = re.compile(
     rf"Epoch (?P<epoch>\d+)  loss {_NUMBER}(?P<losses>(?:  L_\w+ {_NUMBER})+)  "
     rf"(?:\(collapse {_NUMBER}\)  positives {_NUMBER}  )?(?:skipped \d+ steps [a-z ]+  )?{_NUMBER} s  {_NUMBER} patches/s"
 )
-_IN_LOG = {name.split(",")[0]: f"train_losses/{key}" for key, name in LOSS_NAMES.items()}
+_IN_LOG = {name.split(",")[0]: f"train_losses/{key}" for key, name in loss_labels().items()}
 _IMAGES = re.compile(r"Pre-training on (\d+) images.*left out as unreadable: (\d+)")
 STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?: ")
 
@@ -109,7 +109,7 @@ def read_run(folder: Path) -> Run:
         state=state,
         log={key: values for key, values in log.items() if isinstance(values, list)},
         device=_device(folder),
-        weights=checkpoint.get("network_weights"),
+        weights=resume.weights_of(checkpoint) if "network_weights" in checkpoint else None,
         images=images,
         skipped=skipped,
         collapsed=checkpoint.get("collapsed"),

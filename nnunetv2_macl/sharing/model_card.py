@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_macl.monitoring import LOSS_NAMES
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.methods.base import Method
+from nnunetv2_macl.methods.registry import loss_labels, methods_of
 from nnunetv2_macl.planning.plan import describe_recipe, start_in_short
+from nnunetv2_macl.recipe import recipe_from_values
 from nnunetv2_macl.training.commands import plans_option
 
-_LOSSES = {f"train_losses/{key}": name.split(",")[0] for key, name in LOSS_NAMES.items()}
+_LOSSES = {f"train_losses/{key}": name.split(",")[0] for key, name in loss_labels().items()}
 
 
 def model_card(description: dict[str, Any], license_id: str) -> str:
@@ -23,8 +26,9 @@ def model_card(description: dict[str, Any], license_id: str) -> str:
     configuration = description.get("configuration")
     collapsed = description.get("collapsed")
     recipe = description.get("recipe") or (description.get("macl_plan") or {}).get("recipe") or {}
-    is_contrastive = bool(recipe.get("weight_global", 1) or recipe.get("weight_dense", 1))
-    by = "by MACL, multi-level contrastive learning," if is_contrastive else "to restore what is hidden of them,"
+    methods = _methods(recipe)
+    by = " and ".join(method.summary for method in methods) or "by another version of the package,"
+    tags = "\n".join(f"- {tag}" for tag in dict.fromkeys(method.tag for method in methods))
     options = f"{configuration} 0 -tr nnUNetTrainerMACL{plans_option(description.get('plans_name') or 'nnUNetPlans')}"
     warning = (
         f"\n**This run collapsed: {collapsed}. Fine-tuning from it is not likely to help.**\n" if collapsed else ""
@@ -37,7 +41,7 @@ tags:
 - medical-imaging
 - nnU-Net
 - self-supervised-learning
-- {"contrastive-learning" if is_contrastive else "masked-image-modelling"}
+{tags}
 ---
 
 # {description.get("dataset_name")}, {configuration}: pre-training for nnU-Net
@@ -127,17 +131,19 @@ def facts_of(description: dict[str, Any]) -> dict[str, str]:
     return facts
 
 
+def _methods(recipe: dict[str, Any]) -> tuple[type[Method], ...]:
+    """Return the methods of a recipe in a file from elsewhere; none where this version does not know it."""
+    try:
+        return methods_of(recipe_from_values(recipe, "recipe").method)
+    except UserError:
+        return ()
+
+
 def _told(recipe: dict[str, Any]) -> dict[str, Any]:
-    keys = (
-        "weight_global",
-        "weight_dense",
-        "weight_equivariance",
-        "weight_restoration",
-        "temperature",
-        "own_view_weight",
-        "optimizer",
-    )
-    return {key: recipe[key] for key in (*keys, "learning_rate", "num_iterations_per_epoch", "seed") if key in recipe}
+    """Return the values of a recipe that say most about a training: those of its methods first."""
+    own = [key for method in _methods(recipe) for key in method.Config.model_fields]
+    keys = ("method", *own, "optimizer", "learning_rate", "num_iterations_per_epoch", "seed")
+    return {key: recipe[key] for key in keys if key in recipe}
 
 
 def _by(sizes: Any) -> str:

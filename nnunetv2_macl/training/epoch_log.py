@@ -9,31 +9,34 @@ from datetime import timedelta
 from typing import Any
 
 from nnunetv2_macl import monitoring
-from nnunetv2_macl.losses import ReferenceValues
-from nnunetv2_macl.monitoring import CONTRASTIVE, LOSS_NAMES
+from nnunetv2_macl.methods.registry import loss_labels, methods_of
 from nnunetv2_macl.probes import PROBE
 from nnunetv2_macl.recipe import Recipe
 
 SKIPPED = "skipped_steps"
-_STATISTICS = ("positives", "embedding_variance", "bottleneck_rms", "bottleneck_variance")
-_SHOWN = {"global": "L_g", "dense": "L_d", "equivariance": "L_ER", "restoration": "L_R"}
+# of the embeddings that a method compares
+_OF_EMBEDDINGS = ("embedding_variance", "embedding_rank")
 
 
-def log_keys(losses: Iterable[str], probes: Iterable[str]) -> list[str]:
-    """Keys to tell nnU-Net's logger of, which takes no other.
+def _statistics(recipe: Recipe) -> list[str]:
+    """Return the names of the statistics that a recipe's methods may measure."""
+    methods = methods_of(recipe.method)
+    names = [name for method in methods for name in method.statistics]
+    return names + [*_OF_EMBEDDINGS] * any(method.couples_samples for method in methods)
+
+
+def log_keys(recipe: Recipe, probes: Iterable[str]) -> list[str]:
+    """Return the keys to tell nnU-Net's logger of, which takes no other.
 
     Args:
-        losses: those that are trained.
-        probes: values that are measured beside them.
+        recipe: Of the run.
+        probes: Values that are measured beside the losses.
     """
-    losses = list(losses)
     keys = ["train_losses", "lrs", "epoch_start_timestamps", "epoch_end_timestamps", "patches_per_second", SKIPPED]
-    keys += [f"train_losses/{name}" for name in losses]
+    keys += [f"train_losses/{name}" for name in recipe.losses]
     keys += probes
-    if set(losses).isdisjoint(CONTRASTIVE):
-        return keys
-    keys += [f"references/{key}" for key in ReferenceValues._fields]
-    return keys + [key for key in _STATISTICS if not key.startswith("bottleneck") or "equivariance" in losses]
+    keys += [f"references/{key}" for method in methods_of(recipe.method) for key in method.reference_labels]
+    return keys + _statistics(recipe)
 
 
 @dataclass
@@ -104,9 +107,9 @@ class Epoch:
     recipe: Recipe
 
     @property
-    def references(self) -> ReferenceValues:
-        positives = self.sums.means().get("positives", 1.0)
-        return monitoring.contrastive_references(self.batch_size, positives, self.recipe)
+    def references(self) -> dict[str, float]:
+        """Return the values to read the curves against, by name."""
+        return monitoring.reference_lines(self.recipe, self.batch_size, self.sums.means())
 
     @property
     def patches_per_second(self) -> float:
@@ -120,9 +123,9 @@ class Epoch:
             probed: what a probe measured; NaN in epochs without one.
         """
         means = self.sums.means()
-        known = {f"train_losses/{name}": means.get(name, math.nan) for name in LOSS_NAMES}
-        known |= {f"references/{key}": value for key, value in self.references._asdict().items()}
-        known |= {key: means.get(key, math.nan) for key in _STATISTICS}
+        known = {f"train_losses/{name}": means.get(name, math.nan) for name in self.recipe.losses}
+        known |= {f"references/{key}": value for key, value in self.references.items()}
+        known |= {key: means.get(key, math.nan) for key in _statistics(self.recipe)}
         known |= {"train_losses": means.get("total", math.nan), "patches_per_second": self.patches_per_second}
         known |= {SKIPPED: self.sums.skipped}
         known |= {key: probed.get(key, math.nan) for key in keys if key.startswith(PROBE)}
@@ -137,13 +140,16 @@ class Epoch:
         means, seconds = self.sums.means(), self.sums.seconds + self.sums.warm_up_seconds
         an_epoch = self.sums.seconds_per_step * self.sums.steps + between_epochs
         left = timedelta(seconds=round(an_epoch * (self.epochs - self.number - 1)))
-        shown = "  ".join(f"{short} {means[name]:.4f}" for name, short in _SHOWN.items() if name in means)
-        contrast = ""
-        if means.keys() & set(CONTRASTIVE):
-            contrast = f"(collapse {self.references.collapse:.3f})  positives {means.get('positives', math.nan):.1f}  "
+        labels = loss_labels()
+        shown = "  ".join(f"{labels[n].split(',')[0]} {means[n]:.4f}" for n in self.recipe.losses if n in means)
+        # the first line of each method: where it would learn nothing
+        for key, value in list(self.references.items())[:1]:
+            shown += f"  ({key} {value:.3f})"
+        if "positives" in means:
+            shown += f"  positives {means['positives']:.1f}"
         skipped = f"skipped {self.sums.skipped} steps without a finite gradient  " if self.sums.skipped else ""
         return (
-            f"Epoch {self.number}  loss {means.get('total', math.nan):.4f}  {shown}  {contrast}"
+            f"Epoch {self.number}  loss {means.get('total', math.nan):.4f}  {shown}  "
             f"{skipped}{seconds:.1f} s  {self.patches_per_second:.1f} patches/s  {left} left"
         )
 

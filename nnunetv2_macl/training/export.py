@@ -10,13 +10,13 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
 from nnunetv2_macl import checkpoints
-from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.nnunet import Configuration, read_json
 from nnunetv2_macl.planning.plan import MACLPlan
 
 
 def export_run(
-    folder: Path, configuration: Configuration, plan: MACLPlan, network: MACLNetwork, outcome: dict[str, Any]
+    folder: Path, configuration: Configuration, plan: MACLPlan, model: PretrainingModel, outcome: dict[str, Any]
 ) -> None:
     """Write the three files of weights, see `checkpoints.export_weights`.
 
@@ -24,13 +24,13 @@ def export_run(
         folder: of the run.
         configuration: that it trained.
         plan: by which.
-        network: trained.
+        model: Trained.
         outcome: ``fold``, ``epochs``, number of ``images``, ``final_losses``, ``collapsed``.
 
     Raises:
         UserError: a file could not be written.
     """
-    encoder, decoder = network.unet_weights()
+    encoder, decoder = model.network.trained_weights()
     torch.manual_seed(plan.get_recipe().seed)
     plans, manager, dataset_json = configuration.plans_manager, configuration.manager, configuration.dataset_json
     inputs = determine_num_input_channels(plans, manager, dataset_json)

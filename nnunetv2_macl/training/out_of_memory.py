@@ -48,7 +48,7 @@ def out_of_memory_advice(
     tries = []
     if in_parts and at_once > 1:
         go_on = "--c " if has_checkpoint else ""
-        longer = ", a third more time" if plan.get_recipe().is_contrastive else ""
+        longer = ", a third more time" if plan.get_recipe().couples_samples else ""
         tries.append(
             f"{go_on}-patches_at_once {max(1, int(at_once * 0.7))} (the same batch in parts: same gradient{longer})"
         )

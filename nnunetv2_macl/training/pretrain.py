@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from nnunetv2_macl import checkpoints, distributed, monitoring, probes
-from nnunetv2_macl.building import build_loss, build_network, build_optimizer, load_optimizer
+from nnunetv2_macl.building import build_model, build_optimizer, load_optimizer
 from nnunetv2_macl.data import (
     Case,
     PretrainingBatches,
@@ -35,7 +35,6 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import CannotWriteError, cannot_write, is_refused_write, remove_temporary
 from nnunetv2_macl.folds import check_fold, number_of_folds, too_few_cases
 from nnunetv2_macl.messages import for_log_file, heard, show_any_character
-from nnunetv2_macl.monitoring import LOSS_NAMES
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration, checksum
 from nnunetv2_macl.planning.plan import (
     MACLPlan,
@@ -180,19 +179,11 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self.weight_decay = self.recipe.weight_decay
         torch.manual_seed(self.recipe.seed)
         # nnU-Net's logger takes only keys that it knows, one value an epoch
-        losses = self.recipe.weights
         probed = probes.probe_keys(len(self.macl_configuration.strides)) if self.recipe.probe_every else []
-        self.logger.local_logger.my_fantastic_logging = {key: [] for key in log_keys(losses, probed)}
+        self.logger.local_logger.my_fantastic_logging = {key: [] for key in log_keys(self.recipe, probed)}
         super().initialize()
         self.step = TrainingStep(
-            self.network,
-            self.loss,
-            self.optimizer,
-            self.lr_scheduler,
-            self.grad_scaler,
-            self.macl_plan,
-            self.device,
-            self.macl_configuration.unnormalised_channels,
+            self.network, self.optimizer, self.lr_scheduler, self.grad_scaler, self.macl_plan, self.device
         )
         self.logger.update_config({"macl_plan": self.macl_plan.as_json()})
 
@@ -233,7 +224,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         unet = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, image_channels, num_output_channels, enable_deep_supervision
         )
-        network = build_network(self.macl_configuration, self.macl_plan, self.recipe, unet)
+        network = build_model(self.macl_configuration, self.macl_plan.geometry, self.recipe, unet)
         if distributed.world_size() > 1:
             return distributed.synchronise_batch_norm(network, self.device.type)
         return network
@@ -242,8 +233,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         optimizer = build_optimizer(self.network, self.recipe)
         return optimizer, LambdaLR(optimizer, partial(learning_rate_share, self.recipe))
 
-    def _build_loss(self) -> nn.Module:
-        return build_loss(self.recipe)
+    def _build_loss(self) -> None:
+        """The methods have their own losses."""
 
     def _set_batch_size_and_oversample(self) -> None:
         first, last = distributed.share(self.macl_plan.batch_size)
@@ -332,7 +323,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             write_cases(Path(self.output_folder), self._cases_by_dataset(), resumed=self._resumed_images is not None)
         else:
             self.dataloader_train, self.dataloader_val = self.get_dataloaders()
-        distributed.spread(self.step.module)
+        distributed.spread(self.step.model)
         if self.macl_configuration.is_cascaded:
             self.print_to_log_file(
                 f"{self.configuration_name} is the second stage of a cascade: the image channels are pre-trained; the stem's "
@@ -362,7 +353,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         if start is None:
             return
         is_sgd = isinstance(self.optimizer, torch.optim.SGD)
-        transfer = start_from_weights(self.step.module, self.macl_configuration, start, rescale=is_sgd)
+        transfer = start_from_weights(self.step.model, self.macl_configuration, start, rescale=is_sgd)
         lines = [f"The run starts from {start_in_short(start)}", *transfer.table().splitlines()]
         if is_sgd:
             lines.append(
@@ -481,7 +472,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                     not self.disable_checkpointing and resume.has_checkpoint(Path(self.output_folder)),
                     distributed.world_size(),
                     Path(self.output_folder),
-                    in_parts=not self.step.module.features_vary,
+                    in_parts=not self.step.model.network.mixes_samples,
                 )
                 + self._where_nnunet_takes_it_from()
             ) from error
@@ -544,10 +535,11 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self.print_to_log_file(epoch.line(between))
         if probed:
             self.print_to_log_file(probes.as_words(probed))
-        before = {
-            name: log[f"train_losses/{name}"][-2] for name in LOSS_NAMES if len(log.get(f"train_losses/{name}", [])) > 1
-        }
-        reason = monitoring.collapse_reason(self.sums.means(), before, epoch.references, self._step)
+        losses = {name: log[f"train_losses/{name}"] for name in self.recipe.losses}
+        before = {name: values[-2] for name, values in losses.items() if len(values) > 1}
+        reason = monitoring.collapse_reason(
+            self.recipe, self.macl_plan.batch_size, self.sums.means(), before, self._step
+        )
         if told := self.collapse.see(reason, self.recipe):
             self.print_to_log_file(told)
 
@@ -611,7 +603,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 Path(self.output_folder),
                 self.macl_configuration,
                 self.macl_plan,
-                self.step.module,
+                self.step.model,
                 {
                     "fold": str(self.fold),
                     "epochs": self.num_epochs,
@@ -665,7 +657,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 "format_version": resume.FORMAT_VERSION,
                 "kind": resume.KIND,
                 "run": self._run,
-                "network_weights": self.step.module.state_dict(),
+                "network_weights": self.step.model.state_dict(),
                 "optimizer_state": self.optimizer.state_dict(),
                 "lr_scheduler_state": {"last_epoch": self._step},
                 "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
@@ -718,7 +710,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             self._restore(checkpoint)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
-        self.step.module.load_state_dict(checkpoint["network_weights"])
+        self.step.model.load_state_dict(resume.weights_of(checkpoint))
         load_optimizer(self.optimizer, checkpoint["optimizer_state"])
         self._step = self.lr_scheduler.last_epoch = checkpoint["step"]
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
@@ -734,22 +726,19 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def _plot_views(self, batch: dict) -> None:
         if distributed.rank() != 0:
             return
-        titles = (
-            "dominant: down(I1)",
-            "auxiliary: I2",
-            "dominant: down(V1)",
-            "auxiliary: V2",
-            "restored",
-            "restored from",
-        )
-        compared, patches = self.step.module.is_contrastive, batch["data"]
-        shown = [*(self.step.show(patches, self._step) if compared else [None] * 4), None, None]
-        if self.recipe.weight_restoration:
-            shown[-2:] = patches, self.step.hide(patches, self._step)[0]
+        views = self.step.show(batch["data"], self._step)
+        shown = {
+            title: views[method.name][name]
+            for method in self.step.methods
+            for name, title in method.view_titles.items()
+            if name in views[method.name]
+        }
         # a picture is no reason to end a run
         with contextlib.suppress(UserError):
             monitoring.plot_views(
-                {title: group for title, group in zip(titles, shown, strict=True) if group is not None},
-                batch["positions"], batch["cases"], self.macl_plan.threshold if compared else None,
+                shown,
+                batch["positions"],
+                batch["cases"],
+                self.macl_plan.threshold if self.recipe.compares_positions else None,
                 Path(self.output_folder) / "views.png",
-            )  # fmt: skip
+            )

@@ -19,6 +19,33 @@ KIND = "macl_checkpoint"
 FORMAT_VERSION = 2
 
 
+# What version 0.1 called the parts of a model.
+_FORMER_NAMES = {
+    "encoder": "network.encoder",
+    "transpconvs": "network.transpconvs",
+    "decoder_stages": "network.stages",
+    "restoration_head": "methods.restoration.restoration_head",
+    **{
+        name: f"methods.macl.{name}"
+        for name in (
+            "auxiliary_encoder",
+            "instance_projector_dominant",
+            "instance_projector_auxiliary",
+            "pixel_projector",
+        )
+    },
+}
+
+
+def weights_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights of a checkpoint by their names in the model; a checkpoint of version 0.1 has other names."""
+    split = {key: key.partition(".") for key in checkpoint["network_weights"]}
+    return {
+        f"{_FORMER_NAMES.get(first, first)}.{rest}": checkpoint["network_weights"][key]
+        for key, (first, _, rest) in split.items()
+    }
+
+
 def keep_previous(latest: Path) -> None:
     """Give the latest checkpoint a second name before it is replaced. It keeps its own: a kill here costs nothing.
 

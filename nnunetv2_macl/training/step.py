@@ -1,10 +1,10 @@
-"""One step of MACL: what the branches see, the losses, their gradients, the update of the weights."""
+"""One training step, for any method: views, losses, their gradients, the update of the weights."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,23 +12,22 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.optim.lr_scheduler import LambdaLR
 
-from nnunetv2_macl import distributed, monitoring
-from nnunetv2_macl.losses import MultiLevelContrastiveLoss
-from nnunetv2_macl.network import MACLNetwork
+from nnunetv2_macl import distributed
+from nnunetv2_macl.methods.base import Method, Progress, derive_seed, to_device
+from nnunetv2_macl.methods.model import PretrainingModel
+from nnunetv2_macl.methods.statistics import batch_rank, embedding_variance
 from nnunetv2_macl.planning.memory import refuse_parts
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.recipe import Recipe
-from nnunetv2_macl.restoration import enlarge_mask, restoration_loss, standardise
-from nnunetv2_macl.training.draws import StepDraws, StepNumbers, derive_seed
-from nnunetv2_macl.views import down
+from nnunetv2_macl.training.draws import StepDraws
 
 _MAX_GRADIENT_NORM = 12  # nnU-Net's own
 
-Shown = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Tensors = dict[str, Tensor]
 
 
 def learning_rate_share(recipe: Recipe, step: int) -> float:
-    """Of the recipe's rate at a step: linear warm-up, then the schedule to 0."""
+    """Return the fraction of the recipe's learning rate at a step: linear warm-up, then the schedule to 0."""
     steps = recipe.num_epochs * recipe.num_iterations_per_epoch
     warmup = round(recipe.learning_rate_warmup * steps)
     if step < warmup:
@@ -43,56 +42,46 @@ class TrainingStep:
     Every random number is a function of (seed, step), and each rank shows its share of what one process would.
 
     Args:
-        network: the pre-training network, compiled or not.
-        loss: of all levels.
-        optimizer, scheduler: stepped once a step.
+        network: The model that is pre-trained, compiled or not.
+        optimizer, scheduler: Stepped once a step.
         grad_scaler: None without mixed precision in float16.
-        plan: sizes, batch, threshold.
-        device: where the network is.
-        unnormalised: numbers of the channels whose mean nnU-Net leaves anywhere.
+        plan: Sizes and batch.
+        device: Where the network is.
 
     Raises:
-        UserError: the plan asks for parts of a batch, and the network mixes its patches.
+        UserError: The plan asks for parts of a batch, and the network mixes its patches.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        loss: MultiLevelContrastiveLoss,
         optimizer: torch.optim.Optimizer,
         scheduler: LambdaLR,
         grad_scaler: torch.amp.GradScaler | None,
         plan: MACLPlan,
         device: torch.device,
-        unnormalised: Sequence[int] = (),
     ) -> None:
-        self.network, self.loss = network, loss
         self.optimizer, self.scheduler, self.grad_scaler = optimizer, scheduler, grad_scaler
         self.plan, self.recipe, self.device = plan, plan.get_recipe(), device
-        self.steps = self.recipe.num_epochs * self.recipe.num_iterations_per_epoch
-        self.unnormalised = unnormalised
+        self.model: PretrainingModel = network._orig_mod if isinstance(network, OptimizedModule) else network  # type: ignore
+        self.methods = list(self.model)
+        self.steps = self.progress(0).steps
         self.first, self.last = distributed.share(plan.batch_size)
-        refuse_parts(self.module, plan.patches_at_once, self.last - self.first)
-        # what is called beside the network itself
-        self._features, self._restored = self.module.features, self.module.restore
-        if isinstance(network, OptimizedModule):
+        refuse_parts(self.model, plan.patches_at_once, self.last - self.first)
+        self._encode: dict[str, Callable[[Tensors], Tensors]] = {
             # parts have two sizes at most, and code for any size is what compilers fail at
-            self._features = torch.compile(self._features, dynamic=False)
-            self._restored = torch.compile(self._restored, dynamic=False)
+            method.name: torch.compile(method.encode, dynamic=False)
+            if isinstance(network, OptimizedModule)
+            else method.encode
+            for method in self.methods
+        }
         self.was_skipped, self.skipped_in_a_row = False, 0
-        self.draws = StepDraws(
-            plan,
-            (self.first, self.last),
-            self.module.image_channels,
-            [self.module.needs_invariance] * 2 + [self.module.image_level] * 2,
-            self.module.hidden_blocks,
-        )
-        self.gradient_sum = distributed.GradientSum(self.module)
+        self.draws = StepDraws(self.model.views, plan, (self.first, self.last), self.model.network.image_channels)
+        self.gradient_sum = distributed.GradientSum(self.model)
 
-    @property
-    def module(self) -> MACLNetwork:
-        """The network itself, out of torch.compile."""
-        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network  # type: ignore
+    def progress(self, step: int) -> Progress:
+        """Return how far the run is at a step."""
+        return Progress(step, self.recipe.num_epochs, self.recipe.num_iterations_per_epoch)
 
     def __call__(self, batch: dict, step: int) -> dict[str, float]:
         """Train on this rank's share of a batch; returns losses and statistics of the whole batch by name.
@@ -106,189 +95,148 @@ class TrainingStep:
         """
         # For a network with dropout. All else that is random has a generator of its own.
         torch.manual_seed(derive_seed(self.recipe.seed, step))
-        numbers = (batch["numbers"] if "numbers" in batch else self.draws(step)).to(self.device)
+        progress = self.progress(step)
+        numbers = to_device(batch["numbers"] if "numbers" in batch else self.draws(step), self.device)
         patches = batch["data"].to(self.device, non_blocking=True)
         positions = distributed.gather(batch["positions"].to(self.device, non_blocking=True), self.plan.batch_size)
-        self.loss.threshold = self.threshold(step)
         self.optimizer.zero_grad(set_to_none=True)
         # A forward pass with NaN would spoil the statistics of batch norms for good.
-        buffers = [buffer.clone() for buffer in self.module.buffers()]
-        losses: dict[str, Tensor] = {"total": patches.new_zeros(())}
-        outputs: dict[str, Tensor] = {}
-        restores = self.module.restoration_head is not None
-        if self.module.is_contrastive:
-            losses, outputs = self._backward(self._show(patches, numbers, step), positions, step, is_last=not restores)
-        if restores:
-            losses["restoration"] = self._restore(patches, numbers)
-            losses["total"] = losses["total"] + self.recipe.weight_restoration * losses["restoration"]
-        measured = self._update(step, losses, self._statistics(outputs, positions))
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        losses: Tensors = {"total": patches.new_zeros(())}
+        statistics: Tensors = {}
+        everyone: list[Tensors] = []
+        for method in self.methods:
+            backward = self._backward if method.couples_samples else self._backward_one_by_one
+            views = method.views.make(patches, numbers[method.name], progress)
+            found, embeddings = backward(method, views, positions, progress, is_last=method is self.methods[-1])
+            losses |= found | {"total": losses["total"] + found["total"]}
+            statistics |= self._statistics(method, embeddings, positions)
+            everyone.append(embeddings)
+            # otherwise they would stay while the next method is computed
+            del views
+        measured = self._update(progress, losses, statistics)
         if self.was_skipped:
-            for buffer, before in zip(self.module.buffers(), buffers, strict=True):
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
+        else:
+            for method, embeddings in zip(self.methods, everyone, strict=True):
+                method.after_step(embeddings, progress)
         return measured
 
-    def show(self, patches: Tensor, step: int) -> Shown:
-        """What the branches see: down(I1), I2, down(V1), V2; None for a group that no loss asks for.
-
-        V1 is not made smaller in a first training stage without downsampling.
+    def show(self, patches: Tensor, step: int) -> dict[str, Tensors]:
+        """Return the views of each method, by its name.
 
         Args:
             patches: (n, C, *patch), this rank's share.
-            step: number of the step.
+            step: Number of the step.
         """
-        return self._show(patches.to(self.device), self.draws(step).to(self.device), step)
-
-    def _show(self, patches: Tensor, numbers: StepNumbers, step: int) -> Shown:
-        small, spatial = self.plan.dominant_patch_size, self.draws.spatial
-        shown: list[Tensor | None] = [None] * 4
-        if self.module.needs_invariance:
-            shown[:2] = down(patches, small), patches
-        if spatial is not None and numbers.views is not None:
-            view1, view2 = numbers.views
-            first_size = self.plan.patch_size if self._is_at_full_size(step) else small
-            shown[2:] = spatial.apply(patches, view1, first_size), spatial.apply(patches, view2)
-        return tuple(  # type: ignore[return-value]
-            group if group is None or changes is None else self.draws.intensity.apply(group, changes)
-            for group, changes in zip(shown, numbers.intensity, strict=True)
-        )
+        numbers, patches = to_device(self.draws(step), self.device), patches.to(self.device)
+        return {m.name: m.views.make(patches, numbers[m.name], self.progress(step)) for m in self.methods}
 
     @torch.no_grad()
-    def embed(self, patches: Tensor, step: int) -> dict[str, Tensor]:
-        """What a step would compare, by name: embeddings of a batch, a few patches at a time as in training."""
-        parts = self._cut(self.show(patches, step))
-        # not what is compiled, which would be compiled once more for it
-        with self._autocast():
-            return self.module.project(_joined([self.module.features(*part) for part in parts]))
+    def representations(self, patches: Tensor, step: int) -> tuple[Tensor, Tensor] | None:
+        """Return the vectors of two views of each patch that a step would compare, (n, C) each.
 
-    def hide(self, patches: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the patches with hidden voxels, what is to be restored of them, and which voxels are hidden.
-
-        Hidden voxels are 0, the mean of an image as nnU-Net normalises most. In channels that nnU-Net does not normalise to zero
-        mean, they are the channel's mean, and what is to be restored is standardised.
-
-        Args:
-            patches: (n, C, *patch), this rank's share.
-            step: number of the step.
+        They are of the first method that has them; None where none has. A few patches at a time pass, as in training.
         """
-        return self._hide(patches, self.draws(step).to(patches.device))
-
-    def _hide(self, patches: Tensor, numbers: StepNumbers) -> tuple[Tensor, Tensor, Tensor]:
-        assert numbers.mask is not None
-        mask = enlarge_mask(numbers.mask, patches.shape[2:])
-        whole, zero = standardise(patches, self.unnormalised)
-        return torch.where(mask, zero, patches), whole, mask
-
-    def _restore(self, patches: Tensor, numbers: StepNumbers) -> Tensor:
-        """The loss of the whole batch, its gradient added to this rank's, a few patches at a time."""
-        shown, whole, mask = self._hide(patches, numbers)
-        losses, at_once = [], self.plan.patches_at_once
-        for first in range(0, len(patches), at_once):
-            part = slice(first, first + at_once)
+        for method in self.methods:
+            if not method.couples_samples:
+                continue
+            numbers = to_device(self.draws(step), self.device)[method.name]
+            views = method.views.make(patches.to(self.device), numbers, self.progress(step))
+            # not what is compiled, which would be compiled once more for it
             with self._autocast():
-                restored = self._restored(shown[part])
-            loss = restoration_loss(restored, whole[part], mask[part])
-            with self._last_backward(first + at_once >= len(patches)):
-                self._scaled(self.recipe.weight_restoration * loss.sum() / self.plan.batch_size).backward()
-            losses.append(loss.detach())
+                embeddings = method.project(_joined([method.encode(part) for part in self._cut(views)]))
+            found = method.representations(embeddings)
+            if found is not None:
+                return found
+        return None
+
+    def _backward_one_by_one(
+        self, method: Method, views: Tensors, positions: Tensor, progress: Progress, *, is_last: bool
+    ) -> tuple[Tensors, Tensors]:
+        """Add the gradient of a loss of single patches; returns the losses of the whole batch, and no embeddings."""
+        found: dict[str, list[Tensor]] = {}
+        parts = list(self._cut(views))
+        for number, part in enumerate(parts, 1):
+            with self._autocast():
+                embeddings = method.project(self._encode[method.name](part))
+            losses = method.losses(embeddings, positions, progress)
+            with self._last_backward(is_last and number == len(parts)):
+                self._scaled(losses["total"].sum() / self.plan.batch_size).backward()
+            for name, loss in losses.items():
+                found.setdefault(name, []).append(loss.detach())
             # otherwise they would stay while the next part is computed
-            del restored, loss
-        return distributed.gather(torch.cat(losses), self.plan.batch_size).mean()
-
-    def _last_backward(self, is_last: bool) -> AbstractContextManager:
-        return self.gradient_sum.last_backward() if is_last else nullcontext()
-
-    def threshold(self, step: int) -> float:
-        """t in force at a step, fraction of the volume."""
-        warmup = self.recipe.threshold_warmup * self.steps
-        return self.plan.threshold * min(1.0, step / warmup if warmup else 1.0)
+            del embeddings, losses
+        everyone = distributed.gather_all(
+            {name: torch.cat(values)[:, None] for name, values in found.items()}, self.plan.batch_size
+        )
+        return {name: values.squeeze(1).mean() for name, values in everyone.items()}, {}
 
     def _backward(
-        self, shown: Shown, positions: Tensor, step: int, *, is_last: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Gradients of the whole batch's loss, and that loss and the embeddings it was computed from."""
-        patches, at_once = self.last - self.first, self.plan.patches_at_once
+        self, method: Method, views: Tensors, positions: Tensor, progress: Progress, *, is_last: bool
+    ) -> tuple[Tensors, Tensors]:
+        """Add the gradient of a loss of the whole batch; returns that loss and the embeddings it was computed from."""
+        encode = self._encode[method.name]
+        at_once = self.plan.patches_at_once
         # by the largest share, because all ranks have to exchange the same in the same order
         if at_once >= distributed.share(self.plan.batch_size, 0)[1]:
             with self._autocast():
-                outputs = self.network(*shown)
-            losses, everyone = self._losses(outputs, positions)
+                outputs = method.project(encode(views))
+            everyone = distributed.gather_all(outputs, self.plan.batch_size)
+            losses = method.losses(everyone, positions, progress)
             with self._last_backward(is_last):
-                self._scaled(self._stage_loss(losses, step)).backward()
+                self._scaled(losses["total"]).backward()
             return losses, everyone
         # Gradient caching (Gao et al., 2021, https://arxiv.org/abs/2101.06983): features of all patches without a graph,
         # the gradient of the loss at these features, then the graph of a few patches at a time.
-        parts = self._cut(shown)
+        parts = list(self._cut(views))
         with torch.no_grad(), self._autocast():
-            features = _joined([self._features(*part) for part in parts])
+            features = _joined([encode(part) for part in parts])
         features = {key: maps.requires_grad_() for key, maps in features.items()}
         with self._autocast():
-            outputs = self.module.project(features)
-        losses, everyone = self._losses(outputs, positions)
-        self._scaled(self._stage_loss(losses, step)).backward()
+            outputs = method.project(features)
+        everyone = distributed.gather_all(outputs, self.plan.batch_size)
+        losses = method.losses(everyone, positions, progress)
+        self._scaled(losses["total"]).backward()
         gradients = {key: feature.grad for key, feature in features.items() if feature.grad is not None}
         del features, outputs
-        for first, part in zip(range(0, patches, at_once), parts, strict=True):
+        for number, part in enumerate(parts, 1):
+            rows = slice((number - 1) * at_once, number * at_once)
             with self._autocast():
-                piece = self._features(*part)
+                piece = encode(part)
             # an averaged encoder has no gradient; with two training stages some features have none
             used = [key for key in piece if piece[key].requires_grad and key in gradients]
-            with self._last_backward(is_last and first + at_once >= patches):
-                torch.autograd.backward(
-                    [piece[key] for key in used], [gradients[key][first : first + at_once] for key in used]
-                )
+            with self._last_backward(is_last and number == len(parts)):
+                torch.autograd.backward([piece[key] for key in used], [gradients[key][rows] for key in used])
             # otherwise its maps would stay while the next part is computed
             del piece
         return losses, everyone
 
-    def _cut(self, shown: Shown) -> list[Shown]:
-        """The batch in parts of ``patches_at_once``."""
-        patches, at_once = next(len(group) for group in shown if group is not None), self.plan.patches_at_once
-        return [
-            tuple(None if group is None else group[i : i + at_once] for group in shown)  # type: ignore[misc]
-            for i in range(0, patches, at_once)
-        ]
+    def _cut(self, views: Tensors) -> Iterator[Tensors]:
+        """Yield the batch in parts of ``patches_at_once``."""
+        patches, at_once = len(next(iter(views.values()))), self.plan.patches_at_once
+        for first in range(0, patches, at_once):
+            yield {name: view[first : first + at_once] for name, view in views.items()}
+
+    def _last_backward(self, is_last: bool) -> AbstractContextManager:
+        return self.gradient_sum.last_backward() if is_last else nullcontext()
 
     def _autocast(self) -> AbstractContextManager:
         # as nnU-Net: autocast pays on a GPU only
         return torch.autocast(self.device.type) if self.device.type == "cuda" else nullcontext()
 
-    def _losses(self, outputs: dict[str, Tensor], positions: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        everyone = distributed.gather_all(outputs, self.plan.batch_size)
-        return self.loss(everyone, positions), everyone
-
-    def _in_decoder_stage(self, step: int) -> bool:
-        """The second of two training stages: the dense loss alone, on the fixed encoder."""
-        half = self.recipe.num_epochs // 2 * self.recipe.num_iterations_per_epoch
-        return self.recipe.training_stages == 2 and step >= half
-
-    def _is_at_full_size(self, step: int) -> bool:
-        """The first of two training stages, where the recipe has no downsampling in it."""
-        return self.recipe.full_size_first and not self._in_decoder_stage(step)
-
-    def _stage_loss(self, losses: dict[str, Tensor], step: int) -> Tensor:
-        """The total; with two training stages the dense loss waits for the second, which has it alone."""
-        if self.recipe.training_stages == 1 or "dense" not in losses or "global" not in losses:
-            return losses["total"]
-        if self._in_decoder_stage(step):
-            trained = ["dense"]
-        else:
-            # L_ER compares the two sizes of an image, so it has nothing to compare at full size
-            trained = ["global"] if self._is_at_full_size(step) else ["global", "equivariance"]
-        return sum(losses[name] * self.loss.weights[name] for name in trained if name in losses)  # type: ignore
-
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
 
-    def _update(self, step: int, losses: dict[str, Tensor], statistics: dict[str, Tensor]) -> dict[str, float]:
+    def _update(self, progress: Progress, losses: Tensors, statistics: Tensors) -> dict[str, float]:
         """Move the weights, unless loss or gradient is not finite; the schedule goes on anyway. Returns all values by name."""
         self.gradient_sum.finish()
-        if self._in_decoder_stage(step):
-            for name, parameter in self.module.named_parameters():
-                if name.startswith(("encoder.", "auxiliary_encoder.")):
-                    parameter.grad = None
+        for method in self.methods:
+            method.withhold_gradients(progress)
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), _MAX_GRADIENT_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_GRADIENT_NORM)
         # All that the CPU wants to know of a step is read at once, because each reading waits for the GPU.
         values = {**losses, **statistics}
         *read, gradient_norm = torch.stack([v.detach().to(norm.dtype) for v in (*values.values(), norm)]).tolist()
@@ -307,8 +255,6 @@ class TrainingStep:
             # torch warns of a first step that was skipped, as in mixed precision it may be
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
-        if not self.was_skipped:
-            self.module.update_ema()
         return measured
 
     def _count_skipped(self, loss_is_finite: bool) -> None:
@@ -318,21 +264,14 @@ class TrainingStep:
         elif not loss_is_finite or self.grad_scaler is None or self.grad_scaler.get_scale() <= 1:
             self.skipped_in_a_row += 1
 
-    def _statistics(self, outputs: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    @staticmethod
+    def _statistics(method: Method, embeddings: Tensors, positions: Tensor) -> Tensors:
         """Return the statistics that the log shows with the losses. They stay on the device."""
-        found: dict[str, Tensor] = {}
-        if self.module.is_contrastive:
-            found["positives"] = monitoring.mean_positives(positions, self.loss.threshold)
-        embeddings = outputs.get("global_dominant")
-        if embeddings is None and "dense_dominant" in outputs:
-            embeddings = outputs["dense_dominant"].flatten(2).mean(-1)
-        if embeddings is not None:
-            found["embedding_variance"] = monitoring.embedding_variance(embeddings)
-        if "bottleneck_dominant" in outputs:
-            rms, between = monitoring.feature_statistics(outputs["bottleneck_dominant"])
-            found["bottleneck_rms"], found["bottleneck_variance"] = rms, between
+        found = method.measure(embeddings, positions)
+        if (two := method.representations(embeddings)) is not None:
+            found |= {"embedding_variance": embedding_variance(two[0]), "embedding_rank": batch_rank(two[0])}
         return found
 
 
-def _joined(pieces: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _joined(pieces: Sequence[Tensors]) -> Tensors:
     return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}

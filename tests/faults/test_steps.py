@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from steps import batch, training_step
+from steps import batch, recipe_of, training_step
 
-from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.training.epoch_log import Epoch, EpochSums, log_keys
 
 
@@ -18,7 +17,7 @@ def state(step):
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
 @pytest.mark.parametrize("scaler", [False, True])
 def test_a_step_without_a_finite_gradient_changes_nothing(value, scaler, at_once):
-    step = training_step(4, at_once, Recipe(auxiliary_encoder="ema"), dtype=torch.float32)
+    step = training_step(4, at_once, recipe_of(auxiliary_encoder="ema"), dtype=torch.float32)
     if scaler:
         step.grad_scaler = torch.amp.GradScaler("cpu")
     step(batch(4, torch.float32), 0)
@@ -43,11 +42,11 @@ def test_the_epoch_counts_them_and_leaves_them_out():
     sums.add(measured, skipped=False)
     sums.add({"total": math.nan, "global": math.nan, "positives": 1.0}, skipped=True)
     sums.add(measured | {"total": 5.0}, skipped=False)
-    epoch = Epoch(0, 2, 4, sums, Recipe())
+    epoch = Epoch(0, 2, 4, sums, recipe_of())
     values = epoch.log_values(log_keys(["global"], []), {})
     assert values["train_losses"] == 4.0 and values["skipped_steps"] == 1 and values["patches_per_second"] == 6
     assert "loss 4.0000" in epoch.line() and "skipped 1 steps" in epoch.line()
     none = EpochSums(seconds=1.0)
     none.add({"total": math.nan}, skipped=True)
-    epoch = Epoch(0, 2, 4, none, Recipe())
+    epoch = Epoch(0, 2, 4, none, recipe_of())
     assert math.isnan(epoch.log_values(log_keys(["global"], []), {})["train_losses"]) and "skipped 1" in epoch.line()

@@ -1,15 +1,16 @@
-"""Where the two branches meet in a U-Net, and the patch that makes their grids equal."""
+"""Where the two branches of MACL meet in a U-Net, and the patch that makes their grids equal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.recipe import AUTO, Recipe
+from nnunetv2_macl.methods.base import Geometry
+from nnunetv2_macl.methods.config import AUTO
 
 # the paper's dense map lies at stride 16
 _AUXILIARY_STRIDE = 16
@@ -18,18 +19,7 @@ _PATCH_RATIO = (0.7, 1.5)
 _MIN_BOTTLENECK = {2: 4, 3: 8}
 
 
-@dataclass(frozen=True)
-class Levels:
-    """Where the two branches meet, and the patch that makes their grids equal."""
-
-    decoder_stages: int
-    auxiliary_stage: int
-    scale: list[int]
-    patch_size: list[int]
-    reason: str
-
-
-def plan_levels(patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Recipe) -> Levels:
+def plan_branches(patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
     """Choose K, e, s and the patch for a U-Net.
 
     The auxiliary map is read at stage e, the deepest whose stride is at most 16; the dominant one after K decoder stages, at
@@ -66,7 +56,7 @@ def plan_levels(patch_size: Sequence[int], strides: Sequence[Sequence[int]], rec
         scale, size = levels(decoder_stages, auxiliary_stage)
         enlarge(size, scale * total[-1])
         reason = f"asked for by the recipe; the patch is the nearest to nnU-Net's {_by(patch)} that this allows"
-        return Levels(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
+        return Geometry(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
 
     auxiliary_stage = _auxiliary_stage(total)
     candidates = []
@@ -89,7 +79,7 @@ def plan_levels(patch_size: Sequence[int], strides: Sequence[Sequence[int]], rec
                 f"; the patch is changed from nnU-Net's {_by(patch)} so that it is a multiple of {_by(total[-1])} and the "
                 f"bottleneck has {minimum} voxels"
             )
-        return Levels(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
+        return Geometry(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
 
     low, high = _PATCH_RATIO
     near = [c for c in candidates if low <= c[3] <= high]
@@ -104,14 +94,14 @@ def plan_levels(patch_size: Sequence[int], strides: Sequence[Sequence[int]], rec
         f"{where}; a scale of {_by(scale)} {why} of up to {_LARGEST_SCALE} whose patch has {low} to {high} times the voxels "
         f"of nnU-Net's {_by(patch)} ({ratio:.2f} here), rounded to multiples of {_by(scale * total[-1])}"
     )
-    return Levels(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
+    return Geometry(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
 
 
 def _auxiliary_stage(total_strides: np.ndarray) -> int:
     return int(np.flatnonzero(total_strides.max(1) <= _AUXILIARY_STRIDE)[-1]) + 1
 
 
-def _asked_levels(total: np.ndarray, recipe: Recipe) -> tuple[int, int]:
+def _asked_levels(total: np.ndarray, recipe: Any) -> tuple[int, int]:
     """K and e from a recipe that fixes at least one of K, e, s; the rest as near to the rule as it can be."""
     stages = len(total)
     decoder_stages = range(stages) if recipe.decoder_stages == AUTO else [int(recipe.decoder_stages)]

@@ -1,0 +1,1 @@
+"""Pre-training methods, one file each. `base.py` says what a method is."""

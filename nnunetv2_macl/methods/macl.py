@@ -1,0 +1,390 @@
+"""MACL: multi-level asymmetric contrastive learning.
+
+Two branches look at each patch. The dominant one, encoder and partial decoder, sees it downsampled; the auxiliary one, the
+encoder alone, sees it at full size. They are compared on the image level, at each location of a dense map, and in their
+features.
+
+Source: Zeng et al., IEEE JBHI 2026, https://arxiv.org/abs/2309.11876, Figure 2 and Eq. 2-10. With ``decoder_stages`` and the
+dense and equivariance weights at 0 it is PCL (Zeng et al., MICCAI 2021, https://arxiv.org/abs/2106.09157).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from nnunetv2_macl.losses import MultiLevelContrastiveLoss, ReferenceValues, down, positive_mask, reference_values
+from nnunetv2_macl.methods.averaging import averaged_copy, in_chunks, update_average
+from nnunetv2_macl.methods.base import Geometry, Method, Progress, StepRandom, Views
+from nnunetv2_macl.methods.branches import plan_branches
+from nnunetv2_macl.methods.config import BranchKeys, Fraction, NotNegative, Positive, SpatialViewKeys
+from nnunetv2_macl.methods.heads import DenseProjectionHead, GlobalProjectionHead
+from nnunetv2_macl.methods.statistics import feature_statistics
+from nnunetv2_macl.networks.base import PretrainableNetwork
+from nnunetv2_macl.views import IntensityNumbers, IntensityViews, SpatialViews
+
+# A loss counts as learned when it is below collapse by this fraction of the way to the own-view line.
+_LEARNED_FRACTION = 0.05
+# A loss that fell by more than this fraction of the collapse value since the epoch before is on its way, wherever it is.
+_FALLING_FRACTION = 0.005
+
+GROUPS = ("invariance_small", "invariance", "variance_small", "variance")
+_INTENSITY_GROUPS = {"all": GROUPS, "variance": GROUPS[2:], "auxiliary": GROUPS[1::2]}
+
+
+class MACLConfig(BranchKeys, SpatialViewKeys):
+    """The recipe keys of MACL."""
+
+    weight_global: NotNegative = Field(1.0, description="λ1, the weight of the image-level loss L_g")
+    weight_dense: NotNegative = Field(0.5, description="λ2, the weight of the pixel-level loss L_d")
+    weight_equivariance: NotNegative = Field(1.0, description="λ3, the weight of the feature-level loss L_ER")
+    equivariance_form: Literal["l1", "standardised"] = Field(
+        "l1",
+        description="`l1` is the paper's form; `standardised` centres and scales the maps over the batch first, so that maps "
+        "that are the same for every image gain nothing",
+    )
+    temperature: Positive = Field(0.1, description="τ")
+    base_temperature: Positive | None = Field(
+        0.07, description="L_g and L_d are multiplied by τ / this value; `null`: they are not"
+    )
+    threshold: Fraction = Field(
+        0.1, description="t, the fraction of the volume within which two patches are positives of each other"
+    )
+    threshold_warmup: Fraction = Field(0.0, description="fraction of the steps over which t rises from 0")
+    own_view_weight: Fraction = Field(
+        0.0, description="a in a · (the own other view) + (1 - a) · (the mean over all positives)"
+    )
+    limit_positives: bool = Field(
+        True,
+        description="whether t is lowered until an anchor has at most about N/8 positives besides its own other view",
+    )
+    auxiliary_encoder: Literal["shared", "ema", "independent"] = Field(
+        "shared",
+        description="the encoder of the auxiliary branch: the trained one, its average, or another trained one",
+    )
+    ema_decay: Fraction = Field(0.999, description="weight of the old average in the averaged auxiliary encoder")
+    standardise_projector: bool = Field(
+        True, description="whether pooled features are standardised over the batch before the projection head"
+    )
+    embedding_dim: Annotated[int, Field(ge=2)] = Field(128, description="length of the image-level vectors")
+    training_stages: Literal[1, 2] = Field(
+        1,
+        description="`1` trains all losses together; `2` trains all but the dense loss for half of the epochs, and then the "
+        "dense loss alone with the encoder fixed",
+    )
+    downsample_first_stage: bool = Field(
+        True,
+        description="with two training stages: `false` shows the dominant branch the views at full size in the first stage, "
+        "which leaves out L_ER",
+    )
+    intensity: Annotated[float, Field(ge=0, le=2)] = Field(
+        0.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0`: none"
+    )
+    intensity_on: Literal["all", "variance", "auxiliary"] = Field(
+        "all",
+        description="what is changed so: both groups in both branches, the variance group, or what the auxiliary branch sees",
+    )
+
+    @model_validator(mode="after")
+    def _compares_something(self) -> MACLConfig:
+        if self.weight_global + self.weight_dense <= 0:
+            raise ValueError(
+                "weight_global and weight_dense are both 0, which leaves nothing to learn from: features that are the same for "
+                "every image would do. Set one of them above 0, or leave method macl out"
+            )
+        if self.scaling[0] > self.scaling[1]:
+            raise ValueError(f"scaling must have the smaller factor first, got {self.scaling}")
+        return self
+
+
+class _Numbers(NamedTuple):
+    """Random numbers of a step: parameters of the two spatial views, and the intensity view of each group."""
+
+    spatial: Tensor | None
+    intensity: dict[str, IntensityNumbers]
+
+
+class _MACLViews(Views):
+    """The invariance group, down(I1) and I2, and the variance group, down(V1) and V2."""
+
+    def __init__(self, geometry: Geometry, recipe: Any) -> None:
+        self.small, self.patch_size = geometry.dominant_patch_size, geometry.patch_size
+        self.spatial: SpatialViews | None = None
+        if recipe.weight_global:
+            self.spatial = SpatialViews(
+                geometry.patch_size,
+                mirroring=recipe.mirroring,
+                rotation=recipe.rotation,
+                out_of_plane_rotation=geometry.out_of_plane_rotation,
+                scaling=(recipe.scaling[0], recipe.scaling[1]),
+                translation=recipe.translation,
+            )
+        self.has_invariance = bool(recipe.weight_dense or recipe.weight_equivariance)
+        shown = (GROUPS[:2] if self.has_invariance else ()) + (GROUPS[2:] if self.spatial else ())
+        self.intensity = IntensityViews(recipe.intensity)
+        changed = _INTENSITY_GROUPS[recipe.intensity_on] if recipe.intensity else ()
+        self.changed = [group for group in shown if group in changed]
+        self.full_size_first = recipe.training_stages == 2 and not recipe.downsample_first_stage
+
+    def draw(self, random: StepRandom) -> _Numbers:
+        spatial = None
+        if self.spatial is not None:
+            generator = random.generator()
+            both = [self.spatial.draw(random.batch_size, generator)[random.part] for _ in range(2)]
+            spatial = torch.stack(both)
+        intensity = {}
+        for group in self.changed:
+            values, seeds = self.intensity.draw(
+                random.batch_size,
+                random.channels,
+                len(random.patch_size),
+                random.generator(GROUPS.index(group) + 1),
+            )
+            intensity[group] = IntensityNumbers(values[random.part], seeds[random.part])
+        return _Numbers(spatial, intensity)
+
+    def make(self, patches: Tensor, numbers: _Numbers, progress: Progress) -> dict[str, Tensor]:
+        """Return the groups that are asked for: down(I1), I2, down(V1), V2.
+
+        V1 is not made smaller in a first training stage without downsampling.
+        """
+        shown: dict[str, Tensor] = {}
+        if self.has_invariance:
+            shown |= {"invariance_small": down(patches, self.small), "invariance": patches}
+        if self.spatial is not None and numbers.spatial is not None:
+            first, second = numbers.spatial
+            at_full_size = self.full_size_first and not progress.is_second_half
+            shown["variance_small"] = self.spatial.apply(
+                patches, first, self.patch_size if at_full_size else self.small
+            )
+            shown["variance"] = self.spatial.apply(patches, second)
+        return shown | {
+            group: self.intensity.apply(shown[group], changes) for group, changes in numbers.intensity.items()
+        }
+
+
+class MACL(Method):
+    """Contrast of images and of locations between two branches, and equivariant features.
+
+    Only what a loss with a weight asks for is built and computed. Embeddings are ``global_dominant`` and ``global_auxiliary``,
+    (N, embedding_dim), of the variance group; ``dense_dominant`` and ``dense_auxiliary``, (N, channels, *grid), and
+    ``bottleneck_dominant`` and ``bottleneck_auxiliary``, (N, channels, *bottleneck), of the invariance group.
+
+    Raises:
+        ValueError: The auxiliary stage lies above the dominant map or outside the network.
+    """
+
+    name = "macl"
+    Config = MACLConfig
+    loss_labels = {
+        "global": "L_g, image level",
+        "dense": "L_d, pixel level",
+        "equivariance": "L_ER, feature level",
+    }
+    view_titles = {
+        "invariance_small": "dominant: down(I1)",
+        "invariance": "auxiliary: I2",
+        "variance_small": "dominant: down(V1)",
+        "variance": "auxiliary: V2",
+    }
+    statistics = ("positives", "bottleneck_rms", "bottleneck_variance")
+    reference_labels = {
+        "collapse": "collapse: one embedding for every image",
+        "own_view_only": "own view only",
+        "all_found": "all positives found",
+    }
+    referenced_losses = ("global", "dense")
+    compares_positions = True
+    plan_keys = ("dominant_patch_size", "grid", "threshold", "expected_positives", "out_of_plane_rotation")
+    summary = "by MACL, multi-level contrastive learning,"
+    tag = "contrastive-learning"
+
+    def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
+        super().__init__(network, geometry, recipe)
+        stages, stage = len(network.encoder_levels), geometry.auxiliary_stage
+        if not stages - geometry.decoder_stages <= stage <= stages:
+            raise ValueError(
+                f"auxiliary_stage must lie between {stages - geometry.decoder_stages} and {stages}, got {stage}"
+            )
+        self.auxiliary_encoder = None
+        if recipe.auxiliary_encoder == "ema":
+            self.auxiliary_encoder = averaged_copy(network.encoder)
+        elif recipe.auxiliary_encoder == "independent":
+            self.auxiliary_encoder = averaged_copy(network.encoder).requires_grad_(True)
+        dominant = [network.encoder_levels[-1], *network.decoder_levels][-1].channels
+        if recipe.weight_global:
+            settings = {"embedding_dim": recipe.embedding_dim, "batch_norm": recipe.standardise_projector}
+            self.instance_projector_dominant = GlobalProjectionHead(dominant, **settings)
+            self.instance_projector_auxiliary = GlobalProjectionHead(network.encoder_levels[-1].channels, **settings)
+        if recipe.weight_dense:
+            channels = network.encoder_levels[stage - 1].channels
+            self.pixel_projector = DenseProjectionHead(channels, dominant, len(geometry.patch_size))
+        self.loss = MultiLevelContrastiveLoss(
+            weight_global=recipe.weight_global,
+            weight_dense=recipe.weight_dense,
+            weight_equivariance=recipe.weight_equivariance,
+            temperature=recipe.temperature,
+            threshold=geometry.threshold,
+            base_temperature=recipe.base_temperature,
+            own_view_weight=recipe.own_view_weight,
+            equivariance_form=recipe.equivariance_form,
+        )
+        self.views = _MACLViews(geometry, recipe)
+
+    @classmethod
+    def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
+        return plan_branches(patch_size, strides, recipe)
+
+    @classmethod
+    def weights(cls, recipe: Any) -> dict[str, float]:
+        return {name: weight for name in cls.loss_labels if (weight := getattr(recipe, f"weight_{name}"))}
+
+    def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        small = [views[group] for group in GROUPS[::2] if group in views]
+        full = [views[group] for group in GROUPS[1::2] if group in views]
+        patches = len(full[0])
+
+        # one pass, unless one group is shown at full size
+        same_size = len({group.shape for group in small}) == 1
+        passes = [
+            self.network.decode(self.network.encode(part)) for part in ([torch.cat(small)] if same_size else small)
+        ]
+        dense, deepest = self._auxiliary(torch.cat(full))
+
+        features: dict[str, Tensor] = {}
+        if self.recipe.weight_global:
+            features["variance_dominant"] = passes[-1][-1][-patches:]
+            features["variance_auxiliary"] = deepest[-patches:]
+        if self.recipe.weight_dense:
+            features["dense_dominant"] = passes[0][-1][:patches]
+            features["dense_auxiliary"] = dense[:patches]
+        if self.recipe.weight_equivariance:
+            features["bottleneck_dominant"] = passes[0][0][:patches]
+            features["bottleneck_auxiliary"] = deepest[:patches]
+        return features
+
+    def _auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the auxiliary branch's dense map and its deepest map."""
+        if self.recipe.auxiliary_encoder == "ema" and not self.network.mixes_samples:
+            return self._averaged(images)
+        maps = self.network.encode(images, self.auxiliary_encoder)
+        return maps[self.geometry.auxiliary_stage - 1], maps[-1]
+
+    # This frame is left out of compiling; the encoder that it calls is compiled, once for the size of a chunk.
+    @torch.compiler.disable(recursive=False)
+    def _averaged(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `_auxiliary` does, a few patches at a time."""
+        dense, deepest = [], []
+        with torch.no_grad():
+            for part in in_chunks(images):
+                maps = self.network.encode(part, self.auxiliary_encoder)
+                dense.append(maps[self.geometry.auxiliary_stage - 1])
+                deepest.append(maps[-1])
+                # otherwise the large maps of this chunk would stay while the next one is computed
+                del maps
+        return torch.cat(dense), torch.cat(deepest)
+
+    def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = {}
+        if self.recipe.weight_global:
+            outputs["global_dominant"] = self.instance_projector_dominant(features["variance_dominant"])
+            outputs["global_auxiliary"] = self.instance_projector_auxiliary(features["variance_auxiliary"])
+        if self.recipe.weight_dense:
+            outputs["dense_dominant"] = features["dense_dominant"]
+            outputs["dense_auxiliary"] = self.pixel_projector(features["dense_auxiliary"])
+        if self.recipe.weight_equivariance:
+            outputs["bottleneck_dominant"] = features["bottleneck_dominant"]
+            outputs["bottleneck_auxiliary"] = features["bottleneck_auxiliary"]
+        return outputs
+
+    def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """See `Method.losses`. With two training stages, ``total`` is of what the stage trains."""
+        warmup = self.recipe.threshold_warmup * progress.steps
+        self.loss.threshold = self.geometry.threshold * min(1.0, progress.step / warmup if warmup else 1.0)
+        losses = self.loss(embeddings, positions)
+        if self.recipe.training_stages == 2 and self.recipe.weight_global and self.recipe.weight_dense:
+            if progress.is_second_half:
+                trained = ["dense"]
+            else:
+                # L_ER compares the two sizes of an image, so it has nothing to compare at full size
+                trained = ["global", "equivariance"] if self.recipe.downsample_first_stage else ["global"]
+            losses["total"] = sum(losses[name] * self.loss.weights[name] for name in trained if name in losses)  # type: ignore
+        return losses
+
+    def copy_network(self) -> None:
+        """Give a second encoder the weights of the first."""
+        if self.auxiliary_encoder is not None:
+            self.auxiliary_encoder.load_state_dict(self.network.encoder.state_dict())
+
+    def withhold_gradients(self, progress: Progress) -> None:
+        """Fix the encoder in the second of two training stages."""
+        if self.recipe.training_stages == 2 and progress.is_second_half:
+            for encoder in (self.network.encoder, self.auxiliary_encoder):
+                for parameter in encoder.parameters() if encoder is not None else ():
+                    parameter.grad = None
+
+    def after_step(self, embeddings: dict[str, Tensor], progress: Progress) -> None:
+        """Move the averaged encoder."""
+        if self.recipe.auxiliary_encoder == "ema" and self.auxiliary_encoder is not None:
+            update_average(self.auxiliary_encoder, self.network.encoder, self.recipe.ema_decay)
+
+    def measure(self, embeddings: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+        """Return the mean number of positives of an anchor, and how much the deepest features vary between images."""
+        found = {"positives": positive_mask(positions, self.loss.threshold).sum(1).float().mean()}
+        if "bottleneck_dominant" in embeddings:
+            rms, between = feature_statistics(embeddings["bottleneck_dominant"])
+            found |= {"bottleneck_rms": rms, "bottleneck_variance": between}
+        return found
+
+    def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the image-level vectors; without that level, the mean of the dense maps."""
+        if "global_dominant" in embeddings:
+            return embeddings["global_dominant"], embeddings["global_auxiliary"]
+        return embeddings["dense_dominant"].flatten(2).mean(-1), embeddings["dense_auxiliary"].flatten(2).mean(-1)
+
+    @classmethod
+    def reference_lines(cls, recipe: Any, batch_size: int, means: Mapping[str, float]) -> dict[str, float]:
+        return reference_values(
+            batch_size,
+            max(1.0, means.get("positives", 1.0)),
+            temperature=recipe.temperature,
+            base_temperature=recipe.base_temperature,
+            own_view_weight=recipe.own_view_weight,
+        )._asdict()
+
+    @classmethod
+    def collapse_reasons(
+        cls, means: Mapping[str, float], before: Mapping[str, float], references: Mapping[str, float]
+    ) -> list[str]:
+        """Return each contrastive loss that sits at the value it has with one embedding for every image."""
+        lines = ReferenceValues(**references)
+        line = lines.collapse - _LEARNED_FRACTION * (lines.collapse - lines.own_view_only)
+        reasons = []
+        for name in cls.referenced_losses:
+            # fresh networks start above the line and fall through it
+            falling = before.get(name, math.inf) - means.get(name, math.inf) > _FALLING_FRACTION * lines.collapse
+            if means.get(name, -math.inf) > line and not falling:
+                reasons.append(
+                    f"{cls.loss_labels[name]} is {means[name]:.3f}: at {lines.collapse:.3f} every image has one embedding, a "
+                    f"network that knows the own view alone reaches {lines.own_view_only:.3f}"
+                )
+        return reasons
+
+    @classmethod
+    def collapse_advice(cls, recipe: Any) -> list[str]:
+        tries = []
+        if not recipe.standardise_projector:
+            tries.append("standardise_projector=true")
+        if recipe.own_view_weight < 0.5:
+            tries.append(f"own_view_weight=0.5 (now {recipe.own_view_weight:g})")
+        if not recipe.limit_positives:
+            tries.append("limit_positives=true")
+        if recipe.threshold > 0:
+            tries.append(f"a smaller threshold (now {recipe.threshold:g}), or threshold_warmup=0.2")
+        tries.append(f"a smaller weight_equivariance (now {recipe.weight_equivariance:g})")
+        return tries

@@ -1,0 +1,50 @@
+"""Find methods by the names that recipes have for them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from functools import cache
+from inspect import isabstract
+
+from nnunetv2_macl import methods
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.methods.base import Method
+
+
+@cache
+def all_methods() -> dict[str, type[Method]]:
+    """Return the methods by name: each in a module of `nnunetv2_macl.methods`."""
+    names = [f"{methods.__name__}.{module.name}" for module in pkgutil.iter_modules(methods.__path__)]
+    found = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    classes = {value for value in found if isinstance(value, type) and issubclass(value, Method)}
+    return {method.name: method for method in sorted(classes - {Method}, key=_order) if not isabstract(method)}
+
+
+def _order(method: type[Method]) -> str:
+    return getattr(method, "name", "")
+
+
+def methods_of(name: str) -> tuple[type[Method], ...]:
+    """Return the methods that a recipe's ``method`` names. Several are joined by +, and their losses are added.
+
+    Raises:
+        UserError: There is no such method, or two of them cannot be added.
+    """
+    found = []
+    for part in name.split("+"):
+        if part not in all_methods():
+            near = difflib.get_close_matches(part, all_methods(), n=1)
+            hint = f"Did you mean '{near[0]}'?" if near else f"The methods are: {', '.join(all_methods())}."
+            raise UserError(f"There is no method '{part}'. {hint} Join several by +, as in macl+restoration.")
+        found.append(all_methods()[part])
+    for names in ([m.name for m in found], [loss for m in found for loss in m.loss_labels]):
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise UserError(f"The method '{name}' has {', '.join(sorted(twice))} twice. Name each method once.")
+    return tuple(found)
+
+
+def loss_labels() -> dict[str, str]:
+    """Return the label of each loss that any method has, by name."""
+    return {loss: label for method in all_methods().values() for loss, label in method.loss_labels.items()}

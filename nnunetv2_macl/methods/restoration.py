@@ -1,0 +1,108 @@
+"""Restoration of hidden voxels: the partial decoder predicts what a masked patch looked like. It is no part of the MACL paper.
+
+Source: Xie et al., SimMIM, CVPR 2022, https://arxiv.org/abs/2111.09886 (a mask over the input, a linear head, a loss on what was
+hidden), for any U-Net, 2D or 3D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from nnunetv2_macl.methods.base import Geometry, Method, Progress, StepRandom, Views
+from nnunetv2_macl.methods.branches import plan_branches
+from nnunetv2_macl.methods.config import BranchKeys, Fraction, NotNegative
+from nnunetv2_macl.networks.base import PretrainableNetwork
+from nnunetv2_macl.restoration import (
+    RestorationHead,
+    draw_mask,
+    enlarge_mask,
+    hidden_blocks,
+    restoration_loss,
+    standardise,
+)
+
+# The random numbers of masks are another stream than those of MACL's views, so that both can train together.
+_MASKS = 5
+
+
+class RestorationConfig(BranchKeys):
+    """The recipe keys of restoration."""
+
+    weight_restoration: NotNegative = Field(1.0, description="the weight of the restoration loss L_R")
+    restoration_share: Fraction = Field(0.6, description="fraction of the blocks of a patch that are hidden")
+
+    @model_validator(mode="after")
+    def _restores_something(self) -> RestorationConfig:
+        if self.weight_restoration <= 0:
+            raise ValueError("weight_restoration is 0, which leaves nothing to learn from. Set it above 0")
+        return self
+
+
+class _MaskedViews(Views):
+    """A patch with hidden voxels, the patch as it was, and what is hidden."""
+
+    def __init__(self, geometry: Geometry, recipe: Any, blocks: Sequence[Sequence[int]]) -> None:
+        self.unnormalised, self.share = tuple(geometry.unnormalised_channels), recipe.restoration_share
+        self.blocks = blocks
+
+    def draw(self, random: StepRandom) -> Tensor:
+        """Return the mask, (n, 1, *grid); see `draw_mask`."""
+        return draw_mask(
+            random.batch_size,
+            random.patch_size,
+            self.blocks,
+            self.share,
+            random.generator(_MASKS),
+            part=random.part,
+        )
+
+    def make(self, patches: Tensor, numbers: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """Return ``masked``, what is to be restored of it as ``target``, and ``mask``, True where it is hidden.
+
+        Hidden voxels are 0, the mean of an image as nnU-Net normalises most. In channels that nnU-Net does not normalise to
+        zero mean, they are the channel's mean, and what is to be restored is standardised.
+        """
+        mask = enlarge_mask(numbers, patches.shape[2:])
+        target, zero = standardise(patches, self.unnormalised)
+        return {"masked": torch.where(mask, zero, patches), "target": target, "mask": mask}
+
+
+class Restoration(Method):
+    """Masks blocks of voxels and restores them from the map of the last trained decoder stage."""
+
+    name = "restoration"
+    Config = RestorationConfig
+    loss_labels = {"restoration": "L_R, restoration"}
+    view_titles = {"target": "restored", "masked": "restored from"}
+    couples_samples = False
+    summary = "to restore what is hidden of them,"
+    tag = "masked-image-modelling"
+
+    def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
+        super().__init__(network, geometry, recipe)
+        dominant = [network.encoder_levels[-1], *network.decoder_levels][-1]
+        self.restoration_head = RestorationHead(dominant.channels, network.image_channels, dominant.stride)
+        strides = [level.stride for level in network.encoder_levels[: geometry.auxiliary_stage]]
+        self.views = _MaskedViews(geometry, recipe, hidden_blocks(strides))
+
+    @classmethod
+    def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
+        return plan_branches(patch_size, strides, recipe)
+
+    @classmethod
+    def weights(cls, recipe: Any) -> dict[str, float]:
+        return {"restoration": recipe.weight_restoration}
+
+    def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        restored = self.restoration_head(self.network.decode(self.network.encode(views["masked"]))[-1])
+        return {"restored": restored, "target": views["target"], "mask": views["mask"]}
+
+    def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """Return the mean squared error over the hidden voxels of each patch."""
+        loss = restoration_loss(embeddings["restored"], embeddings["target"], embeddings["mask"])
+        return {"restoration": loss, "total": self.recipe.weight_restoration * loss}

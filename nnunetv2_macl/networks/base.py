@@ -1,0 +1,195 @@
+"""What a pre-training method may ask of a segmentation network, and the check that an adapter answers truly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from nnunetv2_macl.errors import UserError
+
+# GPUs compute convolutions in TF32, and may choose another algorithm for the second of two equal calls
+_TOLERANCE = 1e-2
+
+
+class Level(NamedTuple):
+    """One feature map of a network: its channels, and its total stride to the image, per axis."""
+
+    channels: int
+    stride: tuple[int, ...]
+
+
+class PretrainableNetwork(nn.Module):
+    """The part of a segmentation network that is pre-trained: the encoder and the first decoder stages.
+
+    There is one subclass per family of networks. It holds the network's own modules, so that training the subclass trains the
+    network, and nothing else, because every parameter in it is trained.
+
+    A subclass sets the attributes below, implements `decode`, `last_layer` and `examples`, and calls ``super().__init__()``.
+
+    Attributes:
+        adapts: The network types of the family. A subclass of such a type is another network.
+        names: The name of each of the adapter's own modules in the network, the encoder first.
+        encoder: The encoder, which returns the map of each stage. A method may copy and average it.
+        encoder_levels: The maps of the encoder stages, the first stage first. The last is the bottleneck.
+        decoder_levels: The maps of the decoder stages that are held. ``decoder_levels[k]`` is the map after k + 1 stages.
+        patch_multiple: What a patch size must be divisible by, per axis.
+        image_channels: Number of channels of the images.
+    """
+
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = ()
+    names: ClassVar[dict[str, str]] = {}
+
+    encoder: nn.Module
+    encoder_levels: list[Level]
+    decoder_levels: list[Level]
+    patch_multiple: tuple[int, ...]
+    image_channels: int
+
+    def __init__(self, network: nn.Module, decoder_stages: int) -> None:
+        """Hold what is trained of a network.
+
+        Args:
+            network: A network of one of the types that the family `adapts`.
+            decoder_stages: Number of decoder stages to hold, counted from the bottleneck.
+
+        Raises:
+            ValueError: The network does not have so many decoder stages.
+        """
+        super().__init__()
+
+    @staticmethod
+    def last_layer(network: nn.Module) -> nn.Module:
+        """Return the layer of a network that reads the map of the last decoder stage, for `check_adapter`."""
+        raise NotImplementedError
+
+    @classmethod
+    def examples(cls, axes: int) -> list[nn.Module]:
+        """Return a small network of each type of the family with 2 or 3 axes, for tests; none if the family has none."""
+        raise NotImplementedError
+
+    @property
+    def mixes_samples(self) -> bool:
+        """Whether the maps of an image depend on more than the image: batch norm or dropout in what is held."""
+        return any(isinstance(module, (_BatchNorm, _DropoutNd)) for module in self.modules())
+
+    def encode(self, images: Tensor, encoder: nn.Module | None = None) -> list[Tensor]:
+        """Return the map of each encoder stage, the first stage first.
+
+        Args:
+            images: (N, image_channels, *size).
+            encoder: A copy of `encoder` to use in its place, for example a momentum encoder.
+
+        Returns:
+            Maps of (N, channels, *size / stride), as `encoder_levels` lists them.
+        """
+        return list((self.encoder if encoder is None else encoder)(images))
+
+    def decode(self, maps: list[Tensor], stages: int | None = None) -> list[Tensor]:
+        """Return the bottleneck and the map after each decoder stage.
+
+        Args:
+            maps: What `encode` returned.
+            stages: Number of decoder stages to compute. None: all that are held.
+
+        Returns:
+            The last of ``maps``, then maps of (N, channels, *size / stride), as `decoder_levels` lists them.
+        """
+        raise NotImplementedError
+
+    def trained_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the weights of the encoder and of the decoder stages, under the names in the network's state dict."""
+        encoder: dict[str, Tensor] = {}
+        decoder: dict[str, Tensor] = {}
+        for key, value in self.state_dict().items():
+            part, _, rest = key.partition(".")
+            (encoder if part == "encoder" else decoder)[f"{self.names[part]}.{rest}"] = value
+        return encoder, decoder
+
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Copy weights in by the names that `trained_weights` gives them.
+
+        Raises:
+            KeyError: A name is none of them.
+        """
+        encoder, decoder = self.trained_weights()
+        own = encoder | decoder
+        for key, weight in weights.items():
+            own[key].copy_(weight)
+
+
+def check_adapter(family: type[PretrainableNetwork], network: nn.Module) -> None:
+    """Check that an adapter with all decoder stages computes what the network computes.
+
+    A tiny input passes through the network, up to what its `last_layer` reads, and through the adapter. On the meta device,
+    which has no values, the shapes alone are compared. Random state, batch norm statistics and the mode of each module stay
+    as they are.
+
+    Args:
+        family: The adapter's class.
+        network: A network that it adapts, on any device.
+
+    Raises:
+        UserError: The maps differ, or are not as the adapter's levels say. Such weights would be trained for another network.
+    """
+    adapter = family(network, len(family(network, 0).encoder_levels) - 1)
+    weight = next(network.parameters())
+    size = list(adapter.patch_multiple)
+    if adapter.patch_multiple == adapter.encoder_levels[-1].stride:
+        # an instance norm needs two voxels at the bottleneck
+        size[size.index(min(size))] *= 2
+    images = torch.randn(1, adapter.image_channels, *size, generator=torch.Generator().manual_seed(0)).to(weight)
+    read: list[Tensor] = []
+    with _evaluated(network, adapter), torch.no_grad():
+        hook = family.last_layer(network).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            network(images)
+        finally:
+            hook.remove()
+        encoded = adapter.encode(images)
+        decoded = adapter.decode(encoded)
+    levels = [*adapter.encoder_levels, adapter.encoder_levels[-1], *adapter.decoder_levels]
+    expected = [(1, level.channels, *_divided(size, level.stride)) for level in levels]
+    found = [tuple(values.shape) for values in (*encoded, *decoded)]
+    name = f"{type(network).__module__}.{type(network).__qualname__}"
+    if found != expected:
+        problem = f"its maps are {found}, and its levels say {expected}"
+    elif not read:
+        problem = "the network does not use the layer that reads its last map"
+    elif read[-1].shape != decoded[-1].shape:
+        problem = f"its last map is {found[-1]}, and that of the network is {tuple(read[-1].shape)}"
+    elif not read[-1].is_meta and not _close(decoded[-1], read[-1]):
+        problem = "its last map has other values than that of the network"
+    else:
+        return
+    raise UserError(
+        f"The adapter {family.__name__} does not compute what the network {name} computes: {problem}. Pre-training would train "
+        f"another network. Correct {family.__module__}."
+    )
+
+
+def _divided(size: list[int], stride: tuple[int, ...]) -> list[int]:
+    return [length // step for length, step in zip(size, stride, strict=True)]
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).norm() <= _TOLERANCE * expected.norm())
+
+
+@contextmanager
+def _evaluated(*modules: nn.Module) -> Iterator[None]:
+    """Within, all modules are in evaluation mode; each is in its own mode afterwards."""
+    before = {part: part.training for module in modules for part in module.modules()}
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in before.items():
+            part.training = mode

@@ -1,0 +1,131 @@
+"""MACL on real dynamic-network-architectures U-Nets."""
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from steps import embeddings_of, model_of, recipe_of
+from torch import nn
+
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.methods.base import Progress
+from nnunetv2_macl.methods.heads import GlobalProjectionHead
+
+
+def unet(kind=PlainConvUNet, axes=2, strides=(1, 2, 2, 2), features=(4, 8, 12, 16)):
+    conv, norm = ((nn.Conv2d, nn.InstanceNorm2d), (nn.Conv3d, nn.InstanceNorm3d))[axes - 2]
+    depth = "n_conv_per_stage" if kind is PlainConvUNet else "n_blocks_per_stage"
+    torch.manual_seed(0)
+    return kind(
+        2,
+        len(strides),
+        features,
+        conv,
+        3,
+        strides,
+        num_classes=3,
+        n_conv_per_stage_decoder=1,
+        conv_bias=True,
+        norm_op=norm,
+        norm_op_kwargs={"affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=True,
+        **{depth: 1},
+    )
+
+
+def images(axes=2, patches=3, edge=64):
+    return torch.randn(patches, 2, *[edge] * axes, generator=torch.Generator().manual_seed(0))
+
+
+def macl(whole=None, scale=4, axes=2, decoder_stages=2, auxiliary_stage=4, **values):
+    """A model, its method, and the total loss of a few patches."""
+    levels = dict(decoder_stages=decoder_stages, auxiliary_stage=auxiliary_stage, scale=[scale] * axes)
+    model = model_of(whole or unet(axes=axes), [64] * axes, recipe_of(**values), **levels)
+    (method,) = model
+    losses = method.losses(embeddings_of(model, images(axes)), torch.rand(3, 3), Progress(0, 1, 1))
+    return model, method, losses["total"]
+
+
+@pytest.mark.parametrize("kind", [PlainConvUNet, ResidualEncoderUNet])
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize(
+    "decoder_stages, auxiliary_stage, scale", [(1, 4, 2), (2, 4, 4), (2, 3, 2), (1, 3, 1), (0, 4, 1)]
+)
+def test_branches_meet_on_one_grid(kind, axes, decoder_stages, auxiliary_stage, scale):
+    levels = dict(decoder_stages=decoder_stages, auxiliary_stage=auxiliary_stage, scale=[scale] * axes)
+    outputs = embeddings_of(model_of(unet(kind, axes), [64] * axes, **levels), images(axes))
+    assert outputs["dense_dominant"].shape == outputs["dense_auxiliary"].shape
+    assert outputs["dense_dominant"].shape[2:] == (64 // 2 ** (auxiliary_stage - 1),) * axes
+    assert outputs["global_dominant"].shape == outputs["global_auxiliary"].shape == (3, 128)
+    assert outputs["bottleneck_dominant"].shape[2:] == (8 // scale,) * axes
+    assert outputs["bottleneck_auxiliary"].shape[2:] == (8,) * axes
+
+
+def test_every_parameter_is_trained():
+    """As DDP demands: no parameter without a gradient."""
+    model, _, loss = macl()
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_image_level_alone_builds_and_needs_no_more():
+    model, method, loss = macl(decoder_stages=0, scale=1, weight_dense=0.0, weight_equivariance=0.0)
+    assert not method.views.has_invariance
+    assert set(embeddings_of(model, images())) == {"global_dominant", "global_auxiliary"}
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_the_unet_itself_is_trained_and_its_names_are_kept():
+    whole = unet()
+    model, _, _ = macl(whole)
+    encoder, decoder = model.network.trained_weights()
+    own = whole.state_dict()
+    assert all(own[key].data_ptr() == value.data_ptr() for key, value in {**encoder, **decoder}.items())
+    assert set(encoder) == {key for key in own if key.startswith("encoder.")}
+    assert {key.split(".")[2] for key in decoder} == {"0", "1"}
+
+
+def test_auxiliary_encoders():
+    _, independent, loss = macl(auxiliary_encoder="independent")
+    loss.backward()
+    assert all(p.grad is not None for p in independent.auxiliary_encoder.parameters())
+
+    model, ema, loss = macl(auxiliary_encoder="ema", ema_decay=0.9)
+    before = next(ema.auxiliary_encoder.parameters()).clone()
+    loss.backward()
+    assert all(p.grad is None for p in ema.auxiliary_encoder.parameters())
+    with torch.no_grad():
+        next(model.network.encoder.parameters()).add_(1)
+    ema.after_step({}, Progress(0, 1, 1))
+    torch.testing.assert_close(next(ema.auxiliary_encoder.parameters()), before + 0.1)
+
+
+def test_a_second_encoder_gets_weights_that_are_loaded():
+    model, method, _ = macl(auxiliary_encoder="ema")
+    weights = {key: value + 1 for key, value in model.network.trained_weights()[0].items()}
+    model.load_weights(weights)
+    for key, value in method.auxiliary_encoder.state_dict().items():
+        torch.testing.assert_close(value, weights[f"encoder.{key}"])
+
+
+def test_standardising_tells_apart_what_instance_norm_made_alike():
+    torch.manual_seed(0)
+    features = torch.nn.functional.instance_norm(torch.randn(16, 32, 8, 8)).relu()
+
+    def spread(projector):
+        return torch.nn.functional.normalize(projector(features)).std(0).mean().item()
+
+    assert spread(GlobalProjectionHead(32)) > 3 * spread(GlobalProjectionHead(32, batch_norm=False))
+
+
+@pytest.mark.parametrize("wrong", [{"decoder_stages": 4}, {"auxiliary_stage": 1}])
+def test_stages_that_the_network_lacks_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        macl(**wrong)
+
+
+def test_other_networks_are_refused():
+    with pytest.raises(UserError, match="Linear"):
+        macl(nn.Linear(2, 2))
