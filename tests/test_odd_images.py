@@ -13,7 +13,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunetv2_macl import doctor
-from nnunetv2_macl.doctor.dataset import headers
+from nnunetv2_macl.doctor.dataset import readable
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.preprocessing import cases as preprocessing
@@ -182,14 +182,13 @@ def test_the_doctor_accepts_what_the_run_accepts(target, workspace):
     (folder / "padded_0000.nii.gz").write_bytes(gzip.compress(plain + bytes(512)))
     (folder / "case_000_0000.nii.gz").write_bytes(b"broken")  # never read: it counts as the labelled case of its name
     sources = preprocessing.sources_in_use(target, [])
-    for seconds in (60, 0):  # read, and by the headers alone
-        result = headers(target, sources, skip_unreadable=False, seconds=seconds)
-        assert result.status == doctor.RIGHT and result.values["skipped"] == 0, result
+    result = readable(target, sources, skip_unreadable=False)
+    assert result.status == doctor.RIGHT and result.values["skipped"] == 0, result
     assert len(preprocessing.preprocess_unlabelled(target, [], processes=1).cases) == 6
     write(folder / "nan_0000.nii.gz", np.where(VOLUME > 130, np.nan, VOLUME).astype(np.float32))
     write(folder / "constant_0000.nii.gz", np.full_like(VOLUME, 3))
     sources = preprocessing.sources_in_use(target, [])
-    result = headers(target, sources, skip_unreadable=False)
+    result = readable(target, sources, skip_unreadable=False)
     assert result.status == doctor.WRONG and result.values == {"files": 8, "skipped": 2, "read": 2}
     skipped = preprocessing.preprocess_unlabelled(target, [], processes=1, skip_unreadable=True).skipped
     assert {path.name for path in skipped} == {"nan", "constant"}
