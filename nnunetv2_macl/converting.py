@@ -58,56 +58,33 @@ _ISIC_LESION = 128
 
 @dataclass(frozen=True)
 class RawCase:
-    """A case to write.
+    """A case to write."""
 
-    Attributes:
-        name: Name in the raw data set.
-        folder: ``imagesTr``, ``imagesTs`` or ``imagesUn``.
-        write_image: Writes the image to a file.
-        write_label: Writes the label map to a file; None for a case without labels.
-    """
-
-    name: str
-    folder: str
-    write_image: Callable[[Path], object]
+    name: str  # Name in the raw data set
+    folder: str  # ``imagesTr``, ``imagesTs`` or ``imagesUn``
+    write_image: Callable[[Path], object]  # Writes the image to a file
+    # Writes the label map to a file; None for a case without labels
     write_label: Callable[[Path], object] | None = None
 
 
 @dataclass(frozen=True)
 class RawDataSet:
-    """A data set in the layout of its organisers, ready to be written.
+    """A data set in the layout of its organisers, ready to be written."""
 
-    Attributes:
-        name: Name after the number.
-        channels: Names of the channels of an image file.
-        labels: Label names, in the order of their values from 1.
-        file_ending: Ending of images and labels.
-        reference: Where label values and layout are documented.
-        cases: The cases.
-    """
-
-    name: str
-    channels: list[str]
-    labels: Iterable[str]
-    file_ending: str
-    reference: str
-    cases: list[RawCase]
+    name: str  # Name after the number
+    channels: list[str]  # Names of the channels of an image file
+    labels: Iterable[str]  # Label names, in the order of their values from 1
+    file_ending: str  # Ending of images and labels
+    reference: str  # Where label values and layout are documented
+    cases: list[RawCase]  # The cases
 
 
 def mmwhs(source: Path, modality: str = "ct") -> RawDataSet:
-    """Read MM-WHS 2017: ``ct_train/ct_train_1001_image.nii.gz``, ``..._label.nii.gz``,
-    ``ct_test/ct_test_2001_image.nii.gz``.
+    """Read MM-WHS 2017: ``ct_train/ct_train_1001_image.nii.gz``, ``..._label.nii.gz``, ``ct_test/ct_test_2001_image.nii.gz``.
 
     Labels (https://zmiclab.github.io/zxh/0/mmwhs/data.html): 500 left ventricle, 600 right ventricle, 420 left atrium,
     550 right atrium, 205 myocardium of the left ventricle, 820 ascending aorta, 850 pulmonary artery. A few voxels of
-    one label file are 421; they count as 420.
-
-    Args:
-        source: Folder of the data set.
-        modality: ``ct``, as in the paper, or ``mr``; each is a data set of its own.
-
-    Raises:
-        UserError: The files are not there.
+    one label file are 421; they count as 420. ``ct``, which the paper uses, and ``mr`` are data sets of their own.
     """
     values = _MMWHS | {421: _MMWHS[420]}
     images = _find(source, rf"{modality}_train_(?P<case>\d+)_image\.nii(\.gz)?")
@@ -125,14 +102,10 @@ def mmwhs(source: Path, modality: str = "ct") -> RawDataSet:
 
 
 def hvsmr(source: Path) -> RawDataSet:
-    """Read HVSMR 2016: ``training_axial_full_pat0.nii.gz``, ``..._pat0-label.nii.gz``,
-    ``testing_axial_full_pat10.nii.gz``.
+    """Read HVSMR 2016: ``training_axial_full_pat0.nii.gz``, ``..._pat0-label.nii.gz``, ``testing_axial_full_pat10.nii.gz``.
 
     The organisers have images in ``Training dataset`` and labels in ``Ground truth``. Labels
     (http://segchd.csail.mit.edu/data.html): 1 myocardium, 2 blood pool.
-
-    Raises:
-        UserError: The files are not there.
     """
     images = _find(source, r"training_axial_full_pat(?P<case>\d+)\.nii(\.gz)?")
     labels = _find(source, r"training_axial_full_pat(?P<case>\d+)-label\.nii(\.gz)?")
@@ -152,16 +125,9 @@ def hvsmr(source: Path) -> RawDataSet:
 def imagechd(source: Path, labelled: bool = False) -> RawDataSet:
     """Read ImageCHD: ``ct_1001_image.nii.gz``, ``ct_1001_label.nii.gz``.
 
-    The paper pre-trains on it without labels, so that by default its images become unlabelled ones. Labels (Xu et al.,
+    The paper pre-trains on it without labels, so its images become unlabelled ones unless ``labelled``. Labels (Xu et al.,
     ImageCHD, MICCAI 2020): 1 left ventricle, 2 right ventricle, 3 left atrium, 4 right atrium, 5 myocardium, 6 aorta,
     7 pulmonary artery.
-
-    Args:
-        source: Folder of the data set.
-        labelled: Write labels as well.
-
-    Raises:
-        UserError: The files are not there.
     """
     images = _find(source, r"ct_(?P<case>\d+)_image\.nii(\.gz)?")
     labels = _find(source, r"ct_(?P<case>\d+)_label\.nii(\.gz)?") if labelled else {}
@@ -180,15 +146,8 @@ def chaos(source: Path, sequences: Iterable[str] = ("t2spir",)) -> RawDataSet:
 
     ``T1DUAL`` has ``DICOM_anon/InPhase`` and ``DICOM_anon/OutPhase``, and one ``Ground`` for both. Grey values of the
     masks (https://chaos.grand-challenge.org/Data/): about 63 liver, 126 right kidney, 189 left kidney, 252 spleen.
-    Each sequence is a case of its own, named after its patient, with one channel. Patients without masks, those of
-    ``Test_Sets``, become test images.
-
-    Args:
-        source: Folder of the data set: ``CHAOS_Train_Sets``, ``Train_Sets`` or ``MR``.
-        sequences: Of ``t2spir`` (the paper's), ``t1in``, ``t1out``.
-
-    Raises:
-        UserError: The files are not there, or masks are missing.
+    Each sequence (``t2spir``, the paper's; ``t1in``; ``t1out``) is a case of its own, named after its patient, with one
+    channel. Patients without masks, those of ``Test_Sets``, become test images.
     """
     cases = []
     found = {path.parent for path in source.resolve().rglob("T*") if path.name in ("T1DUAL", "T2SPIR")}
@@ -217,18 +176,11 @@ def chaos(source: Path, sequences: Iterable[str] = ("t2spir",)) -> RawDataSet:
 
 
 def isic2018(source: Path, grey: bool = False) -> RawDataSet:
-    """Read the training images of ISIC 2018, task 1.
+    """Read the training images of ISIC 2018, task 1, as colour images, or as ``grey`` ones, which the paper uses.
 
     The organisers (https://challenge.isic-archive.com/data/#2018) have
     ``ISIC2018_Task1-2_Training_Input/ISIC_0000000.jpg`` and
     ``ISIC2018_Task1_Training_GroundTruth/ISIC_0000000_segmentation.png``, whose lesion is 255.
-
-    Args:
-        source: Folder of both folders.
-        grey: Convert to grey images of one channel, as in the paper.
-
-    Raises:
-        UserError: The files are not there.
     """
     inputs, truths = "ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1_Training_GroundTruth"
     images = _find(source, r"ISIC_(?P<case>\d+)\.jpe?g", inputs)
@@ -249,17 +201,12 @@ def isic2018(source: Path, grey: bool = False) -> RawDataSet:
 
 
 def convert(data_set: RawDataSet, dataset: str) -> Path:
-    """Write a raw data set. Files that are there already are kept, so a conversion that was stopped continues.
+    """Write a raw data set with a number or name, and return its folder.
 
-    Args:
-        data_set: What to write.
-        dataset: Number or name of the raw data set. It must not exist, apart from a conversion that was stopped.
-
-    Returns:
-        Folder of the raw data set.
+    Files that exist already are kept, so a conversion that was stopped continues.
 
     Raises:
-        UserError: The data set exists already, a file cannot be converted, or the disk is full.
+        UserError: The data set is complete already, a file cannot be converted, or the disk is full.
     """
     folder = raw_data_set(dataset, data_set.name)
     if (folder / DESCRIPTION).exists():

@@ -47,20 +47,14 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a batch is drawn.
+    """How a batch is drawn."""
 
-    Args:
-        patch_size: voxels on the three axes of the volume; 1 on the first for 2D patches.
-        batch_size: N, patches a step over all ranks.
-        position_group_size: that many patches of a batch, from different cases, share their relative place in the volume, so that
-            more of them are positives of each other. With fewer cases there are no groups, which would hold copies.
-        seed: of every draw.
-    """
-
-    patch_size: tuple[int, ...]
-    batch_size: int
+    patch_size: tuple[int, ...]  # voxels on the three axes of the volume; 1 on the first for 2D patches
+    batch_size: int  # N, patches a step over all ranks
+    # that many patches of a batch, from different cases, share their relative place in the volume, so that more of them
+    # are positives of each other. With fewer cases there are no groups, which would hold copies.
     position_group_size: int
-    seed: int
+    seed: int  # of every draw
 
     def draws(self, step: int, cases: int) -> Iterator[tuple[np.random.Generator, int, np.ndarray | None]]:
         """For each patch of the batch: its own generator, which of ``cases``, and the relative place (3,) of its group if any."""
@@ -209,11 +203,7 @@ def _zeros(shape: Sequence[int]) -> torch.Tensor:
 
 
 def too_little_shared_memory(batch_bytes: int) -> str:
-    """Return the sentences for a user whose batches do not fit into shared memory.
-
-    Args:
-        batch_bytes: Size of a batch.
-    """
+    """Return the sentences for a user whose batches do not fit into shared memory."""
     free = f", of which {_mib(shutil.disk_usage(_SHARED_MEMORY).free)} are free," if _SHARED_MEMORY.is_dir() else ""
     return (
         f"Shared memory ({_SHARED_MEMORY}){free} is too small for the data workers, which hand over batches of "
@@ -227,17 +217,11 @@ def _mib(size: int) -> str:
 
 
 class Reading(NamedTuple):
-    """How batches are read ahead.
+    """How batches are read ahead."""
 
-    Attributes:
-        workers: Number of processes; 0 reads in the training process.
-        prefetch: Batches that each has in hand.
-        needed: Bytes of shared memory that all batches take which are read ahead.
-    """
-
-    workers: int
-    prefetch: int
-    needed: int
+    workers: int  # Number of processes; 0 reads in the training process
+    prefetch: int  # Batches that each has in hand
+    needed: int  # Bytes of shared memory that all batches take which are read ahead
 
 
 def plan_reading(batch_bytes: int, allowed: int, free: int | None = None) -> Reading:
@@ -272,12 +256,7 @@ def _open_unchanged(file: str) -> blosc2.NDArray:
 
 
 def plan_reading_here(batch_bytes: int, processes: int = 1) -> Reading:
-    """Return `plan_reading` for the workers that nnU-Net would use and the shared memory that is free.
-
-    Args:
-        batch_bytes: Size of this rank's share of a batch.
-        processes: Training processes that share the machine's memory.
-    """
+    """Return `plan_reading` for nnU-Net's workers and the shared memory that is free, divided among training processes."""
     free = shutil.disk_usage(_SHARED_MEMORY).free // processes if _SHARED_MEMORY.is_dir() else None
     return plan_reading(batch_bytes, get_allowed_n_proc_DA(), free)
 
@@ -291,18 +270,18 @@ def load_batches(
     pin_memory: bool = False,
     prepare_worker: Callable[[int], None] | None = None,
 ) -> Generator[dict[str, Any], None, None]:
-    """The batches from step ``first`` on, read ahead by worker processes.
+    """Yield the batches from step ``first`` on, read ahead by worker processes.
 
     Args:
-        batches: what to load.
-        first: step.
-        workers: processes; 0 reads in this one.
+        batches: What to load.
+        first: First step.
+        workers: Number of processes; 0 reads in this one.
         prefetch: Batches that each worker has in hand.
-        pin_memory: for a GPU.
-        prepare_worker: called with a worker's number in each.
+        pin_memory: Whether the batches go to a GPU.
+        prepare_worker: Called in each worker with its number.
 
     Raises:
-        UserError: a case cannot be read, or a worker was killed; in the order of steps.
+        UserError: A case cannot be read, in the order of steps.
     """
     loader = DataLoader(
         _ErrorsAsItems(batches),

@@ -18,16 +18,13 @@ DATASET = "Dataset900_MACLDemo"
 
 
 def demo(folder: Path) -> dict[str, float]:
-    """Generate data, plan, preprocess, pre-train, fine-tune, predict and evaluate.
-
-    Args:
-        folder: where everything is written; nnU-Net's three folders are made in it.
+    """Generate data, plan, preprocess, pre-train, fine-tune, predict and evaluate in a new folder.
 
     Returns:
         Mean foreground Dice (``dice``) and ``seconds`` of the whole.
 
     Raises:
-        UserError: the folder holds something else, or a command failed.
+        UserError: The folder holds something else, or a command failed.
     """
     folder = folder.expanduser().resolve()
     if folder.exists() and not folder.is_dir():

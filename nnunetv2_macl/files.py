@@ -86,13 +86,7 @@ class CannotWriteError(UserError):
 
 
 def cannot_write(error: OSError, file: Path, needed: int | None = None) -> CannotWriteError:
-    """What to tell the user of an error in writing.
-
-    Args:
-        error: it.
-        file: that was written, or its folder.
-        needed: bytes that it takes.
-    """
+    """Return what to tell the user of an error in writing a file or into a folder that takes ``needed`` bytes."""
     if error.errno not in _FULL:
         return CannotWriteError(
             f"{file} could not be written: {error.strerror or error}. Check the folder's permissions and try again."
@@ -120,12 +114,7 @@ def umask() -> int:
 
 
 def remove_temporary(folder: Path, *, older_than: float = 0) -> None:
-    """Remove what `write_whole` leaves where its process was killed.
-
-    Args:
-        folder: to clean.
-        older_than: seconds since they were last written to, where another process may be at work.
-    """
+    """Remove what `write_whole` left where its process was killed, if it is ``older_than`` that many seconds."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
             if not (entry.name.startswith(".") and entry.name.endswith(_TEMPORARY)):

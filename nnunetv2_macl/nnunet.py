@@ -39,6 +39,21 @@ _NOT_CENTRED = tuple(s.__name__ for s in (NoNormalization, RescaleTo01Normalizat
 _OF_THE_IMAGE_ALONE = (*_NOT_CENTRED, ZScoreNormalization.__name__)
 
 
+# keys of a configuration of the plan that decide how an image is prepared, those for labels too, and keys of the plan
+_OF_IMAGES = (
+    "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name", "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+)  # fmt: skip
+_PREPROCESSING = (
+    "data_identifier", "preprocessor_name", "spacing", "patch_size", "normalization_schemes", "use_mask_for_norm",
+    "resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs",
+)  # fmt: skip
+_OF_PLAN = (
+    "original_median_spacing_after_transp", "image_reader_writer", "transpose_forward", "transpose_backward",
+    "experiment_planner_used",
+)  # fmt: skip
+
+
 def require_folders() -> None:
     """Raise UserError unless nnU-Net's three folder variables are set."""
     missing = [name for name in FOLDER_VARIABLES if not os.environ.get(name)]
@@ -116,13 +131,13 @@ class Configuration:
         """Read plan and dataset.json from nnU-Net's preprocessed folder.
 
         Args:
-            dataset: id or full name.
-            plans_name: plans identifier.
-            configuration: None takes the first of `SUPPORTED_CONFIGURATIONS` that the plan has.
+            dataset: Id or full name.
+            plans_name: Plans identifier.
+            configuration: Name; None takes the first of `SUPPORTED_CONFIGURATIONS` that the plan has.
 
         Raises:
-            UserError: no data set, no plan, one that names another data set or other plans, no such configuration, or one for
-                another number of channels or with a network that cannot be pre-trained.
+            UserError: There is no such data set, plan or configuration, the files do not belong together, or the network cannot
+                be pre-trained.
         """
         require_folders()
         name = dataset_name(dataset)
@@ -249,36 +264,13 @@ class Configuration:
 
     def preprocessing(self) -> dict[str, Any]:
         """How nnU-Net prepares images for this network, in plain JSON types: what others need to prepare theirs alike."""
-        keys: tuple[str, ...] = (
-            "data_identifier",
-            "preprocessor_name",
-            "spacing",
-            "patch_size",
-            "normalization_schemes",
-        )
-        keys += ("use_mask_for_norm", "resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_seg")
-        keys += ("resampling_fn_seg_kwargs",)
-        plan_keys: tuple[str, ...] = (
-            "original_median_spacing_after_transp",
-            "image_reader_writer",
-            "transpose_forward",
-        )
-        plan_keys += ("transpose_backward", "experiment_planner_used")
         configuration, plans = self.manager.configuration, self.plans_manager.plans
-        content = {key: configuration.get(key) for key in keys} | {key: plans.get(key) for key in plan_keys}
+        content = {key: configuration.get(key) for key in _PREPROCESSING} | {key: plans.get(key) for key in _OF_PLAN}
         return json.loads(json.dumps(content))
 
     def preprocessing_checksum(self) -> str:
         """Changes when, and only when, nnU-Net would preprocess an image otherwise or lay it out otherwise."""
         configuration, plans = self.manager.configuration, self.plans_manager.plans
-        keys: tuple[str, ...] = (
-            "patch_size",
-            "spacing",
-            "normalization_schemes",
-            "use_mask_for_norm",
-            "preprocessor_name",
-        )
-        keys += ("resampling_fn_data", "resampling_fn_data_kwargs")
         schemes = self.manager.normalization_schemes
         # they change a little with every case that is added
         intensities = {
@@ -286,7 +278,8 @@ class Configuration:
             for channel, properties in self.plans_manager.foreground_intensity_properties_per_channel.items()
             if schemes[int(channel)] not in _OF_THE_IMAGE_ALONE
         }
-        return checksum([{key: configuration.get(key) for key in keys}, plans.get("transpose_forward"), intensities])
+        settings = {key: configuration.get(key) for key in _OF_IMAGES}
+        return checksum([settings, plans.get("transpose_forward"), intensities])
 
     def plan_checksum(self) -> str:
         """Changes when the nnU-Net plan changes in anything that the MACL plan is derived from."""

@@ -15,11 +15,7 @@ DESCRIPTION = "dataset.json"
 
 
 def raw_data_set(name_or_id: str, new_name: str) -> Path:
-    """Return the folder of a raw data set that exists, or of one to be made. Nothing is written.
-
-    Args:
-        name_or_id: ``27``, or ``Dataset027_ACDC``.
-        new_name: Name after the number of a data set that does not exist and is given by its number.
+    """Return the folder of a raw data set by number or name; of one that does not exist, ``new_name`` follows its number.
 
     Raises:
         UserError: nnUNet_raw is not set, the name is not one of nnU-Net's, or several data sets have the number.
@@ -46,18 +42,10 @@ def raw_data_set(name_or_id: str, new_name: str) -> Path:
 def write_description(
     folder: Path, channels: list[str], labels: Mapping[str, int], cases: int, file_ending: str, **more: Any
 ) -> None:
-    """Write the ``dataset.json`` of a raw data set.
+    """Write the ``dataset.json`` of a raw data set with a number of labelled ``cases``.
 
-    Args:
-        folder: Folder of the data set.
-        channels: Name of each channel; "CT" and "rgb_to_0_1" have a meaning for nnU-Net's normalisation.
-        labels: Names and values, with the background.
-        cases: Number of labelled training cases.
-        file_ending: Ending of images and labels, such as ``.nii.gz``.
-        more: Further entries.
-
-    Raises:
-        UserError: The file cannot be written.
+    Channels named "CT" and "rgb_to_0_1" have a meaning for nnU-Net's normalisation. Labels are values by
+    name, with the background.
     """
     description = {
         "channel_names": {str(number): name for number, name in enumerate(channels)},

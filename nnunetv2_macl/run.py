@@ -265,37 +265,18 @@ def _plan_to_go_on(
     skip_unreadable: bool,
     start: Path | None,
 ) -> MACLPlan:
-    """The plan that the run began with. May change: patches computed at once, and whether unreadable images are left out."""
+    """Return the plan that the run began with, in which patches at once and ``skip_unreadable`` alone may change."""
     file = folder / PLAN_COPY
     if not file.is_file():
         raise UserError(f"There is no run to go on with in {folder}. Leave out --c to start one.")
     check_values(values, "Command line")
     plan = read_plan(file)
     check_plan(plan, target, file, of_a_run=True)
-    kept = {key: value for key, value in values.items() if key != "patches_at_once"}
-    _refuse_changes(plan, kept, recipe, gpu_memory, images, folder, start)
-    asked_at_once = values.get("patches_at_once", AUTO)
-    at_once = plan.patches_at_once if asked_at_once == AUTO else min(asked_at_once, plan.batch_size)
-    changed = replace(plan, patches_at_once=at_once, skip_unreadable=plan.skip_unreadable or skip_unreadable)
-    if changed != plan:
-        write_plan(changed, file)
-    return changed
-
-
-def _refuse_changes(
-    plan: MACLPlan,
-    values: dict[str, Any],
-    recipe: Any,
-    gpu_memory: float | None,
-    images: dict[str, Any],
-    folder: Path,
-    start: Path | None,
-) -> None:
     before = plan.get_recipe().as_dict()
     changed = [
         f"{text} (was {before.get(key)})"
         for (key, value), text in zip(values.items(), settings_as_text(values), strict=True)
-        if before.get(key) != value
+        if before.get(key) != value and key != "patches_at_once"
     ]
     for key, option in (("unlabelled_datasets", "-u"), ("channel_map", "--channel_map")):
         if images[key] and images[key] != getattr(plan, key):
@@ -312,3 +293,9 @@ def _refuse_changes(
             f"The run in {folder} goes on as it began; {', '.join(changed)} cannot change now. "
             "Leave that out, or leave out --c to start a new run."
         )
+    asked_at_once = values.get("patches_at_once", AUTO)
+    at_once = plan.patches_at_once if asked_at_once == AUTO else min(asked_at_once, plan.batch_size)
+    adapted = replace(plan, patches_at_once=at_once, skip_unreadable=plan.skip_unreadable or skip_unreadable)
+    if adapted != plan:
+        write_plan(adapted, file)
+    return adapted

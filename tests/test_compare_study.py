@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -26,7 +27,8 @@ from nnunetv2_macl.errors import UserError
 
 PATIENTS = {f"c{n:02d}": f"c{n:02d}" for n in range(40)}
 OPTIONS = Options(
-    dataset="Dataset901_Generated", c="2d", p="nnUNetPlans", arms=["scratch", "encoder", "pretrained", "recipe:pcl"],
+    dataset="Dataset901_Generated", c="2d", p="nnUNetPlans",
+    arms=["scratch", "encoder", "pretrained", "recipe:pcl"],
     labels=["3", "6"], seeds=2, rates=[1e-2, 1e-3], test="25%", validation="10%", group_regex=None, epochs=5, iterations=4,
     batch_size=None, pretrain_epochs=None, pretrain_iterations=None, pretrain_batch_size=None, disable_tta=False,
 )  # fmt: skip
@@ -73,28 +75,6 @@ def test_changed_options_are_refused_by_name(tmp_path, change, words):
     with pytest.raises(UserError) as error:
         Study.open(tmp_path, replace(OPTIONS, **change), SPLIT, PATIENTS)
     assert words in str(error.value) and "-o FOLDER" in str(error.value)
-
-
-def test_files_that_say_something_else_now_are_refused(tmp_path):
-    parent, recipe, plan = tmp_path / "parent.json", tmp_path / "mine.json", tmp_path / "plan.json"
-    parent.write_text('{"inherits_from": "macl"}')
-    recipe.write_text('{"inherits_from": "parent.json"}')
-    plan.write_text('{"plans_name": "x"}')
-    options = replace(OPTIONS, arms=["scratch", f"recipe:{recipe}"], plan=str(plan))
-    begun = Study.open(tmp_path / "study", options, SPLIT, PATIENTS)
-    recipe.write_text('{"description": "", "inherits_from":   "parent.json"}')
-    assert Study.open(tmp_path / "study", options, SPLIT, PATIENTS) == begun
-    parent.write_text('{"inherits_from": "macl", "temperature": 0.5}')
-    with pytest.raises(UserError, match=f"what {recipe} says"):
-        Study.open(tmp_path / "study", options, SPLIT, PATIENTS)
-    parent.write_text('{"inherits_from": "macl"}')
-    plan.write_text('{"plans_name": "y"}')
-    with pytest.raises(UserError, match=f"what {plan} says"):
-        Study.open(tmp_path / "study", options, SPLIT, PATIENTS)
-    # to look at a study takes none of them
-    for file in (recipe, parent, plan):
-        file.unlink()
-    assert Study.read(tmp_path / "study") == begun and len(begun.cells) == 2 * 2 * 2 * 2
 
 
 def test_of_several_that_begin_a_study_at_once_all_go_on_with_one(tmp_path):
@@ -405,3 +385,14 @@ def test_two_processes_share_the_steps(tmp_path):
     both = [subprocess.Popen([sys.executable, "-c", SHARING, tmp_path]) for _ in range(2)]
     assert [process.wait(120) for process in both] == [0, 0]
     assert sorted((tmp_path / "log").read_text().split()) == sorted(f"cell{n}" for n in range(20))
+
+
+def test_weights_that_changed_since_the_study_began_are_refused(tmp_path, monkeypatch):
+    file = tmp_path / "weights.pth"
+    monkeypatch.setattr("nnunetv2_macl.formats.load_weights", lambda path: SimpleNamespace(files=[path]))
+    file.write_bytes(b"first")
+    options = replace(OPTIONS, arms=["scratch", f"weights:{file}"])
+    Study.open(tmp_path / "study", options, SPLIT, PATIENTS)
+    file.write_bytes(b"second")
+    with pytest.raises(UserError, match=f"the weights {file}"):
+        Study.open(tmp_path / "study", options, SPLIT, PATIENTS)

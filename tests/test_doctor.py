@@ -7,18 +7,14 @@ import shutil
 import subprocess
 import sys
 
-import nibabel as nib
-import numpy as np
 import pytest
 import torch
 from conftest import DATASET, environment_without_nnunet
-from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_macl import doctor
-from nnunetv2_macl.cli import look
+from nnunetv2_macl.cli.doctor import doctor_entry
 from nnunetv2_macl.data import Reading
-from nnunetv2_macl.doctor import dataset, environment, finder, machine, shell
+from nnunetv2_macl.doctor import dataset, environment, finder, machine
 from nnunetv2_macl.doctor.measure import plan_in_use
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES
 from nnunetv2_macl.planning.prepare import prepare
@@ -38,14 +34,13 @@ def bare(monkeypatch):
     """None of nnU-Net's variables is set: that is when people need the doctor."""
     for name in (*FOLDER_VARIABLES, "nnUNet_extTrainer", "nnUNet_macl_weights", "CONDA_DEFAULT_ENV"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(environment, "shell_in_use", lambda: "bash")
 
 
 def run(monkeypatch, capsys, *arguments):
     """The command in this process: exit code and what it printed."""
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_doctor", *arguments])
     with pytest.raises(SystemExit) as end:
-        look.doctor_entry()
+        doctor_entry()
     return end.value.code, capsys.readouterr().out
 
 
@@ -55,6 +50,7 @@ def test_nothing_set_is_told_line_by_line(bare, monkeypatch, capsys):
     for name in FOLDER_VARIABLES:
         assert f'> export {name}="/path/to/{name}"' in out
     assert '> export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"' in out
+    assert "~/.bashrc" in out and "set -gx NAME VALUE" in out
     assert "4 is looked at when this is mended" in out and "4 to mend" in out
     assert len(out.splitlines()) < 40, "more than a screen"
 
@@ -70,7 +66,7 @@ def test_json_is_json_and_nothing_else(bare, monkeypatch, capsys):
 
 def test_a_fresh_process_without_variables_has_no_traceback(bare, tmp_path):
     """As it is typed: nnU-Net itself complains about unset variables when it is imported; none of that is shown."""
-    command = [sys.executable, "-c", "from nnunetv2_macl.cli.look import doctor_entry; doctor_entry()", "--json"]
+    command = [sys.executable, "-c", "from nnunetv2_macl.cli.doctor import doctor_entry; doctor_entry()", "--json"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment_without_nnunet())
     assert process.returncode == 1 and json.loads(process.stdout) and "Traceback" not in process.stderr
 
@@ -125,7 +121,6 @@ def test_another_class_of_the_name_is_told_with_its_file(monkeypatch, tmp_path):
 def test_a_hidden_trainer_is_mended_by_the_line_that_is_shown(monkeypatch, tmp_path):
     (tmp_path / "old_copy.py").write_text(OTHER)
     monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
-    monkeypatch.setattr(environment, "shell_in_use", lambda: "bash")
     result = environment.trainers_are_found()
     assert result.status == doctor.WRONG and f"{tmp_path / 'old_copy.py'} won" in result.words
     assert result.mend.splitlines()[-1] == 'export nnUNet_extTrainer="$(nnUNetv2_macl_trainers):$nnUNet_extTrainer"'
@@ -140,38 +135,6 @@ def test_a_broken_module_in_the_folder_is_named(monkeypatch, tmp_path, content, 
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path), str(resource_folder("trainers"))]))
     found = finder.find("nnUNetTrainerMACL")
     assert words in found["error"] and found["file"] == str(file)
-
-
-# --- lines for the shell ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["bash", "zsh", "fish", "pwsh"])
-@pytest.mark.parametrize("before", ["", "/mine"])
-def test_the_lines_do_in_each_shell_what_they_say(name, before, monkeypatch, tmp_path):
-    """Run in the shell itself, where it is installed."""
-    if shutil.which(name) is None:
-        pytest.skip(f"{name} is not installed")
-    command = tmp_path / "nnUNetv2_macl_trainers"
-    command.write_text("#!/bin/sh\necho /ours\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), os.environ["PATH"]]))
-    monkeypatch.setenv("nnUNet_extTrainer", before)
-    kind = "powershell" if name == "pwsh" else name
-    show = {"fish": "echo $nnUNet_extTrainer $nnUNet_raw", "powershell": '"$env:nnUNet_extTrainer $env:nnUNet_raw"'}
-    lines = [shell.set_trainers(kind), shell.set_variable("nnUNet_raw", "/raw", kind)]
-    lines.append(show.get(kind, "echo $nnUNet_extTrainer $nnUNet_raw"))
-    out = subprocess.run([name, "-c", "\n".join(lines)], capture_output=True, text=True)
-    assert out.stdout.strip() == f"{before + ':' if before else ''}/ours /raw", out
-
-
-def test_the_lines_of_every_shell(monkeypatch):
-    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
-    assert shell.set_trainers("fish") == "set -gx nnUNet_extTrainer (nnUNetv2_macl_trainers)"
-    assert shell.set_trainers("powershell") == '$env:nnUNet_extTrainer = "$(nnUNetv2_macl_trainers)"'
-    monkeypatch.setenv("CONDA_DEFAULT_ENV", "macl")
-    assert shell.for_good("zsh") == 'conda env config vars set NAME="VALUE"\nconda activate macl'
-    monkeypatch.setenv("CONDA_DEFAULT_ENV", "base")
-    assert "~/.zshrc" in shell.for_good("zsh")
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------------
@@ -223,10 +186,12 @@ def test_a_data_set_with_everything_measured_and_nothing_written(workspace):
     assert _hashes(workspace.folder) == before
     assert results["images"].values == {"labelled": 5, "unlabelled": 4}
     assert (
-        results["headers"].values == {"files": 4, "skipped": 2, "read": 2}
-        and "--skip_unreadable" in results["headers"].mend
+        results["readable"].values == {"files": 4, "skipped": 2, "read": 2}
+        and "--skip_unreadable" in results["readable"].mend
     )
-    assert f"{cut} cannot be used" in results["headers"].words and f"{empty} cannot be used" in results["headers"].words
+    assert (
+        f"{cut} cannot be used" in results["readable"].words and f"{empty} cannot be used" in results["readable"].words
+    )
     measured = results["estimate"].values
     assert results["estimate"].status == doctor.NOTE
     steps = measured["steps_per_epoch"] * measured["epochs"]
@@ -249,30 +214,13 @@ def test_a_plan_of_an_older_nnunet_plan_is_derived_anew_as_a_start_would(workspa
     assert plan.skip_unreadable and "derived anew" in dataset.macl_plan(plan, origin).words
 
 
-def test_headers_are_wrong_where_the_run_would_stop_and_nowhere_else(tmp_path):
-    def image(name, shape, affine, dtype=np.float32):
-        file = str(tmp_path / f"{name}.nii.gz")
-        nib.save(nib.Nifti1Image(np.ones(shape, dtype), affine), file)
-        return file
-
-    sheared = np.eye(4)
-    sheared[0, 1] = 0.5
-    file = image("sheared", (8, 8, 8), sheared)
-    assert dataset.header_problem(file, NibabelIO, 1) is None
-    assert "orthonormal" in dataset.header_problem(file, SimpleITKIO, 1)
-    assert "complex" in dataset.header_problem(image("complex", (8, 8, 8), np.eye(4), np.complex64), SimpleITKIO, 1)
-    times = image("times", (8, 8, 8, 3), np.eye(4))
-    assert "3 channels or time points, and should have 1" in dataset.header_problem(times, NibabelIO, 1)
-    assert dataset.header_problem(times, SimpleITKIO, 3) is None
-
-
 def test_what_a_run_leaves_out_is_no_mistake(workspace):
     file = next((workspace.raw / DATASET / "imagesUn").iterdir())
     file.write_bytes(b"")
     target = dataset.Configuration.load("901", "nnUNetPlans", "2d")
     sources = dataset.sources_in_use(target, ())
-    assert dataset.headers(target, sources, skip_unreadable=False).status == doctor.WRONG
-    left_out = dataset.headers(target, sources, skip_unreadable=True)
+    assert dataset.readable(target, sources, skip_unreadable=False).status == doctor.WRONG
+    left_out = dataset.readable(target, sources, skip_unreadable=True)
     assert left_out.status == doctor.NOTE and str(file) in left_out.words
 
 

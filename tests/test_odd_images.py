@@ -3,7 +3,6 @@
 import gzip
 import shutil
 
-import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -14,7 +13,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunetv2_macl import doctor
-from nnunetv2_macl.doctor.dataset import header_problem, headers
+from nnunetv2_macl.doctor.dataset import readable
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.preprocessing import cases as preprocessing
@@ -144,19 +143,8 @@ def test_a_file_with_the_other_ending_of_its_format_is_explained(target, tmp_pat
         renamed = tmp_path / f"{named[0]}_0000{written[1:]}"
         with pytest.raises(UnusableImageError, match=f"Rename it to {renamed}"):
             read_case(target, CaseFiles([str(tmp_path / named)], None, 1, []), SimpleITKIO)
-        assert f"Rename it to {renamed}" in header_problem(str(tmp_path / named), SimpleITKIO, 1)
         (tmp_path / named).rename(renamed)
         assert read_case(target, CaseFiles([str(renamed)], None, 1, []), SimpleITKIO)[0].shape == (1, *VOLUME.shape)
-
-
-def test_the_doctor_finds_by_the_header_what_no_run_can_use(target, tmp_path):
-    colours = np.zeros(VOLUME.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
-    for name, array in (("colours", colours), ("five", VOLUME[..., None, None].repeat(3, -1))):
-        file = str(tmp_path / f"{name}_0000.nii.gz")
-        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), file)
-        with pytest.raises(UnusableImageError):
-            read_case(target, CaseFiles([file], None, 1, []), SimpleITKIO)
-        assert header_problem(file, SimpleITKIO, 1)
 
 
 def test_advice_for_another_format_is_to_convert(target, workspace):
@@ -223,14 +211,13 @@ def test_the_doctor_accepts_what_the_run_accepts(target, workspace):
     (folder / "padded_0000.nii.gz").write_bytes(gzip.compress(plain + bytes(512)))
     (folder / "case_000_0000.nii.gz").write_bytes(b"broken")  # never read: it counts as the labelled case of its name
     sources = preprocessing.sources_in_use(target, [])
-    for seconds in (60, 0):  # read, and by the headers alone
-        result = headers(target, sources, skip_unreadable=False, seconds=seconds)
-        assert result.status == doctor.RIGHT and result.values["skipped"] == 0, result
+    result = readable(target, sources, skip_unreadable=False)
+    assert result.status == doctor.RIGHT and result.values["skipped"] == 0, result
     assert len(preprocessing.preprocess_unlabelled(target, [], processes=1).cases) == 6
     write(folder / "nan_0000.nii.gz", np.where(VOLUME > 130, np.nan, VOLUME).astype(np.float32))
     write(folder / "constant_0000.nii.gz", np.full_like(VOLUME, 3))
     sources = preprocessing.sources_in_use(target, [])
-    result = headers(target, sources, skip_unreadable=False)
+    result = readable(target, sources, skip_unreadable=False)
     assert result.status == doctor.WRONG and result.values == {"files": 8, "skipped": 2, "read": 2}
     skipped = preprocessing.preprocess_unlabelled(target, [], processes=1, skip_unreadable=True).skipped
     assert {path.name for path in skipped} == {"nan", "constant"}

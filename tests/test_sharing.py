@@ -254,17 +254,6 @@ def test_the_card_of_restoration_speaks_of_no_contrast():
     assert "contrastive" not in card and "restore what is hidden" in card
 
 
-def test_a_thousand_images_of_one_size_are_no_bomb(package, tmp_path):
-    """Their fingerprint is one line, over and over."""
-    content = members(package)
-    fingerprint = json.dumps({"shapes_after_crop": [[1, 512, 512]] * 20_000}).encode()
-    file = write(tmp_path / "many.zip", resummed(content | {"dataset_fingerprint.json": fingerprint}))
-    with zipfile.ZipFile(file) as archive:
-        member = archive.getinfo("dataset_fingerprint.json")
-        assert member.file_size > 200 * member.compress_size
-    assert install(file, tmp_path / "results").is_dir()
-
-
 def replace(content, name, old, new):
     assert old in content[name]
     return resummed(content | {name: content[name].replace(old, new)})
@@ -276,13 +265,11 @@ HOSTILE = {
     "backslash": lambda c: [*c.items(), ("..\\macl_escaped", b"x")],
     "folder": lambda c: [*c.items(), ("sub/", b"")],
     "another file": lambda c: [*c.items(), ("trainer.py", b"print()")],
-    "a name twice": lambda c: [*c.items(), ("macl_plan.json", b"{}")],
     "one missing": lambda c: {k: v for k, v in c.items() if k != "macl_decoder.pth"},
     "no checksums": lambda c: c | {SUMS: b""},
     "garbled checksums": lambda c: c | {SUMS: b"\xff\xfe\x00"},
     "changed weights": lambda c: c | {"macl_encoder.pth": c["macl_encoder.pth"][:-200] + bytes(200)},
     "changed card": lambda c: c | {"README.md": b"mine"},
-    "a bomb": lambda c: resummed(c | {"README.md": bytes(60 * 2**20)}),
     "path in the data set": lambda c: replace(c, "manifest.json", b'"Dataset901_Generated"', b'"Dataset901_../../x"'),
     "path in the plans": lambda c: replace(c, "manifest.json", b'"nnUNetPlans"', b'"../../nnUNetPlans"'),
     "no manifest": lambda c: resummed(c | {"manifest.json": b"[]"}),
@@ -298,14 +285,6 @@ def test_hostile_and_damaged_packages_leave_nothing(case, package, tmp_path):
         install(file, tmp_path / "results")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["hostile.zip"]
     assert not Path("/tmp/macl_escaped").exists()
-
-
-def test_a_link_is_refused_even_under_a_name_that_belongs(package, tmp_path):
-    content = members(package) | {"README.md": b"/etc/passwd"}
-    file = write(tmp_path / "link.zip", resummed(content), **{"README.md": stat.S_IFLNK | 0o777})
-    with pytest.raises(UserError, match=r"README\.md is no plain file"):
-        install(file, tmp_path / "results")
-    assert not (tmp_path / "results").exists()
 
 
 def test_sizes_that_lie_are_found_out(package, tmp_path):

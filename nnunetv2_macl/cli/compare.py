@@ -46,7 +46,6 @@ def _compare_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3, help="draws of labelled cases, each trained on. Default: 3")
     add(
         "--rates",
-        "--scratch_rates",
         nargs="+",
         type=float,
         default=[1e-2, 1e-3],

@@ -85,9 +85,6 @@ def convert_entry() -> None:
     if others := sorted(options.keys() - {own}):
         parser.error(f"--{others[0]} is not an option of {name}")
 
-    def action() -> None:
-        from nnunetv2_macl import converting
+    from nnunetv2_macl import converting
 
-        converting.convert(getattr(converting, name)(source, **options), dataset)
-
-    run(action)
+    run(lambda: converting.convert(getattr(converting, name)(source, **options), dataset))

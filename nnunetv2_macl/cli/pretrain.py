@@ -70,7 +70,7 @@ def _pretrain_parser() -> argparse.ArgumentParser:
         help="weights to start from, instead of a freshly initialised network: a pre-training run's folder, a file in it, a "
         "checkpoint of nnU-Net or nnssl, or a file of the MACL authors",
     )
-    add("--c", dest="continue_training", action="store_true", help="go on with the run that was stopped")
+    add("--c", "--resume", dest="continue_training", action="store_true", help="continue the run that was stopped")
     add("--disable_checkpointing", action="store_true", help="write no checkpoints and no weights")
     add("--skip_unreadable", action="store_true", help="leave out images that cannot be used, instead of stopping")
     add(
@@ -153,9 +153,6 @@ def demo_entry() -> None:
     parser.add_argument("folder", nargs="?", default="macl_demo", help="where to write. Default: ./macl_demo")
     folder = Path(parser.parse_args().folder)
 
-    def action() -> None:
-        from nnunetv2_macl.demo import demo
+    from nnunetv2_macl.demo import demo
 
-        demo(folder)
-
-    run(action)
+    run(lambda: demo(folder))

@@ -32,12 +32,13 @@ def transfer_entry() -> None:
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier. Default: nnUNetPlans")
     arguments = parser.parse_args()
 
-    def action() -> None:
-        from nnunetv2_macl.training.finetune import show_transfer
+    from nnunetv2_macl.training.finetune import show_transfer
 
-        show_transfer(Path(arguments.weights), arguments.dataset_name_or_id, arguments.plans, arguments.configuration)
-
-    run(action)
+    run(
+        lambda: show_transfer(
+            Path(arguments.weights), arguments.dataset_name_or_id, arguments.plans, arguments.configuration
+        )
+    )
 
 
 def export_entry() -> None:
@@ -59,17 +60,16 @@ def export_entry() -> None:
     parser.add_argument("--license", default="unknown", help="for the model card in a zip, as hubs write it: cc-by-4.0")
     arguments = parser.parse_args()
 
-    def action() -> None:
-        from nnunetv2_macl.formats import export
+    from nnunetv2_macl.formats import export
 
-        export(
+    run(
+        lambda: export(
             Path(arguments.weights).expanduser(),
             Path(arguments.output).expanduser(),
             arguments.format,
             arguments.license,
         )
-
-    run(action)
+    )
 
 
 def install_entry() -> None:
@@ -106,9 +106,6 @@ def inspect_entry() -> None:
     )
     file = Path(parser.parse_args().file).expanduser()
 
-    def action() -> None:
-        from nnunetv2_macl.sharing.inspect import inspect
+    from nnunetv2_macl.sharing.inspect import inspect
 
-        print(inspect(file))
-
-    run(action)
+    run(lambda: print(inspect(file)))

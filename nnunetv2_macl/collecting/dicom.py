@@ -36,50 +36,29 @@ _TILT = 0.01
 
 
 class Slice(NamedTuple):
-    """What is needed of the header of one DICOM file.
+    """What is needed of the header of one DICOM file."""
 
-    Attributes:
-        file: Path of the file.
-        image: SOP Instance UID, or the path where the header has none.
-        series: Series Instance UID, or the folder where the header has none.
-        patient: Patient ID; without it, name and date of birth; without these, the Study Instance UID.
-        modality: CT, MR, ...
-        image_type: For example ("ORIGINAL", "PRIMARY", "M").
-        description: Series Description and Protocol Name.
-        position: Image Position (Patient) in mm, or None.
-        orientation: Image Orientation (Patient), six direction cosines, or None.
-        shape: Rows and columns.
-        spacing: Pixel Spacing in mm.
-        frames: Number of Frames.
-        channels: Samples per Pixel, 3 for colour.
-    """
-
-    file: str
-    image: str
-    series: str
-    patient: str
-    modality: str
-    image_type: tuple[str, ...]
-    description: str
-    position: tuple[float, ...] | None
-    orientation: tuple[float, ...] | None
-    shape: tuple[str, str]
-    spacing: tuple[float, ...] | None
-    frames: int
-    channels: int
+    file: str  # Path of the file
+    image: str  # SOP Instance UID, or the path where the header has none
+    series: str  # Series Instance UID, or the folder where the header has none
+    patient: str  # Patient ID; without it, name and date of birth; without these, the Study Instance UID
+    modality: str  # CT, MR, ...
+    image_type: tuple[str, ...]  # For example ("ORIGINAL", "PRIMARY", "M")
+    description: str  # Series Description and Protocol Name
+    position: tuple[float, ...] | None  # Image Position (Patient) in mm, or None
+    orientation: tuple[float, ...] | None  # Image Orientation (Patient), six direction cosines, or None
+    shape: tuple[str, str]  # Rows and columns
+    spacing: tuple[float, ...] | None  # Pixel Spacing in mm
+    frames: int  # Number of Frames
+    channels: int  # Samples per Pixel, 3 for colour
 
 
 @dataclass
 class Series:
-    """The files of one Series Instance UID, each image once.
+    """The files of one Series Instance UID, each image once."""
 
-    Attributes:
-        slices: One for each image, in the order of their paths.
-        copies: Number of further files that hold the same images.
-    """
-
-    slices: list[Slice] = field(default_factory=list)
-    copies: int = 0
+    slices: list[Slice] = field(default_factory=list)  # One for each image, in the order of their paths
+    copies: int = 0  # Number of further files that hold the same images
 
 
 def is_dicom(file: Path) -> bool:
@@ -171,10 +150,7 @@ def group_series(slices: Iterable[Slice]) -> dict[str, Series]:
 def why_not(series: Series, min_slices: int, keep_derived: bool) -> str | None:
     """Return why a series cannot be taken as one volume, or None if it can.
 
-    Args:
-        series: The series.
-        min_slices: Series of fewer slices are left out.
-        keep_derived: Whether derived images (reformatted, averaged, lossily compressed, ...) may be taken.
+    Derived images are reformatted, averaged, lossily compressed, ...
     """
     slices = series.slices
     if not slices:

@@ -18,37 +18,21 @@ LEFT_OUT = "no"
 
 @dataclass(frozen=True)
 class Row:
-    """A DICOM series, a NIfTI file or another file.
+    """A DICOM series, a NIfTI file or another file."""
 
-    Attributes:
-        taken: ``yes`` or ``no``.
-        reason: Why it was left out; what is worth knowing of an image that was taken.
-        image: File name of the image that was made.
-        patient: Pseudonym of the patient.
-        kind: ``DICOM``, ``NIfTI`` or ``other``.
-        modality: DICOM modality.
-        description: Series description and protocol name.
-        files: Number of files.
-        source: Path of the (first) file.
-        series: Series Instance UID.
-        content: SHA-256 of what the image was made from: image UIDs of a series, or size and time of a file.
-        voxels: SHA-256 of the voxels and their geometry, by which duplicates are found.
-        key: Fingerprint of the key of the pseudonyms.
-    """
-
-    taken: str
-    reason: str = ""
-    image: str = ""
-    patient: str = ""
-    kind: str = ""
-    modality: str = ""
-    description: str = ""
-    files: int = 1
-    source: str = ""
-    series: str = ""
-    content: str = ""
-    voxels: str = ""
-    key: str = ""
+    taken: str  # ``yes`` or ``no``
+    reason: str = ""  # Why it was left out; what is worth knowing of an image that was taken
+    image: str = ""  # File name of the image that was made
+    patient: str = ""  # Pseudonym of the patient
+    kind: str = ""  # ``DICOM``, ``NIfTI`` or ``other``
+    modality: str = ""  # DICOM modality
+    description: str = ""  # Series description and protocol name
+    files: int = 1  # Number of files
+    source: str = ""  # Path of the (first) file
+    series: str = ""  # Series Instance UID
+    content: str = ""  # SHA-256 of what the image was made from: image UIDs of a series, or size and time of a file
+    voxels: str = ""  # SHA-256 of the voxels and their geometry, by which duplicates are found
+    key: str = ""  # Fingerprint of the key of the pseudonyms
 
 
 _COLUMNS = [column.name for column in fields(Row)]

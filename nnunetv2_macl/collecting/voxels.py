@@ -23,35 +23,21 @@ NIFTI_ENDINGS = (".nii.gz", ".nii")
 
 
 class Job(NamedTuple):
-    """One image to make.
+    """One image to make."""
 
-    Attributes:
-        files: Slices of a DICOM series in their order, or one NIfTI file.
-        target: File to write.
-        is_dicom: Whether the files are DICOM.
-        min_slices: Volumes of fewer slices are left out.
-        link: Make a hard link to a NIfTI file, where it need not be converted.
-    """
-
-    files: list[str]
-    target: str
-    is_dicom: bool
-    min_slices: int
-    link: bool
+    files: list[str]  # Slices of a DICOM series in their order, or one NIfTI file
+    target: str  # File to write
+    is_dicom: bool  # Whether the files are DICOM
+    min_slices: int  # Volumes of fewer slices are left out
+    link: bool  # Make a hard link to a NIfTI file, where it need not be converted
 
 
 class Made(NamedTuple):
-    """What came of a job.
+    """What came of a job."""
 
-    Attributes:
-        left_out: Why no image was made, or "".
-        voxels: SHA-256 of voxels and geometry.
-        failed: Why the image could not be written although it is a good one, or "".
-    """
-
-    left_out: str = ""
-    voxels: str = ""
-    failed: str = ""
+    left_out: str = ""  # Why no image was made, or ""
+    voxels: str = ""  # SHA-256 of voxels and geometry
+    failed: str = ""  # Why the image could not be written although it is a good one, or ""
 
 
 def initialise_worker() -> None:

@@ -26,14 +26,7 @@ from nnunetv2_macl.training.run_folder import RunLock
 
 
 def run_cell(study: Study, cell: Cell, device: str, processes: int) -> None:
-    """Train a cell, or go on with its training, and write ``result.json``.
-
-    Args:
-        study: planned and pre-trained.
-        cell: one of its cells.
-        device: ``cuda``, ``cpu`` or ``mps``.
-        processes: for preprocessing and export; with 1 all is done in this process.
-    """
+    """Train a cell of a study that is planned and pre-trained, or continue its training, and write ``result.json``."""
     folder, options = study.cell_folder(cell), study.options
     target = Configuration.load(options.dataset, options.p, options.c)
     plans = target.plans_manager.plans | {"continue_training": False}

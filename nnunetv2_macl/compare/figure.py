@@ -17,14 +17,10 @@ from nnunetv2_macl.words import counted
 
 
 def draw(results: Results, file: Path) -> None:
-    """Draw a study.
+    """Draw a study into a PNG file.
 
     Above, over the number of labels: Dice on the test cases, and its difference to scratch. Below, over the epochs, one panel
     a number of labels: Dice on the validation cases. Bars and bands are 95 % intervals.
-
-    Args:
-        results: of all cells.
-        file: to write.
     """
     study = results.study
     labels = study.split.labels

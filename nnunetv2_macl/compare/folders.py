@@ -25,6 +25,8 @@ from nnunetv2_macl.files import write_json, write_whole
 from nnunetv2_macl.nnunet import preprocessed_folder, raw_folder, read_dataset_json, read_json
 from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
+    RawFile,
+    drop_second_names,
     group_channels,
     named_in_header,
     pick_channels,
@@ -40,17 +42,11 @@ DEFAULT_PLANS, DEFAULT_PLANNER = "nnUNetPlans", "ExperimentPlanner"
 
 @dataclass(frozen=True)
 class RawImages:
-    """The user's raw data set.
+    """The user's raw data set."""
 
-    Attributes:
-        labelled: by case, its ``images`` and its ``label``.
-        unlabelled: by case, the images in ``imagesUn``.
-        dataset_json: of the data set.
-    """
-
-    labelled: dict[str, dict[str, Any]]
-    unlabelled: dict[str, list[str]]
-    dataset_json: dict[str, Any]
+    labelled: dict[str, dict[str, Any]]  # by case, its ``images`` and its ``label``
+    unlabelled: dict[str, list[str]]  # by case, the images in ``imagesUn``
+    dataset_json: dict[str, Any]  # of the data set
 
     @classmethod
     def find(cls, dataset: str, *, skip_unreadable: bool = False) -> RawImages:
@@ -74,6 +70,7 @@ class RawImages:
                     f"Case {case} has no label: {entry['label']} does not exist. Put it there, or the image into "
                     f"{folder / UNLABELLED_FOLDER}."
                 )
+        used = {RawFile.look(file).identity for entry in labelled.values() for file in entry["images"]}
         files = group_channels(folder / UNLABELLED_FOLDER, ending)
         unlabelled, wrong = pick_channels(files, list(range(len(names))), names)
         for reason in wrong.values():
@@ -85,7 +82,7 @@ class RawImages:
             logger.warning("Left out: %s", reason)
         return cls(
             {str(case): entry for case, entry in labelled.items()},
-            {case: found.files for case, found in unlabelled.items()},
+            {case: found.files for case, found in drop_second_names(unlabelled, used).items()},
             dataset_json,
         )
 
@@ -100,13 +97,9 @@ def _require_no_dead_links(folder: Path) -> None:
 
 
 def _require_channels(case: str, images: Sequence[str], channels: int, ending: str | None) -> None:
-    """Raises UserError unless the images of a labelled case are there, one a channel or all channels in one.
+    """Raise UserError unless a labelled case has all images, one for each channel or one for all channels.
 
-    Args:
-        case: name.
-        images: files.
-        channels: of the data set.
-        ending: of the files' names; None where dataset.json lists them, by any name.
+    ``ending`` is None where dataset.json lists the files, which may have any name.
     """
     for file in images:
         if not os.path.isfile(file):
@@ -117,8 +110,8 @@ def _require_channels(case: str, images: Sequence[str], channels: int, ending: s
         ending is not None and found not in (wanted, wanted[:1])
     ):
         raise UserError(
-            f"Case {case} has {', '.join(found)}, and the data set has {counted(channels, 'channel')}: {', '.join(wanted)}. Put "
-            "what is missing there, or take the case out."
+            f"Case {case} has {', '.join(found)}, and the data set has {counted(channels, 'channel')}: {', '.join(wanted)}. "
+            "Put what is missing there, or take the case out."
         )
 
 
@@ -159,16 +152,10 @@ def plans_name(plan: Path) -> str:
 
 
 def plan(study: Study, images: RawImages, planner_name: str | None, processes: int) -> dict[str, Any]:
-    """Link the raw images, and have nnU-Net plan and preprocess those of the training share.
-
-    Args:
-        study: without folders yet.
-        images: of the user.
-        planner_name: None where a plan was given.
-        processes: for preprocessing.
+    """Link the raw images, and have nnU-Net plan (unless a plan was given) and preprocess the training share.
 
     Raises:
-        UserError: no such configuration in the plan, or nnU-Net failed.
+        UserError: The plan has no such configuration, or nnU-Net failed.
     """
     options = study.options
     _link_images(study, images)
@@ -205,14 +192,10 @@ def plan(study: Study, images: RawImages, planner_name: str | None, processes: i
 
 
 def check_arms(study: Study, images: RawImages) -> None:
-    """What would stop a cell, told before the hours of pre-training.
-
-    Args:
-        study: planned.
-        images: of the user.
+    """Check before the hours of pre-training whether a cell of a planned study could not be trained.
 
     Raises:
-        UserError: a way of fine-tuning that is not for such data, or weights of a network too unlike the plan's.
+        UserError: The way of fine-tuning is not for such data, or the weights are of a network too unlike the plan's.
     """
     options = study.options
     mend = "and another folder: -o FOLDER"
@@ -256,12 +239,7 @@ def _link_images(study: Study, images: RawImages) -> None:
 
 
 def link_unlabelled(study: Study, images: RawImages) -> None:
-    """Have the study's unlabelled images follow the user's, who may have corrected, added or taken out some.
-
-    Args:
-        study: on whose unlabelled images nothing was trained yet.
-        images: of the user.
-    """
+    """Have the study's unlabelled images follow the user's, who may correct, add or remove some before training."""
     folder = study.raw / UNLABELLED_FOLDER
     wanted: set[str] = set()
     for case in pretraining_images(study, list(images.unlabelled)):
@@ -286,7 +264,6 @@ def _link(file: Path, link: Path, case: str) -> None:
         # of an image that was mended since
         target.unlink(missing_ok=True)
         try:
-            # a second name rather than a symbolic link, which pre-training follows within a data set only
             os.link(source.resolve(), target)
         except OSError:  # another disk, or not allowed
             with source.open("rb") as stream:

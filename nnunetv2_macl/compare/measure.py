@@ -15,19 +15,13 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 @dataclass(frozen=True)
 class Agreement:
-    """One class of one case. NaN is not defined.
+    """One class of one case. NaN is not defined."""
 
-    Attributes:
-        label: the class, as nnU-Net's ``summary.json`` names it.
-        dice: 0 to 1; NaN where the class is in neither segmentation.
-        hd95: mm, the larger of the two directions' 95th percentiles; NaN where the class lacks in either segmentation.
-        asd: mm, the mean over the surface voxels of both; NaN as ``hd95``.
-    """
-
-    label: str
-    dice: float
+    label: str  # the class, as nnU-Net's ``summary.json`` names it
+    dice: float  # 0 to 1; NaN where the class is in neither segmentation
+    # mm, the larger of the two directions' 95th percentiles; NaN where the class lacks in either segmentation
     hd95: float
-    asd: float
+    asd: float  # mm, the mean over the surface voxels of both; NaN as ``hd95``
 
 
 def measure(
@@ -37,13 +31,9 @@ def measure(
     classes: Sequence[int | tuple[int, ...]],
     ignore_label: int | None = None,
 ) -> list[Agreement]:
-    """Compare two segmentation files, class by class.
+    """Compare two segmentation files, class by class (labels, or regions of several labels).
 
-    Args:
-        reference_file, prediction_file: in the format of ``reader``.
-        reader: nnU-Net's.
-        classes: labels, or regions of several labels.
-        ignore_label: where the reference has it, nothing is compared.
+    Nothing is compared where the reference has ``ignore_label``.
     """
     metrics = compute_metrics(reference_file, prediction_file, reader, list(classes), ignore_label)["metrics"]
     reference, properties = reader.read_seg(reference_file)

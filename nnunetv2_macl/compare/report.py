@@ -12,7 +12,7 @@ from nnunetv2_macl.compare.figure import draw
 from nnunetv2_macl.compare.results import Results, write_csv
 from nnunetv2_macl.compare.statistics import Estimate, Resampling, estimate, estimate_first_reached
 from nnunetv2_macl.compare.steps import DONE_FILE
-from nnunetv2_macl.compare.study import SCRATCH, Study
+from nnunetv2_macl.compare.study import SCRATCH, Arm, Study
 from nnunetv2_macl.files import write_whole
 from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.words import counted, duration, listed
@@ -197,32 +197,21 @@ def _patients_that_tell(results: Results) -> int:
     return min(numbers)
 
 
+def _start(arm: Arm) -> str:
+    if arm.weights:
+        return f"{arm.weights}; whether the test cases were among what these were trained on is not known here"
+    if not arm.recipe:
+        return "nnU-Net's own initialisation"
+    parts = "the encoder alone" if arm.encoder_only else "encoder and decoder"
+    return f"{parts}, pre-trained with recipe {arm.recipe_and_settings}"
+
+
 def _method(results: Results) -> list[str]:
     study = results.study
     options, split = study.options, study.split
     planned = read_json(study.planning_folder / DONE_FILE, "")
     share = len(study.patients) - len(split.test) - len(split.validation)
-    arms = {
-        SCRATCH: "starts from nnU-Net's own initialisation",
-        "encoder": "starts from the encoder alone",
-        "pretrained": "starts from encoder and decoder",
-    }
-    lines = [
-        f"{arm.slug} {arms[arm.slug]}"
-        + (f", pre-trained with recipe {arm.recipe_and_settings}." if arm.recipe else ".")
-        for arm in study.arms
-        if arm.slug in arms
-    ]
-    lines += [
-        f"{arm.slug} starts from encoder and decoder, pre-trained with recipe {arm.recipe_and_settings}."
-        for arm in study.arms
-        if arm.slug not in arms and arm.recipe
-    ]
-    lines += [
-        f"{arm.slug} starts from {arm.weights}; whether the test cases were among what these were trained on is not known here."
-        for arm in study.arms
-        if arm.weights
-    ]
+    lines = [f"{arm.slug} starts from {_start(arm)}." for arm in study.arms]
     budget = f"{counted(options.epochs, 'epoch')} of {counted(options.iterations, 'step')}"
     rates = ", ".join(f"{rate:g}" for rate in options.rates)
     lines.append(

@@ -20,38 +20,24 @@ MEASURES = ("dice", "hd95", "asd")
 
 @dataclass(frozen=True)
 class Group:
-    """The cells of one arm and one number of labels at the rate that did best on the validation cases.
+    """The cells of one arm and one number of labels at the rate that did best on the validation cases."""
 
-    Attributes:
-        rate: that one.
-        measures: ``dice``, ``hd95`` (mm), ``asd`` (mm), each (S, N, C) over the test cases, NaN where not defined.
-        curve: Dice of the validation cases over the training, (P, S, M, C).
-        epoch_seconds: mean over the cells.
-    """
-
-    rate: float
+    rate: float  # that one
+    # ``dice``, ``hd95`` (mm), ``asd`` (mm), each (S, N, C) over the test cases, NaN where not defined
     measures: dict[str, np.ndarray]
-    curve: np.ndarray
-    epoch_seconds: float
+    curve: np.ndarray  # Dice of the validation cases over the training, (P, S, M, C)
+    epoch_seconds: float  # mean over the cells
 
 
 @dataclass(frozen=True)
 class Results:
-    """All groups of a study.
+    """All groups of a study."""
 
-    Attributes:
-        study: whose.
-        classes: names, in the order of the arrays' C.
-        curve_epochs: (P,).
-        groups: by arm and number of labels.
-        pretraining_seconds: by recipe, with its settings.
-    """
-
-    study: Study
-    classes: list[str]
-    curve_epochs: list[int]
-    groups: dict[tuple[str, int], Group]
-    pretraining_seconds: dict[str, float]
+    study: Study  # whose
+    classes: list[str]  # names, in the order of the arrays' C
+    curve_epochs: list[int]  # (P,)
+    groups: dict[tuple[str, int], Group]  # by arm and number of labels
+    pretraining_seconds: dict[str, float]  # by recipe, with its settings
 
     @classmethod
     def read(cls, study: Study) -> Results:

@@ -49,25 +49,22 @@ def compare(
     dry_run: bool = False,
     skip_unreadable: bool = False,
 ) -> Path:
-    """Run a label-efficiency study, or go on with it: plan, pre-train, fine-tune each cell, report.
+    """Run or continue a label-efficiency study: plan, pre-train, fine-tune each cell, report. Return the study's folder.
 
     nnU-Net's folders of the user are only read. Started several times, on one machine or on several that share ``folder``,
     the cells are shared out.
 
     Args:
-        options: what makes the study.
-        folder: of the study. None: ``macl_compare_DATASET_C`` in the working directory.
+        options: What makes the study.
+        folder: Of the study. None: ``macl_compare_DATASET_C`` in the working directory.
         device: ``cuda``, ``cpu`` or ``mps``.
-        processes: for preprocessing and export.
-        jobs: cells at a time.
-        dry_run: show split and cells, and stop.
-        skip_unreadable: leave out unlabelled images that cannot be used.
-
-    Returns:
-        The study's folder, with ``compare.md``, ``compare.csv`` and ``compare.png``.
+        processes: For preprocessing and export.
+        jobs: Number of cells at a time.
+        dry_run: Show split and cells, and stop.
+        skip_unreadable: Leave out unlabelled images that cannot be used.
 
     Raises:
-        UserError: a mistake that the user can mend.
+        UserError: A mistake that the user can correct.
     """
     nnunet.require_folders()
     options = replace(options, dataset=nnunet.dataset_name(options.dataset))
@@ -152,8 +149,8 @@ def describe(study: Study, images: RawImages) -> str:
         )
     if (tested := len({study.patients[case] for case in split.test})) < FEWEST_PATIENTS:
         lines.append(
-            f"attention:   {counted(tested, 'test patient')} will not tell a difference from chance, at least {FEWEST_PATIENTS} "
-            "do: --test N"
+            f"attention:   {counted(tested, 'test patient')} will not tell a difference from chance, at least "
+            f"{FEWEST_PATIENTS} do: --test N"
         )
     for seed, subset in enumerate(split.subsets):
         for labels, cases in subset.items():

@@ -16,16 +16,11 @@ SPLIT_SEED = 12345
 
 @dataclass(frozen=True)
 class Split:
-    """Cases by their use.
+    """Cases by their use."""
 
-    Attributes:
-        test: neither pre-training nor fine-tuning touches these or other images of their patients.
-        validation: for the choice of the learning rate and the curves; not pre-trained on either.
-        subsets: ``subsets[seed][labels]`` are the labelled cases; those of fewer labels are among those of more.
-    """
-
-    test: list[str]
-    validation: list[str]
+    test: list[str]  # neither pre-training nor fine-tuning touches these or other images of their patients
+    validation: list[str]  # for the choice of the learning rate and the curves; not pre-trained on either
+    # ``subsets[seed][labels]`` are the labelled cases; those of fewer labels are among those of more
     subsets: list[dict[int, list[str]]]
 
     @property
@@ -34,14 +29,10 @@ class Split:
 
 
 def patients_of(cases: Iterable[str], group_regex: str | None) -> dict[str, str]:
-    """The patient of each case.
-
-    Args:
-        cases: names.
-        group_regex: what of a name is the patient: its first group, or all that it matches. None: each case its own.
+    """Return the patient of each case: the first group of ``group_regex``, or all that it matches. None: each case its own.
 
     Raises:
-        UserError: no regular expression, or one that does not match a case; names it.
+        UserError: The regular expression is wrong, or does not match a case; names it.
     """
     if group_regex is None:
         return {case: case for case in cases}
@@ -62,15 +53,10 @@ def patients_of(cases: Iterable[str], group_regex: str | None) -> dict[str, str]
 
 
 def number_of_cases(amount: str, total: int, option: str) -> int:
-    """A number of cases, given as such or as a fraction.
-
-    Args:
-        amount: ``5``, ``0.1``, ``10%`` or ``100%``.
-        total: what a fraction is of.
-        option: named in errors.
+    """Return a number of cases, given as such (``5``) or as a part of the total (``0.1``, ``10%``, ``100%``) to an ``option``.
 
     Raises:
-        UserError: neither a whole number from 1, nor a fraction between 0 and 1, nor a percentage up to 100.
+        UserError: The amount is neither a whole number from 1, nor a fraction between 0 and 1, nor a percentage up to 100.
     """
     text = amount.strip()
     try:
@@ -95,13 +81,13 @@ def split_cases(patients: Mapping[str, str], *, test: str, validation: str, labe
     """Draw the split. Whole patients are taken until there are as many cases as asked for, so there may be a few more.
 
     Args:
-        patients: patient of each case.
-        test, validation: amounts, see `number_of_cases`; fractions are of all cases.
-        labels: amounts; fractions are of the cases that are neither for test nor for validation.
-        seeds: number of draws of labelled cases.
+        patients: Patient of each case.
+        test, validation: Amounts, see `number_of_cases`; fractions are of all cases.
+        labels: Amounts; fractions are of the cases that are neither for test nor for validation.
+        seeds: Number of draws of labelled cases.
 
     Raises:
-        UserError: too few cases for what is asked, or two of ``labels`` that come to the same.
+        UserError: There are too few cases, or two of ``labels`` are the same number.
     """
     by_patient: dict[str, list[str]] = {}
     for case in sorted(patients):

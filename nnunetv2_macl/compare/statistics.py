@@ -21,25 +21,14 @@ class Resampling:
     bootstrap's.
 
     Source: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1(2), 2007.
-
-    Attributes:
-        seeds: (B, S).
-        cases: (B, N).
     """
 
-    seeds: np.ndarray
-    cases: np.ndarray
+    seeds: np.ndarray  # (B, S)
+    cases: np.ndarray  # (B, N)
 
     @classmethod
     def draw(cls, patients: Sequence[str], seeds: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Resampling:
-        """Draw resamples.
-
-        Args:
-            patients: the patient of each case, (N,).
-            seeds: S.
-            resamples: B.
-            seed: of the drawing.
-        """
+        """Draw resamples of seeds and of the patients of each case, (N,)."""
         rng = np.random.default_rng(seed)
         names, of_case = np.unique(np.asarray(patients), return_inverse=True)
         drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
@@ -82,17 +71,13 @@ class Resampling:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval.
+    """A value and its 95 % interval."""
 
-    Attributes:
-        value, low, high: over patients and seeds.
-        by_seed: the value of each seed alone, (S,); empty where it is not asked for.
-    """
-
+    # value, low, high: over patients and seeds
     value: float
     low: float
     high: float
-    by_seed: tuple[float, ...] = ()
+    by_seed: tuple[float, ...] = ()  # the value of each seed alone, (S,); empty where it is not asked for
 
     @property
     def sign(self) -> int:
@@ -129,13 +114,7 @@ def estimate(values: np.ndarray, resampling: Resampling, reference: np.ndarray |
 
 
 def first_reached(curve: np.ndarray, goal: np.ndarray, epochs: Sequence[int]) -> np.ndarray:
-    """First epoch at which a curve is at its goal, infinite where it never is.
-
-    Args:
-        curve: (P, B).
-        goal: (B,).
-        epochs: (P,).
-    """
+    """Return the first of the epochs (P,) at which a curve (P, B) is at its goal (B,), infinite where it never is."""
     reached = curve >= goal
     return np.where(reached.any(0), np.asarray(epochs, dtype=float)[reached.argmax(0)], np.inf)
 

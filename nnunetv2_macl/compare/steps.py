@@ -26,14 +26,7 @@ DONE_FILE = "done.json"
 
 @dataclass(frozen=True)
 class Step:
-    """Work that leaves its results in a folder.
-
-    Attributes:
-        name: shown.
-        folder: of its own.
-        run: does it, and returns what ``done.json`` shall say.
-        needs: steps that must be done before.
-    """
+    """Work that leaves its results in a folder of its own; ``run`` returns what ``done.json`` shall say."""
 
     name: str
     folder: Path
@@ -46,15 +39,10 @@ class Step:
 
 
 def run_steps(steps: Sequence[Step], jobs: int, poll_seconds: float = 5.0) -> None:
-    """Run all steps that are not done, and wait for those that other processes are at.
-
-    Args:
-        steps: in the order to take them.
-        jobs: at work at a time.
-        poll_seconds: between two looks at what others do.
+    """Run all steps that are not done, some at a time, in their order, and wait for those that other processes are at.
 
     Raises:
-        UserError: a step failed, or a folder cannot be written; the others at work are finished first.
+        UserError: A step failed, or a folder cannot be written; the others at work are finished first.
     """
     work = _Work(steps, poll_seconds)
     with ThreadPoolExecutor(jobs) as pool:

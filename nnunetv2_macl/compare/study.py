@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,7 +16,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import sha256, write_first, write_json
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
 from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
-from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text, values_in
+from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text
 from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
@@ -87,23 +85,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Arm:
-    """Where the weights come from that fine-tuning starts with.
+    """Where the weights come from that fine-tuning starts with."""
 
-    Attributes:
-        name: as on the command line.
-        slug: as in file names.
-        recipe: of the pre-training, or None.
-        settings: Values that replace those of the recipe, as KEY=VALUE, sorted by key.
-        encoder_only: whether the pre-trained decoder is left out.
-        weights: a file that is there already, or None.
-    """
-
-    name: str
-    slug: str
-    recipe: str | None = None
-    settings: tuple[str, ...] = ()
-    encoder_only: bool = False
-    weights: str | None = None
+    name: str  # as on the command line
+    slug: str  # as in file names
+    recipe: str | None = None  # of the pre-training, or None
+    settings: tuple[str, ...] = ()  # Values that replace those of the recipe, as KEY=VALUE, sorted by key
+    encoder_only: bool = False  # whether the pre-trained decoder is left out
+    weights: str | None = None  # a file that is there already, or None
 
     @property
     def recipe_and_settings(self) -> str:
@@ -173,21 +162,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A study in its folder.
+    """A study in its folder."""
 
-    Attributes:
-        folder: of the study.
-        options: what was asked for.
-        split: of the cases.
-        patients: of each case.
-        files: SHA-256 of what the user's files that the options name say, by their names.
-    """
-
-    folder: Path
-    options: Options
-    split: Split
-    patients: dict[str, str]
-    files: dict[str, str] = field(default_factory=dict)
+    folder: Path  # of the study
+    options: Options  # what was asked for
+    split: Split  # of the cases
+    patients: dict[str, str]  # of each case
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the weights that arms name, by file
 
     @classmethod
     def open(cls, folder: Path, options: Options, split: Split, patients: dict[str, str]) -> Study:
@@ -196,7 +177,7 @@ class Study:
         Raises:
             UserError: the folder holds something else, or a study with other options or other cases; names them.
         """
-        study = cls(folder, options, split, patients, _contents(options))
+        study = cls(folder, options, split, patients, _checksums(options))
         file = folder / STUDY_FILE
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file. Give a folder: -o FOLDER")
@@ -216,7 +197,7 @@ class Study:
             changed.append(f"--seeds {options.seeds} (was {there.options.seeds})")
         if missing := [arm for arm in there.options.arms if arm not in options.arms]:
             changed.append(f"--arms without {_typed(missing)}")
-        changed += [f"what {name} says" for name, was in there.files.items() if study.files.get(name, was) != was]
+        changed += [f"the weights {name}" for name, was in there.files.items() if study.files.get(name, was) != was]
         if changed:
             raise UserError(
                 f"{folder} holds a study that goes on as it began; changed: {', '.join(changed)}. "
@@ -346,17 +327,10 @@ class Study:
         return {name: str(place) for name, place in zip(FOLDER_VARIABLES, places, strict=True)}
 
 
-def _contents(options: Options) -> dict[str, str]:
-    """SHA-256 of what plan, recipes and weights of the user say, by file; of a recipe with those that it inherits from."""
-    contents = {} if options.plan is None else {options.plan: sha256(Path(options.plan))}
-    for arm in map(parse_arm, options.arms):
-        if arm.recipe is not None and Path(arm.recipe).is_absolute():
-            values = values_in(arm.recipe, resource_folder("plans")) | {"description": ""}
-            contents[arm.recipe] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-        if arm.weights is not None:
-            files = formats.load_weights(Path(arm.weights)).files
-            contents[arm.weights] = " ".join(map(sha256, files))
-    return contents
+def _checksums(options: Options) -> dict[str, str]:
+    """Return the SHA-256 of the weights that arms name. A plan is copied, and a recipe read, when the study begins."""
+    weights = [arm.weights for arm in map(parse_arm, options.arms) if arm.weights is not None]
+    return {name: " ".join(map(sha256, formats.load_weights(Path(name)).files)) for name in weights}
 
 
 def _typed(value: Any) -> str:

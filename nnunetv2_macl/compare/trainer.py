@@ -34,14 +34,7 @@ class _Comparable(nnUNetTrainerMACL):
     """
 
     def set_budget(self, *, epochs: int, iterations: int, rate: float, seed: int, from_scratch: bool) -> None:
-        """Say how long and how to train.
-
-        Args:
-            epochs, iterations: of the training, of an epoch.
-            rate: learning rate at its highest.
-            seed: of the initial weights, the patches and their augmentation.
-            from_scratch: leave the initial weights as they are.
-        """
+        """Set length, highest learning rate and seed of the training, and whether it keeps the initial weights."""
         self.num_epochs = epochs
         self.iterations = iterations
         self.initial_lr = rate

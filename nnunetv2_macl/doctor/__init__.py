@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -15,24 +16,21 @@ from typing import Any
 from nnunetv2_macl import __version__
 from nnunetv2_macl.doctor import environment, machine
 from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
-from nnunetv2_macl.doctor.shell import for_good, shell_in_use
 
 __all__ = ["NOTE", "RIGHT", "WRONG", "Result", "as_json", "as_lines", "examine"]
 
+# each with whether anything is written there
 _FOLDERS = {"nnUNet_raw": False, "nnUNet_preprocessed": True, "nnUNet_results": True}
+_OTHER_SHELLS = (
+    "The lines are for bash, zsh and other POSIX shells; fish has set -gx NAME VALUE, PowerShell $env:NAME = 'VALUE'. A "
+    "variable holds in this shell alone. To set it in every new shell:"
+)
 
 
 def examine(
     dataset: str | None = None, configuration: str | None = None, plans: str = "nnUNetPlans", device: str = "cuda"
 ) -> Iterator[Result]:
-    """Check this machine, and a data set if one is given; a result at a time.
-
-    Args:
-        dataset: by name or id; None looks at the machine alone.
-        configuration: of the nnU-Net plan; None takes the first supported one.
-        plans: plans identifier.
-        device: ``cuda``, ``cpu`` or ``mps``.
-    """
+    """Check this machine, and a data set if one is given by name or id; yield a result at a time."""
     wrong = set()
     checks: list[tuple[str, Callable[[], Result]]] = [
         ("python", environment.python_version),
@@ -48,11 +46,11 @@ def examine(
     for name, check in checks:
         if name.removeprefix("disk_") in wrong:
             continue
-        for result in _guarded(name, partial(_alone, check)):
+        for result in _guarded(name, partial(_as_list, check)):
             wrong |= {result.check} if result.status == WRONG else set()
             yield result
     if wrong & {*_FOLDERS, "nnUNet_extTrainer"}:
-        yield Result("shell", NOTE, "a variable set so holds in this shell alone; for good:", for_good(shell_in_use()))
+        yield Result("shell", NOTE, _OTHER_SHELLS, _in_every_shell())
     if dataset is None:
         return
     if needed := wrong & {"torch", "nnunet", *_FOLDERS}:
@@ -68,8 +66,15 @@ def examine(
     yield from _guarded("dataset", of_dataset)
 
 
-def _alone(check: Callable[[], Result]) -> list[Result]:
+def _as_list(check: Callable[[], Result]) -> list[Result]:
     return [check()]
+
+
+def _in_every_shell() -> str:
+    environment = os.environ.get("CONDA_DEFAULT_ENV")
+    if environment and environment != "base":
+        return f'conda env config vars set NAME="VALUE"\nconda activate {environment}'
+    return "# put these lines into ~/.bashrc, or ~/.zshrc in zsh"
 
 
 def _guarded(name: str, check: Callable[[], Iterable[Result]]) -> Iterator[Result]:
@@ -103,7 +108,6 @@ def as_json(results: Iterable[Result]) -> dict[str, Any]:
     return {
         "nnunetv2_macl": __version__,
         "python": sys.version.split()[0],
-        "shell": shell_in_use(),
         "right": all(result.status != WRONG for result in results),
         "results": [
             {"check": r.check, "status": r.status, "words": r.words, "mend": r.mend, "values": r.values}

@@ -9,22 +9,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
 
-import nibabel
 import numpy as np
-import SimpleITK as sitk
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from PIL import Image
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.data import plan_reading_here
 from nnunetv2_macl.doctor import machine
 from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
-from nnunetv2_macl.doctor.shell import shell_in_use
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import check_fold, number_of_folds, splits_file, too_few_cases
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration, raw_folder
@@ -32,10 +25,8 @@ from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.planning.positives import resampled_shapes
 from nnunetv2_macl.preprocessing.cases import (
     UnusableImageError,
-    check_nifti_header,
     index_of,
     made_of,
-    nifti_may_be_cut_short,
     read_case,
     sources_in_use,
     unlabelled_folder,
@@ -54,8 +45,6 @@ from nnunetv2_macl.training.finetune import load_transfer
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
 _MEASURE_TIMEOUT = 600
-# channels of the commonest kinds of PNG, by Pillow's name
-_BANDS = {"1": 1, "L": 1, "I": 1, "I;16": 1, "RGB": 3, "RGBA": 4}
 # for reading images that a run would read
 _READ_SECONDS = 30.0
 _TOLD = 3
@@ -64,15 +53,7 @@ _TOLD = 3
 def dataset_checks(
     dataset: str, configuration: str | None, plans: str, device: str, timeout: float = _MEASURE_TIMEOUT
 ) -> Iterator[Result]:
-    """The checks of a data set, one after the other; those that need what is missing are left out.
-
-    Args:
-        dataset: by name or id.
-        configuration: of the nnU-Net plan; None takes the first supported one.
-        plans: plans identifier.
-        device: to measure on.
-        timeout: of the measurement, seconds.
-    """
+    """Yield the checks of a data set, of which the measurement may take ``timeout`` seconds."""
     from nnunetv2_macl.doctor.measure import plan_in_use
 
     try:
@@ -89,7 +70,7 @@ def dataset_checks(
         return
     yield folds(target, device)
     yield images(target, labelled, sources)
-    yield headers(target, sources, skip_unreadable=plan.skip_unreadable)
+    yield readable(target, sources, skip_unreadable=plan.skip_unreadable)
     yield estimate(target, sources, device, timeout)
     yield weights(target, device)
 
@@ -128,8 +109,8 @@ def folds(target: Configuration, device: str) -> Result:
 
 def macl_plan(plan: MACLPlan, origin: str) -> Result:
     """Which MACL plan a run would follow."""
-    words = f"MACL plan, {origin}: batch {plan.batch_size}, {plan.decoder_stages} decoder stage(s), threshold {plan.threshold:g}"
-    return Result("macl_plan", RIGHT, words)
+    words = f"MACL plan, {origin}: batch {plan.batch_size}, {plan.decoder_stages} decoder stage(s)"
+    return Result("macl_plan", RIGHT, f"{words}, threshold {plan.threshold:g}")
 
 
 def images(target: Configuration, labelled: int, sources: list[Source]) -> Result:
@@ -155,21 +136,15 @@ def images(target: Configuration, labelled: int, sources: list[Source]) -> Resul
     return Result(check, NOTE, f"{words}: pre-training would see the labelled images alone", mend, values)
 
 
-def headers(
+def readable(
     target: Configuration, sources: list[Source], *, skip_unreadable: bool, seconds: float = _READ_SECONDS
 ) -> Result:
     """Return which unlabelled images could not be used.
 
-    Images that are not preprocessed yet are read as a run reads them, as many as the time allows. Of the others the
-    header is looked at.
-
-    Args:
-        target: configuration that they are for.
-        sources: of the images.
-        skip_unreadable: whether the run leaves out what it cannot use.
-        seconds: for reading.
+    Images that are not preprocessed yet are read as a run reads them, as many as the time allows. With
+    ``skip_unreadable`` the run leaves out what it cannot use.
     """
-    check, wrong = "headers", [reason for source in sources for reason in source.incomplete.values()]
+    check, wrong = "readable", [reason for source in sources for reason in source.incomplete.values()]
     flat: list[str] = []
     todo = [(source, case) for source in sources for case in _not_done(target, source)]
     until, read = perf_counter() + seconds, 0
@@ -184,28 +159,17 @@ def headers(
             read_case(target, case, source.reader)
         except UnusableImageError as error:
             wrong.append(str(error))
-    with ThreadPoolExecutor(8) as pool:
-        for is_flat, reason in pool.map(lambda job: _by_header(target, *job), todo[read:]):
-            (flat if is_flat else wrong).extend([reason] if reason else [])
     number = sum(len(case.files) for source in sources for case in source.cases.values())
     values = {"files": number, "skipped": len(wrong) + len(flat), "read": read}
     done = sum(len(source.cases) for source in sources) - len(todo)
     if not wrong and not flat:
-        how = f"{done} are preprocessed, {read} were read, {len(todo) - read} have sound headers"
-        return Result(check, RIGHT, f"unlabelled images: {how}", values=values)
+        words = f"unlabelled images: {done} are preprocessed, {read} were read, {len(todo) - read} were not looked at"
+        return Result(check, RIGHT, words, values=values)
     left_out = [*wrong, *flat] if skip_unreadable else flat
     if not wrong or skip_unreadable:
         return Result(check, NOTE, f"{len(left_out)} unlabelled images are left out:\n{_some(left_out)}", values=values)
-    mend = "# mend or remove them, or go on without\nnnUNetv2_train_macl_pretrain ... --skip_unreadable"
+    mend = "# correct or remove them, or go on without\nnnUNetv2_train_macl_pretrain ... --skip_unreadable"
     return Result(check, WRONG, f"{len(wrong)} unlabelled images cannot be used:\n{_some(wrong)}", mend, values)
-
-
-def _by_header(target: Configuration, source: Source, case: CaseFiles) -> tuple[bool, str | None]:
-    """Return whether a case is flat, and what is wrong with it, as far as its headers tell."""
-    if flat := whats_flat(target, case):
-        return True, flat
-    channels = case.channels_there if case.channels is not None else 1
-    return False, next(filter(None, (header_problem(file, source.reader, channels) for file in case.files)), None)
 
 
 def _not_done(target: Configuration, source: Source) -> list[CaseFiles]:
@@ -217,42 +181,6 @@ def _not_done(target: Configuration, source: Source) -> list[CaseFiles]:
 def _some(reasons: list[str]) -> str:
     more = f"\nand {len(reasons) - _TOLD} more" if len(reasons) > _TOLD else ""
     return "\n".join(reasons[:_TOLD]) + more
-
-
-def header_problem(file: str, reader: type[BaseReaderWriter], channels: int) -> str | None:
-    """What is wrong with an image as far as its header and size tell, or None.
-
-    Args:
-        file: of the image.
-        reader: nnU-Net's, that will read it: what is wrong for ITK may be right for another.
-        channels: that it should hold.
-    """
-    is_nifti = file.lower().endswith((".nii", ".nii.gz"))
-    try:
-        if os.path.getsize(file) == 0:
-            return f"{file} is empty"
-        if is_nifti:
-            check_nifti_header(file)
-            if nifti_may_be_cut_short(file):
-                np.asanyarray(nibabel.load(file).dataobj)  # type: ignore[attr-defined]
-            size = nibabel.load(file).shape  # type: ignore[attr-defined]
-            if len(size) > 3 and size[3] != channels:
-                return f"{file} has {size[3]} channels or time points, and should have {channels}"
-        if file.lower().endswith((".png", ".bmp")):
-            bands = _BANDS.get(Image.open(file).mode, channels)
-            if bands != channels:
-                return f"{file} has {bands} channels, and should have {channels}"
-        if not is_nifti or issubclass(reader, SimpleITKIO):
-            header = sitk.ImageFileReader()
-            header.SetFileName(file)
-            header.ReadImageInformation()
-            size = header.GetSize()
-        if 0 in size:
-            return f"{file} has no voxels"
-    except Exception as error:
-        # ITK's last line says what, those before where in ITK
-        return f"{file} cannot be read: {(str(error).strip().splitlines() or [type(error).__name__])[-1]}"
-    return None
 
 
 def estimate(target: Configuration, sources: list[Source], device: str, timeout: float) -> Result:
@@ -313,9 +241,8 @@ def weights(target: Configuration, device: str) -> Result:
         try:
             _, transfer = load_transfer(Path(named), target)
         except UserError as error:
-            unset = {"fish": f"set -e {WEIGHTS_VARIABLE}", "powershell": f"Remove-Item Env:{WEIGHTS_VARIABLE}"}
-            mend = unset.get(shell_in_use(), f"unset {WEIGHTS_VARIABLE}")
-            return Result(check, WRONG, f"{WEIGHTS_VARIABLE} names weights that cannot be used: {error}", mend)
+            words = f"{WEIGHTS_VARIABLE} names weights that cannot be used: {error}"
+            return Result(check, WRONG, words, f"unset {WEIGHTS_VARIABLE}")
         taken = ", ".join("{} of {} tensors of the {}".format(*transfer.count(p), p) for p in ("encoder", "decoder"))
         return Result(
             check,

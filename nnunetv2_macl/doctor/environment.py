@@ -15,7 +15,6 @@ from pathlib import Path
 
 from nnunetv2_macl.cores import usable_cores
 from nnunetv2_macl.doctor.result import RIGHT, WRONG, Result
-from nnunetv2_macl.doctor.shell import set_trainers, set_variable, shell_in_use
 
 TRAINER = "nnUNetTrainerMACL"
 _OLDEST_PYTHON = (3, 10)
@@ -85,10 +84,7 @@ def compiling(device: str) -> Result:
         missing.append(f"a GPU of compute capability 7.0 or newer (this one: {capability[0]}.{capability[1]})")
     if not missing:
         return Result(check, RIGHT, "torch.compile has a C compiler and Python's headers")
-    mend += [
-        "# or train without it: the same result, somewhat slower",
-        set_variable("nnUNet_compile", "f", shell_in_use()),
-    ]
+    mend += ["# or train without it: the same result, somewhat slower", "export nnUNet_compile=f"]
     return Result(
         check, WRONG, f"torch.compile, which nnU-Net uses on GPUs, needs {' and '.join(missing)}", "\n".join(mend)
     )
@@ -111,24 +107,17 @@ def nnunet_version() -> Result:
 
 
 def folder_variable(name: str, written: bool = True) -> Result:
-    """Whether a folder variable is set and names a folder that can be used.
-
-    Args:
-        name: ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.
-        written: whether anything is written there.
-    """
-    shell = shell_in_use()
-    example = f"/path/to/{name}"
+    """Return whether a folder variable of nnU-Net names a folder that can be read and, if ``written``, written."""
+    example = f'export {name}="/path/to/{name}"'
     value = os.environ.get(name)
     if not value:
-        mend = set_variable(name, example, shell)
-        return Result(name, WRONG, f"{name} is not set: nnU-Net does not know where data lie", mend)
+        return Result(name, WRONG, f"{name} is not set: nnU-Net does not know where the data are", example)
     folder = Path(value)
     if folder.is_file():
-        return Result(name, WRONG, f"{name} names a file: {value}", set_variable(name, example, shell))
+        return Result(name, WRONG, f"{name} names a file: {value}", example)
     if not folder.is_dir():
-        mend = f'mkdir -p "{value}"\n# or, where it lies elsewhere\n{set_variable(name, example, shell)}'
-        return Result(name, WRONG, f"{name} names a folder that is not there: {value}", mend)
+        mend = f'mkdir -p "{value}"\n# or, if it is elsewhere\n{example}'
+        return Result(name, WRONG, f"{name} names a folder that does not exist: {value}", mend)
     if not os.access(folder, os.R_OK | os.X_OK | (os.W_OK if written else 0)):
         return Result(
             name, WRONG, f"{name}: no permission to {'write' if written else 'read'} in {value}", f'ls -ld "{value}"'
@@ -138,10 +127,10 @@ def folder_variable(name: str, written: bool = True) -> Result:
 
 def trainers_are_found() -> Result:
     """Whether nnU-Net, asked as its commands ask it, takes our fine-tuning trainer for its name."""
-    check, shell = "nnUNet_extTrainer", shell_in_use()
+    check = "nnUNet_extTrainer"
     value = os.environ.get(check)
     if not value:
-        return Result(check, WRONG, f"{check} is not set: nnU-Net does not find {TRAINER}", set_trainers(shell))
+        return Result(check, WRONG, f"{check} is not set: nnU-Net does not find {TRAINER}", _set_trainers())
     command = [sys.executable, "-m", "nnunetv2_macl.doctor.finder", TRAINER]
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=_FIND_TIMEOUT)
@@ -149,7 +138,7 @@ def trainers_are_found() -> Result:
     except subprocess.TimeoutExpired:
         return Result(
             check, WRONG, f"nnU-Net searched {value} for {_FIND_TIMEOUT} s and found no {TRAINER}: are these trainers' "
-            "folders only?", set_trainers(shell, first=True),
+            "folders only?", _set_trainers(first=True),
         )  # fmt: skip
     except (IndexError, ValueError):
         last = (process.stderr.strip().splitlines() or ["no message"])[-1]
@@ -158,7 +147,7 @@ def trainers_are_found() -> Result:
         return Result(check, RIGHT, f"nnU-Net finds {TRAINER} through {check}")
     if "error" not in found:
         mend = f"# rename the class {TRAINER} in {found['file']}, or have nnU-Net look in our folder first\n"
-        mend += set_trainers(shell, first=True)
+        mend += _set_trainers(first=True)
         return Result(
             check, WRONG, f"{TRAINER} is hidden by another class of that name: {found['file']} won", mend,
             {"file": found["file"]},
@@ -169,10 +158,16 @@ def trainers_are_found() -> Result:
             f"# correct that file, or move it out of the folders in {check}", {"file": found["file"]},
         )  # fmt: skip
     if missing := [p for p in value.split(os.pathsep) if p.strip() and not os.path.isdir(p)]:
-        return Result(check, WRONG, f"{check} names a folder that is not there: {missing[0]}", set_trainers(shell))
-    return Result(
-        check, WRONG, f"nnU-Net does not find {TRAINER} in {value}: {found['error'][:100]}", set_trainers(shell)
-    )
+        return Result(check, WRONG, f"{check} names a folder that is not there: {missing[0]}", _set_trainers())
+    return Result(check, WRONG, f"nnU-Net does not find {TRAINER} in {value}: {found['error'][:100]}", _set_trainers())
+
+
+def _set_trainers(first: bool = False) -> str:
+    """Return the line that adds our folder to nnUNet_extTrainer, before the others if it is to be ``first``."""
+    folders = ["$(nnUNetv2_macl_trainers)"]
+    if os.environ.get("nnUNet_extTrainer"):
+        folders.insert(1 if first else 0, "$nnUNet_extTrainer")
+    return f'export nnUNet_extTrainer="{os.pathsep.join(folders)}"'
 
 
 def _short(error: BaseException) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
-from nnunetv2_macl.doctor.shell import set_variable, shell_in_use
 
 if TYPE_CHECKING:  # it needs torch, which may be what is missing
     from nnunetv2_macl.data import Reading
@@ -37,13 +36,7 @@ def shared_memory(folder: Path = _SHARED_MEMORY) -> Result:
 
 
 def shared_memory_of_plan(reading: Reading, batch_bytes: int, folder: Path = _SHARED_MEMORY) -> Result:
-    """Return whether the batches of a plan fit into the shared memory that is free.
-
-    Args:
-        reading: How a run would read its batches.
-        batch_bytes: Size of a batch.
-        folder: Where shared memory is.
-    """
+    """Return whether the batches of a plan, read as ``reading`` says, fit into the shared memory that is free."""
     check = "shared_memory_of_plan"
     batch, values = f"batches of {batch_bytes / 2**20:.3g} MiB", {"needed_gib": reading.needed / 2**30}
     if not (reading.workers and folder.is_dir()):
@@ -59,22 +52,16 @@ def shared_memory_of_plan(reading: Reading, batch_bytes: int, folder: Path = _SH
 
 def _more_shared_memory() -> str:
     mend = "# in Kubernetes: an emptyDir of medium Memory on /dev/shm\ndocker run --shm-size=8g ...\n"
-    without = set_variable("nnUNet_n_proc_DA", "0", shell_in_use())
-    return f"{mend}# or load data without workers, once nnU-Net has planned\n{without}"
+    return f"{mend}# or load data without workers, once nnU-Net has planned\nexport nnUNet_n_proc_DA=0"
 
 
 def free_disk(variable: str) -> Result:
-    """Whether there is room where nnU-Net writes.
-
-    Args:
-        variable: ``nnUNet_preprocessed`` or ``nnUNet_results``, set.
-    """
+    """Return whether there is room in the folder that a variable of nnU-Net names."""
     folder = os.environ[variable]
     free = shutil.disk_usage(folder).free / 2**30
     words, check = f"{free:.0f} GiB free in {variable}", f"disk_{variable}"
     if free < _LEAST_DISK_GIB:
-        mend = f"# make space in {folder}, or name a larger disk\n"
-        mend += set_variable(variable, "/larger/disk", shell_in_use())
+        mend = f'# make space in {folder}, or name a larger disk\nexport {variable}="/larger/disk"'
         return Result(check, WRONG, f"{words}: runs need {_LEAST_DISK_GIB} GiB or more", mend, {"gib": free})
     return Result(check, RIGHT, words, values={"gib": free})
 

@@ -50,7 +50,9 @@ from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
     CaseFiles,
     Source,
+    drop_second_names,
     find_sources,
+    labelled_identities,
     sidecars,
     training_cases,
 )
@@ -96,15 +98,15 @@ def preprocess_unlabelled(
     """Preprocess all unlabelled images that are not done yet.
 
     Args:
-        configuration: whose plan is used.
-        datasets: further raw data sets, by full name.
-        processes: at work at a time.
-        skip_unreadable: leave images out that cannot be used, instead of stopping.
-        channel_map: see `find_sources`.
-        part: of each data set's cases, in the order of their names: what this machine does.
+        configuration: Whose plan is used.
+        datasets: Further raw data sets, by full name.
+        processes: Number of cases at a time.
+        skip_unreadable: Leave images out that cannot be used, instead of stopping.
+        channel_map: See `find_sources`.
+        part: Which cases of each data set, in the order of their names, this machine does.
 
     Raises:
-        UserError: an image that cannot be used (named), or too little space.
+        UserError: An image cannot be used (named), or there is too little space.
     """
     folder = unlabelled_folder(configuration)
     cases, todo, made, indices = [], [], [], []
@@ -151,16 +153,23 @@ def sources_in_use(
     sources = find_sources(configuration, datasets, channel_map)
     _require_raw_images(configuration, unlabelled_folder(configuration) / configuration.dataset_name, sources)
     labelled = {case.name for case in training_cases(configuration)}
-    return [_counted_once(source, labelled) if source.dataset_name == configuration.dataset_name else source
-            for source in sources]  # fmt: skip
+    used = labelled_identities(configuration)
+    return [
+        _counted_once(source, labelled if source.dataset_name == configuration.dataset_name else set(), used)
+        for source in sources
+    ]
 
 
-def _counted_once(source: Source, labelled: set[str]) -> Source:
-    if not (twice := labelled & source.cases.keys()):
-        return source
-    some = ", ".join(sorted(twice)[:3]) + (", ..." if len(twice) > 3 else "")
-    logger.info("%d images in %s are labelled cases too, and count once: %s", len(twice), UNLABELLED_FOLDER, some)
-    return replace(source, cases={name: files for name, files in source.cases.items() if name not in twice})
+def _counted_once(source: Source, labelled: set[str], used: set[tuple[int, int]]) -> Source:
+    named_otherwise = {name: files for name, files in source.cases.items() if name not in labelled}
+    cases = drop_second_names(named_otherwise, used)
+    if twice := sorted(source.cases.keys() - cases.keys()):
+        some = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
+        logger.info(
+            "%d images of %s are labelled cases or other images too, and count once: %s",
+            len(twice), source.dataset_name, some,
+        )  # fmt: skip
+    return replace(source, cases=cases)
 
 
 def index_of(configuration: Configuration, source: Source) -> Index:
@@ -300,18 +309,10 @@ class UnusableImageError(Exception):
 def read_case(
     configuration: Configuration, case: CaseFiles, reader: type[BaseReaderWriter]
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Read a case as nnU-Net does, and check what nnU-Net does not.
-
-    Args:
-        configuration: that it is to be preprocessed for.
-        case: its files.
-        reader: nnU-Net's.
-
-    Returns:
-        Voxels, (C, *volume), and nnU-Net's properties.
+    """Read a case as nnU-Net does, and check what nnU-Net does not. Return voxels, (C, *volume), and nnU-Net's properties.
 
     Raises:
-        UnusableImageError: It cannot be read, or cannot be used.
+        UnusableImageError: The case cannot be read, or cannot be used.
     """
     names, said = ", ".join(case.files), io.StringIO()
     try:
@@ -373,7 +374,7 @@ def _preprocess_case(
     return None
 
 
-def nifti_may_be_cut_short(file: str) -> bool:
+def _may_be_cut_short(file: str) -> bool:
     """Return whether a NIfTI file has another size than its header says, of which reading it whole tells the reason.
 
     Reads no more than the header and the last bytes. Compressed files of several parts, as bgzip writes them, and files
@@ -426,7 +427,7 @@ def check_nifti(file: str) -> None:
     size, promised = os.stat(file).st_size, _promised_bytes(image)
     if size * (_MOST_COMPRESSED if file.lower().endswith(".gz") else 1) < promised:
         raise ValueError(f"it was cut short: {size:,} bytes of the {promised:,} that its header promises")
-    if not nifti_may_be_cut_short(file) and dtype.kind != "f":
+    if not _may_be_cut_short(file) and dtype.kind != "f":
         return
     # read whole: fails where data are missing
     if not np.isfinite(np.asanyarray(image.dataobj)).all():

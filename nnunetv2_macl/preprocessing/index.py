@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,7 @@ _ABANDONED = 6 * 3600.0
 
 
 class Index:
-    """The cases of one source that are done.
-
-    Args:
-        folder: of the source's preprocessed cases.
-        signature: of the plan that they are to be made by.
-    """
+    """The cases in the folder of a source that are done by the plan of a signature."""
 
     def __init__(self, folder: Path, signature: str) -> None:
         self.folder, self.signature = folder, signature
@@ -43,7 +37,7 @@ class Index:
         written = self._there.get(f"{name}.b2nd")
         if written is None:
             return False
-        entry = _entry(written, made_from)
+        entry = [*written, made_from["files"], made_from["channels"], made_from["reader"]]
         if self._entries.get(name) == entry:
             return True
         try:
@@ -85,22 +79,10 @@ class Index:
 
     def _list(self) -> dict[str, list[int]]:
         """Size and time of every file, in one pass. A link is no case: what it points to is not ours to trust."""
-        with contextlib.suppress(FileNotFoundError), _readable(self.folder):
-            return {entry.name: _written(entry.stat(follow_symlinks=False)) for entry in os.scandir(self.folder)}
-        return {}
-
-
-@contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except PermissionError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}. Check its permissions.") from None
-
-
-def _entry(written: list[int], made_from: dict[str, Any]) -> list[Any]:
-    return [*written, made_from["files"], made_from["channels"], made_from["reader"]]
-
-
-def _written(status: os.stat_result) -> list[int]:
-    return [status.st_size, status.st_mtime_ns]
+        try:
+            found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(self.folder)}
+        except FileNotFoundError:
+            return {}
+        except PermissionError as error:
+            raise UserError(f"{self.folder} cannot be read: {error.strerror}. Check its permissions.") from None
+        return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}

@@ -8,10 +8,9 @@ import os
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,46 +43,51 @@ class CaseFiles(NamedTuple):
     channels_there: int
     # name, bytes, time of the last change (ns) of each file, and of those that are read with them
     made_from: list[list[str | int]]
+    # device and inode of each file: the same for every name that an image has
+    identities: Sequence[tuple[int, int]] = ()
 
 
 class RawFile(NamedTuple):
-    """An image file as it stands in its folder; ``wrong`` says why it cannot be taken."""
+    """An image file; ``wrong`` says why it cannot be taken, and ``beside`` lists the files that are read with it."""
 
     path: str
-    made_from: list[str | int]
-    wrong: str | None
-    # the same of the files that are read with it, such as the spacing file of a TIFF
+    made_from: list[str | int] = []
+    identity: tuple[int, int] = (0, 0)
+    wrong: str | None = None
     beside: list[list[str | int]] = []
 
     @classmethod
-    def look(cls, path: str, status: Callable[[], os.stat_result], is_link: bool, inside: Sequence[str]) -> RawFile:
-        name = os.path.basename(path)
+    def look(cls, path: str) -> RawFile:
+        """Look at a file without opening it. A link is followed, as nnU-Net follows it."""
         try:
             path.encode()
         except UnicodeEncodeError:
             told = os.fsencode(path).decode(errors="replace")
-            return cls(told, [], f"{told} has a name that is not in UTF-8. Rename it.")
+            return cls(told, wrong=f"{told} has a name that is not in UTF-8. Rename it.")
         try:
-            found = status()
+            found = os.stat(path)
         except OSError as error:
-            return cls(path, [], f"{path} cannot be read: {error.strerror}.")
-        wrong = None
+            return cls(path, wrong=f"{path} cannot be read: {error.strerror}.")
         if not stat.S_ISREG(found.st_mode):
-            wrong = f"{path} is no file, but a folder or a device."
-        elif is_link and not _lies_in(os.path.realpath(path), inside):
-            wrong = (
-                f"{path} is a link to {os.path.realpath(path)}, which lies outside of nnUNet_raw: such links "
-                "in a data set are not followed. Copy the image there, or make the whole folder a link."
-            )
-        return cls(path, [name, found.st_size, found.st_mtime_ns], wrong)
+            return cls(path, wrong=f"{path} is no file, but a folder or a device.")
+        folder, name = os.path.split(path)
+        return cls(path, _as_made_from(name, found), (found.st_dev, found.st_ino), beside=_beside(folder, name))
+
+
+def _as_made_from(name: str, status: os.stat_result) -> list[str | int]:
+    return [name, status.st_size, status.st_mtime_ns]
+
+
+def _beside(folder: str, name: str) -> list[list[str | int]]:
+    there: list[list[str | int]] = []
+    for other in dict.fromkeys((*sidecars(name), *named_in_header(os.path.join(folder, name)))):
+        with contextlib.suppress(OSError):
+            there.append(_as_made_from(other, os.stat(os.path.join(folder, other))))
+    return there
 
 
 def sidecars(name: str) -> list[str]:
-    """Return the names of the files that may be read with an image: the spacing of a TIFF, the voxels of a detached header.
-
-    Args:
-        name: of the image's file, CASE_0000ENDING.
-    """
+    """Return the names of the files that may be read with an image: a TIFF's spacing, a detached header's voxels."""
     stem, ending = os.path.splitext(name)
     if ending.lower() in (".tif", ".tiff"):
         return [f"{re.sub(r'_[0-9]{4}$', '', stem)}.json"]  # as nnU-Net's Tiff3DIO names it
@@ -110,10 +114,6 @@ def named_in_header(image: str) -> list[str]:
     return [name] if name not in ("", "LOCAL", "LIST") and name == os.path.basename(name) else []
 
 
-def _lies_in(path: str, folders: Sequence[str]) -> bool:
-    return any(Path(path).is_relative_to(folder) for folder in folders)
-
-
 @dataclass(frozen=True)
 class Source:
     """Unlabelled images of one raw data set, what reads them, the cases that lack something, and files named otherwise."""
@@ -128,15 +128,12 @@ class Source:
 def find_sources(
     configuration: Configuration, datasets: Sequence[str], channel_map: Mapping[str, str] | None = None
 ) -> list[Source]:
-    """Unlabelled images: DATASET's ``imagesUn``, and ``imagesTr`` and ``imagesUn`` of the data sets in ``datasets``.
+    """Return DATASET's ``imagesUn``, and ``imagesTr`` and ``imagesUn`` of further raw data sets, given by full name.
 
-    Args:
-        configuration: of DATASET.
-        datasets: further raw data sets, by full name.
-        channel_map: DATASET's channel names to those of ``datasets``, where they have other names.
+    ``channel_map`` gives DATASET's channel names those of the other data sets, where they have other names.
 
     Raises:
-        UserError: a data set is missing, has other channels, or has no image.
+        UserError: A data set is missing, has other channels, or has no image.
     """
     sources = []
     own = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
@@ -192,7 +189,7 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
                 f"{file} lists a case {bad[0]!r}, which is no name for a file. Correct it, or leave out -u."
             )
         files = {
-            case: {channel: _listed_file(path) for channel, path in enumerate(entry["images"])}
+            case: {channel: RawFile.look(path) for channel, path in enumerate(entry["images"])}
             for case, entry in listed.items()
         }
     else:
@@ -216,16 +213,6 @@ def _listed_images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict
     """Images by case where dataset.json lists them; labels need not be there."""
     unlabelled = {case: entry | {"label": ""} for case, entry in dataset_json["dataset"].items()}
     return get_filenames_of_train_images_and_targets(str(folder), dataset_json | {"dataset": unlabelled})
-
-
-def _listed_file(path: str) -> RawFile:
-    found = RawFile.look(path, partial(os.stat, path), False, ())
-    beside: list[list[str | int]] = []
-    for name in dict.fromkeys((*sidecars(os.path.basename(path)), *named_in_header(path))):
-        with contextlib.suppress(OSError):
-            status = os.stat(os.path.join(os.path.dirname(path), name))
-            beside.append([name, status.st_size, status.st_mtime_ns])
-    return found._replace(beside=beside)
 
 
 def _reader(
@@ -270,27 +257,14 @@ def group_channels(folder: Path, ending: str) -> dict[str, dict[int, RawFile]]:
     if not folder.is_dir():
         return {}
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        images = _images_among(os.listdir(folder), ending)
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}. Check its permissions.") from None
-    inside = [os.path.realpath(folder), os.path.realpath(os.environ["nnUNet_raw"])]
-    there = {entry.name: entry for entry in entries}
-
-    def look(name: str) -> RawFile:
-        entry = there[name]
-        beside: list[list[str | int]] = []
-        read_with = dict.fromkeys((*sidecars(name), *named_in_header(str(folder / name))))
-        for other in (there[other] for other in read_with if other in there):
-            with contextlib.suppress(OSError):  # a dead link
-                beside.append([other.name, other.stat().st_size, other.stat().st_mtime_ns])
-        found = RawFile.look(str(folder / name), entry.stat, entry.is_symlink(), inside)
-        return found._replace(beside=beside)
-
-    images = _images_among(there, ending)
     cases: dict[str, dict[int, RawFile]] = defaultdict(dict)
     # the file system of an archive may take milliseconds for each file, and answers many at once
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        for (case, channel), file in zip(images.values(), pool.map(look, images), strict=True):
+        files = pool.map(RawFile.look, (str(folder / name) for name in images))
+        for (case, channel), file in zip(images.values(), files, strict=True):
             cases[case][channel] = file
     return dict(cases)
 
@@ -346,7 +320,31 @@ def _case_files(files: Sequence[RawFile], channels: list[int] | None, channels_t
     # the channels of a case have one spacing file
     for file in files:
         made_from += [other for other in file.beside if other not in made_from]
-    return CaseFiles([file.path for file in files], channels, channels_there, made_from)
+    return CaseFiles(
+        [file.path for file in files], channels, channels_there, made_from, [file.identity for file in files]
+    )
+
+
+def drop_second_names(cases: dict[str, CaseFiles], used: set[tuple[int, int]]) -> dict[str, CaseFiles]:
+    """Return the cases whose images are not among those ``used`` already, and add theirs to it.
+
+    An image may have a second name by a link, under which it would be learned from twice, or although it is held out.
+    """
+    kept = {}
+    for name, case in cases.items():
+        if used.isdisjoint(case.identities):
+            kept[name] = case
+            used.update(case.identities)
+    return kept
+
+
+def labelled_identities(configuration: Configuration) -> set[tuple[int, int]]:
+    """Return device and inode of each raw image of DATASET's labelled cases that is there."""
+    folder, files = raw_folder(configuration.dataset_name), []
+    if "dataset" in configuration.dataset_json:
+        listed = _listed_images(folder, configuration.dataset_json).values()
+        files = [path for entry in listed for path in entry["images"]]
+    return {RawFile.look(str(file)).identity for file in [*files, *(folder / "imagesTr").glob("*")]}
 
 
 def without_spacing(source: Source) -> list[str]:

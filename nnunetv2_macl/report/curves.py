@@ -82,13 +82,9 @@ def other_curves(log: dict[str, list[float]]) -> dict[str, str]:
 def draw_curves(
     lines: Sequence[tuple[list[float], str, str, str]], name: str, *, from_zero: bool, legend: bool = True
 ) -> str:
-    """SVG of lines over epochs.
+    """Return an SVG figure of lines over epochs, each with values, colour, style and label.
 
-    Args:
-        lines: values, colour, style and label of each.
-        name: of the figure in the page.
-        from_zero: whether the axis begins at 0.
-        legend: whether the labels are shown.
+    ``name`` is that of the figure in the page; ``from_zero`` says whether the axis begins at 0.
     """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(6.4, 3.3 if legend else 2.4))

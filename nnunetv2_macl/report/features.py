@@ -28,21 +28,16 @@ _SMALLEST_DEVIATION = 1e-6
 
 @dataclass(frozen=True)
 class Features:
-    """Of some patches, by ``before`` and ``after`` where there are two networks.
+    """Of some patches, by ``before`` and ``after`` where there are two networks."""
 
-    Args:
-        slices: (N, H, W), the middle slice of each patch.
-        colours: (COLOURED, h, w, 3), 0 to 1: the three main components of the dense features, of the first patches.
-        neighbours: (QUERIES, NEIGHBOURS), the nearest patches of other cases, of the first patches.
-        distances: mean distance in position, fraction of the volume, of each of the ``QUERIES`` to its neighbours.
-        chance: the same of a patch to any other.
-    """
-
-    slices: np.ndarray
+    slices: np.ndarray  # (N, H, W), the middle slice of each patch
+    # (COLOURED, h, w, 3), 0 to 1: the three main components of the dense features, of the first patches
     colours: dict[str, np.ndarray]
+    # (QUERIES, NEIGHBOURS), the nearest patches of other cases, of the first patches
     neighbours: dict[str, np.ndarray]
+    # mean distance in position, fraction of the volume, of each of the ``QUERIES`` to its neighbours
     distances: dict[str, float]
-    chance: float
+    chance: float  # the same of a patch to any other
 
 
 def show_features(run: Run, device: str = "cpu") -> Features:
@@ -164,11 +159,9 @@ def main_components(dense: Tensor) -> np.ndarray:
 
 
 def nearest(pooled: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(QUERIES, NEIGHBOURS) nearest patches of other cases by cosine similarity of standardised features, nearest first.
+    """Return the (QUERIES, NEIGHBOURS) nearest patches by cosine similarity of standardised features (N, C), nearest first.
 
-    Args:
-        pooled: (N, C).
-        others: (N, N) bool, whether two patches are of different cases.
+    Two patches are compared where ``others``, (N, N) bool, says that they are of different cases.
     """
     deviation = pooled.std(0)
     vectors = (pooled - pooled.mean(0)) / np.maximum(deviation, _SMALLEST_DEVIATION)

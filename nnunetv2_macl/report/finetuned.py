@@ -45,14 +45,7 @@ def is_training(folder: Path) -> bool:
 
 
 def describe_training(folder: Path) -> dict[str, Any]:
-    """What the template shows of a training that is finished, at work or stopped.
-
-    Args:
-        folder: ``.../fold_F``.
-
-    Raises:
-        UserError: nnU-Net's copies of plan or data set description are damaged.
-    """
+    """Return what the template shows of a training, finished or not. Raises UserError for damaged files."""
     mend = "It is a copy that nnU-Net makes; copy it from nnUNet_preprocessed."
     trainer, plans_name, configuration_name = folder.resolve().parent.name.split("__")
     plans = PlansManager(read_json(folder.parent / "plans.json", mend))

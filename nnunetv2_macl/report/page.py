@@ -18,18 +18,15 @@ MOST_BYTES = 5 * 2**20
 
 
 def write_report(folder: Path, file: Path | None = None, device: str = "cpu") -> Path:
-    """Write the report of a pre-training run, of a fine-tuned model or of a study; finished, at work or stopped.
+    """Write the report of a pre-training run, of a fine-tuned model or of a study, finished or not, and return its file.
 
     Args:
-        folder: of the run, ``.../fold_all``; of the model, ``.../fold_0``; or of the study.
-        file: to write; None is ``report.html`` in the folder.
-        device: to compute features on.
-
-    Returns:
-        The file.
+        folder: Of the run (``.../fold_all``), of the model (``.../fold_0``), or of the study.
+        file: To write; None is ``report.html`` in the folder.
+        device: To compute features on.
 
     Raises:
-        UserError: none of these in the folder, or a file that cannot be written.
+        UserError: The folder holds none of these, or the file cannot be written.
     """
     file = file or folder / FILE
     page = _render(folder, device)
@@ -38,13 +35,7 @@ def write_report(folder: Path, file: Path | None = None, device: str = "cpu") ->
 
 
 def write_report_after_run(folder: Path, say: Callable[[str], None], device: str = "cpu") -> None:
-    """`write_report` for the end of a run, which no report may spoil: what goes wrong is said.
-
-    Args:
-        folder: of the run.
-        say: tells the user.
-        device: to compute features on.
-    """
+    """Write the report at the end of a run, which no report may spoil: ``say`` tells the user what goes wrong."""
     try:
         say(f"Report: {write_report(folder, device=device)}")
     except Exception as error:

@@ -31,15 +31,7 @@ _VIEWS_BYTES = 2 * 2**20
 
 
 def describe_run(folder: Path, device: str) -> dict[str, Any]:
-    """What the template shows of a run that is finished, at work or stopped.
-
-    Args:
-        folder: of the run.
-        device: to compute features on.
-
-    Raises:
-        UserError: no run in the folder, or a damaged one.
-    """
+    """Return what the template shows of a run, finished or not. Raises UserError for a damaged one."""
     run = read_run(folder)
     try:
         features, no_features = show_features(run, device), None

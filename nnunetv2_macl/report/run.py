@@ -33,35 +33,21 @@ STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?: ")
 
 @dataclass(frozen=True)
 class Run:
-    """A pre-training run, as far as its folder tells.
+    """A pre-training run, as far as its folder tells."""
 
-    Args:
-        folder: of the run.
-        configuration: nnU-Net's, from the copies in the run's folder.
-        plan: that the run follows.
-        state: ``finished``, ``running`` or ``stopped``.
-        log: values an epoch by nnU-Net's logger's keys; from a checkpoint, else from what the log file says.
-        device: that the run trained on, its type.
-        weights: of the pre-training network; None where there is no checkpoint yet.
-        images: that were pre-trained on; None where the log does not say.
-        skipped: images that were left out.
-        collapsed: the reason, or None.
-        warnings: that the log holds.
-        versions: of the packages that the run was made with.
-    """
-
-    folder: Path
-    configuration: Configuration
-    plan: MACLPlan
-    state: str
+    folder: Path  # of the run
+    configuration: Configuration  # nnU-Net's, from the copies in the run's folder
+    plan: MACLPlan  # that the run follows
+    state: str  # ``finished``, ``running`` or ``stopped``
+    # values an epoch by nnU-Net's logger's keys; from a checkpoint, else from what the log file says
     log: dict[str, list[float]]
-    device: str
-    weights: dict[str, Any] | None
-    images: int | None
-    skipped: int
-    collapsed: str | None
-    warnings: list[str]
-    versions: dict[str, str]
+    device: str  # that the run trained on, its type
+    weights: dict[str, Any] | None  # of the pre-training network; None where there is no checkpoint yet
+    images: int | None  # that were pre-trained on; None where the log does not say
+    skipped: int  # images that were left out
+    collapsed: str | None  # the reason, or None
+    warnings: list[str]  # that the log holds
+    versions: dict[str, str]  # of the packages that the run was made with
 
     @property
     def fold(self) -> str:

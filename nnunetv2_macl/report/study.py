@@ -21,14 +21,7 @@ def is_study(folder: Path) -> bool:
 
 
 def describe_study(folder: Path) -> dict[str, Any]:
-    """What the template shows of a study that is done or at work.
-
-    Args:
-        folder: of the study.
-
-    Raises:
-        UserError: a damaged study.
-    """
+    """Return what the template shows of a study that is done or at work. Raises UserError for a damaged one."""
     study = Study.read(folder)
     done = [cell.name for cell in study.cells if (study.cell_folder(cell) / DONE_FILE).is_file()]
     written = folder / "compare.md"

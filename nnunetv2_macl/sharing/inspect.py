@@ -24,13 +24,10 @@ _KINDS = {
 
 
 def inspect(file: Path) -> str:
-    """A file of ours in words: what it is, what it was trained on, how, and whether it is whole.
-
-    Args:
-        file: a checkpoint, exported weights, a MACL plan, a package, or a checkpoint of nnssl.
+    """Return in words what a checkpoint, weights, a MACL plan or a package is, how it was trained, and whether it is whole.
 
     Raises:
-        UserError: none of these, or damaged; names the file.
+        UserError: The file is none of these, or is damaged; names it.
     """
     if file.is_dir():
         known = sorted(path.name for path in file.iterdir() if path.suffix in (".pth", ".zip") or "macl" in path.name)
@@ -76,28 +73,15 @@ def _plan(file: Path) -> str:
 
 def _checkpoint(file: Path) -> str:
     content = checkpoints.load(file)
-    if formats.ADAPTATION_PLAN in content:
+    if what := _kind_of_others(content):
         pretrained = formats.load_weights(file)
-        facts = {"network": pretrained.architecture["network_class_name"].rpartition(".")[2]}
+        keys = ("dataset_name", "plans_name", "configuration", "fold", "epochs")
+        facts = {key: str(pretrained.description[key]) for key in keys if pretrained.description.get(key) is not None}
+        facts["network"] = pretrained.architecture["network_class_name"].rpartition(".")[2]
+        facts |= {"trainer": str(content["trainer_name"])} if "trainer_name" in content else {}
         facts["tensors"] = str(len(pretrained.weights))
-        citations = [json.dumps(citation) for citation in pretrained.description["citations"]]
-        return _told(file, "checkpoint of nnssl", facts, _wholeness(file), citations)
-    if formats.is_nnunet_checkpoint(content):
-        pretrained = formats.load_weights(file)
-        description = pretrained.description
-        facts = {
-            key: str(description[key]) for key in ("dataset_name", "plans_name", "configuration", "fold", "epochs")
-        }
-        facts["trainer"] = str(content["trainer_name"])
-        facts["tensors"] = str(len(pretrained.weights))
-        what = "checkpoint of nnU-Net's training with labels, to fine-tune from"
-        return _told(file, what, facts, _wholeness(file), description["citations"])
-    if isinstance(content.get(formats.AUTHORS_WEIGHTS), dict):
-        pretrained = formats.load_weights(file)
-        facts = {"network": "the paper's U-Net", "channels": str(pretrained.architecture["input_channels"])}
-        facts["tensors"] = str(len(pretrained.weights))
-        what = "weights that the authors of MACL published"
-        return _told(file, what, facts, _wholeness(file), pretrained.description["citations"])
+        citations = [c if isinstance(c, str) else json.dumps(c) for c in pretrained.description["citations"]]
+        return _told(file, what, facts, _wholeness(file), citations)
     kind = content.get("kind")
     if kind not in _KINDS:
         raise UserError(f"{file} is no file of nnunetv2_macl: it holds {', '.join(map(str, list(content)[:8]))}.")
@@ -114,6 +98,14 @@ def _checkpoint(file: Path) -> str:
         return _told(file, _KINDS[kind], facts_of(description), _wholeness(file), checkpoints.CITATIONS)
     facts = facts_of(content) | {"tensors": str(len(content["network_weights"]))}
     return _told(file, _KINDS[kind], facts, _wholeness(file), content.get("citations"))
+
+
+def _kind_of_others(content: dict[str, Any]) -> str | None:
+    if formats.ADAPTATION_PLAN in content:
+        return "checkpoint of nnssl"
+    if formats.is_nnunet_checkpoint(content):
+        return "checkpoint of nnU-Net's training with labels, to fine-tune from"
+    return "weights that the authors of MACL published" if formats.AUTHORS_WEIGHTS in content else None
 
 
 def _wholeness(file: Path) -> str:

@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -28,10 +27,6 @@ from nnunetv2_macl.training.run_folder import pretraining_folder
 
 logger = logging.getLogger(__name__)
 
-# of the file as it would lie on disk: the largest of nnU-Net's networks takes less than 1 GiB
-_MOST_BYTES = {True: 8 * 2**30, False: 64 * 2**20}
-# what is smaller than this does no harm, however well it packs
-_MOST_COMPRESSED, _COMPRESSED_FROM = 200, 8 * 2**20
 _CHUNK = 2**20
 _FOLDER_NAMES = {
     "dataset_name": re.compile(r"Dataset\d{3}_[\w+-][\w.+-]*"),
@@ -41,18 +36,10 @@ _FOLDER_NAMES = {
 
 
 def install(file: Path, results: Path) -> Path:
-    """Put the weights of a package where ``nnUNetTrainerMACL`` finds them.
-
-    Args:
-        file: that ``nnUNetv2_macl_export`` wrote.
-        results: nnU-Net's results folder.
-
-    Returns:
-        The folder of the weights.
+    """Put the weights of a package into nnU-Net's results folder, where ``nnUNetTrainerMACL`` finds them. Return their folder.
 
     Raises:
-        UserError: no package, damaged, with anything in it that does not belong there, a folder that is there already, or
-            another data set of the same id.
+        UserError: The package is damaged or no package, the folder exists already, or another data set has the same id.
     """
     with open_package(file) as archive:
         manifest = read_manifest(archive, file)
@@ -79,7 +66,7 @@ def install(file: Path, results: Path) -> Path:
 
 
 def _require_own_id(dataset_name: str, file: Path, results: Path) -> None:
-    """nnU-Net knows neither of two data sets of one id by it, and looks for them in the results folder too."""
+    """Raise UserError if another data set has the id: nnU-Net finds neither of two data sets with the same id by it."""
     folders = [results, *(Path(os.environ[name]) for name in FOLDER_VARIABLES if os.environ.get(name))]
     others = [path for folder in folders for path in folder.glob(f"{dataset_name[:10]}_*") if path.name != dataset_name]
     if others:
@@ -93,49 +80,29 @@ def _require_own_id(dataset_name: str, file: Path, results: Path) -> None:
 
 @contextlib.contextmanager
 def open_package(file: Path) -> Iterator[zipfile.ZipFile]:
-    """A package whose table of contents holds what a package holds and nothing else.
+    """Open a package, which holds the files of `MEMBERS` and nothing else.
 
     Raises:
-        UserError: no such file, no ZIP file, or members that do not belong in one: other names, folders, links, names twice,
-            sizes that cannot be.
+        UserError: The file does not exist, is damaged, or holds other files.
     """
     if not file.is_file():
         raise UserError(f"There is no file {file}. Check the path.")
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise UserError(f"{file} is no ZIP file, or a damaged one: {error}. Get it again.") from None
+        raise UserError(f"{file} is not a ZIP file, or is damaged: {error}. Get it again.") from None
     with archive:
-        members = archive.infolist()
-        for member in members:
-            if member.filename not in MEMBERS:
-                raise UserError(
-                    f"{file} holds {member.filename!r}, which does not belong in a package. Take another file."
-                )
-            if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG) or member.is_dir():
-                raise UserError(
-                    f"{file}: {member.filename} is no plain file but a link or the like. Take another file."
-                )
-            if member.flag_bits & 1:
-                raise UserError(f"{file}: {member.filename} is encrypted. Take another file.")
-            most = _MOST_BYTES[member.filename.endswith(".pth")]
-            if member.file_size > min(most, max(_COMPRESSED_FROM, _MOST_COMPRESSED * member.compress_size)):
-                raise UserError(
-                    f"{file}: {member.filename} would take {member.file_size:,} bytes, packed into {member.compress_size:,}. "
-                    "No package does that; take another file."
-                )
-        names = [member.filename for member in members]
-        if len(set(names)) < len(names):
-            raise UserError(f"{file} holds one name twice: {sorted(n for n in names if names.count(n) > 1)[0]}.")
+        names = archive.namelist()
+        # a path in a name could lead out of the folder
+        if others := sorted(set(names) - set(MEMBERS)):
+            raise UserError(f"{file} holds {others[0]!r}, which does not belong in a package. Take another file.")
         if missing := sorted(set(MEMBERS) - set(names)):
-            raise UserError(
-                f"{file} is no package of nnunetv2_macl, or not a whole one: it lacks {', '.join(missing)}."
-            )
+            raise UserError(f"{file} is not a complete package of nnunetv2_macl: {', '.join(missing)} is missing.")
         yield archive
 
 
 def read_manifest(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
-    """What a package says of itself. Raises UserError for one of another format."""
+    """Return the manifest of a package. Raises UserError for one of another format."""
     try:
         manifest = json.loads(archive.read(MANIFEST))
     except (ValueError, RecursionError, zipfile.BadZipFile, OSError, EOFError) as error:
@@ -151,15 +118,10 @@ def read_manifest(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
 
 
 def verify(archive: zipfile.ZipFile, file: Path, into: Path | None = None) -> None:
-    """Compare every member with its checksum.
-
-    Args:
-        archive: open.
-        file: its name, for messages.
-        into: write the members into this folder meanwhile.
+    """Compare every member of a package with its checksum, and write the members ``into`` a folder if one is given.
 
     Raises:
-        UserError: a member is damaged, or has no checksum; names it.
+        UserError: A member is damaged, or has no checksum; names it.
     """
     try:
         lines = archive.read(SUMS).decode().splitlines()
@@ -189,7 +151,7 @@ def _copy(source: Any, target: BinaryIO | None) -> str:
 
 
 def _extract(archive: zipfile.ZipFile, file: Path, folder: Path) -> None:
-    """Unpack beside the folder, check, and give the folder its name last."""
+    """Unpack into a temporary folder, check, and give the folder its name last."""
     made = [path for path in folder.parents if not path.exists()]
     temporary = None
     try:

@@ -47,12 +47,12 @@ def write_package(source: Path, file: Path, license_id: str = "unknown") -> None
     """Write a run's weights to one file for others.
 
     Args:
-        source: the folder of a finished run, or one that `install` made.
-        file: to write.
-        license_id: of the weights, as hubs write it (``cc-by-4.0``); for the model card.
+        source: Folder of a finished run, or one that `install` made.
+        file: File to write.
+        license_id: Licence of the weights for the model card, as hubs write it (``cc-by-4.0``).
 
     Raises:
-        UserError: no weights there, or a file that cannot be written.
+        UserError: The folder holds no weights, or the file cannot be written.
     """
     if source.is_file():
         raise UserError(

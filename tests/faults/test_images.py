@@ -14,10 +14,11 @@ import pytest
 import SimpleITK as sitk
 from conftest import DATASET
 
+from nnunetv2_macl.compare.folders import RawImages
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import Configuration
 from nnunetv2_macl.preprocessing import cases
-from nnunetv2_macl.preprocessing.sources import CaseFiles, find_sources
+from nnunetv2_macl.preprocessing.sources import CaseFiles, find_sources, training_cases
 
 SHAPE = (8, 40, 48)
 GOOD = np.random.default_rng(0).normal(100, 20, SHAPE).astype(np.float32)
@@ -150,25 +151,29 @@ def test_a_file(kind, configuration, tmp_path):
         assert "\n" not in wrong and not made.exists()
 
 
-def test_links_devices_and_bad_names_are_not_read(workspace, tmp_path):
+def test_links_are_followed_as_nnunet_follows_them_and_devices_are_not_read(workspace, tmp_path):
     folder = workspace.raw / DATASET / "imagesUn"
-    secret = tmp_path / "secret.nii.gz"
-    write(secret)
-    (folder / "out_0000.nii.gz").symlink_to(secret)
+    write(tmp_path / "archive.nii.gz")
+    (folder / "out_0000.nii.gz").symlink_to(tmp_path / "archive.nii.gz")
     (folder / "gone_0000.nii.gz").symlink_to(tmp_path / "nothing")
     os.mkfifo(folder / "pipe_0000.nii.gz")  # reading it would wait for ever
     (folder / "folder_0000.nii.gz").mkdir()
-    (folder / "inside_0000.nii.gz").symlink_to(folder / "case_005_0000.nii.gz")
     (source,) = find_sources(Configuration.load("901", "nnUNetPlans", "2d"), [])
-    assert set(source.incomplete) == {"out", "gone", "pipe", "folder"} and "inside" in source.cases
-    for case, words in {
-        "out": "outside of nnUNet_raw",
-        "gone": "cannot be read",
-        "pipe": "no file",
-        "folder": "no file",
-    }.items():
+    assert set(source.incomplete) == {"gone", "pipe", "folder"} and "out" in source.cases
+    for case, words in {"gone": "cannot be read", "pipe": "no file", "folder": "no file"}.items():
         assert f"{case}_0000.nii.gz" in source.incomplete[case] and words in source.incomplete[case]
-    assert str(secret) in source.incomplete["out"]
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_an_image_with_a_second_name_counts_once_and_as_a_labelled_one_if_it_is_labelled(workspace, link):
+    raw = workspace.raw / DATASET
+    names = {case.name for case in training_cases(Configuration.load("901", "nnUNetPlans", "2d"))}
+    link(raw / "imagesTr" / f"{min(names)}_0000.nii.gz", raw / "imagesUn" / "held_out_0000.nii.gz")
+    link(raw / "imagesUn" / "case_005_0000.nii.gz", raw / "imagesUn" / "twice_0000.nii.gz")
+    (source,) = cases.sources_in_use(Configuration.load("901", "nnUNetPlans", "2d"), [])
+    assert set(source.cases) == {f"case_00{number}" for number in (5, 6, 7, 8)}
+    images = RawImages.find(DATASET)
+    assert set(images.unlabelled) == set(source.cases) and set(images.labelled) == names
 
 
 def test_a_name_that_is_not_in_utf8_is_told(workspace):

@@ -28,7 +28,8 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.report import write_report
 
 OPTIONS = Options(
-    dataset="901", c="2d", p="nnUNetPlans", arms=["scratch", "pretrained"], labels=["2"], seeds=1, rates=[1e-2], test="2",
+    dataset="901", c="2d", p="nnUNetPlans",
+    arms=["scratch", "pretrained"], labels=["2"], seeds=1, rates=[1e-2], test="2",
     validation="1", group_regex=None, epochs=1, iterations=2, batch_size=2, pretrain_epochs=1, pretrain_iterations=1,
     pretrain_batch_size=4, disable_tta=True,
 )  # fmt: skip
