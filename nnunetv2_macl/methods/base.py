@@ -156,6 +156,8 @@ class Method(nn.Module, ABC):
         couples_samples: Whether the loss of a patch depends on the other patches. Where it does not, parts of a batch need no
             gradient caching, and `losses` returns one value for each patch.
         compares_positions: Whether patches of near positions are positives, so that the plan needs a threshold.
+        has_two_branches: Whether a second branch sees the patch at another size and both meet on one grid, so that the scale in
+            the plan follows from the stages.
         plan_keys: The keys of the MACL plan that only such a method uses.
         summary: How it trains, for the model card: "by MACL, multi-level contrastive learning,".
         tag: Its tag in the model card.
@@ -170,6 +172,7 @@ class Method(nn.Module, ABC):
     referenced_losses: ClassVar[Sequence[str]] = ()
     couples_samples: ClassVar[bool] = True
     compares_positions: ClassVar[bool] = False
+    has_two_branches: ClassVar[bool] = False
     plan_keys: ClassVar[Sequence[str]] = ()
     summary: ClassVar[str]
     tag: ClassVar[str]

@@ -45,16 +45,10 @@ def plan_branches(patch_size: Sequence[int], strides: Sequence[Sequence[int]], r
         step = scale * total[-1]
         return scale, np.maximum(np.floor(patch / step + 0.5), 1).astype(int) * step
 
-    def enlarge(size: np.ndarray, step: np.ndarray) -> None:
-        """By whole steps, the axis first that is smallest beside nnU-Net's, until the dominant bottleneck is large enough."""
-        while np.prod(size // step) < minimum:
-            axis = np.argmin(size / patch)
-            size[axis] += step[axis]
-
     if recipe.decoder_stages != AUTO or recipe.auxiliary_stage != AUTO or recipe.scale != AUTO:
         decoder_stages, auxiliary_stage = _asked_levels(total, recipe)
         scale, size = levels(decoder_stages, auxiliary_stage)
-        enlarge(size, scale * total[-1])
+        _enlarge(size, scale * total[-1], patch)
         reason = f"asked for by the recipe; the patch is the nearest to nnU-Net's {_by(patch)} that this allows"
         return Geometry(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
 
@@ -69,7 +63,7 @@ def plan_branches(patch_size: Sequence[int], strides: Sequence[Sequence[int]], r
     if not candidates:
         decoder_stages = stages - auxiliary_stage
         scale, size = levels(decoder_stages, auxiliary_stage)
-        enlarge(size, total[-1])
+        _enlarge(size, total[-1], patch)
         reason = (
             f"{where}; no scale from 2 to {_LARGEST_SCALE} leaves the dominant bottleneck {minimum} voxels, so both branches "
             "see the full patch" + ("" if decoder_stages else " and only the encoder is trained")
@@ -95,6 +89,45 @@ def plan_branches(patch_size: Sequence[int], strides: Sequence[Sequence[int]], r
         f"of nnU-Net's {_by(patch)} ({ratio:.2f} here), rounded to multiples of {_by(scale * total[-1])}"
     )
     return Geometry(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
+
+
+def plan_one_branch(patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
+    """Return the geometry of a method that reads one map of nnU-Net's own patch: the bottleneck, or the last decoder stage.
+
+    Args:
+        patch_size: Of the nnU-Net plan, voxels per axis.
+        strides: Of each encoder stage, per axis.
+        recipe: May ask for decoder stages.
+
+    Raises:
+        UserError: The recipe asks for more decoder stages than the network has.
+    """
+    stages, decoder_stages = len(strides), 0 if recipe.decoder_stages == AUTO else int(recipe.decoder_stages)
+    if decoder_stages >= stages:
+        raise UserError(
+            f"The recipe asks for decoder_stages={decoder_stages}, and the network has {stages - 1}. Take at most {stages - 1}."
+        )
+    patch, deepest = own_patch(patch_size, strides)
+    reason = f"one map is read, of nnU-Net's own patch, a multiple of {_by(deepest)}"
+    return Geometry(decoder_stages, stages, [1] * len(patch), patch, reason)
+
+
+def own_patch(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], np.ndarray]:
+    """Return nnU-Net's patch as a multiple of the total stride, and that stride.
+
+    nnU-Net's own patches are such multiples, and they stay as they are unless the bottleneck would be a few voxels.
+    """
+    patch, deepest = np.asarray(patch_size), np.prod(np.asarray(strides), axis=0)
+    size = np.maximum(np.floor(patch / deepest + 0.5), 1).astype(int) * deepest
+    _enlarge(size, deepest, patch)
+    return size.tolist(), deepest
+
+
+def _enlarge(size: np.ndarray, step: np.ndarray, patch: np.ndarray) -> None:
+    """Enlarge a size by whole steps until the bottleneck is large enough, the axis first that is smallest beside nnU-Net's."""
+    while np.prod(size // step) < _MIN_BOTTLENECK[len(patch)]:
+        axis = np.argmin(size / patch)
+        size[axis] += step[axis]
 
 
 def _auxiliary_stage(total_strides: np.ndarray) -> int:

@@ -4,34 +4,28 @@ Two branches look at each patch. The dominant one, encoder and partial decoder, 
 encoder alone, sees it at full size. They are compared on the image level, at each location of a dense map, and in their
 features.
 
-Source: Zeng et al., IEEE JBHI 2026, https://arxiv.org/abs/2309.11876, Figure 2 and Eq. 2-10. With ``decoder_stages`` and the
-dense and equivariance weights at 0 it is PCL (Zeng et al., MICCAI 2021, https://arxiv.org/abs/2106.09157).
+Source: Zeng et al., IEEE JBHI 2026, https://arxiv.org/abs/2309.11876, Figure 2 and Eq. 2-10.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from nnunetv2_macl.losses import MultiLevelContrastiveLoss, ReferenceValues, down, positive_mask, reference_values
+from nnunetv2_macl.losses import MultiLevelContrastiveLoss, down
 from nnunetv2_macl.methods.averaging import averaged_copy, in_chunks, update_average
-from nnunetv2_macl.methods.base import Geometry, Method, Progress, StepRandom, Views
+from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.methods.config import BranchKeys, Fraction, NotNegative, Positive, SpatialViewKeys
+from nnunetv2_macl.methods.contrast import ContrastiveMethod
 from nnunetv2_macl.methods.heads import DenseProjectionHead, GlobalProjectionHead
 from nnunetv2_macl.methods.statistics import feature_statistics
 from nnunetv2_macl.networks.base import PretrainableNetwork
 from nnunetv2_macl.views import IntensityNumbers, IntensityViews, SpatialViews
-
-# A loss counts as learned when it is below collapse by this fraction of the way to the own-view line.
-_LEARNED_FRACTION = 0.05
-# A loss that fell by more than this fraction of the collapse value since the epoch before is on its way, wherever it is.
-_FALLING_FRACTION = 0.005
 
 GROUPS = ("invariance_small", "invariance", "variance_small", "variance")
 _INTENSITY_GROUPS = {"all": GROUPS, "variance": GROUPS[2:], "auxiliary": GROUPS[1::2]}
@@ -166,7 +160,7 @@ class _MACLViews(Views):
         }
 
 
-class MACL(Method):
+class MACL(ContrastiveMethod):
     """Contrast of images and of locations between two branches, and equivariant features.
 
     Only what a loss with a weight asks for is built and computed. Embeddings are ``global_dominant`` and ``global_auxiliary``,
@@ -190,17 +184,12 @@ class MACL(Method):
         "variance_small": "dominant: down(V1)",
         "variance": "auxiliary: V2",
     }
-    statistics = ("positives", "bottleneck_rms", "bottleneck_variance")
-    reference_labels = {
-        "collapse": "collapse: one embedding for every image",
-        "own_view_only": "own view only",
-        "all_found": "all positives found",
-    }
+    statistics = (*ContrastiveMethod.statistics, "bottleneck_rms", "bottleneck_variance")
     referenced_losses = ("global", "dense")
     compares_positions = True
+    has_two_branches = True
     plan_keys = ("dominant_patch_size", "grid", "threshold", "expected_positives", "out_of_plane_rotation")
     summary = "by MACL, multi-level contrastive learning,"
-    tag = "contrastive-learning"
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__(network, geometry, recipe)
@@ -226,10 +215,8 @@ class MACL(Method):
             weight_global=recipe.weight_global,
             weight_dense=recipe.weight_dense,
             weight_equivariance=recipe.weight_equivariance,
-            temperature=recipe.temperature,
             threshold=geometry.threshold,
-            base_temperature=recipe.base_temperature,
-            own_view_weight=recipe.own_view_weight,
+            **self.loss_settings(recipe),
             equivariance_form=recipe.equivariance_form,
         )
         self.views = _MACLViews(geometry, recipe)
@@ -337,7 +324,7 @@ class MACL(Method):
 
     def measure(self, embeddings: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
         """Return the mean number of positives of an anchor, and how much the deepest features vary between images."""
-        found = {"positives": positive_mask(positions, self.loss.threshold).sum(1).float().mean()}
+        found = super().measure(embeddings, positions)
         if "bottleneck_dominant" in embeddings:
             rms, between = feature_statistics(embeddings["bottleneck_dominant"])
             found |= {"bottleneck_rms": rms, "bottleneck_variance": between}
@@ -350,32 +337,11 @@ class MACL(Method):
         return embeddings["dense_dominant"].flatten(2).mean(-1), embeddings["dense_auxiliary"].flatten(2).mean(-1)
 
     @classmethod
-    def reference_lines(cls, recipe: Any, batch_size: int, means: Mapping[str, float]) -> dict[str, float]:
-        return reference_values(
-            batch_size,
-            max(1.0, means.get("positives", 1.0)),
-            temperature=recipe.temperature,
-            base_temperature=recipe.base_temperature,
-            own_view_weight=recipe.own_view_weight,
-        )._asdict()
+    def loss_settings(cls, recipe: Any) -> dict[str, Any]:
+        return {key: getattr(recipe, key) for key in ("temperature", "base_temperature", "own_view_weight")}
 
-    @classmethod
-    def collapse_reasons(
-        cls, means: Mapping[str, float], before: Mapping[str, float], references: Mapping[str, float]
-    ) -> list[str]:
-        """Return each contrastive loss that sits at the value it has with one embedding for every image."""
-        lines = ReferenceValues(**references)
-        line = lines.collapse - _LEARNED_FRACTION * (lines.collapse - lines.own_view_only)
-        reasons = []
-        for name in cls.referenced_losses:
-            # fresh networks start above the line and fall through it
-            falling = before.get(name, math.inf) - means.get(name, math.inf) > _FALLING_FRACTION * lines.collapse
-            if means.get(name, -math.inf) > line and not falling:
-                reasons.append(
-                    f"{cls.loss_labels[name]} is {means[name]:.3f}: at {lines.collapse:.3f} every image has one embedding, a "
-                    f"network that knows the own view alone reaches {lines.own_view_only:.3f}"
-                )
-        return reasons
+    def threshold(self) -> float:
+        return self.loss.threshold
 
     @classmethod
     def collapse_advice(cls, recipe: Any) -> list[str]:

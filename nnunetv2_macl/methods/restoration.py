@@ -7,6 +7,7 @@ hidden), for any U-Net, 2D or 3D.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from nnunetv2_macl.losses import full_precision
 from nnunetv2_macl.methods.base import Geometry, Method, Progress, StepRandom, Views
-from nnunetv2_macl.methods.branches import plan_branches
-from nnunetv2_macl.methods.config import BranchKeys, Fraction, NotNegative
+from nnunetv2_macl.methods.branches import own_patch, plan_branches
+from nnunetv2_macl.methods.config import AUTO, BranchKeys, Fraction, NotNegative
 from nnunetv2_macl.networks.base import PretrainableNetwork
 from nnunetv2_macl.views import draw_mask, enlarge_mask, hidden_blocks, standardise
 
@@ -131,7 +132,13 @@ class Restoration(Method):
 
     @classmethod
     def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
-        return plan_branches(patch_size, strides, recipe)
+        """Choose nnU-Net's own patch, and the stages that MACL would train."""
+        geometry = plan_branches(patch_size, strides, recipe)
+        if recipe.scale != AUTO:
+            return geometry
+        patch, deepest = own_patch(patch_size, strides)
+        reason = f"nothing is compared, so the patch is nnU-Net's own, a multiple of {'x'.join(map(str, deepest))}"
+        return replace(geometry, scale=[1] * len(patch), patch_size=patch, reason=reason)
 
     @classmethod
     def weights(cls, recipe: Any) -> dict[str, float]:

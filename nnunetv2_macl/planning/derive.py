@@ -39,8 +39,9 @@ def derive_plan(
         UserError: the recipe and the network do not go together; the network is of a family that cannot be pre-trained;
             nnU-Net's fingerprint is missing.
     """
-    # of several methods, the first decides
-    method = methods_of(recipe.method)[0]
+    # of several methods, the one with two branches decides, else the first
+    methods = methods_of(recipe.method)
+    method = next((m for m in methods if m.has_two_branches), methods[0])
     geometry = method.plan_geometry(configuration.patch_size, configuration.strides, recipe)
     patch = geometry.patch_size
     axes = len(patch)

@@ -253,6 +253,12 @@ def check_plan(plan: MACLPlan, configuration: Configuration, file: Path, *, of_a
         require(good, key, f"a list of {axes} whole numbers above 0")
     total = np.cumprod(np.asarray(configuration.strides), axis=0)
     scale = total[plan.auxiliary_stage - 1] // total[stages - plan.decoder_stages - 1]
+    # one branch alone sees the patch as it is; version 0.1 planned a second one for restoration too
+    one_branch = plan.scale == [1] * axes and not any(
+        method.has_two_branches for method in methods_of(plan.get_recipe().method)
+    )
+    if one_branch:
+        scale = np.ones_like(scale)
     require(plan.scale == scale.tolist(), "scale", f"{scale.tolist()}, from decoder_stages and auxiliary_stage")
     step = scale * total[-1]
     require(not (np.asarray(plan.patch_size) % step).any(), "patch_size", f"a multiple of {step.tolist()}")
