@@ -20,8 +20,8 @@ def test_every_recipe_that_comes_along_is_valid(name):
 
 def test_recipes_say_what_the_methods_are():
     pcl, simclr = load_recipe("pcl", FOLDER), load_recipe("simclr", FOLDER)
-    assert (pcl.decoder_stages, pcl.scale, pcl.weight_dense, pcl.weight_equivariance) == (0, 1, 0, 0)
-    assert pcl.threshold == 0.1 and not pcl.limit_positives and simclr.threshold == 0
+    assert (pcl.method, simclr.method, pcl.threshold, pcl.limit_positives) == ("pcl", "simclr", 0.1, False)
+    assert simclr.intensity == 1 and pcl.intensity == 0
     paper = load_recipe("paper", FOLDER)
     assert (paper.decoder_stages, paper.scale, paper.temperature, paper.threshold) == (2, 4, 0.1, 0.1)
     assert (paper.weight_global, paper.weight_dense, paper.weight_equivariance) == (1.0, 0.5, 1.0)
@@ -38,7 +38,7 @@ def write(folder, content):
 
 def test_a_recipe_of_the_users_own_inherits(tmp_path):
     recipe = load_recipe(write(tmp_path, {"inherits_from": "pcl", "temperature": 0.2}), FOLDER)
-    assert (recipe.temperature, recipe.decoder_stages) == (0.2, 0)
+    assert (recipe.temperature, recipe.method) == (0.2, "pcl")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""PCL: images whose patches lie at near positions of their volumes are positives of each other.
+
+Source: Zeng et al., "Positional Contrastive Learning for Volumetric Medical Image Segmentation", MICCAI 2021,
+https://arxiv.org/abs/2106.09157. The published head has the width of the bottleneck; here its length is ``embedding_dim``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from nnunetv2_macl.methods.config import Fraction
+from nnunetv2_macl.methods.simclr import SimCLR, SimCLRConfig
+
+
+class PCLConfig(SimCLRConfig):
+    """The recipe keys of PCL."""
+
+    intensity: Annotated[float, Field(ge=0, le=2)] = Field(
+        0.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0`: none"
+    )
+    threshold: Fraction = Field(
+        0.1, description="t, the fraction of the volume within which two patches are positives of each other"
+    )
+    limit_positives: bool = Field(
+        False,
+        description="whether t is lowered until an anchor has at most about N/8 positives besides its own other view",
+    )
+
+
+class PCL(SimCLR):
+    """Contrast of whole images with positives by position."""
+
+    name = "pcl"
+    Config = PCLConfig
+    loss_labels = {"positional": "L_p, image level"}
+    referenced_losses = ("positional",)
+    compares_positions = True
+    plan_keys = ("threshold", "expected_positives", "out_of_plane_rotation")
+    summary = "by PCL, contrastive learning with positives by position,"
