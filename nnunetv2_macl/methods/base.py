@@ -106,6 +106,8 @@ def to_device(numbers: Any, device: torch.device) -> Any:
         return numbers.to(device, non_blocking=True)
     if isinstance(numbers, dict):
         return {key: to_device(value, device) for key, value in numbers.items()}
+    if isinstance(numbers, list):
+        return [to_device(value, device) for value in numbers]
     if isinstance(numbers, tuple):
         moved = (to_device(value, device) for value in numbers)
         return type(numbers)(*moved) if hasattr(numbers, "_fields") else tuple(moved)
@@ -150,7 +152,6 @@ class Method(nn.Module, ABC):
         Config: Its recipe keys.
         loss_labels: Each loss by name, with the label that log, curves and report show: "L_g, image level".
         view_titles: Each view that is an image, with its title in ``views.png``.
-        statistics: Names of the values of `measure` that the log keeps.
         reference_labels: Each value of `reference_lines`, with its label in a curve.
         referenced_losses: The losses that these lines belong to.
         couples_samples: Whether the loss of a patch depends on the other patches. Where it does not, parts of a batch need no
@@ -167,7 +168,6 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type[MethodConfig]]
     loss_labels: ClassVar[Mapping[str, str]]
     view_titles: ClassVar[Mapping[str, str]] = {}
-    statistics: ClassVar[Sequence[str]] = ()
     reference_labels: ClassVar[Mapping[str, str]] = {}
     referenced_losses: ClassVar[Sequence[str]] = ()
     couples_samples: ClassVar[bool] = True
@@ -248,7 +248,7 @@ class Method(nn.Module, ABC):
         """Update what follows the weights, such as an average or a queue. A step that was skipped does not come here."""
 
     def measure(self, embeddings: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-        """Return the values of `statistics` that there are, on the device."""
+        """Return the values that `statistics` names, on the device; none without embeddings."""
         return {}
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -257,6 +257,11 @@ class Method(nn.Module, ABC):
         The watch for collapse and the probes look at them.
         """
         return None
+
+    @classmethod
+    def statistics(cls, recipe: Any) -> list[str]:
+        """Return the names of the values of `measure` with a recipe, which the log keeps."""
+        return []
 
     @classmethod
     def reference_lines(cls, recipe: Any, batch_size: int, means: Mapping[str, float]) -> dict[str, float]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -20,13 +20,16 @@ _FALLING_FRACTION = 0.005
 class ContrastiveMethod(Method):
     """A method whose losses have known values: at collapse, with the own view found, and with all positives found."""
 
-    statistics: ClassVar[Sequence[str]] = ("positives",)
     reference_labels = {
         "collapse": "collapse: one embedding for every image",
         "own_view_only": "own view only",
         "all_found": "all positives found",
     }
     tag = "contrastive-learning"
+
+    @classmethod
+    def statistics(cls, recipe: Any) -> list[str]:
+        return ["positives"]
 
     @classmethod
     def loss_settings(cls, recipe: Any) -> dict[str, Any]:

@@ -184,7 +184,6 @@ class MACL(ContrastiveMethod):
         "variance_small": "dominant: down(V1)",
         "variance": "auxiliary: V2",
     }
-    statistics = (*ContrastiveMethod.statistics, "bottleneck_rms", "bottleneck_variance")
     referenced_losses = ("global", "dense")
     compares_positions = True
     has_two_branches = True
@@ -335,6 +334,10 @@ class MACL(ContrastiveMethod):
         if "global_dominant" in embeddings:
             return embeddings["global_dominant"], embeddings["global_auxiliary"]
         return embeddings["dense_dominant"].flatten(2).mean(-1), embeddings["dense_auxiliary"].flatten(2).mean(-1)
+
+    @classmethod
+    def statistics(cls, recipe: Any) -> list[str]:
+        return super().statistics(recipe) + ["bottleneck_rms", "bottleneck_variance"] * (recipe.weight_equivariance > 0)
 
     @classmethod
     def loss_settings(cls, recipe: Any) -> dict[str, Any]:

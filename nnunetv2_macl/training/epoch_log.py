@@ -21,7 +21,7 @@ _OF_EMBEDDINGS = ("embedding_variance", "embedding_rank")
 def _statistics(recipe: Recipe) -> list[str]:
     """Return the names of the statistics that a recipe's methods may measure."""
     methods = methods_of(recipe.method)
-    names = [name for method in methods for name in method.statistics]
+    names = [name for method in methods for name in method.statistics(recipe)]
     return names + [*_OF_EMBEDDINGS] * any(method.couples_samples for method in methods)
 
 

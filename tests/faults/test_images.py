@@ -93,7 +93,7 @@ FILES = {
     "4D of one": (".nii.gz", lambda f: nifti(f, GOOD[..., None]), None),
     "5D": (".nii.gz", lambda f: nifti(f, np.stack([np.stack([GOOD] * 2, -1)] * 2, -1)), "cannot be used|dimensions|channels"),
     "RGB where grey is planned": (".nii.gz", lambda f: write(f, np.zeros((*SHAPE, 3), np.uint8), vector=True), "channels"),
-    "RGB, one slice": (".nii.gz", lambda f: write(f, COLOURED[:1], vector=True), "of 2 axes"),
+    "RGB, one slice": (".nii.gz", lambda f: write(f, COLOURED[:1], vector=True), "channels"),
     "complex numbers": (".nii.gz", lambda f: nifti(f, GOOD.astype(np.complex64)), "complex|cannot be used"),
     "no voxels": (".nii", lambda f: patched(f, DIMENSIONS, struct.pack("<8h", 3, 0, 40, 48, 1, 1, 1, 1)), "cannot be used|empty"),
     "NaN": (".nii.gz", lambda f: write(f, np.where(GOOD > 130, np.nan, GOOD).astype(np.float32)), "NaN"),

@@ -7,6 +7,7 @@ preprocessed: no process of the pool is left.
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def test_no_preprocessing_process_outlives_the_command(workspace):
     folder = workspace.raw / DATASET / "imagesUn"
     image = next(folder.iterdir())
     for number in range(500):
-        os.link(image, folder / f"more{number}_0000.nii.gz")
+        shutil.copy(image, folder / f"more{number}_0000.nii.gz")
     command = ["nnUNetv2_train_macl_pretrain", "901", "-c", "2d", "--preprocess_only", "-device", "cpu", "-np", "2"]
     process = subprocess.Popen(command, env=workspace.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not any(workspace.preprocessed.rglob("more*.b2nd")):
