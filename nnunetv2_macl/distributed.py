@@ -64,33 +64,43 @@ def gather(local: Tensor, patches: int) -> Tensor:
         local: One row for each patch of this rank's `share`.
         patches: N, of all ranks.
     """
-    return local if world_size() == 1 else _Gather.apply(local, patches)
+    return gather_all({"": local}, patches)[""]
 
 
 def gather_all(local: dict[str, Tensor], patches: int) -> dict[str, Tensor]:
     """Gather several tensors as `gather` does, in one message; half precision becomes float32 where they differ."""
     if world_size() == 1 or not local:
         return local
-    rows = [tensor.flatten(1) for tensor in local.values()]
-    everyone = gather(torch.cat(rows, 1), patches).split([row.shape[1] for row in rows], 1)
+    rows = [tensor.detach().reshape(len(tensor), -1) for tensor in local.values()]
+    everyone = _all_rows(torch.cat(rows, 1), patches).split([row.shape[1] for row in rows], 1)
     return {
-        name: part.reshape(patches, *tensor.shape[1:])
+        name: _Gathered.apply(tensor, part.reshape(patches, *tensor.shape[1:]))
         for (name, tensor), part in zip(local.items(), everyone, strict=True)
     }
 
 
-class _Gather(torch.autograd.Function):
+def _all_rows(local: Tensor, patches: int) -> Tensor:
+    """Return the rows of all ranks, without gradients."""
+    sizes = [last - first for first, last in (share(patches, number) for number in range(world_size()))]
+    # all_gather wants one shape: pad to the largest share
+    padded = local.new_zeros(max(sizes), *local.shape[1:])
+    padded[: len(local)] = local
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+class _Gathered(torch.autograd.Function):
+    """Joins the rows of a tensor to those of all ranks.
+
+    Each tensor has its own, so that one which the loss does not use has no gradient, as in one process. With a gradient of 0
+    an optimiser would still move the weights behind it, by its momentum and the weight decay.
+    """
+
     @staticmethod
-    def forward(ctx: Any, local: Tensor, patches: int) -> Tensor:
-        ctx.mine = slice(*share(patches))
-        shares = [share(patches, number) for number in range(world_size())]
-        sizes = [last - first for first, last in shares]
-        # all_gather wants one shape: pad to the largest share
-        padded = local.new_zeros(max(sizes), *local.shape[1:])
-        padded[: len(local)] = local
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    def forward(ctx: Any, local: Tensor, everyone: Tensor) -> Tensor:
+        ctx.mine = slice(*share(len(everyone)))
+        return everyone
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

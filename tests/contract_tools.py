@@ -1,0 +1,211 @@
+"""Every registered method with every registered network, and training steps of them, for tests/test_contract.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+import steps
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from nnunetv2_macl import distributed
+from nnunetv2_macl.building import build_model, build_optimizer
+from nnunetv2_macl.data import draw_corner
+from nnunetv2_macl.methods.registry import all_methods, methods_of
+from nnunetv2_macl.networks.base import class_name
+from nnunetv2_macl.networks.registry import families
+from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.synthetic import generate_dataset
+from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
+
+# A batch that neither two ranks nor parts divide.
+PATCHES = 5
+STEPS_OF_AN_EPOCH = 15
+# Each registered method with its defaults, and what methods can be beyond: a sum, averaged copies, stages of training.
+RECIPES = {name: {"method": name} for name in all_methods()} | {
+    "macl+restoration": {"method": "macl+restoration"},
+    "macl_averaged_encoder": {"method": "macl", "auxiliary_encoder": "ema"},
+    "macl_two_stages": {"method": "macl", "training_stages": 2},
+}
+
+
+class Case(NamedTuple):
+    """A recipe, and one of the example networks of a family.
+
+    Attributes:
+        recipe: A name of `RECIPES`.
+        family: The number of the family in `families()`.
+        axes: 2 or 3.
+        example: The number of the network in the family's `examples`.
+    """
+
+    recipe: str
+    family: int
+    axes: int
+    example: int
+
+    @property
+    def first_steps(self) -> tuple[int, ...]:
+        """Return the first step of each half of a run, because a method may train other weights in the second half.
+
+        In 3D, where steps take long, it is that of the first half alone.
+        """
+        return (0, STEPS_OF_AN_EPOCH)[: 4 - self.axes]
+
+    @property
+    def name(self) -> str:
+        """Return recipe, network and axes as a test's name has them."""
+        network = class_name(type(self.network())).rpartition(".")[2]
+        return f"{self.recipe}-{network}-{self.axes}D"
+
+    def network(self) -> nn.Module:
+        """Return the segmentation network, the same weights in every call."""
+        torch.manual_seed(0)
+        return families()[self.family].examples(self.axes)[self.example]
+
+
+def all_cases(*, one_per_family: bool = False) -> list[Case]:
+    """Return each recipe with each example network in 2D, and with the first one of each family in 3D.
+
+    Args:
+        one_per_family: Whether the first one of each family is enough in 2D, too.
+    """
+    return [
+        Case(recipe, number, axes, example)
+        for recipe in RECIPES
+        for number, family in enumerate(families())
+        for axes in (2, 3)
+        for example in range(len(family.examples(axes)[: 1 if one_per_family or axes == 3 else None]))
+    ]
+
+
+def example_network(
+    input_channels: int, num_classes: int, family: int, axes: int, example: int, deep_supervision: bool = True
+) -> nn.Module:
+    """Return an example network. A plan of `configuration_of` has this function as its network class."""
+    return Case("", family, axes, example).network()
+
+
+def configuration_of(case: Case, patch_size: list[int], channels: int) -> Configuration:
+    """Return a configuration of nnU-Net whose network is the one of the case."""
+    architecture = {
+        "network_class_name": f"{__name__}.{example_network.__name__}",
+        "arch_kwargs": {"family": case.family, "axes": case.axes, "example": case.example},
+        "_kw_requires_import": [],
+    }
+    planned = {
+        "architecture": architecture,
+        "patch_size": patch_size,
+        "normalization_schemes": ["ZScoreNormalization"] * channels,
+    }
+    plans = {"dataset_name": "Dataset001_Contract", "plans_name": "plans", "configurations": {"contract": planned}}
+    dataset_json = {"channel_names": {str(number): "MR" for number in range(channels)}}
+    return Configuration("Dataset001_Contract", "plans", "contract", PlansManager(plans), dataset_json)
+
+
+class Prepared(NamedTuple):
+    """A training step, its segmentation network, and nnU-Net's configuration."""
+
+    step: TrainingStep
+    network: nn.Module
+    configuration: Configuration
+
+
+def prepare(
+    case: Case,
+    dtype: torch.dtype = torch.float64,
+    *,
+    patches_at_once: int = PATCHES,
+    size: int = 1,
+    **settings: Any,
+) -> Prepared:
+    """Return a training step of a case, on the CPU.
+
+    Args:
+        case: Method and network.
+        dtype: Of the weights.
+        patches_at_once: Patches in a part of the batch.
+        size: How many times as large as necessary a patch is, per axis.
+        **settings: Further recipe values.
+    """
+    network, family = case.network(), families()[case.family]
+    adapter = family(network, 0)
+    totals = [(1,) * case.axes, *(level.stride for level in adapter.encoder_levels)]
+    strides = [[b // a for a, b in zip(*pair, strict=True)] for pair in pairwise(totals)]
+    # A bottleneck of one voxel has no instance norm.
+    planned = [2 * size * multiple for multiple in adapter.patch_multiple]
+    of_all = {"decoder_stages": 1, "num_epochs": 2, "num_iterations_per_epoch": STEPS_OF_AN_EPOCH}
+    recipe = steps.recipe_of(**RECIPES[case.recipe] | of_all | settings)
+    geometry = methods_of(recipe.method)[0].plan_geometry(planned, strides, recipe)
+    plan = replace(
+        steps.plan(PATCHES, patches_at_once, recipe),
+        decoder_stages=geometry.decoder_stages,
+        auxiliary_stage=geometry.auxiliary_stage,
+        scale=geometry.scale,
+        patch_size=geometry.patch_size,
+        dominant_patch_size=geometry.dominant_patch_size,
+    )
+    configuration = configuration_of(case, geometry.patch_size, adapter.image_channels)
+    # The heads are the same in every call, too.
+    torch.manual_seed(1)
+    model = build_model(configuration, plan.geometry, recipe, network).to(dtype)
+    if distributed.world_size() > 1:
+        distributed.synchronise_batch_norm(model)
+    optimizer = build_optimizer(model, recipe)
+    schedule = LambdaLR(optimizer, partial(learning_rate_share, recipe))
+    step = TrainingStep(model, optimizer, schedule, None, plan, torch.device("cpu"))
+    return Prepared(step, network, configuration)
+
+
+def make_volumes(folder: Path, channels: int) -> list[Tensor]:
+    """Return generated volumes, (channels, *volume), each channel normalised to zero mean and unit variance."""
+    generate_dataset(folder, labelled=0, unlabelled=4, test=0, shape=(16, 72, 72), channels=channels)
+    volumes = []
+    for first in sorted((folder / "imagesUn").glob("*_0000.nii.gz")):
+        files = sorted(first.parent.glob(first.name.replace("_0000.", "_*.")))
+        volume = torch.stack([torch.from_numpy(sitk.GetArrayFromImage(sitk.ReadImage(str(file)))) for file in files])
+        mean, deviation = (measured(volume.flatten(1), 1)[:, None, None, None] for measured in (torch.mean, torch.std))
+        volumes.append(((volume - mean) / deviation).float())
+    return volumes
+
+
+def batch_of(step: TrainingStep, volumes: list[Tensor], number: int) -> dict[str, Tensor]:
+    """Return the patches of this rank in a batch: random places of random volumes, in the precision of the weights.
+
+    Args:
+        step: Says how large a batch and a patch are.
+        volumes: (channels, *volume), with at least as many channels as the network takes.
+        number: Of the step.
+    """
+    size, channels = step.plan.patch_size, step.model.network.image_channels
+    whole = [1] * (3 - len(size)) + size
+    drawn = np.random.default_rng(number)
+    patches, positions = [], []
+    for _ in range(step.plan.batch_size):
+        volume = volumes[drawn.integers(len(volumes))][:channels]
+        # A volume may be thinner than the patch.
+        short = [max(0, n - available) for n, available in zip(whole, volume.shape[1:], strict=True)]
+        volume = nn.functional.pad(volume, [width for n in reversed(short) for width in (0, n)])
+        corner = draw_corner(volume.shape[1:], whole, drawn)
+        place = [slice(first, first + n) for first, n in zip(corner, whole, strict=True)]
+        patches.append(volume[(slice(None), *place)].reshape(channels, *size))
+        positions.append([(first + n / 2) / m for first, n, m in zip(corner, whole, volume.shape[1:], strict=True)])
+    mine = slice(step.first, step.last)
+    dtype = next(step.model.parameters()).dtype
+    return {"data": torch.stack(patches).to(dtype)[mine], "positions": torch.tensor(positions)[mine].float()}
+
+
+def state_of(step: TrainingStep) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights, the buffers and the state of the optimiser, by name."""
+    yield from step.model.state_dict().items()
+    for number, values in step.optimizer.state_dict()["state"].items():
+        yield from ((f"optimizer.{number}.{key}", value) for key, value in values.items() if isinstance(value, Tensor))

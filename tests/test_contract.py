@@ -1,0 +1,203 @@
+"""What every method with every network must do. A new method or network is tested here without a change of this file."""
+
+import math
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from contract_tools import PATCHES, STEPS_OF_AN_EPOCH, all_cases, batch_of, make_volumes, prepare, state_of
+from steps import gradients
+
+from benchmarks.measure import peak_allocated
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.building import load_optimizer
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.methods.registry import methods_of
+from nnunetv2_macl.planning.memory import MemoryEstimate
+from nnunetv2_macl.training.resume import weights_of
+
+RANKS = 2
+ONE_PER_FAMILY = all_cases(one_per_family=True)
+over_cases = pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+over_families = pytest.mark.parametrize("case", ONE_PER_FAMILY, ids=lambda case: case.name)
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    """Generated volumes with as many channels as any of the networks takes."""
+    channels = max(prepare(case).step.model.network.image_channels for case in ONE_PER_FAMILY)
+    return make_volumes(tmp_path_factory.mktemp("volumes") / "Dataset001_Contract", channels)
+
+
+def assert_close(found, expected):
+    """Compare tensors by name in float64."""
+    found, expected = dict(found), dict(expected)
+    assert found.keys() == expected.keys() and expected
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-8, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@over_cases
+def test_losses_are_finite_and_declared(case, volumes):
+    step = prepare(case, torch.float32).step
+    methods = methods_of(step.recipe.method)
+    declared = {name for method in methods for name in (*method.loss_labels, *method.statistics)}
+    for number in (0, STEPS_OF_AN_EPOCH):
+        data = batch_of(step, volumes, number)
+        measured = step(data, number)
+        assert not step.was_skipped and all(map(math.isfinite, measured.values()))
+        assert step.recipe.losses.keys() <= measured.keys()
+        assert measured.keys() <= declared | {"total", "embedding_variance", "embedding_rank"}
+        shown = step.show(data["data"], number)
+        for method in methods:
+            assert method.view_titles.keys() <= shown[method.name].keys()
+            assert {len(view) for view in shown[method.name].values()} == {PATCHES}
+
+
+@over_cases
+def test_the_gradient_reaches_all_that_is_trained_and_nothing_else(case, volumes):
+    step, network, _ = prepare(case, torch.float32)
+    reached = set()
+    for number in (0, STEPS_OF_AN_EPOCH):
+        before = {name: parameter.clone() for name, parameter in step.model.named_parameters()}
+        step(batch_of(step, volumes, number), number)
+        trained = {name: parameter for name, parameter in step.model.named_parameters() if parameter.requires_grad}
+        for name, parameter in trained.items():
+            if parameter.grad is None:
+                # what the method withholds at this step keeps its value, whatever the optimiser remembers
+                assert torch.equal(parameter, before[name]), name
+            # a bias before a norm has no gradient but rounding
+            elif parameter.ndim == 1 or parameter.grad.norm() > 1e-6:
+                reached.add(name)
+    assert reached == trained.keys()
+    held = {id(parameter) for parameter in step.model.parameters()}
+    assert all(parameter.grad is None for parameter in network.parameters() if id(parameter) not in held)
+    assert all(parameter.grad is None for parameter in step.model.parameters() if not parameter.requires_grad)
+    optimised = [id(parameter) for group in step.optimizer.param_groups for parameter in group["params"]]
+    assert optimised == [id(parameter) for parameter in trained.values()]
+
+
+@over_cases
+def test_parts_of_a_batch_equal_the_whole(case, volumes):
+    if prepare(case).step.model.network.mixes_samples:
+        with pytest.raises(UserError, match="batch norm or dropout"):
+            prepare(case, patches_at_once=2)
+        return
+    for number in case.first_steps:
+        whole, parts = (prepare(case, patches_at_once=at_once).step for at_once in (PATCHES, 2))
+        measured = [step(batch_of(step, volumes, number), number) for step in (whole, parts)]
+        assert measured[1] == pytest.approx(measured[0], rel=1e-9)
+        assert_close(gradients(parts), gradients(whole))
+        assert_close(parts.model.state_dict(), whole.model.state_dict())
+
+
+def results_of(case, volumes):
+    """Train the first steps of a case; returns losses, gradients and weights of each."""
+    results = []
+    for number in case.first_steps:
+        step = prepare(case).step
+        results.append((step(batch_of(step, volumes, number), number), gradients(step), step.model.state_dict()))
+    return results
+
+
+def rank_process(rank, port, folder, volumes):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    for case in ONE_PER_FAMILY:
+        torch.save(results_of(case, volumes), f"{folder}/{case.name}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results_of_ranks(volumes, tmp_path_factory):
+    """A folder with what each rank has of each case. Ranks start slowly, so that all cases share one start."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    mp.spawn(rank_process, (port, str(folder), volumes), nprocs=RANKS)
+    return folder
+
+
+@over_families
+def test_two_ranks_equal_one(case, volumes, results_of_ranks):
+    expected = results_of(case, volumes)
+    for rank in range(RANKS):
+        found = torch.load(results_of_ranks / f"{case.name}_{rank}.pt", weights_only=True)
+        for theirs, ours in zip(found, expected, strict=True):
+            assert theirs[0] == pytest.approx(ours[0], rel=1e-9)
+            assert_close(theirs[1], ours[1])
+            assert_close(theirs[2], ours[2])
+
+
+@over_cases
+def test_a_run_that_was_saved_goes_on_to_the_same_bits(case, volumes, tmp_path):
+    whole, resumed = (prepare(case, torch.float32).step for _ in range(2))
+    first, *others = range(STEPS_OF_AN_EPOCH - 1, STEPS_OF_AN_EPOCH + 2)
+    whole(batch_of(whole, volumes, first), first)
+    states = {"network_weights": whole.model.state_dict(), "optimizer_state": whole.optimizer.state_dict()}
+    checkpoints.save(states, tmp_path / "checkpoint.pth")
+    with torch.no_grad():
+        for values in resumed.model.state_dict().values():
+            values.zero_()
+    checkpoint = checkpoints.load(tmp_path / "checkpoint.pth")
+    resumed.model.load_state_dict(weights_of(checkpoint))
+    load_optimizer(resumed.optimizer, checkpoint["optimizer_state"])
+    resumed.scheduler.last_epoch = 1
+    for number in others:
+        assert resumed(batch_of(resumed, volumes, number), number) == whole(batch_of(whole, volumes, number), number)
+    found, expected = dict(state_of(resumed)), dict(state_of(whole))
+    assert found.keys() == expected.keys()
+    assert not [name for name, values in expected.items() if not torch.equal(found[name], values)]
+
+
+@over_families
+def test_the_loss_falls(case, volumes):
+    step = prepare(case, torch.float32, optimizer="adamw", learning_rate=2e-3).step
+    # the same patches and views, before and after
+    before = step(batch_of(step, volumes, 0), 0)["total"]
+    for number in range(1, STEPS_OF_AN_EPOCH):
+        step(batch_of(step, volumes, number), number)
+    after = step(batch_of(step, volumes, 0), 0)["total"]
+    print(f"FALL {case.name} {before:.4f} {after:.4f} {after / before:.3f}")
+    assert after < before
+
+
+@over_cases
+def test_exported_weights_are_those_of_the_network(case, volumes, tmp_path):
+    step, network, configuration = prepare(case, torch.float32)
+    before = {name: values.clone() for name, values in network.state_dict().items()}
+    for number in (0, STEPS_OF_AN_EPOCH):
+        step(batch_of(step, volumes, number), number)
+    encoder, decoder = step.model.network.trained_weights()
+    fresh = case.network().state_dict()
+    description = {"configuration": configuration.name, "architecture": configuration.architecture()}
+    checkpoints.export_weights(tmp_path, encoder=encoder, decoder=decoder, unet_weights=fresh, description=description)
+    exported = checkpoints.load_weights(tmp_path).weights
+    own, names = network.state_dict(), checkpoints.first_names(network.state_dict())
+    assert {name: values.shape for name, values in exported.items()} == {name: own[name].shape for name in exported}
+    assert all(torch.equal(values, own[name]) for name, values in exported.items())
+    changed = {names[name] for name, values in own.items() if not torch.equal(values, before[name])}
+    trained = {names[name] for name in exported}
+    # a bias before a norm may stay as it is for two steps
+    assert changed <= trained and all(own[name].ndim == 1 for name in trained - changed)
+    whole = checkpoints.load(tmp_path / checkpoints.NETWORK_FILE)["network_weights"]
+    assert {name: values.shape for name, values in whole.items()} == {n: values.shape for n, values in own.items()}
+    network.load_state_dict(whole)
+
+
+@over_families
+def test_the_memory_plan_agrees_with_a_real_step(case, volumes):
+    step, _, configuration = prepare(case, torch.float32, size=4 if case.axes == 2 else 1)
+    estimate = MemoryEstimate(configuration, step.plan.geometry, step.recipe).gib(PATCHES) * 2**30
+    data = batch_of(step, volumes, 0)
+    step(data, 0)
+    step.optimizer.zero_grad(set_to_none=True)
+    held = {values.data_ptr(): values.nbytes for _, values in state_of(step)}
+    measured = sum(held.values()) + data["data"].nbytes + peak_allocated(lambda: step(data, 1))[1]
+    print(f"MEMORY {case.name} {estimate / measured:.3f} {measured / 2**20:.2f} MiB")
+    assert estimate == pytest.approx(measured, rel=0.15)
