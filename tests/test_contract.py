@@ -44,7 +44,7 @@ def assert_close(found, expected):
 def test_losses_are_finite_and_declared(case, volumes):
     step = prepare(case, torch.float32).step
     methods = methods_of(step.recipe.method)
-    declared = {name for method in methods for name in (*method.loss_labels, *method.statistics)}
+    declared = {name for method in methods for name in (*method.loss_labels, *method.statistics(step.recipe))}
     for number in (0, STEPS_OF_AN_EPOCH):
         data = batch_of(step, volumes, number)
         measured = step(data, number)

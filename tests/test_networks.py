@@ -16,7 +16,7 @@ from torch import nn
 
 from nnunetv2_macl import doctor
 from nnunetv2_macl.checkpoints import PretrainedWeights
-from nnunetv2_macl.cli import look, pretrain
+from nnunetv2_macl.cli import doctor, pretrain
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.networks.base import Level, check_adapter, class_name
 from nnunetv2_macl.networks.registry import families, family_of, network_types, pretrainable
@@ -236,7 +236,7 @@ def test_a_plan_with_another_network_is_refused_before_anything_is_done(workspac
             entry()
         return end.value.code, capsys.readouterr().out
 
-    code, out = refusal(look.doctor_entry, "--json")
+    code, out = refusal(doctor.doctor_entry, "--json")
     (plan,) = [result for result in json.loads(out)["results"] if result["check"] == "plan"]
     message, _ = refusal(pretrain.pretrain_entry)
     assert code == 1 and plan["status"] == doctor.WRONG
