@@ -14,7 +14,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from steps import unet
 from torch import nn
 
-from nnunetv2_macl import doctor
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.cli import doctor, pretrain
 from nnunetv2_macl.errors import UserError
@@ -239,7 +238,7 @@ def test_a_plan_with_another_network_is_refused_before_anything_is_done(workspac
     code, out = refusal(doctor.doctor_entry, "--json")
     (plan,) = [result for result in json.loads(out)["results"] if result["check"] == "plan"]
     message, _ = refusal(pretrain.pretrain_entry)
-    assert code == 1 and plan["status"] == doctor.WRONG
+    assert code == 1 and plan["status"] == "wrong"
     for words in (plan["words"], message):
         assert f"{file}, 2d: The network {name} cannot be pre-trained" in words
         assert all(known.rpartition(".")[2] in words for known in network_types())

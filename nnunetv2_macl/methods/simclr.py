@@ -108,7 +108,8 @@ class SimCLR(ContrastiveMethod):
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
         loss = self.loss(embeddings["first"], embeddings["second"], positions)
-        return {"contrast": loss, "total": loss}
+        (name,) = self.loss_labels
+        return {name: loss, "total": loss}
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return embeddings["first"], embeddings["second"]
