@@ -83,7 +83,8 @@ def test_the_command_from_beginning_to_end(workspace):
     for key, value in {**encoder["network_weights"], **decoder["network_weights"]}.items():
         assert torch.equal(value, whole[key]) and value.shape == own[key].shape
     assert same(encoder["network_weights"], {k: v for k, v in whole.items() if k.startswith("encoder.")})
-    assert same(encoder["network_weights"], {k: v for k, v in checkpoint.items() if k.startswith("encoder.")})
+    in_checkpoint = {k.removeprefix("network."): v for k, v in checkpoint.items() if k.startswith("network.encoder.")}
+    assert same(encoder["network_weights"], in_checkpoint)
     stages = encoder["macl_plan"]["decoder_stages"]
     assert {k.split(".")[2] for k in decoder["network_weights"]} == {str(i) for i in range(stages)}
     for content in (encoder, decoder, network):
