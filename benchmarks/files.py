@@ -19,7 +19,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from benchmarks.measure import Row, at_least, at_most, side_by_side, timed
 from benchmarks.step import batch, training_step
 from nnunetv2_macl.data import PretrainingBatches, Sampling
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, DatasetConfiguration
 from nnunetv2_macl.planning.plan import volume_patch
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled, unlabelled_folder
 from nnunetv2_macl.preprocessing.sources import training_cases
@@ -69,11 +69,11 @@ def _command(*words: str) -> None:
 
 def run(device: torch.device) -> list[Row]:
     with dataset():
-        configuration = Configuration.load(DATASET, "nnUNetPlans", "2d")
+        configuration = DatasetConfiguration.load(DATASET, "nnUNetPlans", "2d")
         return [_preprocessing(configuration), *_loader(configuration, device), _start(configuration, device)]
 
 
-def _preprocessing(configuration: Configuration) -> Row:
+def _preprocessing(configuration: DatasetConfiguration) -> Row:
     def ours() -> None:
         shutil.rmtree(unlabelled_folder(configuration), ignore_errors=True)
         with contextlib.redirect_stderr(io.StringIO()):
@@ -89,7 +89,7 @@ def _preprocessing(configuration: Configuration) -> Row:
     return at_most("preprocessing", what, seconds, nnunet_seconds, "s", 1.0)
 
 
-def _loader(configuration: Configuration, device: torch.device) -> list[Row]:
+def _loader(configuration: DatasetConfiguration, device: torch.device) -> list[Row]:
     patch = configuration.patch_size
     step = training_step(configuration, device, batch_size=16)
     sampling = Sampling(volume_patch(patch), 16, step.plan.position_group_size, 1)
@@ -112,7 +112,7 @@ def _loader(configuration: Configuration, device: torch.device) -> list[Row]:
     ]
 
 
-def _start(configuration: Configuration, device: torch.device) -> Row:
+def _start(configuration: DatasetConfiguration, device: torch.device) -> Row:
     """Many preprocessed cases, as links to the few that there are."""
     for folder in (configuration.cases_folder, unlabelled_folder(configuration) / DATASET):
         files = sorted(file for file in folder.iterdir() if file.suffix in (".b2nd", ".pkl"))

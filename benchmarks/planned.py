@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, DatasetConfiguration
 
 FLAT = 999.0  # nnU-Net's spacing for the axis that 2D files lack
 
@@ -93,14 +93,14 @@ def plan_with_nnunet(fingerprint: Fingerprint, folder: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def planned(fingerprint: Fingerprint, configuration: str, folder: Path) -> Iterator[Configuration]:
+def planned(fingerprint: Fingerprint, configuration: str, folder: Path) -> Iterator[DatasetConfiguration]:
     """The configuration as nnU-Net's planner makes it; its three folders are in ``folder`` meanwhile."""
     before = {name: os.environ.get(name) for name in FOLDER_VARIABLES}
     os.environ.update({name: str(folder / name) for name in FOLDER_VARIABLES})
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             dataset, plans = plan_with_nnunet(fingerprint, folder)
-        yield Configuration.load(dataset, plans, configuration)
+        yield DatasetConfiguration.load(dataset, plans, configuration)
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -14,12 +14,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.measure import Row, at_most, side_by_side
 from benchmarks.planned import FLAT, Fingerprint, planned
-from nnunetv2_macl.building import build_model, build_optimizer
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.factory import build_model, build_optimizer
+from nnunetv2_macl.files import resource_folder
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.recipe import load_recipe
-from nnunetv2_macl.resources import resource_folder
-from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
+from nnunetv2_macl.training.step import TrainingStep, lr_factor
 
 SHAPES = {
     "2D 256x256": (Fingerprint("2D", ("MR",), (1, 248, 248), (FLAT, 1.0, 1.0), ExperimentPlanner), "2d", 16),
@@ -36,7 +36,7 @@ def recipes() -> list[str]:
 
 
 def training_step(
-    configuration: Configuration,
+    configuration: DatasetConfiguration,
     device: torch.device,
     recipe: str = "macl",
     *,
@@ -62,7 +62,7 @@ def training_step(
     if compiled:
         model = torch.compile(model)  # type: ignore[assignment]
     optimizer = build_optimizer(model, planned_recipe)
-    schedule = LambdaLR(optimizer, partial(learning_rate_share, planned_recipe))
+    schedule = LambdaLR(optimizer, partial(lr_factor, planned_recipe))
     scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
     return TrainingStep(model, optimizer, schedule, scaler, plan, device)
 
@@ -99,7 +99,7 @@ def network_alone(step: TrainingStep, patches: Tensor) -> Callable[[], None]:
     return run
 
 
-def planned_shapes() -> Iterator[tuple[str, Configuration, int]]:
+def planned_shapes() -> Iterator[tuple[str, DatasetConfiguration, int]]:
     """Yield, for each of `SHAPES`, its name in words, its configuration and its patches in a step."""
     for name, (fingerprint, configuration_name, patches) in SHAPES.items():
         with (

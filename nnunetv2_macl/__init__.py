@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nnunetv2_macl.losses import EquivarianceLoss as EquivarianceLoss
     from nnunetv2_macl.losses import MultiLevelContrastiveLoss as MultiLevelContrastiveLoss
     from nnunetv2_macl.losses import PositionalContrastiveLoss as PositionalContrastiveLoss
-    from nnunetv2_macl.losses import down as down
+    from nnunetv2_macl.losses import downsample as downsample
     from nnunetv2_macl.losses import positive_mask as positive_mask
     from nnunetv2_macl.losses import reference_values as reference_values
     from nnunetv2_macl.methods.base import Geometry as Geometry
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
     from nnunetv2_macl.run import pretrain as pretrain
     from nnunetv2_macl.training.finetune import nnUNetTrainerMACL as nnUNetTrainerMACL
     from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain as nnUNetTrainerMACLPretrain
-    from nnunetv2_macl.views import IntensityViews as IntensityViews
-    from nnunetv2_macl.views import SpatialViews as SpatialViews
+    from nnunetv2_macl.views import RandomAffine as RandomAffine
+    from nnunetv2_macl.views import RandomIntensity as RandomIntensity
 
 _FOUND_IN = {
     "DenseContrastiveLoss": "losses",
     "EquivarianceLoss": "losses",
     "Geometry": "methods.base",
-    "IntensityViews": "views",
+    "RandomIntensity": "views",
     "MultiLevelContrastiveLoss": "losses",
     "PositionalContrastiveLoss": "losses",
     "PretrainingModel": "methods.model",
     "Progress": "methods.base",
     "Recipe": "recipe",
-    "SpatialViews": "views",
+    "RandomAffine": "views",
     "StepRandom": "methods.base",
     "UserError": "errors",
-    "down": "losses",
+    "downsample": "losses",
     "load_recipe": "recipe",
     "nnUNetTrainerMACL": "training.finetune",
     "nnUNetTrainerMACLPretrain": "training.pretrain",

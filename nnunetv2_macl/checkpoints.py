@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import sidecar, verify, write_sidecar, write_whole
+from nnunetv2_macl.files import atomic_write, checksum_path, verify, write_checksum
 
 FORMAT_VERSION = 1
 
@@ -26,17 +26,17 @@ def save(content: dict[str, Any], file: Path, *, checksum: bool = False) -> None
     Args:
         content: tensors and plain types.
         file: to write.
-        checksum: write its side-car too, see `files.sidecar`.
+        checksum: write its side-car too, see `files.checksum_path`.
 
     Raises:
-        UserError: as `write_whole` does.
+        UserError: as `atomic_write` does.
     """
     # a kill between the two leaves a file without a side-car, never one with another's
     with contextlib.suppress(OSError):
-        sidecar(file).unlink()
-    write_whole(file, lambda stream: torch.save(content, stream), needed=_size(content))
+        checksum_path(file).unlink()
+    atomic_write(file, lambda stream: torch.save(content, stream), needed=_size(content))
     if checksum:
-        write_sidecar(file)
+        write_checksum(file)
 
 
 def _size(content: Any) -> int:
@@ -157,7 +157,7 @@ def export_weights(
     """
     trained = encoder | decoder
     taken = under_all_names(unet_weights, trained)
-    whole = {key: with_fresh_inputs(taken.get(key, fresh), fresh) for key, fresh in unet_weights.items()}
+    whole = {key: pad_input_channels(taken.get(key, fresh), fresh) for key, fresh in unet_weights.items()}
     fresh_inputs = [key for key, value in trained.items() if value.shape != unet_weights[key].shape]
     for name, kind, weights in (
         (ENCODER_FILE, "macl_encoder", encoder),
@@ -199,7 +199,7 @@ def under_all_names(state: dict[str, Tensor], weights: dict[str, Tensor]) -> dic
     return {key: value for key, value in found.items() if value is not None}
 
 
-def with_fresh_inputs(trained: Tensor, fresh: Tensor) -> Tensor:
+def pad_input_channels(trained: Tensor, fresh: Tensor) -> Tensor:
     """The stem of a cascade's second stage has more inputs than images have channels: these stay fresh."""
     if trained.shape == fresh.shape:
         return trained

@@ -25,11 +25,11 @@ from tqdm import tqdm
 from nnunetv2_macl.collecting.dicom import last_line, read_header, sort_slices, why_unreadable
 from nnunetv2_macl.collecting.voxels import read_series
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import cannot_write
+from nnunetv2_macl.files import write_error
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER
 from nnunetv2_macl.raw_data import DESCRIPTION, raw_data_set, write_description
+from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training.run_folder import RunLock
-from nnunetv2_macl.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -231,8 +231,8 @@ def convert(data_set: RawDataSet, dataset: str) -> Path:
     except KeyboardInterrupt:
         raise UserError("Stopped. Type the same command again to continue: what is done stays done.") from None
     except OSError as error:
-        raise cannot_write(error, folder) from error
-    logger.info("%s, %d of them labelled, in %s", counted(len(data_set.cases), "case"), trained, folder)
+        raise write_error(error, folder) from error
+    logger.info("%s, %d of them labelled, in %s", pluralise(len(data_set.cases), "case"), trained, folder)
     return folder
 
 

@@ -284,7 +284,7 @@ def load_batches(
         UserError: A case cannot be read, in the order of steps.
     """
     loader = DataLoader(
-        _ErrorsAsItems(batches),
+        _PassUserErrors(batches),
         batch_size=None,
         sampler=range(first, len(batches)),
         num_workers=workers,
@@ -300,19 +300,19 @@ def load_batches(
     except (EOFError, OSError, RuntimeError) as error:
         handing_over = not isinstance(error, RuntimeError)  # the worker was in the middle of it
         if handing_over or worker_was_killed(error):
-            hear_no_more_of_workers()
+            reset_sigchld_handler()
         if handing_over:
             raise RuntimeError(f"{_WORKER_KILLED} is gone ({type(error).__name__})") from error
         raise
 
 
-def hear_no_more_of_workers() -> None:
+def reset_sigchld_handler() -> None:
     """Once one was killed, torch says so again at each signal of a child, in the middle of whatever is done about it."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-class _ErrorsAsItems(Dataset):
+class _PassUserErrors(Dataset):
     """A user's error as its message: torch would wrap it into the worker's traceback."""
 
     def __init__(self, batches: PretrainingBatches) -> None:

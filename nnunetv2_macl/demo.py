@@ -10,8 +10,8 @@ from pathlib import Path
 from time import perf_counter
 
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, WEIGHTS_VARIABLE, read_json
-from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.synthetic import generate_dataset
 
 DATASET = "Dataset900_MACLDemo"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # ranks wait for rank 0 to preprocess, which may take days
-_PATIENCE = timedelta(days=30)
+_PREPROCESS_TIMEOUT = timedelta(days=30)
 
 
 def is_distributed() -> bool:
@@ -49,7 +49,7 @@ def started_by_torchrun() -> bool:
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
-def share(patches: int, of_rank: int | None = None) -> tuple[int, int]:
+def local_slice(patches: int, of_rank: int | None = None) -> tuple[int, int]:
     """Return first and last+1 patch of a rank, by default this one; the first ranks take one more where there is a rest."""
     number = rank() if of_rank is None else of_rank
     each, rest = divmod(patches, world_size())
@@ -61,7 +61,7 @@ def gather(local: Tensor, patches: int) -> Tensor:
     """Gather the rows of all ranks, in their order: (n, ...) -> (N, ...). Gradients flow back to each rank.
 
     Args:
-        local: One row for each patch of this rank's `share`.
+        local: One row for each patch of this rank's `local_slice`.
         patches: N, of all ranks.
     """
     return gather_all({"": local}, patches)[""]
@@ -81,7 +81,7 @@ def gather_all(local: dict[str, Tensor], patches: int) -> dict[str, Tensor]:
 
 def _all_rows(local: Tensor, patches: int) -> Tensor:
     """Return the rows of all ranks, without gradients."""
-    sizes = [last - first for first, last in (share(patches, number) for number in range(world_size()))]
+    sizes = [last - first for first, last in (local_slice(patches, number) for number in range(world_size()))]
     # all_gather wants one shape: pad to the largest share
     padded = local.new_zeros(max(sizes), *local.shape[1:])
     padded[: len(local)] = local
@@ -99,7 +99,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, everyone: Tensor) -> Tensor:
-        ctx.mine = slice(*share(len(everyone)))
+        ctx.mine = slice(*local_slice(len(everyone)))
         return everyone
 
     @staticmethod
@@ -168,7 +168,7 @@ class GradientSum:
         self._sent.append((work, flat, gradients))
 
 
-def spread(module: nn.Module) -> None:
+def broadcast_module(module: nn.Module) -> None:
     """Give every rank the weights of rank 0."""
     if world_size() > 1:
         with torch.no_grad():
@@ -181,7 +181,7 @@ def any_rank(true_here: bool) -> bool:
     if world_size() == 1:
         return true_here
     flag = torch.tensor([float(true_here)])
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=_patient_group())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=_slow_group())
     return bool(flag)
 
 
@@ -193,23 +193,23 @@ def wait_for_all() -> None:
     any_rank(False)
 
 
-def from_first(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """What rank 0 has, on every rank."""
     if world_size() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, 0, group=_patient_group())
+    dist.broadcast_object_list(values, 0, group=_slow_group())
     return values[0]
 
 
 @lru_cache(maxsize=1)
-def _patient_group() -> dist.ProcessGroup:
+def _slow_group() -> dist.ProcessGroup:
     """All ranks, on the CPU, for what may take longer than an exchange of gradients ever should."""
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[return-value]
+    return dist.new_group(backend="gloo", timeout=_PREPROCESS_TIMEOUT)  # type: ignore[return-value]
 
 
 @contextmanager
-def first_rank_first() -> Iterator[bool]:
+def rank_zero_first() -> Iterator[bool]:
     """The others wait at the end until rank 0 is through its body; yields whether this is rank 0.
 
     Raises:

@@ -23,7 +23,7 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def write_whole(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | None = None) -> None:
+def atomic_write(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | None = None) -> None:
     """Write a file so that it is there complete or not at all, whatever happens meanwhile.
 
     Args:
@@ -39,7 +39,7 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | N
         handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=_TEMPORARY, dir=file.parent)
         try:
             with os.fdopen(handle, "wb") as opened:
-                stream = _Remembering(opened)
+                stream = _ErrorCapturingStream(opened)
                 try:
                     write(stream)  # type: ignore[arg-type]
                     stream.flush()
@@ -57,10 +57,10 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | N
                 os.unlink(temporary)
             raise
     except OSError as error:
-        raise cannot_write(error, file, needed) from error
+        raise write_error(error, file, needed) from error
 
 
-class _Remembering:
+class _ErrorCapturingStream:
     """A stream that remembers why it could not be written to."""
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -85,7 +85,7 @@ class CannotWriteError(UserError):
     """The disk is full, or its owner said no."""
 
 
-def cannot_write(error: OSError, file: Path, needed: int | None = None) -> CannotWriteError:
+def write_error(error: OSError, file: Path, needed: int | None = None) -> CannotWriteError:
     """Return what to tell the user of an error in writing a file or into a folder that takes ``needed`` bytes."""
     if error.errno not in _FULL:
         return CannotWriteError(
@@ -101,7 +101,7 @@ def cannot_write(error: OSError, file: Path, needed: int | None = None) -> Canno
     )
 
 
-def is_refused_write(error: OSError) -> bool:
+def is_permission_or_space_error(error: OSError) -> bool:
     """Whether the disk is full or its owner said no, which the user can mend."""
     return error.errno in (*_FULL, *_REFUSED)
 
@@ -114,7 +114,7 @@ def umask() -> int:
 
 
 def remove_temporary(folder: Path, *, older_than: float = 0) -> None:
-    """Remove what `write_whole` left where its process was killed, if it is ``older_than`` that many seconds."""
+    """Remove what `atomic_write` left where its process was killed, if it is ``older_than`` that many seconds."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
             if not (entry.name.startswith(".") and entry.name.endswith(_TEMPORARY)):
@@ -125,12 +125,12 @@ def remove_temporary(folder: Path, *, older_than: float = 0) -> None:
 
 
 def write_json(content: Any, file: Path) -> None:
-    """JSON, indented as nnU-Net does. Raises UserError as `write_whole` does."""
+    """JSON, indented as nnU-Net does. Raises UserError as `atomic_write` does."""
     text = (json.dumps(content, indent=4, ensure_ascii=False) + "\n").encode()
-    write_whole(file, lambda stream: stream.write(text), needed=len(text))
+    atomic_write(file, lambda stream: stream.write(text), needed=len(text))
 
 
-def write_first(content: Any, file: Path) -> None:
+def write_if_absent(content: Any, file: Path) -> None:
     """JSON, whole, unless the file is there by then: of several processes at once, one writes it."""
     mine = file.with_name(f".{file.name}.{uuid.uuid4().hex}{_TEMPORARY}")
     write_json(content, mine)
@@ -148,14 +148,14 @@ def write_first(content: Any, file: Path) -> None:
 # --- checksums -----------------------------------------------------------------------------------------------------------
 
 
-def sidecar(file: Path) -> Path:
+def checksum_path(file: Path) -> Path:
     """``FILE.sha256``, in the format of sha256sum."""
     return file.with_name(f"{file.name}.sha256")
 
 
-def write_sidecar(file: Path) -> None:
+def write_checksum(file: Path) -> None:
     line = f"{sha256(file)}  {file.name}\n".encode()
-    write_whole(sidecar(file), lambda stream: stream.write(line), needed=len(line))
+    atomic_write(checksum_path(file), lambda stream: stream.write(line), needed=len(line))
 
 
 def verify(file: Path) -> bool:
@@ -167,24 +167,24 @@ def verify(file: Path) -> bool:
     Raises:
         UserError: the file is not what was written, or cannot be read; names it.
     """
-    mend = "It was cut short, or changed since it was written: take another copy."
+    fix = "It was cut short, or changed since it was written: take another copy."
     try:
-        if sidecar(file).is_file():
-            wanted = sidecar(file).read_text(encoding="utf-8", errors="replace").split()[:1]
+        if checksum_path(file).is_file():
+            wanted = checksum_path(file).read_text(encoding="utf-8", errors="replace").split()[:1]
             if wanted != [sha256(file)]:
-                raise UserError(f"{file} is damaged: its SHA-256 is not the one in {sidecar(file).name}. {mend}")
+                raise UserError(f"{file} is damaged: its SHA-256 is not the one in {checksum_path(file).name}. {fix}")
             return True
         # torch.save writes a zip archive with a checksum of each tensor, and torch.load does not look at it
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if (bad := archive.testzip()) is not None:
-                    raise UserError(f"{file} is damaged: the checksum of {bad} in it is wrong. {mend}")
+                    raise UserError(f"{file} is damaged: the checksum of {bad} in it is wrong. {fix}")
     except FileNotFoundError:
         raise UserError(f"{file} does not exist. Check the path.") from None
     except (PermissionError, IsADirectoryError) as error:
         raise UserError(f"{file} cannot be read: {error.strerror}. Check the path and its permissions.") from None
     except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{file} is damaged: {error}. {mend}") from None
+        raise UserError(f"{file} is damaged: {error}. {fix}") from None
     return False
 
 
@@ -195,3 +195,13 @@ def sha256(file: Path) -> str:
         while part := stream.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+# --- what comes with the package ---------------------------------------------------------------------------------------
+
+
+def resource_folder(name: str) -> Path:
+    """The folder ``trainers`` or ``plans``. A wheel installs it in the package; an editable install leaves it beside."""
+    package = Path(__file__).resolve().parent
+    installed = package / name
+    return installed if installed.is_dir() else package.parent / name

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.networks.registry import family_of, network_types
-from nnunetv2_macl.nnunet import Configuration, read_json
-from nnunetv2_macl.resources import resource_folder
+from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 from nnunetv2_macl.sharing.package import write_package
 from nnunetv2_macl.training.run_folder import PRETRAINER
 from nnunetv2_macl.transfer import stem_kernels
@@ -93,7 +93,7 @@ def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
     try:
         arguments = content["init_args"]
         plans, dataset_json = PlansManager(arguments["plans"]), arguments["dataset_json"]
-        trained_for = Configuration(
+        trained_for = DatasetConfiguration(
             plans.dataset_name, plans.plans_name, arguments["configuration"], plans, dataset_json
         )
         architecture, preprocessing = trained_for.architecture(), trained_for.preprocessing()
@@ -285,7 +285,7 @@ def as_nnunet(pretrained: PretrainedWeights) -> dict[str, Any]:
         "format_version": checkpoints.FORMAT_VERSION,
         "kind": "macl_network",
         "network_weights": state
-        | {key: checkpoints.with_fresh_inputs(value, state[key]) for key, value in taken.items()},
+        | {key: checkpoints.pad_input_channels(value, state[key]) for key, value in taken.items()},
         "fresh_inputs": fresh_inputs,
         "trained_keys": sorted(pretrained.weights),
         "architecture": pretrained.architecture,

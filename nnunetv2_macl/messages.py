@@ -23,19 +23,19 @@ def for_log_file(text: object) -> str:
     return str(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
-class _Saying(logging.Handler):
-    def __init__(self, say: Callable[[str], object]) -> None:
+class _CallbackHandler(logging.Handler):
+    def __init__(self, log: Callable[[str], object]) -> None:
         super().__init__()
-        self._say = say
+        self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._say(record.getMessage())
+        self._log(record.getMessage())
 
 
 @contextmanager
-def heard(say: Callable[[str], object]) -> Iterator[None]:
-    """Meanwhile ``say`` is called with each message, from progress on."""
-    logger, handler = logging.getLogger("nnunetv2_macl"), _Saying(say)
+def log_to(log: Callable[[str], object]) -> Iterator[None]:
+    """Meanwhile ``log`` is called with each message, from progress on."""
+    logger, handler = logging.getLogger("nnunetv2_macl"), _CallbackHandler(log)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from nnunetv2_macl.files import write_whole
+from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.losses import positive_mask
 from nnunetv2_macl.methods.registry import all_methods, loss_labels, methods_of
 from nnunetv2_macl.recipe import Recipe
@@ -177,6 +177,6 @@ def plot_views(
 def _write(figure: Figure, file: Path, dpi: int) -> None:
     """Raises UserError where the file cannot be written."""
     try:
-        write_whole(file, lambda stream: figure.savefig(stream, dpi=dpi, format="png"))
+        atomic_write(file, lambda stream: figure.savefig(stream, dpi=dpi, format="png"))
     finally:
         plt.close(figure)

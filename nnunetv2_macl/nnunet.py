@@ -35,8 +35,8 @@ SUPPORTED_CONFIGURATIONS = ("3d_fullres", "3d_lowres", "2d")
 # what nnU-Net's default planner aims at
 DEFAULT_GPU_MEMORY_GB = 8.0
 # schemes that leave an image's mean anywhere, and those that the intensities of the data set do not enter
-_NOT_CENTRED = tuple(s.__name__ for s in (NoNormalization, RescaleTo01Normalization, RGBTo01Normalization))
-_OF_THE_IMAGE_ALONE = (*_NOT_CENTRED, ZScoreNormalization.__name__)
+_NO_ZERO_MEAN = tuple(s.__name__ for s in (NoNormalization, RescaleTo01Normalization, RGBTo01Normalization))
+_OF_THE_IMAGE_ALONE = (*_NO_ZERO_MEAN, ZScoreNormalization.__name__)
 
 
 # keys of a configuration of the plan that decide how an image is prepared, those for labels too, and keys of the plan
@@ -100,24 +100,24 @@ def dataset_name(name_or_id: str | int) -> str:
     )
 
 
-def read_json(path: Path, mend: str) -> Any:
-    """Read a JSON file. Raises UserError that says what is wrong with it, and ``mend``."""
+def read_json(path: Path, fix: str) -> Any:
+    """Read a JSON file. Raises UserError that says what is wrong with it, and ``fix``."""
     try:
         # Windows' editors put a byte order mark before the text
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist. {mend}") from None
+        raise UserError(f"{path} does not exist. {fix}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}. {mend}") from None
+        raise UserError(f"{path} cannot be read: {error}. {fix}") from None
 
 
-def read_dataset_json(file: Path, mend: str, *, labels: bool = False) -> dict[str, Any]:
+def read_dataset_json(file: Path, fix: str, *, labels: bool = False) -> dict[str, Any]:
     """Read and check a dataset.json. Raises UserError as `read_json` and `check_dataset_json` do."""
-    return check_dataset_json(read_json(file, mend), file, labels=labels)
+    return check_dataset_json(read_json(file, fix), file, labels=labels)
 
 
 @dataclass(frozen=True)
-class Configuration:
+class DatasetConfiguration:
     """A configuration of a data set as nnU-Net planned it."""
 
     dataset_name: str
@@ -127,7 +127,7 @@ class Configuration:
     dataset_json: dict[str, Any]
 
     @classmethod
-    def load(cls, dataset: str | int, plans_name: str, configuration: str | None = None) -> Configuration:
+    def load(cls, dataset: str | int, plans_name: str, configuration: str | None = None) -> DatasetConfiguration:
         """Read plan and dataset.json from nnU-Net's preprocessed folder.
 
         Args:
@@ -142,13 +142,13 @@ class Configuration:
         require_folders()
         name = dataset_name(dataset)
         folder = preprocessed_folder(name)
-        mend = _how_to_plan(name, plans_name)
+        fix = _how_to_plan(name, plans_name)
         file = folder / f"{plans_name}.json"
-        plans = read_json(file, mend if file.is_file() else _other_plans(folder) + mend)
+        plans = read_json(file, fix if file.is_file() else _other_plans(folder) + fix)
         described = folder / "dataset.json"
-        dataset_json = read_dataset_json(described, mend, labels=True)
+        dataset_json = read_dataset_json(described, fix, labels=True)
         if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
-            raise UserError(f"{file} is no nnU-Net plan. {mend}")
+            raise UserError(f"{file} is no nnU-Net plan. {fix}")
         for key, wanted in (("plans_name", plans_name), ("dataset_name", name)):
             if plans.get(key) != wanted:
                 raise UserError(
@@ -160,7 +160,7 @@ class Configuration:
             configuration = next((c for c in SUPPORTED_CONFIGURATIONS if c in available), None)
             if configuration is None:
                 raise UserError(
-                    f"{file} has none of {', '.join(SUPPORTED_CONFIGURATIONS)}, only {', '.join(available)}. {mend}"
+                    f"{file} has none of {', '.join(SUPPORTED_CONFIGURATIONS)}, only {', '.join(available)}. {fix}"
                 )
         if configuration not in available:
             raise UserError(
@@ -179,7 +179,7 @@ class Configuration:
             raise UserError(
                 f"{file} plans {configuration} for {planned} channels, and {described} names {len(channels)}: "
                 f"{', '.join(channels) or 'none'}. The data set was changed, and nnU-Net keeps from an older plan what it "
-                f"does not plan anew. Rename the plan, to keep it, and plan again: mv {file} {file}.old. {mend}"
+                f"does not plan anew. Rename the plan, to keep it, and plan again: mv {file} {file}.old. {fix}"
             )
         return found
 
@@ -227,11 +227,11 @@ class Configuration:
         return channel_names(self.dataset_json)
 
     @property
-    def unnormalised_channels(self) -> list[int]:
+    def channels_without_zscore(self) -> list[int]:
         """Numbers of the image channels whose mean nnU-Net leaves anywhere (``noNorm``, ``rescale_to_0_1`` and ``rgb_to_0_1`` in
         dataset.json).
         """
-        return [number for number, scheme in enumerate(self.manager.normalization_schemes) if scheme in _NOT_CENTRED]
+        return [number for number, scheme in enumerate(self.manager.normalization_schemes) if scheme in _NO_ZERO_MEAN]
 
     def gpu_memory_target(self) -> tuple[float, str]:
         """GPU memory in GB that nnU-Net planned for, and how that is known.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nnunetv2_macl.data import Case, PretrainingBatches
 from nnunetv2_macl.networks.base import PretrainableNetwork
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.plan import volume_patch
 from nnunetv2_macl.training.step import TrainingStep
 
@@ -55,7 +55,7 @@ class Probe:
 
     def __init__(
         self,
-        configuration: Configuration,
+        configuration: DatasetConfiguration,
         cases: Sequence[Case],
         batches: PretrainingBatches,
         patch_size: Sequence[int],
@@ -180,7 +180,11 @@ def effective_rank(features: Tensor) -> float:
 
 
 def _labelled_patches(
-    configuration: Configuration, case: str, classes: Sequence[int], patch_size: Sequence[int], seed: tuple[int, int]
+    configuration: DatasetConfiguration,
+    case: str,
+    classes: Sequence[int],
+    patch_size: Sequence[int],
+    seed: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """(P, C, *patch) images and (P, *patch) labels of a case, each patch around a voxel of a class drawn for it."""
     generator = np.random.default_rng(seed)

@@ -14,10 +14,11 @@ import torch
 
 from nnunetv2_macl import distributed, nnunet
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.folds import check_fold, number_of_folds
-from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, handed_on, read_plan, write_plan
-from nnunetv2_macl.planning.prepare import prepare
+from nnunetv2_macl.nnunet import DatasetConfiguration
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, plan_in_environment, read_plan, write_plan
+from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
@@ -27,7 +28,6 @@ from nnunetv2_macl.preprocessing.sources import (
     without_spacing,
 )
 from nnunetv2_macl.recipe import AUTO, check_values, settings_as_text
-from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.launch import join_ranks, train
 from nnunetv2_macl.training.run_folder import PLAN_COPY, PRETRAINER, pretraining_folder
 
@@ -100,15 +100,15 @@ def pretrain(
     _check_parts(num_parts, part_id, preprocess_only)
     join_ranks(device)
     plan: MACLPlan | None = None
-    with distributed.first_rank_first() as first:
-        target = Configuration.load(dataset, plans, configuration)
+    with distributed.rank_zero_first() as first:
+        target = DatasetConfiguration.load(dataset, plans, configuration)
         fold = "all" if exclude_fold is None else _check_fold(exclude_fold, target)
         results = Path(os.environ["nnUNet_results"])
         folder = pretraining_folder(results, target.dataset_name, plans, target.name) / f"fold_{fold}"
         start = None if pretrained_weights is None else Path(pretrained_weights).expanduser()
         if first:
             if configuration is None:
-                _say_which(target)
+                _log_default_configuration(target)
             if continue_training:
                 asked = {"unlabelled_datasets": _full_names(unlabelled), "channel_map": dict(channel_map or {})}
                 plan = _plan_to_go_on(folder, target, values, recipe, gpu_memory, asked, skip_unreadable, start)
@@ -125,7 +125,7 @@ def pretrain(
                 )
     if train_too:
         add_trainers_folder()
-        with handed_on(distributed.from_first(plan), processes), _told_mistakes():
+        with plan_in_environment(distributed.broadcast_object(plan), processes), _unwrap_user_error():
             train(
                 dataset_name_or_id=target.dataset_name,
                 configuration=target.name,
@@ -141,7 +141,7 @@ def pretrain(
 
 
 @contextmanager
-def _told_mistakes() -> Iterator[None]:
+def _unwrap_user_error() -> Iterator[None]:
     """Raise the user's mistake that ended nnU-Net's training, which has exits for it alone."""
     try:
         yield
@@ -151,7 +151,7 @@ def _told_mistakes() -> Iterator[None]:
         raise
 
 
-def _say_which(target: Configuration) -> None:
+def _log_default_configuration(target: DatasetConfiguration) -> None:
     others = [c for c in nnunet.SUPPORTED_CONFIGURATIONS if c in target.plans_manager.available_configurations]
     logger.info(
         "Configuration %s: the first of %s that the plan has (-c takes another)", target.name, ", ".join(others)
@@ -163,7 +163,7 @@ def _full_names(datasets: Sequence[int | str]) -> list[str]:
 
 
 def _plan(
-    target: Configuration,
+    target: DatasetConfiguration,
     unlabelled: Sequence[str | int],
     recipe: str | Path | None,
     values: dict[str, Any],
@@ -178,7 +178,7 @@ def _plan(
     if target.dataset_name in names:
         raise UserError(f"-u {target.dataset_name} is the data set itself, whose images are used anyway. Leave it out.")
     sources = find_sources(target, names, channel_map)
-    plan = prepare(
+    plan = derive_or_load_plan(
         target,
         recipe=recipe,
         values=values,
@@ -190,10 +190,10 @@ def _plan(
     )
     logger.info("%s", describe(plan))
     for source in sources:
-        if source.passed_over:
+        if source.ignored_files:
             logger.warning(
                 "%d files of %s are not named CASE_0000 with its file ending, and are left out: %s",
-                len(source.passed_over), source.dataset_name, ", ".join(source.passed_over[:3]),
+                len(source.ignored_files), source.dataset_name, ", ".join(source.ignored_files[:3]),
             )  # fmt: skip
         if bare := without_spacing(source):
             logger.warning("WARNING: %s", no_spacing_told(bare))
@@ -246,7 +246,7 @@ def _check_parts(num_parts: int, part_id: int, preprocess_only: bool) -> None:
         )
 
 
-def _check_fold(fold: int, configuration: Configuration) -> int:
+def _check_fold(fold: int, configuration: DatasetConfiguration) -> int:
     check_fold(configuration, fold)
     if not 0 <= fold < (folds := number_of_folds(configuration)):
         raise UserError(
@@ -257,7 +257,7 @@ def _check_fold(fold: int, configuration: Configuration) -> int:
 
 def _plan_to_go_on(
     folder: Path,
-    target: Configuration,
+    target: DatasetConfiguration,
     values: dict[str, Any],
     recipe: Any,
     gpu_memory: float | None,

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_macl import formats
-from nnunetv2_macl.building import build_model
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.factory import build_model
 from nnunetv2_macl.files import sha256
 from nnunetv2_macl.methods.base import Geometry
 from nnunetv2_macl.methods.model import PretrainingModel
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.transfer import Transfer, kernel_norms, plan_transfer, rescale_kernels
 
 
-def plan_start(weights: Path, configuration: Configuration, geometry: Geometry, recipe: Recipe) -> dict[str, Any]:
+def plan_start(
+    weights: Path, configuration: DatasetConfiguration, geometry: Geometry, recipe: Recipe
+) -> dict[str, Any]:
     """Return what the MACL plan says about the weights that pre-training starts from.
 
     Args:
@@ -51,7 +53,7 @@ def plan_start(weights: Path, configuration: Configuration, geometry: Geometry, 
 
 
 def start_from_weights(
-    model: PretrainingModel, configuration: Configuration, start: dict[str, Any], *, rescale: bool
+    model: PretrainingModel, configuration: DatasetConfiguration, start: dict[str, Any], *, rescale: bool
 ) -> Transfer:
     """Copy the weights that a MACL plan names into the pre-training network.
 
@@ -81,7 +83,7 @@ def start_from_weights(
     return transfer
 
 
-def _fit(pretrained: PretrainedWeights, configuration: Configuration, model: PretrainingModel) -> Transfer:
+def _fit(pretrained: PretrainedWeights, configuration: DatasetConfiguration, model: PretrainingModel) -> Transfer:
     encoder, decoder = model.network.trained_weights()
     return plan_transfer(
         pretrained,

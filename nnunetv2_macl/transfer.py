@@ -33,7 +33,7 @@ _ANYWAY = "segmentation layers are always trained anew"
 
 
 @dataclass(frozen=True)
-class Row:
+class TransferRow:
     """What becomes of one part of the target: ``taken`` of its ``tensors``, how, and why or why not."""
 
     part: str
@@ -60,7 +60,7 @@ class Transfer:
     """
 
     weights: dict[str, Tensor]
-    rows: list[Row]
+    rows: list[TransferRow]
     difference: str | None
 
     def count(self, part: str) -> tuple[int, int]:
@@ -98,7 +98,7 @@ def plan_transfer(
     Args:
         pretrained: the weights, and the architecture that they were trained in.
         state: the target's state dict; gives names, shapes, and what extra input channels keep.
-        architecture: of the target, as `Configuration.architecture` gives it.
+        architecture: of the target, as `DatasetConfiguration.architecture` gives it.
         image_channels: how many of the target's first input channels are images. None: all. The others, a cascade's
             segmentation of its first stage, keep the target's own weights.
         channel_names: of the images there, and of those here; none where they are not known.
@@ -118,7 +118,7 @@ def plan_transfer(
         )
     difference = first_difference(pretrained.architecture, architecture)
     channels = image_channels, channel_names
-    plans = [_Plan(family, pretrained, state, architecture, *channels, offset) for offset in (0, -1, 1)]
+    plans = [_StageMapping(family, pretrained, state, architecture, *channels, offset) for offset in (0, -1, 1)]
     # the first of equals: the same depth
     best = max(plans, key=lambda plan: _parameters(state, plan.sources))
     encoder = [key for key in state if family.part_of(key) == "encoder"]
@@ -203,7 +203,7 @@ def _forgets_scale(block: ConvDropoutNormReLU) -> bool:
     return all(isinstance(layer, _SCALE_WITH_THEIR_INPUT) for layer in layers[1 : layers.index(norm)])
 
 
-class _Plan:
+class _StageMapping:
     """One way to lay the source's stages over the target's: target stage s takes source stage s + offset."""
 
     def __init__(
@@ -224,12 +224,12 @@ class _Plan:
         self.own = [key for key, first in self.first_names.items() if family.part_of(key) == family.part_of(first)]
         self.depths = (_depth(family, self.source) or _depth(family, state), _depth(family, state))
         stem = family.input_weight(state) or ""
-        self.stem = _unit(stem) if stem else None
+        self.stem = _block_name(stem) if stem else None
         self.image_channels = image_channels
         self.order = self._channel_order(stem)
         units: dict[str, list[str]] = {}
         for key in self.own:
-            units.setdefault(_unit(key), []).append(key)
+            units.setdefault(_block_name(key), []).append(key)
         # target's name -> source's name
         self.sources: dict[str, str] = {}
         self.adapted: set[str] = set()
@@ -269,7 +269,7 @@ class _Plan:
             return False
         source, ours = self.source.get(self.source_of(key)), self.state[key]
         # images go into the first convolution alone, features into every other
-        is_stem, takes_stem = _unit(key) == self.stem, _unit(self.source_of(key)) == self.stem
+        is_stem, takes_stem = _block_name(key) == self.stem, _block_name(self.source_of(key)) == self.stem
         if source is None or is_stem != takes_stem:
             return False
         if is_stem and source.ndim == ours.ndim > 2:
@@ -310,14 +310,14 @@ class _Plan:
 
     # --- the account -----------------------------------------------------------------------------------------------------
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TransferRow]:
         parts: dict[str, list[str]] = {}
         for key in self.own:
             name = self.family.stage_of(key) or key.split(".")[:2]
             parts.setdefault(".".join(map(str, name)), []).append(key)
         return [self._row(part, keys) for part, keys in parts.items()]
 
-    def _row(self, part: str, keys: list[str]) -> Row:
+    def _row(self, part: str, keys: list[str]) -> TransferRow:
         taken = [key for key in keys if key in self.sources]
         how = ADAPTED if (self.adapted | self.without_norm) & set(taken) else AS_IT_IS if taken else NOT_TAKEN
         notes = self._names_notes(taken)
@@ -328,12 +328,12 @@ class _Plan:
         if len(taken) < len(keys):
             notes.append(self._why_not(part, [key for key in keys if key not in self.sources]))
         is_encoder = self.family.part_of(keys[0]) == "encoder"
-        return Row(part, is_encoder, len(taken), len(keys), how, "; ".join(notes))
+        return TransferRow(part, is_encoder, len(taken), len(keys), how, "; ".join(notes))
 
     def _names_notes(self, taken: list[str]) -> list[str]:
         """Of the first convolution, where the channels have other names there, or another order."""
         there, here = map(list, self.channel_names)
-        if there == here or not there or not any(_unit(key) == self.stem for key in taken):
+        if there == here or not there or not any(_block_name(key) == self.stem for key in taken):
             return []
         names = f"channels {', '.join(there)} there, {', '.join(here)} here"
         return [f"{names}: {'put in this order' if self.order else 'taken as they stand, by their numbers'}"]
@@ -367,7 +367,7 @@ class _Plan:
         if not any(key.startswith(f"{part}.") for key in self.source):
             is_elsewhere = any(key.startswith(f"{part}.") for key in self.elsewhere)
             return "pre-trained, but not in this file: give the run's folder" if is_elsewhere else "not pre-trained"
-        if {_unit(key) for key in left} <= {_unit(key) for key in self.without_norm}:
+        if {_block_name(key) for key in left} <= {_block_name(key) for key in self.without_norm}:
             return "no norm there: the norms here start fresh"
         absent = [key for key in left if self.source_of(key) not in self.source]
         unequal = [key for key in left if not self._fits(key) and key not in absent]
@@ -381,10 +381,12 @@ class _Plan:
 def stem_kernels(family: type[PretrainableNetwork], weights: Mapping[str, Tensor]) -> list[str]:
     """Return the names of a network's first kernel, which takes the images and, in a cascade's second stage, segmentations."""
     stem = family.input_weight(weights)
-    return [key for key, weight in weights.items() if stem and _unit(key) == _unit(stem) and weight.ndim > 2]
+    return [
+        key for key, weight in weights.items() if stem and _block_name(key) == _block_name(stem) and weight.ndim > 2
+    ]
 
 
-def _unit(key: str) -> str:
+def _block_name(key: str) -> str:
     """A convolution with its bias and norm, or whatever else holds a weight."""
     unit, *inside = re.split(r"\.(?:conv|norm|all_modules)\.", key)
     return unit if inside else key.rpartition(".")[0]

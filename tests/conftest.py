@@ -16,8 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # the environment's own commands first, also where it was not activated
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES
-from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.synthetic import generate_dataset
 
 DATASET = "Dataset901_Generated"

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from nnunetv2_macl import distributed
-from nnunetv2_macl.building import build_model, build_optimizer
 from nnunetv2_macl.data import draw_corner
+from nnunetv2_macl.factory import build_model, build_optimizer
 from nnunetv2_macl.methods.registry import all_methods, methods_of
 from nnunetv2_macl.networks.base import class_name
 from nnunetv2_macl.networks.registry import families
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.synthetic import generate_dataset
-from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
+from nnunetv2_macl.training.step import TrainingStep, lr_factor
 
 # A batch that neither two ranks nor parts divide.
 PATCHES = 5
@@ -95,7 +95,7 @@ def example_network(
     return Case("", family, axes, example).network()
 
 
-def configuration_of(case: Case, patch_size: list[int], channels: int) -> Configuration:
+def configuration_of(case: Case, patch_size: list[int], channels: int) -> DatasetConfiguration:
     """Return a configuration of nnU-Net whose network is the one of the case."""
     architecture = {
         "network_class_name": f"{__name__}.{example_network.__name__}",
@@ -109,7 +109,7 @@ def configuration_of(case: Case, patch_size: list[int], channels: int) -> Config
     }
     plans = {"dataset_name": "Dataset001_Contract", "plans_name": "plans", "configurations": {"contract": planned}}
     dataset_json = {"channel_names": {str(number): "MR" for number in range(channels)}}
-    return Configuration("Dataset001_Contract", "plans", "contract", PlansManager(plans), dataset_json)
+    return DatasetConfiguration("Dataset001_Contract", "plans", "contract", PlansManager(plans), dataset_json)
 
 
 class Prepared(NamedTuple):
@@ -117,10 +117,10 @@ class Prepared(NamedTuple):
 
     step: TrainingStep
     network: nn.Module
-    configuration: Configuration
+    configuration: DatasetConfiguration
 
 
-def prepare(
+def derive_or_load_plan(
     case: Case,
     dtype: torch.dtype = torch.float64,
     *,
@@ -161,7 +161,7 @@ def prepare(
     if distributed.world_size() > 1:
         distributed.synchronise_batch_norm(model)
     optimizer = build_optimizer(model, recipe)
-    schedule = LambdaLR(optimizer, partial(learning_rate_share, recipe))
+    schedule = LambdaLR(optimizer, partial(lr_factor, recipe))
     step = TrainingStep(model, optimizer, schedule, None, plan, torch.device("cpu"))
     return Prepared(step, network, configuration)
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from nnunetv2_macl import distributed
-from nnunetv2_macl.building import build_optimizer
+from nnunetv2_macl.factory import build_optimizer
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, to_device
 from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.networks.registry import pretrainable
@@ -63,7 +63,7 @@ def training_step(
 ):
     recipe = recipe or recipe_of(own_view_weight=0.5)
     made = plan(batch_size, patches_at_once, recipe)
-    geometry = replace(made.geometry, unnormalised_channels=unnormalised)
+    geometry = replace(made.geometry, channels_without_zscore=unnormalised)
     model = PretrainingModel(pretrainable(unet(norm), made.decoder_stages), geometry, recipe).to(dtype)
     if distributed.world_size() > 1:
         distributed.synchronise_batch_norm(model)

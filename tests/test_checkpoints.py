@@ -8,7 +8,7 @@ import torch
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import write_whole
+from nnunetv2_macl.files import atomic_write
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -20,7 +20,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError):
-        write_whole(file, broken)
+        atomic_write(file, broken)
     assert checkpoints.load(file) == {"value": 1}
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
 
@@ -32,7 +32,7 @@ def test_a_full_disk_is_named(tmp_path):
             device.write(b"x" * 100_000)
 
     with pytest.raises(UserError, match=r"a\.pth could not be written: the disk is full \([\d,]+ bytes free\)"):
-        write_whole(tmp_path / "a.pth", full)
+        atomic_write(tmp_path / "a.pth", full)
 
 
 class Hostile:

@@ -91,7 +91,7 @@ def test_validation_cases_are_drawn_by_patient_in_the_order_of_the_curves(study)
     assert order != SPLIT.validation
     patients = {case: "twin" if case in (order[0], order[-1]) else case for case in PATIENTS}
     results = Results.read(replace(study, patients=patients))
-    drawn = results.of_validation.cases
+    drawn = results.validation_bootstrap.cases
     assert (drawn[:, 0] == drawn[:, -1]).all() and (drawn[:, 0] != drawn[:, 1]).any()
 
 

@@ -106,7 +106,7 @@ def test_three_seeds_that_agree_by_chance_are_not_sure():
         difference = rng.normal(0, 0.03, (3, 1, 1)) + rng.normal(0, 0.005, (3, 30, 1))
         e = estimate(base + difference, Resampling.draw(names(30), 3, resamples=200, seed=trial), base)
         found += bool(e.sign)
-        sure += bool(e.sign) and e.seeds_agree
+        sure += bool(e.sign) and e.significant_across_seeds
     assert found / 300 > 0.15 and sure / 300 < 0.08
 
 
@@ -115,7 +115,7 @@ def test_three_seeds_that_agree_by_chance_are_not_sure():
     [((0.05, 0.06, 0.07), True), ((0.004, 0.03, 0.05), False), ((-0.02, -0.02), True), ((0.05,), False), ((), False)],
 )
 def test_whether_seeds_agree(by_seed, agree):
-    assert Estimate(0.0, 0.0, 0.0, by_seed).seeds_agree == agree
+    assert Estimate(0.0, 0.0, 0.0, by_seed).significant_across_seeds == agree
 
 
 BETTER, WORSE, SAME = (

@@ -20,14 +20,14 @@ from nnunetv2_macl.cli.compare import _compare_parser
 from nnunetv2_macl.compare.folders import RawImages, _link, link_unlabelled
 from nnunetv2_macl.compare.run import _pretrain
 from nnunetv2_macl.compare.split import split_cases
-from nnunetv2_macl.compare.steps import DONE_FILE, Step, run_steps
+from nnunetv2_macl.compare.steps import DONE_FILE, Task, run_steps
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
 from nnunetv2_macl.compare.study import Options, Study, parse_arm
 from nnunetv2_macl.errors import UserError
 
 PATIENTS = {f"c{n:02d}": f"c{n:02d}" for n in range(40)}
 OPTIONS = Options(
-    dataset="Dataset901_Generated", c="2d", p="nnUNetPlans",
+    dataset="Dataset901_Generated", configuration="2d", plans="nnUNetPlans",
     arms=["scratch", "encoder", "pretrained", "recipe:pcl"],
     labels=["3", "6"], seeds=2, rates=[1e-2, 1e-3], test="25%", validation="10%", group_regex=None, epochs=5, iterations=4,
     batch_size=None, pretrain_epochs=None, pretrain_iterations=None, pretrain_batch_size=None, disable_tta=False,
@@ -67,7 +67,7 @@ def test_arms_and_seeds_may_be_added_and_what_was_drawn_stays(tmp_path):
         (dict(batch_size=4), "-batch_size 4 (was None)"),
         (dict(rates=[1e-2]), "--rates 0.01 (was 0.01 0.001)"),
         (dict(arms=["scratch", "pretrained"]), "--arms without encoder recipe:pcl"),
-        (dict(c="3d_fullres", seeds=1), "-c 3d_fullres (was 2d), --seeds 1 (was 2)"),
+        (dict(configuration="3d_fullres", seeds=1), "-c 3d_fullres (was 2d), --seeds 1 (was 2)"),
     ],
 )
 def test_changed_options_are_refused_by_name(tmp_path, change, words):
@@ -224,7 +224,7 @@ class Work:
             self.done.append(name)
             return {"name": name}
 
-        return Step(name, self.folder / name, run, needs)
+        return Task(name, self.folder / name, run, needs)
 
 
 def test_steps_are_done_once_in_the_order_of_their_needs(tmp_path):
@@ -305,7 +305,7 @@ def test_a_pretraining_that_was_killed_at_its_end_leaves_no_lock(tmp_path, sleep
 SLEEPING = """
 import subprocess, sys
 from pathlib import Path
-from nnunetv2_macl.compare.steps import Step, run_steps
+from nnunetv2_macl.compare.steps import Task, run_steps
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
 folder = Path(sys.argv[1])
 def work():
@@ -313,7 +313,7 @@ def work():
     (folder / "begun").write_text(str(child.pid))
     child.wait()
 with ended_by_sigterm():
-    run_steps([Step("cell", folder / "cell", work)], jobs=1)
+    run_steps([Task("cell", folder / "cell", work)], jobs=1)
 """
 
 
@@ -365,7 +365,7 @@ def test_a_step_of_another_machine_is_waited_for_and_named(tmp_path, caplog):
 SHARING = """
 import sys, time
 from pathlib import Path
-from nnunetv2_macl.compare.steps import Step, run_steps
+from nnunetv2_macl.compare.steps import Task, run_steps
 
 folder = Path(sys.argv[1])
 
@@ -375,7 +375,7 @@ def step(name):
         with (folder / "log").open("a") as log:
             log.write(f"{name} ")
         return {}
-    return Step(name, folder / name, run)
+    return Task(name, folder / name, run)
 
 run_steps([step(f"cell{n}") for n in range(20)], jobs=2, poll_seconds=0.02)
 """

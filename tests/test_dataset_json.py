@@ -9,7 +9,7 @@ from conftest import DATASET
 from nnunetv2_macl.compare.folders import RawImages
 from nnunetv2_macl.dataset_json import channel_names, check_dataset_json
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing.sources import find_sources
 
 FILE = Path("Dataset900_There") / "dataset.json"
@@ -84,10 +84,13 @@ def test_a_key_that_is_missing_is_named(key):
 
 def test_every_way_to_a_data_set_checks_it(workspace):
     """The planned data set, one that lends its images, and the raw one of a comparison."""
-    target = Configuration.load("901", "nnUNetPlans", "2d")
+    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     other = workspace.raw / "Dataset902_Other"
     for file, read in (
-        (workspace.preprocessed / DATASET / "dataset.json", lambda: Configuration.load("901", "nnUNetPlans", "2d")),
+        (
+            workspace.preprocessed / DATASET / "dataset.json",
+            lambda: DatasetConfiguration.load("901", "nnUNetPlans", "2d"),
+        ),
         (other / "dataset.json", lambda: find_sources(target, ["Dataset902_Other"])),
         (workspace.raw / DATASET / "dataset.json", lambda: RawImages.find(DATASET)),
     ):
@@ -104,8 +107,8 @@ def test_the_labels_of_listed_images_are_not_looked_at(workspace, label):
     file = workspace.raw / "Dataset902_Other" / "dataset.json"
     listed = {"listed": {"images": ["imagesTr/case_000_0000.nii.gz"], "label": label}}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dataset": listed}))
-    (source,) = find_sources(Configuration.load("901", "nnUNetPlans", "2d"), ["Dataset902_Other"])
-    assert "listed" in source.cases and not source.incomplete
+    (source,) = find_sources(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), ["Dataset902_Other"])
+    assert "listed" in source.cases and not source.invalid_cases
 
 
 def test_a_byte_order_mark_is_no_mistake(workspace):
@@ -113,5 +116,5 @@ def test_a_byte_order_mark_is_no_mistake(workspace):
     (workspace.raw / DATASET).rename(workspace.raw / "Dataset902_Other")
     file = workspace.raw / "Dataset902_Other" / "dataset.json"
     file.write_text("\ufeff" + file.read_text(), encoding="utf-8")
-    (source,) = find_sources(Configuration.load("901", "nnUNetPlans", "2d"), ["Dataset902_Other"])
+    (source,) = find_sources(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), ["Dataset902_Other"])
     assert len(source.cases) == 9

@@ -22,11 +22,11 @@ def rank_process(rank, world, port, folder, at_once, norm):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     step = training_step(PATCHES, at_once, RECIPE, norm=norm)
-    first, last = distributed.share(PATCHES)
+    first, last = distributed.local_slice(PATCHES)
     mine = {key: value[first:last] for key, value in batch(PATCHES).items()}
     measured = step(mine, 0)
     torch.save((measured, gradients(step), step.model.state_dict()), f"{folder}/{rank}.pt")
-    with distributed.first_rank_first() as is_first:
+    with distributed.rank_zero_first() as is_first:
         assert is_first == (rank == 0)
     assert distributed.any_rank(rank == world - 1) and not distributed.any_rank(False)
     dist.destroy_process_group()
@@ -52,6 +52,6 @@ def test_ranks_give_losses_gradients_and_weights_of_one_process(tmp_path, world,
 
 
 def test_one_process_has_it_all():
-    assert distributed.share(PATCHES) == (0, PATCHES) and distributed.rank() == 0
+    assert distributed.local_slice(PATCHES) == (0, PATCHES) and distributed.rank() == 0
     tensor = torch.zeros(3)
     assert distributed.gather(tensor, 3) is tensor and distributed.any_rank(True) and not distributed.any_rank(False)

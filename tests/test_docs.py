@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_macl import __version__
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.recipe import load_recipe
-from nnunetv2_macl.resources import resource_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

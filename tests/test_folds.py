@@ -10,14 +10,14 @@ from nnunetv2_macl import doctor
 from nnunetv2_macl.doctor.dataset import folds
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import check_fold, number_of_folds, splits_file, too_few_cases
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.training.commands import command_to_fine_tune
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 
 
 @pytest.fixture
 def target(workspace):
-    return Configuration.load("901", "nnUNetPlans", "2d")
+    return DatasetConfiguration.load("901", "nnUNetPlans", "2d")
 
 
 def leave(target, cases):
@@ -33,7 +33,7 @@ def trainer(target, fold):
 
 
 def test_five_cases_are_enough(target):
-    assert number_of_folds(target) == 5 and folds(target, "cpu").status == doctor.RIGHT
+    assert number_of_folds(target) == 5 and folds(target, "cpu").status == doctor.OK
     assert command_to_fine_tune(target) == "nnUNetv2_train 901 2d 0 -tr nnUNetTrainerMACL"
     assert [len(cases) for cases in trainer(target, 0).do_split()] == [4, 1]
 
@@ -42,8 +42,8 @@ def test_fewer_than_five_cases_are_told_with_what_works(target):
     leave(target, 3)
     assert number_of_folds(target) == 0
     result = folds(target, "cpu")
-    assert result.status == doctor.WRONG and "3 labelled cases" in result.words
-    command, own_folds = result.mend.splitlines()
+    assert result.status == doctor.PROBLEM and "3 labelled cases" in result.message
+    command, own_folds = result.fix.splitlines()
     assert command == "nnUNetv2_train 901 2d all -tr nnUNetTrainerMACL -device cpu"
     with pytest.raises(UserError, match=r"3 labelled cases(.|\n)*nnUNetv2_train 901 2d all -tr nnUNetTrainerMACL"):
         trainer(target, 0).do_split()
@@ -52,14 +52,14 @@ def test_fewer_than_five_cases_are_told_with_what_works(target):
         check_fold(target, 1)
     # the other way that is shown, typed as it is shown
     subprocess.run(["sh", "-c", own_folds], check=True)
-    assert number_of_folds(target) == 1 and folds(target, "cpu").status == doctor.RIGHT
+    assert number_of_folds(target) == 1 and folds(target, "cpu").status == doctor.OK
     assert [len(cases) for cases in trainer(target, 0).do_split()] == [2, 1]
     assert command_to_fine_tune(target) == "nnUNetv2_train 901 2d 0 -tr nnUNetTrainerMACL"
 
 
 def test_a_single_case_has_no_folds(target):
     leave(target, 1)
-    assert "echo" not in too_few_cases(target) and folds(target, "cpu").mend.startswith("nnUNetv2_train 901 2d all")
+    assert "echo" not in too_few_cases(target) and folds(target, "cpu").fix.startswith("nnUNetv2_train 901 2d all")
 
 
 def test_a_file_of_splits_with_a_mistake_is_explained(target):
@@ -75,6 +75,8 @@ def test_a_file_of_splits_with_a_mistake_is_explained(target):
     ):
         splits_file(target).write_text(content if isinstance(content, str) else json.dumps(content))
         result = folds(target, "cpu")
-        assert result.status == doctor.WRONG and words in result.words and str(splits_file(target)) in result.words
+        assert (
+            result.status == doctor.PROBLEM and words in result.message and str(splits_file(target)) in result.message
+        )
         with pytest.raises(UserError, match=words):
             check_fold(target, 0)

@@ -15,7 +15,7 @@ from test_transfer import KINDS, architecture, unet
 from nnunetv2_macl import checkpoints, formats
 from nnunetv2_macl.cli.weights import export_entry, inspect_entry
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.training.finetune import load_transfer
 from nnunetv2_macl.transfer import ADAPTED, plan_transfer
 
@@ -420,7 +420,7 @@ def test_a_checkpoint_of_nnunet_is_taken_as_weights(workspace, tmp_path, monkeyp
     state = trainer.network.state_dict()
 
     found = formats.load_weights(file)
-    target = Configuration.load("901", "nnUNetPlans", "2d")
+    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     assert found.architecture == target.architecture() and found.description["fold"] == 0
     _, fitted = load_transfer(file, target)
     assert fitted.difference is None

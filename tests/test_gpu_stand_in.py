@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunetv2_macl.resources import resource_folder
+from nnunetv2_macl.files import resource_folder
 
 HERE = Path(__file__).parent / "gpu_stand_in"
 RECIPES = sorted(file.stem for file in resource_folder("plans").glob("*.json"))

@@ -92,7 +92,7 @@ def test_chunks_change_neither_loss_nor_gradient(monkeypatch):
     maps = [torch.randn(5, 4, 6, 3, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
     whole = DenseContrastiveLoss()(*maps, positions)
     whole_gradients = torch.autograd.grad(whole, maps)
-    monkeypatch.setitem(losses.SIMILARITIES_AT_ONCE, "cpu", 3 * 10**2)
+    monkeypatch.setitem(losses.MAX_SIMILARITIES, "cpu", 3 * 10**2)
     chunked = DenseContrastiveLoss()(*maps, positions)
     torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(chunked, maps), whole_gradients, rtol=0, atol=1e-12)

@@ -11,11 +11,11 @@ from benchmarks.planned import FLAT, Fingerprint, plan_with_nnunet, planned
 from benchmarks.step import training_step
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.methods.branches import plan_branches
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, DatasetConfiguration
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.planning.plan import plan_file
-from nnunetv2_macl.planning.prepare import prepare
+from nnunetv2_macl.planning.prepare import derive_or_load_plan
 
 QUICK = ("2D plain", "3D plain", "2D plain, dense loss in chunks", "2D plain, averaged encoder")
 
@@ -54,7 +54,7 @@ def configuration(tmp_path, monkeypatch):
     for name in FOLDER_VARIABLES:
         monkeypatch.setenv(name, str(tmp_path / name))
     dataset, plans = plan_with_nnunet(Fingerprint("limited", ("CT",), (96, 96, 96), (1.0, 1.0, 1.0)), tmp_path)
-    return Configuration.load(dataset, plans, "3d_fullres")
+    return DatasetConfiguration.load(dataset, plans, "3d_fullres")
 
 
 def test_the_batch_fits_what_nnunet_planned_for_or_what_is_asked_for(configuration):
@@ -84,15 +84,15 @@ def test_each_planner_has_its_target(configuration, planner, gb):
 @pytest.mark.parametrize("value", [0, -8, float("nan"), float("inf"), True, "24"])
 def test_impossible_memory_is_refused(configuration, value):
     with pytest.raises(UserError, match="-gpu_memory must be a number of GB above 0"):
-        prepare(configuration, gpu_memory_gb=value)
+        derive_or_load_plan(configuration, gpu_memory_gb=value)
 
 
 def test_an_edited_plan_is_not_planned_again(configuration):
-    assert prepare(configuration, gpu_memory_gb=24).gpu_memory_gb == 24
+    assert derive_or_load_plan(configuration, gpu_memory_gb=24).gpu_memory_gb == 24
     file = plan_file(configuration)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"batch_size": 6}))
     with pytest.raises(UserError, match=r"was edited.*-gpu_memory 16.*-batch_size"):
-        prepare(configuration, gpu_memory_gb=16)
+        derive_or_load_plan(configuration, gpu_memory_gb=16)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"gpu_memory_gb": 0}))
     with pytest.raises(UserError, match="'gpu_memory_gb' must be a number above 0, got 0"):
-        prepare(configuration)
+        derive_or_load_plan(configuration)

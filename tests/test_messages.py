@@ -15,7 +15,7 @@ from nnunetv2_macl.cli.messages import run
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.main_guard import require_main_guard
 from nnunetv2_macl.messages import for_log_file, show_any_character
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 
 # in no code page of Windows; and a byte of a name that is not in UTF-8
@@ -46,7 +46,7 @@ def test_output_that_is_no_stream_of_text_is_left_alone(monkeypatch):
 def test_the_log_file_holds_any_name(workspace, monkeypatch):
     monkeypatch.setattr(locale, "getpreferredencoding", lambda *_: "cp1252")
     assert for_log_file("M\u00fcller \u03a9") == "M\u00fcller \\u03a9"
-    target = Configuration.load("901", "nnUNetPlans", "2d")
+    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     plans = target.plans_manager.plans | {"continue_training": False}
     trainer = nnUNetTrainerMACL(plans, "2d", 0, target.dataset_json, torch.device("cpu"))
     trainer.print_to_log_file(*NAMES)

@@ -20,8 +20,8 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.networks.base import Level, check_adapter, class_name
 from nnunetv2_macl.networks.registry import families, family_of, network_types, pretrainable
 from nnunetv2_macl.networks.unet import UNet
-from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.prepare import prepare
+from nnunetv2_macl.nnunet import DatasetConfiguration
+from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.transfer import plan_transfer
 
 NETWORKS = [
@@ -222,7 +222,7 @@ def test_weights_of_another_kind_of_network_are_refused():
 
 @pytest.mark.parametrize("name", [class_name(PrimusS), class_name(Gated)])
 def test_a_plan_with_another_network_is_refused_before_anything_is_done(workspace, monkeypatch, capsys, name):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     file = workspace.preprocessed / DATASET / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     plans["configurations"]["2d"]["architecture"]["network_class_name"] = name
@@ -244,5 +244,5 @@ def test_a_plan_with_another_network_is_refused_before_anything_is_done(workspac
         assert all(known.rpartition(".")[2] in words for known in network_types())
     # nnU-Net's own command reads the plan without this package
     with pytest.raises(UserError, match="cannot be pre-trained"):
-        prepare(replace(configuration, plans_manager=PlansManager(plans)))
+        derive_or_load_plan(replace(configuration, plans_manager=PlansManager(plans)))
     assert sorted(workspace.folder.rglob("*")) == before

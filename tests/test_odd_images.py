@@ -15,7 +15,7 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2_macl import doctor
 from nnunetv2_macl.doctor.dataset import readable
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing import cases as preprocessing
 from nnunetv2_macl.preprocessing.cases import UnusableImageError, read_case, whats_flat
 from nnunetv2_macl.preprocessing.sources import (
@@ -23,7 +23,7 @@ from nnunetv2_macl.preprocessing.sources import (
     Source,
     find_sources,
     group_channels,
-    passed_over,
+    ignored_files,
     pick_channels,
     sidecars,
     without_spacing,
@@ -34,7 +34,7 @@ VOLUME = np.random.default_rng(0).normal(100, 20, (8, 40, 48)).astype(np.float32
 
 @pytest.fixture
 def target(workspace):
-    return Configuration.load("901", "nnUNetPlans", "2d")
+    return DatasetConfiguration.load("901", "nnUNetPlans", "2d")
 
 
 class Volumes:
@@ -51,7 +51,7 @@ def write(file, array=VOLUME):
 def source_in(folder, ending, reader):
     cases, wrong = pick_channels(group_channels(folder, ending), [0], ["MR"])
     assert not wrong
-    return Source("Dataset900_There", cases, wrong, reader, passed_over(folder, ending))
+    return Source("Dataset900_There", cases, wrong, reader, ignored_files(folder, ending))
 
 
 def test_what_is_read_with_an_image():
@@ -68,19 +68,19 @@ def test_a_change_of_a_file_beside_an_image_is_a_change_of_the_image(tmp_path, m
     (tmp_path / f"a_0000{ending}").write_bytes(b"image")
     (tmp_path / "notes.txt").touch()
 
-    def made_from():
-        return source_in(tmp_path, ending, reader).cases["a"].made_from
+    def fingerprint():
+        return source_in(tmp_path, ending, reader).cases["a"].fingerprint
 
-    alone = made_from()
+    alone = fingerprint()
     (tmp_path / beside).write_text("{}")
     source = source_in(tmp_path, ending, reader)
-    first = source.cases["a"].made_from
+    first = source.cases["a"].fingerprint
     assert first[0] == alone[0] and first[1][0] == beside
-    assert source.passed_over == [f"{tmp_path.name}/notes.txt"]
+    assert source.ignored_files == [f"{tmp_path.name}/notes.txt"]
     (tmp_path / beside).write_text('{"spacing": [3, 1, 1]}')
-    assert made_from() not in (first, alone)
+    assert fingerprint() not in (first, alone)
     (tmp_path / beside).unlink()
-    assert made_from() == alone
+    assert fingerprint() == alone
 
 
 @pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
@@ -90,10 +90,10 @@ def test_a_data_file_that_kept_its_name_is_read_with_its_header(tmp_path, monkey
     write(tmp_path / f"patient{ending}")
     (tmp_path / f"patient{ending}").rename(tmp_path / f"patient_0000{ending}")
     source = source_in(tmp_path, ending, SimpleITKIO)
-    first = source.cases["patient"].made_from
-    assert [name for name, *_ in first] == [f"patient_0000{ending}", "patient.raw"] and not source.passed_over
+    first = source.cases["patient"].fingerprint
+    assert [name for name, *_ in first] == [f"patient_0000{ending}", "patient.raw"] and not source.ignored_files
     (tmp_path / "patient.raw").write_bytes((VOLUME + 1).tobytes() + b"more")
-    assert source_in(tmp_path, ending, SimpleITKIO).cases["patient"].made_from != first
+    assert source_in(tmp_path, ending, SimpleITKIO).cases["patient"].fingerprint != first
 
 
 def test_a_tiff_without_spacing_and_one_with_a_wrong_spacing_are_told(target, tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_both_endings_of_a_format_are_read(target, workspace):
     (source,) = find_sources(target, [])
     assert source.cases["plain"].files == [str(folder / "plain_0000.nii")] and "Upper" in source.cases
     assert source.cases["case_005"].files == [str(folder / "case_005_0000.nii.gz")]
-    assert source.passed_over == ["imagesUn/case_005_0000.nii"]
+    assert source.ignored_files == ["imagesUn/case_005_0000.nii"]
     for reader in (SimpleITKIO, NibabelIO):
         assert read_case(target, source.cases["plain"], reader)[0].shape == (1, *VOLUME.shape)
     done = preprocessing.preprocess_unlabelled(target, [], processes=1)
@@ -212,13 +212,13 @@ def test_the_doctor_accepts_what_the_run_accepts(target, workspace):
     (folder / "case_000_0000.nii.gz").write_bytes(b"broken")  # never read: it counts as the labelled case of its name
     sources = preprocessing.sources_in_use(target, [])
     result = readable(target, sources, skip_unreadable=False)
-    assert result.status == doctor.RIGHT and result.values["skipped"] == 0, result
+    assert result.status == doctor.OK and result.values["skipped"] == 0, result
     assert len(preprocessing.preprocess_unlabelled(target, [], processes=1).cases) == 6
     write(folder / "nan_0000.nii.gz", np.where(VOLUME > 130, np.nan, VOLUME).astype(np.float32))
     write(folder / "constant_0000.nii.gz", np.full_like(VOLUME, 3))
     sources = preprocessing.sources_in_use(target, [])
     result = readable(target, sources, skip_unreadable=False)
-    assert result.status == doctor.WRONG and result.values == {"files": 8, "skipped": 2, "read": 2}
+    assert result.status == doctor.PROBLEM and result.values == {"files": 8, "skipped": 2, "read": 2}
     skipped = preprocessing.preprocess_unlabelled(target, [], processes=1, skip_unreadable=True).skipped
     assert {path.name for path in skipped} == {"nan", "constant"}
 

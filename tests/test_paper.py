@@ -10,16 +10,16 @@ from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
 from torch import nn
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.network import plan_network
 from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper
 
 
 def trainer(fold=0):
     plans = json.loads(
-        (Configuration.load("901", "nnUNetPlans_paper", "2d").folder / "nnUNetPlans_paper.json").read_text()
+        (DatasetConfiguration.load("901", "nnUNetPlans_paper", "2d").folder / "nnUNetPlans_paper.json").read_text()
     )
-    configuration = Configuration.load("901", "nnUNetPlans_paper", "2d")
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans_paper", "2d")
     plans["continue_training"] = False
     return nnUNetTrainerMACLPaper(plans, "2d", fold, configuration.dataset_json, torch.device("cpu"))
 
@@ -27,7 +27,7 @@ def trainer(fold=0):
 def test_the_plan_differs_in_its_network_alone(workspace):
     file = plan_network("901", "paper")
     assert file.name == "nnUNetPlans_paper.json" and plan_network("901", "paper") == file
-    before, after = (Configuration.load("901", name, "2d") for name in ("nnUNetPlans", "nnUNetPlans_paper"))
+    before, after = (DatasetConfiguration.load("901", name, "2d") for name in ("nnUNetPlans", "nnUNetPlans_paper"))
     assert after.cases_folder == before.cases_folder and after.preprocessing_checksum() != ""
     assert after.strides == [[1, 1]] + [[2, 2]] * 4 and after.manager.batch_size == 5
     assert all(n % 16 == 0 for n in after.patch_size)
@@ -48,7 +48,7 @@ def test_a_configuration_that_inherits_from_another(workspace):
     content["configurations"]["2d_bs5"] = {"inherits_from": "2d", "batch_size": 5}
     plans.write_text(json.dumps(content))
     plan_network("901", "paper", configuration="2d_bs5")
-    alone = Configuration.load("901", "nnUNetPlans_paper", "2d_bs5")
+    alone = DatasetConfiguration.load("901", "nnUNetPlans_paper", "2d_bs5")
     assert alone.strides == [[1, 1]] + [[2, 2]] * 4 and alone.cases_folder.name == "nnUNetPlans_2d"
 
 

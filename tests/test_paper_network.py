@@ -12,8 +12,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_macl import checkpoints, formats
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.networks.registry import pretrainable
-from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.transfer import ADAPTED, AS_IT_IS, NOT_TAKEN, plan_transfer
 
 DATA = Path(__file__).parent / "data"

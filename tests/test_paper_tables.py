@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.recipe import load_recipe, parse_settings, values_in
-from nnunetv2_macl.resources import resource_folder
 
 FOLDER = resource_folder("plans")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "paper_tables.md"

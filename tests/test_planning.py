@@ -11,14 +11,14 @@ from steps import recipe_of
 from nnunetv2_macl.cli.pretrain import pretrain_entry
 from nnunetv2_macl.data import Sampling
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.methods.branches import plan_branches
-from nnunetv2_macl.nnunet import Configuration, checksum
+from nnunetv2_macl.nnunet import DatasetConfiguration, checksum
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.planning.plan import check_plan, describe, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.planning.positives import plan_position_groups, plan_threshold
-from nnunetv2_macl.planning.prepare import prepare
+from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.recipe import load_recipe
-from nnunetv2_macl.resources import resource_folder
 
 
 def pooled(poolings, axes=2):
@@ -102,8 +102,8 @@ def test_threshold_is_lowered_until_positives_are_few():
 
 
 def test_plan_on_disk(workspace):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
-    plan = prepare(configuration, values={"batch_size": 8})
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+    plan = derive_or_load_plan(configuration, values={"batch_size": 8})
     file = plan_file(configuration)
     assert file == workspace.preprocessed / configuration.dataset_name / "nnUNetPlans_macl_2d.json"
     assert read_plan(file) == plan and not was_edited(file)
@@ -120,26 +120,26 @@ def test_plan_on_disk(workspace):
     ):
         assert key in words
     assert "restoration does not use dominant_patch_size, grid, threshold" in words
-    assert "does not use" not in describe(prepare(configuration, recipe="macl_restore"))
-    prepare(configuration, values={"batch_size": 8})
+    assert "does not use" not in describe(derive_or_load_plan(configuration, recipe="macl_restore"))
+    derive_or_load_plan(configuration, values={"batch_size": 8})
     content = json.loads(file.read_text())
     explained = ", ".join(content["reasons"])
     assert all(key in explained for key in ("scale", "patch_size", "threshold", "batch_size", "memory_gib"))
 
 
 def test_a_plan_of_an_older_version_that_nobody_edited_is_derived_again(workspace):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
-    plan = prepare(configuration)
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+    plan = derive_or_load_plan(configuration)
     file = plan_file(configuration)
     old = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("channel_map", "checksum")}
     file.write_text(json.dumps(old | {"checksum": checksum(old)}))
-    assert prepare(configuration) == plan
+    assert derive_or_load_plan(configuration) == plan
 
 
 def test_a_plan_records_how_its_recipe_was_asked_for_and_one_of_an_earlier_version_loads(workspace):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     settings = {"temperature": 0.2, "scaling": [0.8, 1.2], "optimizer": "adamw"}
-    plan = prepare(configuration, recipe="macl", values=settings)
+    plan = derive_or_load_plan(configuration, recipe="macl", values=settings)
     file = plan_file(configuration)
     assert read_plan(file) == plan and (plan.recipe_name, plan.settings) == ("macl", settings)
     assert plan.recipe.items() >= settings.items()
@@ -163,20 +163,20 @@ def test_a_plan_records_how_its_recipe_was_asked_for_and_one_of_an_earlier_versi
     "values", [{"decoder_stages": 0}, {"threshold": 0.3}, {"limit_positives": False}, {"auxiliary_stage": 3}]
 )
 def test_an_edited_plan_is_not_derived_again_for_a_setting(workspace, values):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
-    prepare(configuration, recipe="macl")
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+    derive_or_load_plan(configuration, recipe="macl")
     file = plan_file(configuration)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"threshold": 0.07}))
     before = file.read_bytes()
     with pytest.raises(UserError, match=f"was edited.*{next(iter(values))}="):
-        prepare(configuration, values=values)
+        derive_or_load_plan(configuration, values=values)
     assert file.read_bytes() == before
-    same = {key: prepare(configuration).recipe[key] for key in values}
-    assert prepare(configuration, values=same | {"learning_rate": 0.5}).recipe["learning_rate"] == 0.5
+    same = {key: derive_or_load_plan(configuration).recipe[key] for key in values}
+    assert derive_or_load_plan(configuration, values=same | {"learning_rate": 0.5}).recipe["learning_rate"] == 0.5
 
 
 def test_an_option_of_the_command_is_a_setting(workspace, monkeypatch):
-    file = plan_file(Configuration.load("901", "nnUNetPlans", "2d"))
+    file = plan_file(DatasetConfiguration.load("901", "nnUNetPlans", "2d"))
 
     def plan_of(*arguments):
         command = ["nnUNetv2_train_macl_pretrain", "901", "-c", "2d", "--plan_only", *arguments]
@@ -197,22 +197,22 @@ def test_an_option_of_the_command_is_a_setting(workspace, monkeypatch):
 
 
 def test_an_edited_plan_is_kept_and_the_command_line_still_wins(workspace):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
-    prepare(configuration, recipe="macl")
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+    derive_or_load_plan(configuration, recipe="macl")
     file = plan_file(configuration)
     content = json.loads(file.read_text())
     content["threshold"] = 0.07
     content["recipe"]["temperature"] = 0.2
     file.write_text(json.dumps(content))
     for _ in range(2):  # it stays an edited plan after the command line changed it
-        plan = prepare(configuration, values={"batch_size": 6})
+        plan = derive_or_load_plan(configuration, values={"batch_size": 6})
         assert (plan.threshold, plan.recipe["temperature"], plan.batch_size) == (0.07, 0.2, 6)
         assert json.loads(file.read_text())["threshold"] == 0.07
     for size, at_once in ((2, 2), (20, 6)):
-        plan = prepare(configuration, values={"patches_at_once": size})
+        plan = derive_or_load_plan(configuration, values={"patches_at_once": size})
         assert (plan.batch_size, plan.patches_at_once) == (6, at_once)
     with pytest.raises(UserError, match="was edited"):
-        prepare(configuration, recipe="pcl")
+        derive_or_load_plan(configuration, recipe="pcl")
 
 
 def test_batches_in_3d_are_drawn_in_groups_where_patches_are_compared():
@@ -237,18 +237,18 @@ def test_batches_in_3d_are_drawn_in_groups_where_patches_are_compared():
     ],
 )
 def test_mistakes_in_an_edited_plan_are_named(workspace, key, value):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
-    prepare(configuration)
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+    derive_or_load_plan(configuration)
     file = plan_file(configuration)
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(UserError) as error:
-        prepare(configuration)
+        derive_or_load_plan(configuration)
     assert key.replace("_", " ") in str(error.value).replace("_", " ") and str(file) in str(error.value)
 
 
 def test_a_plan_of_another_nnunet_plan_is_told(workspace):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
-    plan = prepare(configuration)
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+    plan = derive_or_load_plan(configuration)
     file = plan_file(configuration)
     write_plan(plan, file)
     plans = workspace.preprocessed / configuration.dataset_name / "nnUNetPlans.json"
@@ -256,11 +256,11 @@ def test_a_plan_of_another_nnunet_plan_is_told(workspace):
     content["configurations"]["2d"]["patch_size"] = [16, 16]
     plans.write_text(json.dumps(content))
     with pytest.raises(UserError, match="another nnU-Net plan"):
-        check_plan(plan, Configuration.load("901", "nnUNetPlans", "2d"), file)
+        check_plan(plan, DatasetConfiguration.load("901", "nnUNetPlans", "2d"), file)
 
 
 def test_memory_grows_with_the_batch(workspace):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     levels = plan_branches(configuration.patch_size, configuration.strides, recipe_of())
     memory = MemoryEstimate(configuration, levels, recipe_of())
     assert memory.gib(16) > memory.gib(8) > memory.gib(2) > 0

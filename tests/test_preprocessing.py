@@ -13,7 +13,7 @@ from conftest import DATASET
 from nnunetv2_macl.cli.pretrain import _pretrain_parser
 from nnunetv2_macl.doctor.dataset import images
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled, unlabelled_folder
 from nnunetv2_macl.preprocessing.sources import find_sources, training_cases
 from nnunetv2_macl.run import pretrain
@@ -26,7 +26,7 @@ def nothing_done_yet(workspace):
 
 
 def load():
-    return Configuration.load("901", "nnUNetPlans", "2d")
+    return DatasetConfiguration.load("901", "nnUNetPlans", "2d")
 
 
 def run(configuration=None, datasets=(), **options):
@@ -233,7 +233,7 @@ def test_a_plan_that_says_it_is_anothers_is_refused(workspace):
     folder = load().folder
     shutil.copy(folder / "nnUNetPlans.json", folder / "mine.json")
     with pytest.raises(UserError, match=r"has the plans_name 'nnUNetPlans'.*: \"mine\"$"):
-        Configuration.load("901", "mine", "2d")
+        DatasetConfiguration.load("901", "mine", "2d")
     content = json.loads((folder / "nnUNetPlans.json").read_text())
     (folder / "nnUNetPlans.json").write_text(json.dumps(content | {"dataset_name": "Dataset900_Other"}))
     with pytest.raises(UserError, match=r"has the dataset_name 'Dataset900_Other'"):
@@ -271,7 +271,7 @@ def test_what_else_lies_beside_the_plan_is_passed_over(workspace):
     (folder / "folder.json").mkdir()
     assert load().plans_name == "nnUNetPlans"
     with pytest.raises(UserError, match=r"Other plans are there: -p nnUNetPlans\. Type"):
-        Configuration.load("901", "nnUNetPlansGone", "2d")
+        DatasetConfiguration.load("901", "nnUNetPlansGone", "2d")
 
 
 def test_naming_mistakes_are_told(workspace):

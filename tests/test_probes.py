@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nnunetv2_macl import checkpoints, probes
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing.sources import training_cases
 
 
@@ -51,7 +51,7 @@ class _Linear(torch.nn.Module):
 
 
 def test_a_linear_probe_finds_what_is_there_and_nothing_else(workspace):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     cases = training_cases(configuration)
     probe = probes.Probe(configuration, cases, [], [32, 32], 0)
     assert len(probe.fitted) == 3 and len(probe.measured) == 2 and probe.classes == [1, 2]
@@ -78,7 +78,7 @@ def test_a_linear_probe_finds_what_is_there_and_nothing_else(workspace):
 
 
 def test_a_case_of_which_all_is_ignored_and_what_nnunets_mask_leaves_out(workspace):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     name = training_cases(configuration)[0].name
     file = configuration.cases_folder / f"{name}_seg.b2nd"
     labels = np.full_like(blosc2.open(str(file))[:], 3)

@@ -6,8 +6,8 @@ import pytest
 from steps import recipe_of
 
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text, values_in
-from nnunetv2_macl.resources import resource_folder
 
 FOLDER = resource_folder("plans")
 

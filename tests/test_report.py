@@ -16,7 +16,7 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES
 from nnunetv2_macl.report import page, write_report, write_report_after_run
-from nnunetv2_macl.report.features import main_components, nearest
+from nnunetv2_macl.report.features import nearest, pca_colours
 from nnunetv2_macl.report.run import _curves_in_log, read_run
 from nnunetv2_macl.training.epoch_log import Epoch, EpochSums
 
@@ -237,7 +237,7 @@ def test_main_components_have_one_colour_for_one_feature():
     kinds = generator.normal(size=(3, 16))
     where = generator.integers(0, 3, (2, 5, 6))
     dense = torch.from_numpy(np.moveaxis(kinds[where], -1, 1))
-    colours = main_components(dense)
+    colours = pca_colours(dense)
     assert colours.shape == (2, 5, 6, 3) and colours.min() >= 0 and colours.max() <= 1
     means = np.stack([colours[where == kind].mean(0) for kind in range(3)])
     for kind in range(3):
@@ -250,7 +250,7 @@ def test_main_components_have_one_colour_for_one_feature():
 
 @pytest.mark.parametrize("channels", [1, 2])
 def test_main_components_of_little(channels):
-    assert np.isfinite(main_components(torch.ones(1, channels, 2, 2))).all()
+    assert np.isfinite(pca_colours(torch.ones(1, channels, 2, 2))).all()
 
 
 def test_nearest_are_of_other_cases_and_nearest_first():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.report.curves import COLOURS
 from nnunetv2_macl.report.finetuned import _coloured, _epochs, _from_the_worst_on, describe_training
 
@@ -34,7 +34,7 @@ def log(epochs, through=True, rate=0.01):
 @pytest.fixture
 def folder(workspace):
     """Of a training that ended, without a validation."""
-    target = Configuration.load("901", "nnUNetPlans", "2d")
+    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     folder = workspace.run_folder("nnUNetTrainerMACL", fold=0)
     folder.mkdir(parents=True)
     (folder.parent / "plans.json").write_text(json.dumps(target.plans_manager.plans))

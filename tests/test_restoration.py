@@ -6,10 +6,10 @@ from steps import batch, gradients, recipe_of, training_step
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.methods.branches import plan_branches
-from nnunetv2_macl.methods.restoration import RestorationHead, restoration_loss
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.methods.restoration import ReconstructionHead, restoration_loss
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.memory import MemoryEstimate
-from nnunetv2_macl.views import draw_mask, enlarge_mask, hidden_blocks, standardise
+from nnunetv2_macl.views import enlarge_mask, mask_block_sizes, sample_mask, standardise
 
 ALONE = dict(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weight_restoration=1.0)
 
@@ -19,7 +19,7 @@ ALONE = dict(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weigh
 def test_a_mask_hides_whole_blocks_and_their_share(size, block, share, hidden):
     grid = [n // b for n, b in zip(size, block, strict=True)]
     blocks = torch.tensor(grid).prod().item()
-    mask = enlarge_mask(draw_mask(5, size, [block], share, torch.Generator().manual_seed(0)), size)
+    mask = enlarge_mask(sample_mask(5, size, [block], share, torch.Generator().manual_seed(0)), size)
     assert mask.shape == (5, 1, *size) and mask.dtype == torch.bool
     wanted = round(share * blocks) if hidden is None else hidden % blocks
     cells = torch.nn.functional.avg_pool2d if len(size) == 2 else torch.nn.functional.avg_pool3d
@@ -31,13 +31,13 @@ def test_a_mask_hides_whole_blocks_and_their_share(size, block, share, hidden):
 
 def test_a_part_of_the_masks_is_a_part_of_all():
     def masks(**part):
-        return draw_mask(6, (8, 16, 16), [(2, 4, 4), (4, 8, 8)], 0.6, torch.Generator().manual_seed(0), **part)
+        return sample_mask(6, (8, 16, 16), [(2, 4, 4), (4, 8, 8)], 0.6, torch.Generator().manual_seed(0), **part)
 
     assert torch.equal(masks(part=slice(2, 5)), masks()[2:5])
 
 
 def test_sizes_come_by_turns_one_in_a_patch():
-    mask = draw_mask(40, (32, 32), [(4, 4), (16, 16)], 0.5, torch.Generator().manual_seed(0))
+    mask = sample_mask(40, (32, 32), [(4, 4), (16, 16)], 0.5, torch.Generator().manual_seed(0))
     assert mask.shape == (40, 1, 8, 8)
     mask = enlarge_mask(mask, (32, 32))
     whole = {
@@ -61,7 +61,7 @@ def test_sizes_come_by_turns_one_in_a_patch():
     ids=["2D", "anisotropic", "shallow"],
 )
 def test_holes_are_as_large_as_locations_of_the_encoder(strides, blocks):
-    assert hidden_blocks(strides) == blocks
+    assert mask_block_sizes(strides) == blocks
 
 
 def views(step, patches, number):
@@ -122,7 +122,7 @@ def test_it_learns_where_nnunet_does_not_normalise():
 
 @pytest.mark.parametrize("block", [(4, 2), (1, 4, 2)])
 def test_each_location_predicts_its_own_block(block):
-    head = RestorationHead(3, 2, block)
+    head = ReconstructionHead(3, 2, block)
     maps = torch.zeros(1, 3, *[3] * len(block))
     before = head(maps)
     assert before.shape == (1, 2, *[3 * n for n in block])
@@ -178,7 +178,7 @@ def test_it_learns_to_restore():
 
 
 def test_the_memory_of_both_is_that_of_the_larger(workspace):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     levels = plan_branches(configuration.patch_size, configuration.strides, recipe_of())
     alone, plain, both = (
         MemoryEstimate(configuration, levels, recipe)

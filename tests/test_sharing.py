@@ -18,9 +18,9 @@ from test_transfer import architecture, unet
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.cli.weights import export_entry, inspect_entry, install_entry
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration, dataset_name
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, DatasetConfiguration, dataset_name
 from nnunetv2_macl.planning.plan import plan_file
-from nnunetv2_macl.planning.prepare import prepare
+from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.sharing import install as installing
 from nnunetv2_macl.sharing.inspect import inspect
 from nnunetv2_macl.sharing.install import install
@@ -345,8 +345,8 @@ def test_each_kind_of_file_is_told(package, run, monkeypatch, capsys):
 
 
 def test_a_strangers_plan_does_not_steer_the_terminal(workspace):
-    target = Configuration.load("901", "nnUNetPlans", "2d")
-    prepare(target)
+    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+    derive_or_load_plan(target)
     file = plan_file(target)
     content = json.loads(file.read_text())
     file.write_text(

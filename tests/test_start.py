@@ -15,12 +15,12 @@ from steps import recipe_of
 from torch import nn
 
 from nnunetv2_macl import checkpoints, formats
-from nnunetv2_macl.building import build_model
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.factory import build_model
 from nnunetv2_macl.files import sha256
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.plan import describe, plan_file, read_plan
-from nnunetv2_macl.planning.prepare import prepare
+from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.sharing.model_card import model_card
 from nnunetv2_macl.start import plan_start, start_from_weights
@@ -48,7 +48,7 @@ def nnunet_file(workspace):
 
 @pytest.fixture
 def target(workspace):
-    return Configuration.load("901", "nnUNetPlans", "2d")
+    return DatasetConfiguration.load("901", "nnUNetPlans", "2d")
 
 
 def network_of(target, plan):
@@ -57,7 +57,7 @@ def network_of(target, plan):
 
 @pytest.mark.parametrize("auxiliary_encoder", ["shared", "ema", "independent"])
 def test_every_encoder_gets_the_weights(target, nnunet_file, auxiliary_encoder):
-    plan = prepare(target, recipe="macl", values={"auxiliary_encoder": auxiliary_encoder})
+    plan = derive_or_load_plan(target, recipe="macl", values={"auxiliary_encoder": auxiliary_encoder})
     start = plan_start(nnunet_file, target, plan.geometry, plan.get_recipe())
     network = network_of(target, plan)
     start_from_weights(network, target, start, rescale=False)
@@ -70,7 +70,7 @@ def test_every_encoder_gets_the_weights(target, nnunet_file, auxiliary_encoder):
 
 
 def test_for_sgd_kernels_get_the_size_of_fresh_ones(target, nnunet_file):
-    plan = prepare(target)
+    plan = derive_or_load_plan(target)
     start = plan_start(nnunet_file, target, plan.geometry, plan.get_recipe())
     network = network_of(target, plan)
     fresh = kernel_norms(network)
@@ -80,9 +80,9 @@ def test_for_sgd_kernels_get_the_size_of_fresh_ones(target, nnunet_file):
 
 def test_the_plan_records_the_weights_and_without_them_it_is_as_before(target, nnunet_file):
     file = plan_file(target)
-    prepare(target)
+    derive_or_load_plan(target)
     assert "pretrained_weights" not in json.loads(file.read_text())
-    plan = prepare(target, pretrained_weights=nnunet_file)
+    plan = derive_or_load_plan(target, pretrained_weights=nnunet_file)
     assert read_plan(file) == plan
     start = json.loads(file.read_text())["pretrained_weights"]
     assert start["files"] == {nnunet_file.name: sha256(nnunet_file)} and start["path"] == str(nnunet_file)
@@ -97,15 +97,15 @@ def test_the_plan_records_the_weights_and_without_them_it_is_as_before(target, n
 
 
 def test_an_edited_plan_takes_the_weights(target, nnunet_file):
-    prepare(target)
+    derive_or_load_plan(target)
     file = plan_file(target)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"out_of_plane_rotation": 1.0}))
-    plan = prepare(target, pretrained_weights=nnunet_file)
+    plan = derive_or_load_plan(target, pretrained_weights=nnunet_file)
     assert plan.out_of_plane_rotation == 1 and plan.pretrained_weights["encoder"] == "64 of 64"
 
 
 def test_weights_that_cannot_be_used_are_refused_in_a_sentence(target, nnunet_file, workspace):
-    plan, recipe = prepare(target), recipe_of()
+    plan, recipe = derive_or_load_plan(target), recipe_of()
     content = checkpoints.load(nnunet_file)
     architecture = content["init_args"]["plans"]["configurations"]["2d"]["architecture"]["arch_kwargs"]
     architecture["features_per_stage"] = [33, 65, 129, 257]

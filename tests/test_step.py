@@ -7,9 +7,9 @@ import torch
 from steps import batch, gradients, recipe_of, training_step
 from torch import nn
 
-from nnunetv2_macl.building import load_optimizer
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
+from nnunetv2_macl.factory import load_optimizer
+from nnunetv2_macl.training.step import TrainingStep, lr_factor
 
 PATCHES = 7
 
@@ -73,7 +73,7 @@ def test_a_first_stage_without_downsampling_shows_full_views_and_trains_the_glob
 
 def test_the_learning_rate_rises_and_falls():
     recipe = recipe_of(num_epochs=10, num_iterations_per_epoch=10, learning_rate_warmup=0.1)
-    shares = [learning_rate_share(recipe, step) for step in range(101)]
+    shares = [lr_factor(recipe, step) for step in range(101)]
     assert shares[0] == pytest.approx(1 / 11) and max(shares) == shares[10] == 1.0
     assert shares[:10] == sorted(shares[:10]) and shares[10:] == sorted(shares[10:], reverse=True)
     assert shares[100] == pytest.approx(0)
@@ -105,12 +105,12 @@ def test_steps_without_a_finite_gradient_count_once_the_scale_explains_them_no_m
     step = training_step(PATCHES, PATCHES, recipe_of(), dtype=torch.float32)
     step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     next(step.model.parameters()).register_hook(lambda gradient: gradient * torch.inf)
-    counted = []
+    pluralise = []
     for number in range(5):
         step(batch(PATCHES, torch.float32), number)
-        counted.append(step.skipped_in_a_row)
+        pluralise.append(step.skipped_in_a_row)
     # the scale falls from 8 to 1 in three steps
-    assert counted == [0, 0, 0, 1, 2]
+    assert pluralise == [0, 0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("norm, refused", [(nn.BatchNorm2d, True), (nn.InstanceNorm2d, False)])

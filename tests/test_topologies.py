@@ -19,12 +19,12 @@ from steps import embeddings_of, recipe_of
 from torch import nn
 
 from benchmarks.planned import FLAT, Fingerprint, plan_with_nnunet
-from nnunetv2_macl.building import build_model
+from nnunetv2_macl.factory import build_model
 from nnunetv2_macl.methods.base import Geometry
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.networks.registry import pretrainable
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, Configuration
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, DatasetConfiguration
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.recipe import Recipe
@@ -93,7 +93,7 @@ MATRIX = QUICK + tuple(
 )
 
 
-def check_legal(plan: MACLPlan, configuration: Configuration) -> None:
+def check_legal(plan: MACLPlan, configuration: DatasetConfiguration) -> None:
     with torch.device("meta"):
         model = build_model(configuration, plan.geometry, recipe_of())
     patches = torch.empty(2, len(configuration.channel_names), *plan.patch_size, device="meta")
@@ -128,7 +128,7 @@ def check_all_configurations(fingerprint: Fingerprint, folder) -> list[MACLPlan]
     names = json.loads((folder / "nnUNet_preprocessed" / dataset / f"{plans_name}.json").read_text())["configurations"]
     plans = []
     for name in sorted(set(names) - {"3d_cascade_fullres"}):
-        configuration = Configuration.load(dataset, plans_name, name)
+        configuration = DatasetConfiguration.load(dataset, plans_name, name)
         plan = derive_plan(configuration, recipe_of())
         check_legal(plan, configuration)
         plans.append(plan)

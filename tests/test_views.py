@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.measure import peak_allocated
-from nnunetv2_macl.views import IntensityNumbers, IntensityViews, SpatialViews, down
+from nnunetv2_macl.views import IntensityNumbers, RandomAffine, RandomIntensity, downsample
 from nnunetv2_macl.views import parts as module
 
 STILL = dict(mirroring=False, rotation=0.0, scaling=(1.0, 1.0), translation=0.0)
@@ -16,16 +16,16 @@ def generator(seed=0):
 
 @pytest.mark.parametrize("patch_size", [(9, 13), (5, 9, 7)])
 def test_identity_and_downsampling_in_one_resampling(patch_size):
-    views = SpatialViews(patch_size, **STILL)
+    views = RandomAffine(patch_size, **STILL)
     patches = torch.randn(2, 3, *patch_size, generator=generator())
     parameters = views.draw(2, generator())
     torch.testing.assert_close(views.apply(patches, parameters), patches, atol=1e-5, rtol=0)
     small = [n // 2 + 1 for n in patch_size]
-    torch.testing.assert_close(views.apply(patches, parameters, small), down(patches, small), atol=1e-5, rtol=0)
+    torch.testing.assert_close(views.apply(patches, parameters, small), downsample(patches, small), atol=1e-5, rtol=0)
 
 
 def test_mirroring_flips_each_axis_half_of_the_time():
-    views = SpatialViews((5, 7), **(STILL | {"mirroring": True}))
+    views = RandomAffine((5, 7), **(STILL | {"mirroring": True}))
     patches = torch.randn(1, 1, 5, 7, generator=generator()).expand(200, -1, -1, -1)
     seen = views.apply(patches, views.draw(200, generator()))
     flips = [patches[0].flip(dims) for dims in ([], [1], [2], [1, 2])]
@@ -37,7 +37,7 @@ def test_mirroring_flips_each_axis_half_of_the_time():
 @pytest.mark.parametrize("patch_size, plane", [((21, 41), (0, 1)), ((11, 21, 41), (1, 2))])
 def test_rotation_is_rigid_in_voxels_of_an_oblong_patch(patch_size, plane):
     """A point turns on a circle: its distance from the centre in voxels stays."""
-    views = SpatialViews(patch_size, **(STILL | {"rotation": 180.0}))
+    views = RandomAffine(patch_size, **(STILL | {"rotation": 180.0}))
     patches = torch.zeros(32, 1, *patch_size)
     centre = [n // 2 for n in patch_size]
     at = list(centre)
@@ -55,7 +55,7 @@ def test_rotation_is_rigid_in_voxels_of_an_oblong_patch(patch_size, plane):
 
 
 def test_scaling_magnifies():
-    views = SpatialViews((33, 33), **(STILL | {"scaling": (2.0, 2.0)}))
+    views = RandomAffine((33, 33), **(STILL | {"scaling": (2.0, 2.0)}))
     patches = torch.zeros(1, 1, 33, 33)
     patches[..., 12:21, 12:21] = 1
     seen = views.apply(patches, views.draw(1, generator()))
@@ -63,7 +63,7 @@ def test_scaling_magnifies():
 
 
 def test_translation_stays_within_its_range():
-    views = SpatialViews((33, 65), **(STILL | {"translation": 0.25}))
+    views = RandomAffine((33, 65), **(STILL | {"translation": 0.25}))
     patches = torch.zeros(64, 1, 33, 65)
     patches[:, 0, 16, 32] = 1
     seen = views.apply(patches, views.draw(64, generator()))[:, 0]
@@ -74,7 +74,7 @@ def test_translation_stays_within_its_range():
 
 
 def test_same_seed_same_views():
-    views = SpatialViews((8, 8, 8), out_of_plane_rotation=30.0)
+    views = RandomAffine((8, 8, 8), out_of_plane_rotation=30.0)
     assert torch.equal(views.draw(4, generator(3)), views.draw(4, generator(3)))
     assert not torch.equal(views.draw(4, generator(3)), views.draw(4, generator(4)))
 
@@ -84,11 +84,11 @@ def test_same_seed_same_views():
 )
 def test_arguments_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        SpatialViews(**({"patch_size": (8, 8)} | wrong))
+        RandomAffine(**({"patch_size": (8, 8)} | wrong))
 
 
 def changed_intensity(patches, seed, strength=1.0):
-    views = IntensityViews(strength)
+    views = RandomIntensity(strength)
     numbers = views.draw(*patches.shape[:2], patches.ndim - 2, generator(seed))
     return views.apply(patches, numbers)
 
@@ -111,16 +111,16 @@ def test_intensity_changes_images_and_leaves_what_is_where(shape):
 
 def test_a_part_of_a_batch_is_changed_as_within_the_whole():
     patches = torch.randn(5, 2, 8, 8, generator=generator())
-    numbers = IntensityViews().draw(5, 2, 2, generator(3))
-    whole = IntensityViews().apply(patches, numbers)
-    part = IntensityViews().apply(patches[2:4], IntensityNumbers(numbers.values[2:4], numbers.noise_seeds[2:4]))
+    numbers = RandomIntensity().draw(5, 2, 2, generator(3))
+    whole = RandomIntensity().apply(patches, numbers)
+    part = RandomIntensity().apply(patches[2:4], IntensityNumbers(numbers.values[2:4], numbers.noise_seeds[2:4]))
     torch.testing.assert_close(part, whole[2:4])
 
 
 @pytest.mark.parametrize("size", [(48, 40), (16, 20, 12)])
 def test_a_few_patches_at_a_time_give_the_same_views_in_less_memory(monkeypatch, size):
     patches = torch.randn(16, 2, *size, generator=generator())
-    spatial, intensity = SpatialViews(size), IntensityViews()
+    spatial, intensity = RandomAffine(size), RandomIntensity()
     parameters = spatial.draw(16, generator(1))
     numbers = intensity.draw(16, 2, len(size), generator(2))
     for run in (lambda: spatial.apply(patches, parameters), lambda: intensity.apply(patches, numbers)):
@@ -155,4 +155,4 @@ def test_blur_keeps_a_ramp_and_spreads_a_point():
 
 def test_a_negative_strength_is_refused():
     with pytest.raises(ValueError, match="strength"):
-        IntensityViews(-1)
+        RandomIntensity(-1)

@@ -19,8 +19,14 @@ def _compare_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("dataset", metavar="DATASET", help="raw data set, by name or id. Unlabelled images lie in its imagesUn")
-    add("-c", required=True, metavar="CONFIGURATION", help="nnU-Net configuration")
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier; planned anew. Default: nnUNetPlans")
+    add("-c", dest="configuration", required=True, metavar="CONFIGURATION", help="nnU-Net configuration")
+    add(
+        "-p",
+        dest="plans",
+        default="nnUNetPlans",
+        metavar="PLANS",
+        help="plans identifier; planned anew. Default: nnUNetPlans",
+    )
     add(
         "--plan",
         metavar="FILE",

@@ -7,8 +7,8 @@ import json
 import sys
 
 from nnunetv2_macl import doctor
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.messages import show_any_character
-from nnunetv2_macl.resources import resource_folder
 
 
 def doctor_entry() -> None:
@@ -26,13 +26,13 @@ def doctor_entry() -> None:
     arguments = parser.parse_args()
     show_any_character()
     results = []
-    for result in doctor.examine(
+    for result in doctor.run_checks(
         arguments.dataset_name_or_id, arguments.configuration, arguments.plans, arguments.device
     ):
         results.append(result)
         if not arguments.json:
             print(doctor.as_lines(result), flush=True)
-    wrong = sum(result.status == doctor.WRONG for result in results)
+    wrong = sum(result.status == doctor.PROBLEM for result in results)
     if arguments.json:
         print(json.dumps(doctor.as_json(results), indent=2))
     else:

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from functools import partial
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.messages import heard, show_any_character
+from nnunetv2_macl.messages import log_to, show_any_character
 
 
 def run(action: Callable[[], object]) -> None:
     """Show the user his mistakes as sentences, with exit code 1."""
     show_any_character()
     try:
-        with heard(partial(print, flush=True)):
+        with log_to(partial(print, flush=True)):
             action()
     except (UserError, NotImplementedError) as error:
         sys.exit(f"\nError: {error}")

@@ -32,15 +32,15 @@ from nnunetv2_macl.collecting.dicom import (
 from nnunetv2_macl.collecting.pseudonyms import Pseudonyms, load_key
 from nnunetv2_macl.collecting.table import LEFT_OUT, TAKEN, Row, append_row, read_table, write_table
 from nnunetv2_macl.collecting.voxels import NIFTI_ENDINGS, Job, initialise_worker, make_image
-from nnunetv2_macl.cores import usable_cores
+from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import cannot_write
+from nnunetv2_macl.files import write_error
 from nnunetv2_macl.nnunet import read_dataset_json
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER
 from nnunetv2_macl.raw_data import DESCRIPTION, raw_data_set, write_description
+from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training.run_folder import RunLock
-from nnunetv2_macl.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def collect(
     except KeyboardInterrupt:
         raise UserError("Stopped. Type the same command again to continue: what is done stays done.") from None
     except OSError as error:
-        raise cannot_write(error, folder) from error
+        raise write_error(error, folder) from error
     finally:
         lock.release()
         with contextlib.suppress(OSError):  # only a folder that is empty
@@ -266,7 +266,7 @@ def _series_candidates(
         images = sorted(s.image for s in series.slices)
         row = Row(
             TAKEN,
-            f"{counted(series.copies, 'duplicate file')} left out" if series.copies else "",
+            f"{pluralise(series.copies, 'duplicate file')} left out" if series.copies else "",
             f"{pseudonyms.case(first.patient, uid)}_0000{ending}",
             pseudonyms.patient(first.patient),
             "DICOM",
@@ -332,7 +332,7 @@ def _select(
     """Return the candidates of the modality, rows for the others, and the modality, which NIfTI files do not have."""
     there = Counter(c.row.modality for c in candidates if c.row.kind == "DICOM")
     if modality is None and len(there) > 1:
-        counts = ", ".join(f"{counted(number, f'{name} image')}" for name, number in there.most_common())
+        counts = ", ".join(f"{pluralise(number, f'{name} image')}" for name, number in there.most_common())
         raise UserError(
             f"{source} holds several modalities ({counts}), and a channel has one. Say which: --modality "
             f"{there.most_common(1)[0][0]}"
@@ -367,7 +367,7 @@ def _make(
         else:
             todo.append(candidate)
     if done:
-        logger.info("%s there already", counted(len(done), "image"))
+        logger.info("%s there already", pluralise(len(done), "image"))
     if not todo:
         return done
     image_of = {row.voxels: row.image for row in made.values() if row.voxels and (images / row.image).is_file()}
@@ -429,7 +429,7 @@ def _image_ending(image: str) -> str:
 def _summarise(rows: list[Row], images: Path, table: Path) -> None:
     taken = [row for row in rows if row.taken == TAKEN]
     patients = len({row.patient for row in taken})
-    logger.info("%s of %s in %s", counted(len(taken), "image"), counted(patients, "patient"), images)
+    logger.info("%s of %s in %s", pluralise(len(taken), "image"), pluralise(patients, "patient"), images)
     reasons = Counter(
         ("DICOM series" if row.series else f"{row.kind} file", re.split(r"[:;(]", row.reason)[0].strip())
         for row in rows

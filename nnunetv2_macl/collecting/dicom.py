@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_macl.words import counted
+from nnunetv2_macl.text import pluralise
 
 # endings of files that must be DICOM; files of other names are DICOM if they have the standard's preamble
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
@@ -167,7 +167,7 @@ def why_not(series: Series, min_slices: int, keep_derived: bool) -> str | None:
     if any(s.channels > 1 for s in slices):
         return "colour image"
     if len(slices) < min_slices:
-        return f"{counted(len(slices), 'single slice')}; a series needs --min_slices {min_slices}"
+        return f"{pluralise(len(slices), 'single slice')}; a series needs --min_slices {min_slices}"
     if any(s.position is None or s.orientation is None or s.spacing is None for s in slices):
         return "no position, orientation or pixel spacing in the header of a slice"
     return _geometry(slices)

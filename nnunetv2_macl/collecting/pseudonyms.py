@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import cannot_write
+from nnunetv2_macl.files import write_error
 
 KEY_FILE = "pseudonym.key"
 _KEY_BYTES = 32
@@ -57,7 +57,7 @@ def load_key(folder: Path) -> Pseudonyms:
         text = file.read_text(encoding="ascii", errors="replace").strip()
         others = stat.S_IMODE(file.stat().st_mode) & 0o077
     except OSError as error:
-        raise cannot_write(error, file) from error
+        raise write_error(error, file) from error
     if os.name == "posix" and others:
         raise UserError(
             f"{file} is the key of the pseudonyms, and others than you may read it. Type: chmod 600 "

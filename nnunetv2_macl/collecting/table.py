@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_macl.files import cannot_write, write_whole
+from nnunetv2_macl.files import atomic_write, write_error
 
 TAKEN = "yes"
 LEFT_OUT = "no"
@@ -62,14 +62,14 @@ def append_row(row: Row, file: Path) -> None:
         with open(descriptor, "a", encoding="utf-8", errors="surrogateescape", newline="") as stream:
             stream.write(_as_csv([row], header=new))
     except OSError as error:
-        raise cannot_write(error, file) from error
+        raise write_error(error, file) from error
 
 
 def write_table(rows: Iterable[Row], file: Path) -> None:
     """Write a table anew, images that were taken first. Raises UserError if that fails."""
     ordered = sorted(rows, key=lambda row: (row.taken != TAKEN, row.image, row.source))
     text = _as_csv(ordered, header=True).encode(errors="surrogateescape")
-    write_whole(file, lambda stream: stream.write(text))
+    atomic_write(file, lambda stream: stream.write(text))
     os.chmod(file, 0o600)
 
 

@@ -17,27 +17,29 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunetv2_macl.compare.measure import measure
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
-from nnunetv2_macl.compare.study import RESULT_FILE, Cell, Study
+from nnunetv2_macl.compare.study import RESULT_FILE, Study, Trial
 from nnunetv2_macl.compare.trainer import CURVE_FILE, TRAINERS
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json
-from nnunetv2_macl.nnunet import Configuration, read_json
+from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 from nnunetv2_macl.training.run_folder import RunLock
 
 
-def run_cell(study: Study, cell: Cell, device: str, processes: int) -> None:
+def run_cell(study: Study, cell: Trial, device: str, processes: int) -> None:
     """Train a cell of a study that is planned and pre-trained, or continue its training, and write ``result.json``."""
     folder, options = study.cell_folder(cell), study.options
-    target = Configuration.load(options.dataset, options.p, options.c)
+    target = DatasetConfiguration.load(options.dataset, options.plans, options.configuration)
     plans = target.plans_manager.plans | {"continue_training": False}
     study.write_splits()
     fold = study.fold(cell)
-    trainer = TRAINERS[options.finetuning](plans, options.c, fold, target.dataset_json, torch.device(device))
+    trainer = TRAINERS[options.finetuning](
+        plans, options.configuration, fold, target.dataset_json, torch.device(device)
+    )
     torch.backends.cudnn.benchmark = device == "cuda"  # as nnU-Net's training command
     lock = RunLock(Path(trainer.output_folder))
     lock.acquire()
     try:
-        trainer.set_budget(
+        trainer.configure_trial(
             epochs=options.epochs,
             iterations=options.iterations,
             rate=cell.rate,
@@ -79,7 +81,7 @@ def _predict(study: Study, model: Path, fold: int, predictions: Path, device: st
         )
 
 
-def _measure(study: Study, target: Configuration, predictions: Path) -> list[dict[str, Any]]:
+def _measure(study: Study, target: DatasetConfiguration, predictions: Path) -> list[dict[str, Any]]:
     labels = target.plans_manager.get_label_manager(target.dataset_json)
     classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
     ending = target.dataset_json["file_ending"]

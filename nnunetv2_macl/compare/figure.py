@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from nnunetv2_macl.compare.results import Results
 from nnunetv2_macl.compare.statistics import Estimate, estimate
 from nnunetv2_macl.compare.study import SCRATCH
-from nnunetv2_macl.files import write_whole
-from nnunetv2_macl.words import counted
+from nnunetv2_macl.files import atomic_write
+from nnunetv2_macl.text import pluralise
 
 
 def draw(results: Results, file: Path) -> None:
@@ -34,16 +34,18 @@ def draw(results: Results, file: Path) -> None:
     for panel, number in zip(panels, labels, strict=True):
         _over_epochs(panel, results, number, colours)
     panels[-1].legend(loc="best", fontsize=8)
-    panels[0].set_ylabel(f"Dice, {counted(len(study.split.validation), 'validation case')}")
-    seeds = counted(study.options.seeds, "seed")
-    figure.suptitle(f"{study.options.dataset}, {study.options.c}: mean and 95 % interval over patients and {seeds}")
-    write_whole(file, lambda stream: figure.savefig(stream, dpi=130, format="png"))
+    panels[0].set_ylabel(f"Dice, {pluralise(len(study.split.validation), 'validation case')}")
+    seeds = pluralise(study.options.seeds, "seed")
+    figure.suptitle(
+        f"{study.options.dataset}, {study.options.configuration}: mean and 95 % interval over patients and {seeds}"
+    )
+    atomic_write(file, lambda stream: figure.savefig(stream, dpi=130, format="png"))
 
 
 def _over_labels(axes: Any, results: Results, colours: dict[str, str]) -> None:
     study = results.study
     labels = study.split.labels
-    resampling = results.of_test
+    resampling = results.test_bootstrap
     arms = [arm.slug for arm in study.arms]
 
     def dice(arm: str, number: int) -> np.ndarray:
@@ -61,7 +63,7 @@ def _over_labels(axes: Any, results: Results, colours: dict[str, str]) -> None:
         axis.set_xlim(labels[0] / 1.25, labels[-1] * 1.25)
         axis.set_xlabel("labelled cases")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"Dice, {counted(len(study.split.test), 'test case')}")
+    axes[0].set_ylabel(f"Dice, {pluralise(len(study.split.test), 'test case')}")
     axes[1].axhline(0, color=colours[SCRATCH], lw=1.5)
     axes[1].set_ylabel("Dice above scratch, paired")
 
@@ -74,7 +76,7 @@ def _points(axis: Any, x: list[float], values: list[Estimate], colour: str, labe
 
 
 def _over_epochs(axis: Any, results: Results, labels: int, colours: dict[str, str]) -> None:
-    resampling = results.of_validation
+    resampling = results.validation_bootstrap
     epochs = results.curve_epochs
     for arm in results.study.arms:
         values = [estimate(point, resampling) for point in results.groups[arm.slug, labels].curve]
@@ -83,7 +85,7 @@ def _over_epochs(axis: Any, results: Results, labels: int, colours: dict[str, st
         axis.fill_between(epochs, [e.low for e in values], [e.high for e in values], color=colour, alpha=0.15, lw=0)
         if arm.slug == SCRATCH:
             axis.axhline(values[-1].value, color=colour, ls=":", lw=1, label="scratch at its end")
-    axis.set_title(counted(labels, "labelled case"), fontsize=10)
+    axis.set_title(pluralise(labels, "labelled case"), fontsize=10)
     axis.set_xlabel("epochs of fine-tuning")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)

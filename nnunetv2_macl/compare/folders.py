@@ -21,7 +21,7 @@ from nnunetv2_macl.compare.split import patients_of
 from nnunetv2_macl.compare.study import Options, Study
 from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import write_json, write_whole
+from nnunetv2_macl.files import atomic_write, resource_folder, write_json
 from nnunetv2_macl.nnunet import preprocessed_folder, raw_folder, read_dataset_json, read_json
 from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
@@ -32,8 +32,7 @@ from nnunetv2_macl.preprocessing.sources import (
     pick_channels,
     sidecars,
 )
-from nnunetv2_macl.resources import resource_folder
-from nnunetv2_macl.words import counted
+from nnunetv2_macl.text import pluralise
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +55,8 @@ class RawImages:
         what is not there; names it.
         """
         folder = raw_folder(dataset)
-        mend = "The study needs the raw data set: put it there."
-        dataset_json = read_dataset_json(folder / "dataset.json", mend, labels=True)
+        fix = "The study needs the raw data set: put it there."
+        dataset_json = read_dataset_json(folder / "dataset.json", fix, labels=True)
         if not (folder / "imagesTr").is_dir() and "dataset" not in dataset_json:
             raise UserError(f"{folder / 'imagesTr'} does not exist. Put the labelled cases there and in labelsTr.")
         _require_no_dead_links(folder / "imagesTr")
@@ -70,7 +69,7 @@ class RawImages:
                     f"Case {case} has no label: {entry['label']} does not exist. Put it there, or the image into "
                     f"{folder / UNLABELLED_FOLDER}."
                 )
-        used = {RawFile.look(file).identity for entry in labelled.values() for file in entry["images"]}
+        used = {RawFile.inspect(file).identity for entry in labelled.values() for file in entry["images"]}
         files = group_channels(folder / UNLABELLED_FOLDER, ending)
         unlabelled, wrong = pick_channels(files, list(range(len(names))), names)
         for reason in wrong.values():
@@ -110,7 +109,7 @@ def _require_channels(case: str, images: Sequence[str], channels: int, ending: s
         ending is not None and found not in (wanted, wanted[:1])
     ):
         raise UserError(
-            f"Case {case} has {', '.join(found)}, and the data set has {counted(channels, 'channel')}: {', '.join(wanted)}. "
+            f"Case {case} has {', '.join(found)}, and the data set has {pluralise(channels, 'channel')}: {', '.join(wanted)}. "
             "Put what is missing there, or take the case out."
         )
 
@@ -132,14 +131,14 @@ def planner(options: Options) -> str:
     Raises:
         UserError: the data set has no such plan that would tell.
     """
-    if options.p == DEFAULT_PLANS:
+    if options.plans == DEFAULT_PLANS:
         return DEFAULT_PLANNER
-    file = preprocessed_folder(options.dataset) / f"{options.p}.json"
+    file = preprocessed_folder(options.dataset) / f"{options.plans}.json"
     number = int(options.dataset[7:10])
-    mend = f"-p {options.p} is planned anew from the training share, by the planner that {file} names. Type: "
-    content = read_json(file, f"{mend}nnUNetv2_plan_experiment -d {number} -pl PLANNER")
+    fix = f"-p {options.plans} is planned anew from the training share, by the planner that {file} names. Type: "
+    content = read_json(file, f"{fix}nnUNetv2_plan_experiment -d {number} -pl PLANNER")
     if not isinstance(content, dict) or not content.get("experiment_planner_used"):
-        raise UserError(f"{file} names no planner. {mend}nnUNetv2_plan_experiment -d {number} -pl PLANNER")
+        raise UserError(f"{file} names no planner. {fix}nnUNetv2_plan_experiment -d {number} -pl PLANNER")
     return str(content["experiment_planner_used"])
 
 
@@ -166,24 +165,35 @@ def plan(study: Study, images: RawImages, planner_name: str | None, processes: i
     environment = study.environment(study.folder / "nnUNet_results") | {"nnUNet_n_proc_DA": "1"}
     run = functools.partial(run_command, environment=environment, log=log)
     if options.plan is None:
-        command = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", options.c, "-pl", str(planner_name)]
-        run([*command, "-overwrite_plans_name", options.p, "-npfp", str(processes), *processes_asked, "--no_pbar"])
+        command = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", options.configuration, "-pl", str(planner_name)]
+        run([*command, "-overwrite_plans_name", options.plans, "-npfp", str(processes), *processes_asked, "--no_pbar"])
     else:
         run(["nnUNetv2_extract_fingerprint", "-d", number, *processes_asked])
         given = read_json(Path(options.plan), "Put it back, or give another folder: -o FOLDER")
         write_json(given | {"dataset_name": options.dataset}, study.plan_file)
         # what nnU-Net's planning would have left there
         shutil.copyfile(study.raw / "dataset.json", study.preprocessed / "dataset.json")
-        run(["nnUNetv2_preprocess", "-d", number, "-plans_name", options.p, "-c", options.c, *processes_asked])
+        run(
+            [
+                "nnUNetv2_preprocess",
+                "-d",
+                number,
+                "-plans_name",
+                options.plans,
+                "-c",
+                options.configuration,
+                *processes_asked,
+            ]
+        )
     content = read_json(study.plan_file, "")
     configurations = content["configurations"]
-    if options.c not in configurations:
+    if options.configuration not in configurations:
         raise UserError(
-            f"nnU-Net's plan for the training share has no configuration '{options.c}', only "
+            f"nnU-Net's plan for the training share has no configuration '{options.configuration}', only "
             f"{', '.join(configurations)}. Give one of these with -c, and another folder: -o FOLDER"
         )
     if options.batch_size is not None:
-        configurations[options.c]["batch_size"] = options.batch_size
+        configurations[options.configuration]["batch_size"] = options.batch_size
         write_json(content, study.plan_file)
     study.write_splits()
     check_arms(study, images)
@@ -198,25 +208,35 @@ def check_arms(study: Study, images: RawImages) -> None:
         UserError: The way of fine-tuning is not for such data, or the weights are of a network too unlike the plan's.
     """
     options = study.options
-    mend = "and another folder: -o FOLDER"
+    fix = "and another folder: -o FOLDER"
     if options.finetuning == "paper":
-        configuration = PlansManager(read_json(study.plan_file, "")).get_configuration(options.c)
+        configuration = PlansManager(read_json(study.plan_file, "")).get_configuration(options.configuration)
         if len(configuration.patch_size) != 2:
-            raise UserError(f"The paper fine-tunes in 2D, and {options.c} is 3D. Give --finetuning sgd, {mend}")
+            raise UserError(
+                f"The paper fine-tunes in 2D, and {options.configuration} is 3D. Give --finetuning sgd, {fix}"
+            )
         if any(isinstance(label, list) and len(label) > 1 for label in images.dataset_json["labels"].values()):
             raise UserError(
                 f"{options.dataset} has overlapping regions, and the paper's cross-entropy wants one label a voxel. Give "
-                f"--finetuning sgd, {mend}"
+                f"--finetuning sgd, {fix}"
             )
     environment = study.environment(study.folder / "nnUNet_results")
     for arm in study.arms:
         if arm.weights is None:
             continue
-        command = ["nnUNetv2_macl_transfer", arm.weights, options.dataset, "-c", options.c, "-p", options.p]
+        command = [
+            "nnUNetv2_macl_transfer",
+            arm.weights,
+            options.dataset,
+            "-c",
+            options.configuration,
+            "-p",
+            options.plans,
+        ]
         try:
             run_command(command, environment, study.planning_folder / "log.txt")
         except UserError as error:
-            raise UserError(f"{error}\n\nThe study cannot have the arm {arm.name}: give others, {mend}") from None
+            raise UserError(f"{error}\n\nThe study cannot have the arm {arm.name}: give others, {fix}") from None
 
 
 def _require_no_rest(study: Study) -> None:
@@ -267,7 +287,7 @@ def _link(file: Path, link: Path, case: str) -> None:
             os.link(source.resolve(), target)
         except OSError:  # another disk, or not allowed
             with source.open("rb") as stream:
-                write_whole(target, functools.partial(shutil.copyfileobj, stream))
+                atomic_write(target, functools.partial(shutil.copyfileobj, stream))
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:

@@ -14,7 +14,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 
 @dataclass(frozen=True)
-class Agreement:
+class SegmentationScores:
     """One class of one case. NaN is not defined."""
 
     label: str  # the class, as nnU-Net's ``summary.json`` names it
@@ -30,7 +30,7 @@ def measure(
     reader: BaseReaderWriter,
     classes: Sequence[int | tuple[int, ...]],
     ignore_label: int | None = None,
-) -> list[Agreement]:
+) -> list[SegmentationScores]:
     """Compare two segmentation files, class by class (labels, or regions of several labels).
 
     Nothing is compared where the reference has ``ignore_label``.
@@ -44,7 +44,7 @@ def measure(
     for label in classes:
         wanted, got = (region_or_label_to_mask(array, label) & compared for array in (reference, prediction))
         hd95, asd = surface_distances(wanted, got, properties["spacing"])
-        found.append(Agreement(label_or_region_to_key(label), float(metrics[label]["Dice"]), hd95, asd))
+        found.append(SegmentationScores(label_or_region_to_key(label), float(metrics[label]["Dice"]), hd95, asd))
     return found
 
 

@@ -13,14 +13,14 @@ from nnunetv2_macl.compare.results import Results, write_csv
 from nnunetv2_macl.compare.statistics import Estimate, Resampling, estimate, estimate_first_reached
 from nnunetv2_macl.compare.steps import DONE_FILE
 from nnunetv2_macl.compare.study import SCRATCH, Arm, Study
-from nnunetv2_macl.files import write_whole
+from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.nnunet import read_json
-from nnunetv2_macl.words import counted, duration, listed
+from nnunetv2_macl.text import duration, join_words, pluralise
 
 # with fewer, all pairs agree in sign by chance more often than once in 20: 2 ** (1 - 5) > 0.05
 FEWEST_PATIENTS = 6
 # mean Dice below which arms are compared in nothing
-LEARNED = 0.2
+MIN_MEANINGFUL_DICE = 0.2
 
 
 def write_report(study: Study) -> str:
@@ -31,15 +31,15 @@ def write_report(study: Study) -> str:
     whole = Resampling.whole(study.options.seeds, len(study.split.test))
     reached = [float(whole.mean(group.measures["dice"])[0]) for group in results.groups.values()]
     best = max((value for value in reached if not math.isnan(value)), default=0.0)
-    sentence = verdict(differences(results), patients=_patients_that_tell(results), best=best)
+    sentence = verdict(differences(results), patients=_patients_with_defined_dice(results), best=best)
     text = "\n".join(_lines(results, sentence)) + "\n"
-    write_whole(study.folder / "compare.md", lambda file: file.write(text.encode()))
+    atomic_write(study.folder / "compare.md", lambda file: file.write(text.encode()))
     return f"{sentence}\n\nTables and figure: {study.folder / 'compare.md'}"
 
 
 def differences(results: Results) -> dict[str, dict[int, Estimate]]:
     """Mean Dice on the test cases above scratch's, by arm and number of labels."""
-    resampling = results.of_test
+    resampling = results.test_bootstrap
     return {
         arm.slug: {
             labels: estimate(
@@ -61,17 +61,17 @@ def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float
 
     Args:
         found: by arm and number of labels, Dice above scratch's.
-        patients: that tell, of those tested on: see `_patients_that_tell`.
+        patients: that tell, of those tested on: see `_patients_with_defined_dice`.
         best: mean Dice of the arm that has the highest.
     """
     if not found:
         return "Only scratch was trained, so there is nothing to compare it with."
     if patients < FEWEST_PATIENTS:
         return (
-            f"Too few to tell: {counted(patients, 'test patient')} with a Dice (none is defined where a class is in neither "
+            f"Too few to tell: {pluralise(patients, 'test patient')} with a Dice (none is defined where a class is in neither "
             f"prediction nor label), and at least {FEWEST_PATIENTS} are needed to tell a difference from chance."
         )
-    if best < LEARNED:
+    if best < MIN_MEANINGFUL_DICE:
         return (
             f"Nothing to tell yet: no arm has learned to segment (best Dice {best:.2f}), so train longer, with more --epochs "
             "or --iterations."
@@ -80,18 +80,18 @@ def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float
     for arm, by_labels in found.items():
         parts = []
         for sign, sure in itertools.product((1, -1), (True, False)):
-            of_sign = {n: d for n, d in by_labels.items() if d.sign == sign and d.seeds_agree == sure}
+            of_sign = {n: d for n, d in by_labels.items() if d.sign == sign and d.significant_across_seeds == sure}
             if of_sign:
-                values = listed(f"{d.value:+.3f} Dice with {n}" for n, d in of_sign.items())
+                values = join_words(f"{d.value:+.3f} Dice with {n}" for n, d in of_sign.items())
                 words = f"{'' if sure else 'perhaps '}{'better' if sign > 0 else 'worse'} than scratch"
                 parts.append(f"{words} ({values} labelled cases{'' if sure else ', and more --seeds would tell'})")
         if same := [n for n, d in by_labels.items() if not d.sign]:
-            parts.append(f"not told apart from {'it' if parts else 'scratch'} with {listed(same)} labelled cases")
+            parts.append(f"not told apart from {'it' if parts else 'scratch'} with {join_words(same)} labelled cases")
         clauses.append(f"{arm} is {' and '.join(parts)}")
     if not any(difference.sign for by_labels in found.values() for difference in by_labels.values()):
         labels = dict.fromkeys(labels for by_labels in found.values() for labels in by_labels)
         return (
-            f"No difference: the Dice of {listed(found)} is not told apart from that of scratch with {listed(labels)} "
+            f"No difference: the Dice of {join_words(found)} is not told apart from that of scratch with {join_words(labels)} "
             "labelled cases."
         )
     return f"{'; '.join(clauses)}."
@@ -100,17 +100,17 @@ def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float
 def _lines(results: Results, sentence: str) -> list[str]:
     study = results.study
     options, split = study.options, study.split
-    resampling = results.of_test
+    resampling = results.test_bootstrap
     groups = results.groups
-    tested = counted(len(split.test), "test case")
+    tested = pluralise(len(split.test), "test case")
     few = [
         what
         for what, number in (("seeds", options.seeds), ("test patients", _patients(study, split.test)))
         if number < 5
     ]
-    lines = [f"# Does pre-training help? {options.dataset}, {options.c}", "", f"**{sentence}**", ""]
+    lines = [f"# Does pre-training help? {options.dataset}, {options.configuration}", "", f"**{sentence}**", ""]
     if few:
-        lines += [f"Few {listed(few)}: the intervals are rough, and rather too narrow.", ""]
+        lines += [f"Few {join_words(few)}: the intervals are rough, and rather too narrow.", ""]
     lines += ["![Dice](compare.png)", "", f"## Dice on {tested}", ""]
     lines += _table(results, lambda arm, n: _with_interval(estimate(groups[arm, n].measures["dice"], resampling)))
     lines += ["", "## Dice above scratch, on the same cases and seeds", ""]
@@ -170,7 +170,7 @@ def _distance(values: np.ndarray, resampling: Resampling) -> str:
 
 def _reached(results: Results, arm: str, labels: int) -> str:
     group, scratch = results.groups[arm, labels], results.groups[SCRATCH, labels]
-    resampling = results.of_validation
+    resampling = results.validation_bootstrap
     e = estimate_first_reached(group.curve, scratch.curve[-1], results.curve_epochs, resampling)
 
     def words(epochs: float) -> str:
@@ -185,7 +185,7 @@ def _patients(study: Study, cases: list[str]) -> int:
     return len({study.patients[case] for case in cases})
 
 
-def _patients_that_tell(results: Results) -> int:
+def _patients_with_defined_dice(results: Results) -> int:
     """Test patients for whom a Dice is defined in an arm and in scratch, of the arm and number of labels that has fewest."""
     study = results.study
     numbers = [_patients(study, study.split.test)]
@@ -212,22 +212,22 @@ def _method(results: Results) -> list[str]:
     planned = read_json(study.planning_folder / DONE_FILE, "")
     share = len(study.patients) - len(split.test) - len(split.validation)
     lines = [f"{arm.slug} starts from {_start(arm)}." for arm in study.arms]
-    budget = f"{counted(options.epochs, 'epoch')} of {counted(options.iterations, 'step')}"
+    budget = f"{pluralise(options.epochs, 'epoch')} of {pluralise(options.iterations, 'step')}"
     rates = ", ".join(f"{rate:g}" for rate in options.rates)
     lines.append(
         f"Each arm has {budget}, the same labelled cases, the same seeds and the same patches in the same order. Each had the "
         f"choice of the rates {rates}: for each number of labels the one with the highest mean Dice on the validation cases "
         "over the seeds."
     )
-    shares = f"{counted(len(split.test), 'case')} for test, {len(split.validation)} for validation"
+    shares = f"{pluralise(len(split.test), 'case')} for test, {len(split.validation)} for validation"
     lines.append(
         f"Split by {'patient' if options.group_regex else 'case'}: {shares}, the labelled ones from {share}. The labels of the "
-        f"validation cases were used beside those counted here, in every arm. {counted(options.seeds, 'draw')} of labelled "
+        f"validation cases were used beside those counted here, in every arm. {pluralise(options.seeds, 'draw')} of labelled "
         "cases (a seed each); those of fewer labels are among those of more."
     )
     used = {n: sorted({len(subset[n]) for subset in split.subsets}) for n in split.labels}
     if any(counts != [n] for n, counts in used.items()):
-        words = "; ".join(f"{n}: {listed(counts)}" for n, counts in used.items())
+        words = "; ".join(f"{n}: {join_words(counts)}" for n, counts in used.items())
         lines.append(f"Whole patients were taken, so the labelled cases really were {words}.")
     if results.pretraining_seconds:
         times = "; ".join(
@@ -268,6 +268,6 @@ def _method(results: Results) -> list[str]:
     )
     lines.append(
         "The curves are the Dice of whole validation cases at the network's resolution without mirroring, after "
-        f"{listed(results.curve_epochs)} epochs. That time counts training and nnU-Net's own online validation."
+        f"{join_words(results.curve_epochs)} epochs. That time counts training and nnU-Net's own online validation."
     )
     return lines

@@ -11,8 +11,8 @@ import numpy as np
 
 from nnunetv2_macl.compare.statistics import Resampling
 from nnunetv2_macl.compare.steps import DONE_FILE
-from nnunetv2_macl.compare.study import RESULT_FILE, Cell, Study
-from nnunetv2_macl.files import write_whole
+from nnunetv2_macl.compare.study import RESULT_FILE, Study, Trial
+from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.nnunet import read_json
 
 MEASURES = ("dice", "hd95", "asd")
@@ -58,11 +58,11 @@ class Results:
         return cls(study, [names.get(key, key) for key in keys], [int(e) for e in any_cell["curve"]], groups, seconds)
 
     @property
-    def of_test(self) -> Resampling:
+    def test_bootstrap(self) -> Resampling:
         return self._resampling(self.study.split.test)
 
     @property
-    def of_validation(self) -> Resampling:
+    def validation_bootstrap(self) -> Resampling:
         # nnU-Net's data sets are sorted by name
         return self._resampling(sorted(self.study.split.validation))
 
@@ -70,14 +70,14 @@ class Results:
         return Resampling.draw([self.study.patients[case] for case in cases], self.study.options.seeds)
 
 
-def _read(study: Study, cell: Cell) -> dict[str, Any]:
+def _read(study: Study, cell: Trial) -> dict[str, Any]:
     folder = study.cell_folder(cell)
     return read_json(folder / RESULT_FILE, f"To train it again: rm -r '{folder}'")
 
 
-def _group(study: Study, arm: str, labels: int, found: dict[Cell, dict[str, Any]], classes: int) -> Group:
+def _group(study: Study, arm: str, labels: int, found: dict[Trial, dict[str, Any]], classes: int) -> Group:
     seeds = range(study.options.seeds)
-    by_rate = {rate: [found[Cell(arm, labels, seed, rate)] for seed in seeds] for rate in study.options.rates}
+    by_rate = {rate: [found[Trial(arm, labels, seed, rate)] for seed in seeds] for rate in study.options.rates}
     curves = {
         # (S, P, M, C) -> (P, S, M, C)
         rate: np.array([list(cell["curve"].values()) for cell in cells], dtype=float).swapaxes(0, 1)
@@ -116,4 +116,4 @@ def write_csv(results: Results) -> None:
             values = ["" if row[key] is None else row[key] for key in MEASURES]
             where = [cell.arm, cell.labels, used, cell.seed, f"{cell.rate:g}", chosen]
             writer.writerow([*where, row["case"], study.patients[row["case"]], name, *values])
-    write_whole(study.folder / "compare.csv", lambda file: file.write(stream.getvalue().encode()))
+    atomic_write(study.folder / "compare.csv", lambda file: file.write(stream.getvalue().encode()))

@@ -25,16 +25,16 @@ from nnunetv2_macl.compare.folders import (
 )
 from nnunetv2_macl.compare.report import FEWEST_PATIENTS, write_report
 from nnunetv2_macl.compare.split import patients_of, split_cases
-from nnunetv2_macl.compare.steps import DONE_FILE, Step, run_steps
+from nnunetv2_macl.compare.steps import DONE_FILE, Task, run_steps
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
-from nnunetv2_macl.compare.study import Arm, Cell, Options, Study, parse_arm
-from nnunetv2_macl.cores import usable_cores
+from nnunetv2_macl.compare.study import Arm, Options, Study, Trial, parse_arm
+from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE
 from nnunetv2_macl.run import check_device
+from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.run_folder import RunLock
-from nnunetv2_macl.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +71,13 @@ def compare(
     options.check()
     if options.plan is not None:
         file = Path(options.plan).expanduser().resolve()
-        options = replace(options, plan=str(file), p=plans_name(file))
+        options = replace(options, plan=str(file), plans=plans_name(file))
     # the same files, wherever the study is started from next time
     options = replace(options, arms=[parse_arm(text).name for text in options.arms])
     for name, value in (("--jobs", jobs), ("-np", processes)):
         if value < 1:
             raise UserError(f"{name} must be 1 or more, got {value}.")
-    if options.c == "3d_cascade_fullres":
+    if options.configuration == "3d_cascade_fullres":
         raise UserError("-c 3d_cascade_fullres needs a first stage for each cell. Compare its stages: -c 3d_lowres")
     _check_configuration(options)
     if not dry_run:
@@ -113,13 +113,22 @@ def _check_configuration(options: Options) -> None:
     there: Sequence[str] = nnunet.SUPPORTED_CONFIGURATIONS
     if options.plan is not None:
         there = list(nnunet.read_json(Path(options.plan), "Give another to --plan.").get("configurations", {}))
-    if options.c not in there:
-        raise UserError(f"There is no configuration '{options.c}'. Take one of these with -c: {', '.join(there)}.")
+    if options.configuration not in there:
+        raise UserError(
+            f"There is no configuration '{options.configuration}'. Take one of these with -c: {', '.join(there)}."
+        )
 
 
 def _default_name(options: Options) -> str:
     # outside nnU-Net's own folders, which are the user's
-    return "_".join(["macl_compare", options.dataset, options.c, *([options.p] if options.p != "nnUNetPlans" else [])])
+    return "_".join(
+        [
+            "macl_compare",
+            options.dataset,
+            options.configuration,
+            *([options.plans] if options.plans != "nnUNetPlans" else []),
+        ]
+    )
 
 
 def describe(study: Study, images: RawImages) -> str:
@@ -127,13 +136,13 @@ def describe(study: Study, images: RawImages) -> str:
     split, options = study.split, study.options
 
     def patients(cases: list[str]) -> str:
-        of = f" of {counted(len({study.patients[case] for case in cases}), 'patient')}" if options.group_regex else ""
-        return counted(len(cases), "case") + of
+        of = f" of {pluralise(len({study.patients[case] for case in cases}), 'patient')}" if options.group_regex else ""
+        return pluralise(len(cases), "case") + of
 
     kept = pretraining_images(study, list(images.unlabelled))
     share = len(images.labelled) - len(split.test) - len(split.validation)
     lines = [
-        f"{options.dataset}, {options.c}, {options.p}",
+        f"{options.dataset}, {options.configuration}, {options.plans}",
         f"test:        {patients(split.test)}: {_names(split.test)}",
         f"validation:  {patients(split.validation)}: {_names(split.validation)}",
         f"pre-training: {share + len(kept)} images, {len(kept)} of them from imagesUn"
@@ -149,18 +158,18 @@ def describe(study: Study, images: RawImages) -> str:
         )
     if (tested := len({study.patients[case] for case in split.test})) < FEWEST_PATIENTS:
         lines.append(
-            f"attention:   {counted(tested, 'test patient')} will not tell a difference from chance, at least "
+            f"attention:   {pluralise(tested, 'test patient')} will not tell a difference from chance, at least "
             f"{FEWEST_PATIENTS} do: --test N"
         )
     for seed, subset in enumerate(split.subsets):
         for labels, cases in subset.items():
             lines.append(f"labelled, seed {seed}, {labels}: {patients(cases)}: {_names(cases)}")
     lines.append(
-        f"{counted(len(study.cells), 'cell')}: {counted(len(study.arms), 'arm')} x "
-        f"{counted(len(split.labels), 'number')} of labels x {counted(options.seeds, 'seed')} x "
-        f"{counted(len(options.rates), 'rate')}, each {counted(options.epochs, 'epoch')} of "
-        f"{counted(options.iterations, 'step')}: {len(study.cells) * options.epochs * options.iterations:,} steps in all, "
-        f"beside {counted(len(study.pretrainings), 'pre-training')}"
+        f"{pluralise(len(study.cells), 'cell')}: {pluralise(len(study.arms), 'arm')} x "
+        f"{pluralise(len(split.labels), 'number')} of labels x {pluralise(options.seeds, 'seed')} x "
+        f"{pluralise(len(options.rates), 'rate')}, each {pluralise(options.epochs, 'epoch')} of "
+        f"{pluralise(options.iterations, 'step')}: {len(study.cells) * options.epochs * options.iterations:,} steps in all, "
+        f"beside {pluralise(len(study.pretrainings), 'pre-training')}"
     )
     lines += [f"    {cell.name}" for cell in study.cells]
     return "\n".join(lines)
@@ -178,8 +187,8 @@ def _steps(
     processes: int,
     jobs: int,
     skip_unreadable: bool,
-) -> list[Step]:
-    planning = Step(
+) -> list[Task]:
+    planning = Task(
         "planning and preprocessing",
         study.planning_folder,
         functools.partial(plan, study, images, planner_name, processes),
@@ -187,7 +196,7 @@ def _steps(
     steps, pretrained = [planning], {}
     for arm in study.pretrainings:
         # one after the other: they share the MACL plan's file
-        pretrained[arm.recipe_and_settings] = Step(
+        pretrained[arm.recipe_and_settings] = Task(
             f"pre-training, recipe {','.join([Path(str(arm.recipe)).stem, *arm.settings])}",
             study.pretraining_folder(arm),
             functools.partial(_pretrain, study, images, arm, device, processes, skip_unreadable),
@@ -197,7 +206,7 @@ def _steps(
     for cell in study.cells:
         arm = study.arm(cell.arm)
         steps.append(
-            Step(
+            Task(
                 cell.name,
                 study.cell_folder(cell),
                 functools.partial(_run_cell, study, cell, device, processes, jobs),
@@ -222,7 +231,7 @@ def _pretrain(
     if not any(_has_begun(study, other) for other in study.arms if other.recipe is not None):
         # all recipes see the same images: those that the user has by the time the first one begins
         link_unlabelled(study, images)
-    command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.c, "-p", options.p]
+    command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.configuration, "-p", options.plans]
     # each fold has the validation cases of all
     command += ["--exclude_fold", "0", "-device", device, "-np", str(processes)]
     settings = [*options.pretrain_settings, *arm.settings]
@@ -243,7 +252,7 @@ def _has_begun(study: Study, arm: Arm) -> bool:
     return resume.has_checkpoint(run) or (run / NETWORK_FILE).is_file()
 
 
-def _run_cell(study: Study, cell: Cell, device: str, processes: int, jobs: int) -> dict[str, Any]:
+def _run_cell(study: Study, cell: Trial, device: str, processes: int, jobs: int) -> dict[str, Any]:
     folder = study.cell_folder(cell)
     environment = study.environment(folder)
     if weights := study.weights(study.arm(cell.arm)):

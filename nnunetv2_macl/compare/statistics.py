@@ -85,7 +85,7 @@ class Estimate:
         return int(self.low > 0) - int(self.high < 0)
 
     @property
-    def seeds_agree(self) -> bool:
+    def significant_across_seeds(self) -> bool:
         """Whether the seeds are enough to say that it is not 0: Student's 95 % interval of `by_seed` does not hold it.
 
         The bootstrap does not know how few they are: of three that lie on one side by chance, every resample does.

@@ -15,9 +15,9 @@ from time import perf_counter
 from typing import Any
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import CannotWriteError, cannot_write, write_json
+from nnunetv2_macl.files import CannotWriteError, write_error, write_json
+from nnunetv2_macl.text import duration
 from nnunetv2_macl.training.run_folder import RunLock
-from nnunetv2_macl.words import duration
 
 logger = logging.getLogger(__name__)
 
@@ -25,26 +25,26 @@ DONE_FILE = "done.json"
 
 
 @dataclass(frozen=True)
-class Step:
+class Task:
     """Work that leaves its results in a folder of its own; ``run`` returns what ``done.json`` shall say."""
 
     name: str
     folder: Path
     run: Callable[[], dict[str, Any]]
-    needs: tuple[Step, ...] = ()
+    needs: tuple[Task, ...] = ()
 
     @property
     def is_done(self) -> bool:
         return (self.folder / DONE_FILE).is_file()
 
 
-def run_steps(steps: Sequence[Step], jobs: int, poll_seconds: float = 5.0) -> None:
+def run_steps(steps: Sequence[Task], jobs: int, poll_seconds: float = 5.0) -> None:
     """Run all steps that are not done, some at a time, in their order, and wait for those that other processes are at.
 
     Raises:
         UserError: A step failed, or a folder cannot be written; the others at work are finished first.
     """
-    work = _Work(steps, poll_seconds)
+    work = _TaskQueue(steps, poll_seconds)
     with ThreadPoolExecutor(jobs) as pool:
         workers = [pool.submit(work.go_on) for _ in range(jobs)]
         try:
@@ -55,8 +55,8 @@ def run_steps(steps: Sequence[Step], jobs: int, poll_seconds: float = 5.0) -> No
             work.stop()
 
 
-class _Work:
-    def __init__(self, steps: Sequence[Step], poll_seconds: float) -> None:
+class _TaskQueue:
+    def __init__(self, steps: Sequence[Task], poll_seconds: float) -> None:
         self._todo = [step for step in steps if not step.is_done]
         self._total, self._done = len(steps), len(steps) - len(self._todo)
         self._poll_seconds = poll_seconds
@@ -87,7 +87,7 @@ class _Work:
             self.stop()
             raise
 
-    def _claim(self) -> tuple[Step, RunLock] | None:
+    def _claim(self) -> tuple[Task, RunLock] | None:
         """The first step that can be done now. Those that others have done meanwhile leave the list."""
         with self._guard:
             for step in list(self._todo):
@@ -102,7 +102,7 @@ class _Work:
                     step.folder.mkdir(parents=True, exist_ok=True)
                     lock.acquire()
                 except OSError as error:
-                    raise cannot_write(error, step.folder) from error
+                    raise write_error(error, step.folder) from error
                 except CannotWriteError:
                     raise
                 except UserError as held:
@@ -117,7 +117,7 @@ class _Work:
                 return step, lock
         return None
 
-    def _do(self, step: Step) -> None:
+    def _do(self, step: Task) -> None:
         began = perf_counter()
         logger.info("%s ...", step.name)
         result = step.run()

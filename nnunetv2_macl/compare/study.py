@@ -13,17 +13,18 @@ from nnunetv2_macl import formats
 from nnunetv2_macl.checkpoints import ENCODER_FILE
 from nnunetv2_macl.compare.split import Split
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import sha256, write_first, write_json
+from nnunetv2_macl.files import resource_folder, sha256, write_if_absent, write_json
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
 from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
 from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text
-from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
 SCRATCH = "scratch"
 STUDY_FILE = "study.json"
 # what a cell found
 RESULT_FILE = "result.json"
+# of options, in studies of version 0.1
+_OLDER_NAMES = {"c": "configuration", "p": "plans"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Options:
     """What makes a study what it is. A name here is the option's name on the command line."""
 
     dataset: str
-    c: str
-    p: str
+    configuration: str
+    plans: str
     arms: list[str]
     labels: list[str]
     seeds: int
@@ -143,11 +144,13 @@ def _slug(text: str) -> str:
 
 def option(key: str) -> str:
     """A field of `Options` as it is typed."""
-    return {"dataset": "DATASET", "c": "-c", "p": "-p", "batch_size": "-batch_size"}.get(key, f"--{key}")
+    return {"dataset": "DATASET", "configuration": "-c", "plans": "-p", "batch_size": "-batch_size"}.get(
+        key, f"--{key}"
+    )
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One training: an arm, a number of labelled cases, a seed and a learning rate."""
 
     arm: str
@@ -186,7 +189,7 @@ class Study:
         if not file.is_file():
             if others:
                 raise UserError(f"{folder} is not empty and holds no study. Give another folder: -o FOLDER")
-            write_first(study._as_json(), file)
+            write_if_absent(study._as_json(), file)
         there = cls.read(folder)
         changed = [
             f"{option(f.name)} {_typed(getattr(options, f.name))} (was {_typed(getattr(there.options, f.name))})"
@@ -218,20 +221,20 @@ class Study:
     def read(cls, folder: Path) -> Study:
         """Raises UserError where there is none, or a damaged one."""
         file = folder / STUDY_FILE
-        mend = "Give another folder: -o FOLDER"
-        content = read_json(file, mend)
+        fix = "Give another folder: -o FOLDER"
+        content = read_json(file, fix)
         try:
             split = content["split"]
             subsets = [{int(labels): cases for labels, cases in subset.items()} for subset in split["subsets"]]
             return cls(
                 folder,
-                Options(**content["options"]),
+                Options(**{_OLDER_NAMES.get(key, key): value for key, value in content["options"].items()}),
                 Split(split["test"], split["validation"], subsets),
                 content["patients"],
                 content.get("files", {}),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{file} is no study of this nnunetv2_macl: {error}. {mend}") from None
+            raise UserError(f"{file} is no study of this nnunetv2_macl: {error}. {fix}") from None
 
     def _as_json(self) -> dict[str, Any]:
         return {
@@ -246,9 +249,9 @@ class Study:
         return [parse_arm(text) for text in self.options.arms]
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[Trial]:
         return [
-            Cell(arm.slug, labels, seed, rate)
+            Trial(arm.slug, labels, seed, rate)
             for seed in range(self.options.seeds)
             for labels in self.split.labels
             for rate in self.options.rates
@@ -263,7 +266,7 @@ class Study:
         """Return one arm of each pre-training, because several arms may start from the same one."""
         return list({arm.recipe_and_settings: arm for arm in self.arms if arm.recipe is not None}.values())
 
-    def fold(self, cell: Cell) -> int:
+    def fold(self, cell: Trial) -> int:
         """Number of the cell's split in the study's ``splits_final.json``."""
         return cell.seed * len(self.split.labels) + self.split.labels.index(cell.labels)
 
@@ -295,7 +298,7 @@ class Study:
 
     @property
     def plan_file(self) -> Path:
-        return self.preprocessed / f"{self.options.p}.json"
+        return self.preprocessed / f"{self.options.plans}.json"
 
     @property
     def planning_folder(self) -> Path:
@@ -309,9 +312,11 @@ class Study:
     def pretraining_run(self, arm: Arm) -> Path:
         """The run's folder as nnU-Net names it: the validation cases, those of any fold, are left out."""
         results = self.pretraining_folder(arm) / "nnUNet_results"
-        return pretraining_folder(results, self.options.dataset, self.options.p, self.options.c) / "fold_0"
+        return (
+            pretraining_folder(results, self.options.dataset, self.options.plans, self.options.configuration) / "fold_0"
+        )
 
-    def cell_folder(self, cell: Cell) -> Path:
+    def cell_folder(self, cell: Trial) -> Path:
         return self.folder / "cells" / cell.name
 
     def weights(self, arm: Arm) -> Path | None:

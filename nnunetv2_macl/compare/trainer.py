@@ -26,14 +26,14 @@ CURVE_POINTS = 10
 CURVE_FILE = "curve.json"
 
 
-class _Comparable(nnUNetTrainerMACL):
+class _ControlledTrainer(nnUNetTrainerMACL):
     """A training with a fixed budget, where every random number is decided by the seed.
 
-    Batch n holds the same patches, augmented alike, in each arm, whatever the number of workers. ``set_budget`` comes before
+    Batch n holds the same patches, augmented alike, in each arm, whatever the number of workers. ``configure_trial`` comes before
     the training; the weights are those that ``nnUNet_macl_weights`` names.
     """
 
-    def set_budget(self, *, epochs: int, iterations: int, rate: float, seed: int, from_scratch: bool) -> None:
+    def configure_trial(self, *, epochs: int, iterations: int, rate: float, seed: int, from_scratch: bool) -> None:
         """Set length, highest learning rate and seed of the training, and whether it keeps the initial weights."""
         self.num_epochs = epochs
         self.iterations = iterations
@@ -127,22 +127,22 @@ class _Comparable(nnUNetTrainerMACL):
         return scores
 
 
-class nnUNetTrainerMACLCompare(_Comparable):
+class nnUNetTrainerMACLCompare(_ControlledTrainer):
     """Fine-tuning as nnU-Net trains: SGD with momentum."""
 
 
-class nnUNetTrainerMACLCompareAdamW(_Comparable):
+class nnUNetTrainerMACLCompareAdamW(_ControlledTrainer):
     """As nnU-Net trains, with AdamW."""
 
     finetuning_optimizer = "adamw"
 
 
-class nnUNetTrainerMACLComparePaper(_Comparable, nnUNetTrainerMACLPaper):
+class nnUNetTrainerMACLComparePaper(_ControlledTrainer, nnUNetTrainerMACLPaper):
     """Fine-tuning as the paper has it."""
 
 
 # --finetuning
-TRAINERS: dict[str, type[_Comparable]] = {
+TRAINERS: dict[str, type[_ControlledTrainer]] = {
     "sgd": nnUNetTrainerMACLCompare,
     "adamw": nnUNetTrainerMACLCompareAdamW,
     "paper": nnUNetTrainerMACLComparePaper,

@@ -15,9 +15,9 @@ from typing import Any
 
 from nnunetv2_macl import __version__
 from nnunetv2_macl.doctor import environment, machine
-from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
+from nnunetv2_macl.doctor.result import NOTE, OK, PROBLEM, Result
 
-__all__ = ["NOTE", "RIGHT", "WRONG", "Result", "as_json", "as_lines", "examine"]
+__all__ = ["NOTE", "OK", "PROBLEM", "Result", "as_json", "as_lines", "run_checks"]
 
 # each with whether anything is written there
 _FOLDERS = {"nnUNet_raw": False, "nnUNet_preprocessed": True, "nnUNet_results": True}
@@ -27,7 +27,7 @@ _OTHER_SHELLS = (
 )
 
 
-def examine(
+def run_checks(
     dataset: str | None = None, configuration: str | None = None, plans: str = "nnUNetPlans", device: str = "cuda"
 ) -> Iterator[Result]:
     """Check this machine, and a data set if one is given by name or id; yield a result at a time."""
@@ -47,7 +47,7 @@ def examine(
         if name.removeprefix("disk_") in wrong:
             continue
         for result in _guarded(name, partial(_as_list, check)):
-            wrong |= {result.check} if result.status == WRONG else set()
+            wrong |= {result.check} if result.status == PROBLEM else set()
             yield result
     if wrong & {*_FOLDERS, "nnUNet_extTrainer"}:
         yield Result("shell", NOTE, _OTHER_SHELLS, _in_every_shell())
@@ -88,17 +88,17 @@ def _guarded(name: str, check: Callable[[], Iterable[Result]]) -> Iterator[Resul
         except StopIteration:
             return
         except Exception as error:
-            yield Result(name, WRONG, f"this could not be checked: {type(error).__name__}: {error}")
+            yield Result(name, PROBLEM, f"this could not be checked: {type(error).__name__}: {error}")
             return
         yield result
 
 
 def as_lines(result: Result) -> str:
     """A result for the screen."""
-    mark = {RIGHT: "  ok   ", WRONG: "  WRONG", NOTE: "  --   "}[result.status]
-    first, *more = result.words.splitlines() or [""]
+    mark = {OK: "  ok   ", PROBLEM: "  WRONG", NOTE: "  --   "}[result.status]
+    first, *more = result.message.splitlines() or [""]
     lines = [f"{mark} {first}", *(f"        {line}" for line in more)]
-    lines += [f"        > {line}" for line in (result.mend or "").splitlines()]
+    lines += [f"        > {line}" for line in (result.fix or "").splitlines()]
     return "\n".join(lines)
 
 
@@ -108,9 +108,9 @@ def as_json(results: Iterable[Result]) -> dict[str, Any]:
     return {
         "nnunetv2_macl": __version__,
         "python": sys.version.split()[0],
-        "right": all(result.status != WRONG for result in results),
+        "right": all(result.status != PROBLEM for result in results),
         "results": [
-            {"check": r.check, "status": r.status, "words": r.words, "mend": r.mend, "values": r.values}
+            {"check": r.check, "status": r.status, "words": r.message, "mend": r.fix, "values": r.values}
             for r in results
         ],
     }

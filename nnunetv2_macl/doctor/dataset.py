@@ -17,10 +17,10 @@ import numpy as np
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.data import plan_reading_here
 from nnunetv2_macl.doctor import machine
-from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
+from nnunetv2_macl.doctor.result import NOTE, OK, PROBLEM, Result
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import check_fold, number_of_folds, splits_file, too_few_cases
-from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration, raw_folder
+from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, DatasetConfiguration, raw_folder
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.planning.positives import resampled_shapes
 from nnunetv2_macl.preprocessing.cases import (
@@ -57,7 +57,7 @@ def dataset_checks(
     from nnunetv2_macl.doctor.measure import plan_in_use
 
     try:
-        target = Configuration.load(dataset, plans, configuration)
+        target = DatasetConfiguration.load(dataset, plans, configuration)
         yield plan_is_there(target)
         labelled = len(training_cases(target))
         plan, origin = plan_in_use(target)
@@ -77,21 +77,21 @@ def dataset_checks(
 
 def from_error(check: str, error: UserError) -> Result:
     """A user's mistake as a result: what the message says to type is what mends it."""
-    words, _, mend = str(error).partition("Type:")
-    return Result(check, WRONG, words.strip(), mend.strip() or None)
+    message, _, fix = str(error).partition("Type:")
+    return Result(check, PROBLEM, message.strip(), fix.strip() or None)
 
 
-def plan_is_there(target: Configuration) -> Result:
+def plan_is_there(target: DatasetConfiguration) -> Result:
     size = "x".join(map(str, target.patch_size))
-    words = f"{target.dataset_name}, {target.plans_name}, {target.name}: patch {size}, {len(target.channel_names)} channel(s)"
+    message = f"{target.dataset_name}, {target.plans_name}, {target.name}: patch {size}, {len(target.channel_names)} channel(s)"
     others = [c for c in target.plans_manager.available_configurations if c != target.name]
     if others:
-        words += f"; the plan also has {', '.join(others)} (-c)"
+        message += f"; the plan also has {', '.join(others)} (-c)"
     values = {"configuration": target.name, "patch_size": target.patch_size, "other_configurations": others}
-    return Result("plan", RIGHT, words, values=values)
+    return Result("plan", OK, message, values=values)
 
 
-def folds(target: Configuration, device: str) -> Result:
+def folds(target: DatasetConfiguration, device: str) -> Result:
     """Return whether nnU-Net can make the folds that it fine-tunes, or read those of the user."""
     check, file = "folds", splits_file(target)
     try:
@@ -101,50 +101,50 @@ def folds(target: Configuration, device: str) -> Result:
     except UserError as error:
         return from_error(check, error)
     if not number:
-        words, _, example = too_few_cases(target).partition(": echo ")
-        mend = command_to_fine_tune(target, device=device) + (f"\necho {example}" if example else "")
-        return Result(check, WRONG, words, mend)
-    return Result(check, RIGHT, f"{number} folds, {f'of {file}' if file.is_file() else 'which nnU-Net will make'}")
+        message, _, example = too_few_cases(target).partition(": echo ")
+        fix = command_to_fine_tune(target, device=device) + (f"\necho {example}" if example else "")
+        return Result(check, PROBLEM, message, fix)
+    return Result(check, OK, f"{number} folds, {f'of {file}' if file.is_file() else 'which nnU-Net will make'}")
 
 
 def macl_plan(plan: MACLPlan, origin: str) -> Result:
     """Which MACL plan a run would follow."""
-    words = f"MACL plan, {origin}: batch {plan.batch_size}, {plan.decoder_stages} decoder stage(s)"
-    return Result("macl_plan", RIGHT, f"{words}, threshold {plan.threshold:g}")
+    message = f"MACL plan, {origin}: batch {plan.batch_size}, {plan.decoder_stages} decoder stage(s)"
+    return Result("macl_plan", OK, f"{message}, threshold {plan.threshold:g}")
 
 
-def images(target: Configuration, labelled: int, sources: list[Source]) -> Result:
+def images(target: DatasetConfiguration, labelled: int, sources: list[Source]) -> Result:
     """How many images there are to learn from."""
-    counts = {source.dataset_name: len(source.cases) + len(source.incomplete) for source in sources}
+    counts = {source.dataset_name: len(source.cases) + len(source.invalid_cases) for source in sources}
     unlabelled = sum(counts.values())
-    check, words = "images", f"{labelled} labelled images, {unlabelled} unlabelled"
+    check, message = "images", f"{labelled} labelled images, {unlabelled} unlabelled"
     if len(counts) > 1:
-        words += f" ({', '.join(f'{count} of {name}' for name, count in counts.items())})"
+        message += f" ({', '.join(f'{count} of {name}' for name, count in counts.items())})"
     values = {"labelled": labelled, "unlabelled": unlabelled}
     if bare := [file for source in sources for file in without_spacing(source)]:
-        words += f"; {no_spacing_told(bare)}"
-        return Result(check, NOTE, words, values=values)
-    others = [f"{s.dataset_name}/{name}" for s in sources for name in s.passed_over]
+        message += f"; {no_spacing_told(bare)}"
+        return Result(check, NOTE, message, values=values)
+    others = [f"{s.dataset_name}/{name}" for s in sources for name in s.ignored_files]
     if others:
-        words += f"; {len(others)} files are not named as nnU-Net names images, and are left out: {', '.join(others[:_TOLD])}"
-        return Result(check, NOTE, words, values=values)
+        message += f"; {len(others)} files are not named as nnU-Net names images, and are left out: {', '.join(others[:_TOLD])}"
+        return Result(check, NOTE, message, values=values)
     if unlabelled:
-        return Result(check, RIGHT, words, values=values)
+        return Result(check, OK, message, values=values)
     folder = raw_folder(target.dataset_name) / UNLABELLED_FOLDER
     ending = target.dataset_json["file_ending"]
-    mend = f"# put unlabelled images into {folder}, named CASE_0000{ending}, or add -u DATASET2"
-    return Result(check, NOTE, f"{words}: pre-training would see the labelled images alone", mend, values)
+    fix = f"# put unlabelled images into {folder}, named CASE_0000{ending}, or add -u DATASET2"
+    return Result(check, NOTE, f"{message}: pre-training would see the labelled images alone", fix, values)
 
 
 def readable(
-    target: Configuration, sources: list[Source], *, skip_unreadable: bool, seconds: float = _READ_SECONDS
+    target: DatasetConfiguration, sources: list[Source], *, skip_unreadable: bool, seconds: float = _READ_SECONDS
 ) -> Result:
     """Return which unlabelled images could not be used.
 
     Images that are not preprocessed yet are read as a run reads them, as many as the time allows. With
     ``skip_unreadable`` the run leaves out what it cannot use.
     """
-    check, wrong = "readable", [reason for source in sources for reason in source.incomplete.values()]
+    check, wrong = "readable", [reason for source in sources for reason in source.invalid_cases.values()]
     flat: list[str] = []
     todo = [(source, case) for source in sources for case in _not_done(target, source)]
     until, read = perf_counter() + seconds, 0
@@ -163,16 +163,16 @@ def readable(
     values = {"files": number, "skipped": len(wrong) + len(flat), "read": read}
     done = sum(len(source.cases) for source in sources) - len(todo)
     if not wrong and not flat:
-        words = f"unlabelled images: {done} are preprocessed, {read} were read, {len(todo) - read} were not looked at"
-        return Result(check, RIGHT, words, values=values)
+        message = f"unlabelled images: {done} are preprocessed, {read} were read, {len(todo) - read} were not looked at"
+        return Result(check, OK, message, values=values)
     left_out = [*wrong, *flat] if skip_unreadable else flat
     if not wrong or skip_unreadable:
         return Result(check, NOTE, f"{len(left_out)} unlabelled images are left out:\n{_some(left_out)}", values=values)
-    mend = "# correct or remove them, or go on without\nnnUNetv2_train_macl_pretrain ... --skip_unreadable"
-    return Result(check, WRONG, f"{len(wrong)} unlabelled images cannot be used:\n{_some(wrong)}", mend, values)
+    fix = "# correct or remove them, or go on without\nnnUNetv2_train_macl_pretrain ... --skip_unreadable"
+    return Result(check, PROBLEM, f"{len(wrong)} unlabelled images cannot be used:\n{_some(wrong)}", fix, values)
 
 
-def _not_done(target: Configuration, source: Source) -> list[CaseFiles]:
+def _not_done(target: DatasetConfiguration, source: Source) -> list[CaseFiles]:
     """Return the cases of a source that a run would preprocess."""
     index = index_of(target, source)
     return [files for name, files in source.cases.items() if not index.is_done(name, made_of(source, files, index))]
@@ -183,7 +183,7 @@ def _some(reasons: list[str]) -> str:
     return "\n".join(reasons[:_TOLD]) + more
 
 
-def estimate(target: Configuration, sources: list[Source], device: str, timeout: float) -> Result:
+def estimate(target: DatasetConfiguration, sources: list[Source], device: str, timeout: float) -> Result:
     """Hours, memory and disk of a run, from three real training steps in a process of its own."""
     check = "estimate"
     command = [sys.executable, "-m", "nnunetv2_macl.doctor.measure"]
@@ -192,8 +192,8 @@ def estimate(target: Configuration, sources: list[Source], device: str, timeout:
         process = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
         measured = json.loads(process.stdout.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
-        mend = "# take a GPU (-device cuda) or a smaller configuration (-c 2d)"
-        return Result(check, WRONG, f"three training steps took more than {timeout:.0f} s on {device}", mend)
+        fix = "# take a GPU (-device cuda) or a smaller configuration (-c 2d)"
+        return Result(check, PROBLEM, f"three training steps took more than {timeout:.0f} s on {device}", fix)
     except (IndexError, ValueError):
         said = (process.stderr.strip().splitlines() or ["no message"])[-1]
         measured = {
@@ -210,7 +210,7 @@ def estimate(target: Configuration, sources: list[Source], device: str, timeout:
     )
     disk = number * len(target.channel_names) * 4 * float(np.median(shapes)) / 2**30
     values = measured | {"hours": hours, "preprocessed_gib": disk}
-    words = (
+    message = (
         f"three real steps on {device}: {measured['seconds_per_step']:.3g} s each; {measured['epochs']} epochs of "
         f"{measured['steps_per_epoch']} take about {_hours(hours)}, {_size(measured['memory_gib'])} of memory, "
         f"{_size(disk)} on disk for the images still to be preprocessed and {_size(measured['run_gib'])} for the run"
@@ -219,9 +219,9 @@ def estimate(target: Configuration, sources: list[Source], device: str, timeout:
         free = shutil.disk_usage(os.environ[variable]).free / 2**30
         if free < needed:
             return Result(
-                check, WRONG, f"{words}; {variable} has {_size(free)} free", f"# make space in {variable}", values
+                check, PROBLEM, f"{message}; {variable} has {_size(free)} free", f"# make space in {variable}", values
             )
-    return Result(check, NOTE, words, values=values)
+    return Result(check, NOTE, message, values=values)
 
 
 def _size(gib: float) -> str:
@@ -234,15 +234,15 @@ def _hours(hours: float) -> str:
     return f"{hours:.0f} h" if hours < 72 else f"{hours / 24:.0f} days (fewer: -num_epochs)"
 
 
-def weights(target: Configuration, device: str) -> Result:
+def weights(target: DatasetConfiguration, device: str) -> Result:
     """What fine-tuning would start from, and the command for what comes next."""
     check = "weights"
     if named := os.environ.get(WEIGHTS_VARIABLE):
         try:
             _, transfer = load_transfer(Path(named), target)
         except UserError as error:
-            words = f"{WEIGHTS_VARIABLE} names weights that cannot be used: {error}"
-            return Result(check, WRONG, words, f"unset {WEIGHTS_VARIABLE}")
+            message = f"{WEIGHTS_VARIABLE} names weights that cannot be used: {error}"
+            return Result(check, PROBLEM, message, f"unset {WEIGHTS_VARIABLE}")
         taken = ", ".join("{} of {} tensors of the {}".format(*transfer.count(p), p) for p in ("encoder", "decoder"))
         return Result(
             check,
@@ -266,6 +266,6 @@ def weights(target: Configuration, device: str) -> Result:
         told.append(f"{folder.name} ({pretrained.description.get('epochs')} epochs{collapsed})")
     fold = folders[0].name.removeprefix("fold_")
     return Result(
-        check, RIGHT, f"pre-trained weights in {run}: {', '.join(told)}",
+        check, OK, f"pre-trained weights in {run}: {', '.join(told)}",
         command_to_fine_tune(target, fold, device), {"found": [str(folder) for folder in folders]},
     )  # fmt: skip

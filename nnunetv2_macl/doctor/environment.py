@@ -13,8 +13,8 @@ import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from nnunetv2_macl.cores import usable_cores
-from nnunetv2_macl.doctor.result import RIGHT, WRONG, Result
+from nnunetv2_macl.cpu import usable_cores
+from nnunetv2_macl.doctor.result import OK, PROBLEM, Result
 
 TRAINER = "nnUNetTrainerMACL"
 _OLDEST_PYTHON = (3, 10)
@@ -22,48 +22,51 @@ _FIND_TIMEOUT = 180
 
 
 def python_version() -> Result:
-    words = f"Python {platform.python_version()} in {sys.prefix}"
+    message = f"Python {platform.python_version()} in {sys.prefix}"
     if sys.version_info < _OLDEST_PYTHON:
-        return Result("python", WRONG, f"{words}: 3.10 or newer is needed", "conda create -n macl python=3.12")
-    return Result("python", RIGHT, words)
+        return Result("python", PROBLEM, f"{message}: 3.10 or newer is needed", "conda create -n macl python=3.12")
+    return Result("python", OK, message)
 
 
 def torch_and_device(device: str) -> Result:
     """Whether torch is there and computes on the device."""
     if device not in ("cuda", "cpu", "mps"):
         return Result(
-            "torch", WRONG, f"-device must be cuda, cpu or mps, got '{device}'", "nnUNetv2_macl_doctor -device cpu"
+            "torch", PROBLEM, f"-device must be cuda, cpu or mps, got '{device}'", "nnUNetv2_macl_doctor -device cpu"
         )
     install = "# the command for your system stands at https://pytorch.org/get-started/locally, for example\n"
     install += "pip install --force-reinstall torch"
     try:
         torch = importlib.import_module("torch")
     except Exception as error:
-        return Result("torch", WRONG, f"torch cannot be imported: {_short(error)}", install)
-    words = f"torch {torch.__version__}"
+        return Result("torch", PROBLEM, f"torch cannot be imported: {_short(error)}", install)
+    message = f"torch {torch.__version__}"
     without = "# for a first look without a GPU, each command takes: -device cpu"
     if device == "cpu":
-        return Result("torch", RIGHT, f"{words} on the CPU, {usable_cores()} cores", values={"device": "cpu"})
+        return Result("torch", OK, f"{message} on the CPU, {usable_cores()} cores", values={"device": "cpu"})
     if device == "mps":
         if not torch.backends.mps.is_available():
-            return Result("torch", WRONG, f"{words} finds no Apple GPU (mps)", without)
-        return Result("torch", RIGHT, f"{words} on an Apple GPU", values={"device": "mps"})
+            return Result("torch", PROBLEM, f"{message} finds no Apple GPU (mps)", without)
+        return Result("torch", OK, f"{message} on an Apple GPU", values={"device": "mps"})
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
-            return Result("torch", WRONG, f"{words} is built without CUDA", f"{install}\n{without}")
+            return Result("torch", PROBLEM, f"{message} is built without CUDA", f"{install}\n{without}")
         look = "# is there a driver and a GPU? In a container: docker run --gpus all\nnvidia-smi"
         return Result(
-            "torch", WRONG, f"{words} is built for CUDA {torch.version.cuda} and finds no device", f"{look}\n{without}"
+            "torch",
+            PROBLEM,
+            f"{message} is built for CUDA {torch.version.cuda} and finds no device",
+            f"{look}\n{without}",
         )
     gpu = torch.cuda.get_device_properties(0)
-    words += f", CUDA {torch.version.cuda}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
+    message += f", CUDA {torch.version.cuda}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
     if torch.cuda.device_count() > 1:
-        words += f", and {torch.cuda.device_count() - 1} more"
+        message += f", and {torch.cuda.device_count() - 1} more"
     try:
         (torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum().item()
     except Exception as error:
-        return Result("torch", WRONG, f"{words}, which cannot compute: {_short(error)}", f"{install}\n{without}")
-    return Result("torch", RIGHT, words, values={"device": "cuda", "gpu_memory_gib": gpu.total_memory / 2**30})
+        return Result("torch", PROBLEM, f"{message}, which cannot compute: {_short(error)}", f"{install}\n{without}")
+    return Result("torch", OK, message, values={"device": "cuda", "gpu_memory_gib": gpu.total_memory / 2**30})
 
 
 def compiling(device: str) -> Result:
@@ -71,39 +74,39 @@ def compiling(device: str) -> Result:
     check = "compile"
     switched_off = os.environ.get("nnUNet_compile", "t").lower() not in ("true", "1", "t")
     if device != "cuda" or os.name == "nt" or switched_off:
-        return Result(check, RIGHT, "torch.compile is not used")
-    missing, mend = [], []
+        return Result(check, OK, "torch.compile is not used")
+    missing, fix = [], []
     if not (shutil.which(os.environ.get("CC", "")) or any(map(shutil.which, ("gcc", "cc", "clang")))):
         missing.append("a C compiler")
-        mend.append("sudo apt-get install gcc")
+        fix.append("sudo apt-get install gcc")
     if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         missing.append("Python's headers")
-        mend.append(f"sudo apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev")
+        fix.append(f"sudo apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev")
     torch = importlib.import_module("torch")
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (7, 0):
         missing.append(f"a GPU of compute capability 7.0 or newer (this one: {capability[0]}.{capability[1]})")
     if not missing:
-        return Result(check, RIGHT, "torch.compile has a C compiler and Python's headers")
-    mend += ["# or train without it: the same result, somewhat slower", "export nnUNet_compile=f"]
+        return Result(check, OK, "torch.compile has a C compiler and Python's headers")
+    fix += ["# or train without it: the same result, somewhat slower", "export nnUNet_compile=f"]
     return Result(
-        check, WRONG, f"torch.compile, which nnU-Net uses on GPUs, needs {' and '.join(missing)}", "\n".join(mend)
+        check, PROBLEM, f"torch.compile, which nnU-Net uses on GPUs, needs {' and '.join(missing)}", "\n".join(fix)
     )
 
 
 def nnunet_version() -> Result:
     """Whether nnU-Net is there, and knows nnUNet_extTrainer (2.8.0 on)."""
-    mend = 'pip install --upgrade "nnunetv2>=2.8.1"'
+    fix = 'pip install --upgrade "nnunetv2>=2.8.1"'
     try:
-        words = f"nnU-Net {version('nnunetv2')}"
+        message = f"nnU-Net {version('nnunetv2')}"
     except PackageNotFoundError:
-        words = "nnU-Net"
+        message = "nnU-Net"
     try:
         paths = importlib.import_module("nnunetv2.paths")
     except Exception as error:
-        return Result("nnunet", WRONG, f"nnU-Net cannot be imported: {_short(error)}", mend)
+        return Result("nnunet", PROBLEM, f"nnU-Net cannot be imported: {_short(error)}", fix)
     if not hasattr(paths, "nnUNet_extTrainer"):
-        return Result("nnunet", WRONG, f"{words} does not know nnUNet_extTrainer, which 2.8.0 brought", mend)
-    return Result("nnunet", RIGHT, f"{words}, which finds trainers through nnUNet_extTrainer")
+        return Result("nnunet", PROBLEM, f"{message} does not know nnUNet_extTrainer, which 2.8.0 brought", fix)
+    return Result("nnunet", OK, f"{message}, which finds trainers through nnUNet_extTrainer")
 
 
 def folder_variable(name: str, written: bool = True) -> Result:
@@ -111,18 +114,18 @@ def folder_variable(name: str, written: bool = True) -> Result:
     example = f'export {name}="/path/to/{name}"'
     value = os.environ.get(name)
     if not value:
-        return Result(name, WRONG, f"{name} is not set: nnU-Net does not know where the data are", example)
+        return Result(name, PROBLEM, f"{name} is not set: nnU-Net does not know where the data are", example)
     folder = Path(value)
     if folder.is_file():
-        return Result(name, WRONG, f"{name} names a file: {value}", example)
+        return Result(name, PROBLEM, f"{name} names a file: {value}", example)
     if not folder.is_dir():
-        mend = f'mkdir -p "{value}"\n# or, if it is elsewhere\n{example}'
-        return Result(name, WRONG, f"{name} names a folder that does not exist: {value}", mend)
+        fix = f'mkdir -p "{value}"\n# or, if it is elsewhere\n{example}'
+        return Result(name, PROBLEM, f"{name} names a folder that does not exist: {value}", fix)
     if not os.access(folder, os.R_OK | os.X_OK | (os.W_OK if written else 0)):
         return Result(
-            name, WRONG, f"{name}: no permission to {'write' if written else 'read'} in {value}", f'ls -ld "{value}"'
+            name, PROBLEM, f"{name}: no permission to {'write' if written else 'read'} in {value}", f'ls -ld "{value}"'
         )
-    return Result(name, RIGHT, f"{name}={value}")
+    return Result(name, OK, f"{name}={value}")
 
 
 def trainers_are_found() -> Result:
@@ -130,36 +133,38 @@ def trainers_are_found() -> Result:
     check = "nnUNet_extTrainer"
     value = os.environ.get(check)
     if not value:
-        return Result(check, WRONG, f"{check} is not set: nnU-Net does not find {TRAINER}", _set_trainers())
+        return Result(check, PROBLEM, f"{check} is not set: nnU-Net does not find {TRAINER}", _set_trainers())
     command = [sys.executable, "-m", "nnunetv2_macl.doctor.finder", TRAINER]
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=_FIND_TIMEOUT)
         found = json.loads(process.stdout.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
         return Result(
-            check, WRONG, f"nnU-Net searched {value} for {_FIND_TIMEOUT} s and found no {TRAINER}: are these trainers' "
+            check, PROBLEM, f"nnU-Net searched {value} for {_FIND_TIMEOUT} s and found no {TRAINER}: are these trainers' "
             "folders only?", _set_trainers(first=True),
         )  # fmt: skip
     except (IndexError, ValueError):
         last = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        return Result(check, WRONG, f"nnU-Net's search for {TRAINER} ended with code {process.returncode}: {last}")
+        return Result(check, PROBLEM, f"nnU-Net's search for {TRAINER} ended with code {process.returncode}: {last}")
     if found.get("ours"):
-        return Result(check, RIGHT, f"nnU-Net finds {TRAINER} through {check}")
+        return Result(check, OK, f"nnU-Net finds {TRAINER} through {check}")
     if "error" not in found:
-        mend = f"# rename the class {TRAINER} in {found['file']}, or have nnU-Net look in our folder first\n"
-        mend += _set_trainers(first=True)
+        fix = f"# rename the class {TRAINER} in {found['file']}, or have nnU-Net look in our folder first\n"
+        fix += _set_trainers(first=True)
         return Result(
-            check, WRONG, f"{TRAINER} is hidden by another class of that name: {found['file']} won", mend,
+            check, PROBLEM, f"{TRAINER} is hidden by another class of that name: {found['file']} won", fix,
             {"file": found["file"]},
         )  # fmt: skip
     if found["file"]:
         return Result(
-            check, WRONG, f"nnU-Net's search stops at {found['file']}, which cannot be imported: {found['error']}",
+            check, PROBLEM, f"nnU-Net's search stops at {found['file']}, which cannot be imported: {found['error']}",
             f"# correct that file, or move it out of the folders in {check}", {"file": found["file"]},
         )  # fmt: skip
     if missing := [p for p in value.split(os.pathsep) if p.strip() and not os.path.isdir(p)]:
-        return Result(check, WRONG, f"{check} names a folder that is not there: {missing[0]}", _set_trainers())
-    return Result(check, WRONG, f"nnU-Net does not find {TRAINER} in {value}: {found['error'][:100]}", _set_trainers())
+        return Result(check, PROBLEM, f"{check} names a folder that is not there: {missing[0]}", _set_trainers())
+    return Result(
+        check, PROBLEM, f"nnU-Net does not find {TRAINER} in {value}: {found['error'][:100]}", _set_trainers()
+    )
 
 
 def _set_trainers(first: bool = False) -> str:

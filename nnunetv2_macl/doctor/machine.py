@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunetv2_macl.doctor.result import NOTE, RIGHT, WRONG, Result
+from nnunetv2_macl.doctor.result import NOTE, OK, PROBLEM, Result
 
 if TYPE_CHECKING:  # it needs torch, which may be what is missing
     from nnunetv2_macl.data import Reading
@@ -24,15 +24,15 @@ def shared_memory(folder: Path = _SHARED_MEMORY) -> Result:
     """Return whether there is room in which the workers that load data hand it over."""
     check = "shared_memory"
     if not folder.is_dir():
-        return Result(check, RIGHT, "shared memory: not limited on this system")
+        return Result(check, OK, "shared memory: not limited on this system")
     size = shutil.disk_usage(folder).total / 2**30
-    words, values = f"shared memory {size:.2g} GiB", {"gib": size}
+    message, values = f"shared memory {size:.2g} GiB", {"gib": size}
     if size >= _ENOUGH_SHARED_GIB:
-        return Result(check, RIGHT, words, values=values)
+        return Result(check, OK, message, values=values)
     if os.environ.get("nnUNet_n_proc_DA") == "0":
-        return Result(check, NOTE, f"{words}: data are loaded without workers (nnUNet_n_proc_DA=0)", values=values)
-    words += ": enough for small patches alone. nnU-Net's own training hands over its batches in it too"
-    return Result(check, NOTE, words, _more_shared_memory(), values)
+        return Result(check, NOTE, f"{message}: data are loaded without workers (nnUNet_n_proc_DA=0)", values=values)
+    message += ": enough for small patches alone. nnU-Net's own training hands over its batches in it too"
+    return Result(check, NOTE, message, _more_shared_memory(), values)
 
 
 def shared_memory_of_plan(reading: Reading, batch_bytes: int, folder: Path = _SHARED_MEMORY) -> Result:
@@ -40,30 +40,30 @@ def shared_memory_of_plan(reading: Reading, batch_bytes: int, folder: Path = _SH
     check = "shared_memory_of_plan"
     batch, values = f"batches of {batch_bytes / 2**20:.3g} MiB", {"needed_gib": reading.needed / 2**30}
     if not (reading.workers and folder.is_dir()):
-        return Result(check, RIGHT, f"{batch} need no shared memory", values=values)
+        return Result(check, OK, f"{batch} need no shared memory", values=values)
     free = shutil.disk_usage(folder).free
-    words = (
+    message = (
         f"{batch}, read ahead by {reading.workers} worker(s), take {reading.needed / 2**20:,.3g} MiB of shared memory"
     )
     if reading.needed > free:
-        return Result(check, WRONG, f"{words}, and {free / 2**20:,.3g} MiB are free", _more_shared_memory(), values)
-    return Result(check, RIGHT, words, values=values)
+        return Result(check, PROBLEM, f"{message}, and {free / 2**20:,.3g} MiB are free", _more_shared_memory(), values)
+    return Result(check, OK, message, values=values)
 
 
 def _more_shared_memory() -> str:
-    mend = "# in Kubernetes: an emptyDir of medium Memory on /dev/shm\ndocker run --shm-size=8g ...\n"
-    return f"{mend}# or load data without workers, once nnU-Net has planned\nexport nnUNet_n_proc_DA=0"
+    fix = "# in Kubernetes: an emptyDir of medium Memory on /dev/shm\ndocker run --shm-size=8g ...\n"
+    return f"{fix}# or load data without workers, once nnU-Net has planned\nexport nnUNet_n_proc_DA=0"
 
 
 def free_disk(variable: str) -> Result:
     """Return whether there is room in the folder that a variable of nnU-Net names."""
     folder = os.environ[variable]
     free = shutil.disk_usage(folder).free / 2**30
-    words, check = f"{free:.0f} GiB free in {variable}", f"disk_{variable}"
+    message, check = f"{free:.0f} GiB free in {variable}", f"disk_{variable}"
     if free < _LEAST_DISK_GIB:
-        mend = f'# make space in {folder}, or name a larger disk\nexport {variable}="/larger/disk"'
-        return Result(check, WRONG, f"{words}: runs need {_LEAST_DISK_GIB} GiB or more", mend, {"gib": free})
-    return Result(check, RIGHT, words, values={"gib": free})
+        fix = f'# make space in {folder}, or name a larger disk\nexport {variable}="/larger/disk"'
+        return Result(check, PROBLEM, f"{message}: runs need {_LEAST_DISK_GIB} GiB or more", fix, {"gib": free})
+    return Result(check, OK, message, values={"gib": free})
 
 
 def open_files() -> Result:
@@ -72,10 +72,10 @@ def open_files() -> Result:
     try:
         import resource
     except ImportError:  # Windows
-        return Result(check, RIGHT, "open files: not limited on this system")
+        return Result(check, OK, "open files: not limited on this system")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft in (resource.RLIM_INFINITY, -1) or soft >= _LEAST_OPEN_FILES:
-        return Result(check, RIGHT, f"open files: up to {soft:,}", values={"limit": soft})
+        return Result(check, OK, f"open files: up to {soft:,}", values={"limit": soft})
     possible = 4096 if hard in (resource.RLIM_INFINITY, -1) else min(4096, hard)
-    words = f"open files: up to {soft}, and training with workers needs {_LEAST_OPEN_FILES} or more"
-    return Result(check, WRONG, words, f"ulimit -n {possible}", {"limit": soft})
+    message = f"open files: up to {soft}, and training with workers needs {_LEAST_OPEN_FILES} or more"
+    return Result(check, PROBLEM, message, f"ulimit -n {possible}", {"limit": soft})

@@ -18,14 +18,14 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunetv2_macl.data import PretrainingBatches, load_batches, plan_reading_here
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.files import resource_folder
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited
 from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
 from nnunetv2_macl.preprocessing.cases import Preprocessed
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import load_recipe
-from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.training.callbacks.measuring import MAX_SKIPPED_STEPS
 from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
 
@@ -34,7 +34,7 @@ STEPS = 3
 _MOST_STEPS = 16 + MAX_SKIPPED_STEPS + 1 + STEPS
 
 
-def plan_in_use(configuration: Configuration) -> tuple[MACLPlan, str]:
+def plan_in_use(configuration: DatasetConfiguration) -> tuple[MACLPlan, str]:
     """The MACL plan that the last start would follow if it were typed again, and where that comes from. Writes nothing."""
     file = plan_file(configuration)
     if not file.is_file():
@@ -81,7 +81,7 @@ class _Measured(nnUNetTrainerMACLPretrain):
 
 def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[str, Any]:
     """Seconds a step, memory and the size of what a run leaves, from `STEPS` steps after a first one that warms up."""
-    target = Configuration.load(dataset, plans, configuration)
+    target = DatasetConfiguration.load(dataset, plans, configuration)
     plans_content = target.plans_manager.plans | {"continue_training": False}
     trainer = _Measured(plans_content, target.name, "all", target.dataset_json, torch.device(device))
     trainer.disable_checkpointing = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-RIGHT, WRONG, NOTE = "right", "wrong", "note"
+OK, PROBLEM, NOTE = "right", "wrong", "note"
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,6 @@ class Result:
 
     check: str  # its name, the same at every call
     status: str  # ``right``; ``wrong``, which something should be done about; or ``note``, which is neither
-    words: str  # what was found, with values
-    mend: str | None = None  # the commands that mend what is wrong, or what to type next; a line each
-    values: dict[str, Any] = field(default_factory=dict)  # the numbers in ``words``, for programs
+    message: str  # what was found, with values
+    fix: str | None = None  # the commands that mend what is wrong, or what to type next; a line each
+    values: dict[str, Any] = field(default_factory=dict)  # the numbers in ``message``, for programs

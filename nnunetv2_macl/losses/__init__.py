@@ -15,24 +15,24 @@ from nnunetv2_macl.losses.contrastive import (
     positive_weights,
 )
 from nnunetv2_macl.losses.equivariance import EQUIVARIANCE_FORMS, EquivarianceLoss
-from nnunetv2_macl.losses.fused import SIMILARITIES_AT_ONCE, locations_at_once, similarities_on_meta
-from nnunetv2_macl.losses.interpolation import LINEAR_MODE, down
+from nnunetv2_macl.losses.fused import MAX_SIMILARITIES, locations_at_once, similarities_on_meta
+from nnunetv2_macl.losses.interpolation import LINEAR_MODE, downsample
 from nnunetv2_macl.losses.multi_level import MultiLevelContrastiveLoss
-from nnunetv2_macl.losses.precision import full_precision
+from nnunetv2_macl.losses.precision import autocast_disabled
 from nnunetv2_macl.losses.references import ReferenceValues, reference_values
 
 __all__ = [
     "EQUIVARIANCE_FORMS",
     "LINEAR_MODE",
-    "SIMILARITIES_AT_ONCE",
+    "MAX_SIMILARITIES",
     "DenseContrastiveLoss",
     "EquivarianceLoss",
     "MultiLevelContrastiveLoss",
     "PositionalContrastiveLoss",
     "ReferenceValues",
+    "autocast_disabled",
     "contrast",
-    "down",
-    "full_precision",
+    "downsample",
     "locations_at_once",
     "positive_mask",
     "positive_weights",

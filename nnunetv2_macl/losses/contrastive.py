@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_macl.losses.fused import FusedContrast
-from nnunetv2_macl.losses.precision import at_least_float32, full_precision
+from nnunetv2_macl.losses.precision import at_least_float32, autocast_disabled
 
 
 def positive_mask(positions: Tensor, threshold: float) -> Tensor:
@@ -117,7 +117,7 @@ class _ContrastiveLoss(nn.Module):
             )
         if len(positions) != len(dominant):
             raise ValueError(f"positions must have one row a patch: {len(dominant)} patches, got {len(positions)} rows")
-        with full_precision(dominant):
+        with autocast_disabled(dominant):
             dominant, auxiliary = at_least_float32(dominant, auxiliary)
             weights = positive_weights(
                 positions.to(dominant.device), self.threshold, self.own_view_weight, dominant.dtype

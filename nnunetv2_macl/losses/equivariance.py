@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunetv2_macl.losses.interpolation import down
-from nnunetv2_macl.losses.precision import at_least_float32, full_precision
+from nnunetv2_macl.losses.interpolation import downsample
+from nnunetv2_macl.losses.precision import at_least_float32, autocast_disabled
 
 EQUIVARIANCE_FORMS = ("l1", "standardised")
 
@@ -52,9 +52,9 @@ class EquivarianceLoss(nn.Module):
                 "dominant and auxiliary must agree in patches, channels and number of axes, got "
                 f"{tuple(dominant.shape)} and {tuple(auxiliary.shape)}"
             )
-        with full_precision(dominant):
+        with autocast_disabled(dominant):
             dominant, auxiliary = at_least_float32(dominant, auxiliary)
-            auxiliary = down(auxiliary, dominant.shape[2:])
+            auxiliary = downsample(auxiliary, dominant.shape[2:])
             if self.form == "standardised":
                 dominant, auxiliary = _standardised(dominant), _standardised(auxiliary)
             return F.l1_loss(dominant, auxiliary)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 # Maximum number of similarities that are computed at once. More locations than that are processed in chunks. On a GPU as many
 # as keep it busy (in float32 they take 64 MiB), on a CPU as many as stay in its cache.
-SIMILARITIES_AT_ONCE = {"cuda": 2**24, "cpu": 2**18}
+MAX_SIMILARITIES = {"cuda": 2**24, "cpu": 2**18}
 
 # Shorter vectors are divided by this length, as in torch's ``normalize``.
 _SMALLEST_NORM = 1e-12
@@ -26,17 +26,17 @@ def locations_at_once(vectors: int, device_type: str) -> int:
         vectors: 2N, the number of vectors at each location.
         device_type: As torch names it.
     """
-    return max(1, SIMILARITIES_AT_ONCE.get(device_type, SIMILARITIES_AT_ONCE["cuda"]) // vectors**2)
+    return max(1, MAX_SIMILARITIES.get(device_type, MAX_SIMILARITIES["cuda"]) // vectors**2)
 
 
 @contextmanager
 def similarities_on_meta(device_type: str) -> Iterator[None]:
     """Within this context, tensors on the meta device are chunked as on a device of this type, to count its memory."""
-    SIMILARITIES_AT_ONCE["meta"] = SIMILARITIES_AT_ONCE[device_type]
+    MAX_SIMILARITIES["meta"] = MAX_SIMILARITIES[device_type]
     try:
         yield
     finally:
-        del SIMILARITIES_AT_ONCE["meta"]
+        del MAX_SIMILARITIES["meta"]
 
 
 class FusedContrast(torch.autograd.Function):

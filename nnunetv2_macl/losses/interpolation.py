@@ -11,7 +11,7 @@ from torch import Tensor
 LINEAR_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
-def down(maps: Tensor, size: Sequence[int]) -> Tensor:
+def downsample(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Return maps interpolated linearly to another size, with aligned corners: the paper's downsampling.
 
     Args:

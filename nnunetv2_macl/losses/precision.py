@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def full_precision(tensor: Tensor) -> AbstractContextManager:
+def autocast_disabled(tensor: Tensor) -> AbstractContextManager:
     """Return a context in which autocast is disabled on the tensor's device.
 
     Only CUDA and CPU need this: training uses autocast on no other device, and torch has it for MPS only in recent versions.

@@ -34,7 +34,7 @@ class Geometry:
         reason: Why it is so, for the plan.
         threshold: t, the fraction of the volume within which two patches are positives of each other.
         out_of_plane_rotation: Largest angle about the in-plane axes, degrees.
-        unnormalised_channels: Numbers of the image channels that nnU-Net does not normalise to zero mean.
+        channels_without_zscore: Numbers of the image channels that nnU-Net does not normalise to zero mean.
     """
 
     decoder_stages: int
@@ -44,7 +44,7 @@ class Geometry:
     reason: str = ""
     threshold: float = 0.0
     out_of_plane_rotation: float = 0.0
-    unnormalised_channels: Sequence[int] = ()
+    channels_without_zscore: Sequence[int] = ()
 
     @property
     def dominant_patch_size(self) -> list[int]:

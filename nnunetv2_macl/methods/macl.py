@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from nnunetv2_macl.losses import MultiLevelContrastiveLoss, down
+from nnunetv2_macl.losses import MultiLevelContrastiveLoss, downsample
 from nnunetv2_macl.methods.averaging import averaged_copy, in_chunks, update_average
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.branches import plan_branches
@@ -25,7 +25,7 @@ from nnunetv2_macl.methods.contrast import ContrastiveMethod
 from nnunetv2_macl.methods.heads import DenseProjectionHead, GlobalProjectionHead
 from nnunetv2_macl.methods.statistics import feature_statistics
 from nnunetv2_macl.networks.base import PretrainableNetwork
-from nnunetv2_macl.views import IntensityNumbers, IntensityViews, SpatialViews
+from nnunetv2_macl.views import IntensityNumbers, RandomAffine, RandomIntensity
 
 GROUPS = ("invariance_small", "invariance", "variance_small", "variance")
 _INTENSITY_GROUPS = {"all": GROUPS, "variance": GROUPS[2:], "auxiliary": GROUPS[1::2]}
@@ -106,9 +106,9 @@ class _MACLViews(Views):
 
     def __init__(self, geometry: Geometry, recipe: Any) -> None:
         self.small, self.patch_size = geometry.dominant_patch_size, geometry.patch_size
-        self.spatial: SpatialViews | None = None
+        self.spatial: RandomAffine | None = None
         if recipe.weight_global:
-            self.spatial = SpatialViews(
+            self.spatial = RandomAffine(
                 geometry.patch_size,
                 mirroring=recipe.mirroring,
                 rotation=recipe.rotation,
@@ -118,7 +118,7 @@ class _MACLViews(Views):
             )
         self.has_invariance = bool(recipe.weight_dense or recipe.weight_equivariance)
         shown = (GROUPS[:2] if self.has_invariance else ()) + (GROUPS[2:] if self.spatial else ())
-        self.intensity = IntensityViews(recipe.intensity)
+        self.intensity = RandomIntensity(recipe.intensity)
         changed = _INTENSITY_GROUPS[recipe.intensity_on] if recipe.intensity else ()
         self.changed = [group for group in shown if group in changed]
         self.full_size_first = recipe.training_stages == 2 and not recipe.downsample_first_stage
@@ -147,7 +147,7 @@ class _MACLViews(Views):
         """
         shown: dict[str, Tensor] = {}
         if self.has_invariance:
-            shown |= {"invariance_small": down(patches, self.small), "invariance": patches}
+            shown |= {"invariance_small": downsample(patches, self.small), "invariance": patches}
         if self.spatial is not None and numbers.spatial is not None:
             first, second = numbers.spatial
             at_full_size = self.full_size_first and not progress.is_second_half

@@ -15,12 +15,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from nnunetv2_macl.losses import full_precision
+from nnunetv2_macl.losses import autocast_disabled
 from nnunetv2_macl.methods.base import Geometry, Method, Progress, StepRandom, Views
 from nnunetv2_macl.methods.branches import own_patch, plan_branches
 from nnunetv2_macl.methods.config import AUTO, BranchKeys, Fraction, NotNegative
 from nnunetv2_macl.networks.base import PretrainableNetwork
-from nnunetv2_macl.views import draw_mask, enlarge_mask, hidden_blocks, standardise
+from nnunetv2_macl.views import enlarge_mask, mask_block_sizes, sample_mask, standardise
 
 # The random numbers of masks are another stream than those of MACL's views, so that both can train together.
 _MASKS = 5
@@ -28,7 +28,7 @@ _MASKS = 5
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
-class RestorationHead(nn.Module):
+class ReconstructionHead(nn.Module):
     """Predict the image from a decoder map. Each location predicts its own block of voxels, linearly.
 
     Args:
@@ -64,7 +64,7 @@ def restoration_loss(restored: Tensor, images: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (N,).
     """
-    with full_precision(images):
+    with autocast_disabled(images):
         squared = (restored.float() if restored.dtype != images.dtype else restored) - images
         squared = squared.square().mean(1, keepdim=True) * mask
         return squared.flatten(1).sum(1) / mask.flatten(1).sum(1)
@@ -87,12 +87,12 @@ class _MaskedViews(Views):
     """A patch with hidden voxels, the patch as it was, and what is hidden."""
 
     def __init__(self, geometry: Geometry, recipe: Any, blocks: Sequence[Sequence[int]]) -> None:
-        self.unnormalised, self.share = tuple(geometry.unnormalised_channels), recipe.restoration_share
+        self.unnormalised, self.share = tuple(geometry.channels_without_zscore), recipe.restoration_share
         self.blocks = blocks
 
     def draw(self, random: StepRandom) -> Tensor:
-        """Return the mask, (n, 1, *grid); see `draw_mask`."""
-        return draw_mask(
+        """Return the mask, (n, 1, *grid); see `sample_mask`."""
+        return sample_mask(
             random.batch_size,
             random.patch_size,
             self.blocks,
@@ -126,9 +126,9 @@ class Restoration(Method):
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__(network, geometry, recipe)
         dominant = [network.encoder_levels[-1], *network.decoder_levels][-1]
-        self.restoration_head = RestorationHead(dominant.channels, network.image_channels, dominant.stride)
+        self.restoration_head = ReconstructionHead(dominant.channels, network.image_channels, dominant.stride)
         strides = [level.stride for level in network.encoder_levels[: geometry.auxiliary_stage]]
-        self.views = _MaskedViews(geometry, recipe, hidden_blocks(strides))
+        self.views = _MaskedViews(geometry, recipe, mask_block_sizes(strides))
 
     @classmethod
     def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:

@@ -21,7 +21,7 @@ from nnunetv2_macl.methods.config import MethodConfig, Positive, SpatialViewKeys
 from nnunetv2_macl.methods.contrast import ContrastiveMethod
 from nnunetv2_macl.methods.heads import GlobalProjectionHead
 from nnunetv2_macl.networks.base import PretrainableNetwork
-from nnunetv2_macl.views import IntensityNumbers, IntensityViews, SpatialViews
+from nnunetv2_macl.views import IntensityNumbers, RandomAffine, RandomIntensity
 
 
 class SimCLRConfig(SpatialViewKeys):
@@ -43,7 +43,7 @@ class TwoViews(Views):
     """Two random views of each patch, ``first`` and ``second``, of the size of the patch."""
 
     def __init__(self, geometry: Geometry, recipe: Any) -> None:
-        self.spatial = SpatialViews(
+        self.spatial = RandomAffine(
             geometry.patch_size,
             mirroring=recipe.mirroring,
             rotation=recipe.rotation,
@@ -51,7 +51,7 @@ class TwoViews(Views):
             scaling=(recipe.scaling[0], recipe.scaling[1]),
             translation=recipe.translation,
         )
-        self.intensity = IntensityViews(recipe.intensity)
+        self.intensity = RandomIntensity(recipe.intensity)
 
     def draw(self, random: StepRandom) -> _Numbers:
         generator = random.generator()

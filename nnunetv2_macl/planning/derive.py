@@ -9,7 +9,7 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 
 from nnunetv2_macl.data import Sampling
 from nnunetv2_macl.methods.registry import methods_of
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.memory import MemoryEstimate, check_gpu_memory, plan_batch
 from nnunetv2_macl.planning.plan import MACLPlan, volume_patch
 from nnunetv2_macl.planning.positives import ONLY_THE_OWN_VIEW, plan_position_groups, plan_threshold, resampled_shapes
@@ -17,7 +17,7 @@ from nnunetv2_macl.recipe import Recipe
 
 
 def derive_plan(
-    configuration: Configuration,
+    configuration: DatasetConfiguration,
     recipe: Recipe,
     *,
     unlabelled_datasets: Sequence[str] = (),

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nnunetv2_macl.building import build_model
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.factory import build_model
 from nnunetv2_macl.losses import similarities_on_meta
 from nnunetv2_macl.methods.base import Geometry, Method, Progress, StepRandom, to_device
 from nnunetv2_macl.methods.model import PretrainingModel
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.recipe import AUTO, Recipe
 
 # the batch beyond which more memory is not spent
@@ -41,7 +41,7 @@ class MemoryEstimate:
     torch's meta device runs the operations on shapes alone, so every map, copy and gradient has its real size and lifetime.
     """
 
-    def __init__(self, configuration: Configuration, geometry: Geometry, recipe: Recipe) -> None:
+    def __init__(self, configuration: DatasetConfiguration, geometry: Geometry, recipe: Recipe) -> None:
         with torch.device("meta"):
             self.model = build_model(configuration, geometry, recipe)
         self._geometry = geometry
@@ -177,7 +177,7 @@ class _LiveMemory(TorchDispatchMode):
         self._now -= size
 
 
-class Batch(NamedTuple):
+class BatchSizes(NamedTuple):
     """The batch, how many of its patches are computed at a time, and the reason for each."""
 
     size: int
@@ -186,7 +186,7 @@ class Batch(NamedTuple):
     at_once_reason: str
 
 
-def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> Batch:
+def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> BatchSizes:
     """Return the batch that fits.
 
     Args:
@@ -225,10 +225,10 @@ def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> Batch:
         at_once_reason = "the most that fits; the gradient is that of the whole batch"
         if recipe.couples_samples:
             at_once_reason += ", at a third more time"
-    refuse_parts(memory.model, at_once, size)
+    check_batch_can_be_split(memory.model, at_once, size)
     if not fits(size, at_once):
         reason += f", though it takes about {needed(size, at_once):.1f} GB in mixed precision: more than gpu_memory_gb"
-    return Batch(size, at_once, reason, at_once_reason)
+    return BatchSizes(size, at_once, reason, at_once_reason)
 
 
 def _largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -237,7 +237,7 @@ def _largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     return sizes[first] if first < len(sizes) else None
 
 
-def refuse_parts(model: PretrainingModel, at_once: int, patches: int) -> None:
+def check_batch_can_be_split(model: PretrainingModel, at_once: int, patches: int) -> None:
     """Raises UserError where a batch is to be computed in parts, and what is made of a patch depends on the others.
 
     Args:

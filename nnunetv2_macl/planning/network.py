@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import write_json
-from nnunetv2_macl.nnunet import Configuration, read_json
-from nnunetv2_macl.resources import resource_folder
+from nnunetv2_macl.files import resource_folder, write_json
+from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 
 
 def plan_network(dataset: str | int, network: str, plans: str = "nnUNetPlans", configuration: str = "2d") -> Path:
@@ -29,7 +28,7 @@ def plan_network(dataset: str | int, network: str, plans: str = "nnUNetPlans", c
     Raises:
         UserError: no such plan, configuration or network, or a network of other axes.
     """
-    start = Configuration.load(dataset, plans, configuration)
+    start = DatasetConfiguration.load(dataset, plans, configuration)
     file, values = _read(network)
     kwargs = values["architecture"]["arch_kwargs"]
     axes = len(start.patch_size)

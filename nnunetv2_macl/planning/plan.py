@@ -23,7 +23,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json
 from nnunetv2_macl.methods.base import Geometry
 from nnunetv2_macl.methods.registry import all_methods, methods_of
-from nnunetv2_macl.nnunet import Configuration, checksum, read_json
+from nnunetv2_macl.nnunet import DatasetConfiguration, checksum, read_json
 from nnunetv2_macl.planning.memory import is_above_zero
 from nnunetv2_macl.recipe import AUTO, Recipe, recipe_from_values, settings_as_text, with_settings
 
@@ -135,7 +135,7 @@ def volume_patch(patch_size: Sequence[int]) -> tuple[int, ...]:
     return (1,) * (3 - len(patch_size)) + tuple(patch_size)
 
 
-def plan_file(configuration: Configuration) -> Path:
+def plan_file(configuration: DatasetConfiguration) -> Path:
     return configuration.folder / f"{configuration.plans_name}_macl_{configuration.name}.json"
 
 
@@ -189,8 +189,8 @@ def _plan_in(content: Any, file: Path) -> MACLPlan:
 
 
 @contextmanager
-def handed_on(plan: MACLPlan, processes: int) -> Iterator[None]:
-    """Meanwhile `plan_to_train` returns this plan, and `processes_to_use` this number, here and in processes started now.
+def plan_in_environment(plan: MACLPlan, processes: int) -> Iterator[None]:
+    """Meanwhile `current_plan` returns this plan, and `current_processes` this number, here and in processes started now.
 
     Preprocessing may take hours, and another command may write its own plan of the same configuration to the file by then.
     """
@@ -201,23 +201,23 @@ def handed_on(plan: MACLPlan, processes: int) -> Iterator[None]:
         del os.environ[_HANDED_ON], os.environ[_PROCESSES]
 
 
-def plan_to_train(file: Path) -> MACLPlan:
-    """The plan that was `handed_on`, else what `read_plan` returns."""
+def current_plan(file: Path) -> MACLPlan:
+    """The plan that was `plan_in_environment`, else what `read_plan` returns."""
     handed = os.environ.get(_HANDED_ON)
     return read_plan(file) if handed is None else _plan_in(json.loads(handed), file)
 
 
-def processes_to_use() -> int:
-    """For preprocessing: what was `handed_on`, else nnU-Net's number."""
+def current_processes() -> int:
+    """For preprocessing: what was `plan_in_environment`, else nnU-Net's number."""
     return int(os.environ.get(_PROCESSES, default_num_processes))
 
 
-def was_handed_on() -> bool:
+def has_current_plan() -> bool:
     """Whether our command started the training, and not nnU-Net's, which has no options for it."""
     return _HANDED_ON in os.environ
 
 
-def check_plan(plan: MACLPlan, configuration: Configuration, file: Path, *, of_a_run: bool = False) -> None:
+def check_plan(plan: MACLPlan, configuration: DatasetConfiguration, file: Path, *, of_a_run: bool = False) -> None:
     """Check a plan that was edited against its network.
 
     Args:
@@ -230,12 +230,12 @@ def check_plan(plan: MACLPlan, configuration: Configuration, file: Path, *, of_a
         UserError: names the key, the rule and the value.
     """
     again = "leave out --c to start a new run." if of_a_run else "move the file away to have it derived again."
-    mend = f"Correct it in {file}, or {again}"
+    fix = f"Correct it in {file}, or {again}"
     axes, stages = len(configuration.patch_size), len(configuration.strides)
 
     def require(true: bool, key: str, rule: str) -> None:
         if not true:
-            raise UserError(f"'{key}' must be {rule}, got {getattr(plan, key)!r}. {mend}")
+            raise UserError(f"'{key}' must be {rule}, got {getattr(plan, key)!r}. {fix}")
 
     def whole(value: Any, low: int) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= low

@@ -9,12 +9,12 @@ import numpy as np
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
 from nnunetv2_macl.data import Sampling, draw_corner, position
-from nnunetv2_macl.nnunet import Configuration, read_json
+from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 
 ONLY_THE_OWN_VIEW = "only the own view is a positive"
 
 
-def resampled_shapes(configuration: Configuration) -> list[list[int]]:
+def resampled_shapes(configuration: DatasetConfiguration) -> list[list[int]]:
     """Shapes of the training cases as the configuration has them, (3,) voxels each, from nnU-Net's own fingerprint."""
     file = configuration.folder / "dataset_fingerprint.json"
     fingerprint = read_json(file, f"Type: nnUNetv2_extract_fingerprint -d {configuration.id}")

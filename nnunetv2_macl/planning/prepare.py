@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration, read_json
+from nnunetv2_macl.files import resource_folder
+from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.planning.memory import check_gpu_memory
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.recipe import check_values, load_recipe, recipe_from_values, settings_as_text, with_settings
-from nnunetv2_macl.resources import resource_folder
 from nnunetv2_macl.start import plan_start
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ DEFAULT_RECIPE = "restore"
 _DERIVED_FROM = ("decoder_stages", "auxiliary_stage", "scale", "threshold", "limit_positives")
 
 
-def prepare(
-    configuration: Configuration,
+def derive_or_load_plan(
+    configuration: DatasetConfiguration,
     *,
     recipe: str | Path | None = None,
     values: dict[str, Any] | None = None,
@@ -95,7 +95,7 @@ def prepare(
     return plan
 
 
-def _start(weights: Path | None, configuration: Configuration, plan: MACLPlan) -> dict[str, Any] | None:
+def _start(weights: Path | None, configuration: DatasetConfiguration, plan: MACLPlan) -> dict[str, Any] | None:
     return None if weights is None else plan_start(weights, configuration, plan.geometry, plan.get_recipe())
 
 

@@ -36,14 +36,14 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from tqdm import tqdm
 
-from nnunetv2_macl.cores import usable_cores
+from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.data import Case
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import write_json, write_whole
+from nnunetv2_macl.files import atomic_write, write_json
 from nnunetv2_macl.main_guard import require_main_guard
 from nnunetv2_macl.messages import show_any_character
-from nnunetv2_macl.nnunet import Configuration, raw_folder
+from nnunetv2_macl.nnunet import DatasetConfiguration, raw_folder
 from nnunetv2_macl.planning.memory import is_above_zero
 from nnunetv2_macl.preprocessing.index import Index
 from nnunetv2_macl.preprocessing.sources import (
@@ -81,13 +81,13 @@ class Preprocessed:
         return f"{len(self.cases)} cases, {len(self.skipped)} left out"
 
 
-def unlabelled_folder(configuration: Configuration) -> Path:
+def unlabelled_folder(configuration: DatasetConfiguration) -> Path:
     """Where the preprocessed unlabelled cases lie: beside nnU-Net's own folder, so that its splits never see them."""
     return configuration.folder / f"{configuration.plans_name}_macl_{configuration.name}"
 
 
 def preprocess_unlabelled(
-    configuration: Configuration,
+    configuration: DatasetConfiguration,
     datasets: Sequence[str],
     *,
     processes: int,
@@ -112,7 +112,7 @@ def preprocess_unlabelled(
     cases, todo, made, indices = [], [], [], []
     skipped: dict[Path, str] = {}
     for source in sources_in_use(configuration, datasets, channel_map):
-        for name, reason in source.incomplete.items():
+        for name, reason in source.invalid_cases.items():
             _skip_or_raise(reason, folder / source.dataset_name / name, skipped, skip_unreadable)
         index = index_of(configuration, source)
         index.remove_abandoned()
@@ -120,18 +120,18 @@ def preprocess_unlabelled(
         for name, files in list(source.cases.items())[part]:
             target = folder / source.dataset_name / name
             cases.append(Case(name, f"{target}.b2nd"))
-            made_from = made_of(source, files, index)
-            if not index.is_done(name, made_from):
-                todo.append((files, source.reader, target, made_from))
-                made.append((index, name, made_from))
+            fingerprint = made_of(source, files, index)
+            if not index.is_done(name, fingerprint):
+                todo.append((files, source.reader, target, fingerprint))
+                made.append((index, name, fingerprint))
     if todo:
         _require_space(configuration, folder, len(todo))
         logger.info("Preprocessing %d unlabelled cases into %s", len(todo), folder)
         _run(configuration, todo, processes, skipped, skip_unreadable)
         for index in indices:
-            index.look_again()
-        for index, name, made_from in made:
-            index.is_done(name, made_from)
+            index.refresh()
+        for index, name, fingerprint in made:
+            index.is_done(name, fingerprint)
     if rank() == 0:
         for index in indices:
             index.write()
@@ -143,7 +143,7 @@ def preprocess_unlabelled(
 
 
 def sources_in_use(
-    configuration: Configuration, datasets: Sequence[str], channel_map: Mapping[str, str] | None = None
+    configuration: DatasetConfiguration, datasets: Sequence[str], channel_map: Mapping[str, str] | None = None
 ) -> list[Source]:
     """Return the sources of `find_sources` without the images that are labelled cases too.
 
@@ -172,18 +172,18 @@ def _counted_once(source: Source, labelled: set[str], used: set[tuple[int, int]]
     return replace(source, cases=cases)
 
 
-def index_of(configuration: Configuration, source: Source) -> Index:
+def index_of(configuration: DatasetConfiguration, source: Source) -> Index:
     """Return the index of the preprocessed cases of a source."""
     return Index(unlabelled_folder(configuration) / source.dataset_name, configuration.preprocessing_checksum())
 
 
 def made_of(source: Source, files: CaseFiles, index: Index) -> dict[str, Any]:
     """Return what a preprocessed case is made from, as its record and the index have it."""
-    made_from = {"files": files.made_from, "channels": files.channels, "plan": index.signature}
-    return made_from | {"reader": source.reader.__name__}
+    fingerprint = {"files": files.fingerprint, "channels": files.channels, "plan": index.signature}
+    return fingerprint | {"reader": source.reader.__name__}
 
 
-def _require_raw_images(configuration: Configuration, folder: Path, sources: Sequence[Source]) -> None:
+def _require_raw_images(configuration: DatasetConfiguration, folder: Path, sources: Sequence[Source]) -> None:
     """Raises UserError where only preprocessed images are left: whether they are those of now cannot be told."""
     raw = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
     if raw.exists() or any(source.dataset_name == configuration.dataset_name for source in sources):
@@ -202,7 +202,7 @@ def _skip_or_raise(reason: str, target: Path, skipped: dict[Path, str], skip_unr
     skipped[target] = reason
 
 
-def _require_space(configuration: Configuration, folder: Path, cases: int) -> None:
+def _require_space(configuration: DatasetConfiguration, folder: Path, cases: int) -> None:
     """Compare the free space with what the cases would take uncompressed, at the median size of the training cases."""
     shape = configuration.manager.median_image_size_in_voxels
     if len(shape) == 2:  # the slices of a volume are not in the configuration
@@ -218,7 +218,11 @@ def _require_space(configuration: Configuration, folder: Path, cases: int) -> No
 
 
 def _run(
-    configuration: Configuration, todo: list[tuple], processes: int, skipped: dict[Path, str], skip_unreadable: bool
+    configuration: DatasetConfiguration,
+    todo: list[tuple],
+    processes: int,
+    skipped: dict[Path, str],
+    skip_unreadable: bool,
 ) -> None:
     require_main_guard()
     # spawn, as nnU-Net does: forked children inherit locks that are held
@@ -250,10 +254,10 @@ def _run(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_configuration: Configuration
+_configuration: DatasetConfiguration
 
 
-def _initialise(configuration: Configuration) -> None:
+def _initialise(configuration: DatasetConfiguration) -> None:
     global _configuration
     _configuration = configuration
     show_any_character()
@@ -268,7 +272,7 @@ def _preprocess_volume(case: CaseFiles, *how: Any) -> tuple[str | None, bool]:
     return _preprocess_case(case, *how), False
 
 
-def whats_flat(configuration: Configuration, case: CaseFiles) -> str | None:
+def whats_flat(configuration: DatasetConfiguration, case: CaseFiles) -> str | None:
     """Return in words that an image of one slice has no place among volumes, or None where it is a volume or 2D is planned.
 
     Scouts and localizers are common in archives. nnU-Net's resampling would repeat the slice into a volume.
@@ -307,7 +311,7 @@ class UnusableImageError(Exception):
 
 
 def read_case(
-    configuration: Configuration, case: CaseFiles, reader: type[BaseReaderWriter]
+    configuration: DatasetConfiguration, case: CaseFiles, reader: type[BaseReaderWriter]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Read a case as nnU-Net does, and check what nnU-Net does not. Return voxels, (C, *volume), and nnU-Net's properties.
 
@@ -330,9 +334,9 @@ def read_case(
         ) from error
     print(said.getvalue(), end="")
     if case.channels is not None:
-        if images.ndim != 4 or len(images) != case.channels_there:
+        if images.ndim != 4 or len(images) != case.channels_in_file:
             raise UnusableImageError(
-                f"{names} holds {len(images)} channel(s); its data set has {case.channels_there}, one a file or all in one."
+                f"{names} holds {len(images)} channel(s); its data set has {case.channels_in_file}, one a file or all in one."
             )
         images = images[case.channels]
     if wrong := _whats_wrong(configuration, images):
@@ -351,7 +355,7 @@ def read_case(
 
 
 def _preprocess_case(
-    case: CaseFiles, reader: type[BaseReaderWriter], target: Path, made_from: dict[str, Any]
+    case: CaseFiles, reader: type[BaseReaderWriter], target: Path, fingerprint: dict[str, Any]
 ) -> str | None:
     """Preprocess one case. Returns what is wrong with it, or None."""
     names = ", ".join(case.files)
@@ -370,7 +374,7 @@ def _preprocess_case(
     if not np.isfinite(data).all() or not np.ptp(data.reshape(len(data), -1), axis=1).any():
         largest = f"{np.abs(images).max():g}"
         return f"{names} cannot be used: nothing is left of it after normalisation. Its largest value is {largest}."
-    _write_case(data, target, made_from, [float(s) for s in properties["spacing"]])
+    _write_case(data, target, fingerprint, [float(s) for s in properties["spacing"]])
     return None
 
 
@@ -465,7 +469,7 @@ def _check_spacing_file(image: str) -> None:
         raise ValueError(f'its spacing file {file} must be like {{"spacing": [3, 0.5, 0.5]}}, and is {got}')
 
 
-def _resampled_shape(configuration: Configuration, shape: Sequence[int], spacing: Sequence[float]) -> list[int]:
+def _resampled_shape(configuration: DatasetConfiguration, shape: Sequence[int], spacing: Sequence[float]) -> list[int]:
     """Voxels an axis at the plan's spacing, as nnU-Net will make them; in 2D the slices stay."""
     order, target = configuration.plans_manager.transpose_forward, configuration.manager.spacing
     shape, spacing = [shape[axis] for axis in order], [spacing[axis] for axis in order]
@@ -473,7 +477,7 @@ def _resampled_shape(configuration: Configuration, shape: Sequence[int], spacing
     return [round(n * mm / wanted) for n, mm, wanted in zip(shape, spacing, target, strict=True)]
 
 
-def _whats_wrong(configuration: Configuration, images: np.ndarray) -> str | None:
+def _whats_wrong(configuration: DatasetConfiguration, images: np.ndarray) -> str | None:
     channels = len(configuration.channel_names)
     if images.ndim != 4:
         return f"has {images.ndim - 1} dimensions; nnU-Net takes images of 2 or 3."
@@ -488,7 +492,7 @@ def _whats_wrong(configuration: Configuration, images: np.ndarray) -> str | None
     return None
 
 
-def _write_case(data: np.ndarray, target: Path, made_from: dict[str, Any], spacing: list[float]) -> None:
+def _write_case(data: np.ndarray, target: Path, fingerprint: dict[str, Any], spacing: list[float]) -> None:
     file = Path(f"{target}.b2nd")
     Path(f"{target}.json").unlink(missing_ok=True)
     blocks, chunks = comp_blosc2_params(data.shape, tuple(_configuration.patch_size), data.itemsize)
@@ -496,11 +500,11 @@ def _write_case(data: np.ndarray, target: Path, made_from: dict[str, Any], spaci
     cparams = {"codec": blosc2.Codec.LZ4, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1, "clevel": 9}
     # in memory first: blosc2 does not say why a file could not be written
     content = blosc2.asarray(data, chunks=chunks, blocks=blocks, cparams=cparams).to_cframe()
-    write_whole(file, lambda stream: stream.write(content), needed=len(content))
+    atomic_write(file, lambda stream: stream.write(content), needed=len(content))
     record = {
         "shape": list(data.shape),
         "original_spacing": spacing,
         "bytes": len(content),
-        "made_from": made_from,
+        "made_from": fingerprint,
     }
     write_json(record, Path(f"{target}.json"))

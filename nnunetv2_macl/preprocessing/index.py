@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import remove_temporary, write_whole
+from nnunetv2_macl.files import atomic_write, remove_temporary
 from nnunetv2_macl.nnunet import read_json
 
 # no name of a case's file
@@ -32,17 +32,17 @@ class Index:
         self._changed = False
         self._there = self._list()
 
-    def is_done(self, name: str, made_from: dict[str, Any]) -> bool:
+    def is_done(self, name: str, fingerprint: dict[str, Any]) -> bool:
         """Whether the case is there, whole, and made from these files by this plan."""
         written = self._there.get(f"{name}.b2nd")
         if written is None:
             return False
-        entry = [*written, made_from["files"], made_from["channels"], made_from["reader"]]
+        entry = [*written, fingerprint["files"], fingerprint["channels"], fingerprint["reader"]]
         if self._entries.get(name) == entry:
             return True
         try:
             record = read_json(self.folder / f"{name}.json", "")
-            done = record["made_from"] == made_from and record["bytes"] == written[0]
+            done = record["made_from"] == fingerprint and record["bytes"] == written[0]
         except (UserError, KeyError, TypeError):
             return False
         if done:
@@ -54,7 +54,7 @@ class Index:
         """Remove what processes that were killed left in the folder."""
         remove_temporary(self.folder, older_than=_ABANDONED)
 
-    def look_again(self) -> None:
+    def refresh(self) -> None:
         """After cases were made."""
         self._there = self._list()
 
@@ -66,7 +66,7 @@ class Index:
         # hundreds of thousands of cases: no indentation
         text = json.dumps(content, ensure_ascii=False).encode()
         with contextlib.suppress(UserError):
-            write_whole(self.folder / INDEX, lambda stream: stream.write(text), needed=len(text))
+            atomic_write(self.folder / INDEX, lambda stream: stream.write(text), needed=len(text))
         self._changed = False
 
     def _read(self) -> dict[str, Any]:

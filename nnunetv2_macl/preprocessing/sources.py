@@ -22,7 +22,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunetv2_macl.data import Case
 from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import SUPPORTED_CONFIGURATIONS, Configuration, raw_folder, read_dataset_json
+from nnunetv2_macl.nnunet import SUPPORTED_CONFIGURATIONS, DatasetConfiguration, raw_folder, read_dataset_json
 
 UNLABELLED_FOLDER = "imagesUn"
 _FILES_AT_ONCE = 16
@@ -40,36 +40,36 @@ class CaseFiles(NamedTuple):
     files: list[str]
     channels: list[int] | None
     # how many there are in that one file
-    channels_there: int
+    channels_in_file: int
     # name, bytes, time of the last change (ns) of each file, and of those that are read with them
-    made_from: list[list[str | int]]
+    fingerprint: list[list[str | int]]
     # device and inode of each file: the same for every name that an image has
     identities: Sequence[tuple[int, int]] = ()
 
 
 class RawFile(NamedTuple):
-    """An image file; ``wrong`` says why it cannot be taken, and ``beside`` lists the files that are read with it."""
+    """An image file; ``problem`` says why it cannot be taken, and ``beside`` lists the files that are read with it."""
 
     path: str
-    made_from: list[str | int] = []
+    fingerprint: list[str | int] = []
     identity: tuple[int, int] = (0, 0)
-    wrong: str | None = None
+    problem: str | None = None
     beside: list[list[str | int]] = []
 
     @classmethod
-    def look(cls, path: str) -> RawFile:
+    def inspect(cls, path: str) -> RawFile:
         """Look at a file without opening it. A link is followed, as nnU-Net follows it."""
         try:
             path.encode()
         except UnicodeEncodeError:
             told = os.fsencode(path).decode(errors="replace")
-            return cls(told, wrong=f"{told} has a name that is not in UTF-8. Rename it.")
+            return cls(told, problem=f"{told} has a name that is not in UTF-8. Rename it.")
         try:
             found = os.stat(path)
         except OSError as error:
-            return cls(path, wrong=f"{path} cannot be read: {error.strerror}.")
+            return cls(path, problem=f"{path} cannot be read: {error.strerror}.")
         if not stat.S_ISREG(found.st_mode):
-            return cls(path, wrong=f"{path} is no file, but a folder or a device.")
+            return cls(path, problem=f"{path} is no file, but a folder or a device.")
         folder, name = os.path.split(path)
         return cls(path, _as_made_from(name, found), (found.st_dev, found.st_ino), beside=_beside(folder, name))
 
@@ -120,13 +120,13 @@ class Source:
 
     dataset_name: str
     cases: dict[str, CaseFiles]
-    incomplete: dict[str, str]
+    invalid_cases: dict[str, str]
     reader: type[BaseReaderWriter]
-    passed_over: list[str]
+    ignored_files: list[str]
 
 
 def find_sources(
-    configuration: Configuration, datasets: Sequence[str], channel_map: Mapping[str, str] | None = None
+    configuration: DatasetConfiguration, datasets: Sequence[str], channel_map: Mapping[str, str] | None = None
 ) -> list[Source]:
     """Return DATASET's ``imagesUn``, and ``imagesTr`` and ``imagesUn`` of further raw data sets, given by full name.
 
@@ -145,10 +145,10 @@ def find_sources(
     files = group_channels(own, ending)
     if files:
         channels = list(range(len(configuration.channel_names)))
-        cases, incomplete = pick_channels(files, channels, configuration.channel_names)
+        cases, invalid_cases = pick_channels(files, channels, configuration.channel_names)
         reader = configuration.plans_manager.image_reader_writer_class
-        sources.append(Source(configuration.dataset_name, cases, incomplete, reader, passed_over(own, ending)))
-    elif left := passed_over(own, ending):
+        sources.append(Source(configuration.dataset_name, cases, invalid_cases, reader, ignored_files(own, ending)))
+    elif left := ignored_files(own, ending):
         raise UserError(
             f"{own} holds no image named as nnU-Net names them (CASE_0000{ending}); there is "
             f"{os.path.basename(left[0])}. {_how_to_name(own / os.path.basename(left[0]), ending)}"
@@ -167,19 +167,19 @@ def _how_to_name(file: Path, ending: str) -> str:
     )
 
 
-def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping[str, str]) -> Source:
+def _other_dataset(configuration: DatasetConfiguration, name: str, channel_map: Mapping[str, str]) -> Source:
     folder = raw_folder(name)
     if not folder.is_dir():
         raise UserError(
             f"{folder} does not exist, so there are no images of {name} to use. Put them there or leave out -u."
         )
     file = folder / "dataset.json"
-    mend = "Write one, as for any nnU-Net data set: channel_names and file_ending are needed."
-    dataset_json = read_dataset_json(file, mend)
+    fix = "Write one, as for any nnU-Net data set: channel_names and file_ending are needed."
+    dataset_json = read_dataset_json(file, fix)
     theirs = channel_names(dataset_json)
     channels = _match_channels(configuration, name, theirs, channel_map)
     ending = dataset_json["file_ending"]
-    left = passed_over(folder / UNLABELLED_FOLDER, ending)
+    left = ignored_files(folder / UNLABELLED_FOLDER, ending)
     if "dataset" in dataset_json:  # nnU-Net's other way to name files
         listed = _listed_images(folder, dataset_json)
         if bad := [
@@ -189,12 +189,12 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
                 f"{file} lists a case {bad[0]!r}, which is no name for a file. Correct it, or leave out -u."
             )
         files = {
-            case: {channel: RawFile.look(path) for channel, path in enumerate(entry["images"])}
+            case: {channel: RawFile.inspect(path) for channel, path in enumerate(entry["images"])}
             for case, entry in listed.items()
         }
     else:
         files = group_channels(folder / "imagesTr", ending)
-        left = passed_over(folder / "imagesTr", ending) + left
+        left = ignored_files(folder / "imagesTr", ending) + left
     for case, more in group_channels(folder / UNLABELLED_FOLDER, ending).items():
         if case in files:
             raise UserError(
@@ -204,9 +204,9 @@ def _other_dataset(configuration: Configuration, name: str, channel_map: Mapping
         files[case] = more
     if not files:
         raise UserError(f"No image found in {folder / 'imagesTr'} or {folder / UNLABELLED_FOLDER} (CASE_0000{ending}).")
-    cases, incomplete = pick_channels(files, channels, theirs)
+    cases, invalid_cases = pick_channels(files, channels, theirs)
     reader = _reader(configuration, dataset_json, cases, folder)
-    return Source(name, cases, incomplete, reader, left)
+    return Source(name, cases, invalid_cases, reader, left)
 
 
 def _listed_images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -216,7 +216,7 @@ def _listed_images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict
 
 
 def _reader(
-    configuration: Configuration, dataset_json: dict[str, Any], cases: dict[str, CaseFiles], folder: Path
+    configuration: DatasetConfiguration, dataset_json: dict[str, Any], cases: dict[str, CaseFiles], folder: Path
 ) -> type[BaseReaderWriter]:
     """The plan's own, which decides the order of the axes, where it reads such files and none is asked for."""
     ending, own = dataset_json["file_ending"], configuration.plans_manager.image_reader_writer_class
@@ -234,7 +234,7 @@ def _reader(
 
 
 def _match_channels(
-    configuration: Configuration, name: str, theirs: list[str], channel_map: Mapping[str, str]
+    configuration: DatasetConfiguration, name: str, theirs: list[str], channel_map: Mapping[str, str]
 ) -> list[int]:
     """Which of the other data set's channels is each of DATASET's, by name."""
     ours = configuration.channel_names
@@ -263,7 +263,7 @@ def group_channels(folder: Path, ending: str) -> dict[str, dict[int, RawFile]]:
     cases: dict[str, dict[int, RawFile]] = defaultdict(dict)
     # the file system of an archive may take milliseconds for each file, and answers many at once
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        files = pool.map(RawFile.look, (str(folder / name) for name in images))
+        files = pool.map(RawFile.inspect, (str(folder / name) for name in images))
         for (case, channel), file in zip(images.values(), files, strict=True):
             cases[case][channel] = file
     return dict(cases)
@@ -291,37 +291,37 @@ def pick_channels(
 ) -> tuple[dict[str, CaseFiles], dict[str, str]]:
     """Files of each case in the order of ``channels``; and what is wrong with the cases that cannot be taken."""
     cases: dict[str, CaseFiles] = {}
-    incomplete: dict[str, str] = {}
+    invalid_cases: dict[str, str] = {}
     # all channels in one file, as in RGB images, unless most cases have more files than one
     one_file = len(names) > 1 and 2 * sum(len(by_channel) > 1 for by_channel in files.values()) < len(files)
     for case, by_channel in files.items():
         missing = [c for c in channels if c not in by_channel]
         unknown = [c for c in by_channel if c >= len(names)]
-        wrong = [file.wrong for file in by_channel.values() if file.wrong]
+        wrong = [file.problem for file in by_channel.values() if file.problem]
         if wrong:
-            incomplete[case] = wrong[0]
+            invalid_cases[case] = wrong[0]
         elif one_file and list(by_channel) == [0]:
             cases[case] = _case_files(list(by_channel.values()), channels, len(names))
         elif missing or unknown:
             what = (
                 f"lacks channel {names[missing[0]]} (_{missing[0]:04d})" if missing else f"has a file _{unknown[0]:04d}"
             )
-            incomplete[case] = (
+            invalid_cases[case] = (
                 f"Case {case} {what}, and the data set has the channels {names}: "
                 f"{', '.join(file.path for file in by_channel.values())}."
             )
         else:
             cases[case] = _case_files([by_channel[c] for c in channels], None, 1)
-    return cases, incomplete
+    return cases, invalid_cases
 
 
-def _case_files(files: Sequence[RawFile], channels: list[int] | None, channels_there: int) -> CaseFiles:
-    made_from = [file.made_from for file in files]
+def _case_files(files: Sequence[RawFile], channels: list[int] | None, channels_in_file: int) -> CaseFiles:
+    fingerprint = [file.fingerprint for file in files]
     # the channels of a case have one spacing file
     for file in files:
-        made_from += [other for other in file.beside if other not in made_from]
+        fingerprint += [other for other in file.beside if other not in fingerprint]
     return CaseFiles(
-        [file.path for file in files], channels, channels_there, made_from, [file.identity for file in files]
+        [file.path for file in files], channels, channels_in_file, fingerprint, [file.identity for file in files]
     )
 
 
@@ -338,13 +338,13 @@ def drop_second_names(cases: dict[str, CaseFiles], used: set[tuple[int, int]]) -
     return kept
 
 
-def labelled_identities(configuration: Configuration) -> set[tuple[int, int]]:
+def labelled_identities(configuration: DatasetConfiguration) -> set[tuple[int, int]]:
     """Return device and inode of each raw image of DATASET's labelled cases that is there."""
     folder, files = raw_folder(configuration.dataset_name), []
     if "dataset" in configuration.dataset_json:
         listed = _listed_images(folder, configuration.dataset_json).values()
         files = [path for entry in listed for path in entry["images"]]
-    return {RawFile.look(str(file)).identity for file in [*files, *(folder / "imagesTr").glob("*")]}
+    return {RawFile.inspect(str(file)).identity for file in [*files, *(folder / "imagesTr").glob("*")]}
 
 
 def without_spacing(source: Source) -> list[str]:
@@ -354,7 +354,7 @@ def without_spacing(source: Source) -> list[str]:
     return [
         case.files[0]
         for case in source.cases.values()
-        if not any(str(made[0]).endswith(".json") for made in case.made_from)
+        if not any(str(made[0]).endswith(".json") for made in case.fingerprint)
     ]
 
 
@@ -368,7 +368,7 @@ def no_spacing_told(files: Sequence[str]) -> str:
     )
 
 
-def passed_over(folder: Path, ending: str) -> list[str]:
+def ignored_files(folder: Path, ending: str) -> list[str]:
     """Return FOLDER/FILE of the files in a folder that are neither images, as nnU-Net names them, nor read with one."""
     if not folder.is_dir():
         return []
@@ -378,21 +378,21 @@ def passed_over(folder: Path, ending: str) -> list[str]:
     return [f"{folder.name}/{name}" for name in sorted(names) if not (name.startswith(".") or name in used)]
 
 
-def training_cases(configuration: Configuration) -> list[Case]:
+def training_cases(configuration: DatasetConfiguration) -> list[Case]:
     """DATASET's own training cases, where nnU-Net's preprocessing put them. Labels are not opened.
 
     Raises:
         UserError: nnU-Net has not preprocessed the configuration, or in a format that cannot be read in parts.
     """
     folder = configuration.cases_folder
-    mend = f"Type: nnUNetv2_preprocess -d {configuration.id} -plans_name {configuration.plans_name} -c {configuration.name}"
+    fix = f"Type: nnUNetv2_preprocess -d {configuration.id} -plans_name {configuration.plans_name} -c {configuration.name}"
     if not folder.is_dir():
         manager = configuration.plans_manager
         others = [c for c in SUPPORTED_CONFIGURATIONS if c in manager.available_configurations]
         ready = [c for c in others if (configuration.folder / manager.get_configuration(c).data_identifier).is_dir()]
-        mend += f", or take one that is: -c {' or '.join(ready)}" if ready else ""
+        fix += f", or take one that is: -c {' or '.join(ready)}" if ready else ""
         raise UserError(
-            f"nnU-Net has not preprocessed {configuration.dataset_name} for {configuration.name} yet: no {folder}. {mend}"
+            f"nnU-Net has not preprocessed {configuration.dataset_name} for {configuration.name} yet: no {folder}. {fix}"
         )
     names = sorted(
         entry.name[: -len(".b2nd")]
@@ -400,5 +400,5 @@ def training_cases(configuration: Configuration) -> list[Case]:
         if entry.name.endswith(".b2nd") and not entry.name.endswith("_seg.b2nd")
     )
     if not names:
-        raise UserError(f"{folder} holds no case in nnU-Net's current format (.b2nd). {mend}")
+        raise UserError(f"{folder} holds no case in nnU-Net's current format (.b2nd). {fix}")
     return [Case(name, str(folder / f"{name}.b2nd")) for name in names]

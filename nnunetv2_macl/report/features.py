@@ -9,9 +9,9 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
-from nnunetv2_macl.building import build_model
 from nnunetv2_macl.data import Case, PretrainingBatches
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.factory import build_model
 from nnunetv2_macl.folds import read_splits
 from nnunetv2_macl.networks.base import PretrainableNetwork
 from nnunetv2_macl.preprocessing.sources import training_cases
@@ -40,7 +40,7 @@ class Features:
     chance: float  # the same of a patch to any other
 
 
-def show_features(run: Run, device: str = "cpu") -> Features:
+def compute_feature_figures(run: Run, device: str = "cpu") -> Features:
     """Compute the features of patches of the run's own images with a fresh network and with the run's.
 
     Raises:
@@ -62,7 +62,7 @@ def show_features(run: Run, device: str = "cpu") -> Features:
         np.asarray(batch["cases"]),
     )
     # the first patches from as many cases as there are, and not from the rims of the volume
-    order = _varied(positions, names)
+    order = _diverse_order(positions, names)
     patches, positions, names = patches[order], positions[order], names[order]
 
     distances = np.abs(positions[:, None] - positions[None]).max(-1)
@@ -76,7 +76,7 @@ def show_features(run: Run, device: str = "cpu") -> Features:
         except torch.OutOfMemoryError:
             raise UserError(f"There is too little memory on {device}: nnUNetv2_macl_report ... -device cpu") from None
         network.cpu()
-        colours[when] = main_components(dense)
+        colours[when] = pca_colours(dense)
         neighbours[when] = nearest(pooled, others)
         near[when] = float(np.mean([distances[i, row].mean() for i, row in enumerate(neighbours[when])]))
     middle = patches[:, 0].numpy()
@@ -99,7 +99,7 @@ def _cases(run: Run) -> list[Case]:
     return cases + [Case(record.stem, str(record.with_suffix(".b2nd"))) for record in records]
 
 
-def _varied(positions: np.ndarray, names: np.ndarray) -> list[int]:
+def _diverse_order(positions: np.ndarray, names: np.ndarray) -> list[int]:
     """All patches, those first that show different cases at different places near the middle."""
     central = [int(i) for i in np.argsort(np.abs(positions - 0.5).max(1)) if np.abs(positions[i] - 0.5).max() < 0.4]
     first: list[int] = []
@@ -146,7 +146,7 @@ def _features(network: PretrainableNetwork, patches: Tensor, device: str) -> tup
     return torch.cat(dense)[:COLOURED], torch.cat(pooled).numpy()
 
 
-def main_components(dense: Tensor) -> np.ndarray:
+def pca_colours(dense: Tensor) -> np.ndarray:
     """(N, C, h, w) features -> (N, h, w, 3) colours, 0 to 1, the same colour for the same feature in every image."""
     vectors = dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1]).double().numpy()
     vectors = vectors - vectors.mean(0)

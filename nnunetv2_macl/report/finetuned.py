@@ -14,13 +14,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration, raw_folder, read_dataset_json, read_json
+from nnunetv2_macl.nnunet import DatasetConfiguration, raw_folder, read_dataset_json, read_json
 from nnunetv2_macl.report.curves import BLUE, COLOURS, GREEN, ORANGE, draw_curves
-from nnunetv2_macl.report.pictures import png, stretched
+from nnunetv2_macl.report.pictures import png, window_intensity
 from nnunetv2_macl.report.run import FINISHED, STAMP, STOPPED, log_lines
+from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training.commands import plans_option
 from nnunetv2_macl.training.run_folder import PLAN_COPY
-from nnunetv2_macl.words import counted
 
 TEMPLATE = "finetuned.html.jinja"
 _ORIGIN = re.compile(r"(MACL|nnssl) weights from ")
@@ -46,15 +46,15 @@ def is_training(folder: Path) -> bool:
 
 def describe_training(folder: Path) -> dict[str, Any]:
     """Return what the template shows of a training, finished or not. Raises UserError for damaged files."""
-    mend = "It is a copy that nnU-Net makes; copy it from nnUNet_preprocessed."
+    fix = "It is a copy that nnU-Net makes; copy it from nnUNet_preprocessed."
     trainer, plans_name, configuration_name = folder.resolve().parent.name.split("__")
-    plans = PlansManager(read_json(folder.parent / "plans.json", mend))
-    configuration = Configuration(
+    plans = PlansManager(read_json(folder.parent / "plans.json", fix))
+    configuration = DatasetConfiguration(
         plans.dataset_name,
         plans_name,
         configuration_name,
         plans,
-        read_dataset_json(folder.parent / "dataset.json", mend, labels=True),
+        read_dataset_json(folder.parent / "dataset.json", fix, labels=True),
     )
     lines = [STAMP.sub("", line) for line in log_lines(folder)]
     epochs = _epochs(lines)
@@ -115,7 +115,7 @@ def _is_through(lines: list[str]) -> bool:
 def _summary(
     epochs: dict[int, dict[str, Any]], validation: dict[str, Any] | None, lines: list[str]
 ) -> list[tuple[str, str]]:
-    rows = [("Trained", counted(len(epochs), "epoch"))]
+    rows = [("Trained", pluralise(len(epochs), "epoch"))]
     split = [line for line in lines if line.startswith("This split has")]
     if split:
         rows.append(("On", split[-1].removeprefix("This split has ").rstrip(".")))
@@ -167,7 +167,7 @@ def _curves(epochs: dict[int, dict[str, Any]], classes: dict[str, str]) -> dict[
     return {title: Markup(svg) for title, svg in figures.items()}
 
 
-def _class_names(configuration: Configuration) -> dict[str, str]:
+def _class_names(configuration: DatasetConfiguration) -> dict[str, str]:
     """Name of each class by its key in nnU-Net's summaries."""
     manager = configuration.plans_manager.get_label_manager(configuration.dataset_json)
     labels = configuration.dataset_json["labels"]
@@ -182,7 +182,7 @@ def _by_class(validation: dict[str, Any] | None, classes: dict[str, str]) -> lis
     return [(name, _number(validation["mean"].get(key, {}).get("Dice"))) for key, name in classes.items()]
 
 
-def _case_name(row: dict[str, Any], configuration: Configuration) -> str:
+def _case_name(row: dict[str, Any], configuration: DatasetConfiguration) -> str:
     return Path(row["prediction_file"]).name.removesuffix(configuration.dataset_json["file_ending"])
 
 
@@ -202,7 +202,7 @@ def _number(value: float | None) -> str:
 
 
 def _pictures(
-    folder: Path, configuration: Configuration, validation: dict[str, Any] | None, classes: dict[str, str]
+    folder: Path, configuration: DatasetConfiguration, validation: dict[str, Any] | None, classes: dict[str, str]
 ) -> list[dict[str, str]]:
     """The worst, the middle and the best validation case: image, its labels, what the model makes of it.
 
@@ -232,7 +232,7 @@ def _pictures(
             continue
         foreground = (reference > 0).sum((1, 2)) if (reference > 0).any() else (predicted > 0).sum((1, 2))
         z = int(foreground.argmax())
-        grey_slice = stretched(image[z])
+        grey_slice = window_intensity(image[z])
         pictures.append(
             {
                 "case": f"{which}: {case}, Dice {_number(_mean_dice(row))}",
@@ -254,7 +254,7 @@ def _coloured(grey_slice: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _commands(
-    configuration: Configuration, trainer: str, fold: str, is_finished: bool, is_validated: bool
+    configuration: DatasetConfiguration, trainer: str, fold: str, is_finished: bool, is_validated: bool
 ) -> list[tuple[str, str]]:
     plans = plans_option(configuration.plans_name)
     train = f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr {trainer}{plans}"

@@ -10,7 +10,7 @@ import jinja2
 
 from nnunetv2_macl import __version__, checkpoints
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import write_whole
+from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.report import finetuned, pretraining, study
 
 FILE = "report.html"
@@ -30,16 +30,16 @@ def write_report(folder: Path, file: Path | None = None, device: str = "cpu") ->
     """
     file = file or folder / FILE
     page = _render(folder, device)
-    write_whole(file, lambda stream: stream.write(page))
+    atomic_write(file, lambda stream: stream.write(page))
     return file
 
 
-def write_report_after_run(folder: Path, say: Callable[[str], None], device: str = "cpu") -> None:
-    """Write the report at the end of a run, which no report may spoil: ``say`` tells the user what goes wrong."""
+def write_report_after_run(folder: Path, log: Callable[[str], None], device: str = "cpu") -> None:
+    """Write the report at the end of a run, which no report may spoil: ``log`` tells the user what goes wrong."""
     try:
-        say(f"Report: {write_report(folder, device=device)}")
+        log(f"Report: {write_report(folder, device=device)}")
     except Exception as error:
-        say(f"No report was written: {error}. To try again: nnUNetv2_macl_report {shlex.quote(str(folder))}")
+        log(f"No report was written: {error}. To try again: nnUNetv2_macl_report {shlex.quote(str(folder))}")
 
 
 def _render(folder: Path, device: str) -> bytes:

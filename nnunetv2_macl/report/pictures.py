@@ -13,7 +13,7 @@ from PIL import Image
 _EDGE = 160
 
 
-def stretched(image: np.ndarray) -> np.ndarray:
+def window_intensity(image: np.ndarray) -> np.ndarray:
     """A slice, (H, W), its intensities from 0 to 1."""
     low, high = np.percentile(image, (1, 99))
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
@@ -21,7 +21,7 @@ def stretched(image: np.ndarray) -> np.ndarray:
 
 def grey(image: np.ndarray) -> str:
     """A slice, (H, W), its intensities stretched."""
-    return png(stretched(image))
+    return png(window_intensity(image))
 
 
 def png(image: np.ndarray) -> str:
@@ -33,9 +33,9 @@ def png(image: np.ndarray) -> str:
         Image.fromarray((image * 255).astype(np.uint8)).save(stream, "png", optimize=True)
     else:
         matplotlib.image.imsave(stream, np.ascontiguousarray(image), format="png")
-    return as_data(stream.getvalue(), "png")
+    return data_uri(stream.getvalue(), "png")
 
 
-def as_data(content: bytes, kind: str) -> str:
+def data_uri(content: bytes, kind: str) -> str:
     """An encoded picture for ``src``; kind as in image/png."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

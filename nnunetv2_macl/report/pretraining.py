@@ -20,8 +20,8 @@ from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE
 from nnunetv2_macl.planning.plan import start_in_short
 from nnunetv2_macl.recipe import defaults_of, meaning
 from nnunetv2_macl.report.curves import loss_curves, other_curves
-from nnunetv2_macl.report.features import Features, show_features
-from nnunetv2_macl.report.pictures import as_data, grey, png
+from nnunetv2_macl.report.features import Features, compute_feature_figures
+from nnunetv2_macl.report.pictures import data_uri, grey, png
 from nnunetv2_macl.report.run import FINISHED, Run, image_sources, read_run
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
 from nnunetv2_macl.training.run_folder import PRETRAINER
@@ -34,7 +34,7 @@ def describe_run(folder: Path, device: str) -> dict[str, Any]:
     """Return what the template shows of a run, finished or not. Raises UserError for a damaged one."""
     run = read_run(folder)
     try:
-        features, no_features = show_features(run, device), None
+        features, no_features = compute_feature_figures(run, device), None
     except UserError as error:
         features, no_features = None, str(error)
     recipe = run.plan.get_recipe()
@@ -165,10 +165,10 @@ def _views(file: Path) -> str | None:
     try:
         content = file.read_bytes()
         if len(content) <= _VIEWS_BYTES:
-            return as_data(content, "png")
+            return data_uri(content, "png")
         stream = io.BytesIO()
         with Image.open(file) as image:
             image.convert("RGB").save(stream, "jpeg", quality=80)
-        return as_data(stream.getvalue(), "jpeg") if stream.tell() <= _VIEWS_BYTES else None
+        return data_uri(stream.getvalue(), "jpeg") if stream.tell() <= _VIEWS_BYTES else None
     except OSError:
         return None

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.methods.registry import loss_labels
-from nnunetv2_macl.nnunet import Configuration, read_dataset_json, read_json
+from nnunetv2_macl.nnunet import DatasetConfiguration, read_dataset_json, read_json
 from nnunetv2_macl.planning.plan import MACLPlan, read_plan
 from nnunetv2_macl.preprocessing.cases import unlabelled_folder
 from nnunetv2_macl.training import resume
@@ -36,7 +36,7 @@ class Run:
     """A pre-training run, as far as its folder tells."""
 
     folder: Path  # of the run
-    configuration: Configuration  # nnU-Net's, from the copies in the run's folder
+    configuration: DatasetConfiguration  # nnU-Net's, from the copies in the run's folder
     plan: MACLPlan  # that the run follows
     state: str  # ``finished``, ``running`` or ``stopped``
     # values an epoch by nnU-Net's logger's keys; from a checkpoint, else from what the log file says
@@ -78,13 +78,13 @@ def read_run(folder: Path) -> Run:
         where = f"Give one of: {', '.join(inner[:5])}" if inner else "Give a pre-training run's folder: .../fold_all"
         raise UserError(f"{folder} holds no {PLAN_COPY}, so no pre-training has begun in it. {where}")
     plan = read_plan(folder / PLAN_COPY)
-    mend = "It is a copy that nnU-Net makes; copy it from nnUNet_preprocessed."
-    configuration = Configuration(
+    fix = "It is a copy that nnU-Net makes; copy it from nnUNet_preprocessed."
+    configuration = DatasetConfiguration(
         plan.dataset_name,
         plan.plans_name,
         plan.configuration,
-        PlansManager(read_json(folder.parent / "plans.json", mend)),
-        read_dataset_json(folder.parent / "dataset.json", mend),
+        PlansManager(read_json(folder.parent / "plans.json", fix)),
+        read_dataset_json(folder.parent / "dataset.json", fix),
     )
     lines = log_lines(folder)
     images, skipped = None, 0

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from nnunetv2_macl.compare.steps import DONE_FILE
 from nnunetv2_macl.compare.study import STUDY_FILE, Study
-from nnunetv2_macl.report.pictures import as_data
+from nnunetv2_macl.report.pictures import data_uri
 
 TEMPLATE = "study.html.jinja"
 
@@ -40,7 +40,7 @@ def _as_html(file: Path) -> Markup:
     html = html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 
     def inside(match: re.Match) -> str:
-        picture = as_data((file.parent / match[1]).read_bytes(), "png")
+        picture = data_uri((file.parent / match[1]).read_bytes(), "png")
         return f'<img class="views" src="{picture}" alt="Dice of the arms"'
 
     return Markup(re.sub(r'<img src="(\w+\.png)" alt="[^"]*"', inside, html))

@@ -111,8 +111,8 @@ def _kind_of_others(content: dict[str, Any]) -> str | None:
 def _wholeness(file: Path) -> str:
     """Of a checkpoint that was loaded."""
     if files.verify(file):
-        return f"yes: it agrees with {files.sidecar(file).name}"
-    return f"yes, as far as the checksums in it tell; there is no {files.sidecar(file).name} beside it"
+        return f"yes: it agrees with {files.checksum_path(file).name}"
+    return f"yes, as far as the checksums in it tell; there is no {files.checksum_path(file).name} beside it"
 
 
 def _told(file: Path, kind: str, facts: dict[str, str], whole: str, citations: Any) -> str:

@@ -17,7 +17,7 @@ import torch
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import DECODER_FILE, ENCODER_FILE, PretrainedWeights
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import write_whole
+from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.sharing.model_card import model_card
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def write_package(source: Path, file: Path, license_id: str = "unknown") -> None
     members[SUMS] = "".join(
         f"{hashlib.sha256(members[name]).hexdigest()}  {name}\n" for name in sorted(members)
     ).encode()
-    write_whole(file, lambda stream: _write(stream, members))
+    atomic_write(file, lambda stream: _write(stream, members))
     logger.info(
         "%s: %.1f MiB with %s. No images, no case names, no paths.\nOn another machine: nnUNetv2_macl_install %s",
         file, file.stat().st_size / 2**20, ", ".join(members), shlex.quote(file.name),

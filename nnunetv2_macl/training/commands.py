@@ -10,20 +10,20 @@ from pathlib import Path
 from nnunetv2_macl import distributed
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import number_of_folds
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.training.run_folder import PRETRAINER
 
 FINETUNER = "nnUNetTrainerMACL"
 
 
-def command_to_pretrain(configuration: Configuration, fold: int | str = "all", device: str = "cuda") -> str:
+def command_to_pretrain(configuration: DatasetConfiguration, fold: int | str = "all", device: str = "cuda") -> str:
     """Pre-trains, leaving out the validation images of a fold unless it is ``all``."""
     left_out = "" if fold == "all" else f" --exclude_fold {fold}"
     options = f"{plans_option(configuration.plans_name)}{left_out}{_device(device)}"
     return f"nnUNetv2_train_macl_pretrain {configuration.id} -c {configuration.name}{options}"
 
 
-def command_as_typed(configuration: Configuration, fold: int | str, device: str = "cuda") -> str:
+def command_as_typed(configuration: DatasetConfiguration, fold: int | str, device: str = "cuda") -> str:
     """Return the command that the user typed, or from a Python program the one that does the same."""
     program = Path(sys.argv[0]).name
     if program.startswith("nnUNetv2_"):
@@ -32,7 +32,7 @@ def command_as_typed(configuration: Configuration, fold: int | str, device: str 
 
 
 def command_to_go_on(
-    configuration: Configuration, fold: int | str, device: str = "cuda", trainer: str = PRETRAINER
+    configuration: DatasetConfiguration, fold: int | str, device: str = "cuda", trainer: str = PRETRAINER
 ) -> str:
     """Goes on with a run that was stopped. Under torchrun this is what it starts.
 
@@ -49,7 +49,7 @@ def command_to_go_on(
 
 
 def command_to_fine_tune(
-    configuration: Configuration, fold: int | str = "all", device: str = "cuda", trainer: str = FINETUNER
+    configuration: DatasetConfiguration, fold: int | str = "all", device: str = "cuda", trainer: str = FINETUNER
 ) -> str:
     """Fine-tunes from what a run has made: from a run on all images the first fold, or all cases where there are no folds."""
     options = f"{plans_option(configuration.plans_name)}{_device(device)}"

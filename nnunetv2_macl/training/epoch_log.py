@@ -166,7 +166,7 @@ class CollapseWatch:
     reason: str | None = None
     epochs: int = 0
 
-    def see(self, reason: str | None, recipe: Recipe) -> str | None:
+    def update(self, reason: str | None, recipe: Recipe) -> str | None:
         """Take note of an epoch; returns what to tell the user, if anything."""
         self.epochs = self.epochs + 1 if reason else 0
         before = self.reason

@@ -11,12 +11,12 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.methods.model import PretrainingModel
-from nnunetv2_macl.nnunet import Configuration, read_json
+from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 from nnunetv2_macl.planning.plan import MACLPlan
 
 
 def export_run(
-    folder: Path, configuration: Configuration, plan: MACLPlan, model: PretrainingModel, outcome: dict[str, Any]
+    folder: Path, configuration: DatasetConfiguration, plan: MACLPlan, model: PretrainingModel, outcome: dict[str, Any]
 ) -> None:
     """Write the three files of weights, see `checkpoints.export_weights`.
 

@@ -23,7 +23,7 @@ from nnunetv2_macl import __version__, checkpoints, formats
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import check_fold, number_of_folds, too_few_cases
 from nnunetv2_macl.messages import for_log_file, show_any_character
-from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, Configuration
+from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, DatasetConfiguration
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
 from nnunetv2_macl.training.run_folder import cases_seen, pretraining_folder
 from nnunetv2_macl.training.user_errors import exit_on_user_error
@@ -138,8 +138,8 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         }
 
     @property
-    def _configuration(self) -> Configuration:
-        return Configuration(
+    def _configuration(self) -> DatasetConfiguration:
+        return DatasetConfiguration(
             self.plans_manager.dataset_name,
             self.plans_manager.plans_name,
             self.configuration_name,
@@ -257,7 +257,9 @@ def _instead_of_torch_save() -> Iterator[list[dict]]:
         torch.save = original
 
 
-def transfer_to(target: Configuration, state: dict[str, Tensor], pretrained: checkpoints.PretrainedWeights) -> Transfer:
+def transfer_to(
+    target: DatasetConfiguration, state: dict[str, Tensor], pretrained: checkpoints.PretrainedWeights
+) -> Transfer:
     """Fit pre-trained weights to the U-Net of a configuration, see `plan_transfer`.
 
     Args:
@@ -291,7 +293,7 @@ def show_transfer(weights: Path, dataset: str | int, plans: str, configuration: 
     Raises:
         UserError: no such data set, plan, configuration or weights, or weights of a network too unlike this one.
     """
-    target = Configuration.load(dataset, plans, configuration)
+    target = DatasetConfiguration.load(dataset, plans, configuration)
     try:
         pretrained, transfer = load_transfer(weights, target)
     except TooLittleFitsError as error:
@@ -309,7 +311,7 @@ def show_transfer(weights: Path, dataset: str | int, plans: str, configuration: 
     return transfer
 
 
-def load_transfer(weights: Path, target: Configuration) -> tuple[checkpoints.PretrainedWeights, Transfer]:
+def load_transfer(weights: Path, target: DatasetConfiguration) -> tuple[checkpoints.PretrainedWeights, Transfer]:
     """Pre-trained weights, and what a configuration's U-Net takes of them.
 
     Args:

@@ -14,9 +14,9 @@ from nnunetv2_macl import distributed
 from nnunetv2_macl.data import Case, PretrainingBatches, load_batches, plan_reading_here
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import check_fold
-from nnunetv2_macl.messages import heard
-from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.plan import processes_to_use, start_in_short, was_handed_on
+from nnunetv2_macl.messages import log_to
+from nnunetv2_macl.nnunet import DatasetConfiguration
+from nnunetv2_macl.planning.plan import current_processes, has_current_plan, start_in_short
 from nnunetv2_macl.preprocessing.cases import Preprocessed, preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.start import start_from_weights
@@ -48,18 +48,18 @@ def unlabelled_cases(trainer: nnUNetTrainerMACLPretrain) -> Preprocessed:
         UserError: An image cannot be used, or a file cannot be written.
     """
     # Our command shows the messages of preprocessing on the console itself.
-    say = partial(trainer.print_to_log_file, also_print_to_console=not was_handed_on())
-    with heard(say):
+    log = partial(trainer.print_to_log_file, also_print_to_console=not has_current_plan())
+    with log_to(log):
         return preprocess_unlabelled(
             trainer.macl_configuration,
             trainer.macl_plan.unlabelled_datasets,
-            processes=processes_to_use(),
+            processes=current_processes(),
             skip_unreadable=trainer.macl_plan.skip_unreadable,
             channel_map=trainer.macl_plan.channel_map,
         )
 
 
-def cases_by_dataset(configuration: Configuration, cases: list[Case]) -> list[tuple[str, str]]:
+def cases_by_dataset(configuration: DatasetConfiguration, cases: list[Case]) -> list[tuple[str, str]]:
     """Return data set and name of each case."""
     # nnU-Net keeps labelled cases in a folder of the configuration; this package keeps others in a folder of their data set.
     datasets = {configuration.cases_folder.name: configuration.dataset_name}
@@ -76,7 +76,7 @@ def batches(trainer: nnUNetTrainerMACLPretrain) -> Iterator[dict[str, Any]]:
         SystemExit: A signal asked to stop.
     """
     plan = trainer.macl_plan
-    share = distributed.share(plan.batch_size)
+    share = distributed.local_slice(plan.batch_size)
     dataset = PretrainingBatches(trainer.data.cases, plan.sampling, share, trainer.step.steps, draws=trainer.step.draws)
     reading = plan_reading_here(trainer.batch_bytes, distributed.ranks_on_this_machine())
     stream = load_batches(

@@ -22,7 +22,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch._inductor import config as inductor
 
 from nnunetv2_macl import distributed
-from nnunetv2_macl.cores import usable_cores
+from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.main_guard import require_main_guard
 
 

@@ -19,13 +19,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from nnunetv2_macl import distributed
-from nnunetv2_macl.building import build_model, build_optimizer
 from nnunetv2_macl.data import Case
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.factory import build_model, build_optimizer
 from nnunetv2_macl.messages import for_log_file, show_any_character
-from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, plan_to_train
-from nnunetv2_macl.planning.prepare import prepare
+from nnunetv2_macl.nnunet import DatasetConfiguration
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, current_plan, plan_file
+from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.preprocessing.cases import Preprocessed
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import Recipe
@@ -37,7 +37,7 @@ from nnunetv2_macl.training.commands import command_to_go_on
 from nnunetv2_macl.training.epoch_log import Epoch, log_keys
 from nnunetv2_macl.training.inputs import batches, labelled_cases, load_start_weights, unlabelled_cases
 from nnunetv2_macl.training.run_folder import PLAN_COPY, archive_previous_run
-from nnunetv2_macl.training.step import TrainingStep, learning_rate_share
+from nnunetv2_macl.training.step import TrainingStep, lr_factor
 from nnunetv2_macl.training.user_errors import (
     exit_on_refused_write,
     exit_on_user_error,
@@ -61,7 +61,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     current_epoch: int
     grad_scaler: torch.amp.GradScaler | None
     # `initialize` and `on_train_start` set these.
-    macl_configuration: Configuration
+    macl_configuration: DatasetConfiguration
     macl_plan: MACLPlan
     recipe: Recipe
     step: TrainingStep
@@ -129,11 +129,11 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         """nnU-Net builds network, optimiser and loss; we lock the folder and read the MACL plan before."""
         with self._release_lock_on_error():
             plans = self.plans_manager
-            self.macl_configuration = Configuration(
+            self.macl_configuration = DatasetConfiguration(
                 plans.dataset_name, plans.plans_name, self.configuration_name, plans, self.dataset_json
             )
             refuse_pretrained_weights(self)
-            with distributed.first_rank_first() as first:
+            with distributed.rank_zero_first() as first:
                 if first:
                     for callback in self.callbacks:
                         callback.on_initialize()
@@ -166,10 +166,10 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         file = Path(self.output_folder) / PLAN_COPY
         if not (self._continue_training and file.is_file()):
             file = plan_file(self.macl_configuration)
-            with distributed.first_rank_first() as first:
+            with distributed.rank_zero_first() as first:
                 if first and not file.is_file():
-                    prepare(self.macl_configuration)
-        plan = plan_to_train(file)
+                    derive_or_load_plan(self.macl_configuration)
+        plan = current_plan(file)
         check_plan(plan, self.macl_configuration, file, of_a_run=file.name == PLAN_COPY)
         return plan
 
@@ -200,14 +200,14 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """nnU-Net asks for optimiser and schedule; the recipe names them."""
         optimizer = build_optimizer(self.network, self.recipe)
-        return optimizer, LambdaLR(optimizer, partial(learning_rate_share, self.recipe))
+        return optimizer, LambdaLR(optimizer, partial(lr_factor, self.recipe))
 
     def _build_loss(self) -> None:
         """nnU-Net builds a loss; the methods have their own."""
 
     def _set_batch_size_and_oversample(self) -> None:
         """nnU-Net divides the batch among the ranks; we do it so that the ranks draw the batch of one process."""
-        first, last = distributed.share(self.macl_plan.batch_size)
+        first, last = distributed.local_slice(self.macl_plan.batch_size)
         if self.macl_plan.batch_size < 2 * distributed.world_size():
             raise UserError(
                 f"A batch of {self.macl_plan.batch_size} over {distributed.world_size()} GPUs leaves fewer than 2 patches "
@@ -245,20 +245,20 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             # nnU-Net looked only for its own checkpoint names, so look for ours.
             self.checkpoints.continue_run()
         data = None
-        with distributed.first_rank_first() as first:
+        with distributed.rank_zero_first() as first:
             if first:
                 if not self.checkpoints.is_resumed:
                     # The weights may be those of the earlier run in this folder, so they are read before it is moved.
                     load_start_weights(self)
-                    archive_previous_run(Path(self.output_folder), keep=Path(self.log_file), say=self.print_to_log_file)
+                    archive_previous_run(Path(self.output_folder), keep=Path(self.log_file), log=self.print_to_log_file)
                 data = self._prepare_data()
         # Another rank that looked for itself might find other images readable.
-        self.data = distributed.from_first(data)
+        self.data = distributed.broadcast_object(data)
         if distributed.rank() == 0:
             super().on_train_start()
         else:
             self.dataloader_train, self.dataloader_val = self.get_dataloaders()
-        distributed.spread(self.step.model)
+        distributed.broadcast_module(self.step.model)
         for callback in self.callbacks:
             callback.on_train_start()
 

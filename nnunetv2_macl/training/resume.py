@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import cannot_write, write_whole
+from nnunetv2_macl.files import atomic_write, write_error
 
 FINAL, LATEST, PREVIOUS = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_previous.pth"
 # The newest comes first.
@@ -62,13 +62,13 @@ def rotate_checkpoint(latest: Path) -> None:
         try:
             os.link(latest, link)
         except OSError:  # a file system without hard links
-            write_whole(link, lambda stream: stream.write(latest.read_bytes()), needed=latest.stat().st_size)
+            atomic_write(link, lambda stream: stream.write(latest.read_bytes()), needed=latest.stat().st_size)
         os.replace(link, previous)
     except OSError as error:
-        raise cannot_write(error, previous) from error
+        raise write_error(error, previous) from error
 
 
-def load_checkpoint(folder: Path, run: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
+def load_checkpoint(folder: Path, run: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any] | None:
     """Load the newest good checkpoint of a run. Damaged ones that are newer are renamed to ``.corrupt``.
 
     Args:
@@ -94,7 +94,7 @@ def load_checkpoint(folder: Path, run: dict[str, Any], say: Callable[[str], None
             continue
         for other, reason in bad.items():
             aside = _quarantine(other)
-            say(f"WARNING: {reason} It is kept as {aside.name}; the run goes on from {file.name}.")
+            log(f"WARNING: {reason} It is kept as {aside.name}; the run goes on from {file.name}.")
         return checkpoint
     if bad or any(folder.glob("checkpoint_*.corrupt*")):
         reasons = " ".join(bad.values()) or "All that was there was damaged, see the files that end in .corrupt."
@@ -139,7 +139,7 @@ def _quarantine(file: Path) -> Path:
     try:
         file.rename(aside)
     except OSError as error:
-        raise cannot_write(error, aside) from error
+        raise write_error(error, aside) from error
     return aside
 
 

@@ -15,7 +15,7 @@ import psutil
 
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import cannot_write, write_json
+from nnunetv2_macl.files import write_error, write_json
 
 PRETRAINER = "nnUNetTrainerMACLPretrain"
 # The file in the folder of a run with the plan that the run began with.
@@ -91,7 +91,7 @@ class RunLock:
                 stream.truncate()
                 json.dump(_this_process(), stream)
         except OSError as error:
-            raise cannot_write(error, self.file) from error
+            raise write_error(error, self.file) from error
         self._held = True
 
     @contextlib.contextmanager
@@ -193,7 +193,7 @@ def _process_start(pid: int) -> str | None:
         return None
 
 
-def archive_previous_run(folder: Path, keep: Path, say: Callable[[str], None]) -> None:
+def archive_previous_run(folder: Path, keep: Path, log: Callable[[str], None]) -> None:
     """Move the files of an earlier run into a sub-folder, so that a new run overwrites nothing.
 
     Args:
@@ -212,4 +212,4 @@ def archive_previous_run(folder: Path, keep: Path, say: Callable[[str], None]) -
     target.mkdir()
     for path in old:
         path.rename(target / path.name)
-    say(f"An earlier run was in this folder; it was moved to {target}. (--c would have gone on with it.)")
+    log(f"An earlier run was in this folder; it was moved to {target}. (--c would have gone on with it.)")

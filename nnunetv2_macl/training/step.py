@@ -16,7 +16,7 @@ from nnunetv2_macl import distributed
 from nnunetv2_macl.methods.base import Method, Progress, derive_seed, to_device
 from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.methods.statistics import batch_rank, embedding_variance
-from nnunetv2_macl.planning.memory import refuse_parts
+from nnunetv2_macl.planning.memory import check_batch_can_be_split
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.training.draws import StepDraws
@@ -26,7 +26,7 @@ _MAX_GRADIENT_NORM = 12  # nnU-Net's own
 Tensors = dict[str, Tensor]
 
 
-def learning_rate_share(recipe: Recipe, step: int) -> float:
+def lr_factor(recipe: Recipe, step: int) -> float:
     """Return the fraction of the recipe's learning rate at a step: linear warm-up, then the schedule to 0."""
     steps = recipe.num_epochs * recipe.num_iterations_per_epoch
     warmup = round(recipe.learning_rate_warmup * steps)
@@ -66,8 +66,8 @@ class TrainingStep:
         self.model: PretrainingModel = network._orig_mod if isinstance(network, OptimizedModule) else network  # type: ignore
         self.methods = list(self.model)
         self.steps = self.progress(0).steps
-        self.first, self.last = distributed.share(plan.batch_size)
-        refuse_parts(self.model, plan.patches_at_once, self.last - self.first)
+        self.first, self.last = distributed.local_slice(plan.batch_size)
+        check_batch_can_be_split(self.model, plan.patches_at_once, self.last - self.first)
         self._encode: dict[str, Callable[[Tensors], Tensors]] = {
             # parts have two sizes at most, and code for any size is what compilers fail at
             method.name: torch.compile(method.encode, dynamic=False)
@@ -180,7 +180,7 @@ class TrainingStep:
         encode = self._encode[method.name]
         at_once = self.plan.patches_at_once
         # by the largest share, because all ranks have to exchange the same in the same order
-        if at_once >= distributed.share(self.plan.batch_size, 0)[1]:
+        if at_once >= distributed.local_slice(self.plan.batch_size, 0)[1]:
             with self._autocast():
                 outputs = method.project(encode(views))
             everyone = distributed.gather_all(outputs, self.plan.batch_size)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_macl import distributed
-from nnunetv2_macl.data import hear_no_more_of_workers, too_little_shared_memory, worker_was_killed
+from nnunetv2_macl.data import reset_sigchld_handler, too_little_shared_memory, worker_was_killed
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import CannotWriteError, cannot_write, is_refused_write
-from nnunetv2_macl.planning.plan import plan_file, was_handed_on
+from nnunetv2_macl.files import CannotWriteError, is_permission_or_space_error, write_error
+from nnunetv2_macl.planning.plan import has_current_plan, plan_file
 from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.commands import command_as_typed, command_to_pretrain
 from nnunetv2_macl.training.compiling import compile_advice, is_compile_error
@@ -61,9 +61,9 @@ def exit_on_refused_write(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not is_refused_write(error):
+        if not is_permission_or_space_error(error):
             raise
-        message = cannot_write(error, _path_of(error, trainer))
+        message = write_error(error, _path_of(error, trainer))
         raise SystemExit(f"\nError: {message}") from message
 
 
@@ -79,13 +79,13 @@ def explain_run_errors(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
     except CannotWriteError as error:
         raise _with_command_to_go_on(error, trainer) from error
     except OSError as error:  # nnU-Net writes files too
-        if not is_refused_write(error):
+        if not is_permission_or_space_error(error):
             raise
-        raise _with_command_to_go_on(cannot_write(error, _path_of(error, trainer)), trainer) from error
+        raise _with_command_to_go_on(write_error(error, _path_of(error, trainer)), trainer) from error
     except RuntimeError as error:
         if not worker_was_killed(error):
             raise
-        hear_no_more_of_workers()
+        reset_sigchld_handler()
         if "Bus error" in str(error):  # a process gets this signal when it writes beyond the end of shared memory
             raise UserError(f"A data worker was killed. {too_little_shared_memory(trainer.batch_bytes)}") from error
         raise UserError(
@@ -130,7 +130,7 @@ def refuse_pretrained_weights(trainer: nnUNetTrainerMACLPretrain) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-pretrained_weights")
     weights = parser.parse_known_args(sys.argv[1:])[0].pretrained_weights
-    if weights is not None and not was_handed_on():
+    if weights is not None and not has_current_plan():
         raise UserError(
             f"nnU-Net's command cannot start a pre-training from weights. Type:\n"
             f"    {command_to_pretrain(trainer.macl_configuration, trainer.fold, trainer.device.type)} "
@@ -147,7 +147,7 @@ def _with_command_to_go_on(error: UserError, trainer: nnUNetTrainerMACLPretrain)
 def _plan_edit_hint(trainer: nnUNetTrainerMACLPretrain) -> str:
     """Return a hint for users of nnU-Net's own command, which reads from the plan what our command has options for."""
     next_to_nnunets, of_the_run = plan_file(trainer.macl_configuration), Path(trainer.output_folder) / PLAN_COPY
-    if was_handed_on() or not next_to_nnunets.is_file():
+    if has_current_plan() or not next_to_nnunets.is_file():
         return ""
     hint = (
         f" nnU-Net's command has no such options: set patches_at_once or batch_size in {next_to_nnunets}, and type it "

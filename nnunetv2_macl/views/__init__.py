@@ -5,18 +5,18 @@ Random numbers are drawn once, from a generator that is passed, and then applied
 Source: MACL section III (invariance group, variance group, down).
 """
 
-from nnunetv2_macl.losses import down
-from nnunetv2_macl.views.affine import SpatialViews
-from nnunetv2_macl.views.intensity import IntensityNumbers, IntensityViews
-from nnunetv2_macl.views.masking import draw_mask, enlarge_mask, hidden_blocks, standardise
+from nnunetv2_macl.losses import downsample
+from nnunetv2_macl.views.affine import RandomAffine
+from nnunetv2_macl.views.intensity import IntensityNumbers, RandomIntensity
+from nnunetv2_macl.views.masking import enlarge_mask, mask_block_sizes, sample_mask, standardise
 
 __all__ = [
     "IntensityNumbers",
-    "IntensityViews",
-    "SpatialViews",
-    "down",
-    "draw_mask",
+    "RandomAffine",
+    "RandomIntensity",
+    "downsample",
     "enlarge_mask",
-    "hidden_blocks",
+    "mask_block_sizes",
+    "sample_mask",
     "standardise",
 ]

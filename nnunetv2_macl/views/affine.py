@@ -15,7 +15,7 @@ from torch import Tensor
 from nnunetv2_macl.views.parts import parts_of
 
 
-class SpatialViews:
+class RandomAffine:
     """Mirror, rotate, scale and translate 2D or 3D patches at random.
 
     Parameters are drawn once and then applied. They are one matrix for each patch, so that one resampling does all of it, the

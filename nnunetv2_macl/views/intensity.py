@@ -25,7 +25,7 @@ class IntensityNumbers(NamedTuple):
     noise_seeds: list[int]
 
 
-class IntensityViews:
+class RandomIntensity:
     """Change gamma, contrast, brightness, bias field, noise and blur at random, for each channel of each image on its own.
 
     Images have to be normalised, as nnU-Net's are, because brightness and noise are in standard deviations.

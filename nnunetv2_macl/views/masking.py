@@ -16,7 +16,7 @@ from torch import Tensor
 _SMALLEST_BLOCK = 4
 
 
-def hidden_blocks(strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+def mask_block_sizes(strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     """Return the sizes of the blocks in which voxels are hidden: those that one location of an encoder stage stands for.
 
     Several sizes are used, because the right one depends on the structures in the image: small blocks can be filled from
@@ -32,7 +32,7 @@ def hidden_blocks(strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(large))
 
 
-def draw_mask(
+def sample_mask(
     patches: int,
     size: Sequence[int],
     blocks: Sequence[Sequence[int]],

@@ -11,7 +11,7 @@ import torch
 from faults.test_killed import RUN, checkpoint, load, write
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import sidecar, verify
+from nnunetv2_macl.files import checksum_path, verify
 from nnunetv2_macl.training import resume
 
 
@@ -96,9 +96,9 @@ def test_exported_files_have_a_checksum_beside_them(tmp_path):
     checkpoints.save({"weights": torch.arange(3000.0)}, file, checksum=True)
     assert verify(file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert sidecar(file).read_text(encoding="utf-8") == f"{digest}  {file.name}\n"  # as sha256sum writes it
+    assert checksum_path(file).read_text(encoding="utf-8") == f"{digest}  {file.name}\n"  # as sha256sum writes it
     if shutil.which("sha256sum"):
-        command = ["sha256sum", "-c", sidecar(file).name]
+        command = ["sha256sum", "-c", checksum_path(file).name]
         assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
     good = file.read_bytes()
     file.write_bytes(good + b"x")

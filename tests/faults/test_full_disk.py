@@ -43,7 +43,7 @@ def test_a_disk_that_fills_while_a_file_is_written(tmp_path, monkeypatch, file):
         return method(*data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files._Remembering, "_remember", fills)
+        patch.setattr(files._ErrorCapturingStream, "_remember", fills)
         with pytest.raises(UserError, match=f"{file} could not be written: the disk is full"):
             write_one()
     assert os.listdir(tmp_path) == [file] and (tmp_path / file).read_bytes() == before

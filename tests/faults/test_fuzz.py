@@ -10,10 +10,10 @@ from steps import plan as make_plan
 from steps import recipe_of
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.files import resource_folder
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, read_plan, was_edited
 from nnunetv2_macl.recipe import Recipe, load_recipe
-from nnunetv2_macl.resources import resource_folder
 
 SETTINGS = settings(
     max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
@@ -48,7 +48,7 @@ def configuration(planned):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("raw", "preprocessed", "results"):
             patch.setenv(f"nnUNet_{name}", str(planned.folder / f"nnUNet_{name}"))
-        yield Configuration.load("901", "nnUNetPlans", "2d")
+        yield DatasetConfiguration.load("901", "nnUNetPlans", "2d")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from conftest import DATASET
 
 from nnunetv2_macl.compare.folders import RawImages
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing import cases
 from nnunetv2_macl.preprocessing.sources import CaseFiles, find_sources, training_cases
 
@@ -126,7 +126,7 @@ def configuration(planned):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("raw", "preprocessed", "results"):
             patch.setenv(f"nnUNet_{name}", str(planned.folder / f"nnUNet_{name}"))
-        loaded = Configuration.load("901", "nnUNetPlans", "2d")
+        loaded = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
         cases._initialise(loaded)
         yield loaded
 
@@ -158,19 +158,19 @@ def test_links_are_followed_as_nnunet_follows_them_and_devices_are_not_read(work
     (folder / "gone_0000.nii.gz").symlink_to(tmp_path / "nothing")
     os.mkfifo(folder / "pipe_0000.nii.gz")  # reading it would wait for ever
     (folder / "folder_0000.nii.gz").mkdir()
-    (source,) = find_sources(Configuration.load("901", "nnUNetPlans", "2d"), [])
-    assert set(source.incomplete) == {"gone", "pipe", "folder"} and "out" in source.cases
+    (source,) = find_sources(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), [])
+    assert set(source.invalid_cases) == {"gone", "pipe", "folder"} and "out" in source.cases
     for case, words in {"gone": "cannot be read", "pipe": "no file", "folder": "no file"}.items():
-        assert f"{case}_0000.nii.gz" in source.incomplete[case] and words in source.incomplete[case]
+        assert f"{case}_0000.nii.gz" in source.invalid_cases[case] and words in source.invalid_cases[case]
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_an_image_with_a_second_name_counts_once_and_as_a_labelled_one_if_it_is_labelled(workspace, link):
     raw = workspace.raw / DATASET
-    names = {case.name for case in training_cases(Configuration.load("901", "nnUNetPlans", "2d"))}
+    names = {case.name for case in training_cases(DatasetConfiguration.load("901", "nnUNetPlans", "2d"))}
     link(raw / "imagesTr" / f"{min(names)}_0000.nii.gz", raw / "imagesUn" / "held_out_0000.nii.gz")
     link(raw / "imagesUn" / "case_005_0000.nii.gz", raw / "imagesUn" / "twice_0000.nii.gz")
-    (source,) = cases.sources_in_use(Configuration.load("901", "nnUNetPlans", "2d"), [])
+    (source,) = cases.sources_in_use(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), [])
     assert set(source.cases) == {f"case_00{number}" for number in (5, 6, 7, 8)}
     images = RawImages.find(DATASET)
     assert set(images.unlabelled) == set(source.cases) and set(images.labelled) == names
@@ -179,7 +179,7 @@ def test_an_image_with_a_second_name_counts_once_and_as_a_labelled_one_if_it_is_
 def test_a_name_that_is_not_in_utf8_is_told(workspace):
     folder = os.fsencode(workspace.raw / DATASET / "imagesUn")
     os.rename(folder + b"/case_005_0000.nii.gz", folder + b"/M\xfcller_0000.nii.gz")
-    target = Configuration.load("901", "nnUNetPlans", "2d")
+    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     with pytest.raises(UserError, match=r"ller_0000\.nii\.gz has a name that is not in UTF-8"):
         cases.preprocess_unlabelled(target, (), processes=1)
     done = cases.preprocess_unlabelled(target, (), processes=1, skip_unreadable=True)
@@ -189,7 +189,7 @@ def test_a_name_that_is_not_in_utf8_is_told(workspace):
 @pytest.mark.parametrize("link", [True, False])
 def test_unlabelled_images_that_are_out_of_reach(workspace, link):
     """The folder is a link to what is not mounted, or stayed on another machine while what was made of it came along."""
-    target = Configuration.load("901", "nnUNetPlans", "2d")
+    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     folder = workspace.raw / DATASET / "imagesUn"
     folder.rename(workspace.folder / "archive")
     if link:
@@ -211,7 +211,7 @@ def test_another_data_sets_first_file_need_not_be_an_image(workspace, content):
     other = workspace.raw / "Dataset906_Mac"
     shutil.copytree(workspace.raw / DATASET, other)
     (other / "imagesTr" / "._case_000_0000.nii.gz").write_bytes(content)
-    target = Configuration.load("901", "nnUNetPlans", "2d")
+    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     with pytest.raises(UserError, match=r"\._case_000_0000"):
         cases.preprocess_unlabelled(target, ["Dataset906_Mac"], processes=1)
     done = cases.preprocess_unlabelled(target, ["Dataset906_Mac"], processes=1, skip_unreadable=True)
@@ -227,11 +227,11 @@ def test_names_that_lead_out_of_the_folder(workspace, case):
     (other / "dataset.json").write_text(json.dumps(description))
     write(other / "x.nii.gz")
     with pytest.raises(UserError, match=r"Dataset905_Hostile/dataset\.json lists a case"):
-        find_sources(Configuration.load("901", "nnUNetPlans", "2d"), ["Dataset905_Hostile"])
+        find_sources(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), ["Dataset905_Hostile"])
 
 
 def test_a_link_in_place_of_a_preprocessed_case_is_made_again_and_not_followed(workspace, tmp_path):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     (case, *_) = cases.preprocess_unlabelled(configuration, [], processes=1).cases
     precious = tmp_path / "precious"
     os.replace(case.file, precious)

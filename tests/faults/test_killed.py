@@ -43,8 +43,8 @@ def write(folder, number, **more):
     checkpoints.save(checkpoint(number, **more), latest)
 
 
-def load(folder, say=print):
-    return resume.load_checkpoint(folder, RUN, say)
+def load(folder, log=print):
+    return resume.load_checkpoint(folder, RUN, log)
 
 
 def write_for_ever(folder, first):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import DATASET
 
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing import cases
 from nnunetv2_macl.preprocessing import index as index_module
 from nnunetv2_macl.preprocessing.index import INDEX, Index
@@ -16,7 +16,7 @@ from nnunetv2_macl.preprocessing.index import INDEX, Index
 
 @pytest.fixture
 def configuration(workspace):
-    return Configuration.load("901", "nnUNetPlans", "2d")
+    return DatasetConfiguration.load("901", "nnUNetPlans", "2d")
 
 
 def preprocess(configuration, **options):
@@ -37,9 +37,9 @@ def generate(configuration, workspace, number):
         image = raw / f"{case}_0000.nii.gz"
         os.close(os.open(image, os.O_CREAT))
         (target / f"{case}.b2nd").write_bytes(b"x" * 10)
-        made_from = {"files": [[image.name, 0, os.stat(image).st_mtime_ns]], "channels": None, "plan": signature}
-        made_from["reader"] = configuration.plans_manager.image_reader_writer_class.__name__
-        (target / f"{case}.json").write_text(json.dumps({"made_from": made_from, "bytes": 10}))
+        fingerprint = {"files": [[image.name, 0, os.stat(image).st_mtime_ns]], "channels": None, "plan": signature}
+        fingerprint["reader"] = configuration.plans_manager.image_reader_writer_class.__name__
+        (target / f"{case}.json").write_text(json.dumps({"made_from": fingerprint, "bytes": 10}))
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def opened(monkeypatch):
     """Names of the JSON files that are read."""
     names, original = [], index_module.read_json
 
-    def read(path, mend):
+    def read(path, fix):
         names.append(Path(path).name)
-        return original(path, mend)
+        return original(path, fix)
 
     monkeypatch.setattr(index_module, "read_json", read)
     return names
@@ -106,8 +106,8 @@ def test_what_was_written_since_is_looked_up(configuration, workspace, opened):
     second.write_bytes(b"x" * 9)  # cut short
     index = Index(target, configuration.preprocessing_checksum())
     opened.clear()
-    made_from = {p: json.loads(p.with_suffix(".json").read_text())["made_from"] for p in (first, second)}
-    assert index.is_done(first.stem, made_from[first]) and not index.is_done(second.stem, made_from[second])
+    fingerprint = {p: json.loads(p.with_suffix(".json").read_text())["made_from"] for p in (first, second)}
+    assert index.is_done(first.stem, fingerprint[first]) and not index.is_done(second.stem, fingerprint[second])
     assert len(opened) == 2
 
 

@@ -28,7 +28,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.report import write_report
 
 OPTIONS = Options(
-    dataset="901", c="2d", p="nnUNetPlans",
+    dataset="901", configuration="2d", plans="nnUNetPlans",
     arms=["scratch", "pretrained"], labels=["2"], seeds=1, rates=[1e-2], test="2",
     validation="1", group_regex=None, epochs=1, iterations=2, batch_size=2, pretrain_epochs=1, pretrain_iterations=1,
     pretrain_batch_size=4, disable_tta=True,
@@ -121,9 +121,11 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
 
     page = Page(write_report(folder).read_text())
     assert (
-        "4 of 4 cells done" not in page.words and "2 of 2 cells done" in page.words and "Too few to tell" in page.words
+        "4 of 4 cells done" not in page.message
+        and "2 of 2 cells done" in page.message
+        and "Too few to tell" in page.message
     )
-    assert "Dice above scratch" in page.words and [r[:14] for r in page.references] == ["data:image/png"]
+    assert "Dice above scratch" in page.message and [r[:14] for r in page.references] == ["data:image/png"]
     (folder / "report.html").unlink()
 
     done = hashes(folder)
@@ -161,9 +163,9 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
         (dict(labels=["7"]), ["--labels 7", "only 2 are left"]),
         (dict(group_regex="^patient"), ["--group_regex '^patient'", "case_00"]),
         (dict(arms=["scratch", "magic"]), ["'magic'"]),
-        (dict(c="3d_cascade_fullres"), ["-c 3d_lowres"]),
+        (dict(configuration="3d_cascade_fullres"), ["-c 3d_lowres"]),
         (dict(c="2D"), ["'2D'", "3d_fullres, 3d_lowres, 2d"]),
-        (dict(p="nnUNetOtherPlans"), ["nnUNetOtherPlans.json", "nnUNetv2_plan_experiment -d 901"]),
+        (dict(plans="nnUNetOtherPlans"), ["nnUNetOtherPlans.json", "nnUNetv2_plan_experiment -d 901"]),
         (dict(plan="/no/plan.json"), ["/no/plan.json does not exist", "--plan FILE.json"]),
         (dict(plan=__file__), ["test_compare.py", "--plan FILE.json"]),
     ],
@@ -270,14 +272,16 @@ def test_what_would_stop_a_cell_is_told_before_pretraining(workspace, tmp_path, 
     else:
         change, words = dict(finetuning="paper"), "fine-tunes in 2D, and 3d_fullres is 3D.*--finetuning sgd"
     with pytest.raises(UserError, match=words):
-        compare(replace(OPTIONS, c="3d_fullres", **change), folder=tmp_path / "study", device="cpu", processes=1)
+        compare(
+            replace(OPTIONS, configuration="3d_fullres", **change), folder=tmp_path / "study", device="cpu", processes=1
+        )
     assert not (tmp_path / "study" / "pretraining").exists() and not (tmp_path / "study" / "cells").exists()
 
 
 @pytest.mark.slow
 def test_a_configuration_that_is_not_in_the_plan(workspace, tmp_path):
     with pytest.raises(UserError, match="no configuration '3d_lowres', only 2d"):
-        compare(replace(OPTIONS, c="3d_lowres"), folder=tmp_path / "study", device="cpu", processes=2)
+        compare(replace(OPTIONS, configuration="3d_lowres"), folder=tmp_path / "study", device="cpu", processes=2)
 
 
 @pytest.mark.slow
@@ -322,7 +326,7 @@ def trainer_of(workspace, monkeypatch, name, epochs):
     plans["configurations"]["2d"]["batch_size"] = 2
     dataset_json = json.loads((workspace.preprocessed / DATASET / "dataset.json").read_text())
     trainer = nnUNetTrainerMACLCompare(plans | {"continue_training": False}, "2d", 0, dataset_json, torch.device("cpu"))
-    trainer.set_budget(epochs=epochs, iterations=2, rate=1e-2, seed=3, from_scratch=True)
+    trainer.configure_trial(epochs=epochs, iterations=2, rate=1e-2, seed=3, from_scratch=True)
     trainer.save_every = 1
     return trainer
 

@@ -13,7 +13,7 @@ from test_report import Page
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.report import write_report
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
@@ -90,7 +90,7 @@ def test_kernels_that_grew_are_scaled_back_for_sgd_alone(workspace, monkeypatch,
     kernels = [key for key, value in fresh.items() if key.startswith("encoder.") and value.ndim > 2]
     grown = {key: -3 * fresh[key] for key in kernels}
     encoder = {key: value for key, value in fresh.items() if key.startswith("encoder.")} | grown
-    architecture = Configuration.load("901", "nnUNetPlans", "2d").architecture()
+    architecture = DatasetConfiguration.load("901", "nnUNetPlans", "2d").architecture()
     trainer.load_macl_weights(PretrainedWeights([Path("macl_encoder.pth")], encoder, architecture, {}))
     after = trainer.network.state_dict()
     assert len(kernels) > 8
@@ -101,7 +101,7 @@ def test_kernels_that_grew_are_scaled_back_for_sgd_alone(workspace, monkeypatch,
 
 
 def test_validation_images_that_pre_training_saw_are_told(workspace):
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     plans = configuration.plans_manager.plans | {"continue_training": False}
     trainer = nnUNetTrainerMACL(plans, "2d", 1, configuration.dataset_json, torch.device("cpu"))
     trainer.initialize()
@@ -125,7 +125,7 @@ def test_validation_images_that_pre_training_saw_are_told(workspace):
 
 def test_validation_cases_that_a_run_saw_are_named_whatever_its_fold_is_called(workspace, tmp_path):
     """The split may have changed since, and the same cases may have come in by another data set."""
-    configuration = Configuration.load("901", "nnUNetPlans", "2d")
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     names = [case.name for case in training_cases(configuration)]
     splits = [{"train": names[2:], "val": names[:2]}, {"train": names[:3], "val": names[3:]}]
     (configuration.folder / "splits_final.json").write_text(json.dumps(splits))
@@ -282,7 +282,7 @@ def test_fine_tuning_before_pre_training_names_the_command(planned, tmp_path):
 def test_variants_are_found_by_nnunet(epochs, monkeypatch):
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    from nnunetv2_macl.resources import resource_folder
+    from nnunetv2_macl.files import resource_folder
 
     monkeypatch.setenv("nnUNet_extTrainer", str(resource_folder("trainers")))
     name = f"nnUNetTrainerMACL_{epochs}epoch{'s' if epochs > 1 else ''}"
@@ -313,7 +313,7 @@ def test_the_report_of_a_fine_tuned_model(pretrained, tmp_path):
         "finished", "2 epochs", "4 training and 1 validation cases", "encoder: 64 of 64 tensors taken", case, "liver",
         f"nnUNetv2_predict -d 901 -c 2d -f 0 -tr {QUICK}",
     ):  # fmt: skip
-        assert words in page.words, words
+        assert words in page.message, words
     assert all(r.startswith(("data:image/", "#")) for r in page.references)
     # slice, labels and what is predicted of the one validation case
     assert sum(r.startswith("data:image/") for r in page.references) == 3
@@ -321,5 +321,5 @@ def test_the_report_of_a_fine_tuned_model(pretrained, tmp_path):
     copy = shutil.copytree(folder.parent, tmp_path / folder.parent.name) / "fold_0"
     (copy / "checkpoint_final.pth").unlink()
     shutil.rmtree(copy / "validation")
-    words = Page(write_report(copy).read_text()).words
+    words = Page(write_report(copy).read_text()).message
     assert "not finished" in words and f"nnUNetv2_train 901 2d 0 -tr {QUICK} --c" in words

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from nnunetv2_macl.nnunet import Configuration
-from nnunetv2_macl.planning.prepare import prepare
+from nnunetv2_macl.nnunet import DatasetConfiguration
+from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice, smaller_batch
 
 
@@ -30,12 +30,14 @@ def test_the_user_is_told_a_smaller_batch(workspace):
 
 
 def test_what_is_said_where_the_batch_was_planned(workspace):
-    plan = prepare(Configuration.load("901", "nnUNetPlans", "2d"))
+    plan = derive_or_load_plan(DatasetConfiguration.load("901", "nnUNetPlans", "2d"))
     message = out_of_memory_advice(plan, "cuda", True, 1, workspace.folder, in_parts=True)
     assert f"a batch of {plan.batch_size}." in message and f"-batch_size {smaller_batch(plan.batch_size)}" in message
     assert "-gpu_memory 5.6" in message and "The last checkpoint is in" in message and "--c -patches_at_once" in message
     assert "patches_at_once" not in out_of_memory_advice(plan, "cuda", False, 1, workspace.folder, in_parts=False)
-    smallest = prepare(Configuration.load("901", "nnUNetPlans", "2d"), values={"batch_size": 2, "patches_at_once": 1})
+    smallest = derive_or_load_plan(
+        DatasetConfiguration.load("901", "nnUNetPlans", "2d"), values={"batch_size": 2, "patches_at_once": 1}
+    )
     assert "the least there can be" in out_of_memory_advice(smallest, "cuda", False, 1, workspace.folder, in_parts=True)
 
 

@@ -19,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.synthetic import generate_dataset
 from nnunetv2_macl.training.commands import command_to_go_on
@@ -159,7 +159,7 @@ def test_a_trainer_of_the_users_own(workspace):
     out = workspace.run(*command, nnUNet_extTrainer=both)
     folder = workspace.run_folder(f"{PRETRAIN}_mine")
     assert (folder / "macl_encoder.pth").is_file() and f"export nnUNet_macl_weights={folder}" in out
-    told = command_to_go_on(Configuration.load("901", "nnUNetPlans", "2d"), "all", "cpu", f"{PRETRAIN}_mine")
+    told = command_to_go_on(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), "all", "cpu", f"{PRETRAIN}_mine")
     assert told == " ".join([*command, "--c"])
 
 

@@ -51,11 +51,11 @@ def test_two_processes_make_the_weights_of_one(workspace, tmp_path):
 
 MEANWHILE = """
 from nnunetv2_macl import run
-from nnunetv2_macl.planning.prepare import prepare
+from nnunetv2_macl.planning.prepare import derive_or_load_plan
 short = dict(num_epochs=1, num_iterations_per_epoch=1, batch_size=4)
 preprocess = run.preprocess_unlabelled
 def while_another_command_plans(target, *arguments, **named):
-    prepare(target, recipe="simclr", values=short)
+    derive_or_load_plan(target, recipe="simclr", values=short)
     return preprocess(target, *arguments, **named)
 run.preprocess_unlabelled = while_another_command_plans
 run.pretrain(901, "2d", device="cpu", **short)

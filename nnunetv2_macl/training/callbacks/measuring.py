@@ -143,7 +143,7 @@ class Probes(Callback):
     def _measure(self) -> dict[str, float]:
         trainer, plan = self.trainer, self.trainer.macl_plan
         if self._probe is None:
-            share = distributed.share(plan.batch_size)
+            share = distributed.local_slice(plan.batch_size)
             batches = PretrainingBatches(trainer.data.cases, plan.sampling, share, trainer.step.steps)
             self._probe = probes.Probe(
                 trainer.macl_configuration, trainer.labelled_cases, batches, plan.patch_size, trainer.recipe.seed
@@ -159,7 +159,7 @@ class CollapseMonitor(Callback):
         self.watch = CollapseWatch()
 
     def on_train_epoch_end(self, epoch: Epoch) -> None:
-        if message := self.watch.see(self._reason(epoch), self.trainer.recipe):
+        if message := self.watch.update(self._reason(epoch), self.trainer.recipe):
             self.trainer.print_to_log_file(message)
 
     def _reason(self, epoch: Epoch) -> str | None:

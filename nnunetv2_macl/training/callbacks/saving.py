@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nnunetv2_macl import checkpoints, distributed
-from nnunetv2_macl.building import load_optimizer
+from nnunetv2_macl.factory import load_optimizer
 from nnunetv2_macl.files import remove_temporary
 from nnunetv2_macl.nnunet import checksum
 from nnunetv2_macl.planning.plan import write_plan
@@ -190,7 +190,7 @@ class Checkpoints(Callback):
         """
         arguments = (self.folder, self._run, self.trainer.print_to_log_file)
         # Rank 0 renames damaged checkpoints before the other ranks look for a good one.
-        with distributed.first_rank_first() as first:
+        with distributed.rank_zero_first() as first:
             checkpoint = resume.load_checkpoint(*arguments) if first else None
         if distributed.rank() != 0:
             checkpoint = resume.load_checkpoint(*arguments)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def counted(number: int, what: str) -> str:
+def pluralise(number: int, what: str) -> str:
     """``1 case``, ``2 cases``."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def listed(items: Iterable[object]) -> str:
+def join_words(items: Iterable[object]) -> str:
     """``a, b and c``."""
     *first, last = map(str, items)
     return f"{', '.join(first)} and {last}" if first else last

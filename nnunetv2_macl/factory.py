@@ -13,12 +13,12 @@ from torch import nn
 from nnunetv2_macl.methods.base import Geometry
 from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.networks.registry import pretrainable
-from nnunetv2_macl.nnunet import Configuration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.recipe import Recipe
 
 
 def build_model(
-    configuration: Configuration, geometry: Geometry, recipe: Recipe, unet: nn.Module | None = None
+    configuration: DatasetConfiguration, geometry: Geometry, recipe: Recipe, unet: nn.Module | None = None
 ) -> PretrainingModel:
     """Return what is trained: the methods of a recipe around a segmentation network.
 
@@ -41,7 +41,7 @@ def build_model(
             2,
             allow_init=False,
         )
-    geometry = replace(geometry, unnormalised_channels=configuration.unnormalised_channels)
+    geometry = replace(geometry, channels_without_zscore=configuration.channels_without_zscore)
     return PretrainingModel(pretrainable(unet, geometry.decoder_stages), geometry, recipe)
 
 

@@ -12,7 +12,7 @@ def test_a_process_bound_to_one_core_uses_one():
     script = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
         "from nnunetv2_macl.training.launch import prepare_process; prepare_process('cpu'); "
-        "import torch; from nnunetv2_macl.cores import usable_cores; print(usable_cores(), torch.get_num_threads())"
+        "import torch; from nnunetv2_macl.cpu import usable_cores; print(usable_cores(), torch.get_num_threads())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-2:] == ["1", "1"]
