@@ -120,7 +120,7 @@ class Prepared(NamedTuple):
     configuration: DatasetConfiguration
 
 
-def derive_or_load_plan(
+def prepare(
     case: Case,
     dtype: torch.dtype = torch.float64,
     *,

@@ -157,7 +157,7 @@ def committed_cases() -> list[Case]:
 # --- the data set --------------------------------------------------------------------------------------------------------
 
 
-def derive_or_load_plan(folder: Path) -> None:
+def prepare(folder: Path) -> None:
     """Generate the data set of the tests, let nnU-Net plan and preprocess it, and make its networks small.
 
     Args:
@@ -238,7 +238,7 @@ def train(checkout: Path, prepared: Path, cases: Iterable[Case], folder: Path) -
 
     Args:
         checkout: Root of the checkout.
-        prepared: What `derive_or_load_plan` has written; it is copied.
+        prepared: What `prepare` has written; it is copied.
         cases: What to train.
         folder: To work in.
 
@@ -375,7 +375,7 @@ def compare(old: Path, new: Path, cases: list[Case]) -> bool:
     """Print a line for each case, and return whether all are equal."""
     with tempfile.TemporaryDirectory(prefix="golden_") as temporary:
         folder = Path(temporary)
-        derive_or_load_plan(folder / "prepared")
+        prepare(folder / "prepared")
         before, after = (
             train(checkout, folder / "prepared", cases, folder / name)
             for name, checkout in (("old", old), ("new", new))
@@ -408,7 +408,7 @@ def write_committed() -> None:
     """Write the values that tests/test_golden.py compares with."""
     with tempfile.TemporaryDirectory(prefix="golden_") as temporary:
         folder = Path(temporary)
-        derive_or_load_plan(folder / "prepared")
+        prepare(folder / "prepared")
         results = train(CHECKOUT, folder / "prepared", committed_cases(), folder / "run")
     content = {name: {"losses": result.losses, "norms": result.norms} for name, result in results.items()}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(values)}" for name, values in content.items())

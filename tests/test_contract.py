@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from contract_tools import PATCHES, STEPS_OF_AN_EPOCH, all_cases, batch_of, derive_or_load_plan, make_volumes, state_of
+from contract_tools import PATCHES, STEPS_OF_AN_EPOCH, all_cases, batch_of, prepare, make_volumes, state_of
 from steps import gradients
 
 from nnunetv2_macl import checkpoints
@@ -27,7 +27,7 @@ over_families = pytest.mark.parametrize("case", ONE_PER_FAMILY, ids=lambda case:
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory):
     """Generated volumes with as many channels as any of the networks takes."""
-    channels = max(derive_or_load_plan(case).step.model.network.image_channels for case in ONE_PER_FAMILY)
+    channels = max(prepare(case).step.model.network.image_channels for case in ONE_PER_FAMILY)
     return make_volumes(tmp_path_factory.mktemp("volumes") / "Dataset001_Contract", channels)
 
 
@@ -41,7 +41,7 @@ def assert_close(found, expected):
 
 @over_cases
 def test_losses_are_finite_and_declared(case, volumes):
-    step = derive_or_load_plan(case, torch.float32).step
+    step = prepare(case, torch.float32).step
     methods = methods_of(step.recipe.method)
     declared = {name for method in methods for name in (*method.loss_labels, *method.statistics(step.recipe))}
     for number in (0, STEPS_OF_AN_EPOCH):
@@ -58,7 +58,7 @@ def test_losses_are_finite_and_declared(case, volumes):
 
 @over_cases
 def test_the_gradient_reaches_all_that_is_trained_and_nothing_else(case, volumes):
-    step, network, _ = derive_or_load_plan(case, torch.float32)
+    step, network, _ = prepare(case, torch.float32)
     reached = set()
     for number in (0, STEPS_OF_AN_EPOCH):
         before = {name: parameter.clone() for name, parameter in step.model.named_parameters()}
@@ -81,12 +81,12 @@ def test_the_gradient_reaches_all_that_is_trained_and_nothing_else(case, volumes
 
 @over_cases
 def test_parts_of_a_batch_equal_the_whole(case, volumes):
-    if derive_or_load_plan(case).step.model.network.mixes_samples:
+    if prepare(case).step.model.network.mixes_samples:
         with pytest.raises(UserError, match="batch norm or dropout"):
-            derive_or_load_plan(case, patches_at_once=2)
+            prepare(case, patches_at_once=2)
         return
     for number in case.first_steps:
-        whole, parts = (derive_or_load_plan(case, patches_at_once=at_once).step for at_once in (PATCHES, 2))
+        whole, parts = (prepare(case, patches_at_once=at_once).step for at_once in (PATCHES, 2))
         measured = [step(batch_of(step, volumes, number), number) for step in (whole, parts)]
         assert measured[1] == pytest.approx(measured[0], rel=1e-9)
         assert_close(gradients(parts), gradients(whole))
@@ -97,7 +97,7 @@ def results_of(case, volumes):
     """Train the first steps of a case; returns losses, gradients and weights of each."""
     results = []
     for number in case.first_steps:
-        step = derive_or_load_plan(case).step
+        step = prepare(case).step
         results.append((step(batch_of(step, volumes, number), number), gradients(step), step.model.state_dict()))
     return results
 
@@ -135,7 +135,7 @@ def test_two_ranks_equal_one(case, volumes, results_of_ranks):
 
 @over_cases
 def test_a_run_that_was_saved_goes_on_to_the_same_bits(case, volumes, tmp_path):
-    whole, resumed = (derive_or_load_plan(case, torch.float32).step for _ in range(2))
+    whole, resumed = (prepare(case, torch.float32).step for _ in range(2))
     first, *others = range(STEPS_OF_AN_EPOCH - 1, STEPS_OF_AN_EPOCH + 2)
     whole(batch_of(whole, volumes, first), first)
     states = {"network_weights": whole.model.state_dict(), "optimizer_state": whole.optimizer.state_dict()}
@@ -156,7 +156,7 @@ def test_a_run_that_was_saved_goes_on_to_the_same_bits(case, volumes, tmp_path):
 
 @over_families
 def test_the_loss_falls(case, volumes):
-    step = derive_or_load_plan(case, torch.float32, optimizer="adamw", learning_rate=2e-3).step
+    step = prepare(case, torch.float32, optimizer="adamw", learning_rate=2e-3).step
     # The same patches and views in each step, because chance would hide what a few steps on other batches change.
     losses = [step(batch_of(step, volumes, 0), 0)["total"] for _ in range(30)]
     before, after = losses[0], losses[-1]
@@ -165,7 +165,7 @@ def test_the_loss_falls(case, volumes):
 
 @over_cases
 def test_exported_weights_are_those_of_the_network(case, volumes, tmp_path):
-    step, network, configuration = derive_or_load_plan(case, torch.float32)
+    step, network, configuration = prepare(case, torch.float32)
     before = {name: values.clone() for name, values in network.state_dict().items()}
     for number in (0, STEPS_OF_AN_EPOCH):
         step(batch_of(step, volumes, number), number)
@@ -188,7 +188,7 @@ def test_exported_weights_are_those_of_the_network(case, volumes, tmp_path):
 
 @over_families
 def test_the_memory_plan_agrees_with_a_real_step(case, volumes):
-    step, _, configuration = derive_or_load_plan(case, torch.float32, size=4 if case.axes == 2 else 1)
+    step, _, configuration = prepare(case, torch.float32, size=4 if case.axes == 2 else 1)
     estimate = MemoryEstimate(configuration, step.plan.geometry, step.recipe).gib(PATCHES) * 2**30
     data = batch_of(step, volumes, 0)
     step(data, 0)

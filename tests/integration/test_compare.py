@@ -121,11 +121,11 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
 
     page = Page(write_report(folder).read_text())
     assert (
-        "4 of 4 cells done" not in page.message
-        and "2 of 2 cells done" in page.message
-        and "Too few to tell" in page.message
+        "4 of 4 cells done" not in page.words
+        and "2 of 2 cells done" in page.words
+        and "Too few to tell" in page.words
     )
-    assert "Dice above scratch" in page.message and [r[:14] for r in page.references] == ["data:image/png"]
+    assert "Dice above scratch" in page.words and [r[:14] for r in page.references] == ["data:image/png"]
     (folder / "report.html").unlink()
 
     done = hashes(folder)
@@ -164,7 +164,7 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
         (dict(group_regex="^patient"), ["--group_regex '^patient'", "case_00"]),
         (dict(arms=["scratch", "magic"]), ["'magic'"]),
         (dict(configuration="3d_cascade_fullres"), ["-c 3d_lowres"]),
-        (dict(c="2D"), ["'2D'", "3d_fullres, 3d_lowres, 2d"]),
+        (dict(configuration="2D"), ["'2D'", "3d_fullres, 3d_lowres, 2d"]),
         (dict(plans="nnUNetOtherPlans"), ["nnUNetOtherPlans.json", "nnUNetv2_plan_experiment -d 901"]),
         (dict(plan="/no/plan.json"), ["/no/plan.json does not exist", "--plan FILE.json"]),
         (dict(plan=__file__), ["test_compare.py", "--plan FILE.json"]),

@@ -313,7 +313,7 @@ def test_the_report_of_a_fine_tuned_model(pretrained, tmp_path):
         "finished", "2 epochs", "4 training and 1 validation cases", "encoder: 64 of 64 tensors taken", case, "liver",
         f"nnUNetv2_predict -d 901 -c 2d -f 0 -tr {QUICK}",
     ):  # fmt: skip
-        assert words in page.message, words
+        assert words in page.words, words
     assert all(r.startswith(("data:image/", "#")) for r in page.references)
     # slice, labels and what is predicted of the one validation case
     assert sum(r.startswith("data:image/") for r in page.references) == 3
@@ -321,5 +321,5 @@ def test_the_report_of_a_fine_tuned_model(pretrained, tmp_path):
     copy = shutil.copytree(folder.parent, tmp_path / folder.parent.name) / "fold_0"
     (copy / "checkpoint_final.pth").unlink()
     shutil.rmtree(copy / "validation")
-    words = Page(write_report(copy).read_text()).message
+    words = Page(write_report(copy).read_text()).words
     assert "not finished" in words and f"nnUNetv2_train 901 2d 0 -tr {QUICK} --c" in words

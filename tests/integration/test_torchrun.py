@@ -70,11 +70,11 @@ def test_a_plan_that_another_command_writes_meanwhile_changes_nothing(workspace,
     script.write_text(MEANWHILE)
     workspace.run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script)
     trained_by = workspace.run_folder(PRETRAIN) / "macl_plan.json"
-    assert json.loads(trained_by.read_text())["recipe"]["weight_global"] == 0
+    assert json.loads(trained_by.read_text())["recipe"]["method"] == "restoration"
     # several in one script, as one would for folds
     assert (workspace.run_folder(PRETRAIN, fold=0) / checkpoints.ENCODER_FILE).is_file()
     trained = json.loads((workspace.run_folder(PRETRAIN) / "macl_plan.json").read_text())["recipe"]
-    assert (trained["weight_global"], trained["weight_restoration"]) == (0, 1)
+    assert trained["method"] == "restoration"
 
 
 def test_a_mistake_is_told_once_and_ends_all(workspace):
