@@ -1,5 +1,6 @@
 """Generated data sets, planned and preprocessed by nnU-Net itself, once a session."""
 
+import locale
 import os
 import shutil
 import subprocess
@@ -64,6 +65,14 @@ class Workspace:
 
     def run_folder(self, trainer: str, plans: str = "nnUNetPlans", configuration: str = "2d", fold="all") -> Path:
         return self.results / DATASET / f"{trainer}__{plans}__{configuration}" / f"fold_{fold}"
+
+
+@pytest.fixture(autouse=True)
+def restored_locale():
+    """Put the locale back: the reader of DICOM files sets it to C, in which files are read as ASCII."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    yield
+    locale.setlocale(locale.LC_CTYPE, before)
 
 
 def plan_dataset(space: Workspace) -> None:

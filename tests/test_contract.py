@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from contract_tools import PATCHES, STEPS_OF_AN_EPOCH, all_cases, batch_of, prepare, make_volumes, state_of
+from contract_tools import PATCHES, STEPS_OF_AN_EPOCH, all_cases, batch_of, make_volumes, prepare, state_of
 from steps import gradients
 
 from nnunetv2_macl import checkpoints

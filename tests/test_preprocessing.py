@@ -262,7 +262,7 @@ def test_files_of_other_names_are_told(workspace, caplog):
     told = "3 files of Dataset901_Generated are not named CASE_0000"
     assert told in caplog.text and "imagesUn/p9.nii.gz, imagesUn/q1_0000.mha, imagesUn/q4_000.nii.gz" in caplog.text
     result = images(load(), 5, find_sources(load(), []))
-    assert result.status == "note" and "3 files are not named" in result.words
+    assert result.status == "note" and "3 files are not named" in result.message
 
 
 def test_what_else_lies_beside_the_plan_is_passed_over(workspace):

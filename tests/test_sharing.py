@@ -246,7 +246,7 @@ def test_the_commands_name_plans_that_are_not_nnunets_default(package, tmp_path,
     )
 
 
-DESCRIBED = {"configuration": "3d_fullres", "recipe": {"weight_global": 0.0, "weight_dense": 0.0}}
+DESCRIBED = {"configuration": "3d_fullres", "recipe": {"method": "restoration"}}
 
 
 def test_the_card_of_restoration_speaks_of_no_contrast():

@@ -121,9 +121,7 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
 
     page = Page(write_report(folder).read_text())
     assert (
-        "4 of 4 cells done" not in page.words
-        and "2 of 2 cells done" in page.words
-        and "Too few to tell" in page.words
+        "4 of 4 cells done" not in page.words and "2 of 2 cells done" in page.words and "Too few to tell" in page.words
     )
     assert "Dice above scratch" in page.words and [r[:14] for r in page.references] == ["data:image/png"]
     (folder / "report.html").unlink()
