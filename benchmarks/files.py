@@ -56,7 +56,7 @@ def dataset() -> Iterator[Path]:
             (raw / "imagesUn").mkdir(exist_ok=True)
             for file in (raw / "imagesTr").iterdir():
                 os.link(file, raw / "imagesUn" / f"un_{file.name}")
-            _command("nnUNetv2_plan_and_preprocess", "-d", "960", "-c", "2d", "-npfp", "2", "--no_pp")
+            _command("nnUNetv2_plan_and_preprocess", "-d", "960", "-c", "2d", "-npfp", "2", "-np", "2")
             yield Path(folder)
         finally:
             for name, value in before.items():
