@@ -9,12 +9,25 @@ from typing import Any
 from torch import Tensor
 
 from nnunetv2_macl.losses import ReferenceValues, positive_mask, reference_values
-from nnunetv2_macl.methods.base import Method
+from nnunetv2_macl.methods.base import Geometry, Method
+from nnunetv2_macl.views import RandomAffine
 
 # A loss counts as learned when it is below collapse by this fraction of the way to the own-view line.
 _LEARNED_FRACTION = 0.05
 # A loss that fell by more than this fraction of the collapse value since the epoch before is on its way, wherever it is.
 _FALLING_FRACTION = 0.005
+
+
+def spatial_views(geometry: Geometry, recipe: Any) -> RandomAffine:
+    """Return the random spatial views of a recipe with the keys of `SpatialViewKeys`."""
+    return RandomAffine(
+        geometry.patch_size,
+        mirroring=recipe.mirroring,
+        rotation=recipe.rotation,
+        out_of_plane_rotation=geometry.out_of_plane_rotation,
+        scaling=(recipe.scaling[0], recipe.scaling[1]),
+        translation=recipe.translation,
+    )
 
 
 class ContrastiveMethod(Method):

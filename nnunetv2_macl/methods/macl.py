@@ -21,7 +21,7 @@ from nnunetv2_macl.methods.averaging import averaged_copy, in_chunks, update_ave
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.methods.config import BranchKeys, Fraction, NotNegative, Positive, SpatialViewKeys
-from nnunetv2_macl.methods.contrast import ContrastiveMethod
+from nnunetv2_macl.methods.contrast import ContrastiveMethod, spatial_views
 from nnunetv2_macl.methods.heads import DenseProjectionHead, GlobalProjectionHead
 from nnunetv2_macl.methods.statistics import feature_statistics
 from nnunetv2_macl.networks.base import PretrainableNetwork
@@ -108,14 +108,7 @@ class _MACLViews(Views):
         self.small, self.patch_size = geometry.dominant_patch_size, geometry.patch_size
         self.spatial: RandomAffine | None = None
         if recipe.weight_global:
-            self.spatial = RandomAffine(
-                geometry.patch_size,
-                mirroring=recipe.mirroring,
-                rotation=recipe.rotation,
-                out_of_plane_rotation=geometry.out_of_plane_rotation,
-                scaling=(recipe.scaling[0], recipe.scaling[1]),
-                translation=recipe.translation,
-            )
+            self.spatial = spatial_views(geometry, recipe)
         self.has_invariance = bool(recipe.weight_dense or recipe.weight_equivariance)
         shown = (GROUPS[:2] if self.has_invariance else ()) + (GROUPS[2:] if self.spatial else ())
         self.intensity = RandomIntensity(recipe.intensity)

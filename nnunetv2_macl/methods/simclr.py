@@ -18,10 +18,10 @@ from nnunetv2_macl.losses import PositionalContrastiveLoss
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.branches import plan_one_branch
 from nnunetv2_macl.methods.config import MethodConfig, Positive, SpatialViewKeys
-from nnunetv2_macl.methods.contrast import ContrastiveMethod
+from nnunetv2_macl.methods.contrast import ContrastiveMethod, spatial_views
 from nnunetv2_macl.methods.heads import GlobalProjectionHead
 from nnunetv2_macl.networks.base import PretrainableNetwork
-from nnunetv2_macl.views import IntensityNumbers, RandomAffine, RandomIntensity
+from nnunetv2_macl.views import IntensityNumbers, RandomIntensity
 
 
 class SimCLRConfig(SpatialViewKeys):
@@ -43,14 +43,7 @@ class TwoViews(Views):
     """Two random views of each patch, ``first`` and ``second``, of the size of the patch."""
 
     def __init__(self, geometry: Geometry, recipe: Any) -> None:
-        self.spatial = RandomAffine(
-            geometry.patch_size,
-            mirroring=recipe.mirroring,
-            rotation=recipe.rotation,
-            out_of_plane_rotation=geometry.out_of_plane_rotation,
-            scaling=(recipe.scaling[0], recipe.scaling[1]),
-            translation=recipe.translation,
-        )
+        self.spatial = spatial_views(geometry, recipe)
         self.intensity = RandomIntensity(recipe.intensity)
 
     def draw(self, random: StepRandom) -> _Numbers:
