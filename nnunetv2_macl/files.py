@@ -201,7 +201,7 @@ def sha256(file: Path) -> str:
 
 
 def resource_folder(name: str) -> Path:
-    """The folder ``trainers`` or ``plans``. A wheel installs it in the package; an editable install leaves it beside."""
+    """The folder ``trainers`` or ``plans``. A wheel has it in the package, and an editable install next to the package."""
     package = Path(__file__).resolve().parent
     installed = package / name
     return installed if installed.is_dir() else package.parent / name

@@ -209,7 +209,7 @@ def check_values(values: Any, where: str) -> None:
             raise UserError(f"{where}: 'method' must be text, got {values['method']!r}. Correct it and try again.")
         recipe_type(values["method"])
     for key in values:
-        # a key of any method may be set beside a recipe that names the method
+        # the method may be named by another recipe that this one inherits from, so a key of any method may be here
         method = next((name for name in all_methods() if key in recipe_type(name).model_fields), None)
         if method is None:
             raise UserError(f"{where}: {_unknown_key(key, '+'.join(all_methods()))}")

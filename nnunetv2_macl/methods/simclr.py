@@ -1,4 +1,4 @@
-"""SimCLR: two random views of each image are told apart from all others by one projection head.
+"""SimCLR: one projection head makes two random views of an image alike, and unlike the views of all other images.
 
 Source: Chen et al., ICML 2020, https://arxiv.org/abs/2002.05709, Eq. 1 and Algorithm 1. Pooled features are standardised over the
 batch before the head, because instance norm gives all images nearly the same mean. Batches are those of the plan and not of
