@@ -124,7 +124,7 @@ def own_patch(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> tu
 
 
 def _enlarge(size: np.ndarray, step: np.ndarray, patch: np.ndarray) -> None:
-    """Enlarge a size by whole steps until the bottleneck is large enough. The axis that is smallest against nnU-Net's grows first."""
+    """Enlarge a size by whole steps until the bottleneck is large enough. The axis that is smallest for its patch grows first."""
     while np.prod(size // step) < _MIN_BOTTLENECK[len(patch)]:
         axis = np.argmin(size / patch)
         size[axis] += step[axis]
