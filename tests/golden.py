@@ -125,7 +125,7 @@ def all_cases() -> list[Case]:
     half = [values for values in networks if (values[1] == "plain") == values[2]]
     cases += [make_case(name, *values) for name in ("paper", "simclr", "ema", "two_stages") for values in half]
     cases += [make_case("two_stages_full_size", "2d")]
-    # a file of simclr or restore keeps today's meaning, whatever the recipe of the name becomes
+    # The recipes simclr and restore may change. A recipe file that names all its values may not.
     cases += [make_case(f"{name}.json", "2d") for name in RECIPE_FILES]
     cases += [make_case(f"{name}.json", "3d_fullres", "residual", whole=False) for name in ("simclr", "restore")]
     cases += [
@@ -170,7 +170,7 @@ def prepare(folder: Path) -> None:
 
 
 def add_plans(folder: Path) -> None:
-    """Write plans of small networks beside nnU-Net's own, and the recipe files.
+    """Write plans of small networks into the folder of nnU-Net's own plan, and write the recipe files.
 
     Unlabelled images are removed, because they would be preprocessed again for each plan, which takes longer than training.
 

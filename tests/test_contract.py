@@ -66,7 +66,7 @@ def test_the_gradient_reaches_all_that_is_trained_and_nothing_else(case, volumes
         trained = {name: parameter for name, parameter in step.model.named_parameters() if parameter.requires_grad}
         for name, parameter in trained.items():
             if parameter.grad is None:
-                # what the method withholds at this step keeps its value, whatever the optimiser remembers
+                # The method withholds its gradient at this step, so its momentum must not move it either.
                 assert torch.equal(parameter, before[name]), name
             # a bias before a norm has no gradient but rounding
             elif parameter.ndim == 1 or parameter.grad.norm() > 1e-6:
@@ -197,5 +197,5 @@ def test_the_memory_plan_agrees_with_a_real_step(case, volumes):
     # On a CPU, convolutions of few channels take more memory for themselves than for their maps. The profiler would count it.
     with _LiveMemory(int) as memory:
         step(data, 1)
-    pluralise = sum(held.values()) + data["data"].nbytes + memory.most
-    assert estimate == pytest.approx(pluralise, rel=0.15)
+    in_use = sum(held.values()) + data["data"].nbytes + memory.most
+    assert estimate == pytest.approx(in_use, rel=0.15)

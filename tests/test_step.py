@@ -105,12 +105,12 @@ def test_steps_without_a_finite_gradient_count_once_the_scale_explains_them_no_m
     step = training_step(PATCHES, PATCHES, recipe_of(), dtype=torch.float32)
     step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     next(step.model.parameters()).register_hook(lambda gradient: gradient * torch.inf)
-    pluralise = []
+    in_a_row = []
     for number in range(5):
         step(batch(PATCHES, torch.float32), number)
-        pluralise.append(step.skipped_in_a_row)
+        in_a_row.append(step.skipped_in_a_row)
     # the scale falls from 8 to 1 in three steps
-    assert pluralise == [0, 0, 0, 1, 2]
+    assert in_a_row == [0, 0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("norm, refused", [(nn.BatchNorm2d, True), (nn.InstanceNorm2d, False)])

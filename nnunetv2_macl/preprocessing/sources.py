@@ -48,7 +48,12 @@ class CaseFiles(NamedTuple):
 
 
 class RawFile(NamedTuple):
-    """An image file; ``problem`` says why it cannot be taken, and ``beside`` lists the files that are read with it."""
+    """An image file.
+
+    Attributes:
+        problem: Why it cannot be taken; None if it can.
+        beside: The files that are read with it.
+    """
 
     path: str
     fingerprint: list[str | int] = []

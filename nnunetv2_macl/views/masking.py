@@ -17,7 +17,7 @@ _SMALLEST_BLOCK = 4
 
 
 def mask_block_sizes(strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Return the sizes of the blocks in which voxels are hidden: those that one location of an encoder stage stands for.
+    """Return the sizes of the blocks in which voxels are hidden. A block is the part of the image behind one location of a map.
 
     Several sizes are used, because the right one depends on the structures in the image: small blocks can be filled from
     their border, and very large ones leave no context. A block has at least 4 voxels on its longest axis.
