@@ -12,6 +12,7 @@ from torch import nn
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.methods.base import Geometry
+from nnunetv2_macl.methods.config import PaddingMode
 from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.networks.registry import pretrainable
 from nnunetv2_macl.nnunet import DatasetConfiguration
@@ -49,7 +50,7 @@ def build_model(
     return model
 
 
-def _set_padding_mode(model: PretrainingModel, mode: str) -> None:
+def _set_padding_mode(model: PretrainingModel, mode: PaddingMode) -> None:
     """Set what the convolutions of the network and of the heads see beyond the edge. No weight depends on it.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, create_model
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.methods.config import AUTO, Auto, Count, Fraction, MethodConfig, NotNegative, Positive
+from nnunetv2_macl.methods.config import AUTO, Auto, Count, Fraction, MethodConfig, NotNegative, PaddingMode, Positive
 from nnunetv2_macl.methods.registry import all_methods, methods_of
 
 __all__ = ["AUTO", "Recipe", "load_recipe", "recipe_from_values"]
@@ -31,7 +31,7 @@ class Recipe(MethodConfig):
     decoder_stages: Annotated[int, Field(ge=0)] | Auto = Field(
         AUTO, description="K, the number of decoder stages that are trained"
     )
-    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = Field(
+    padding_mode: PaddingMode = Field(
         "zeros",
         description="what convolutions see beyond the edge while the network is pre-trained; in fine-tuning it is zeros, from "
         "which a network can read where in the patch it is",

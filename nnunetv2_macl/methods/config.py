@@ -13,6 +13,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class MethodConfig(BaseModel):
