@@ -77,7 +77,9 @@ def number_of_cases(amount: str, total: int, option: str) -> int:
     return int(value) if whole else max(1, round(value * total))
 
 
-def split_cases(patients: Mapping[str, str], *, test: str, validation: str, labels: Sequence[str], seeds: int) -> Split:
+def split_cases(
+    patients: Mapping[str, str], *, test: str, validation: str, labels: Sequence[str], seeds: int, number: int = 0
+) -> Split:
     """Draw the split. Whole patients are taken until there are as many cases as asked for, so there may be a few more.
 
     Args:
@@ -85,6 +87,7 @@ def split_cases(patients: Mapping[str, str], *, test: str, validation: str, labe
         test, validation: Amounts, see `number_of_cases`; fractions are of all cases.
         labels: Amounts; fractions are of the cases that are neither for test nor for validation.
         seeds: Number of draws of labelled cases.
+        number: Of the split. Each number draws other patients.
 
     Raises:
         UserError: There are too few cases, or two of ``labels`` are the same number.
@@ -106,7 +109,8 @@ def split_cases(patients: Mapping[str, str], *, test: str, validation: str, labe
             raise UserError(f"{why}, and only {len(taken)} are left. Ask for less, or add cases.")
         return taken
 
-    order = shuffled(list(by_patient))
+    # the first split has the seed that studies of one split always had
+    order = shuffled(list(by_patient), *((2, number) if number else ()))
     count = number_of_cases(test, len(patients), "--test")
     tested = take(order, count, f"--test {test} is {count} of {len(patients)} cases")
     order = [patient for patient in order if by_patient[patient][0] not in tested]

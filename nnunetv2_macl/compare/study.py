@@ -50,6 +50,7 @@ class Options:
     disable_tta: bool
     plan: str | None = None
     finetuning: str = "sgd"
+    split: int = 0  # number of the draw of patients, among those that --splits asks for
 
     @property
     def pretrain_settings(self) -> list[str]:
@@ -144,9 +145,14 @@ def _slug(text: str) -> str:
 
 def option(key: str) -> str:
     """A field of `Options` as it is typed."""
-    return {"dataset": "DATASET", "configuration": "-c", "plans": "-p", "batch_size": "-batch_size"}.get(
-        key, f"--{key}"
-    )
+    names = {
+        "dataset": "DATASET",
+        "configuration": "-c",
+        "plans": "-p",
+        "batch_size": "-batch_size",
+        "split": "--splits",
+    }
+    return names.get(key, f"--{key}")
 
 
 @dataclass(frozen=True)
