@@ -217,16 +217,25 @@ def _steps(
         study.planning_folder,
         functools.partial(plan, study, images, planner_name, processes),
     )
-    steps, pretrained = [planning], {}
-    for arm in study.pretrainings:
-        # one after the other: they share the MACL plan's file
-        pretrained[arm.recipe_and_settings] = Task(
+    preprocessing = Task(
+        "preprocessing of the unlabelled images",
+        study.folder / "preprocessing_unlabelled",
+        functools.partial(_preprocess_unlabelled, study, images, processes, skip_unreadable),
+        needs=(planning,),
+    )
+    # once for all recipes, whose pre-trainings may run at the same time
+    ready = preprocessing if pretraining_images(study, list(images.unlabelled)) and study.pretrainings else planning
+    steps = list(dict.fromkeys((planning, ready)))
+    pretrained = {
+        arm.recipe_and_settings: Task(
             f"pre-training, recipe {','.join([Path(str(arm.recipe)).stem, *arm.settings])}",
             study.pretraining_folder(arm),
             functools.partial(_pretrain, study, images, arm, device, processes, skip_unreadable),
-            needs=(steps[-1],),
+            needs=(ready,),
         )
-        steps.append(pretrained[arm.recipe_and_settings])
+        for arm in study.pretrainings
+    }
+    steps += pretrained.values()
     for cell in study.cells:
         arm = study.arm(cell.arm)
         steps.append(
@@ -252,22 +261,35 @@ def _pretrain(
         lock.acquire()
         lock.release()
         return {}
-    if not any(_has_begun(study, other) for other in study.arms if other.recipe is not None):
-        # all recipes see the same images: those that the user has by the time the first one begins
-        link_unlabelled(study, images)
-    command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.configuration, "-p", options.plans]
+    command = _pretraining_command(study, images, processes, skip_unreadable)
     # each fold has the validation cases of all
-    command += ["--exclude_fold", "0", "-device", device, "-np", str(processes)]
+    command += ["--exclude_fold", "0", "-device", device]
     settings = [*options.pretrain_settings, *arm.settings]
     if goes_on:
         command += ["--c"]
     else:
         command += ["-recipe", str(arm.recipe), *(["--set", *settings] if settings else [])]
-    command += ["--skip_unreadable"] if skip_unreadable else []
     run_command(command, study.environment(folder / "nnUNet_results"), folder / "log.txt")
     if not weights.is_file():  # Ctrl-C is for all processes, and it ends as it was asked to
         raise UserError(f"Pre-training in {run} was stopped. To go on, type the same command again.")
     return {}
+
+
+def _preprocess_unlabelled(study: Study, images: RawImages, processes: int, skip_unreadable: bool) -> dict[str, Any]:
+    command = _pretraining_command(study, images, processes, skip_unreadable)
+    results, log = study.folder / "nnUNet_results", study.planning_folder / "log.txt"
+    run_command([*command, "--preprocess_only"], study.environment(results), log)
+    return {}
+
+
+def _pretraining_command(study: Study, images: RawImages, processes: int, skip_unreadable: bool) -> list[str]:
+    """Return what every command of our pre-training has in common, after linking the user's unlabelled images."""
+    if not any(_has_begun(study, other) for other in study.arms if other.recipe is not None):
+        # all recipes see the same images: those that the user has by the time the first one begins
+        link_unlabelled(study, images)
+    options = study.options
+    command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.configuration, "-p", options.plans]
+    return [*command, "-np", str(processes), *(["--skip_unreadable"] if skip_unreadable else [])]
 
 
 def _has_begun(study: Study, arm: Arm) -> bool:
