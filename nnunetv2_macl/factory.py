@@ -10,6 +10,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
+from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.methods.base import Geometry
 from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.networks.registry import pretrainable
@@ -42,7 +43,29 @@ def build_model(
             allow_init=False,
         )
     geometry = replace(geometry, channels_without_zscore=configuration.channels_without_zscore)
-    return PretrainingModel(pretrainable(unet, geometry.decoder_stages), geometry, recipe)
+    model = PretrainingModel(pretrainable(unet, geometry.decoder_stages), geometry, recipe)
+    if recipe.padding_mode != "zeros":
+        _set_padding_mode(model, recipe.padding_mode)
+    return model
+
+
+def _set_padding_mode(model: PretrainingModel, mode: str) -> None:
+    """Set what the convolutions of the network and of the heads see beyond the edge. No weight depends on it.
+
+    Raises:
+        UserError: Reflection is asked for, and a map is one voxel wide, which leaves nothing to reflect.
+    """
+    for method in model:
+        deepest = model.network.encoder_levels[-1].stride
+        size = [n // s for n, s in zip(method.geometry.dominant_patch_size, deepest, strict=True)]
+        if mode == "reflect" and min(size) < 2:
+            raise UserError(
+                f"padding_mode is reflect, which needs two voxels on each axis, and the deepest map has {size}. "
+                "Take another one: --set padding_mode=replicate"
+            )
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            module.padding_mode = mode
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

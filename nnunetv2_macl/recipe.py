@@ -31,6 +31,11 @@ class Recipe(MethodConfig):
     decoder_stages: Annotated[int, Field(ge=0)] | Auto = Field(
         AUTO, description="K, the number of decoder stages that are trained"
     )
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = Field(
+        "zeros",
+        description="what convolutions see beyond the edge while the network is pre-trained; in fine-tuning it is zeros, from "
+        "which a network can read where in the patch it is",
+    )
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="the optimiser")
     learning_rate: Positive = Field(0.01, description="the highest learning rate")
     momentum: Annotated[float, Field(ge=0, le=0.9999)] = Field(0.9, description="of `sgd`")

@@ -9,6 +9,7 @@ Volumetric Medical Image Segmentation", MICCAI 2021, https://arxiv.org/abs/2106.
 
 from nnunetv2_macl.losses.contrastive import (
     DenseContrastiveLoss,
+    LocationContrastiveLoss,
     PositionalContrastiveLoss,
     contrast,
     positive_mask,
@@ -27,6 +28,7 @@ __all__ = [
     "MAX_SIMILARITIES",
     "DenseContrastiveLoss",
     "EquivarianceLoss",
+    "LocationContrastiveLoss",
     "MultiLevelContrastiveLoss",
     "PositionalContrastiveLoss",
     "ReferenceValues",
