@@ -158,7 +158,7 @@ class PretrainingBatches(Dataset):
         for _ in range(_MAX_DRAWS):
             case = self.cases[number]
             try:
-                volume = _open_unchanged(case.file)
+                volume = open_unchanged(case.file)
                 shape = volume.shape[1:]
                 corner = draw_corner(shape, size, generator, place)
                 inside = tuple(slice(max(c, 0), min(c + n, s)) for c, n, s in zip(corner, size, shape, strict=True))
@@ -247,7 +247,8 @@ def _open(file: str) -> tuple[blosc2.NDArray, int]:
     return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **_MMAP), os.stat(file).st_size
 
 
-def _open_unchanged(file: str) -> blosc2.NDArray:
+def open_unchanged(file: str) -> blosc2.NDArray:
+    """Open a preprocessed case, (C, *volume). Raises OSError if the file has changed since it was first opened here."""
     volume, size = _open(file)
     # reading beyond the end of a file that is mapped into memory kills the process
     if (now := os.stat(file).st_size) != size:
