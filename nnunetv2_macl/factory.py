@@ -18,7 +18,7 @@ from nnunetv2_macl.methods.base import Geometry, Method
 from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.networks.registry import pretrainable
 from nnunetv2_macl.nnunet import DatasetConfiguration
-from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.recipe import PaddingMode, Recipe
 
 
 def build_model(
@@ -52,7 +52,7 @@ def build_model(
     return model
 
 
-def _set_padding_mode(model: PretrainingModel, mode: str) -> None:
+def _set_padding_mode(model: PretrainingModel, mode: PaddingMode) -> None:
     """Set what the convolutions of the network and of the heads see beyond the edge. No weight depends on it.
 
     Raises:

@@ -23,6 +23,9 @@ from nnunetv2_macl.methods.registry import all_methods, methods_of
 __all__ = ["AUTO", "Recipe", "load_recipe", "recipe_from_values"]
 
 
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
 class Recipe(MethodConfig):
     """The keys that all recipes have. `recipe_from_values` adds those of the method and checks every value."""
 
@@ -31,7 +34,7 @@ class Recipe(MethodConfig):
     decoder_stages: Annotated[int, Field(ge=0)] | Auto = Field(
         AUTO, description="K, the number of decoder stages that are trained"
     )
-    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = Field(
+    padding_mode: PaddingMode = Field(
         "zeros",
         description="what convolutions see beyond the edge while the network is pre-trained; in fine-tuning it is zeros, from "
         "which a network can read where in the patch it is",
@@ -199,8 +202,11 @@ def _unknown_key(key: str, method: str) -> str:
             f"'{key}' is a key of method {' and '.join(others)}, and the method is {method}. Leave it out, or name the method: "
             f'"method": "{others[0]}" alone, or joined by + with others.'
         )
-    keys = list(recipe_type(method).model_fields)
-    near = difflib.get_close_matches(key, keys, n=1)
+    return _unknown_among(key, recipe_type(method).model_fields)
+
+
+def _unknown_among(key: str, keys: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, keys := list(keys), n=1)
     hint = f"Did you mean '{near[0]}'?" if near else f"The keys are: {', '.join(keys)}."
     return f"unknown key '{key}'. {hint}"
 
@@ -222,7 +228,8 @@ def check_values(values: Any, where: str) -> None:
         # the method may be named by another recipe that this one inherits from, so a key of any method may be here
         method = next((name for name in all_methods() if key in recipe_type(name).model_fields), None)
         if method is None:
-            raise UserError(f"{where}: {_unknown_key(key, '+'.join(all_methods()))}")
+            known = dict.fromkeys(k for recipe in _known_types() for k in recipe.model_fields)
+            raise UserError(f"{where}: {_unknown_among(key, known)}")
         if key != "method":
             _check({"method": method, key: values[key]}, where, only=key)
 
