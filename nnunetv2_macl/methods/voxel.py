@@ -83,7 +83,7 @@ class TwoCrops(Views):
         intensity = []
         for number in range(2 if self.intensity.strength else 0):
             values, seeds = self.intensity.draw(
-                random.batch_size, random.channels, axes, random.generator(_CROPS, number)
+                random.batch_size, random.channels, axes, random.generator(_CROPS, number + 1)
             )
             intensity.append(IntensityNumbers(values[random.part], seeds[random.part]))
         first, second = (Crops(crops.centres[random.part], crops.reaches[random.part]) for crops in (first, second))
