@@ -52,6 +52,9 @@ ROWS = (
     ("2D, 64x64", "macl", None, False),
     ("3D", "restore", 24.0, True),
     ("2D, 512x512", "macl", None, True),
+    ("3D", "restore", None, True),
+    ("2D, 512x512", "restore", None, True),
+    ("3D", "macl", 24.0, True),
     ("3D", "macl_restore", 24.0, False),
     ("3D", "restore", 80.0, False),
     ("3D, ResEnc L", "restore", 80.0, False),
@@ -165,12 +168,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("-o", dest="output", type=Path, default=Path("gpu.json"), help="JSON file to write")
     parser.add_argument("--seconds", type=float, default=300, help="begin no row after that many")
+    parser.add_argument("--compiled", action="store_true", help="measure the compiled rows alone")
     arguments = parser.parse_args()
     prepare_process("cuda")
     torch.backends.cudnn.benchmark = True  # as nnU-Net's training command
     device, began, rows = torch.device("cuda", 0), time.perf_counter(), []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n{HEAD}", flush=True)
-    for row in ROWS:
+    for row in (row for row in ROWS if row[-1] or not arguments.compiled):
         if time.perf_counter() - began > arguments.seconds - (60 if row[-1] else 0):
             continue
         try:

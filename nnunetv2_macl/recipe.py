@@ -17,10 +17,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, create_model
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.methods.config import AUTO, Auto, Count, Fraction, MethodConfig, NotNegative, PaddingMode, Positive
+from nnunetv2_macl.methods.config import AUTO, Auto, Count, Fraction, MethodConfig, NotNegative, Positive
 from nnunetv2_macl.methods.registry import all_methods, methods_of
 
 __all__ = ["AUTO", "Recipe", "load_recipe", "recipe_from_values"]
+
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class Recipe(MethodConfig):
@@ -73,6 +76,11 @@ class Recipe(MethodConfig):
     def compares_positions(self) -> bool:
         """Return whether patches of near positions are positives of each other."""
         return any(method.compares_positions for method in methods_of(self.method))
+
+    @property
+    def uses_neighbours(self) -> bool:
+        """Return whether the views show a neighbour of each patch."""
+        return any(method.uses_neighbours for method in methods_of(self.method))
 
     @property
     def trains_in_stages(self) -> bool:
@@ -194,8 +202,11 @@ def _unknown_key(key: str, method: str) -> str:
             f"'{key}' is a key of method {' and '.join(others)}, and the method is {method}. Leave it out, or name the method: "
             f'"method": "{others[0]}" alone, or joined by + with others.'
         )
-    keys = list(recipe_type(method).model_fields)
-    near = difflib.get_close_matches(key, keys, n=1)
+    return _unknown_among(key, recipe_type(method).model_fields)
+
+
+def _unknown_among(key: str, keys: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, keys := list(keys), n=1)
     hint = f"Did you mean '{near[0]}'?" if near else f"The keys are: {', '.join(keys)}."
     return f"unknown key '{key}'. {hint}"
 
@@ -217,7 +228,8 @@ def check_values(values: Any, where: str) -> None:
         # the method may be named by another recipe that this one inherits from, so a key of any method may be here
         method = next((name for name in all_methods() if key in recipe_type(name).model_fields), None)
         if method is None:
-            raise UserError(f"{where}: {_unknown_key(key, '+'.join(all_methods()))}")
+            known = dict.fromkeys(k for recipe in _known_types() for k in recipe.model_fields)
+            raise UserError(f"{where}: {_unknown_among(key, known)}")
         if key != "method":
             _check({"method": method, key: values[key]}, where, only=key)
 

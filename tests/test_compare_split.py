@@ -93,3 +93,15 @@ def test_numbers_of_labels_that_come_to_the_same_patients():
     split = split_cases(sizes, test="4", validation="4", labels=["5", "6"], seeds=8)
     numbers = [[len(cases) for cases in subset.values()] for subset in split.subsets]
     assert {fewer == more for fewer, more in numbers} == {True, False}
+
+
+def test_splits_draw_other_patients_and_the_first_is_that_of_one_split():
+    patients = {f"p{n // 2:02d}_t{n % 2}": f"p{n // 2:02d}" for n in range(80)}
+    options = dict(test="20", validation="8", labels=["8"], seeds=2)
+    splits = [split_cases(patients, **options, number=number) for number in range(3)]
+    assert splits[0] == split_cases(patients, **options)
+    tested = [{patients[case] for case in split.test} for split in splits]
+    assert tested[0] != tested[1] != tested[2] != tested[0]
+    for split in splits:
+        used = [*split.test, *split.validation, *split.subsets[0][8]]
+        assert len({patients[case] for case in used}) * 2 == len(used), "a patient is in two parts"

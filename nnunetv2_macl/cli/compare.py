@@ -51,6 +51,13 @@ def _compare_parser() -> argparse.ArgumentParser:
     )
     add("--seeds", type=int, default=3, help="draws of labelled cases, each trained on. Default: 3")
     add(
+        "--splits",
+        type=int,
+        default=1,
+        metavar="N",
+        help="random draws of test, validation and training patients; the whole study runs on each. Default: 1",
+    )
+    add(
         "--rates",
         nargs="+",
         type=float,
@@ -100,7 +107,8 @@ def compare_entry() -> None:
         from nnunetv2_macl.compare.study import Options
 
         how = {
-            key: arguments.pop(key) for key in ("folder", "device", "processes", "jobs", "dry_run", "skip_unreadable")
+            key: arguments.pop(key)
+            for key in ("splits", "folder", "device", "processes", "jobs", "dry_run", "skip_unreadable")
         }
         compare(Options(**arguments), **how)
 

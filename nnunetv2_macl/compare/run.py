@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import sys
@@ -25,9 +26,10 @@ from nnunetv2_macl.compare.folders import (
 )
 from nnunetv2_macl.compare.report import FEWEST_PATIENTS, write_report
 from nnunetv2_macl.compare.split import patients_of, split_cases
+from nnunetv2_macl.compare.splits import write_report_over_splits
 from nnunetv2_macl.compare.steps import DONE_FILE, Task, run_steps
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
-from nnunetv2_macl.compare.study import Arm, Options, Study, Trial, parse_arm
+from nnunetv2_macl.compare.study import STUDY_FILE, Arm, Options, Study, Trial, parse_arm
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 def compare(
     options: Options,
     *,
+    splits: int = 1,
     folder: Path | None = None,
     device: str = "cuda",
     processes: int = 8,
@@ -51,11 +54,14 @@ def compare(
 ) -> Path:
     """Run or continue a label-efficiency study: plan, pre-train, fine-tune each cell, report. Return the study's folder.
 
+    With several splits the whole study runs on each, in a folder ``split_K``, and a report over the splits is written.
+
     nnU-Net's folders of the user are only read. Started several times, on one machine or on several that share ``folder``,
     the cells are shared out.
 
     Args:
         options: What makes the study.
+        splits: Number of random draws of test, validation and training patients.
         folder: Of the study. None: ``macl_compare_DATASET_C`` in the working directory.
         device: ``cuda``, ``cpu`` or ``mps``.
         processes: For preprocessing and export.
@@ -74,7 +80,7 @@ def compare(
         options = replace(options, plan=str(file), plans=plans_name(file))
     # the same files, wherever the study is started from next time
     options = replace(options, arms=[parse_arm(text).name for text in options.arms])
-    for name, value in (("--jobs", jobs), ("-np", processes)):
+    for name, value in (("--jobs", jobs), ("-np", processes), ("--splits", splits)):
         if value < 1:
             raise UserError(f"{name} must be 1 or more, got {value}.")
     if options.configuration == "3d_cascade_fullres":
@@ -83,6 +89,36 @@ def compare(
     if not dry_run:
         check_device(device)
     images = RawImages.find(options.dataset, skip_unreadable=skip_unreadable)
+    planner_name = planner(options) if options.plan is None else None
+    folder = (folder or Path(_default_name(options))).expanduser().resolve()
+    if splits > 1 and (folder / STUDY_FILE).is_file():
+        raise UserError(f"{folder} holds a study of one split. Leave out --splits, or give another folder: -o FOLDER")
+    studies = [_study(replace(options, split=n), images, folder / f"split_{n}") for n in range(splits)]
+    if splits == 1:
+        studies = [replace(studies[0], folder=folder)]
+    for study in studies:
+        logger.info("%s", describe(study, images))
+    if dry_run:
+        return folder
+    for study in studies:
+        if (study.planning_folder / DONE_FILE).is_file():
+            # before it takes further arms in
+            check_arms(study, images)
+    studies = [Study.open(study.folder, study.options, study.split, study.patients) for study in studies]
+    logger.info("Study in %s", folder)
+    steps = [_steps(study, images, planner_name, device, processes, jobs, skip_unreadable) for study in studies]
+    with ended_by_sigterm():
+        # split by split, so that the first report is complete early
+        run_steps(list(itertools.chain.from_iterable(steps)), jobs)
+    for study in studies:
+        logger.info("\n%s", write_report(study))
+    if splits > 1:
+        logger.info("\n%s", write_report_over_splits(studies, folder))
+    return folder
+
+
+def _study(options: Options, images: RawImages, folder: Path) -> Study:
+    """Return the study of a split, nothing of which is on disk yet."""
     patients = patients_of(images.labelled, options.group_regex)
     split = split_cases(
         patients,
@@ -90,22 +126,9 @@ def compare(
         validation=options.validation,
         labels=options.labels,
         seeds=options.seeds,
+        number=options.split,
     )
-    planner_name = planner(options) if options.plan is None else None
-    folder = (folder or Path(_default_name(options))).expanduser().resolve()
-    study = Study(folder, options, split, patients)
-    logger.info("%s", describe(study, images))
-    if dry_run:
-        return folder
-    if (study.planning_folder / DONE_FILE).is_file():
-        # before it takes further arms in
-        check_arms(study, images)
-    study = Study.open(folder, options, split, patients)
-    logger.info("Study in %s", folder)
-    with ended_by_sigterm():
-        run_steps(_steps(study, images, planner_name, device, processes, jobs, skip_unreadable), jobs)
-    logger.info("\n%s", write_report(study))
-    return folder
+    return Study(folder, options, split, patients)
 
 
 def _check_configuration(options: Options) -> None:
@@ -142,7 +165,8 @@ def describe(study: Study, images: RawImages) -> str:
     kept = pretraining_images(study, list(images.unlabelled))
     share = len(images.labelled) - len(split.test) - len(split.validation)
     lines = [
-        f"{options.dataset}, {options.configuration}, {options.plans}",
+        f"{options.dataset}, {options.configuration}, {options.plans}"
+        + (f", split {options.split}" if options.split else ""),
         f"test:        {patients(split.test)}: {_names(split.test)}",
         f"validation:  {patients(split.validation)}: {_names(split.validation)}",
         f"pre-training: {share + len(kept)} images, {len(kept)} of them from imagesUn"
@@ -193,16 +217,25 @@ def _steps(
         study.planning_folder,
         functools.partial(plan, study, images, planner_name, processes),
     )
-    steps, pretrained = [planning], {}
-    for arm in study.pretrainings:
-        # one after the other: they share the MACL plan's file
-        pretrained[arm.recipe_and_settings] = Task(
+    preprocessing = Task(
+        "preprocessing of the unlabelled images",
+        study.folder / "preprocessing_unlabelled",
+        functools.partial(_preprocess_unlabelled, study, images, processes, skip_unreadable),
+        needs=(planning,),
+    )
+    # once for all recipes, whose pre-trainings may run at the same time
+    ready = preprocessing if pretraining_images(study, list(images.unlabelled)) and study.pretrainings else planning
+    steps = list(dict.fromkeys((planning, ready)))
+    pretrained = {
+        arm.recipe_and_settings: Task(
             f"pre-training, recipe {','.join([Path(str(arm.recipe)).stem, *arm.settings])}",
             study.pretraining_folder(arm),
             functools.partial(_pretrain, study, images, arm, device, processes, skip_unreadable),
-            needs=(steps[-1],),
+            needs=(ready,),
         )
-        steps.append(pretrained[arm.recipe_and_settings])
+        for arm in study.pretrainings
+    }
+    steps += pretrained.values()
     for cell in study.cells:
         arm = study.arm(cell.arm)
         steps.append(
@@ -228,22 +261,35 @@ def _pretrain(
         lock.acquire()
         lock.release()
         return {}
-    if not any(_has_begun(study, other) for other in study.arms if other.recipe is not None):
-        # all recipes see the same images: those that the user has by the time the first one begins
-        link_unlabelled(study, images)
-    command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.configuration, "-p", options.plans]
+    command = _pretraining_command(study, images, processes, skip_unreadable)
     # each fold has the validation cases of all
-    command += ["--exclude_fold", "0", "-device", device, "-np", str(processes)]
+    command += ["--exclude_fold", "0", "-device", device]
     settings = [*options.pretrain_settings, *arm.settings]
     if goes_on:
         command += ["--c"]
     else:
         command += ["-recipe", str(arm.recipe), *(["--set", *settings] if settings else [])]
-    command += ["--skip_unreadable"] if skip_unreadable else []
     run_command(command, study.environment(folder / "nnUNet_results"), folder / "log.txt")
     if not weights.is_file():  # Ctrl-C is for all processes, and it ends as it was asked to
         raise UserError(f"Pre-training in {run} was stopped. To go on, type the same command again.")
     return {}
+
+
+def _preprocess_unlabelled(study: Study, images: RawImages, processes: int, skip_unreadable: bool) -> dict[str, Any]:
+    command = _pretraining_command(study, images, processes, skip_unreadable)
+    results, log = study.folder / "nnUNet_results", study.planning_folder / "log.txt"
+    run_command([*command, "--preprocess_only"], study.environment(results), log)
+    return {}
+
+
+def _pretraining_command(study: Study, images: RawImages, processes: int, skip_unreadable: bool) -> list[str]:
+    """Return what every command of our pre-training has in common, after linking the user's unlabelled images."""
+    if not any(_has_begun(study, other) for other in study.arms if other.recipe is not None):
+        # all recipes see the same images: those that the user has by the time the first one begins
+        link_unlabelled(study, images)
+    options = study.options
+    command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.configuration, "-p", options.plans]
+    return [*command, "-np", str(processes), *(["--skip_unreadable"] if skip_unreadable else [])]
 
 
 def _has_begun(study: Study, arm: Arm) -> bool:

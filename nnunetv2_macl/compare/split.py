@@ -28,7 +28,7 @@ class Split:
         return list(self.subsets[0])
 
 
-def patients_of(cases: Iterable[str], group_regex: str | None) -> dict[str, str]:
+def patients_of(cases: Iterable[str], group_regex: str | None, option: str = "--group_regex") -> dict[str, str]:
     """Return the patient of each case: the first group of ``group_regex``, or all that it matches. None: each case its own.
 
     Raises:
@@ -39,14 +39,14 @@ def patients_of(cases: Iterable[str], group_regex: str | None) -> dict[str, str]
     try:
         pattern = re.compile(group_regex)
     except re.error as error:
-        raise UserError(f"--group_regex '{group_regex}' is no regular expression: {error}. Correct it.") from None
+        raise UserError(f"{option} '{group_regex}' is no regular expression: {error}. Correct it.") from None
     patients = {}
     for case in cases:
         match = pattern.search(case)
         if match is None or not (match[1] if pattern.groups else match[0]):
             raise UserError(
-                f"--group_regex '{group_regex}' finds no patient in the name of case {case}. Give one that does for each case: "
-                "--group_regex '^[^_]+' takes what stands before the first _. Leave it out where each case is a patient."
+                f"{option} '{group_regex}' finds no patient in the name of case {case}. Give one that does for each case: "
+                "'^[^_]+' takes what stands before the first _. Leave it out where each case is a patient."
             )
         patients[case] = match[1] if pattern.groups else match[0]
     return patients
@@ -77,7 +77,9 @@ def number_of_cases(amount: str, total: int, option: str) -> int:
     return int(value) if whole else max(1, round(value * total))
 
 
-def split_cases(patients: Mapping[str, str], *, test: str, validation: str, labels: Sequence[str], seeds: int) -> Split:
+def split_cases(
+    patients: Mapping[str, str], *, test: str, validation: str, labels: Sequence[str], seeds: int, number: int = 0
+) -> Split:
     """Draw the split. Whole patients are taken until there are as many cases as asked for, so there may be a few more.
 
     Args:
@@ -85,6 +87,7 @@ def split_cases(patients: Mapping[str, str], *, test: str, validation: str, labe
         test, validation: Amounts, see `number_of_cases`; fractions are of all cases.
         labels: Amounts; fractions are of the cases that are neither for test nor for validation.
         seeds: Number of draws of labelled cases.
+        number: Of the split. Each number draws other patients.
 
     Raises:
         UserError: There are too few cases, or two of ``labels`` are the same number.
@@ -106,7 +109,8 @@ def split_cases(patients: Mapping[str, str], *, test: str, validation: str, labe
             raise UserError(f"{why}, and only {len(taken)} are left. Ask for less, or add cases.")
         return taken
 
-    order = shuffled(list(by_patient))
+    # the first split has the seed that studies of one split always had
+    order = shuffled(list(by_patient), *((2, number) if number else ()))
     count = number_of_cases(test, len(patients), "--test")
     tested = take(order, count, f"--test {test} is {count} of {len(patients)} cases")
     order = [patient for patient in order if by_patient[patient][0] not in tested]

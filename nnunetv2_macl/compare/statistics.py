@@ -90,11 +90,16 @@ class Estimate:
 
         The bootstrap does not know how few they are: of three that lie on one side by chance, every resample does.
         """
-        values = np.asarray(self.by_seed)
-        if len(values) < 2:
-            return False
-        reach = student.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-        return bool(abs(values.mean()) > reach)
+        low, high = student_interval(self.by_seed)
+        return low > 0 or high < 0
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return Student's 95 % interval of the mean of independent values; not a number for fewer than two."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    reach = student.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values) - reach), float(np.mean(values) + reach)
 
 
 def estimate(values: np.ndarray, resampling: Resampling, reference: np.ndarray | None = None) -> Estimate:

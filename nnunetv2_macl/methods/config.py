@@ -13,7 +13,6 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class MethodConfig(BaseModel):
@@ -42,6 +41,24 @@ class SpatialViewKeys(MethodConfig):
         if scaling[0] > scaling[1]:
             raise ValueError("a list with the smaller factor first")
         return scaling
+
+
+class ImageViewKeys(SpatialViewKeys):
+    """The recipe keys of methods that show random views of a patch, changed in space and in intensity."""
+
+    intensity: Annotated[float, Field(ge=0, le=2)] = Field(
+        1.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0`: none"
+    )
+
+
+class HeadKey(MethodConfig):
+    """The recipe key of methods whose heads have a published and a light form."""
+
+    head: Literal["published", "light"] = Field(
+        "published",
+        description="`published` has the layers of the method's paper; `light` has the projection head of PCL, two linear layers "
+        "as wide as the map that they read",
+    )
 
 
 class BranchKeys(MethodConfig):

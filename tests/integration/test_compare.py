@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.compare.run import compare
 from nnunetv2_macl.compare.study import Options
-from nnunetv2_macl.compare.trainer import SeededBatches, nnUNetTrainerMACLCompare
+from nnunetv2_macl.compare.trainer import nnUNetTrainerMACLCompare
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.report import write_report
+from nnunetv2_macl.training.seeded import SeededBatches
 
 OPTIONS = Options(
     dataset="901", configuration="2d", plans="nnUNetPlans",
@@ -88,9 +89,9 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     command, options = [*command, "--pretrain_iterations", "100"], replace(OPTIONS, pretrain_iterations=100)
     log = folder / "pretraining" / "restore" / "log.txt"
     interrupt(command, workspace.environment | without, log, "Pre-training on")
-    assert "Stopped as asked" in log.read_text() and len(list(folder.rglob("done.json"))) == 1
+    assert "Stopped as asked" in log.read_text() and len(list(folder.rglob("done.json"))) == 2
     out = workspace.run(*command, **without)
-    assert "1 of 4 steps are done already" in out and "[4/4]" in out and "Too few to tell: 2 test patients" in out
+    assert "2 of 5 steps are done already" in out and "[5/5]" in out and "Too few to tell: 2 test patients" in out
     assert hashes(workspace.folder) == before, "the user's own folders changed"
 
     split = json.loads((folder / "study.json").read_text())["split"]
@@ -129,7 +130,7 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     done = hashes(folder)
     caplog.set_level("INFO", logger="nnunetv2_macl")
     compare(options, folder=folder, device="cpu")
-    assert "4 of 4 steps are done already" in caplog.text and "[4/4]" not in caplog.text
+    assert "5 of 5 steps are done already" in caplog.text and "[5/5]" not in caplog.text
     assert hashes(folder) == done
     with pytest.raises(UserError, match=r"--epochs 3 \(was 1\)"):
         compare(replace(options, epochs=3), folder=folder, device="cpu")
@@ -149,7 +150,7 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
 
     # arms may be added; what is done is not done again
     compare(replace(options, arms=[*options.arms, "encoder"]), folder=folder, device="cpu")
-    assert "[5/5]" in caplog.text and "| encoder |" in (folder / "compare.md").read_text()
+    assert "[6/6]" in caplog.text and "| encoder |" in (folder / "compare.md").read_text()
     now = hashes(folder)
     assert all(now[file] == done[file] for file in done if file.startswith(("cells", "pretraining")))
 
@@ -173,6 +174,27 @@ def test_mistakes_are_told_before_anything_is_written(workspace, tmp_path, chang
         compare(replace(OPTIONS, **change), folder=tmp_path / "study", device="cpu")
     assert all(word in str(error.value) for word in words), error.value
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.slow
+def test_several_splits_have_reports_of_their_own_and_one_over_all(workspace, tmp_path):
+    folder = tmp_path / "study"
+    options = replace(OPTIONS, arms=["scratch", "recipe:restore", "recipe:simclr"])
+    compare(options, splits=2, folder=folder, device="cpu", processes=1, jobs=2)
+    tested = [json.loads((folder / f"split_{number}/study.json").read_text())["split"]["test"] for number in range(2)]
+    assert set(tested[0]) != set(tested[1])
+    text = (folder / "compare.md").read_text()
+    for arm in ("recipe-restore", "recipe-simclr"):
+        assert re.search(rf"\| {arm} \| 2 \| [+-]\d\.\d+ \(", text)
+    # pre-trainings that run at the same time keep their own recipe
+    plans = {
+        file.parts[-6]: json.loads(file.read_text())
+        for file in folder.glob("split_0/pretraining/*/nnUNet_results/**/macl_plan.json")
+    }
+    methods = {plan["recipe"]["method"] for plan in plans.values()}
+    assert methods == {"restoration", "simclr"}
+    with pytest.raises(UserError, match="one split"):
+        compare(options, splits=2, folder=folder / "split_0", device="cpu")
 
 
 @pytest.mark.slow

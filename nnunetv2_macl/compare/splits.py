@@ -1,0 +1,107 @@
+"""Report what a study found over several random splits of the patients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nnunetv2_macl.compare.report import differences
+from nnunetv2_macl.compare.results import Results
+from nnunetv2_macl.compare.statistics import Resampling, student_interval
+from nnunetv2_macl.compare.study import SCRATCH, Study
+from nnunetv2_macl.files import atomic_write
+from nnunetv2_macl.text import join_words, pluralise
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Dice above scratch in each split.
+
+    Attributes:
+        by_split: One value for each split.
+        low, high: Student's 95 % interval of their mean; not a number for a single split.
+    """
+
+    by_split: tuple[float, ...]
+    low: float
+    high: float
+
+    @property
+    def mean(self) -> float:
+        """Return the mean over the splits."""
+        return float(np.mean(self.by_split))
+
+    @property
+    def sign(self) -> int:
+        """Return 1 or -1 where the whole interval lies above or below 0, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
+
+
+def spreads(results: Sequence[Results]) -> dict[tuple[str, int], Spread]:
+    """Return the Dice above scratch by arm and number of labelled cases, over the studies of several splits."""
+    found = [differences(result) for result in results]
+    return {
+        (arm, labels): Spread(values, *student_interval(values))
+        for arm, by_labels in found[0].items()
+        for labels in by_labels
+        for values in [tuple(difference[arm][labels].value for difference in found)]
+    }
+
+
+def write_report_over_splits(studies: Sequence[Study], folder: Path) -> str:
+    """Write ``compare.md`` of studies that differ in their split alone, and return the verdict.
+
+    Args:
+        studies: One for each split; their cells are done.
+        folder: Gets the report.
+    """
+    results = [Results.read(study) for study in studies]
+    options = studies[0].options
+    found = spreads(results)
+    sentence = _verdict(found, len(studies))
+    lines = [f"# Does pre-training help? {options.dataset}, {options.configuration}, {len(studies)} splits", ""]
+    lines += [f"**{sentence}**", ""]
+    header = "".join(f" split {study.options.split} |" for study in studies)
+    lines += ["## Dice on the test cases", ""]
+    lines += [f"| arm | labelled cases | mean |{header}", f"|---|---|---|{'---|' * len(studies)}"]
+    for arm in studies[0].arms:
+        for labels in studies[0].split.labels:
+            dice = [_mean_dice(result, arm.slug, labels) for result in results]
+            lines.append(_row(arm.slug, labels, f"{np.mean(dice):.3f}", [f"{value:.3f}" for value in dice]))
+    lines += ["", "## Dice above scratch, on the same cases and seeds", ""]
+    lines += [f"| arm | labelled cases | mean, 95 % interval |{header}", f"|---|---|---|{'---|' * len(studies)}"]
+    for (slug, labels), spread in found.items():
+        mean = f"{spread.mean:+.3f} ({spread.low:+.3f} to {spread.high:+.3f})"
+        lines.append(_row(slug, labels, mean, [f"{value:+.3f}" for value in spread.by_split]))
+    lines += ["", "## How this was measured", ""]
+    lines += [
+        f"- Each split draws other test, validation and training patients; {pluralise(options.seeds, 'seed')} in each.",
+        "- The interval is Student's, over the splits alone. Their training patients overlap, so it is rather too narrow.",
+        f"- Each split has its own report: {join_words(f'[{n}](split_{n}/compare.md)' for n in range(len(studies)))}.",
+    ]
+    text = "\n".join(lines) + "\n"
+    atomic_write(folder / "compare.md", lambda file: file.write(text.encode()))
+    return f"{sentence}\n\nTables over all splits: {folder / 'compare.md'}"
+
+
+def _row(arm: str, labels: int, mean: str, values: list[str]) -> str:
+    return f"| {' | '.join([arm, str(labels), mean, *values])} |"
+
+
+def _mean_dice(results: Results, arm: str, labels: int) -> float:
+    values = results.groups[arm, labels].measures["dice"]
+    return float(Resampling.whole(*values.shape[:2]).mean(values)[0])
+
+
+def _verdict(found: dict[tuple[str, int], Spread], splits: int) -> str:
+    if not found:
+        return f"Only {SCRATCH} was trained, so there is nothing to compare it with."
+    words = {1: "better than scratch", -1: "worse than scratch", 0: "not told apart from scratch"}
+    clauses = [
+        f"{arm} with {labels} labelled cases is {words[spread.sign]} ({spread.mean:+.3f} Dice)"
+        for (arm, labels), spread in found.items()
+    ]
+    return f"Over {splits} splits, {'; '.join(clauses)}."

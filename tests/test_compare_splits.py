@@ -1,0 +1,54 @@
+"""The report over several splits: its values and its verdict."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from test_compare_report import fill_study
+from test_compare_study import OPTIONS, PATIENTS, SPLIT
+
+from nnunetv2_macl.compare.report import differences
+from nnunetv2_macl.compare.results import Results
+from nnunetv2_macl.compare.splits import Spread, spreads, write_report_over_splits
+from nnunetv2_macl.compare.statistics import student_interval
+from nnunetv2_macl.compare.study import Study
+
+
+@pytest.fixture
+def studies(tmp_path):
+    made = []
+    for number in range(3):
+        study = Study.open(tmp_path / f"split_{number}", OPTIONS, SPLIT, PATIENTS)
+        fill_study(study, gains={"pretrained": 0.02 + 0.03 * number})
+        made.append(study)
+    return made
+
+
+def test_spread_is_that_of_the_splits_own_differences(studies):
+    results = [Results.read(study) for study in studies]
+    found = spreads(results)
+    for (arm, labels), spread in found.items():
+        assert spread.by_split == tuple(differences(result)[arm][labels].value for result in results)
+    pretrained = found["pretrained", SPLIT.labels[0]]
+    assert np.allclose(np.diff(pretrained.by_split), 0.03, atol=1e-6)
+
+
+def test_report_has_a_row_for_each_arm_and_number_of_labels(studies, tmp_path):
+    sentence = write_report_over_splits(studies, tmp_path)
+    text = (tmp_path / "compare.md").read_text()
+    arms = {arm.slug for arm in studies[0].arms}
+    rows = re.findall(r"^\| (\S+) \| (\d+) \|", text, re.M)
+    above = {(arm, str(labels)) for arm in arms - {"scratch"} for labels in SPLIT.labels}
+    assert sorted(rows) == sorted([*above, *((arm, str(n)) for arm in arms for n in SPLIT.labels)])
+    assert sentence.splitlines()[0] in text
+
+
+def test_interval_over_splits():
+    # Student's, by hand: mean 2, standard deviation 1, t of two degrees of freedom 4.3027
+    low, high = student_interval([1.0, 2.0, 3.0])
+    assert math.isclose(low, 2 - 4.302652729 / math.sqrt(3)) and math.isclose(high, 2 + 4.302652729 / math.sqrt(3))
+    assert Spread((1.0, 2.0, 3.0), low, high).sign == 0
+    values = (0.9, 1.0, 1.1)
+    assert Spread(values, *student_interval(values)).sign == 1
+    assert Spread((0.3,), *student_interval((0.3,))).sign == 0
