@@ -105,17 +105,18 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
         the fold.
 
         Raises:
-            UserError: There are none, or an image cannot be used.
+            UserError: There are none, or the regular expression of the patients does not match a name.
         """
         configuration = self._configuration
         file = plan_file(configuration)
         plan = read_plan(file) if file.is_file() else None
         with log_to(self.print_to_log_file):
+            # nnU-Net's command has no option to leave images out, and the log names those that are left out.
             unlabelled = preprocess_unlabelled(
                 configuration,
                 plan.unlabelled_datasets if plan else [],
                 processes=current_processes(),
-                skip_unreadable=plan.skip_unreadable if plan else False,
+                skip_unreadable=True,
                 channel_map=plan.channel_map if plan else None,
             ).cases
         training, validation = map(set, self.do_split())
@@ -237,6 +238,11 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
             f"unlabelled_loss {np.mean(outputs['unlabelled_loss']):.4f}, weight {weight:.3f}, voxels that the teacher labelled "
             f"{np.mean(outputs['confident']):.1%}"
         )
+
+    def on_train_end(self) -> None:
+        # Only a training that continues needs the teacher.
+        self.teacher = None
+        super().on_train_end()
 
     # --- checkpoints -------------------------------------------------------------------------------------------------------
 
