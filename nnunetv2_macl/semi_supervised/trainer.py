@@ -134,7 +134,7 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
             f"fold. Kept out: {pluralise(len(held_out), 'validation case')} and {len(cases) - len(kept)} other images of "
             "their patients"
         )
-        if GROUP_VARIABLE not in os.environ and held_out:
+        if not os.environ.get(GROUP_VARIABLE) and held_out:
             self.print_to_log_file(
                 "Each case counts as a patient of its own. If several images are of one patient, say which part of a case's "
                 f"name is the patient, for example: export {GROUP_VARIABLE}='^[^_]+'",
@@ -145,9 +145,8 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
     def _without_patients(self, cases: list[Case], held_out: set[str]) -> list[Case]:
         """Return the cases that are of none of the patients of the held-out cases."""
         names = [case.name for case in cases]
-        patients = patients_of(
-            [*names, *sorted(held_out)], os.environ.get(GROUP_VARIABLE), f"The variable {GROUP_VARIABLE}"
-        )
+        group_regex = os.environ.get(GROUP_VARIABLE) or None
+        patients = patients_of([*names, *sorted(held_out)], group_regex, f"The variable {GROUP_VARIABLE}")
         theirs = {patients[name] for name in held_out}
         return [case for case in cases if patients[case.name] not in theirs]
 
