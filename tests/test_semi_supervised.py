@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,16 +11,17 @@ from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrig
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
-from conftest import DATASET
+from conftest import DATASET, Workspace
 
 from nnunetv2_macl.compare.study import Options, parse_arm
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import GROUP_VARIABLE
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, GROUP_VARIABLE
 from nnunetv2_macl.semi_supervised.mixing import Patches, consistency, copy_paste
 from nnunetv2_macl.semi_supervised.settings import SemiSettings, parse_semi_settings
 from nnunetv2_macl.semi_supervised.targets import LabelTargets, RegionTargets
 from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
 from nnunetv2_macl.semi_supervised.unlabelled import WeakAndStrong
+from nnunetv2_macl.synthetic import generate_dataset
 
 REGIONS = {"labels": {"background": 0, "organ": [1, 2], "vessel": 2}, "regions_class_order": [1, 2]}
 
@@ -39,11 +41,10 @@ class Short(nnUNetTrainerMACLSemi):
 def trainer_of(workspace, monkeypatch):
     """A function that returns a trainer of the generated data set, with small batches and other entries of dataset.json."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    folder = workspace.preprocessed / DATASET
 
-    def make(trainer=Short, *, fold=0, configuration=None, **dataset_json):
+    def make(trainer=Short, *, fold=0, folder=workspace.preprocessed / DATASET, **dataset_json):
         plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}
-        plans["configurations"]["2d"] |= {"batch_size": 2} | (configuration or {})
+        plans["configurations"]["2d"]["batch_size"] = 2
         content = json.loads((folder / "dataset.json").read_text()) | dataset_json
         return trainer(plans, "2d", fold, content, torch.device("cpu"))
 
@@ -180,14 +181,31 @@ def weights_after(trainer, *, confidence=0.5, weight=1.0, mixing="consistency"):
     return {key: value.clone() for key, value in trainer.network.state_dict().items()}
 
 
-@pytest.mark.parametrize("labels", [{}, REGIONS, {"labels": {"background": 0, "liver": 1, "ignore": 2}}])
+@pytest.mark.parametrize("labels", [{}, REGIONS])
 def test_pseudo_labels_change_the_training_and_no_confident_voxel_leaves_it_as_it_is(trainer_of, labels):
-    """Labels, regions, and a data set with an ignore label of its own."""
     plain = weights_after(trainer_of(**labels), weight=0)
     empty = weights_after(trainer_of(**labels), confidence=1)
     taught = weights_after(trainer_of(**labels))
     for key, value in plain.items():
         torch.testing.assert_close(empty[key], value, rtol=1e-4, atol=1e-5)
+    assert any((taught[key] - value).abs().max() > 1e-4 for key, value in plain.items())
+
+
+@pytest.mark.slow
+def test_a_data_set_with_an_ignore_label_of_its_own_and_two_channels(tmp_path, monkeypatch, trainer_of):
+    space = Workspace(tmp_path / "other")
+    generate_dataset(space.raw / DATASET, labelled=5, unlabelled=2, test=0, shape=(8, 40, 48), channels=2)
+    file = space.raw / DATASET / "dataset.json"
+    content = json.loads(file.read_text()) | {"labels": {"background": 0, "liver": 1, "ignore": 2}}
+    file.write_text(json.dumps(content))
+    space.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "-npfp", "1", "-np", "1")
+    for name in FOLDER_VARIABLES:
+        monkeypatch.setenv(name, str(space.folder / name))
+    plain, taught = (
+        weights_after(trainer_of(folder=space.preprocessed / DATASET), weight=weight, mixing="copy_paste")
+        for weight in (0, 1)
+    )
+    assert all(torch.isfinite(value).all() for value in taught.values())
     assert any((taught[key] - value).abs().max() > 1e-4 for key, value in plain.items())
 
 
@@ -241,8 +259,6 @@ def test_images_of_validation_patients_are_never_used(trainer_of, workspace, mon
 
 
 def test_no_unlabelled_image_is_explained(trainer_of, workspace):
-    import shutil
-
     shutil.rmtree(workspace.raw / DATASET / "imagesUn")
     shutil.rmtree(workspace.preprocessed / DATASET / "nnUNetPlans_macl_2d")
     with pytest.raises(SystemExit, match="no unlabelled image to learn from"):

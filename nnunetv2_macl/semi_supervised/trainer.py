@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.helpers import dummy_context
@@ -88,9 +89,14 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
         labels = self.dataset_json["labels"] | {"ignore": ignore_label_of(own)}
         self.label_manager = self.plans_manager.get_label_manager(self.dataset_json | {"labels": labels})
         try:
-            return self._build_loss()
+            loss = self._build_loss()
         finally:
             self.label_manager = own
+        whole = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
+        if isinstance(whole, DC_and_BCE_loss) and not own.has_ignore_label:
+            # With an ignore label nnU-Net sums the cross-entropy over the regions, and without one it takes the mean.
+            whole.weight_ce /= len(own.foreground_regions)
+        return loss
 
     # --- unlabelled images -------------------------------------------------------------------------------------------------
 
