@@ -11,6 +11,7 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -52,6 +53,9 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
     """
 
     semi: SemiSettings = SemiSettings()
+    label_manager: LabelManager
+    # None before the training starts and after it ends
+    teacher: Any
 
     def __init__(
         self,
@@ -63,7 +67,7 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.targets = targets_of(self.label_manager)
-        self.teacher: nn.Module | None = None
+        self.teacher = None
         self.steps_done = 0
 
     @exit_on_user_error
