@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -116,7 +116,7 @@ class Restoration(Method):
     """Masks blocks of voxels and restores them from the map of the last trained decoder stage."""
 
     name = "restoration"
-    Config = RestorationConfig
+    Config: ClassVar[type[RestorationConfig]] = RestorationConfig
     loss_labels = {"restoration": "L_R, restoration"}
     view_titles = {"target": "restored", "masked": "restored from"}
     couples_samples = False
@@ -128,7 +128,8 @@ class Restoration(Method):
         dominant = [network.encoder_levels[-1], *network.decoder_levels][-1]
         self.restoration_head = ReconstructionHead(dominant.channels, network.image_channels, dominant.stride)
         strides = [level.stride for level in network.encoder_levels[: geometry.auxiliary_stage]]
-        self.views = MaskedViews(geometry, recipe, mask_block_sizes(strides))
+        self.masked_views = MaskedViews(geometry, recipe, mask_block_sizes(strides))
+        self.views = self.masked_views
 
     @classmethod
     def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:

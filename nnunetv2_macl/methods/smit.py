@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nnunetv2_macl.losses import autocast_disabled
 from nnunetv2_macl.methods.averaging import averaged_copy, in_chunks, update_average
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
-from nnunetv2_macl.methods.config import Count, Fraction, MethodConfig, Positive
+from nnunetv2_macl.methods.config import Count, Fraction, Positive
 from nnunetv2_macl.methods.heads import GlobalProjectionHead, pool
 from nnunetv2_macl.methods.restoration import MaskedViews, Restoration, RestorationConfig, restoration_loss
 from nnunetv2_macl.networks.base import PretrainableNetwork
@@ -168,7 +168,7 @@ class SMIT(Restoration):
     """Restores hidden voxels, and learns from an averaged teacher that sees them."""
 
     name = "smit"
-    Config: ClassVar[type[MethodConfig]] = SMITConfig
+    Config = SMITConfig
     loss_labels = {
         "restoration": "L_R, restoration",
         "tokens": "L_MPD, patch tokens",
@@ -193,7 +193,7 @@ class SMIT(Restoration):
         for name in ("token_centre", "image_centre"):
             self.register_buffer(name, torch.zeros(recipe.token_dim))
         grid = [n // s for n, s in zip(geometry.patch_size, level.stride, strict=True)]
-        self.views = _SMITViews(self.views, grid, recipe)
+        self.views = _SMITViews(self.masked_views, grid, recipe)
 
     @classmethod
     def weights(cls, recipe: Any) -> dict[str, float]:
