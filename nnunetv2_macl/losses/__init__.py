@@ -14,6 +14,7 @@ from nnunetv2_macl.losses.contrastive import (
     positive_mask,
     positive_weights,
 )
+from nnunetv2_macl.losses.distillation import DistillationLoss
 from nnunetv2_macl.losses.equivariance import EQUIVARIANCE_FORMS, EquivarianceLoss
 from nnunetv2_macl.losses.fused import MAX_SIMILARITIES, locations_at_once, similarities_on_meta
 from nnunetv2_macl.losses.interpolation import LINEAR_MODE, downsample
@@ -26,6 +27,7 @@ __all__ = [
     "LINEAR_MODE",
     "MAX_SIMILARITIES",
     "DenseContrastiveLoss",
+    "DistillationLoss",
     "EquivarianceLoss",
     "MultiLevelContrastiveLoss",
     "PositionalContrastiveLoss",
