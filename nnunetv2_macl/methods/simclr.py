@@ -101,7 +101,7 @@ class SimCLR(ContrastiveMethod):
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
         loss = self.loss(embeddings["first"], embeddings["second"], positions)
-        (name,) = self.loss_labels
+        (name,) = self.referenced_losses
         return {name: loss, "total": loss}
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
