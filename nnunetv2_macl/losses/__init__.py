@@ -19,6 +19,7 @@ from nnunetv2_macl.losses.equivariance import EQUIVARIANCE_FORMS, EquivarianceLo
 from nnunetv2_macl.losses.fused import MAX_SIMILARITIES, locations_at_once, similarities_on_meta
 from nnunetv2_macl.losses.interpolation import LINEAR_MODE, downsample
 from nnunetv2_macl.losses.multi_level import MultiLevelContrastiveLoss
+from nnunetv2_macl.losses.pairs import negative_cosine, queue_contrast
 from nnunetv2_macl.losses.partitions import PartitionContrastiveLoss, partition_masks, region_contrast
 from nnunetv2_macl.losses.precision import autocast_disabled
 from nnunetv2_macl.losses.references import ReferenceValues, reference_values
@@ -38,9 +39,11 @@ __all__ = [
     "contrast",
     "downsample",
     "locations_at_once",
+    "negative_cosine",
     "partition_masks",
     "positive_mask",
     "positive_weights",
+    "queue_contrast",
     "reference_values",
     "region_contrast",
     "similarities_on_meta",

@@ -43,6 +43,16 @@ class SpatialViewKeys(MethodConfig):
         return scaling
 
 
+class HeadKey(MethodConfig):
+    """The recipe key of methods whose heads have a published and a light form."""
+
+    head: Literal["published", "light"] = Field(
+        "published",
+        description="`published` has the layers of the method's paper; `light` has the projection head of PCL, two linear layers "
+        "as wide as the map that they read",
+    )
+
+
 class BranchKeys(MethodConfig):
     """The recipe keys that say where in the network a second branch is read."""
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from nnunetv2_macl.losses import MultiLevelContrastiveLoss, downsample
-from nnunetv2_macl.methods.averaging import averaged_copy, in_chunks, update_average
+from nnunetv2_macl.methods.averaging import averaged_copy, encode_without_gradient, update_average
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.methods.config import BranchKeys, Fraction, NotNegative, Positive, SpatialViewKeys
@@ -249,26 +249,16 @@ class MACL(ContrastiveMethod):
             features["bottleneck_auxiliary"] = deepest[:patches]
         return features
 
-    def _auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _auxiliary(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the auxiliary branch's dense map and its deepest map."""
-        if self.recipe.auxiliary_encoder == "ema" and not self.network.mixes_samples:
-            return self._averaged(images)
-        maps = self.network.encode(images, self.auxiliary_encoder)
-        return maps[self.geometry.auxiliary_stage - 1], maps[-1]
 
-    # This frame is left out of compiling; the encoder that it calls is compiled, once for the size of a chunk.
-    @torch.compiler.disable(recursive=False)
-    def _averaged(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `_auxiliary` does, a few patches at a time."""
-        dense, deepest = [], []
-        with torch.no_grad():
-            for part in in_chunks(images):
-                maps = self.network.encode(part, self.auxiliary_encoder)
-                dense.append(maps[self.geometry.auxiliary_stage - 1])
-                deepest.append(maps[-1])
-                # otherwise the large maps of this chunk would stay while the next one is computed
-                del maps
-        return torch.cat(dense), torch.cat(deepest)
+        def encode(part: Tensor) -> tuple[Tensor, Tensor]:
+            maps = self.network.encode(part, self.auxiliary_encoder)
+            return maps[self.geometry.auxiliary_stage - 1], maps[-1]
+
+        if self.recipe.auxiliary_encoder == "ema":
+            return encode_without_gradient(encode, images, whole=self.network.mixes_samples)
+        return encode(images)
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
