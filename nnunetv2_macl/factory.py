@@ -1,16 +1,19 @@
-"""The model and the optimiser that a recipe asks for."""
+"""The model, the optimiser and the schedule of the learning rate that a recipe asks for."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from nnunetv2_macl.methods.base import Geometry
+from nnunetv2_macl.methods.base import Geometry, Method
 from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.networks.registry import pretrainable
 from nnunetv2_macl.nnunet import DatasetConfiguration
@@ -46,7 +49,18 @@ def build_model(
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the optimiser of a recipe, with a group of their own for modules whose learning rate does not decay.
+
+    Args:
+        network: The model that is pre-trained, compiled or not.
+        recipe: Names the optimiser and its settings.
+    """
+    methods = [module for module in network.modules() if isinstance(module, Method)]
+    constant = {p for m in methods for name in m.constant_rate_modules for p in m.get_submodule(name).parameters()}
     parameters = [p for p in network.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p not in constant]}]
+    if constant:
+        groups.append({"params": [p for p in parameters if p in constant], "schedule": "constant"})
     settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     if recipe.optimizer == "sgd":
@@ -58,7 +72,30 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     )
     if parameters[0].device.type == "cuda" and is_possible:
         settings["fused"] = True
-    return kind(parameters, **settings)
+    return kind(groups, **settings)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> LambdaLR:
+    """Return the schedule of the learning rate of each group that `build_optimizer` has made."""
+    schedules = [group.get("schedule", recipe.schedule) for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [partial(lr_factor, recipe, schedule=schedule) for schedule in schedules])
+
+
+def lr_factor(recipe: Recipe, step: int, schedule: str | None = None) -> float:
+    """Return the fraction of the recipe's learning rate at a step: linear warm-up, then the schedule to 0.
+
+    Args:
+        recipe: Of the run.
+        step: Number of the step.
+        schedule: Replaces the schedule of the recipe.
+    """
+    steps = recipe.num_epochs * recipe.num_iterations_per_epoch
+    warmup = round(recipe.learning_rate_warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    factors = {"cosine": (1 + math.cos(math.pi * done)) / 2, "poly": (1 - done) ** 0.9, "constant": 1.0}
+    return factors[schedule or recipe.schedule]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -70,6 +70,11 @@ class Recipe(MethodConfig):
         return any(method.compares_positions for method in methods_of(self.method))
 
     @property
+    def uses_neighbours(self) -> bool:
+        """Return whether the views show a neighbour of each patch."""
+        return any(method.uses_neighbours for method in methods_of(self.method))
+
+    @property
     def trains_in_stages(self) -> bool:
         """Return whether some weights get their first gradient later than others."""
         return any(method.trains_in_stages(self) for method in methods_of(self.method))

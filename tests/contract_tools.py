@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,17 +14,16 @@ import steps
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from nnunetv2_macl import distributed
 from nnunetv2_macl.data import draw_corner
-from nnunetv2_macl.factory import build_model, build_optimizer
+from nnunetv2_macl.factory import build_model, build_optimizer, build_schedule
 from nnunetv2_macl.methods.registry import all_methods, methods_of
 from nnunetv2_macl.networks.base import class_name
 from nnunetv2_macl.networks.registry import families
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.synthetic import generate_dataset
-from nnunetv2_macl.training.step import TrainingStep, lr_factor
+from nnunetv2_macl.training.step import TrainingStep
 
 # A batch that neither two ranks nor parts divide.
 PATCHES = 5
@@ -161,7 +159,7 @@ def prepare(
     if distributed.world_size() > 1:
         distributed.synchronise_batch_norm(model)
     optimizer = build_optimizer(model, recipe)
-    schedule = LambdaLR(optimizer, partial(lr_factor, recipe))
+    schedule = build_schedule(optimizer, recipe)
     step = TrainingStep(model, optimizer, schedule, None, plan, torch.device("cpu"))
     return Prepared(step, network, configuration)
 
