@@ -67,11 +67,13 @@ def training_step(
 
 
 def batch(step: TrainingStep) -> dict[str, Tensor]:
-    """Return a batch of noise of the size that the plan has."""
+    """Return a batch of noise of the size that the plan has, with neighbours where a method asks for them."""
     generator = torch.Generator().manual_seed(0)
     patches, channels = step.plan.batch_size, step.model.network.image_channels
     return {
-        "data": torch.randn(patches, channels, *step.plan.patch_size, generator=generator),
+        "data": torch.randn(
+            patches * (1 + step.model.uses_neighbours), channels, *step.plan.patch_size, generator=generator
+        ),
         "positions": torch.rand(patches, 3, generator=generator),
     }
 

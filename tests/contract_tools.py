@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from nnunetv2_macl import distributed
-from nnunetv2_macl.data import draw_corner
+from nnunetv2_macl.data import draw_corner, neighbour_corners
 from nnunetv2_macl.factory import build_model, build_optimizer, build_schedule
 from nnunetv2_macl.methods.registry import all_methods, methods_of
 from nnunetv2_macl.networks.base import class_name
@@ -187,19 +187,26 @@ def batch_of(step: TrainingStep, volumes: list[Tensor], number: int) -> dict[str
     size, channels = step.plan.patch_size, step.model.network.image_channels
     whole = [1] * (3 - len(size)) + size
     drawn = np.random.default_rng(number)
-    patches, positions = [], []
+    patches, neighbours, positions = [], [], []
+
+    def cut(volume: Tensor, corner: np.ndarray) -> Tensor:
+        place = [slice(first, first + n) for first, n in zip(corner, whole, strict=True)]
+        return volume[(slice(None), *place)].reshape(channels, *size)
+
     for _ in range(step.plan.batch_size):
         volume = volumes[drawn.integers(len(volumes))][:channels]
         # A volume may be thinner than the patch.
         short = [max(0, n - available) for n, available in zip(whole, volume.shape[1:], strict=True)]
         volume = nn.functional.pad(volume, [width for n in reversed(short) for width in (0, n)])
         corner = draw_corner(volume.shape[1:], whole, drawn)
-        place = [slice(first, first + n) for first, n in zip(corner, whole, strict=True)]
-        patches.append(volume[(slice(None), *place)].reshape(channels, *size))
+        patches.append(cut(volume, corner))
+        if step.model.uses_neighbours:
+            neighbours.append(cut(volume, neighbour_corners(corner, volume.shape[1:], whole, drawn)[0]))
         positions.append([(first + n / 2) / m for first, n, m in zip(corner, whole, volume.shape[1:], strict=True)])
     mine = slice(step.first, step.last)
     dtype = next(step.model.parameters()).dtype
-    return {"data": torch.stack(patches).to(dtype)[mine], "positions": torch.tensor(positions)[mine].float()}
+    data = torch.stack(patches[mine] + neighbours[mine]).to(dtype)
+    return {"data": data, "positions": torch.tensor(positions)[mine].float()}
 
 
 def state_of(step: TrainingStep) -> Iterator[tuple[str, Tensor]]:

@@ -6,6 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunetv2_macl.methods.config import AUTO
+
+# MoCo's queue of 65,536 keys holds 256 batches of 256 images.
+_BATCHES = 256
+
+
+def queue_length(asked: int | str, batch_size: int) -> int:
+    """Return the number of vectors of a queue. ``auto`` is 256 batches, so that the oldest vector is as old as published.
+
+    A queue has as many batches and not as many vectors as published, because the age of its vectors is what limits its length:
+    the momentum encoder that made them moves on with every step. With fewer images than vectors a queue holds several views of
+    each image, and the fraction of vectors that are of the query's own image stays one in the number of images.
+    """
+    return _BATCHES * batch_size if asked == AUTO else int(asked)
+
 
 class EmbeddingQueue(nn.Module):
     """Holds the newest unit vectors, first in, first out.
