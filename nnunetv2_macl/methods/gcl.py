@@ -24,7 +24,8 @@ from nnunetv2_macl.losses import PartitionContrastiveLoss, partition_masks, regi
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom
 from nnunetv2_macl.methods.config import AUTO
 from nnunetv2_macl.methods.heads import GlobalProjectionHead
-from nnunetv2_macl.methods.simclr import SimCLR, SimCLRConfig, TwoViews
+from nnunetv2_macl.methods.image_level import TwoViews
+from nnunetv2_macl.methods.simclr import SimCLR, SimCLRConfig
 from nnunetv2_macl.networks.base import PretrainableNetwork
 
 # The random numbers of regions are another stream than those of the views.
