@@ -7,6 +7,7 @@ Source: Zeng et al., "Multi-level Asymmetric Contrastive Learning for Medical Im
 Volumetric Medical Image Segmentation", MICCAI 2021, https://arxiv.org/abs/2106.09157.
 """
 
+from nnunetv2_macl.losses.clustering import sinkhorn, swapped_prediction
 from nnunetv2_macl.losses.contrastive import (
     DenseContrastiveLoss,
     PositionalContrastiveLoss,
@@ -47,4 +48,6 @@ __all__ = [
     "reference_values",
     "region_contrast",
     "similarities_on_meta",
+    "sinkhorn",
+    "swapped_prediction",
 ]

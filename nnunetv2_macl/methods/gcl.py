@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.losses import PartitionContrastiveLoss, partition_masks, region_contrast
-from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom
+from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.config import AUTO
 from nnunetv2_macl.methods.heads import GlobalProjectionHead
 from nnunetv2_macl.methods.image_level import TwoViews
@@ -110,7 +110,7 @@ class _Numbers(NamedTuple):
     regions: Tensor
 
 
-class _RegionViews(TwoViews):
+class _RegionViews(Views):
     """Two random views of each patch in the first half of a run. In the second half they differ in their intensities alone.
 
     Args:
@@ -120,19 +120,19 @@ class _RegionViews(TwoViews):
     """
 
     def __init__(self, geometry: Geometry, recipe: Any, cells: int, regions: int) -> None:
-        super().__init__(geometry, recipe)
+        self.two = TwoViews(geometry, recipe)
         self.cells, self.regions = cells, regions
 
     def draw(self, random: StepRandom) -> _Numbers:
         generator = random.generator(_REGION_STREAM)
         orders = [torch.randperm(self.cells, generator=generator) for _ in range(random.batch_size)]
-        return _Numbers(super().draw(random), torch.stack(orders)[random.part, : self.regions])
+        return _Numbers(self.two.draw(random), torch.stack(orders)[random.part, : self.regions])
 
     def make(self, patches: Tensor, numbers: _Numbers, progress: Progress) -> dict[str, Tensor]:
         """Return ``first`` and ``second``, and in the second half ``regions``, the numbers of the regions to compare."""
         if not progress.is_second_half:
-            return super().make(patches, numbers.views, progress)
-        first, second = (self.intensity.apply(patches, changes) for changes in numbers.views.intensity)
+            return self.two.make(patches, numbers.views, progress)
+        first, second = (self.two.intensity.apply(patches, changes) for changes in numbers.views.intensity)
         return {"first": first, "second": second, "regions": numbers.regions}
 
 
