@@ -1,9 +1,8 @@
 """DeSD: maps at several depths of the network predict what an averaged teacher makes of another view at its deepest map.
 
-Source: Ye et al., "DeSD: Self-Supervised Learning with Deep Self-Distillation for 3D Medical Image Segmentation", MICCAI 2022, and
-DINO, Caron et al., ICCV 2021, https://arxiv.org/abs/2104.14294. Departures: 4,096 outputs instead of 60,000, because the published
-heads would have more weights than the network, for far fewer images; 512 outputs are what the authors of MACL seem to have used.
-Pooled features are standardised over the batch before the heads. The weights that are exported are those of the trained network;
+Source: Ye et al., "DeSD: Self-Supervised Learning with Deep Self-Distillation for 3D Medical Image Segmentation", MICCAI 2022,
+and DINO, Caron et al., ICCV 2021, https://arxiv.org/abs/2104.14294. Departures: 4,096 outputs instead of 60,000, because the
+published heads would have more weights than the network; 512 outputs are what the authors of MACL seem to have used. Pooled features are standardised over the batch before the heads. The weights that are exported are those of the trained network;
 the published ones are those of the teacher, its average.
 """
 
@@ -35,6 +34,7 @@ class DeSDConfig(ImageViewKeys):
         4, description="number of the deepest maps that predict the teacher, fewer where the network has fewer"
     )
     outputs: Annotated[int, Field(ge=2)] = Field(4096, description="K, length of the vectors that are compared")
+    hidden: Count = Field(2048, description="length of the hidden vectors of the heads")
     temperature: Positive = Field(0.1, description="τ of the student")
     teacher_temperature: Positive = Field(0.07, description="τ of the teacher, after a linear rise from 0.04")
     teacher_warmup: Fraction = Field(
@@ -68,7 +68,9 @@ class DeSD(ImageLevelMethod):
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__(network, geometry, recipe)
         levels = [*network.encoder_levels, *network.decoder_levels][-recipe.depths :]
-        self.heads = nn.ModuleList(DistillationHead(level.channels, recipe.outputs) for level in levels)
+        self.heads = nn.ModuleList(
+            DistillationHead(level.channels, recipe.outputs, hidden=recipe.hidden) for level in levels
+        )
         self.teacher_network = averaged_copy(network)
         self.teacher_head = averaged_copy(self.heads[-1])
         self.loss = DistillationLoss(recipe.outputs, recipe.temperature, recipe.centre_momentum)

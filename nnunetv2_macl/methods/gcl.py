@@ -23,7 +23,6 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.losses import PartitionContrastiveLoss, partition_masks, region_contrast
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.config import AUTO
-from nnunetv2_macl.methods.heads import GlobalProjectionHead
 from nnunetv2_macl.methods.image_level import TwoViews
 from nnunetv2_macl.methods.simclr import SimCLR, SimCLRConfig
 from nnunetv2_macl.networks.base import PretrainableNetwork
@@ -183,13 +182,16 @@ class GCL(GCLImage):
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__(network, geometry, recipe)
-        # The image level reads the bottleneck, because it trains the encoder alone.
-        self.head = GlobalProjectionHead(network.encoder_levels[-1].channels, recipe.embedding_dim)
         level = network.decoder_levels[-1]
         grid = [n // stride for n, stride in zip(geometry.patch_size, level.stride, strict=True)]
         edge, cells = _region_edge(grid)
         self.region_head = RegionHead(level.channels, recipe.embedding_dim, edge, len(grid))
         self.views = _RegionViews(geometry, recipe, cells, min(cells, _REGIONS))
+
+    @property
+    def channels(self) -> int:
+        """Return the channels of the bottleneck, which the image level reads because it trains the encoder alone."""
+        return self.network.encoder_levels[-1].channels
 
     @classmethod
     def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:

@@ -100,8 +100,8 @@ class DenseProjectionHead(nn.Sequential):
 class DistillationHead(nn.Module):
     """Layers with batch norm and GELU, then cosine similarities to learned directions: (N, C) -> (N, outputs).
 
-    Source: DINO, Caron et al., ICCV 2021, https://arxiv.org/abs/2104.14294, appendix C, with batch norm as in DeSD. The directions
-    are the weight-normalised last layer. The input is standardised over the batch first, see `GlobalProjectionHead`.
+    Source: DINO, Caron et al., ICCV 2021, https://arxiv.org/abs/2104.14294, appendix C, with batch norm as in DeSD. The
+    directions are the weight-normalised last layer. The input is standardised over the batch first, see `GlobalProjectionHead`.
 
     Args:
         channels: C.

@@ -61,12 +61,14 @@ class MoCo(ImageLevelMethod):
         self.queue = EmbeddingQueue(queue_length(recipe.queue_length, geometry.batch_size), embedding_dim)
 
     def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        (key,) = encode_without_gradient(
-            lambda part: (self.last_map(self.momentum_network, part),),
-            views["second"],
-            whole=self.network.mixes_samples,
+        return {"query": self.last_map(self.network, views["first"]), "key": self.momentum_map(views["second"])}
+
+    def momentum_map(self, images: Tensor) -> Tensor:
+        """Return the map of the momentum encoder that is compared, without gradient."""
+        (maps,) = encode_without_gradient(
+            lambda part: (self.last_map(self.momentum_network, part),), images, whole=self.network.mixes_samples
         )
-        return {"query": self.last_map(self.network, views["first"]), "key": key}
+        return maps
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"query": self.head(features["query"]), "key": self.momentum_head(features["key"].detach())}
