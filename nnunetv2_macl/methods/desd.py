@@ -2,8 +2,9 @@
 
 Source: Ye et al., "DeSD: Self-Supervised Learning with Deep Self-Distillation for 3D Medical Image Segmentation", MICCAI 2022,
 and DINO, Caron et al., ICCV 2021, https://arxiv.org/abs/2104.14294. Departures: 4,096 outputs instead of 60,000, because the
-published heads would have more weights than the network; 512 outputs are what the authors of MACL seem to have used. Pooled features are standardised over the batch before the heads. The weights that are exported are those of the trained network;
-the published ones are those of the teacher, its average.
+published heads would have more weights than the network; 512 outputs are what the authors of MACL seem to have used. Pooled
+features are standardised over the batch before the heads. The exported weights are those of the trained network; the published
+ones are those of the teacher, its average.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """DiRA: contrast of whole images, restoration of the whole patch by the full decoder, and an adversary of what is restored.
 
 Source: Haghighi et al., CVPR 2022, https://arxiv.org/abs/2204.10437, Eq. 1 to 4, on MoCo v2. Departures: nnU-Net's images have no
-range, so what is restored does not pass a sigmoid. Distortions act on the blocks of the image behind the voxels of the bottleneck.
-One optimiser trains network and adversary in the same step; the learning rate of the adversary does not decay, as published.
+range, so what is restored does not pass a sigmoid. Distortions act on blocks of the image, one per voxel of the bottleneck. One
+optimiser trains network and adversary in the same step; the learning rate of the adversary does not decay, as published.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import prod
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -45,18 +46,19 @@ class PatchAdversary(nn.Sequential):
     """
 
     def __init__(self, image_channels: int, size: Sequence[int]) -> None:
-        axes, left = len(size), list(size)
+        left = list(size)
+        conv: Any = _CONV[len(size)]
         layers: list[nn.Module] = []
         for before, after in pairwise((image_channels, *_ADVERSARY_CHANNELS)):
             is_last = after == _ADVERSARY_CHANNELS[-1]
             stride = [1 if is_last or n < _SMALLEST_AXIS else 2 for n in left]
             left = [-(-n // step) for n, step in zip(left, stride, strict=True)]
             has_norm = before != image_channels
-            layers.append(_CONV[axes](before, after, 3, stride, padding=1, bias=not has_norm))
+            layers.append(conv(before, after, 3, stride, padding=1, bias=not has_norm))
             if has_norm:
-                layers.append(_INSTANCE_NORM[axes](after))
+                layers.append(_INSTANCE_NORM[len(size)](after))
             layers.append(nn.LeakyReLU(0.2))
-        super().__init__(*layers, _CONV[axes](_ADVERSARY_CHANNELS[-1], 1, 3, padding=1))
+        super().__init__(*layers, conv(_ADVERSARY_CHANNELS[-1], 1, 3, padding=1))
 
     def error(self, images: Tensor, label: float, *, fixed: bool = False) -> Tensor:
         """Return the mean squared difference between the judgement and a label, (N,).
@@ -104,8 +106,8 @@ class _DistortedViews(Views):
         self.two = TwoViews(geometry, recipe)
         self.grid = [n // b for n, b in zip(geometry.patch_size, block, strict=True)]
         self.unnormalised = tuple(geometry.channels_without_zscore)
-        cells = int(torch.tensor(self.grid).prod())
-        self.cells, self.distorted = cells, round(recipe.distorted_share * cells)
+        self.cells = prod(self.grid)
+        self.distorted = round(recipe.distorted_share * self.cells)
 
     def draw(self, random: StepRandom) -> _Numbers:
         """Return the numbers of the views, and for each view and patch its blocks in random order."""
