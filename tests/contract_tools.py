@@ -35,6 +35,9 @@ RECIPES = {name: {"method": name} | LIGHT.get(name, {}) for name in all_methods(
     "macl+restoration": {"method": "macl+restoration"},
     "macl_averaged_encoder": {"method": "macl", "auxiliary_encoder": "ema"},
     "macl_two_stages": {"method": "macl", "training_stages": 2},
+    # With their defaults, heads and views would take much longer than the small networks.
+    "desd": {"method": "desd", "hidden": 32, "outputs": 32},
+    "swav": {"method": "swav", "prototypes": 16, "queue_length": 8, "small_views": 2},
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -94,3 +95,29 @@ class DenseProjectionHead(nn.Sequential):
             ]
 
         super().__init__(*block(in_channels), *block(out_channels))
+
+
+class DistillationHead(nn.Module):
+    """Layers with batch norm and GELU, then cosine similarities to learned directions: (N, C) -> (N, outputs).
+
+    Source: DINO, Caron et al., ICCV 2021, https://arxiv.org/abs/2104.14294, appendix C, with batch norm as in DeSD. The
+    directions are the weight-normalised last layer. The input is standardised over the batch first, see `GlobalProjectionHead`.
+
+    Args:
+        channels: C.
+        outputs: Number of directions.
+        hidden: Length of the two hidden vectors.
+        bottleneck: Length of the vector that is compared with the directions.
+    """
+
+    def __init__(self, channels: int, outputs: int, *, hidden: int = 2048, bottleneck: int = 256) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.BatchNorm1d(channels)]
+        for before in (channels, hidden):
+            layers += [nn.Linear(before, hidden, bias=False), nn.BatchNorm1d(hidden), nn.GELU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
+        self.directions = nn.Linear(bottleneck, outputs, bias=False)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        vectors = F.normalize(self.layers(vectors), dim=1)
+        return F.linear(vectors, F.normalize(self.directions.weight, dim=1).to(vectors.dtype))
