@@ -101,7 +101,9 @@ def _corner_range(size: np.ndarray, patch: np.ndarray) -> tuple[np.ndarray, np.n
 def neighbour_corners(
     corner: np.ndarray, shape: Sequence[int], patch_size: Sequence[int], generator: np.random.Generator
 ) -> list[np.ndarray]:
-    """Return the corners of the neighbours of a patch in random order, each shifted along one axis.
+    """Return the corners of the neighbours of a patch, each shifted along one axis.
+
+    Those come first that the volume lets be as far away as they should be. Otherwise their order is random.
 
     Args:
         corner: Of the patch, voxels.
@@ -115,8 +117,10 @@ def neighbour_corners(
     shifts = np.array(
         [np.eye(len(patch), dtype=int)[a] * sign * max(1, patch[a] // 2) for a in axes for sign in (1, -1)]
     )
-    moved = np.clip(corner + shifts, *_corner_range(np.asarray(shape), patch))
-    return [other for other in generator.permutation(moved) if (other != corner).any()]
+    shifts = generator.permutation(shifts)
+    moved = np.clip(corner + shifts, *_corner_range(np.asarray(shape), patch)) - corner
+    distances = np.abs(moved).sum(1) / np.abs(shifts).sum(1)
+    return [corner + moved[n] for n in np.argsort(-distances, kind="stable") if distances[n]]
 
 
 def position(corner: np.ndarray, patch_size: Sequence[int], shape: Sequence[int]) -> np.ndarray:

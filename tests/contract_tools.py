@@ -28,11 +28,16 @@ from nnunetv2_macl.training.step import TrainingStep
 # A batch that neither two ranks nor parts divide.
 PATCHES = 5
 STEPS_OF_AN_EPOCH = 15
+# Published heads are so wide that they would take most of the time.
+LIGHT = {name: {"head": "light"} for name, method in all_methods().items() if "head" in method.Config.model_fields}
 # Each registered method with its defaults, and what methods can be beyond: a sum, averaged copies, stages of training.
-RECIPES = {name: {"method": name} for name in all_methods()} | {
+RECIPES = {name: {"method": name} | LIGHT.get(name, {}) for name in all_methods()} | {
     "macl+restoration": {"method": "macl+restoration"},
     "macl_averaged_encoder": {"method": "macl", "auxiliary_encoder": "ema"},
     "macl_two_stages": {"method": "macl", "training_stages": 2},
+    # With their defaults, heads and views would take much longer than the small networks.
+    "desd": {"method": "desd", "hidden": 32, "outputs": 32},
+    "swav": {"method": "swav", "prototypes": 16, "queue_length": 8, "small_views": 2},
 }
 
 

@@ -15,6 +15,8 @@ from nnunetv2_macl.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A page that a script writes is looked up and not read, so it may be long.
+WRITTEN = [page for page in PAGES if page.parent.name == "docs" and page.name != "recipe_keys.md"]
 COMMANDS = {
     name: getattr(importlib.import_module(module), entry)
     for name, module, entry in re.findall(
@@ -33,7 +35,7 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target.partition("#")[0]).exists(), target
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
 def test_pages_are_short(page):
     assert len(page.read_text().splitlines()) <= 100
 

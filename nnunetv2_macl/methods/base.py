@@ -242,7 +242,8 @@ class Method(nn.Module, ABC):
             progress: How far the run is.
 
         Returns:
-            Scalars; without `couples_samples` one value for each patch.
+            Scalars; without `couples_samples` one value for each patch. A method that trains in stages may leave out a loss in an
+            epoch that does not train it.
         """
 
     def copy_network(self) -> None:

@@ -129,6 +129,20 @@ def own_patch(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> tu
     return size.tolist(), deepest
 
 
+def smaller_patch(patch_size: Sequence[int], multiple: Sequence[int], fraction: float) -> list[int]:
+    """Return the size of a view that is smaller than the patch, and whose bottleneck has more than one voxel.
+
+    Args:
+        patch_size: Of the large views, a multiple of ``multiple``, voxels per axis.
+        multiple: What a size must be divisible by, per axis.
+        fraction: Wanted fraction of the patch's edge.
+    """
+    patch, step = np.asarray(patch_size), np.asarray(multiple)
+    size = np.maximum(np.floor(patch * fraction / step + 0.5), 1).astype(int) * step
+    _enlarge(size, step, patch)
+    return size.tolist()
+
+
 def _enlarge(size: np.ndarray, step: np.ndarray, patch: np.ndarray) -> None:
     """Enlarge a size by whole steps until the bottleneck is large enough. The axis that is smallest for its patch grows first."""
     while np.prod(size // step) < _MIN_BOTTLENECK[len(patch)]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import log
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from nnunetv2_macl.losses import queue_contrast
 from nnunetv2_macl.methods.averaging import averaged_copy, encode_without_gradient, update_average
 from nnunetv2_macl.methods.base import Geometry, Progress
-from nnunetv2_macl.methods.config import AUTO, Auto, Count, Fraction, HeadKey, ImageViewKeys, Positive
+from nnunetv2_macl.methods.config import AUTO, Auto, Count, Fraction, HeadKey, ImageViewKeys, MethodConfig, Positive
 from nnunetv2_macl.methods.heads import GlobalProjectionHead
 from nnunetv2_macl.methods.image_level import ImageLevelMethod
 from nnunetv2_macl.methods.queue import EmbeddingQueue, queue_length
@@ -45,7 +45,7 @@ class MoCo(ImageLevelMethod):
     """
 
     name = "moco"
-    Config = MoCoConfig
+    Config: ClassVar[type[MethodConfig]] = MoCoConfig
     loss_labels = {"queue": "L_q, image level"}
     reference_labels = {"queue_collapse": "collapse: one embedding for every image"}
     referenced_losses = ("queue",)
@@ -61,12 +61,14 @@ class MoCo(ImageLevelMethod):
         self.queue = EmbeddingQueue(queue_length(recipe.queue_length, geometry.batch_size), embedding_dim)
 
     def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        (key,) = encode_without_gradient(
-            lambda part: (self.last_map(self.momentum_network, part),),
-            views["second"],
-            whole=self.network.mixes_samples,
+        return {"query": self.last_map(self.network, views["first"]), "key": self.momentum_map(views["second"])}
+
+    def momentum_map(self, images: Tensor) -> Tensor:
+        """Return the map of the momentum encoder that is compared, without gradient."""
+        (maps,) = encode_without_gradient(
+            lambda part: (self.last_map(self.momentum_network, part),), images, whole=self.network.mixes_samples
         )
-        return {"query": self.last_map(self.network, views["first"]), "key": key}
+        return maps
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"query": self.head(features["query"]), "key": self.momentum_head(features["key"].detach())}

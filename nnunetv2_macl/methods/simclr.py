@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnunetv2_macl.losses import PositionalContrastiveLoss
 from nnunetv2_macl.methods.base import Geometry, Progress
@@ -44,7 +44,7 @@ class SimCLR(ImageLevelMethod, ContrastiveMethod):
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__(network, geometry, recipe)
         self.head = GlobalProjectionHead(self.channels, recipe.embedding_dim)
-        self.loss = PositionalContrastiveLoss(threshold=self.threshold(), **self.loss_settings(recipe))
+        self.loss: nn.Module = PositionalContrastiveLoss(threshold=self.threshold(), **self.loss_settings(recipe))
 
     def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         first, second = self.last_map(self.network, torch.cat((views["first"], views["second"]))).chunk(2)
@@ -57,7 +57,7 @@ class SimCLR(ImageLevelMethod, ContrastiveMethod):
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
         loss = self.loss(embeddings["first"], embeddings["second"], positions)
-        (name,) = self.loss_labels
+        (name,) = self.referenced_losses
         return {name: loss, "total": loss}
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

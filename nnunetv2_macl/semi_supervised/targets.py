@@ -79,5 +79,5 @@ def targets_of(labels: LabelManager) -> Targets:
 
 
 def ignore_label_of(labels: LabelManager) -> int:
-    """Return the ignore label of a data set, or the value that nnU-Net would want it to have."""
-    return labels.ignore_label if labels.ignore_label is not None else max(labels.all_labels) + 1
+    """Return the ignore label of a data set, or the one that nnU-Net would want it to have: the next after the others."""
+    return int(max(labels.all_labels)) + 1

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -51,6 +53,9 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
     """
 
     semi: SemiSettings = SemiSettings()
+    label_manager: LabelManager
+    # None before the training starts and after it ends
+    teacher: Any
 
     def __init__(
         self,
@@ -62,7 +67,7 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.targets = targets_of(self.label_manager)
-        self.teacher: nn.Module | None = None
+        self.teacher = None
         self.steps_done = 0
 
     @exit_on_user_error
@@ -88,9 +93,14 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
         labels = self.dataset_json["labels"] | {"ignore": ignore_label_of(own)}
         self.label_manager = self.plans_manager.get_label_manager(self.dataset_json | {"labels": labels})
         try:
-            return self._build_loss()
+            loss = self._build_loss()
         finally:
             self.label_manager = own
+        whole = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
+        if isinstance(whole, DC_and_BCE_loss) and not own.has_ignore_label:
+            # With an ignore label nnU-Net sums the cross-entropy over the regions, and without one it takes the mean.
+            whole.weight_ce /= len(own.foreground_regions)
+        return loss
 
     # --- unlabelled images -------------------------------------------------------------------------------------------------
 
@@ -105,17 +115,18 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
         the fold.
 
         Raises:
-            UserError: There are none, or an image cannot be used.
+            UserError: There are none, or the regular expression of the patients does not match a name.
         """
         configuration = self._configuration
         file = plan_file(configuration)
         plan = read_plan(file) if file.is_file() else None
         with log_to(self.print_to_log_file):
+            # nnU-Net's command has no option to leave images out, and the log names those that are left out.
             unlabelled = preprocess_unlabelled(
                 configuration,
                 plan.unlabelled_datasets if plan else [],
                 processes=current_processes(),
-                skip_unreadable=plan.skip_unreadable if plan else False,
+                skip_unreadable=True,
                 channel_map=plan.channel_map if plan else None,
             ).cases
         training, validation = map(set, self.do_split())
@@ -133,7 +144,7 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
             f"fold. Kept out: {pluralise(len(held_out), 'validation case')} and {len(cases) - len(kept)} other images of "
             "their patients"
         )
-        if GROUP_VARIABLE not in os.environ and held_out:
+        if not os.environ.get(GROUP_VARIABLE) and held_out:
             self.print_to_log_file(
                 "Each case counts as a patient of its own. If several images are of one patient, say which part of a case's "
                 f"name is the patient, for example: export {GROUP_VARIABLE}='^[^_]+'",
@@ -144,9 +155,8 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
     def _without_patients(self, cases: list[Case], held_out: set[str]) -> list[Case]:
         """Return the cases that are of none of the patients of the held-out cases."""
         names = [case.name for case in cases]
-        patients = patients_of(
-            [*names, *sorted(held_out)], os.environ.get(GROUP_VARIABLE), f"The variable {GROUP_VARIABLE}"
-        )
+        group_regex = os.environ.get(GROUP_VARIABLE) or None
+        patients = patients_of([*names, *sorted(held_out)], group_regex, f"The variable {GROUP_VARIABLE}")
         theirs = {patients[name] for name in held_out}
         return [case for case in cases if patients[case.name] not in theirs]
 
@@ -237,6 +247,11 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
             f"unlabelled_loss {np.mean(outputs['unlabelled_loss']):.4f}, weight {weight:.3f}, voxels that the teacher labelled "
             f"{np.mean(outputs['confident']):.1%}"
         )
+
+    def on_train_end(self) -> None:
+        # Only a training that continues needs the teacher.
+        self.teacher = None
+        super().on_train_end()
 
     # --- checkpoints -------------------------------------------------------------------------------------------------------
 

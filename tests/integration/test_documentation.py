@@ -37,6 +37,7 @@ srun() { "$@"; }
 nnUNetv2_train() {
   local arguments=("${@/%nnUNetTrainerMACL/nnUNetTrainerMACL_quick}")
   arguments=("${arguments[@]/%nnUNetTrainerMACLPaper/nnUNetTrainerMACLPaper_quick}")
+  arguments=("${arguments[@]/%nnUNetTrainerMACLSemi/nnUNetTrainerMACLSemi_quick}")
   nnUNet_extTrainer="$nnUNet_extTrainer:$QUICK" command nnUNetv2_train "${arguments[@]}" -device cpu
 }
 nnUNetv2_macl_compare() {
@@ -45,9 +46,13 @@ nnUNetv2_macl_compare() {
     --disable_tta -device cpu -np 1
 }
 nnUNetv2_macl_collect() { command nnUNetv2_macl_collect "$@" --private_folder private -np 1; }
-nnUNetv2_predict() { command nnUNetv2_predict "${@/%nnUNetTrainerMACL/nnUNetTrainerMACL_quick}" -device cpu; }
+nnUNetv2_predict() {
+  local arguments=("${@/%nnUNetTrainerMACL/nnUNetTrainerMACL_quick}")
+  command nnUNetv2_predict "${arguments[@]/%nnUNetTrainerMACLSemi/nnUNetTrainerMACLSemi_quick}" -device cpu
+}
 """
 QUICK = """
+from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper
 
@@ -57,6 +62,15 @@ class nnUNetTrainerMACLPaper_quick(nnUNetTrainerMACLPaper):
 
 
 class nnUNetTrainerMACL_quick(nnUNetTrainerMACL):
+    finetuning_epochs = 1
+
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_iterations_per_epoch = 1
+        self.num_val_iterations_per_epoch = 1
+
+
+class nnUNetTrainerMACLSemi_quick(nnUNetTrainerMACLSemi):
     finetuning_epochs = 1
 
     def __init__(self, plans, configuration, fold, dataset_json, device):
