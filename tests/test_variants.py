@@ -14,6 +14,9 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.networks.attention_unet import AttentionUNet
 from nnunetv2_macl.networks.registry import families, family_of
+from nnunetv2_macl.networks.rolling_unet import RollingUNet
+from nnunetv2_macl.networks.uctransnet import UCTransNet
+from nnunetv2_macl.networks.ukan import UKAN
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.network import explain_changes, plan_network, variants
 
@@ -28,7 +31,9 @@ class {QUICK}(nnUNetTrainerMACL):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 1
 """
-U_NET_2D = {"conv_op": nn.Conv2d, "kernel_sizes": [3] * 5, "strides": [1, 2, 2, 2, 2]}
+# What the variants take from a plan.
+U_NET = {"strides": [1, 2, 2, 2, 2, 2], "norm_op": nn.BatchNorm2d, "norm_op_kwargs": None}
+U_NET |= {"nonlin": nn.ReLU, "nonlin_kwargs": None}
 # What the authors' own implementations have, with 3 image channels and 1 output.
 PUBLISHED = {
     "attention_unet": (
@@ -36,13 +41,26 @@ PUBLISHED = {
         {
             "n_stages": 5,
             "features_per_stage": [64, 128, 256, 512, 1024],
+            "conv_op": nn.Conv2d,
+            "kernel_sizes": [3] * 5,
+            "strides": [1, 2, 2, 2, 2],
             "n_conv_per_stage": [2] * 5,
             "n_conv_per_stage_decoder": [2] * 4,
-            "norm_op": nn.BatchNorm2d,
-            **U_NET_2D,
         },
         34_878_573,
     ),
+    "uctransnet": (
+        UCTransNet,
+        {"features_per_stage": [64, 128, 256, 512, 512], "strides": [1, 2, 2, 2, 2], "position_grid": [14, 14]},
+        66_430_657,
+    ),
+    # their implementation has norms that it does not use
+    "rolling_unet_S": (RollingUNet, RollingUNet.planned(U_NET, [224, 224], "S"), 1_783_185 - 1_024),
+    "rolling_unet_M": (RollingUNet, RollingUNet.planned(U_NET, [224, 224], "M"), 7_098_401 - 2_048),
+    "rolling_unet_L": (RollingUNet, RollingUNet.planned(U_NET, [224, 224], "L"), 28_324_929 - 4_096),
+    "ukan_S": (UKAN, UKAN.planned(U_NET, [224, 224], "S"), 1_848_633),
+    "ukan_M": (UKAN, UKAN.planned(U_NET, [224, 224], "M"), 6_356_689),
+    "ukan_L": (UKAN, UKAN.planned(U_NET, [224, 224], "L"), 25_359_265),
 }
 
 
@@ -50,7 +68,7 @@ PUBLISHED = {
 def test_it_has_as_many_parameters_as_published(name):
     kind, arguments, parameters = PUBLISHED[name]
     with torch.device("meta"):
-        network = kind(input_channels=3, num_classes=1, **arguments)
+        network = kind(input_channels=3, num_classes=1, **{"norm_op": nn.BatchNorm2d} | arguments)
         images = torch.empty(2, 3, 224, 224)
     # The published networks have one segmentation layer, that of the largest map.
     weights = {key: value for key, value in network.named_parameters() if ".seg_layers." not in key}

@@ -160,3 +160,14 @@ class EncoderDecoderAdapter(PretrainableNetwork):
 def per_axis(strides: Sequence[Any], axes: int) -> list[list[int]]:
     """Return strides, or kernel sizes, that a plan gives as one number or one per axis, as one per axis."""
     return [[value] * axes if isinstance(value, int) else list(value) for value in strides]
+
+
+def first_strides(unet: Mapping[str, Any], stages: int) -> list[list[int]]:
+    """Return the strides of the first stages of a planned 2D U-Net, and 2 for stages that it does not have."""
+    strides = per_axis(unet["strides"], 2)[:stages]
+    return strides + [[2, 2]] * (stages - len(strides))
+
+
+def layers_of(unet: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the norm and the nonlinearity of a planned U-Net."""
+    return {key: unet[key] for key in ("norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs")}
