@@ -11,14 +11,17 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from nnunetv2_macl import checkpoints
+from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.networks.attention_unet import AttentionUNet
+from nnunetv2_macl.networks.base import class_name
 from nnunetv2_macl.networks.registry import families, family_of
 from nnunetv2_macl.networks.rolling_unet import RollingUNet
 from nnunetv2_macl.networks.uctransnet import UCTransNet
 from nnunetv2_macl.networks.ukan import UKAN
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.network import explain_changes, plan_network, variants
+from nnunetv2_macl.transfer import AS_IT_IS, NOT_TAKEN, TooLittleFitsError, plan_transfer
 
 QUICK = "nnUNetTrainerMACL_quick"
 TRAINER = f"""
@@ -184,6 +187,79 @@ def test_a_gate_is_trained_and_exported(tmp_path):
     after = checkpoints.load(tmp_path / checkpoints.DECODER_FILE)["network_weights"]
     kernels = [key for key in before if key.endswith(".conv.weight")]
     assert len(kernels) == 3 and all(not torch.equal(before[key], after[key]) for key in kernels)
+
+
+def architecture_of(name, features):
+    """Return an architecture of four or five stages with a norm that depends on their number."""
+    stages = len(features)
+    strides = [[1, 1]] + [[2, 2]] * (stages - 1)
+    unet = {
+        "n_stages": stages,
+        "features_per_stage": features,
+        "conv_op": "torch.nn.Conv2d",
+        "kernel_sizes": [[3, 3]] * stages,
+        "strides": strides,
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+        "norm_op": "torch.nn.InstanceNorm2d" if stages == 4 else "torch.nn.BatchNorm2d",
+        "norm_op_kwargs": {"affine": True},
+        "nonlin": "torch.nn.ReLU",
+        "nonlin_kwargs": None,
+    }
+    kind = variants()[name]
+    return {
+        "network_class_name": class_name(kind),
+        "arch_kwargs": kind.planned(unet, [32, 32], None),
+        "input_channels": 1,
+    }
+
+
+def network_of(architecture):
+    kwargs = architecture["arch_kwargs"]
+    named = [key for key, value in kwargs.items() if isinstance(value, str)]
+    return get_network_from_plans(architecture["network_class_name"], kwargs, named, 1, 3)
+
+
+def transfer(source, target):
+    """Transfer all weights that pre-training can train between two architectures."""
+    network = network_of(source)
+    adapter = family_of(type(network))(network, len(network.decoder.stages))
+    encoder, decoder = adapter.trained_weights()
+    state = network_of(target).state_dict()
+    return plan_transfer(PretrainedWeights([], encoder | decoder, source, {}), state, target)
+
+
+def test_weights_go_to_another_plan_of_the_same_network():
+    source = architecture_of("attention_unet", [4, 8, 12, 16, 20])
+    rows = {row.part: row for row in transfer(source, architecture_of("attention_unet", [4, 8, 12, 16])).rows}
+    for stage in range(4):
+        row = rows[f"encoder.stages.{stage}"]
+        assert row.how == AS_IT_IS and row.why == "BatchNorm2d there, InstanceNorm2d here"
+    # with its gate
+    for stage in range(3):
+        row = rows[f"decoder.stages.{stage}"]
+        assert row.taken == row.tensors and f"from decoder.stages.{stage + 1}" in row.why
+
+
+def test_weights_of_another_width_are_refused_by_stage():
+    with pytest.raises(TooLittleFitsError, match="features_per_stage is") as error:
+        transfer(architecture_of("rolling_unet", [4, 8, 16, 32]), architecture_of("rolling_unet", [6, 12, 24, 48]))
+    assert all(row.how == NOT_TAKEN for row in error.value.transfer.rows if row.is_encoder)
+
+
+def test_position_embeddings_of_another_patch_start_fresh():
+    source, target = (architecture_of("uctransnet", [4, 8, 12, 16]) for _ in range(2))
+    target["arch_kwargs"]["position_grid"] = [4, 4]
+    (row,) = [row for row in transfer(source, target).rows if row.part == "decoder.transformer"]
+    assert row.taken == row.tensors - 4 and "position_embeddings is [1, 16, 2, 2] there" in row.why
+
+
+@pytest.mark.parametrize("name", variants())
+def test_weights_of_another_network_are_refused_by_name(name):
+    other = "ukan" if name != "ukan" else "rolling_unet"
+    names = rf"{variants()[name].__name__} there and \S+{variants()[other].__name__} here"
+    with pytest.raises(UserError, match=names):
+        transfer(architecture_of(name, [4, 8, 12, 16]), architecture_of(other, [4, 8, 12, 16]))
 
 
 @pytest.mark.slow

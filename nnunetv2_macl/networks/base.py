@@ -113,7 +113,16 @@ class PretrainableNetwork(nn.Module):
             stages: The stage of each, as `stage_of` returns it.
             has_norm: Whether the stage takes weights of a norm.
         """
-        return []
+        (part, there), (_, here) = stages
+        compared: list[list[Any]] = []
+        strides = [_keyword(architecture, "strides") for architecture in (theirs, ours)]
+        if part == cls.encoder_stages and all(isinstance(values, list) for values in strides):
+            pairs = zip(strides, (there, here), strict=True)
+            compared.append(["stride ", *(values[n] if n < len(values) else None for values, n in pairs)])
+        if has_norm:
+            norms = [str(_keyword(architecture, "norm_op")).rpartition(".")[2] for architecture in (theirs, ours)]
+            compared.append(["", *norms])
+        return [f"{what}{one} there, {other} here" for what, one, other in compared if one != other]
 
     @property
     def mixes_samples(self) -> bool:
@@ -218,6 +227,10 @@ def check_adapter(family: type[PretrainableNetwork], network: nn.Module) -> None
 def class_name(network_type: type[nn.Module]) -> str:
     """Return the full name of a network type, as nnU-Net's plans give it."""
     return f"{network_type.__module__}.{network_type.__qualname__}"
+
+
+def _keyword(architecture: dict[str, Any], key: str) -> Any:
+    return (architecture.get("arch_kwargs") or {}).get(key)
 
 
 def _divided(size: list[int], stride: tuple[int, ...]) -> list[int]:
