@@ -83,7 +83,7 @@ class MemoryEstimate:
     def _peak(self, batch_size: int, at_once: int, mixed_precision: bool) -> int:
         dtype = torch.float16 if mixed_precision else torch.float32
         self.model.to(dtype)
-        for module in self.model.modules():
+        for module in self.model.methods.modules():
             # torch's autocast leaves the heads on pooled features, which are in float32, nearly as they are
             if isinstance(module, (nn.Linear, nn.BatchNorm1d)):
                 module.to(torch.float32)
