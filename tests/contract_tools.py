@@ -23,6 +23,7 @@ from nnunetv2_macl.factory import build_model, build_optimizer
 from nnunetv2_macl.methods.registry import all_methods, methods_of
 from nnunetv2_macl.networks.base import class_name
 from nnunetv2_macl.networks.registry import families
+from nnunetv2_macl.networks.unet import UNet
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.synthetic import generate_dataset
 from nnunetv2_macl.training.step import TrainingStep, lr_factor
@@ -60,6 +61,11 @@ class Case(NamedTuple):
         In 3D, where steps take long, it is that of the first half alone.
         """
         return (0, STEPS_OF_AN_EPOCH)[: 4 - self.axes]
+
+    @property
+    def is_quick(self) -> bool:
+        """Return whether the quick suite has the case: every recipe with a U-Net, and of other families one recipe in 2D."""
+        return families()[self.family] is UNet or (self.recipe == "macl+restoration" and self.axes == 2)
 
     @property
     def name(self) -> str:

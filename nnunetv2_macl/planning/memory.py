@@ -177,6 +177,23 @@ class _LiveMemory(TorchDispatchMode):
         self._now -= size
 
 
+def training_memory(network: nn.Module, batch_size: int, patch_size: Sequence[int]) -> int:
+    """Return the most bytes that the tensors of a segmentation network's training step take, without its weights.
+
+    Args:
+        network: On the meta device. It returns one map or a list of them.
+        batch_size: N.
+        patch_size: Voxels per axis.
+    """
+    channels = next(network.parameters()).shape[1]
+    with _LiveMemory(int) as memory:
+        images = torch.empty(batch_size, channels, *patch_size, device="meta")
+        outputs = network(images)
+        maps = outputs if isinstance(outputs, list) else [outputs]
+        torch.autograd.grad([values.sum() for values in maps], list(network.parameters()), allow_unused=True)
+    return memory.most
+
+
 class BatchSizes(NamedTuple):
     """The batch, how many of its patches are computed at a time, and the reason for each."""
 
