@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -49,9 +49,17 @@ class PlannedNetwork(nn.Module):
         **arguments: Further arguments of the network.
 
     Attributes:
+        variant: What the command calls the network that writes a plan with it.
+        axes: The numbers of axes for which there is such a network.
+        sizes: The names of the sizes that its source has.
+        total_stride: Stride of the network's smallest map, the same on each axis, an even number.
         channel_arguments: What the network calls ``input_channels`` and ``num_classes``.
     """
 
+    variant: ClassVar[str]
+    axes: ClassVar[tuple[int, ...]] = (2, 3)
+    sizes: ClassVar[tuple[str, ...]] = ()
+    total_stride: ClassVar[int]
     channel_arguments: ClassVar[tuple[str, str]] = ("input_channels", "num_classes")
 
     def __init__(
@@ -70,11 +78,22 @@ class PlannedNetwork(nn.Module):
         """Segment (N, input_channels, *size), as `SegmentationOutputs` says."""
         return self.decoder(super().forward(images))  # type: ignore[misc]
 
+    @classmethod
+    def planned(cls, unet: Mapping[str, Any], patch_size: Sequence[int], size: str | None) -> dict[str, Any]:
+        """Return the arguments of such a network in the place of a U-Net that nnU-Net has planned.
 
-def two_resolutions(total: Sequence[int]) -> list[list[int]]:
-    """Return the strides for the plan of a `PlannedNetwork`: outputs at full and half resolution, and the total stride.
+        Args:
+            unet: `arch_kwargs` of the U-Net.
+            patch_size: Of nnU-Net's plan, voxels per axis.
+            size: One of `sizes`. None takes the one that its source reports.
 
-    Args:
-        total: Stride of the network's smallest map, per axis, each an even number.
-    """
-    return [[1] * len(total), [2] * len(total), [stride // 2 for stride in total]]
+        Returns:
+            Plain JSON values. By ``strides``, there are outputs at full and at half resolution.
+        """
+        axes = len(patch_size)
+        return {"strides": [[1] * axes, [2] * axes, [cls.total_stride // 2] * axes]}
+
+
+def whole_multiples(patch_size: Sequence[int], total: Sequence[int]) -> list[int]:
+    """Return the patch size nearest to another one that a network with this total stride takes, voxels per axis."""
+    return [int(max(1, round(length / stride)) * stride) for length, stride in zip(patch_size, total, strict=True)]

@@ -13,26 +13,49 @@ from dynamic_network_architectures.architectures import primus
 from torch import Tensor, nn
 
 from nnunetv2_macl.networks.base import Level, PretrainableNetwork
-from nnunetv2_macl.networks.planned import PlannedNetwork, two_resolutions
+from nnunetv2_macl.networks.planned import PlannedNetwork, whole_multiples
+
+# Channels of a token, transformer blocks and attention heads, as dynamic-network-architectures has them by these names.
+_SIZES = {"S": (396, 12, 6), "B": (792, 12, 12), "M": (864, 16, 12), "L": (1056, 24, 16)}
 
 
-class _PlannedPrimus(PlannedNetwork):
-    def __init__(self, *, input_shape: Sequence[int], patch_embed_size: Sequence[int], **arguments: Any) -> None:
-        shape, stride = tuple(input_shape), tuple(patch_embed_size)
-        super().__init__(input_shape=shape, patch_embed_size=stride, **arguments)
-        self.input_shape, self.patch_embed_size = shape, stride
-
-
-class Primus(_PlannedPrimus, primus.Primus):
+class Primus(PlannedNetwork, primus.Primus):
     """Primus with a linear patch embedding."""
 
+    variant = "primus"
+    axes = (3,)
+    sizes = tuple(_SIZES)
+    total_stride = 8
 
-class PrimusV2(_PlannedPrimus, primus.PrimusV2):
+    def __init__(self, *, input_shape: Sequence[int], **arguments: Any) -> None:
+        super().__init__(input_shape=tuple(input_shape), patch_embed_size=(self.total_stride,) * 3, **arguments)
+        self.input_shape = tuple(input_shape)
+
+    @classmethod
+    def planned(cls, unet: Mapping[str, Any], patch_size: Sequence[int], size: str | None) -> dict[str, Any]:
+        channels, blocks, heads = _SIZES[size or "M"]
+        return super().planned(unet, patch_size, size) | {
+            "input_shape": whole_multiples(patch_size, [cls.total_stride] * 3),
+            "embed_dim": channels,
+            "eva_depth": blocks,
+            "eva_numheads": heads,
+            # as nnU-Net's own trainers of Primus have it
+            "drop_path_rate": 0.2,
+            "scale_attn_inner": True,
+            "init_values": 0.1,
+        }
+
+
+class PrimusV2(Primus, primus.PrimusV2):
     """Primus with a convolutional patch embedding."""
 
+    variant = "primus_v2"
 
-class PrimusV3(_PlannedPrimus, primus.PrimusV3):
+
+class PrimusV3(Primus, primus.PrimusV3):
     """Primus with a convolutional patch embedding, whose stages are also connected to the tokens."""
+
+    variant = "primus_v3"
 
 
 class PrimusEncoder(PretrainableNetwork):
@@ -49,9 +72,9 @@ class PrimusEncoder(PretrainableNetwork):
             raise ValueError(f"decoder_stages must be 0, because Primus has one map, got {decoder_stages}")
         # attributes of an nn.Module are tensors or modules to mypy
         whole: Any = network
-        self.encoder_levels = [Level(whole.embed_dim, whole.patch_embed_size)]
+        self.encoder_levels = [Level(whole.embed_dim, (whole.total_stride,) * 3)]
         self.decoder_levels = []
-        self.patch_multiple = whole.patch_embed_size
+        self.patch_multiple = self.encoder_levels[0].stride
         self.only_patch_size = whole.input_shape
         self.image_channels = next(whole.down_projection.parameters()).shape[1]
         # the same modules in an object whose forward pass ends before the decoder
@@ -70,9 +93,8 @@ class PrimusEncoder(PretrainableNetwork):
             adapted(
                 input_channels=2,
                 num_classes=3,
-                strides=two_resolutions([8, 8, 8]),
+                strides=[[1] * 3, [2] * 3, [4] * 3],
                 embed_dim=24,
-                patch_embed_size=(8, 8, 8),
                 eva_depth=2,
                 eva_numheads=2,
                 input_shape=(16, 16, 16),
@@ -85,7 +107,7 @@ class PrimusEncoder(PretrainableNetwork):
 
     @classmethod
     def stage_strides(cls, arch_kwargs: Mapping[str, Any]) -> Sequence[Any]:
-        return [arch_kwargs["patch_embed_size"]]
+        return [[Primus.total_stride] * 3]
 
     @classmethod
     def part_of(cls, name: str) -> str | None:

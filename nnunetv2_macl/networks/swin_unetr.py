@@ -14,7 +14,7 @@ from monai.networks import nets
 from torch import Tensor, nn
 
 from nnunetv2_macl.networks.base import Level, PretrainableNetwork
-from nnunetv2_macl.networks.planned import PlannedNetwork, two_resolutions
+from nnunetv2_macl.networks.planned import PlannedNetwork
 
 # Of each decoder stage, from the bottleneck: the block before its first input, the block before its second, and the stage.
 _STAGES = (
@@ -24,12 +24,17 @@ _STAGES = (
     (None, "encoder2", "decoder2"),
     (None, "encoder1", "decoder1"),
 )
+# Channels of the largest map, by the names of the sizes: tiny, small, base. Published results are those of the base size.
+_FEATURES = {"T": 12, "S": 24, "B": 48}
 _BLOCKS = [name for stage in _STAGES for name in stage if name]
 
 
 class SwinUNETR(PlannedNetwork, nets.SwinUNETR):
     """MONAI's Swin UNETR, for nnU-Net's plans."""
 
+    variant = "swin_unetr"
+    sizes = tuple(_FEATURES)
+    total_stride = 32
     channel_arguments = ("in_channels", "out_channels")
 
     def __init__(self, **arguments: Any) -> None:
@@ -38,6 +43,11 @@ class SwinUNETR(PlannedNetwork, nets.SwinUNETR):
         with torch.device("cpu"):
             super().__init__(**arguments)
         self.to(device)
+
+    @classmethod
+    def planned(cls, unet: Mapping[str, Any], patch_size: Sequence[int], size: str | None) -> dict[str, Any]:
+        own = {"spatial_dims": len(patch_size), "feature_size": _FEATURES[size or "B"]}
+        return super().planned(unet, patch_size, size) | own
 
 
 class SwinUNETRStages(PretrainableNetwork):
@@ -55,10 +65,11 @@ class SwinUNETRStages(PretrainableNetwork):
             raise ValueError(f"decoder_stages must be between 0 and {len(_STAGES)}, got {decoder_stages}")
         # attributes of an nn.Module are tensors or modules to mypy
         whole: Any = network
-        self.encoder = whole.swinViT
+        transformer: Any = whole.swinViT
+        self.encoder = transformer
         self.normalize: bool = whole.normalize
-        patch, channels = self.encoder.patch_size, self.encoder.embed_dim
-        self.image_channels = self.encoder.patch_embed.proj.weight.shape[1]
+        patch, channels = transformer.patch_size, transformer.embed_dim
+        self.image_channels = transformer.patch_embed.proj.weight.shape[1]
         full_size = (1,) * len(patch)
         maps = [Level(channels * 2**n, tuple(size * 2**n for size in patch)) for n in range(len(_STAGES))]
         self.encoder_levels = [Level(self.image_channels, full_size), *maps]
@@ -78,7 +89,7 @@ class SwinUNETRStages(PretrainableNetwork):
             SwinUNETR(
                 input_channels=2,
                 num_classes=3,
-                strides=two_resolutions([32] * axes),
+                strides=[[1] * axes, [2] * axes, [16] * axes],
                 depths=(1, 1, 1, 1),
                 num_heads=(1, 1, 2, 2),
                 window_size=2,
@@ -90,7 +101,7 @@ class SwinUNETRStages(PretrainableNetwork):
 
     @classmethod
     def stage_strides(cls, arch_kwargs: Mapping[str, Any]) -> Sequence[Any]:
-        axes = arch_kwargs.get("spatial_dims", 3)
+        axes = arch_kwargs["spatial_dims"]
         return [[1] * axes] + [[2] * axes] * len(_STAGES)
 
     def encode(self, images: Tensor, encoder: nn.Module | None = None) -> list[Tensor]:

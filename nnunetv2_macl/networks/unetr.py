@@ -12,20 +12,24 @@ from monai.networks import nets
 from torch import Tensor, nn
 
 from nnunetv2_macl.networks.base import Level, PretrainableNetwork
-from nnunetv2_macl.networks.planned import PlannedNetwork, two_resolutions
-
-# of one token, along every axis
-_STRIDE = 16
+from nnunetv2_macl.networks.planned import PlannedNetwork, whole_multiples
 
 
 class UNETR(PlannedNetwork, nets.UNETR):
     """MONAI's UNETR, for nnU-Net's plans."""
 
+    variant = "unetr"
+    total_stride = 16
     channel_arguments = ("in_channels", "out_channels")
 
     def __init__(self, *, img_size: Sequence[int], **arguments: Any) -> None:
         super().__init__(img_size=img_size, spatial_dims=len(img_size), **arguments)
         self.img_size = tuple(img_size)
+
+    @classmethod
+    def planned(cls, unet: Mapping[str, Any], patch_size: Sequence[int], size: str | None) -> dict[str, Any]:
+        shape = whole_multiples(patch_size, [cls.total_stride] * len(patch_size))
+        return super().planned(unet, patch_size, size) | {"img_size": shape}
 
 
 class UNETREncoder(PretrainableNetwork):
@@ -44,7 +48,7 @@ class UNETREncoder(PretrainableNetwork):
         # attributes of an nn.Module are tensors or modules to mypy
         whole: Any = network
         self.encoder = whole.vit
-        self.encoder_levels = [Level(whole.hidden_size, (_STRIDE,) * len(whole.img_size))]
+        self.encoder_levels = [Level(whole.hidden_size, (whole.total_stride,) * len(whole.img_size))]
         self.decoder_levels = []
         self.patch_multiple = self.encoder_levels[0].stride
         self.only_patch_size = whole.img_size
@@ -56,13 +60,12 @@ class UNETREncoder(PretrainableNetwork):
 
     @classmethod
     def examples(cls, axes: int) -> list[nn.Module]:
-        total = [_STRIDE] * axes
         return [
             UNETR(
                 input_channels=2,
                 num_classes=3,
-                strides=two_resolutions(total),
-                img_size=[2 * stride for stride in total],
+                strides=[[1] * axes, [2] * axes, [8] * axes],
+                img_size=[32] * axes,
                 feature_size=4,
                 hidden_size=8,
                 mlp_dim=16,
@@ -73,7 +76,7 @@ class UNETREncoder(PretrainableNetwork):
 
     @classmethod
     def stage_strides(cls, arch_kwargs: Mapping[str, Any]) -> Sequence[Any]:
-        return [[_STRIDE] * len(arch_kwargs["img_size"])]
+        return [[UNETR.total_stride] * len(arch_kwargs["img_size"])]
 
     @classmethod
     def input_weight(cls, weights: Mapping[str, Tensor]) -> str | None:
@@ -82,7 +85,7 @@ class UNETREncoder(PretrainableNetwork):
 
     def encode(self, images: Tensor, encoder: nn.Module | None = None) -> list[Tensor]:
         tokens, _ = (self.encoder if encoder is None else encoder)(images)
-        grid = [length // _STRIDE for length in images.shape[2:]]
+        grid = [length // UNETR.total_stride for length in images.shape[2:]]
         return [tokens.transpose(1, 2).unflatten(2, grid)]
 
     def decode(self, maps: list[Tensor], stages: int | None = None) -> list[Tensor]:

@@ -177,15 +177,15 @@ class _LiveMemory(TorchDispatchMode):
         self._now -= size
 
 
-def training_memory(network: nn.Module, batch_size: int, patch_size: Sequence[int]) -> int:
+def training_memory(network: nn.Module, channels: int, batch_size: int, patch_size: Sequence[int]) -> int:
     """Return the most bytes that the tensors of a segmentation network's training step take, without its weights.
 
     Args:
         network: On the meta device. It returns one map or a list of them.
+        channels: Number of image channels.
         batch_size: N.
         patch_size: Voxels per axis.
     """
-    channels = next(network.parameters()).shape[1]
     with _LiveMemory(int) as memory:
         images = torch.empty(batch_size, channels, *patch_size, device="meta")
         outputs = network(images)

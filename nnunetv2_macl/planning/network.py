@@ -15,6 +15,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder, write_json
 from nnunetv2_macl.networks.base import class_name
 from nnunetv2_macl.networks.encoder_decoder import EncoderDecoder
+from nnunetv2_macl.networks.planned import PlannedNetwork, whole_multiples
 from nnunetv2_macl.networks.registry import family_of, network_types
 from nnunetv2_macl.networks.unet import UNet
 from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
@@ -87,12 +88,11 @@ def plan_network(
     return target
 
 
-def variants() -> dict[str, type[EncoderDecoder]]:
-    """Return the variants of the U-Net that this package has, by the names of their files."""
-    adapted = (network for network, _ in network_types().values())
-    return {
-        network.__module__.rpartition(".")[2]: network for network in adapted if issubclass(network, EncoderDecoder)
-    }
+def variants() -> dict[str, type[EncoderDecoder] | type[PlannedNetwork]]:
+    """Return the networks that can be planned: the variants of the U-Net by the names of their files, and other libraries'."""
+    adapted = [network for network, _ in network_types().values()]
+    own = {network.__module__.rpartition(".")[2]: network for network in adapted if issubclass(network, EncoderDecoder)}
+    return own | {network.variant: network for network in adapted if issubclass(network, PlannedNetwork)}
 
 
 def explain_changes(dataset: str | int, plans: str, new_plans: str, configuration: str) -> list[str]:
@@ -101,7 +101,7 @@ def explain_changes(dataset: str | int, plans: str, new_plans: str, configuratio
     networks = [_on_meta(c) for c in (before, after)]
     numbers = [sum(weight.numel() for weight in network.parameters()) / 1e6 for network in networks]
     memory = [
-        training_memory(network, c.manager.batch_size, c.patch_size) / 2**30
+        training_memory(network, len(c.channel_names), c.manager.batch_size, c.patch_size) / 2**30
         for network, c in zip(networks, (before, after), strict=True)
     ]
     lines = [
@@ -135,7 +135,8 @@ def _variant(start: DatasetConfiguration, network: str, size: str | None) -> dic
         raise UserError(f"{file} has the network {theirs}. Give a plan that nnU-Net made itself with -p.")
     if axes not in kind.axes:
         raise UserError(
-            f"{network} has {' or '.join(map(str, kind.axes))} axes, and {start.name} has {axes}. Type: -c 2d"
+            f"{network} has {' or '.join(map(str, kind.axes))} axes, and {start.name} has {axes}. Type: -c "
+            + ("2d" if 2 in kind.axes else "3d_fullres")
         )
     if size is not None and size not in kind.sizes:
         sizes = f"one of {', '.join(kind.sizes)}" if kind.sizes else "no sizes: leave out -size"
@@ -154,12 +155,13 @@ def _variant(start: DatasetConfiguration, network: str, size: str | None) -> dic
 
 def _batch_size(start: DatasetConfiguration, planned: dict[str, Any]) -> int:
     """Return the largest batch up to nnU-Net's whose training step takes no more memory than nnU-Net's own."""
-    limit = training_memory(_on_meta(start), start.manager.batch_size, start.patch_size)
+    channels = len(start.channel_names)
+    limit = training_memory(_on_meta(start), channels, start.manager.batch_size, start.patch_size)
     network = _on_meta(start, planned["architecture"])
     fitting = (
         batch
         for batch in range(start.manager.batch_size, _SMALLEST_BATCH, -1)
-        if training_memory(network, batch, planned["patch_size"]) <= limit
+        if training_memory(network, channels, batch, planned["patch_size"]) <= limit
     )
     return next(fitting, _SMALLEST_BATCH)
 
@@ -183,7 +185,7 @@ def _on_meta(configuration: DatasetConfiguration, architecture: dict[str, Any] |
 def _rounded(patch_size: Sequence[int], strides: Sequence[Any]) -> list[int]:
     """Return a patch size in whole multiples of what a network pools."""
     total = np.prod([np.broadcast_to(stride, len(patch_size)) for stride in strides], axis=0)
-    return [int(max(1, round(n / s)) * s) for n, s in zip(patch_size, total, strict=True)]
+    return whole_multiples(patch_size, total.tolist())
 
 
 def _read(network: str, start: DatasetConfiguration) -> dict[str, Any]:
