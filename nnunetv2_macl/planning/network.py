@@ -40,7 +40,7 @@ def plan_network(
 
     Args:
         dataset: By name or id.
-        network: A name of `variants`, a name in ``plans/networks``, or a JSON file with the keys ``architecture`` and
+        network: A name of `plannable`, a name in ``plans/networks``, or a JSON file with the keys ``architecture`` and
             ``batch_size``, as nnU-Net's plans have them.
         plans: Identifier of the plan to start from.
         configuration: Of that plan.
@@ -59,7 +59,7 @@ def plan_network(
             f"{configuration} of {plans} is the second stage of a cascade, which this command does not plan. Give another "
             "configuration with -c."
         )
-    if network in variants():
+    if network in plannable():
         values = _variant(start, network, size)
     elif size is not None:
         raise UserError(f"The network '{network}' has no sizes. Leave out -size {size}.")
@@ -88,11 +88,18 @@ def plan_network(
     return target
 
 
-def variants() -> dict[str, type[EncoderDecoder] | type[PlannedNetwork]]:
-    """Return the networks that can be planned: the variants of the U-Net by the names of their files, and other libraries'."""
-    adapted = [network for network, _ in network_types().values()]
-    own = {network.__module__.rpartition(".")[2]: network for network in adapted if issubclass(network, EncoderDecoder)}
-    return own | {network.variant: network for network in adapted if issubclass(network, PlannedNetwork)}
+def variants() -> dict[str, type[EncoderDecoder]]:
+    """Return the variants of the U-Net that this package has, by the names of their files."""
+    adapted = (network for network, _ in network_types().values())
+    return {
+        network.__module__.rpartition(".")[2]: network for network in adapted if issubclass(network, EncoderDecoder)
+    }
+
+
+def plannable() -> dict[str, type[EncoderDecoder] | type[PlannedNetwork]]:
+    """Return the networks that can be planned, by name: the variants of the U-Net, and networks of other libraries."""
+    adapted = (network for network, _ in network_types().values())
+    return variants() | {network.variant: network for network in adapted if issubclass(network, PlannedNetwork)}
 
 
 def explain_changes(dataset: str | int, plans: str, new_plans: str, configuration: str) -> list[str]:
@@ -128,7 +135,7 @@ def needs_this_package(file: Path) -> bool:
 
 def _variant(start: DatasetConfiguration, network: str, size: str | None) -> dict[str, Any]:
     """Return the keys of a configuration with a variant of its U-Net."""
-    kind, axes = variants()[network], len(start.patch_size)
+    kind, axes = plannable()[network], len(start.patch_size)
     file = start.folder / f"{start.plans_name}.json"
     theirs = start.manager.network_arch_class_name
     if family_of(theirs) is not UNet:
@@ -195,7 +202,7 @@ def _read(network: str, start: DatasetConfiguration) -> dict[str, Any]:
     if not file.is_file():
         file = folder / f"{network}.json"
     if not file.is_file():
-        names = ", ".join(sorted([*(path.stem for path in folder.glob("*.json")), *variants()]))
+        names = ", ".join(sorted([*(path.stem for path in folder.glob("*.json")), *plannable()]))
         raise UserError(f"No network '{network}': it is neither a file nor one of {names}.")
     values = read_json(file, "Correct it and try again.")
     try:
