@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import DATASET
 from dynamic_network_architectures.architectures import primus
 from monai.networks import nets
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from steps import recipe_of
 
+from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.networks.planned import PlannedNetwork
 from nnunetv2_macl.networks.primus import Primus, PrimusV2, PrimusV3

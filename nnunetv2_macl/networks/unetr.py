@@ -25,6 +25,11 @@ class UNETR(PlannedNetwork, nets.UNETR):
     def __init__(self, *, img_size: Sequence[int], **arguments: Any) -> None:
         super().__init__(img_size=img_size, spatial_dims=len(img_size), **arguments)
         self.img_size = tuple(img_size)
+        for name, module in self.vit.named_modules():
+            # MONAI's blocks have this norm for cross-attention, which UNETR does not use. Training on several GPUs would refuse
+            # weights without a gradient.
+            if name.endswith(".norm_cross_attn"):
+                module.requires_grad_(False)
 
     @classmethod
     def planned(cls, unet: Mapping[str, Any], patch_size: Sequence[int], size: str | None) -> dict[str, Any]:
