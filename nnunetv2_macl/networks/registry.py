@@ -6,13 +6,13 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Iterable, Iterator
-from importlib.metadata import entry_points
 from typing import Any
 
 from torch import nn
 
 from nnunetv2_macl import networks
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.extensions import announced
 from nnunetv2_macl.networks.base import PretrainableNetwork, check_adapter, class_name
 
 ENTRY_POINTS = "nnunetv2_macl.networks"
@@ -86,30 +86,21 @@ def _adapters(network: str) -> Iterator[type[PretrainableNetwork]]:
     """Yield all adapters, those first that are likely to be for a network, because some take seconds to import."""
     module = network.rpartition(".")[0]
     if module in sys.modules:
-        yield from _adapters_in(sys.modules[module])
+        yield from _adapters_among(vars(sys.modules[module]).values())
     # A file here is named like the module of the networks that it is for, and most networks are nnU-Net's own.
     names = sorted(module.name for module in pkgutil.iter_modules(networks.__path__))
     likely = [name for name in dict.fromkeys((module.rpartition(".")[2], "unet")) if name in names]
     yield from _own_adapters(likely)
-    for entry in entry_points(group=ENTRY_POINTS):
-        try:
-            loaded = entry.load()
-        # whatever another package's code raises
-        except Exception as error:
-            raise UserError(
-                f"The package {entry.dist and entry.dist.name} announces {entry.value} in its entry points {ENTRY_POINTS}, and "
-                f"it cannot be imported: {error}. Correct the package, or remove it."
-            ) from error
-        yield from (loaded,) if isinstance(loaded, type) else _adapters_in(loaded)
+    yield from _adapters_among(announced(ENTRY_POINTS))
     yield from _own_adapters(name for name in names if name not in likely)
 
 
 def _own_adapters(names: Iterable[str]) -> Iterator[type[PretrainableNetwork]]:
     for name in names:
-        yield from _adapters_in(importlib.import_module(f"{networks.__name__}.{name}"))
+        yield from _adapters_among(vars(importlib.import_module(f"{networks.__name__}.{name}")).values())
 
 
-def _adapters_in(module: Any) -> Iterator[type[PretrainableNetwork]]:
-    for value in list(vars(module).values()):
+def _adapters_among(values: Iterable[Any]) -> Iterator[type[PretrainableNetwork]]:
+    for value in list(values):
         if isinstance(value, type) and issubclass(value, PretrainableNetwork) and value.adapts:
             yield value
