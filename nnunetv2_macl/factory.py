@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
+from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.methods.base import Geometry
 from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.networks.registry import pretrainable
@@ -29,7 +31,7 @@ def build_model(
         unet: The segmentation network; None builds nnU-Net's own for the configuration.
 
     Raises:
-        UserError: The network is of a family that cannot be pre-trained.
+        UserError: The network is of a family that cannot be pre-trained, or takes no patches of the size that the methods show.
     """
     if unet is None:
         manager = configuration.manager
@@ -42,7 +44,20 @@ def build_model(
             allow_init=False,
         )
     geometry = replace(geometry, channels_without_zscore=configuration.channels_without_zscore)
-    return PretrainingModel(pretrainable(unet, geometry.decoder_stages), geometry, recipe)
+    network = pretrainable(unet, geometry.decoder_stages)
+    for size in (geometry.patch_size, geometry.dominant_patch_size):
+        if network.only_patch_size not in (None, tuple(size)):
+            name = type(unet).__name__
+            raise UserError(
+                f"The method {recipe.method} shows the network patches of {_by(size)}, and {name} takes patches of "
+                f"{_by(network.only_patch_size)} alone, because its position embeddings are learned for that size. Take a method "
+                "that shows patches of nnU-Net's own size: -recipe restore"
+            )
+    return PretrainingModel(network, geometry, recipe)
+
+
+def _by(size: Sequence[int] | None) -> str:
+    return "x".join(map(str, size or ()))
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -140,7 +140,7 @@ def prepare(
         case: Method and network.
         dtype: Of the weights.
         patches_at_once: Patches in a part of the batch.
-        size: How many times as large as necessary a patch is, per axis.
+        size: How many times as large as necessary a patch is, per axis, if the network takes patches of any size.
         **settings: Further recipe values.
     """
     network, family = case.network(), families()[case.family]
@@ -148,8 +148,9 @@ def prepare(
     totals = [(1,) * case.axes, *(level.stride for level in adapter.encoder_levels)]
     strides = [[b // a for a, b in zip(*pair, strict=True)] for pair in pairwise(totals)]
     # A bottleneck of one voxel has no instance norm.
-    planned = [2 * size * multiple for multiple in adapter.patch_multiple]
-    of_all = {"decoder_stages": 1, "num_epochs": 2, "num_iterations_per_epoch": STEPS_OF_AN_EPOCH}
+    planned = list(adapter.only_patch_size or [2 * size * multiple for multiple in adapter.patch_multiple])
+    decoder_stages = min(1, len(adapter.encoder_levels) - 1)
+    of_all = {"decoder_stages": decoder_stages, "num_epochs": 2, "num_iterations_per_epoch": STEPS_OF_AN_EPOCH}
     recipe = steps.recipe_of(**RECIPES[case.recipe] | of_all | settings)
     geometry = methods_of(recipe.method)[0].plan_geometry(planned, strides, recipe)
     plan = replace(

@@ -15,6 +15,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder, write_json
 from nnunetv2_macl.networks.base import class_name
 from nnunetv2_macl.networks.encoder_decoder import EncoderDecoder
+from nnunetv2_macl.networks.planned import PlannedNetwork, whole_multiples
 from nnunetv2_macl.networks.registry import family_of, network_types
 from nnunetv2_macl.networks.unet import UNet
 from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
@@ -39,7 +40,7 @@ def plan_network(
 
     Args:
         dataset: By name or id.
-        network: A name of `variants`, a name in ``plans/networks``, or a JSON file with the keys ``architecture`` and
+        network: A name of `plannable`, a name in ``plans/networks``, or a JSON file with the keys ``architecture`` and
             ``batch_size``, as nnU-Net's plans have them.
         plans: Identifier of the plan to start from.
         configuration: Of that plan.
@@ -58,7 +59,7 @@ def plan_network(
             f"{configuration} of {plans} is the second stage of a cascade, which this command does not plan. Give another "
             "configuration with -c."
         )
-    if network in variants():
+    if network in plannable():
         values = _variant(start, network, size)
     elif size is not None:
         raise UserError(f"The network '{network}' has no sizes. Leave out -size {size}.")
@@ -95,13 +96,19 @@ def variants() -> dict[str, type[EncoderDecoder]]:
     }
 
 
+def plannable() -> dict[str, type[EncoderDecoder] | type[PlannedNetwork]]:
+    """Return the networks that can be planned, by name: the variants of the U-Net, and networks of other libraries."""
+    adapted = (network for network, _ in network_types().values())
+    return variants() | {network.variant: network for network in adapted if issubclass(network, PlannedNetwork)}
+
+
 def explain_changes(dataset: str | int, plans: str, new_plans: str, configuration: str) -> list[str]:
     """Return what differs between a configuration of two plans, as lines for the user."""
     before, after = (DatasetConfiguration.load(dataset, name, configuration) for name in (plans, new_plans))
     networks = [_on_meta(c) for c in (before, after)]
     numbers = [sum(weight.numel() for weight in network.parameters()) / 1e6 for network in networks]
     memory = [
-        training_memory(network, c.manager.batch_size, c.patch_size) / 2**30
+        training_memory(network, len(c.channel_names), c.manager.batch_size, c.patch_size) / 2**30
         for network, c in zip(networks, (before, after), strict=True)
     ]
     lines = [
@@ -128,14 +135,15 @@ def needs_this_package(file: Path) -> bool:
 
 def _variant(start: DatasetConfiguration, network: str, size: str | None) -> dict[str, Any]:
     """Return the keys of a configuration with a variant of its U-Net."""
-    kind, axes = variants()[network], len(start.patch_size)
+    kind, axes = plannable()[network], len(start.patch_size)
     file = start.folder / f"{start.plans_name}.json"
     theirs = start.manager.network_arch_class_name
     if family_of(theirs) is not UNet:
         raise UserError(f"{file} has the network {theirs}. Give a plan that nnU-Net made itself with -p.")
     if axes not in kind.axes:
         raise UserError(
-            f"{network} has {' or '.join(map(str, kind.axes))} axes, and {start.name} has {axes}. Type: -c 2d"
+            f"{network} has {' or '.join(map(str, kind.axes))} axes, and {start.name} has {axes}. Type: -c "
+            + ("2d" if 2 in kind.axes else "3d_fullres")
         )
     if size is not None and size not in kind.sizes:
         sizes = f"one of {', '.join(kind.sizes)}" if kind.sizes else "no sizes: leave out -size"
@@ -154,12 +162,13 @@ def _variant(start: DatasetConfiguration, network: str, size: str | None) -> dic
 
 def _batch_size(start: DatasetConfiguration, planned: dict[str, Any]) -> int:
     """Return the largest batch up to nnU-Net's whose training step takes no more memory than nnU-Net's own."""
-    limit = training_memory(_on_meta(start), start.manager.batch_size, start.patch_size)
+    channels = len(start.channel_names)
+    limit = training_memory(_on_meta(start), channels, start.manager.batch_size, start.patch_size)
     network = _on_meta(start, planned["architecture"])
     fitting = (
         batch
         for batch in range(start.manager.batch_size, _SMALLEST_BATCH, -1)
-        if training_memory(network, batch, planned["patch_size"]) <= limit
+        if training_memory(network, channels, batch, planned["patch_size"]) <= limit
     )
     return next(fitting, _SMALLEST_BATCH)
 
@@ -183,7 +192,7 @@ def _on_meta(configuration: DatasetConfiguration, architecture: dict[str, Any] |
 def _rounded(patch_size: Sequence[int], strides: Sequence[Any]) -> list[int]:
     """Return a patch size in whole multiples of what a network pools."""
     total = np.prod([np.broadcast_to(stride, len(patch_size)) for stride in strides], axis=0)
-    return [int(max(1, round(n / s)) * s) for n, s in zip(patch_size, total, strict=True)]
+    return whole_multiples(patch_size, total.tolist())
 
 
 def _read(network: str, start: DatasetConfiguration) -> dict[str, Any]:
@@ -193,7 +202,7 @@ def _read(network: str, start: DatasetConfiguration) -> dict[str, Any]:
     if not file.is_file():
         file = folder / f"{network}.json"
     if not file.is_file():
-        names = ", ".join(sorted([*(path.stem for path in folder.glob("*.json")), *variants()]))
+        names = ", ".join(sorted([*(path.stem for path in folder.glob("*.json")), *plannable()]))
         raise UserError(f"No network '{network}': it is neither a file nor one of {names}.")
     values = read_json(file, "Correct it and try again.")
     try:
