@@ -30,7 +30,9 @@ _FEW_NEGATIVES = 8
 _OVERHEAD = 0.2
 # cuBLAS takes this much of torch's memory for itself.
 _WORKSPACE_BYTES = 32 * 2**20
-_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+# What autocast computes in half precision, and what it computes in float32 and returns so.
+_IN_HALF_PRECISION = (nn.Conv2d, nn.Conv3d, nn.Linear)
+_IN_FLOAT32 = (nn.LayerNorm,)
 # The CUDA context and what the libraries keep outside of torch's memory.
 _CONTEXT_BYTES = 0.6e9
 
@@ -61,7 +63,7 @@ class MemoryEstimate:
                 # gradients are part of `_fixed`
                 parameter.register_post_accumulate_grad_hook(_forget_gradient)
         for module in self.model.modules():
-            if isinstance(module, _CONVOLUTIONS):
+            if isinstance(module, (*_IN_HALF_PRECISION, *_IN_FLOAT32)):
                 module.register_forward_pre_hook(_cast_as_autocast_does)
 
     def gib(self, batch_size: int, patches_at_once: int | None = None, *, mixed_precision: bool = False) -> float:
@@ -88,6 +90,9 @@ class MemoryEstimate:
         for module in self.model.methods.modules():
             # torch's autocast leaves the heads on pooled features, which are in float32, nearly as they are
             if isinstance(module, (nn.Linear, nn.BatchNorm1d)):
+                module.to(torch.float32)
+        for module in self.model.network.modules():
+            if isinstance(module, _IN_FLOAT32):
                 module.to(torch.float32)
         random = StepRandom(0, 0, batch_size, slice(None), self._channels, tuple(self._geometry.patch_size))
         numbers = to_device(self.model.views.draw(random), torch.device("meta"))
@@ -139,9 +144,9 @@ def _forget_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _cast_as_autocast_does(convolution: nn.Module, images: tuple[Tensor]) -> tuple[Tensor]:
-    """Images stay in float32 up to the first convolution, which reads a copy in its own precision."""
-    return (images[0].to(next(convolution.parameters()).dtype),)
+def _cast_as_autocast_does(layer: nn.Module, values: tuple[Tensor]) -> tuple[Tensor]:
+    """A layer reads a copy in its own precision, the first convolution a copy of the images."""
+    return (values[0].to(next(layer.parameters()).dtype),)
 
 
 class _LiveMemory(TorchDispatchMode):
