@@ -48,8 +48,12 @@ class MemoryEstimate:
             self.model = build_model(configuration, geometry, recipe)
         self._geometry = geometry
         self._channels = len(configuration.channel_names)
-        # the first step: with two training stages, the first one holds more
-        self._progress = Progress(0, recipe.num_epochs, recipe.num_iterations_per_epoch)
+        # The first step, and of a method that trains in stages also the last one, because either may hold more.
+        steps = recipe.num_epochs * recipe.num_iterations_per_epoch
+        self._progresses = [
+            Progress(step, recipe.num_epochs, recipe.num_iterations_per_epoch)
+            for step in ([0, steps - 1] if recipe.trains_in_stages else [0])
+        ]
         weights = sum(p.numel() for p in self.model.parameters())
         buffers = sum(b.numel() for b in self.model.buffers())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -102,18 +106,19 @@ class MemoryEstimate:
         ):
             images = batch_size * (1 + self.model.uses_neighbours)
             patches = torch.empty(images, self._channels, *self._geometry.patch_size, device="meta")
-            for method in self.model:
-                views = self.model.make_views(method, patches, numbers[method.name], self._progress)
-                self._backward(method, views, at_once)
-                del views
+            for progress in self._progresses:
+                for method in self.model:
+                    views = self.model.make_views(method, patches, numbers[method.name], progress)
+                    self._backward(method, views, at_once, progress)
+                    del views
         return memory.most
 
-    def _backward(self, method: Method, views: dict[str, Tensor], at_once: int) -> None:
+    def _backward(self, method: Method, views: dict[str, Tensor], at_once: int, progress: Progress) -> None:
         """Do what `TrainingStep` does, in its order."""
         size = len(next(iter(views.values())))
         part = {name: view[:at_once] for name, view in views.items()}
         if at_once >= size or not method.couples_samples:
-            self._losses(method, method.project(method.encode(part))).sum().backward()
+            self._losses(method, method.project(method.encode(part)), progress).sum().backward()
             return
         with torch.no_grad():
             # One part is enough, because the parts run one after the other and need the same memory.
@@ -122,16 +127,16 @@ class MemoryEstimate:
             del piece
         joined = {key: value.requires_grad_() for key, value in joined.items()}
         outputs = method.project(joined)
-        self._losses(method, outputs).backward()
+        self._losses(method, outputs, progress).backward()
         gradients = {key: value.grad for key, value in joined.items() if value.grad is not None}
         del joined
         piece = method.encode(part)
         used = [key for key in piece if piece[key].requires_grad and key in gradients]
         torch.autograd.backward([piece[key] for key in used], [gradients[key][:at_once] for key in used])
 
-    def _losses(self, method: Method, outputs: dict[str, Tensor]) -> Tensor:
+    def _losses(self, method: Method, outputs: dict[str, Tensor], progress: Progress) -> Tensor:
         patches = len(next(iter(outputs.values())))
-        return method.losses(outputs, torch.empty(patches, 3, device="meta"), self._progress)["total"]
+        return method.losses(outputs, torch.empty(patches, 3, device="meta"), progress)["total"]
 
 
 def _as_cuda_allocates(size: int) -> int:
