@@ -7,6 +7,7 @@ time is up. Typed again it continues. ``FOLDER/reports`` holds the tables, value
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -46,9 +47,12 @@ def run(command: list[str], folder: Path, log: Path, until: float) -> bool:
         )
         while process.poll() is None and time.monotonic() < until:
             time.sleep(1)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+        for ending in (signal.SIGTERM, signal.SIGKILL):
+            if process.poll() is None:
+                # a training ends by itself within seconds, and another one may hang while the GPU is shared
+                os.killpg(process.pid, ending)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
     reports = log.parent.parent / "reports" / folder.name
     for file in (path for path in folder.rglob("*") if path.name in _REPORTS):
         (reports / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)

@@ -10,16 +10,15 @@ from pathlib import Path
 import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.measure import Row, at_most, side_by_side
 from benchmarks.planned import FLAT, Fingerprint, planned
-from nnunetv2_macl.factory import build_model, build_optimizer
+from nnunetv2_macl.factory import build_model, build_optimizer, build_schedule
 from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.recipe import load_recipe
-from nnunetv2_macl.training.step import TrainingStep, lr_factor
+from nnunetv2_macl.training.step import TrainingStep
 
 SHAPES = {
     "2D 256x256": (Fingerprint("2D", ("MR",), (1, 248, 248), (FLAT, 1.0, 1.0), ExperimentPlanner), "2d", 16),
@@ -62,17 +61,19 @@ def training_step(
     if compiled:
         model = torch.compile(model)  # type: ignore[assignment]
     optimizer = build_optimizer(model, planned_recipe)
-    schedule = LambdaLR(optimizer, partial(lr_factor, planned_recipe))
+    schedule = build_schedule(optimizer, planned_recipe)
     scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
     return TrainingStep(model, optimizer, schedule, scaler, plan, device)
 
 
 def batch(step: TrainingStep) -> dict[str, Tensor]:
-    """Return a batch of noise of the size that the plan has."""
+    """Return a batch of noise of the size that the plan has, with neighbours where a method asks for them."""
     generator = torch.Generator().manual_seed(0)
     patches, channels = step.plan.batch_size, step.model.network.image_channels
     return {
-        "data": torch.randn(patches, channels, *step.plan.patch_size, generator=generator),
+        "data": torch.randn(
+            patches * (1 + step.model.uses_neighbours), channels, *step.plan.patch_size, generator=generator
+        ),
         "positions": torch.rand(patches, 3, generator=generator),
     }
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -55,6 +56,9 @@ class Sampling:
     # are positives of each other. With fewer cases there are no groups, which would hold copies.
     position_group_size: int
     seed: int  # of every draw
+    # Whether a neighbour of each patch is read, too. It is shifted along one axis, by a slice for 2D patches and by half of the
+    # patch for 3D patches, or as far as the volume allows.
+    neighbours: bool = False
 
     def draws(self, step: int, cases: int) -> Iterator[tuple[np.random.Generator, int, np.ndarray | None]]:
         """For each patch of the batch: its own generator, which of ``cases``, and the relative place (3,) of its group if any."""
@@ -82,12 +86,41 @@ def draw_corner(
         place: (3,), 0 to 1 an axis, from the first legal corner to the last; None draws one.
     """
     size, patch = np.asarray(shape), np.asarray(patch_size)
-    padding = np.maximum(patch - size, 0)
-    lowest = -padding // 2
-    highest = size + padding // 2 + padding % 2 - patch
+    lowest, highest = _corner_range(size, patch)
     if place is None:
         return generator.integers(lowest, highest + 1)
     return np.minimum((lowest + place * (highest + 1 - lowest)).astype(int), highest)
+
+
+def _corner_range(size: np.ndarray, patch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lowest and the highest corner of a patch in a volume, both in voxels."""
+    padding = np.maximum(patch - size, 0)
+    return -padding // 2, size + padding // 2 + padding % 2 - patch
+
+
+def neighbour_corners(
+    corner: np.ndarray, shape: Sequence[int], patch_size: Sequence[int], generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Return the corners of the neighbours of a patch, each shifted along one axis.
+
+    Those come first that the volume lets be as far away as they should be. Otherwise their order is random.
+
+    Args:
+        corner: Of the patch, voxels.
+        shape: Voxels of the volume, (3,).
+        patch_size: Voxels of the patch, (3,). A 2D patch has neighbours in the next slices, a 3D patch half a patch away, or as
+            far away as the volume allows.
+        generator: Draws the order.
+    """
+    patch = np.asarray(patch_size)
+    axes = [0] if patch[0] == 1 else range(len(patch))
+    shifts = np.array(
+        [np.eye(len(patch), dtype=int)[a] * sign * max(1, patch[a] // 2) for a in axes for sign in (1, -1)]
+    )
+    shifts = generator.permutation(shifts)
+    moved = np.clip(corner + shifts, *_corner_range(np.asarray(shape), patch)) - corner
+    distances = np.abs(moved).sum(1) / np.abs(shifts).sum(1)
+    return [corner + moved[n] for n in np.argsort(-distances, kind="stable") if distances[n]]
 
 
 def position(corner: np.ndarray, patch_size: Sequence[int], shape: Sequence[int]) -> np.ndarray:
@@ -128,6 +161,7 @@ class PretrainingBatches(Dataset):
     def __getitem__(self, step: int) -> dict[str, Any]:
         """Return ``data`` (n, C, *patch) float32, ``positions`` (n, 3) float32 fraction of the volume, ``cases`` names.
 
+        With neighbours, ``data`` is (2n, C, *patch), the neighbours after the patches, in the same order.
         With ``draws`` also ``numbers``, what it drew for the step.
         """
         # one process, one thread: the workers share the cores with the training
@@ -137,11 +171,13 @@ class PretrainingBatches(Dataset):
         positions, names = np.empty((len(draws), 3), np.float32), []
         data = torch.empty(0)
         for number, draw in enumerate(draws):
-            patch, (first, second, third), positions[number], name = self._read_patch(*draw)
+            patches, positions[number], name = self._read_patch(*draw)
             if not number:
-                data = _zeros((len(draws), len(patch), *size))
-            # Written where it will stay, because copies of whole batches cost as much as reading them.
-            data.numpy()[number, :, first, second, third] = patch
+                data = _zeros((len(draws) * len(patches), len(patches[0].values), *size))
+            for patch, row in zip(patches, range(number, len(data), len(draws)), strict=True):
+                first, second, third = patch.place
+                # Written where it will stay, because copies of whole batches cost as much as reading them.
+                data.numpy()[row, :, first, second, third] = patch.values
             names.append(name)
         batch = {
             "data": data[:, :, 0] if size[0] == 1 else data,
@@ -152,29 +188,17 @@ class PretrainingBatches(Dataset):
 
     def _read_patch(
         self, generator: np.random.Generator, number: int, place: np.ndarray | None
-    ) -> tuple[np.ndarray, tuple[slice, ...], np.ndarray, str]:
-        """Return what of a patch lies within the volume, where that is in the patch, the patch's position, and the case."""
+    ) -> tuple[list[_Patch], np.ndarray, str]:
+        """Return a patch and, where it is asked for, its neighbour; the position of the patch, and the name of its case."""
         size = self.sampling.patch_size
         for _ in range(_MAX_DRAWS):
             case = self.cases[number]
-            try:
-                volume = _open_unchanged(case.file)
+            with _reading(case):
+                volume = open_unchanged(case.file)
                 shape = volume.shape[1:]
                 corner = draw_corner(shape, size, generator, place)
-                inside = tuple(slice(max(c, 0), min(c + n, s)) for c, n, s in zip(corner, size, shape, strict=True))
-                patch = volume[(slice(None), *inside)]
-            except (OSError, RuntimeError) as error:
-                raise UserError(
-                    f"{case.file} cannot be read: {error}. It was removed, changed or cut short. Have it made again: by --c "
-                    "where it is of unlabelled images, by nnUNetv2_preprocess where it is nnU-Net's own."
-                ) from None
-            if not np.isfinite(patch).all():
-                raise UserError(
-                    f"{case.file} holds values that are no numbers (NaN or infinite): so does the image of case {case.name}, "
-                    "or nnU-Net's normalisation made them of it. Correct or remove that image, and preprocess anew: "
-                    "nnUNetv2_plan_and_preprocess"
-                )
-            if np.ptp(patch.reshape(len(patch), -1), axis=1).any():
+                patch = _cut(volume, corner, size, case)
+            if not patch.is_constant:
                 break
             # the group's place is empty in this case
             number, place = int(generator.integers(len(self.cases))), None
@@ -183,8 +207,55 @@ class PretrainingBatches(Dataset):
                 f"{_MAX_DRAWS} patches in a row were constant, the last from {case.file}: are the images empty? Take those "
                 "out, and start anew."
             )
-        in_patch = tuple(slice(n.start - c, n.stop - c) for n, c in zip(inside, corner, strict=True))
-        return patch, in_patch, position(corner, size, shape), case.name
+        patches = [patch]
+        if self.sampling.neighbours:
+            with _reading(case):
+                others = (
+                    _cut(volume, other, size, case) for other in neighbour_corners(corner, shape, size, generator)
+                )
+                # A patch without a neighbour, such as that of a single slice, is its own.
+                patches.append(next((other for other in others if not other.is_constant), patch))
+        return patches, position(corner, size, shape), case.name
+
+
+class _Patch(NamedTuple):
+    """What of a patch lies within the volume, (C, *size), and where that is in the patch."""
+
+    values: np.ndarray
+    place: tuple[slice, ...]
+
+    @property
+    def is_constant(self) -> bool:
+        return not np.ptp(self.values.reshape(len(self.values), -1), axis=1).any()
+
+
+def _cut(volume: blosc2.NDArray, corner: np.ndarray, size: Sequence[int], case: Case) -> _Patch:
+    """Return the patch of a volume at its lowest corner.
+
+    Raises:
+        UserError: It holds values that are no numbers.
+    """
+    inside = tuple(slice(max(c, 0), min(c + n, s)) for c, n, s in zip(corner, size, volume.shape[1:], strict=True))
+    values = volume[(slice(None), *inside)]
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"{case.file} holds values that are no numbers (NaN or infinite): so does the image of case {case.name}, "
+            "or nnU-Net's normalisation made them of it. Correct or remove that image, and preprocess anew: "
+            "nnUNetv2_plan_and_preprocess"
+        )
+    return _Patch(values, tuple(slice(n.start - c, n.stop - c) for n, c in zip(inside, corner, strict=True)))
+
+
+@contextmanager
+def _reading(case: Case) -> Iterator[None]:
+    """Raise a UserError where the file of a case cannot be read in the body."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{case.file} cannot be read: {error}. It was removed, changed or cut short. Have it made again: by --c "
+            "where it is of unlabelled images, by nnUNetv2_preprocess where it is nnU-Net's own."
+        ) from None
 
 
 def _zeros(shape: Sequence[int]) -> torch.Tensor:
@@ -247,7 +318,8 @@ def _open(file: str) -> tuple[blosc2.NDArray, int]:
     return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **_MMAP), os.stat(file).st_size
 
 
-def _open_unchanged(file: str) -> blosc2.NDArray:
+def open_unchanged(file: str) -> blosc2.NDArray:
+    """Open a preprocessed case, (C, *volume). Raises OSError if the file has changed since it was first opened here."""
     volume, size = _open(file)
     # reading beyond the end of a file that is mapped into memory kills the process
     if (now := os.stat(file).st_size) != size:

@@ -1,20 +1,24 @@
-"""The model and the optimiser that a recipe asks for."""
+"""The model, the optimiser and the schedule of the learning rate that a recipe asks for."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from nnunetv2_macl.methods.base import Geometry
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.methods.base import Geometry, Method
 from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.networks.registry import pretrainable
 from nnunetv2_macl.nnunet import DatasetConfiguration
-from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.recipe import PaddingMode, Recipe
 
 
 def build_model(
@@ -42,11 +46,44 @@ def build_model(
             allow_init=False,
         )
     geometry = replace(geometry, channels_without_zscore=configuration.channels_without_zscore)
-    return PretrainingModel(pretrainable(unet, geometry.decoder_stages), geometry, recipe)
+    model = PretrainingModel(pretrainable(unet, geometry.decoder_stages), geometry, recipe)
+    if recipe.padding_mode != "zeros":
+        _set_padding_mode(model, recipe.padding_mode)
+    return model
+
+
+def _set_padding_mode(model: PretrainingModel, mode: PaddingMode) -> None:
+    """Set what the convolutions of the network and of the heads see beyond the edge. No weight depends on it.
+
+    Raises:
+        UserError: Reflection is asked for, and a map is one voxel wide, which leaves nothing to reflect.
+    """
+    for method in model:
+        deepest = model.network.encoder_levels[-1].stride
+        size = [n // s for n, s in zip(method.geometry.dominant_patch_size, deepest, strict=True)]
+        if mode == "reflect" and min(size) < 2:
+            raise UserError(
+                f"padding_mode is reflect, which needs two voxels on each axis, and the deepest map has {size}. "
+                "Take another one: --set padding_mode=replicate"
+            )
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            module.padding_mode = mode
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the optimiser of a recipe, with a group of their own for modules whose learning rate does not decay.
+
+    Args:
+        network: The model that is pre-trained, compiled or not.
+        recipe: Names the optimiser and its settings.
+    """
+    methods = [module for module in network.modules() if isinstance(module, Method)]
+    constant = {p for m in methods for name in m.constant_rate_modules for p in m.get_submodule(name).parameters()}
     parameters = [p for p in network.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p not in constant]}]
+    if constant:
+        groups.append({"params": [p for p in parameters if p in constant], "schedule": "constant"})
     settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     if recipe.optimizer == "sgd":
@@ -58,7 +95,30 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     )
     if parameters[0].device.type == "cuda" and is_possible:
         settings["fused"] = True
-    return kind(parameters, **settings)
+    return kind(groups, **settings)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> LambdaLR:
+    """Return the schedule of the learning rate of each group that `build_optimizer` has made."""
+    schedules = [group.get("schedule", recipe.schedule) for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [partial(lr_factor, recipe, schedule=schedule) for schedule in schedules])
+
+
+def lr_factor(recipe: Recipe, step: int, schedule: str | None = None) -> float:
+    """Return the fraction of the recipe's learning rate at a step: linear warm-up, then the schedule to 0.
+
+    Args:
+        recipe: Of the run.
+        step: Number of the step.
+        schedule: Replaces the schedule of the recipe.
+    """
+    steps = recipe.num_epochs * recipe.num_iterations_per_epoch
+    warmup = round(recipe.learning_rate_warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    factors = {"cosine": (1 + math.cos(math.pi * done)) / 2, "poly": (1 - done) ** 0.9, "constant": 1.0}
+    return factors[schedule or recipe.schedule]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -30,6 +30,8 @@ from nnunetv2_macl.networks.registry import family_of
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 # names the weights to fine-tune from
 WEIGHTS_VARIABLE = "nnUNet_macl_weights"
+# a regular expression that finds the patient in the name of a case
+GROUP_VARIABLE = "nnUNet_macl_group_regex"
 # 3d first, as most of nnU-Net's users work in 3D
 SUPPORTED_CONFIGURATIONS = ("3d_fullres", "3d_lowres", "2d")
 # what nnU-Net's default planner aims at

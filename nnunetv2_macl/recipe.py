@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +23,9 @@ from nnunetv2_macl.methods.registry import all_methods, methods_of
 __all__ = ["AUTO", "Recipe", "load_recipe", "recipe_from_values"]
 
 
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
 class Recipe(MethodConfig):
     """The keys that all recipes have. `recipe_from_values` adds those of the method and checks every value."""
 
@@ -30,6 +33,11 @@ class Recipe(MethodConfig):
     description: str = Field("", description="what the recipe is for")
     decoder_stages: Annotated[int, Field(ge=0)] | Auto = Field(
         AUTO, description="K, the number of decoder stages that are trained"
+    )
+    padding_mode: PaddingMode = Field(
+        "zeros",
+        description="what convolutions see beyond the edge while the network is pre-trained; in fine-tuning it is zeros, from "
+        "which a network can read where in the patch it is",
     )
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="the optimiser")
     learning_rate: Positive = Field(0.01, description="the highest learning rate")
@@ -68,6 +76,11 @@ class Recipe(MethodConfig):
     def compares_positions(self) -> bool:
         """Return whether patches of near positions are positives of each other."""
         return any(method.compares_positions for method in methods_of(self.method))
+
+    @property
+    def uses_neighbours(self) -> bool:
+        """Return whether the views show a neighbour of each patch."""
+        return any(method.uses_neighbours for method in methods_of(self.method))
 
     @property
     def trains_in_stages(self) -> bool:
@@ -182,14 +195,16 @@ def _check(values: dict[str, Any], where: str, only: str | None = None) -> Recip
     )
 
 
-def _unknown_key(key: str, method: str) -> str:
+def _unknown_key(key: str, method: str | None) -> str:
+    """Return what an error message says of a key that a method does not have; None: that no method has."""
     others = [name for name, m in all_methods().items() if key in m.Config.model_fields]
     if others:
         return (
             f"'{key}' is a key of method {' and '.join(others)}, and the method is {method}. Leave it out, or name the method: "
             f'"method": "{others[0]}" alone, or joined by + with others.'
         )
-    keys = list(recipe_type(method).model_fields)
+    types = _known_types() if method is None else [recipe_type(method)]
+    keys = list(dict.fromkeys(key for known in types for key in known.model_fields))
     near = difflib.get_close_matches(key, keys, n=1)
     hint = f"Did you mean '{near[0]}'?" if near else f"The keys are: {', '.join(keys)}."
     return f"unknown key '{key}'. {hint}"
@@ -209,12 +224,28 @@ def check_values(values: Any, where: str) -> None:
             raise UserError(f"{where}: 'method' must be text, got {values['method']!r}. Correct it and try again.")
         recipe_type(values["method"])
     for key in values:
-        # the method may be named by another recipe that this one inherits from, so a key of any method may be here
-        method = next((name for name in all_methods() if key in recipe_type(name).model_fields), None)
-        if method is None:
-            raise UserError(f"{where}: {_unknown_key(key, '+'.join(all_methods()))}")
+        own = values.get("method")
+        if own is not None and key in recipe_type(own).model_fields:
+            names = [own]
+        else:
+            # Another recipe may name the method, because this one inherits from it. So a key of any method may be here.
+            names = [name for name in all_methods() if key in recipe_type(name).model_fields]
+        if not names:
+            raise UserError(f"{where}: {_unknown_key(key, None)}")
         if key != "method":
-            _check({"method": method, key: values[key]}, where, only=key)
+            _check_one(key, values[key], where, names)
+
+
+def _check_one(key: str, value: Any, where: str, methods: Sequence[str]) -> None:
+    """Check the value of a key that several methods have. Raises UserError where none of them takes it."""
+    refusals = []
+    for method in methods:
+        try:
+            _check({"method": method, key: value}, where, only=key)
+            return
+        except UserError as refused:
+            refusals.append(refused)
+    raise refusals[0]
 
 
 def recipe_from_values(values: Any, where: str) -> Recipe:

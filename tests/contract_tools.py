@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,26 +14,30 @@ import steps
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from nnunetv2_macl import distributed
-from nnunetv2_macl.data import draw_corner
-from nnunetv2_macl.factory import build_model, build_optimizer
+from nnunetv2_macl.data import draw_corner, neighbour_corners
+from nnunetv2_macl.factory import build_model, build_optimizer, build_schedule
 from nnunetv2_macl.methods.registry import all_methods, methods_of
 from nnunetv2_macl.networks.base import class_name
 from nnunetv2_macl.networks.registry import families
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.synthetic import generate_dataset
-from nnunetv2_macl.training.step import TrainingStep, lr_factor
+from nnunetv2_macl.training.step import TrainingStep
 
 # A batch that neither two ranks nor parts divide.
 PATCHES = 5
 STEPS_OF_AN_EPOCH = 15
+# Published heads are so wide that they would take most of the time.
+LIGHT = {name: {"head": "light"} for name, method in all_methods().items() if "head" in method.Config.model_fields}
 # Each registered method with its defaults, and what methods can be beyond: a sum, averaged copies, stages of training.
-RECIPES = {name: {"method": name} for name in all_methods()} | {
+RECIPES = {name: {"method": name} | LIGHT.get(name, {}) for name in all_methods()} | {
     "macl+restoration": {"method": "macl+restoration"},
     "macl_averaged_encoder": {"method": "macl", "auxiliary_encoder": "ema"},
     "macl_two_stages": {"method": "macl", "training_stages": 2},
+    # With their defaults, heads and views would take much longer than the small networks.
+    "desd": {"method": "desd", "hidden": 32, "outputs": 32},
+    "swav": {"method": "swav", "prototypes": 16, "queue_length": 8, "small_views": 2},
 }
 
 
@@ -161,7 +164,7 @@ def prepare(
     if distributed.world_size() > 1:
         distributed.synchronise_batch_norm(model)
     optimizer = build_optimizer(model, recipe)
-    schedule = LambdaLR(optimizer, partial(lr_factor, recipe))
+    schedule = build_schedule(optimizer, recipe)
     step = TrainingStep(model, optimizer, schedule, None, plan, torch.device("cpu"))
     return Prepared(step, network, configuration)
 
@@ -189,19 +192,26 @@ def batch_of(step: TrainingStep, volumes: list[Tensor], number: int) -> dict[str
     size, channels = step.plan.patch_size, step.model.network.image_channels
     whole = [1] * (3 - len(size)) + size
     drawn = np.random.default_rng(number)
-    patches, positions = [], []
+    patches, neighbours, positions = [], [], []
+
+    def cut(volume: Tensor, corner: np.ndarray) -> Tensor:
+        place = [slice(first, first + n) for first, n in zip(corner, whole, strict=True)]
+        return volume[(slice(None), *place)].reshape(channels, *size)
+
     for _ in range(step.plan.batch_size):
         volume = volumes[drawn.integers(len(volumes))][:channels]
         # A volume may be thinner than the patch.
         short = [max(0, n - available) for n, available in zip(whole, volume.shape[1:], strict=True)]
         volume = nn.functional.pad(volume, [width for n in reversed(short) for width in (0, n)])
         corner = draw_corner(volume.shape[1:], whole, drawn)
-        place = [slice(first, first + n) for first, n in zip(corner, whole, strict=True)]
-        patches.append(volume[(slice(None), *place)].reshape(channels, *size))
+        patches.append(cut(volume, corner))
+        if step.model.uses_neighbours:
+            neighbours.append(cut(volume, neighbour_corners(corner, volume.shape[1:], whole, drawn)[0]))
         positions.append([(first + n / 2) / m for first, n, m in zip(corner, whole, volume.shape[1:], strict=True)])
     mine = slice(step.first, step.last)
     dtype = next(step.model.parameters()).dtype
-    return {"data": torch.stack(patches).to(dtype)[mine], "positions": torch.tensor(positions)[mine].float()}
+    data = torch.stack(patches[mine] + neighbours[mine]).to(dtype)
+    return {"data": data, "positions": torch.tensor(positions)[mine].float()}
 
 
 def state_of(step: TrainingStep) -> Iterator[tuple[str, Tensor]]:

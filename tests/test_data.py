@@ -23,8 +23,8 @@ def cases(tmp_path):
     return [make_case(tmp_path, f"case{i}", rng.normal(size=shape)) for i, shape in enumerate(shapes)]
 
 
-def batches(cases, patch=(1, 24, 32), n=8, group=1, seed=0, share=None):
-    return PretrainingBatches(cases, Sampling(patch, n, group, seed), share or (0, n), 100)
+def batches(cases, patch=(1, 24, 32), n=8, group=1, seed=0, share=None, neighbours=False):
+    return PretrainingBatches(cases, Sampling(patch, n, group, seed, neighbours), share or (0, n), 100)
 
 
 @pytest.mark.parametrize("patch", [(1, 24, 32), (1, 48, 48), (8, 24, 32), (16, 64, 16)])
@@ -69,7 +69,44 @@ def test_ranks_share_the_batch_of_one_process(cases):
     parts = [batches(cases, share=share)[2] for share in ((0, 3), (3, 8))]
     for key in ("data", "positions"):
         assert torch.equal(torch.cat([p[key] for p in parts]), whole[key])
+    both = [batches(cases, share=share, neighbours=True)[2]["data"].chunk(2) for share in ((0, 8), (0, 3), (3, 8))]
+    for everyone, first, second in zip(*both, strict=True):
+        assert torch.equal(torch.cat((first, second)), everyone)
     assert [name for p in parts for name in p["cases"]] == whole["cases"]
+
+
+@pytest.mark.parametrize(
+    "patch, shift", [((1, 24, 32), (1, 0, 0)), ((4, 8, 10), (2, 4, 5)), ((16, 64, 16), (8, 32, 8))]
+)
+def test_neighbours_are_next_to_their_patches(cases, patch, shift):
+    """A neighbour is as far away as the volume allows on any axis. Without neighbours, the patches are the same."""
+    batch, alone = batches(cases, patch, neighbours=True)[3], batches(cases, patch)[3]
+    own, neighbours = batch["data"].chunk(2)
+    assert torch.equal(own, alone["data"]) and torch.equal(batch["positions"], alone["positions"])
+    for data, neighbour, where, name in zip(own, neighbours, batch["positions"], batch["cases"], strict=True):
+        volume = blosc2.open(next(c.file for c in cases if c.name == name))[:]
+        corner = np.round(where.numpy() * volume.shape[1:] - np.array(patch) / 2).astype(int)
+        lowest, highest = (draw_corner(volume.shape[1:], patch, None, np.full(3, p)) for p in (0.0, 1.0))
+        shifts = [sign * along for sign in (1, -1) for along in np.diag(shift) if along.any()]
+        moved = [(np.clip(corner + one, lowest, highest), np.abs(one).sum()) for one in shifts]
+        farthest = max(np.abs(other - corner).sum() / whole for other, whole in moved)
+        possible = [other for other, whole in moved if np.abs(other - corner).sum() / whole == farthest]
+        cut = [
+            crop_and_pad_nd(volume, [[c, c + p] for c, p in zip(other, patch, strict=True)], 0) for other in possible
+        ]
+        cut = [values if patch[0] > 1 else values[:, 0] for values in cut]
+        assert any(np.array_equal(neighbour.numpy(), values) for values in cut)
+        assert not torch.equal(neighbour, data)
+
+
+def test_a_patch_without_a_neighbour_is_its_own(tmp_path):
+    volumes = np.zeros((2, 1, 3, 16, 16))
+    volumes[0, :, 1] = np.random.default_rng(0).normal(size=(16, 16))
+    empty_around = make_case(tmp_path, "sparse", volumes[0])
+    single = make_case(tmp_path, "single", volumes[0, :, 1:2])
+    for case in (empty_around, single):
+        patches, neighbours = batches([case], (1, 16, 16), neighbours=True)[0]["data"].chunk(2)
+        assert torch.equal(patches, neighbours)
 
 
 def test_position_groups_are_positives(cases):

@@ -11,6 +11,7 @@ from nnunetv2_macl import losses
 from nnunetv2_macl.losses import (
     DenseContrastiveLoss,
     EquivarianceLoss,
+    LocationContrastiveLoss,
     MultiLevelContrastiveLoss,
     PositionalContrastiveLoss,
     contrast,
@@ -56,6 +57,19 @@ def test_published_implementation(case):
     gradients = torch.autograd.grad(loss_global + 0.5 * loss_dense, inputs)
     norms = [gradient.norm().item() for gradient in gradients]
     np.testing.assert_allclose(norms, ref["grad_norms"], rtol=0, atol=1e-9)
+
+
+def test_location_loss_is_the_equation_within_each_image():
+    rng = np.random.default_rng(0)
+    dominant, auxiliary = rng.normal(size=(2, 3, 5, 2, 4))
+    expected = [
+        loop(one.reshape(5, 8).T, other.reshape(5, 8).T, np.zeros(8), 0.0, 0.2)
+        for one, other in zip(dominant, auxiliary, strict=True)
+    ]
+    got = LocationContrastiveLoss(0.2, None)(torch.tensor(dominant), torch.tensor(auxiliary))
+    assert got.item() == pytest.approx(np.mean(expected), abs=1e-12)
+    scaled = LocationContrastiveLoss(0.2, 0.1)(torch.tensor(dominant), torch.tensor(auxiliary))
+    assert scaled.item() == pytest.approx(2 * np.mean(expected), abs=1e-12)
 
 
 @pytest.mark.parametrize("axes", [None, 1, 3])

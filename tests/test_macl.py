@@ -1,5 +1,7 @@
 """MACL on real dynamic-network-architectures U-Nets."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
@@ -7,11 +9,12 @@ from steps import embeddings_of, model_of, recipe_of
 from torch import nn
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.methods.base import Progress
+from nnunetv2_macl.factory import build_model
+from nnunetv2_macl.methods.base import Geometry, Progress
 from nnunetv2_macl.methods.heads import GlobalProjectionHead
 
 
-def unet(kind=PlainConvUNet, axes=2, strides=(1, 2, 2, 2), features=(4, 8, 12, 16)):
+def unet(kind=PlainConvUNet, axes=2, strides=(1, 2, 2, 2), features=(4, 8, 12, 16), has_norm=True):
     conv, norm = ((nn.Conv2d, nn.InstanceNorm2d), (nn.Conv3d, nn.InstanceNorm3d))[axes - 2]
     depth = "n_conv_per_stage" if kind is PlainConvUNet else "n_blocks_per_stage"
     torch.manual_seed(0)
@@ -25,7 +28,7 @@ def unet(kind=PlainConvUNet, axes=2, strides=(1, 2, 2, 2), features=(4, 8, 12, 1
         num_classes=3,
         n_conv_per_stage_decoder=1,
         conv_bias=True,
-        norm_op=norm,
+        norm_op=norm if has_norm else None,
         norm_op_kwargs={"affine": True},
         nonlin=nn.LeakyReLU,
         nonlin_kwargs={"inplace": True},
@@ -129,3 +132,41 @@ def test_stages_that_the_network_lacks_are_refused(wrong):
 def test_other_networks_are_refused():
     with pytest.raises(UserError, match="Linear"):
         macl(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("negatives, shares", [("location", (1, 0)), ("image", (0, 1)), ("both", (0.5, 0.5))])
+def test_the_pixel_level_has_the_negatives_that_the_recipe_names(negatives, shares):
+    recipe = recipe_of(dense_negatives=negatives, weight_dense=0.8, weight_equivariance=0.0)
+    model = model_of(unet(), [64, 64], recipe, scale=[2, 2])
+    (method,) = model
+    assert recipe.losses == {
+        "global": 1.0,
+        **{name: 0.8 * share for name, share in zip(("dense", "locations"), shares, strict=True) if share},
+    }
+    embeddings = embeddings_of(model, images())
+    losses = method.losses(embeddings, torch.rand(3, 3), Progress(0, 1, 1))
+    total = sum(weight * losses[name] for name, weight in recipe.losses.items())
+    assert losses.keys() == recipe.losses.keys() | {"total"}
+    torch.testing.assert_close(losses["total"], total)
+
+
+def test_no_padding_but_zeros_shows_the_network_where_the_edge_is():
+    """With zeros a constant image has another feature at each border. With any other padding it has one everywhere."""
+    configuration = SimpleNamespace(channel_names=["MR"] * 2, channels_without_zscore=())
+    geometry = Geometry(1, 4, [2, 2], [64, 64])
+    spread = {}
+    for mode in ("zeros", "reflect", "replicate", "circular"):
+        whole = unet(has_norm=False)
+        model = build_model(configuration, geometry, recipe_of(padding_mode=mode), whole)
+        # a transposed convolution has a pattern of its own within each location, which is the same everywhere
+        maps = model.network.encode(torch.ones(1, 2, 64, 64))
+        spread[mode] = max(float(m.detach().flatten(2).std(-1).max()) for m in maps)
+    assert spread.pop("zeros") > 1e-3
+    assert max(spread.values()) < 1e-5
+
+
+def test_reflection_of_a_single_voxel_is_refused():
+    configuration = SimpleNamespace(channel_names=["MR"] * 2, channels_without_zscore=())
+    geometry = Geometry(1, 4, [2, 2], [64, 16])
+    with pytest.raises(UserError, match="padding_mode"):
+        build_model(configuration, geometry, recipe_of(padding_mode="reflect"), unet())

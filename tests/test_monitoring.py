@@ -50,7 +50,7 @@ def test_embeddings_that_do_not_vary_are_told():
     assert embedding_variance(torch.randn(512, 64)).item() > 0.95
 
 
-@pytest.mark.parametrize("method", ["macl", "restoration"])
+@pytest.mark.parametrize("method", ["macl", "restoration", "moco", "byol", "simsiam", "simtriplet"])
 def test_embeddings_of_any_method_on_one_line_are_told(method):
     torch.manual_seed(0)
     line = torch.randn(1, 16) + 0.3 * torch.linspace(-1, 1, 32)[:, None] * torch.randn(1, 16)

@@ -8,8 +8,8 @@ from steps import batch, gradients, recipe_of, training_step
 from torch import nn
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.factory import load_optimizer
-from nnunetv2_macl.training.step import TrainingStep, lr_factor
+from nnunetv2_macl.factory import load_optimizer, lr_factor
+from nnunetv2_macl.training.step import TrainingStep
 
 PATCHES = 7
 

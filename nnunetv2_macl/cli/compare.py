@@ -39,7 +39,9 @@ def _compare_parser() -> argparse.ArgumentParser:
         metavar="ARM",
         help="scratch; pretrained (encoder and decoder, by the default recipe); encoder (of that, the encoder alone); "
         "recipe:NAME_OR_FILE (pre-trained with it); recipe:NAME_OR_FILE,KEY=VALUE,... (with other values of its keys, as --set "
-        "of nnUNetv2_train_macl_pretrain); weights:FILE (that are there already). Default: scratch encoder pretrained",
+        "of nnUNetv2_train_macl_pretrain); weights:FILE (that are there already); semi:ARM (one of "
+        "these, trained on unlabelled images too); semi,KEY=VALUE,...:ARM (with other settings). "
+        "Default: scratch encoder pretrained",
     )
     amount = "cases, or a fraction (0.1 or 10%%) of all"
     add(

@@ -18,10 +18,12 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2_macl.compare.measure import measure
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
 from nnunetv2_macl.compare.study import RESULT_FILE, Study, Trial
-from nnunetv2_macl.compare.trainer import CURVE_FILE, TRAINERS
+from nnunetv2_macl.compare.trainer import CURVE_FILE, SEMI_TRAINERS, TRAINERS
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
+from nnunetv2_macl.semi_supervised.settings import parse_semi_settings
+from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
 from nnunetv2_macl.training.run_folder import RunLock
 
 
@@ -32,9 +34,13 @@ def run_cell(study: Study, cell: Trial, device: str, processes: int) -> None:
     plans = target.plans_manager.plans | {"continue_training": False}
     study.write_splits()
     fold = study.fold(cell)
-    trainer = TRAINERS[options.finetuning](
+    arm = study.arm(cell.arm)
+    trainers = TRAINERS if arm.semi is None else SEMI_TRAINERS
+    trainer = trainers[options.finetuning](
         plans, options.configuration, fold, target.dataset_json, torch.device(device)
     )
+    if isinstance(trainer, nnUNetTrainerMACLSemi):
+        trainer.semi = parse_semi_settings(arm.semi or (), f"Arm {arm.name}")
     torch.backends.cudnn.benchmark = device == "cuda"  # as nnU-Net's training command
     lock = RunLock(Path(trainer.output_folder))
     lock.acquire()
@@ -44,7 +50,7 @@ def run_cell(study: Study, cell: Trial, device: str, processes: int) -> None:
             iterations=options.iterations,
             rate=cell.rate,
             seed=cell.seed,
-            from_scratch=study.weights(study.arm(cell.arm)) is None,
+            from_scratch=study.weights(arm) is None,
         )
         final, latest = (Path(trainer.output_folder) / f"checkpoint_{which}.pth" for which in ("final", "latest"))
         if not final.is_file():

@@ -32,7 +32,7 @@ from nnunetv2_macl.compare.stopping import ended_by_sigterm
 from nnunetv2_macl.compare.study import STUDY_FILE, Arm, Options, Study, Trial, parse_arm
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE
+from nnunetv2_macl.nnunet import GROUP_VARIABLE, WEIGHTS_VARIABLE
 from nnunetv2_macl.run import check_device
 from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training import resume
@@ -300,7 +300,8 @@ def _has_begun(study: Study, arm: Arm) -> bool:
 
 def _run_cell(study: Study, cell: Trial, device: str, processes: int, jobs: int) -> dict[str, Any]:
     folder = study.cell_folder(cell)
-    environment = study.environment(folder)
+    # the study's own patients, whatever the user's shell has set for another training
+    environment = study.environment(folder) | {GROUP_VARIABLE: study.options.group_regex or ""}
     if weights := study.weights(study.arm(cell.arm)):
         environment[WEIGHTS_VARIABLE] = str(weights)
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:

@@ -28,7 +28,7 @@ class Split:
         return list(self.subsets[0])
 
 
-def patients_of(cases: Iterable[str], group_regex: str | None) -> dict[str, str]:
+def patients_of(cases: Iterable[str], group_regex: str | None, option: str = "--group_regex") -> dict[str, str]:
     """Return the patient of each case: the first group of ``group_regex``, or all that it matches. None: each case its own.
 
     Raises:
@@ -39,14 +39,14 @@ def patients_of(cases: Iterable[str], group_regex: str | None) -> dict[str, str]
     try:
         pattern = re.compile(group_regex)
     except re.error as error:
-        raise UserError(f"--group_regex '{group_regex}' is no regular expression: {error}. Correct it.") from None
+        raise UserError(f"{option} '{group_regex}' is no regular expression: {error}. Correct it.") from None
     patients = {}
     for case in cases:
         match = pattern.search(case)
         if match is None or not (match[1] if pattern.groups else match[0]):
             raise UserError(
-                f"--group_regex '{group_regex}' finds no patient in the name of case {case}. Give one that does for each case: "
-                "--group_regex '^[^_]+' takes what stands before the first _. Leave it out where each case is a patient."
+                f"{option} '{group_regex}' finds no patient in the name of case {case}. Give one that does for each case: "
+                "'^[^_]+' takes what stands before the first _. Leave it out where each case is a patient."
             )
         patients[case] = match[1] if pattern.groups else match[0]
     return patients

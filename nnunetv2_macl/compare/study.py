@@ -17,9 +17,12 @@ from nnunetv2_macl.files import resource_folder, sha256, write_if_absent, write_
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
 from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
 from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text
+from nnunetv2_macl.semi_supervised.settings import parse_semi_settings
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
 SCRATCH = "scratch"
+# begins the arms that also learn from unlabelled images
+SEMI = "semi"
 STUDY_FILE = "study.json"
 # what a cell found
 RESULT_FILE = "result.json"
@@ -76,6 +79,8 @@ class Options:
         arms = [parse_arm(text) for text in self.arms]
         for arm in arms:
             arm.check(self.pretrain_settings)
+        if self.finetuning == "paper" and (semi := [arm.name for arm in arms if arm.semi is not None]):
+            raise UserError(f"--arms: {semi[0]} trains as nnU-Net does. Give --finetuning sgd or adamw, or other arms.")
         if SCRATCH not in self.arms:
             raise UserError(f"--arms must hold {SCRATCH}, which the others are compared with, got {self.arms}.")
         for number, arm in enumerate(arms):
@@ -95,6 +100,9 @@ class Arm:
     settings: tuple[str, ...] = ()  # Values that replace those of the recipe, as KEY=VALUE, sorted by key
     encoder_only: bool = False  # whether the pre-trained decoder is left out
     weights: str | None = None  # a file that is there already, or None
+    semi: tuple[str, ...] | None = (
+        None  # settings of semi-supervised training, as KEY=VALUE; None: labelled images only
+    )
 
     @property
     def recipe_and_settings(self) -> str:
@@ -119,6 +127,13 @@ class Arm:
 def parse_arm(text: str) -> Arm:
     """Read an arm from the command line. Raises UserError: no such arm."""
     kind, _, what = text.partition(":")
+    name, *semi = kind.split(",")
+    if name == SEMI and what:
+        parse_semi_settings(semi, f"Arm {text}")
+        start = parse_arm(what)
+        if start.semi is not None:
+            raise UserError(f"--arms: {text} has {SEMI} twice. Give it once.")
+        return replace(start, name=f"{kind}:{start.name}", slug=f"{_slug(kind)}-{start.slug}", semi=tuple(sorted(semi)))
     if text == SCRATCH:
         return Arm(text, text)
     if text in ("encoder", "pretrained"):
@@ -135,7 +150,7 @@ def parse_arm(text: str) -> Arm:
         return Arm(f"{kind}:{file}", f"weights-{_slug(file.stem)}", weights=str(file))
     raise UserError(
         f"--arms: there is no arm '{text}'. Take from: {SCRATCH}, encoder, pretrained, "
-        "recipe:NAME_OR_FILE, recipe:NAME_OR_FILE,KEY=VALUE,..., weights:FILE."
+        f"recipe:NAME_OR_FILE, recipe:NAME_OR_FILE,KEY=VALUE,..., weights:FILE, and {SEMI}:ARM with one of these."
     )
 
 

@@ -7,17 +7,22 @@ Source: Zeng et al., "Multi-level Asymmetric Contrastive Learning for Medical Im
 Volumetric Medical Image Segmentation", MICCAI 2021, https://arxiv.org/abs/2106.09157.
 """
 
+from nnunetv2_macl.losses.clustering import sinkhorn, swapped_prediction
 from nnunetv2_macl.losses.contrastive import (
     DenseContrastiveLoss,
+    LocationContrastiveLoss,
     PositionalContrastiveLoss,
     contrast,
     positive_mask,
     positive_weights,
 )
+from nnunetv2_macl.losses.distillation import DistillationLoss
 from nnunetv2_macl.losses.equivariance import EQUIVARIANCE_FORMS, EquivarianceLoss
 from nnunetv2_macl.losses.fused import MAX_SIMILARITIES, locations_at_once, similarities_on_meta
 from nnunetv2_macl.losses.interpolation import LINEAR_MODE, downsample
 from nnunetv2_macl.losses.multi_level import MultiLevelContrastiveLoss
+from nnunetv2_macl.losses.pairs import negative_cosine, queue_contrast
+from nnunetv2_macl.losses.partitions import PartitionContrastiveLoss, partition_masks, region_contrast
 from nnunetv2_macl.losses.precision import autocast_disabled
 from nnunetv2_macl.losses.references import ReferenceValues, reference_values
 
@@ -26,16 +31,25 @@ __all__ = [
     "LINEAR_MODE",
     "MAX_SIMILARITIES",
     "DenseContrastiveLoss",
+    "DistillationLoss",
     "EquivarianceLoss",
+    "LocationContrastiveLoss",
     "MultiLevelContrastiveLoss",
+    "PartitionContrastiveLoss",
     "PositionalContrastiveLoss",
     "ReferenceValues",
     "autocast_disabled",
     "contrast",
     "downsample",
     "locations_at_once",
+    "negative_cosine",
+    "partition_masks",
     "positive_mask",
     "positive_weights",
+    "queue_contrast",
     "reference_values",
+    "region_contrast",
     "similarities_on_meta",
+    "sinkhorn",
+    "swapped_prediction",
 ]

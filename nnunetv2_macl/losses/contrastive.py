@@ -191,3 +191,32 @@ class DenseContrastiveLoss(_ContrastiveLoss):
                 f"dominant and auxiliary must have one shape, got {tuple(dominant.shape)} and {tuple(auxiliary.shape)}"
             )
         return self._mean_over_anchors(dominant.flatten(2), auxiliary.flatten(2), positions).mean()
+
+
+class LocationContrastiveLoss(_ContrastiveLoss):
+    """Compute the contrast of the locations of each image with one another, averaged over images. It is no part of the paper.
+
+    The positive of a location is the same location in the other branch. The denominator runs over all locations of the image
+    in both branches, except the anchor. `DenseContrastiveLoss` compares one location of all images; this loss compares all
+    locations of one image.
+
+    Args:
+        temperature, base_temperature: As in `PositionalContrastiveLoss`.
+    """
+
+    def __init__(self, temperature: float = 0.1, base_temperature: float | None = 0.07) -> None:
+        super().__init__(temperature, 0.0, base_temperature)
+
+    def forward(self, dominant: Tensor, auxiliary: Tensor) -> Tensor:
+        """Return the loss, a scalar.
+
+        Args:
+            dominant: (N, C, *grid) embeddings of any length.
+            auxiliary: (N, C, *grid) embeddings of the same patches, in the same order.
+
+        Raises:
+            ValueError: The shapes do not agree.
+        """
+        # Locations take the place of patches, and patches that of locations.
+        dominant, auxiliary = (maps.flatten(2).transpose(0, 2) for maps in (dominant, auxiliary))
+        return self._mean_over_anchors(dominant, auxiliary, dominant.new_zeros(len(dominant))).mean()

@@ -35,6 +35,7 @@ class Geometry:
         threshold: t, the fraction of the volume within which two patches are positives of each other.
         out_of_plane_rotation: Largest angle about the in-plane axes, degrees.
         channels_without_zscore: Numbers of the image channels that nnU-Net does not normalise to zero mean.
+        batch_size: N, patches of a step. While the plan is made, it is the largest that a plan takes without being asked.
     """
 
     decoder_stages: int
@@ -45,6 +46,7 @@ class Geometry:
     threshold: float = 0.0
     out_of_plane_rotation: float = 0.0
     channels_without_zscore: Sequence[int] = ()
+    batch_size: int = 32
 
     @property
     def dominant_patch_size(self) -> list[int]:
@@ -130,7 +132,7 @@ class Views(ABC):
         """Return the views by name, each with n rows.
 
         Args:
-            patches: (n, C, *patch).
+            patches: (n, C, *patch); for a method that `uses_neighbours` (2n, C, *patch), the neighbours after the patches.
             numbers: What `draw` returned, its tensors on the device of the patches.
             progress: How far the run is.
         """
@@ -159,6 +161,9 @@ class Method(nn.Module, ABC):
         compares_positions: Whether patches of near positions are positives, so that the plan needs a threshold.
         has_two_branches: Whether a second branch sees the patch at another size and both meet on one grid, so that the scale in
             the plan follows from the stages.
+        uses_neighbours: Whether its views show a neighbour of each patch, too. See `Sampling.neighbours`.
+        constant_rate_modules: Names of its modules whose learning rate does not follow the schedule, but stays as it is after
+            the warm-up.
         plan_keys: The keys of the MACL plan that only such a method uses.
         summary: How it trains, for the model card: "by MACL, multi-level contrastive learning,".
         tag: Its tag in the model card.
@@ -173,6 +178,8 @@ class Method(nn.Module, ABC):
     couples_samples: ClassVar[bool] = True
     compares_positions: ClassVar[bool] = False
     has_two_branches: ClassVar[bool] = False
+    uses_neighbours: ClassVar[bool] = False
+    constant_rate_modules: ClassVar[Sequence[str]] = ()
     plan_keys: ClassVar[Sequence[str]] = ()
     summary: ClassVar[str]
     tag: ClassVar[str]
@@ -235,7 +242,8 @@ class Method(nn.Module, ABC):
             progress: How far the run is.
 
         Returns:
-            Scalars; without `couples_samples` one value for each patch.
+            Scalars; without `couples_samples` one value for each patch. A method that trains in stages may leave out a loss in an
+            epoch that does not train it.
         """
 
     def copy_network(self) -> None:

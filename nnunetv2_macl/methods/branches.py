@@ -91,25 +91,31 @@ def plan_branches(patch_size: Sequence[int], strides: Sequence[Sequence[int]], r
     return Geometry(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
 
 
-def plan_one_branch(patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
-    """Return the geometry of a method that reads one map of nnU-Net's own patch: the bottleneck, or the last decoder stage.
+def plan_one_branch(
+    patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any, decoder_stages: int = 0
+) -> Geometry:
+    """Return the geometry of a method that shows nnU-Net's own patch to one branch.
 
     Args:
         patch_size: Of the nnU-Net plan, voxels per axis.
         strides: Of each encoder stage, per axis.
         recipe: May ask for decoder stages.
+        decoder_stages: Number of decoder stages to train where the recipe does not ask for them.
 
     Raises:
         UserError: The recipe asks for more decoder stages than the network has.
     """
-    stages, decoder_stages = len(strides), 0 if recipe.decoder_stages == AUTO else int(recipe.decoder_stages)
+    stages = len(strides)
+    if recipe.decoder_stages != AUTO:
+        decoder_stages = int(recipe.decoder_stages)
     if decoder_stages >= stages:
         raise UserError(
             f"The recipe asks for decoder_stages={decoder_stages}, and the network has {stages - 1}. Take at most {stages - 1}."
         )
     patch, deepest = own_patch(patch_size, strides)
-    reason = f"one map is read, of nnU-Net's own patch, a multiple of {_by(deepest)}"
-    return Geometry(decoder_stages, stages, [1] * len(patch), patch, reason)
+    reason = f"one branch sees nnU-Net's own patch, a multiple of {_by(deepest)}"
+    auxiliary_stage = _auxiliary_stage(np.cumprod(np.asarray(strides), axis=0))
+    return Geometry(decoder_stages, auxiliary_stage, [1] * len(patch), patch, reason)
 
 
 def own_patch(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], np.ndarray]:
@@ -121,6 +127,20 @@ def own_patch(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> tu
     size = np.maximum(np.floor(patch / deepest + 0.5), 1).astype(int) * deepest
     _enlarge(size, deepest, patch)
     return size.tolist(), deepest
+
+
+def smaller_patch(patch_size: Sequence[int], multiple: Sequence[int], fraction: float) -> list[int]:
+    """Return the size of a view that is smaller than the patch, and whose bottleneck has more than one voxel.
+
+    Args:
+        patch_size: Of the large views, a multiple of ``multiple``, voxels per axis.
+        multiple: What a size must be divisible by, per axis.
+        fraction: Wanted fraction of the patch's edge.
+    """
+    patch, step = np.asarray(patch_size), np.asarray(multiple)
+    size = np.maximum(np.floor(patch * fraction / step + 0.5), 1).astype(int) * step
+    _enlarge(size, step, patch)
+    return size.tolist()
 
 
 def _enlarge(size: np.ndarray, step: np.ndarray, patch: np.ndarray) -> None:

@@ -43,6 +43,24 @@ class SpatialViewKeys(MethodConfig):
         return scaling
 
 
+class ImageViewKeys(SpatialViewKeys):
+    """The recipe keys of methods that show random views of a patch, changed in space and in intensity."""
+
+    intensity: Annotated[float, Field(ge=0, le=2)] = Field(
+        1.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0`: none"
+    )
+
+
+class HeadKey(MethodConfig):
+    """The recipe key of methods whose heads have a published and a light form."""
+
+    head: Literal["published", "light"] = Field(
+        "published",
+        description="`published` has the layers of the method's paper; `light` has the projection head of PCL, two linear layers "
+        "as wide as the map that they read",
+    )
+
+
 class BranchKeys(MethodConfig):
     """The recipe keys that say where in the network a second branch is read."""
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -17,22 +21,56 @@ def pool(maps: Tensor) -> Tensor:
     return maps.flatten(2).mean(-1, dtype=torch.promote_types(maps.dtype, torch.float32))
 
 
+def mlp(*widths: int, hidden_norm: bool = False, output_norm: bool = False) -> nn.Sequential:
+    """Return linear layers with ReLU between them: (N, widths[0]) -> (N, widths[-1]).
+
+    Args:
+        widths: Length of the input, of each hidden vector, and of the output.
+        hidden_norm: Whether batch norm comes before each ReLU.
+        output_norm: Whether batch norm without scale and shift follows the last layer.
+    """
+    layers: list[nn.Module] = []
+    for number, (before, after) in enumerate(pairwise(widths), 1):
+        is_last = number == len(widths) - 1
+        has_norm = output_norm if is_last else hidden_norm
+        # Batch norm removes what a bias adds.
+        layers.append(nn.Linear(before, after, bias=not has_norm))
+        if has_norm:
+            layers.append(nn.BatchNorm1d(after, affine=not is_last))
+        if not is_last:
+            layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
 class GlobalProjectionHead(nn.Sequential):
-    """Mean over space, then Linear - ReLU - Linear: (N, C, *spatial) -> (N, embedding_dim).
+    """Mean over space, then linear layers with ReLU between them: (N, C, *spatial) -> (N, embedding_dim).
+
+    With its defaults and ``embedding_dim=channels`` it is the head of PCL, the "light" head of all methods on the image level.
 
     Args:
         channels: C.
         embedding_dim: Length of a vector.
+        hidden: Lengths of the hidden vectors; None is one of C.
         batch_norm: Whether pooled features are standardised over the batch first. Instance norm gives every channel of every
             image nearly the same mean, so without it the embeddings of all images are nearly one vector and nothing is learned.
+        hidden_norm: Whether batch norm comes before each ReLU.
+        output_norm: Whether batch norm without scale and shift follows the last layer.
     """
 
-    def __init__(self, channels: int, embedding_dim: int = 128, *, batch_norm: bool = True) -> None:
+    def __init__(
+        self,
+        channels: int,
+        embedding_dim: int = 128,
+        *,
+        hidden: Sequence[int] | None = None,
+        batch_norm: bool = True,
+        hidden_norm: bool = False,
+        output_norm: bool = False,
+    ) -> None:
+        widths = (channels, *((channels,) if hidden is None else hidden), embedding_dim)
         super().__init__(
             nn.BatchNorm1d(channels) if batch_norm else nn.Identity(),
-            nn.Linear(channels, channels),
-            nn.ReLU(inplace=True),
-            nn.Linear(channels, embedding_dim),
+            *mlp(*widths, hidden_norm=hidden_norm, output_norm=output_norm),
         )
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -57,3 +95,29 @@ class DenseProjectionHead(nn.Sequential):
             ]
 
         super().__init__(*block(in_channels), *block(out_channels))
+
+
+class DistillationHead(nn.Module):
+    """Layers with batch norm and GELU, then cosine similarities to learned directions: (N, C) -> (N, outputs).
+
+    Source: DINO, Caron et al., ICCV 2021, https://arxiv.org/abs/2104.14294, appendix C, with batch norm as in DeSD. The
+    directions are the weight-normalised last layer. The input is standardised over the batch first, see `GlobalProjectionHead`.
+
+    Args:
+        channels: C.
+        outputs: Number of directions.
+        hidden: Length of the two hidden vectors.
+        bottleneck: Length of the vector that is compared with the directions.
+    """
+
+    def __init__(self, channels: int, outputs: int, *, hidden: int = 2048, bottleneck: int = 256) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.BatchNorm1d(channels)]
+        for before in (channels, hidden):
+            layers += [nn.Linear(before, hidden, bias=False), nn.BatchNorm1d(hidden), nn.GELU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
+        self.directions = nn.Linear(bottleneck, outputs, bias=False)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        vectors = F.normalize(self.layers(vectors), dim=1)
+        return F.linear(vectors, F.normalize(self.directions.weight, dim=1).to(vectors.dtype))

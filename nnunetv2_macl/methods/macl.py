@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from nnunetv2_macl.losses import MultiLevelContrastiveLoss, downsample
-from nnunetv2_macl.methods.averaging import averaged_copy, in_chunks, update_average
+from nnunetv2_macl.methods.averaging import averaged_copy, encode_without_gradient, update_average
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.methods.config import BranchKeys, Fraction, NotNegative, Positive, SpatialViewKeys
@@ -36,6 +36,11 @@ class MACLConfig(BranchKeys, SpatialViewKeys):
 
     weight_global: NotNegative = Field(1.0, description="λ1, the weight of the image-level loss L_g")
     weight_dense: NotNegative = Field(0.5, description="λ2, the weight of the pixel-level loss L_d")
+    dense_negatives: Literal["location", "image", "both"] = Field(
+        "location",
+        description="what L_d tells a location apart from: the same location of other images, as in the paper; other locations "
+        "of the same image; or both, with half of the weight each",
+    )
     weight_equivariance: NotNegative = Field(1.0, description="λ3, the weight of the feature-level loss L_ER")
     equivariance_form: Literal["l1", "standardised"] = Field(
         "l1",
@@ -92,6 +97,17 @@ class MACLConfig(BranchKeys, SpatialViewKeys):
                 "every image would do. Set one of them above 0, or leave method macl out"
             )
         return self
+
+
+def _all_weights(recipe: Any) -> dict[str, float]:
+    """Return the weight of each loss, in the order of their sum."""
+    share = {"location": 1.0, "both": 0.5, "image": 0.0}[recipe.dense_negatives]
+    return {
+        "global": recipe.weight_global,
+        "dense": share * recipe.weight_dense,
+        "locations": (1 - share) * recipe.weight_dense,
+        "equivariance": recipe.weight_equivariance,
+    }
 
 
 class _Numbers(NamedTuple):
@@ -169,6 +185,7 @@ class MACL(ContrastiveMethod):
     loss_labels = {
         "global": "L_g, image level",
         "dense": "L_d, pixel level",
+        "locations": "L_d, within an image",
         "equivariance": "L_ER, feature level",
     }
     view_titles = {
@@ -204,9 +221,7 @@ class MACL(ContrastiveMethod):
             channels = network.encoder_levels[stage - 1].channels
             self.pixel_projector = DenseProjectionHead(channels, dominant, len(geometry.patch_size))
         self.loss = MultiLevelContrastiveLoss(
-            weight_global=recipe.weight_global,
-            weight_dense=recipe.weight_dense,
-            weight_equivariance=recipe.weight_equivariance,
+            **{f"weight_{name}": weight for name, weight in _all_weights(recipe).items()},
             threshold=geometry.threshold,
             **self.loss_settings(recipe),
             equivariance_form=recipe.equivariance_form,
@@ -219,7 +234,7 @@ class MACL(ContrastiveMethod):
 
     @classmethod
     def weights(cls, recipe: Any) -> dict[str, float]:
-        return {name: weight for name in cls.loss_labels if (weight := getattr(recipe, f"weight_{name}"))}
+        return {name: weight for name, weight in _all_weights(recipe).items() if weight}
 
     @classmethod
     def trains_in_stages(cls, recipe: Any) -> bool:
@@ -249,26 +264,16 @@ class MACL(ContrastiveMethod):
             features["bottleneck_auxiliary"] = deepest[:patches]
         return features
 
-    def _auxiliary(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _auxiliary(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the auxiliary branch's dense map and its deepest map."""
-        if self.recipe.auxiliary_encoder == "ema" and not self.network.mixes_samples:
-            return self._averaged(images)
-        maps = self.network.encode(images, self.auxiliary_encoder)
-        return maps[self.geometry.auxiliary_stage - 1], maps[-1]
 
-    # This frame is left out of compiling; the encoder that it calls is compiled, once for the size of a chunk.
-    @torch.compiler.disable(recursive=False)
-    def _averaged(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `_auxiliary` does, a few patches at a time."""
-        dense, deepest = [], []
-        with torch.no_grad():
-            for part in in_chunks(images):
-                maps = self.network.encode(part, self.auxiliary_encoder)
-                dense.append(maps[self.geometry.auxiliary_stage - 1])
-                deepest.append(maps[-1])
-                # otherwise the large maps of this chunk would stay while the next one is computed
-                del maps
-        return torch.cat(dense), torch.cat(deepest)
+        def encode(part: Tensor) -> tuple[Tensor, Tensor]:
+            maps = self.network.encode(part, self.auxiliary_encoder)
+            return maps[self.geometry.auxiliary_stage - 1], maps[-1]
+
+        if self.recipe.auxiliary_encoder == "ema":
+            return encode_without_gradient(encode, images, whole=self.network.mixes_samples)
+        return encode(images)
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
@@ -290,7 +295,7 @@ class MACL(ContrastiveMethod):
         losses = self.loss(embeddings, positions)
         if self.recipe.training_stages == 2 and self.recipe.weight_global and self.recipe.weight_dense:
             if progress.is_second_half:
-                trained = ["dense"]
+                trained = ["dense", "locations"]
             else:
                 # L_ER compares the two sizes of an image, so it has nothing to compare at full size
                 trained = ["global", "equivariance"] if self.recipe.downsample_first_stage else ["global"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnunetv2_macl.methods.base import Geometry, Method, StepRandom, Views
+from nnunetv2_macl.methods.base import Geometry, Method, Progress, StepRandom, Views
 from nnunetv2_macl.methods.registry import methods_of
 from nnunetv2_macl.networks.base import PretrainableNetwork
 
@@ -29,6 +29,24 @@ class PretrainingModel(nn.Module):
     def __iter__(self) -> Iterator[Method]:
         """Iterate over the methods, in the order in which the recipe names them."""
         return iter(self.methods.values())  # type: ignore[arg-type]
+
+    @property
+    def uses_neighbours(self) -> bool:
+        """Return whether a method asks for a neighbour of each patch. The images of a batch are then 2N."""
+        return any(method.uses_neighbours for method in self)
+
+    def make_views(self, method: Method, images: Tensor, numbers: Any, progress: Progress) -> dict[str, Tensor]:
+        """Return the views of one of the methods. Only a method that asks for neighbours is given them.
+
+        Args:
+            method: One of this model.
+            images: The images of a batch, see `uses_neighbours`.
+            numbers: What its views drew, on the device of the images.
+            progress: How far the run is.
+        """
+        if self.uses_neighbours and not method.uses_neighbours:
+            images = images[: len(images) // 2]
+        return method.views.make(images, numbers, progress)
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Copy weights into the network, by their names in the segmentation network, and into the methods' copies of it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -83,21 +83,21 @@ class RestorationConfig(BranchKeys):
         return self
 
 
-class _MaskedViews(Views):
+class MaskedViews(Views):
     """A patch with hidden voxels, the patch as it was, and what is hidden."""
 
     def __init__(self, geometry: Geometry, recipe: Any, blocks: Sequence[Sequence[int]]) -> None:
         self.unnormalised, self.share = tuple(geometry.channels_without_zscore), recipe.restoration_share
         self.blocks = blocks
 
-    def draw(self, random: StepRandom) -> Tensor:
-        """Return the mask, (n, 1, *grid); see `sample_mask`."""
+    def draw(self, random: StepRandom, *stream: int) -> Tensor:
+        """Return the mask, (n, 1, *grid); see `sample_mask`. Several masks of one patch take a stream of their own each."""
         return sample_mask(
             random.batch_size,
             random.patch_size,
             self.blocks,
             self.share,
-            random.generator(_MASKS),
+            random.generator(_MASKS, *stream),
             part=random.part,
         )
 
@@ -116,7 +116,7 @@ class Restoration(Method):
     """Masks blocks of voxels and restores them from the map of the last trained decoder stage."""
 
     name = "restoration"
-    Config = RestorationConfig
+    Config: ClassVar[type[RestorationConfig]] = RestorationConfig
     loss_labels = {"restoration": "L_R, restoration"}
     view_titles = {"target": "restored", "masked": "restored from"}
     couples_samples = False
@@ -128,7 +128,8 @@ class Restoration(Method):
         dominant = [network.encoder_levels[-1], *network.decoder_levels][-1]
         self.restoration_head = ReconstructionHead(dominant.channels, network.image_channels, dominant.stride)
         strides = [level.stride for level in network.encoder_levels[: geometry.auxiliary_stage]]
-        self.views = _MaskedViews(geometry, recipe, mask_block_sizes(strides))
+        self.masked_views = MaskedViews(geometry, recipe, mask_block_sizes(strides))
+        self.views = self.masked_views
 
     @classmethod
     def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:

@@ -7,64 +7,29 @@ thousands of images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnunetv2_macl.losses import PositionalContrastiveLoss
-from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
-from nnunetv2_macl.methods.branches import plan_one_branch
-from nnunetv2_macl.methods.config import MethodConfig, Positive, SpatialViewKeys
-from nnunetv2_macl.methods.contrast import ContrastiveMethod, spatial_views
+from nnunetv2_macl.methods.base import Geometry, Progress
+from nnunetv2_macl.methods.config import ImageViewKeys, MethodConfig, Positive
+from nnunetv2_macl.methods.contrast import ContrastiveMethod
 from nnunetv2_macl.methods.heads import GlobalProjectionHead
+from nnunetv2_macl.methods.image_level import ImageLevelMethod
 from nnunetv2_macl.networks.base import PretrainableNetwork
-from nnunetv2_macl.views import IntensityNumbers, RandomIntensity
 
 
-class SimCLRConfig(SpatialViewKeys):
+class SimCLRConfig(ImageViewKeys):
     """The recipe keys of SimCLR."""
 
     temperature: Positive = Field(0.1, description="τ")
     embedding_dim: Annotated[int, Field(ge=2)] = Field(128, description="length of the vectors that are compared")
-    intensity: Annotated[float, Field(ge=0, le=2)] = Field(
-        1.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0`: none"
-    )
 
 
-class _Numbers(NamedTuple):
-    spatial: Tensor
-    intensity: list[IntensityNumbers]
-
-
-class TwoViews(Views):
-    """Two random views of each patch, ``first`` and ``second``, of the size of the patch."""
-
-    def __init__(self, geometry: Geometry, recipe: Any) -> None:
-        self.spatial = spatial_views(geometry, recipe)
-        self.intensity = RandomIntensity(recipe.intensity)
-
-    def draw(self, random: StepRandom) -> _Numbers:
-        generator = random.generator()
-        spatial = [self.spatial.draw(random.batch_size, generator)[random.part] for _ in range(2)]
-        intensity = []
-        for number in range(2 if self.intensity.strength else 0):
-            values, seeds = self.intensity.draw(
-                random.batch_size, random.channels, len(random.patch_size), random.generator(number + 1)
-            )
-            intensity.append(IntensityNumbers(values[random.part], seeds[random.part]))
-        return _Numbers(torch.stack(spatial), intensity)
-
-    def make(self, patches: Tensor, numbers: _Numbers, progress: Progress) -> dict[str, Tensor]:
-        views = [self.spatial.apply(patches, spatial) for spatial in numbers.spatial]
-        if numbers.intensity:
-            views = [self.intensity.apply(v, changes) for v, changes in zip(views, numbers.intensity, strict=True)]
-        return {"first": views[0], "second": views[1]}
-
-
-class SimCLR(ContrastiveMethod):
+class SimCLR(ImageLevelMethod, ContrastiveMethod):
     """Contrast of whole images. The positive of a view is the other view of its image; all other views are negatives.
 
     The head reads the bottleneck, or the map of the last decoder stage where the recipe trains decoder stages.
@@ -74,24 +39,15 @@ class SimCLR(ContrastiveMethod):
     Config: ClassVar[type[MethodConfig]] = SimCLRConfig
     loss_labels = {"contrast": "L_c, image level"}
     referenced_losses = ("contrast",)
-    view_titles = {"first": "first view", "second": "second view"}
-    plan_keys: ClassVar[Sequence[str]] = ("out_of_plane_rotation",)
     summary = "by SimCLR, contrastive learning of whole images,"
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__(network, geometry, recipe)
-        channels = [network.encoder_levels[-1], *network.decoder_levels][-1].channels
-        self.head = GlobalProjectionHead(channels, recipe.embedding_dim)
-        self.loss = PositionalContrastiveLoss(threshold=self.threshold(), **self.loss_settings(recipe))
-        self.views = TwoViews(geometry, recipe)
-
-    @classmethod
-    def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
-        return plan_one_branch(patch_size, strides, recipe)
+        self.head = GlobalProjectionHead(self.channels, recipe.embedding_dim)
+        self.loss: nn.Module = PositionalContrastiveLoss(threshold=self.threshold(), **self.loss_settings(recipe))
 
     def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        both = self.network.decode(self.network.encode(torch.cat((views["first"], views["second"]))))[-1]
-        first, second = both.chunk(2)
+        first, second = self.last_map(self.network, torch.cat((views["first"], views["second"]))).chunk(2)
         return {"first": first, "second": second}
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,7 +57,7 @@ class SimCLR(ContrastiveMethod):
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
         loss = self.loss(embeddings["first"], embeddings["second"], positions)
-        (name,) = self.loss_labels
+        (name,) = self.referenced_losses
         return {name: loss, "total": loss}
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

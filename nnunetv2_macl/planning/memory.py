@@ -49,10 +49,12 @@ class MemoryEstimate:
         # the first step: with two training stages, the first one holds more
         self._progress = Progress(0, recipe.num_epochs, recipe.num_iterations_per_epoch)
         weights = sum(p.numel() for p in self.model.parameters())
+        buffers = sum(b.numel() for b in self.model.buffers())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._half_weights = 2 * weights
-        # weight, gradient, and what the optimiser keeps
-        self._fixed = 4 * (weights + trained * (1 + {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer]))
+        # Weights, gradients, what the optimiser keeps, and buffers, of which a step holds a second copy.
+        states = {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer]
+        self._fixed = 4 * (weights + trained * (1 + states) + 2 * buffers)
         self._peaks: dict[tuple[int, int, bool], int] = {}
         for parameter in self.model.parameters():
             if parameter.requires_grad:
@@ -93,9 +95,12 @@ class MemoryEstimate:
             similarities_on_meta("cuda" if mixed_precision else "cpu"),
             _LiveMemory(_as_cuda_allocates if mixed_precision else int) as memory,
         ):
-            patches = torch.empty(batch_size, self._channels, *self._geometry.patch_size, device="meta")
+            images = batch_size * (1 + self.model.uses_neighbours)
+            patches = torch.empty(images, self._channels, *self._geometry.patch_size, device="meta")
             for method in self.model:
-                self._backward(method, method.views.make(patches, numbers[method.name], self._progress), at_once)
+                views = self.model.make_views(method, patches, numbers[method.name], self._progress)
+                self._backward(method, views, at_once)
+                del views
         return memory.most
 
     def _backward(self, method: Method, views: dict[str, Tensor], at_once: int) -> None:

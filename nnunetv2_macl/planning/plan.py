@@ -90,15 +90,21 @@ class MACLPlan:
         Args:
             channels: C, number of image channels.
         """
-        return 4 * self.batch_size * channels * math.prod(self.patch_size)
+        images = self.batch_size * (1 + self.get_recipe().uses_neighbours)
+        return 4 * images * channels * math.prod(self.patch_size)
 
     def get_recipe(self) -> Recipe:
         return recipe_from_values(self.recipe, "MACL plan")
 
     @property
     def sampling(self) -> Sampling:
+        recipe = self.get_recipe()
         return Sampling(
-            volume_patch(self.patch_size), self.batch_size, self.position_group_size, self.get_recipe().seed
+            volume_patch(self.patch_size),
+            self.batch_size,
+            self.position_group_size,
+            recipe.seed,
+            neighbours=recipe.uses_neighbours,
         )
 
     @property
@@ -111,6 +117,7 @@ class MACLPlan:
             self.patch_size,
             threshold=self.threshold,
             out_of_plane_rotation=self.out_of_plane_rotation,
+            batch_size=self.batch_size,
         )
 
     def with_recipe(self, values: dict[str, Any]) -> MACLPlan:

@@ -51,7 +51,8 @@ def compute_feature_figures(run: Run, device: str = "cpu") -> Features:
     cases = _cases(run)
     patch = run.plan.sampling.patch_size
     number = int(np.clip(_VOXELS // np.prod(patch), *_PATCHES))
-    sampling = replace(run.plan.sampling, batch_size=number, position_group_size=1, seed=run.plan.get_recipe().seed + 1)
+    seed = run.plan.get_recipe().seed + 1
+    sampling = replace(run.plan.sampling, batch_size=number, position_group_size=1, seed=seed, neighbours=False)
     try:
         batch = PretrainingBatches(cases, sampling, (0, number), 1)[0]
     except (ValueError, OSError, RuntimeError) as error:

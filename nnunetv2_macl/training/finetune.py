@@ -16,7 +16,7 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.lr_scheduler.warmup import Lin_incr_LRScheduler, PolyLRScheduler_offset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_macl import __version__, checkpoints, formats
@@ -49,6 +49,8 @@ class nnUNetTrainerMACL(nnUNetTrainer):
     finetuning_optimizer: str = "sgd"
     # epochs over which the learning rate rises from 0 before nnU-Net's own schedule
     warmup_epochs: int = 0
+    # True: keep the fresh weights that nnU-Net initialises the network with
+    from_scratch: bool = False
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
     @exit_on_user_error
     def on_train_start(self) -> None:
         # initialised by now means: by --c, --val or -pretrained_weights, and then the weights are there already
-        if not self.was_initialized:
+        if not self.was_initialized and not self.from_scratch:
             pretrained = self._find_weights()
             self.initialize()
             self.load_macl_weights(pretrained)
@@ -117,8 +119,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         Raises:
             UserError: weights of a network too unlike this one; names the first difference.
         """
-        module = self.network.module if self.is_ddp else self.network
-        module = module._orig_mod if isinstance(module, OptimizedModule) else module
+        module = self.bare_network
         state = module.state_dict()
         transfer = transfer_to(self._configuration, state, pretrained)
         fresh = kernel_norms(module)
@@ -136,6 +137,12 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             "pretrained_epochs": pretrained.description.get("epochs"),
             "citations": pretrained.description.get("citations", checkpoints.CITATIONS),
         }
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """Return the network without the wrappers of torch.compile and of distributed training."""
+        module = self.network.module if self.is_ddp else self.network
+        return module._orig_mod if isinstance(module, OptimizedModule) else module
 
     @property
     def _configuration(self) -> DatasetConfiguration:
@@ -235,14 +242,22 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         checkpoint = saved[0]
         if type(self).build_network_architecture is nnUNetTrainer.build_network_architecture:
             checkpoint["trainer_name"] = nnUNetTrainer.__name__
-        checkpoint["macl"] = self.macl_origin
-        checkpoints.save(checkpoint, Path(filename))
+        checkpoints.save(checkpoint | self.checkpoint_content(), Path(filename))
+
+    def checkpoint_content(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides nnU-Net's content."""
+        return {"macl": self.macl_origin}
 
     @exit_on_user_error
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         super().load_checkpoint(filename_or_checkpoint)
         if isinstance(filename_or_checkpoint, str):
-            self.macl_origin = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False).get("macl")
+            content = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
+            self.load_checkpoint_content(content)
+
+    def load_checkpoint_content(self, checkpoint: dict[str, Any]) -> None:
+        """Read what `checkpoint_content` wrote. A checkpoint of another trainer lacks it."""
+        self.macl_origin = checkpoint.get("macl")
 
 
 @contextmanager

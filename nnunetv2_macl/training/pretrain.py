@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from time import time
 from typing import Any
@@ -21,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from nnunetv2_macl import distributed
 from nnunetv2_macl.data import Case
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.factory import build_model, build_optimizer
+from nnunetv2_macl.factory import build_model, build_optimizer, build_schedule
 from nnunetv2_macl.messages import for_log_file, show_any_character
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, current_plan, plan_file
@@ -37,7 +36,7 @@ from nnunetv2_macl.training.commands import command_to_go_on
 from nnunetv2_macl.training.epoch_log import Epoch, log_keys
 from nnunetv2_macl.training.inputs import batches, labelled_cases, load_start_weights, unlabelled_cases
 from nnunetv2_macl.training.run_folder import PLAN_COPY, archive_previous_run
-from nnunetv2_macl.training.step import TrainingStep, lr_factor
+from nnunetv2_macl.training.step import TrainingStep
 from nnunetv2_macl.training.user_errors import (
     exit_on_refused_write,
     exit_on_user_error,
@@ -200,7 +199,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """nnU-Net asks for optimiser and schedule; the recipe names them."""
         optimizer = build_optimizer(self.network, self.recipe)
-        return optimizer, LambdaLR(optimizer, partial(lr_factor, self.recipe))
+        return optimizer, build_schedule(optimizer, self.recipe)
 
     def _build_loss(self) -> None:
         """nnU-Net builds a loss; the methods have their own."""

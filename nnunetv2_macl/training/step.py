@@ -18,22 +18,11 @@ from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.methods.statistics import batch_rank, embedding_variance
 from nnunetv2_macl.planning.memory import check_batch_can_be_split
 from nnunetv2_macl.planning.plan import MACLPlan
-from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.training.draws import StepDraws
 
 _MAX_GRADIENT_NORM = 12  # nnU-Net's own
 
 Tensors = dict[str, Tensor]
-
-
-def lr_factor(recipe: Recipe, step: int) -> float:
-    """Return the fraction of the recipe's learning rate at a step: linear warm-up, then the schedule to 0."""
-    steps = recipe.num_epochs * recipe.num_iterations_per_epoch
-    warmup = round(recipe.learning_rate_warmup * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return {"cosine": (1 + math.cos(math.pi * done)) / 2, "poly": (1 - done) ** 0.9, "constant": 1.0}[recipe.schedule]
 
 
 class TrainingStep:
@@ -89,8 +78,8 @@ class TrainingStep:
         Without a finite loss and gradient the weights stay as they are, on all ranks, and `was_skipped` is True.
 
         Args:
-            batch: ``data`` (n, C, *patch), ``positions`` (n, 3), and ``numbers``, what `StepDraws` drew for this step. They
-                are drawn here where they are not in it.
+            batch: ``data`` (n, C, *patch) or with neighbours (2n, C, *patch), ``positions`` (n, 3), and ``numbers``, what
+                `StepDraws` drew for this step. They are drawn here where they are not in it.
             step: Number of the step.
         """
         # For a network with dropout. All else that is random has a generator of its own.
@@ -107,7 +96,7 @@ class TrainingStep:
         everyone: list[Tensors] = []
         for method in self.methods:
             backward = self._backward if method.couples_samples else self._backward_one_by_one
-            views = method.views.make(patches, numbers[method.name], progress)
+            views = self.model.make_views(method, patches, numbers[method.name], progress)
             found, embeddings = backward(method, views, positions, progress, is_last=method is self.methods[-1])
             losses |= found | {"total": losses["total"] + found["total"]}
             statistics |= self._statistics(method, embeddings, positions)
@@ -127,11 +116,11 @@ class TrainingStep:
         """Return the views of each method, by its name.
 
         Args:
-            patches: (n, C, *patch), this rank's share.
+            patches: (n, C, *patch), this rank's share, with neighbours (2n, C, *patch).
             step: Number of the step.
         """
         numbers, patches = to_device(self.draws(step), self.device), patches.to(self.device)
-        return {m.name: m.views.make(patches, numbers[m.name], self.progress(step)) for m in self.methods}
+        return {m.name: self.model.make_views(m, patches, numbers[m.name], self.progress(step)) for m in self.methods}
 
     @torch.no_grad()
     def representations(self, patches: Tensor, step: int) -> tuple[Tensor, Tensor] | None:
@@ -143,7 +132,7 @@ class TrainingStep:
             if not method.couples_samples:
                 continue
             numbers = to_device(self.draws(step), self.device)[method.name]
-            views = method.views.make(patches.to(self.device), numbers, self.progress(step))
+            views = self.model.make_views(method, patches.to(self.device), numbers, self.progress(step))
             # not what is compiled, which would be compiled once more for it
             with self._autocast():
                 embeddings = method.project(_joined([method.encode(part) for part in self._cut(views)]))

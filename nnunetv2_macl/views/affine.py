@@ -108,15 +108,29 @@ class RandomAffine:
         Returns:
             (N, C, *size).
         """
-        size = tuple(size or patches.shape[2:])
-        parameters, views = parameters.to(patches), patches.new_empty(*patches.shape[:2], *size)
-        for part in parts_of(len(patches), size):
-            shown = patches[part]
-            grid = F.affine_grid(parameters[part], [len(shown), 1, *size], align_corners=True)
-            views[part] = F.grid_sample(shown, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-            # Otherwise it would stay while the next one is computed.
-            del grid
-        return views
+        return resample(patches, parameters, size)
+
+
+def resample(patches: Tensor, matrices: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    """Return patches resampled linearly, a few at a time. Outside of a patch they are 0, as nnU-Net pads.
+
+    Args:
+        patches: (N, C, *patch).
+        matrices: (N, A, A+1) from output to input coordinates, as `torch.nn.functional.affine_grid` takes them.
+        size: Voxels on each axis of the result. None keeps the size of the patches.
+
+    Returns:
+        (N, C, *size).
+    """
+    size = tuple(size or patches.shape[2:])
+    matrices, views = matrices.to(patches), patches.new_empty(*patches.shape[:2], *size)
+    for part in parts_of(len(patches), size):
+        shown = patches[part]
+        grid = F.affine_grid(matrices[part], [len(shown), 1, *size], align_corners=True)
+        views[part] = F.grid_sample(shown, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+        # Otherwise it would stay while the next one is computed.
+        del grid
+    return views
 
 
 def _rotation(axes: int, first: int, second: int, angles: Tensor) -> Tensor:

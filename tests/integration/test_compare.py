@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.compare.run import compare
 from nnunetv2_macl.compare.study import Options
-from nnunetv2_macl.compare.trainer import SeededBatches, nnUNetTrainerMACLCompare
+from nnunetv2_macl.compare.trainer import nnUNetTrainerMACLCompare
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.report import write_report
+from nnunetv2_macl.training.seeded import SeededBatches
 
 OPTIONS = Options(
     dataset="901", configuration="2d", plans="nnUNetPlans",

@@ -39,7 +39,7 @@ quick() {
   arguments=()
   local argument
   for argument in "$@"; do
-    [[ "$argument" =~ ^nnUNetTrainer(MACL|MACLPaper)?(_[0-9]+epochs?)?$ ]] && argument="nnUNetTrainer${BASH_REMATCH[1]}_quick"
+    [[ "$argument" =~ ^(nnUNetTrainer(MACL|MACLPaper|MACLSemi)?)(_[0-9]+epochs?)?$ ]] && argument="${BASH_REMATCH[1]}_quick"
     arguments+=("$argument")
   done
   [[ " $* " == *" -tr "* ]] || arguments+=(-tr nnUNetTrainer_quick)
@@ -63,6 +63,7 @@ nnUNetv2_predict() { quick "$@" && command nnUNetv2_predict "${arguments[@]}" -d
 QUICK = """
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper
 
@@ -72,6 +73,15 @@ class nnUNetTrainerMACLPaper_quick(nnUNetTrainerMACLPaper):
 
 
 class nnUNetTrainerMACL_quick(nnUNetTrainerMACL):
+    finetuning_epochs = 1
+
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_iterations_per_epoch = 1
+        self.num_val_iterations_per_epoch = 1
+
+
+class nnUNetTrainerMACLSemi_quick(nnUNetTrainerMACLSemi):
     finetuning_epochs = 1
 
     def __init__(self, plans, configuration, fold, dataset_json, device):

@@ -1,0 +1,311 @@
+"""SMIT: restoration of hidden voxels, and self-distillation of patch tokens and of image tokens by an averaged teacher.
+
+The student sees two views with hidden voxels, and the teacher sees them whole. The student restores what is hidden, and predicts
+what the teacher finds at hidden locations and in the other view.
+
+Source: Jiang et al., MICCAI 2022, https://arxiv.org/abs/2205.10342; Zhou et al., iBOT, ICLR 2022,
+https://arxiv.org/abs/2111.07832, Eq. 2 and 3; Caron et al., DINO, ICCV 2021, https://arxiv.org/abs/2104.14294, Algorithm 1. Here
+tokens are locations of the map of a U-Net's encoder, and the image token is the mean of its deepest map. They are standardised
+over the batch before the heads, because instance norm gives all images nearly the same mean. Restoration is that of the method
+`restoration`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from nnunetv2_macl.losses import autocast_disabled
+from nnunetv2_macl.methods.averaging import averaged_copy, in_chunks, update_average
+from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
+from nnunetv2_macl.methods.config import Count, Fraction, Positive
+from nnunetv2_macl.methods.heads import GlobalProjectionHead, pool
+from nnunetv2_macl.methods.restoration import MaskedViews, Restoration, RestorationConfig, restoration_loss
+from nnunetv2_macl.networks.base import PretrainableNetwork
+from nnunetv2_macl.views import Crops, IntensityNumbers, RandomCrops, RandomIntensity
+
+# The random numbers of crops are another stream than those of other methods, so that several can train together.
+_CROPS = 8
+_CROP_ZOOM = (1.0, 1.6)
+
+# The teacher's temperature rises over this fraction of the steps, from the first value of iBOT to that of the recipe.
+_TEMPERATURE_RISE, _FIRST_TEMPERATURE = 0.1, 0.04
+_CENTRE_MOMENTUM = 0.9
+_HEAD_WIDTH = 256
+
+
+class SMITConfig(RestorationConfig):
+    """The recipe keys of SMIT."""
+
+    weight_tokens: Positive = Field(0.1, description="the weight of the self-distillation of patch tokens L_MPD")
+    weight_image_token: Positive = Field(0.1, description="the weight of the self-distillation of image tokens L_ITD")
+    tokens: Count = Field(
+        1024, description="locations of a batch whose tokens are compared, as many in each view, hidden ones first"
+    )
+    token_dim: Annotated[int, Field(ge=2)] = Field(
+        1024,
+        description="length of a token's distribution; the published 8192 is for 600,000 images, of which a step has as many "
+        "tokens as this",
+    )
+    student_temperature: Positive = Field(0.1, description="τ of the student")
+    teacher_temperature: Positive = Field(0.07, description="τ of the teacher, which begins at 0.04")
+    teacher_decay: Fraction = Field(
+        0.996, description="weight of the old average in the teacher at the first step; it rises to 1 at the last"
+    )
+    intensity: Annotated[float, Field(ge=0, le=2)] = Field(
+        1.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0`: none"
+    )
+
+
+class _Numbers(NamedTuple):
+    """Random numbers of a step, a list item for each of the two views."""
+
+    crops: list[Crops]
+    masks: list[Tensor]
+    tokens: list[Tensor]
+    hidden: list[Tensor]
+    intensity: list[IntensityNumbers]
+
+
+class _SMITViews(Views):
+    """Two crops of a patch, with hidden voxels and whole, and which locations of them are compared.
+
+    Names end with the number of the view: ``masked_0``, ``target_0`` and ``mask_0`` as `MaskedViews` makes them; ``whole_0``;
+    ``tokens_0``, (n, T), the numbers of locations; ``hidden_0``, (n, T), what share of each is hidden.
+    """
+
+    def __init__(self, masked: MaskedViews, grid: Sequence[int], recipe: Any) -> None:
+        self.masked, self.grid, self.tokens = masked, tuple(grid), recipe.tokens
+        self.crops, self.intensity = RandomCrops(_CROP_ZOOM), RandomIntensity(recipe.intensity)
+
+    def draw(self, random: StepRandom) -> _Numbers:
+        axes = len(random.patch_size)
+        count = min(math.prod(self.grid), max(1, self.tokens // random.batch_size))
+        numbers = _Numbers([], [], [], [], [])
+        for view in range(2):
+            generator = random.generator(_CROPS, view)
+            crops = self.crops.draw(random.batch_size, axes, generator)
+            order = torch.rand(random.batch_size, math.prod(self.grid), generator=generator)
+            mask = self.masked.draw(random, view + 1)
+            hidden = _share_at(mask, self.grid)
+            # hidden locations first, those that are hidden alike in a random order
+            tokens = (hidden + 1e-3 * order[random.part]).topk(count).indices
+            numbers.crops.append(Crops(crops.centres[random.part], crops.reaches[random.part]))
+            numbers.masks.append(mask)
+            numbers.tokens.append(tokens)
+            numbers.hidden.append(hidden.gather(1, tokens))
+            if self.intensity.strength:
+                values, seeds = self.intensity.draw(
+                    random.batch_size, random.channels, axes, random.generator(_CROPS, view + 3)
+                )
+                numbers.intensity.append(IntensityNumbers(values[random.part], seeds[random.part]))
+        return numbers
+
+    def make(self, patches: Tensor, numbers: _Numbers, progress: Progress) -> dict[str, Tensor]:
+        shown: dict[str, Tensor] = {}
+        for view, crops in enumerate(numbers.crops):
+            whole = self.crops.apply(patches, crops)
+            if numbers.intensity:
+                whole = self.intensity.apply(whole, numbers.intensity[view])
+            found = self.masked.make(whole, numbers.masks[view], progress) | {"whole": whole}
+            found |= {"tokens": numbers.tokens[view], "hidden": numbers.hidden[view].to(patches)}
+            shown |= {f"{name}_{view}": values for name, values in found.items()}
+        return shown
+
+
+def _share_at(mask: Tensor, grid: Sequence[int]) -> Tensor:
+    """Return what share of each location of a grid is hidden, (N, locations), of a mask (N, 1, *cells)."""
+    pooling = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(grid)]
+    return pooling(mask.float(), tuple(grid)).flatten(1)  # type: ignore[arg-type]
+
+
+class DistillationHead(nn.Module):
+    """Standardise vectors over the batch, then Linear - ReLU - Linear, unit length, and cosines to prototypes.
+
+    Args:
+        channels: C.
+        outputs: K, the number of prototypes.
+    """
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.projector = GlobalProjectionHead(channels, _HEAD_WIDTH)
+        self.prototypes = nn.Linear(_HEAD_WIDTH, outputs, bias=False)
+
+    def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return unit vectors (N, 256), and their cosines to the prototypes (N, K), of vectors (N, C)."""
+        # to the projector each vector is a map of one location
+        projected = self.projector(vectors[..., None])
+        with autocast_disabled(projected):
+            dtype = torch.promote_types(projected.dtype, torch.float32)
+            unit = F.normalize(projected.to(dtype), dim=-1)
+            return unit, F.linear(unit, F.normalize(self.prototypes.weight.to(dtype), dim=-1))
+
+
+def cross_entropy(student: Tensor, teacher: Tensor, centre: Tensor, temperatures: tuple[float, float]) -> Tensor:
+    """Return how far a student's distributions are from a teacher's, (...), of logits (..., K).
+
+    The teacher's logits are centred, and no gradient passes through them.
+
+    Args:
+        student, teacher: (..., K).
+        centre: (K,), what is subtracted from the teacher's logits.
+        temperatures: Of the student and of the teacher.
+
+    Source: DINO, Algorithm 1.
+    """
+    target = ((teacher.detach() - centre) / temperatures[1]).softmax(-1)
+    return -(target * (student / temperatures[0]).log_softmax(-1)).sum(-1)
+
+
+class SMIT(Restoration):
+    """Restores hidden voxels, and learns from an averaged teacher that sees them."""
+
+    name = "smit"
+    Config = SMITConfig
+    loss_labels = {
+        "restoration": "L_R, restoration",
+        "tokens": "L_MPD, patch tokens",
+        "image_token": "L_ITD, image token",
+    }
+    view_titles = {"target_0": "restored", "masked_0": "student", "whole_1": "teacher: other view"}
+    couples_samples = True
+    summary = "by SMIT, restoration of what is hidden of them and self-distillation,"
+    tag = "masked-image-modelling"
+
+    token_centre: Tensor
+    image_centre: Tensor
+
+    def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
+        super().__init__(network, geometry, recipe)
+        level = network.encoder_levels[geometry.auxiliary_stage - 1]
+        self.token_head = DistillationHead(level.channels, recipe.token_dim)
+        self.image_head = DistillationHead(network.encoder_levels[-1].channels, recipe.token_dim)
+        self.teacher = averaged_copy(network.encoder)
+        self.teacher_token_head = averaged_copy(self.token_head)
+        self.teacher_image_head = averaged_copy(self.image_head)
+        for name in ("token_centre", "image_centre"):
+            self.register_buffer(name, torch.zeros(recipe.token_dim))
+        grid = [n // s for n, s in zip(geometry.patch_size, level.stride, strict=True)]
+        self.views = _SMITViews(self.masked_views, grid, recipe)
+
+    @classmethod
+    def weights(cls, recipe: Any) -> dict[str, float]:
+        return {name: getattr(recipe, f"weight_{name}") for name in cls.loss_labels}
+
+    def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        def both(name: str) -> Tensor:
+            return torch.cat((views[f"{name}_0"], views[f"{name}_1"]))
+
+        maps = self.network.encode(both("masked"))
+        restored = self.restoration_head(self.network.decode(maps)[-1])
+        found = {
+            "restoration": restoration_loss(restored, both("target"), both("mask")),
+            "hidden": both("hidden"),
+        }
+        found |= self._read(maps, both("tokens"), "student")
+        found |= self._teach(both("whole"), both("tokens"))
+        # a row for each patch, with its two views
+        return {name: torch.stack(values.chunk(2), 1) for name, values in found.items()}
+
+    def _read(self, maps: list[Tensor], tokens: Tensor, who: str) -> dict[str, Tensor]:
+        """Return the vectors at some locations, (N, T, C), and the mean of the deepest map, (N, C)."""
+        dense = maps[self.geometry.auxiliary_stage - 1].flatten(2).transpose(1, 2)
+        vectors = dense.gather(1, tokens[..., None].expand(-1, -1, dense.shape[-1]))
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        return {f"{who}_tokens": vectors, f"{who}_image": pool(maps[-1])}
+
+    # This frame is left out of compiling; the encoder that it calls is compiled, once for the size of a chunk.
+    @torch.compiler.disable(recursive=False)
+    @torch.no_grad()
+    def _teach(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """Return what `_read` does of the teacher's maps, a few patches at a time unless the network mixes patches."""
+        parts = (images,) if self.network.mixes_samples else in_chunks(images)
+        places = tokens.split([len(part) for part in parts])
+        read = [
+            self._read(self.network.encode(part, self.teacher), at, "teacher")
+            for part, at in zip(parts, places, strict=True)
+        ]
+        return {name: torch.cat([found[name] for found in read]) for name in read[0]}
+
+    def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        def logits(head: nn.Module, vectors: Tensor) -> tuple[Tensor, Tensor]:
+            unit, cosines = head(vectors.flatten(0, -2))
+            return tuple(values.view(*vectors.shape[:-1], -1) for values in (unit, cosines))  # type: ignore[return-value]
+
+        _, student_tokens = logits(self.token_head, features["student_tokens"])
+        vectors, student_image = logits(self.image_head, features["student_image"])
+        with torch.no_grad():
+            _, teacher_tokens = logits(self.teacher_token_head, features["teacher_tokens"])
+            _, teacher_image = logits(self.teacher_image_head, features["teacher_image"])
+        return {
+            "restoration": features["restoration"],
+            "hidden": features["hidden"],
+            "student_tokens": student_tokens,
+            "student_image": student_image,
+            "teacher_tokens": teacher_tokens,
+            "teacher_image": teacher_image,
+            "vectors": vectors,
+        }
+
+    def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """Return the losses of all patches: restoration, patch tokens that are hidden, and the image token of the other view."""
+        temperatures = self.temperatures(progress)
+        hidden = embeddings["hidden"]
+        tokens = cross_entropy(
+            embeddings["student_tokens"], embeddings["teacher_tokens"], self.token_centre, temperatures
+        )
+        image = cross_entropy(
+            embeddings["student_image"], embeddings["teacher_image"].flip(1), self.image_centre, temperatures
+        )
+        losses = {
+            "restoration": embeddings["restoration"].mean(),
+            "tokens": ((tokens * hidden).sum(-1) / hidden.sum(-1)).mean(),
+            "image_token": image.mean(),
+        }
+        weights = self.weights(self.recipe)
+        return losses | {"total": torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()}
+
+    def temperatures(self, progress: Progress) -> tuple[float, float]:
+        """Return the temperatures of the student and of the teacher at a step."""
+        risen = min(1.0, progress.step / max(1.0, _TEMPERATURE_RISE * progress.steps))
+        last = self.recipe.teacher_temperature
+        return self.recipe.student_temperature, _FIRST_TEMPERATURE + risen * (last - _FIRST_TEMPERATURE)
+
+    def decay(self, progress: Progress) -> float:
+        """Return the weight of the old average in the teacher at a step: from `teacher_decay` to 1 along a cosine."""
+        done = (1 - math.cos(math.pi * progress.step / progress.steps)) / 2
+        return 1 - (1 - self.recipe.teacher_decay) * (1 - done)
+
+    def copy_network(self) -> None:
+        self.teacher.load_state_dict(self.network.encoder.state_dict())
+
+    @torch.no_grad()
+    def after_step(self, embeddings: dict[str, Tensor], progress: Progress) -> None:
+        """Move the teacher and the two centres."""
+        for average, module in (
+            (self.teacher, self.network.encoder),
+            (self.teacher_token_head, self.token_head),
+            (self.teacher_image_head, self.image_head),
+        ):
+            update_average(average, module, self.decay(progress))
+        for centre, name in ((self.token_centre, "teacher_tokens"), (self.image_centre, "teacher_image")):
+            centre.lerp_(embeddings[name].flatten(0, -2).mean(0).to(centre.dtype), 1 - _CENTRE_MOMENTUM)
+
+    def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Return the student's image vectors of the two views; None where there are no embeddings."""
+        first, second = embeddings["vectors"].unbind(1)
+        return first, second
+
+    @classmethod
+    def collapse_advice(cls, recipe: Any) -> list[str]:
+        return [
+            f"a smaller teacher_temperature (now {recipe.teacher_temperature:g})",
+            f"a smaller weight_image_token (now {recipe.weight_image_token:g})",
+        ]

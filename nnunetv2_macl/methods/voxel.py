@@ -1,0 +1,185 @@
+"""Contrast of voxels: a voxel in one crop of a patch is like itself in another crop, and unlike all other voxels.
+
+Source: Goncharov et al., vox2vec, MICCAI 2023, https://arxiv.org/abs/2307.14725 (a voxel's features are those of all levels at
+it, joined), for the decoder of any U-Net; Pinheiro et al., VADeR, NeurIPS 2020, https://arxiv.org/abs/2011.05499; Wang et al.,
+DenseCL, CVPR 2021, https://arxiv.org/abs/2011.09157. Features are standardised over all voxels before the head. Crops are cut
+out of nnU-Net's patch and enlarged to its size, where vox2vec cuts them out of the volume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from nnunetv2_macl.losses import PositionalContrastiveLoss, reference_values
+from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
+from nnunetv2_macl.methods.branches import plan_one_branch
+from nnunetv2_macl.methods.config import Count, MethodConfig, Positive
+from nnunetv2_macl.methods.contrast import ContrastiveMethod
+from nnunetv2_macl.methods.heads import GlobalProjectionHead
+from nnunetv2_macl.networks.base import PretrainableNetwork
+from nnunetv2_macl.views import Crops, IntensityNumbers, RandomCrops, RandomIntensity
+
+# The random numbers of crops are another stream than those of other methods, so that several can train together.
+_CROPS = 7
+
+
+class VoxelConfig(MethodConfig):
+    """The recipe keys of the contrast of voxels."""
+
+    weight_voxel: Positive = Field(1.0, description="the weight of the voxel-level loss L_v")
+    temperature: Positive = Field(0.1, description="τ")
+    embedding_dim: Annotated[int, Field(ge=2)] = Field(128, description="length of the vectors that are compared")
+    voxels: Count = Field(
+        1024, description="voxels of a batch that are compared, as many in each patch, and at least one in each"
+    )
+    zoom: Annotated[list[Annotated[float, Field(ge=1, le=2)]], Field(min_length=2, max_length=2)] = Field(
+        [1.0, 1.6], description="smallest and largest factor by which a crop is enlarged; the smaller one comes first"
+    )
+    mirroring: bool = Field(True, description="whether spatial views are mirrored at random")
+    intensity: Annotated[float, Field(ge=0, le=2)] = Field(
+        1.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0`: none"
+    )
+
+    @field_validator("zoom")
+    @classmethod
+    def _smaller_first(cls, zoom: list[float]) -> list[float]:
+        if zoom[0] > zoom[1]:
+            raise ValueError("a list with the smaller factor first")
+        return zoom
+
+
+class _Numbers(NamedTuple):
+    first: Crops
+    second: Crops
+    points: Tensor
+    intensity: list[IntensityNumbers]
+
+
+class TwoCrops(Views):
+    """Two crops of each patch, ``first`` and ``second``, of the size of the patch, and where the same voxels lie in both.
+
+    ``first_points`` and ``second_points`` are (n, P, A), as `torch.nn.functional.grid_sample` takes them without aligned corners.
+    """
+
+    def __init__(self, recipe: Any) -> None:
+        self.crops = RandomCrops(recipe.zoom, mirroring=recipe.mirroring)
+        self.intensity = RandomIntensity(recipe.intensity)
+        self.voxels = recipe.voxels
+
+    def voxels_per_patch(self, batch_size: int) -> int:
+        """Return P, the number of voxels of a patch that are compared."""
+        return max(1, self.voxels // batch_size)
+
+    def draw(self, random: StepRandom) -> _Numbers:
+        generator, axes = random.generator(_CROPS), len(random.patch_size)
+        first, second = (self.crops.draw(random.batch_size, axes, generator) for _ in range(2))
+        points = self.crops.draw_shared_points(first, second, self.voxels_per_patch(random.batch_size), generator)
+        intensity = []
+        for number in range(2 if self.intensity.strength else 0):
+            values, seeds = self.intensity.draw(
+                random.batch_size, random.channels, axes, random.generator(_CROPS, number + 1)
+            )
+            intensity.append(IntensityNumbers(values[random.part], seeds[random.part]))
+        first, second = (Crops(crops.centres[random.part], crops.reaches[random.part]) for crops in (first, second))
+        return _Numbers(first, second, points[random.part], intensity)
+
+    def make(self, patches: Tensor, numbers: _Numbers, progress: Progress) -> dict[str, Tensor]:
+        views = [self.crops.apply(patches, crops) for crops in (numbers.first, numbers.second)]
+        if numbers.intensity:
+            views = [self.intensity.apply(v, changes) for v, changes in zip(views, numbers.intensity, strict=True)]
+        # Crops are resampled with aligned corners. Maps are read without, because a location stands for a block of voxels.
+        inside = patches.new_tensor([1 - 1 / n for n in reversed(patches.shape[2:])])
+        points = [crops.locate(numbers.points).to(patches) * inside for crops in (numbers.first, numbers.second)]
+        return {"first": views[0], "second": views[1], "first_points": points[0], "second_points": points[1]}
+
+
+def features_at(maps: Sequence[Tensor], points: Tensor) -> Tensor:
+    """Return the features of maps of any size at points, interpolated linearly and joined: (N, P, channels of all maps).
+
+    Args:
+        maps: (N, C, *grid) each.
+        points: (N, P, A), from -1 to 1 on each axis of a map, its outer edges, the last axis first.
+    """
+    axes = points.shape[-1]
+    places = points.view(len(points), *[1] * (axes - 1), *points.shape[1:])
+    found = [
+        F.grid_sample(m.to(points.dtype), places, mode="bilinear", padding_mode="border", align_corners=False)
+        for m in maps
+    ]
+    return torch.cat(found, 1).flatten(2).transpose(1, 2)
+
+
+class Voxel(ContrastiveMethod):
+    """Contrast of voxels within and between images. The positive of a voxel is the same voxel in another crop.
+
+    The head reads the maps of the bottleneck and of all trained decoder stages at the voxel.
+    """
+
+    name = "voxel"
+    Config: ClassVar[type[MethodConfig]] = VoxelConfig
+    loss_labels = {"voxel": "L_v, voxel level"}
+    referenced_losses = ("voxel",)
+    view_titles = {"first": "first crop", "second": "second crop"}
+    summary = "by contrastive learning of voxels,"
+
+    def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
+        super().__init__(network, geometry, recipe)
+        channels = sum(level.channels for level in (network.encoder_levels[-1], *network.decoder_levels))
+        self.voxel_head = GlobalProjectionHead(channels, recipe.embedding_dim)
+        self.loss = PositionalContrastiveLoss(threshold=0.0, **self.loss_settings(recipe))
+        self.views: TwoCrops = TwoCrops(recipe)
+
+    @classmethod
+    def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
+        """Choose nnU-Net's own patch and all decoder stages but the last, whose maps are the largest."""
+        return plan_one_branch(patch_size, strides, recipe, max(1, len(strides) - 2))
+
+    @classmethod
+    def weights(cls, recipe: Any) -> dict[str, float]:
+        return {"voxel": recipe.weight_voxel}
+
+    def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        maps = self.network.decode(self.network.encode(torch.cat((views["first"], views["second"]))))
+        features = features_at(maps, torch.cat((views["first_points"], views["second_points"])))
+        first, second = features.chunk(2)
+        return {"first": first, "second": second}
+
+    def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        # standardised over both crops at once, so that neither has a scale of its own
+        both = torch.cat((features["first"], features["second"]))
+        # to the head each voxel is a map of one location
+        vectors = self.voxel_head(both.flatten(0, 1)[..., None]).view(*both.shape[:2], -1)
+        first, second = vectors.chunk(2)
+        return {"first": first, "second": second}
+
+    def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """Return InfoNCE over all voxels of the batch, each of which is an anchor."""
+        first, second = (embeddings[crop].flatten(0, 1) for crop in ("first", "second"))
+        loss = self.loss(first, second, positions.new_zeros(len(first)))
+        return {"voxel": loss, "total": self.recipe.weight_voxel * loss}
+
+    def measure(self, embeddings: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return one voxel of each patch."""
+        return embeddings["first"][:, 0], embeddings["second"][:, 0]
+
+    @classmethod
+    def statistics(cls, recipe: Any) -> list[str]:
+        return []
+
+    @classmethod
+    def reference_lines(cls, recipe: Any, batch_size: int, means: Mapping[str, float]) -> dict[str, float]:
+        voxels = batch_size * TwoCrops(recipe).voxels_per_patch(batch_size)
+        return reference_values(voxels, 1.0, **cls.loss_settings(recipe))._asdict()
+
+    @classmethod
+    def collapse_advice(cls, recipe: Any) -> list[str]:
+        return [f"another temperature (now {recipe.temperature:g})"]

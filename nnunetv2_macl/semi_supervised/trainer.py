@@ -1,0 +1,265 @@
+"""Semi-supervised training: an averaged teacher labels unlabelled patches for the network that nnU-Net trains."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from nnunetv2_macl.compare.split import patients_of
+from nnunetv2_macl.data import Case
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.messages import log_to
+from nnunetv2_macl.methods.averaging import averaged_copy, update_average
+from nnunetv2_macl.nnunet import GROUP_VARIABLE
+from nnunetv2_macl.planning.plan import current_processes, plan_file, read_plan
+from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
+from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, training_cases
+from nnunetv2_macl.semi_supervised.mixing import MIXINGS, Patches
+from nnunetv2_macl.semi_supervised.settings import SemiSettings
+from nnunetv2_macl.semi_supervised.targets import ignore_label_of, targets_of
+from nnunetv2_macl.semi_supervised.unlabelled import PairedLoader, UnlabelledDataset
+from nnunetv2_macl.text import pluralise
+from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
+from nnunetv2_macl.training.seeded import BatchLoader, SeededTraining
+from nnunetv2_macl.training.user_errors import exit_on_user_error
+
+# The teacher averages the student over about this share of the steps so far, and over 1,000 steps at most, because it has
+# to forget the first steps in a short training and to follow the student in a long one.
+_HORIZON = 0.05
+_LONGEST_HORIZON = 1000
+# random draws that are not the data loader's
+_MIXING_SEED = 2
+
+
+class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
+    """nnU-Net's own training that also learns from the unlabelled images of pre-training.
+
+    A teacher, the average of the network over the last steps, labels as many unlabelled patches as there are labelled ones in
+    a batch. The network learns these labels, where the teacher is confident, from strongly augmented patches. Loss,
+    augmentation, oversampling and schedule are nnU-Net's.
+
+    The training starts from pre-trained weights, as ``nnUNetTrainerMACL`` does. Its checkpoints are ordinary nnU-Net
+    checkpoints.
+    """
+
+    semi: SemiSettings = SemiSettings()
+    label_manager: LabelManager
+    # None before the training starts and after it ends
+    teacher: Any
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which it inspects
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.targets = targets_of(self.label_manager)
+        self.teacher = None
+        self.steps_done = 0
+
+    @exit_on_user_error
+    def initialize(self) -> None:
+        self.semi.check(type(self).__name__)
+        if self.is_cascaded:
+            raise UserError(
+                f"{self.configuration_name} also needs the first stage's segmentation of each image, which nnU-Net writes for "
+                "labelled images only. Train the first stage with unlabelled images, or the second stage without: "
+                "-tr nnUNetTrainerMACL"
+            )
+        if self.is_ddp:
+            raise UserError(
+                f"{type(self).__name__} trains on one GPU. Leave out -num_gpus, or train without unlabelled images: "
+                "-tr nnUNetTrainerMACL"
+            )
+        super().initialize()
+        self.partial_loss = self._build_partial_loss()
+
+    def _build_partial_loss(self) -> nn.Module:
+        """Return nnU-Net's loss for targets with ignored voxels, also where the data set has no ignore label."""
+        own = self.label_manager
+        labels = self.dataset_json["labels"] | {"ignore": ignore_label_of(own)}
+        self.label_manager = self.plans_manager.get_label_manager(self.dataset_json | {"labels": labels})
+        try:
+            loss = self._build_loss()
+        finally:
+            self.label_manager = own
+        whole = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
+        if isinstance(whole, DC_and_BCE_loss) and not own.has_ignore_label:
+            # With an ignore label nnU-Net sums the cross-entropy over the regions, and without one it takes the mean.
+            whole.weight_ce /= len(own.foreground_regions)
+        return loss
+
+    # --- unlabelled images -------------------------------------------------------------------------------------------------
+
+    def training_loader(self, loader: Any) -> BatchLoader:
+        axes = len(self.configuration_manager.patch_size)
+        return PairedLoader(loader, UnlabelledDataset(self.unlabelled_cases()), axes, self.label_manager)
+
+    def unlabelled_cases(self) -> list[Case]:
+        """Return the cases to learn from without labels, preprocessed, and log which were kept out.
+
+        These are the images of pre-training: the unlabelled ones, and those that are neither training nor validation cases of
+        the fold.
+
+        Raises:
+            UserError: There are none, or the regular expression of the patients does not match a name.
+        """
+        configuration = self._configuration
+        file = plan_file(configuration)
+        plan = read_plan(file) if file.is_file() else None
+        with log_to(self.print_to_log_file):
+            # nnU-Net's command has no option to leave images out, and the log names those that are left out.
+            unlabelled = preprocess_unlabelled(
+                configuration,
+                plan.unlabelled_datasets if plan else [],
+                processes=current_processes(),
+                skip_unreadable=True,
+                channel_map=plan.channel_map if plan else None,
+            ).cases
+        training, validation = map(set, self.do_split())
+        others = [case for case in training_cases(configuration) if case.name not in training | validation]
+        cases = [*unlabelled, *others]
+        held_out = validation - training
+        kept = self._without_patients(cases, held_out)
+        if not kept:
+            raise UserError(
+                f"There is no unlabelled image to learn from: put images into {UNLABELLED_FOLDER} of "
+                f"{configuration.dataset_name}. {len(cases)} are of patients of the fold's validation cases."
+            )
+        self.print_to_log_file(
+            f"Unlabelled images: {len(kept)}, of which {len(set(kept) & set(others))} are labelled cases of no part of this "
+            f"fold. Kept out: {pluralise(len(held_out), 'validation case')} and {len(cases) - len(kept)} other images of "
+            "their patients"
+        )
+        if not os.environ.get(GROUP_VARIABLE) and held_out:
+            self.print_to_log_file(
+                "Each case counts as a patient of its own. If several images are of one patient, say which part of a case's "
+                f"name is the patient, for example: export {GROUP_VARIABLE}='^[^_]+'",
+                add_timestamp=False,
+            )
+        return kept
+
+    def _without_patients(self, cases: list[Case], held_out: set[str]) -> list[Case]:
+        """Return the cases that are of none of the patients of the held-out cases."""
+        names = [case.name for case in cases]
+        group_regex = os.environ.get(GROUP_VARIABLE) or None
+        patients = patients_of([*names, *sorted(held_out)], group_regex, f"The variable {GROUP_VARIABLE}")
+        theirs = {patients[name] for name in held_out}
+        return [case for case in cases if patients[case.name] not in theirs]
+
+    # --- training ----------------------------------------------------------------------------------------------------------
+
+    @exit_on_user_error
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.teacher is None:
+            self.teacher = averaged_copy(self.bare_network)
+        # Only the prediction at full resolution is used.
+        self.teacher.decoder.deep_supervision = False
+        self.teacher.eval()
+        self._predict = torch.compile(self.teacher) if self._do_i_compile() else self.teacher
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.steps_done = self.current_epoch * self.num_iterations_per_epoch
+
+    def train_step(self, batch: dict) -> dict:
+        """Run one optimisation step on a labelled and an unlabelled batch.
+
+        Returns:
+            ``loss`` of the labels, ``unlabelled_loss`` before its weight, and ``confident``, the share of voxels that the
+            teacher labelled.
+        """
+        labelled, weak, strong = (batch[key].to(self.device, non_blocking=True) for key in ("data", "weak", "strong"))
+        target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
+        target = self.targets.from_labels(target.to(self.device, non_blocking=True))
+        with torch.no_grad(), self._autocast():
+            pseudo = self.targets.from_logits(self._predict(weak), self.semi.confidence)
+        weight = self.semi.weight_at(self.steps_done / (self.num_epochs * self.num_iterations_per_epoch))
+        generator = np.random.default_rng((self.seed, _MIXING_SEED, self.steps_done))
+        mix = MIXINGS[self.semi.mixing]
+
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = {"loss": torch.zeros((), device=self.device), "unlabelled_loss": torch.zeros((), device=self.device)}
+        # One pass after the other, so that the memory of a step is that of nnU-Net's step.
+        for lesson in mix(Patches(labelled, target), Patches(strong, pseudo), self.targets, generator):
+            total = torch.zeros((), device=self.device)
+            with self._autocast():
+                output = self.network(lesson.images)
+                for key, values, factor in (
+                    ("loss", lesson.labels, 1.0),
+                    ("unlabelled_loss", lesson.pseudo_labels, weight),
+                ):
+                    if values is not None:
+                        loss = lesson.share * self._partial_loss_of(output, values)
+                        losses[key] += loss.detach()
+                        total = total + factor * loss
+            (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
+        self._update_weights()
+        confident = 1 - self.targets.ignored(pseudo).float().mean()
+        return {key: value.cpu().numpy() for key, value in (losses | {"confident": confident}).items()}
+
+    def _partial_loss_of(self, output: Tensor | list[Tensor], target: Tensor) -> Tensor:
+        """Return the loss of a target at full resolution, which is subsampled for deep supervision as nnU-Net does."""
+        if not isinstance(self.partial_loss, DeepSupervisionWrapper):
+            return self.partial_loss(output, target)
+        shapes = [level.shape[2:] for level in output]
+        whole = target.float()
+        targets = [interpolate(whole, shape, mode="nearest-exact").to(target.dtype) for shape in shapes]
+        return self.partial_loss(output, targets)
+
+    def _update_weights(self) -> None:
+        """Update the weights as nnU-Net's training step does, and then the teacher."""
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        if self.grad_scaler is None:
+            self.optimizer.step()
+        else:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        self.steps_done += 1
+        horizon = min(1 + _HORIZON * self.steps_done, _LONGEST_HORIZON)
+        update_average(self.teacher, self.bare_network, decay=1 - 1 / horizon)
+
+    def _autocast(self) -> Any:
+        # nnU-Net computes in half precision on CUDA only.
+        return torch.autocast("cuda") if self.device.type == "cuda" else dummy_context()
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        outputs = collate_outputs(train_outputs)
+        weight = self.semi.weight_at(self.steps_done / (self.num_epochs * self.num_iterations_per_epoch))
+        self.print_to_log_file(
+            f"unlabelled_loss {np.mean(outputs['unlabelled_loss']):.4f}, weight {weight:.3f}, voxels that the teacher labelled "
+            f"{np.mean(outputs['confident']):.1%}"
+        )
+
+    def on_train_end(self) -> None:
+        # Only a training that continues needs the teacher.
+        self.teacher = None
+        super().on_train_end()
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------------
+
+    def checkpoint_content(self) -> dict[str, Any]:
+        return super().checkpoint_content() | {"macl_teacher": self.teacher and self.teacher.state_dict()}
+
+    def load_checkpoint_content(self, checkpoint: dict[str, Any]) -> None:
+        super().load_checkpoint_content(checkpoint)
+        if state := checkpoint.get("macl_teacher"):
+            self.teacher = averaged_copy(self.bare_network)
+            self.teacher.load_state_dict(state)

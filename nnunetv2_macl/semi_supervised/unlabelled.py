@@ -1,0 +1,100 @@
+"""Patches of unlabelled images for nnU-Net's data loader, in a weakly and a strongly augmented view."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from torch import Tensor
+
+from nnunetv2_macl.data import Case, open_unchanged
+
+# Factor on nnU-Net's probabilities of its intensity transforms. nnU-Net leaves about every fourth patch as it is.
+_STRONGER = 2.0
+
+
+class UnlabelledDataset:
+    """Preprocessed cases as nnU-Net's data loader reads them, with a segmentation of zeros."""
+
+    def __init__(self, cases: list[Case]) -> None:
+        # A name need not be unique, because cases may come from several data sets.
+        self.identifiers = [case.file for case in cases]
+
+    def load_case(self, identifier: str) -> tuple[Any, np.ndarray, None, dict[str, Any]]:
+        """Return image (C, *volume), segmentation (1, *volume), None and properties without places of classes."""
+        data = open_unchanged(identifier)
+        return data, np.broadcast_to(np.zeros((), np.int8), (1, *data.shape[1:])), None, {"class_locations": {}}
+
+
+class WeakAndStrong:
+    """nnU-Net's training augmentation in two views with the same geometry, one after the other in the channels (2C, *patch).
+
+    The weak view has only the geometric transforms. The strong view also has the intensity transforms, with twice the
+    probability.
+    """
+
+    def __init__(self, transforms: ComposeTransforms) -> None:
+        self.geometry: list[BasicTransform] = []
+        self.intensity: list[BasicTransform] = []
+        self.masking: list[MaskImageTransform] = []
+        for transform in transforms.transforms:
+            inner = transform.transform if isinstance(transform, RandomTransform) else transform
+            if isinstance(transform, MaskImageTransform):
+                self.masking.append(transform)
+            elif isinstance(transform, RandomTransform) and isinstance(inner, ImageOnlyTransform):
+                self.intensity.append(RandomTransform(inner, min(1.0, _STRONGER * transform.apply_probability)))
+            elif isinstance(inner, ImageOnlyTransform):
+                self.intensity.append(transform)
+            elif not isinstance(inner, SegOnlyTransform):
+                self.geometry.append(transform)
+
+    def __call__(self, image: Tensor, segmentation: Tensor) -> dict[str, Tensor]:
+        for mask in self.masking:
+            # nnU-Net's normalisation leaves 0 outside of the mask, which only labelled cases have in their segmentation.
+            segmentation[0][(image[mask.apply_to_channels] == 0).all(0)] = -1
+        weak = _apply(self.geometry, {"image": image, "segmentation": segmentation})
+        strong = _apply(self.intensity, {**weak, "image": weak["image"].clone()})
+        views = [_apply(self.masking, view)["image"] for view in (weak, strong)]
+        return {"image": torch.cat(views), "segmentation": weak["segmentation"]}
+
+
+def _apply(transforms: list[Any], content: dict[str, Tensor]) -> dict[str, Tensor]:
+    for transform in transforms:
+        content = transform(**content)
+    return content
+
+
+class PairedLoader:
+    """Draws a labelled batch as nnU-Net does, and as many unlabelled patches.
+
+    Args:
+        labelled: nnU-Net's loader of the labelled cases.
+        dataset: The unlabelled cases.
+        axes: Number of axes of a patch.
+        labels: nnU-Net's label manager.
+    """
+
+    def __init__(self, labelled: nnUNetDataLoader, dataset: UnlabelledDataset, axes: int, labels: Any) -> None:
+        self.labelled = labelled
+        self.unlabelled = nnUNetDataLoader(
+            dataset,  # type: ignore[arg-type]
+            labelled.batch_size,
+            labelled.patch_size[-axes:],
+            labelled.final_patch_size[-axes:],
+            labels,
+            transforms=WeakAndStrong(labelled.transforms),
+        )
+        # With an ignore label nnU-Net places patches around annotated voxels, of which there are none here.
+        self.unlabelled.has_ignore = False
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        """Return nnU-Net's batch, with ``weak`` and ``strong`` views (B, C, *patch) of unlabelled patches."""
+        batch = self.labelled.generate_train_batch()
+        weak, strong = self.unlabelled.generate_train_batch()["data"].chunk(2, 1)
+        return batch | {"weak": weak, "strong": strong}

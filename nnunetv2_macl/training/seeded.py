@@ -1,0 +1,85 @@
+"""nnU-Net's training with seeded draws: each batch is a function of the seed and the number of the step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch.utils.data import DataLoader, Dataset
+
+
+class BatchLoader(Protocol):
+    """What draws a batch with NumPy's and torch's global random number generators, as nnU-Net's data loader does."""
+
+    def generate_train_batch(self) -> dict[str, Any]: ...
+
+
+class SeededTraining(nnUNetTrainer):
+    """A training in which the seed decides the fresh weights, the patches and their augmentation.
+
+    Batch n holds the same patches, augmented in the same way, whatever the number of workers, and also in a training that
+    was continued.
+    """
+
+    seed: int = 0
+
+    def initialize(self) -> None:
+        torch.manual_seed(self.seed)
+        super().initialize()
+
+    def get_dataloaders(self) -> tuple[Iterator, Iterator]:
+        """Return nnU-Net's own loaders, with a seed for each batch. They end with the training."""
+        workers = get_allowed_n_proc_DA()
+        with _environment(nnUNet_n_proc_DA="0"):
+            single_threaded = super().get_dataloaders()
+        training, validation = (augmenter.data_loader for augmenter in single_threaded)
+        epochs = range(self.current_epoch, self.num_epochs)
+        per_epoch = self.num_iterations_per_epoch
+        steps = range(epochs.start * per_epoch, epochs.stop * per_epoch)
+        # The validation patches are the same in each epoch, so that only the network changes between epochs.
+        validation_steps = [*range(self.num_val_iterations_per_epoch)] * len(epochs)
+        return (
+            self._iterate(SeededBatches(self.training_loader(training), (self.seed, 0)), steps, workers),
+            self._iterate(SeededBatches(validation, (self.seed, 1)), validation_steps, (workers + 1) // 2),
+        )
+
+    def training_loader(self, loader: Any) -> BatchLoader:
+        """Return what draws the training batches, given nnU-Net's loader."""
+        return loader
+
+    def _iterate(self, batches: SeededBatches, steps: Sequence[int], workers: int) -> Iterator:
+        pin_memory = self.device.type == "cuda"
+        return iter(DataLoader(batches, None, sampler=steps, num_workers=workers, pin_memory=pin_memory))
+
+
+class SeededBatches(Dataset):
+    """Item n is what a loader draws after every random number generator was seeded with n."""
+
+    def __init__(self, loader: BatchLoader, seed: tuple[int, ...]) -> None:
+        self.loader = loader
+        self.seed = seed
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        drawn = np.random.SeedSequence((*self.seed, step)).generate_state(2)
+        np.random.seed(drawn[0])
+        torch.manual_seed(int(drawn[1]))
+        return self.loader.generate_train_batch()
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key)
+            if value is not None:
+                os.environ[key] = value

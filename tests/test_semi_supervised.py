@@ -1,0 +1,272 @@
+"""Semi-supervised training: targets, mixing, views, and the trainer in a small training on generated data."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from conftest import DATASET, Workspace
+
+from nnunetv2_macl.compare.study import Options, parse_arm
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, GROUP_VARIABLE
+from nnunetv2_macl.semi_supervised.mixing import Patches, consistency, copy_paste
+from nnunetv2_macl.semi_supervised.settings import SemiSettings, parse_semi_settings
+from nnunetv2_macl.semi_supervised.targets import LabelTargets, RegionTargets
+from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
+from nnunetv2_macl.semi_supervised.unlabelled import WeakAndStrong
+from nnunetv2_macl.synthetic import generate_dataset
+
+REGIONS = {"labels": {"background": 0, "organ": [1, 2], "vessel": 2}, "regions_class_order": [1, 2]}
+
+
+class Short(nnUNetTrainerMACLSemi):
+    from_scratch = True
+    finetuning_epochs = 2
+
+    def initialize(self):
+        super().initialize()
+        self.num_iterations_per_epoch = 2
+        self.num_val_iterations_per_epoch = 1
+        self.save_every = 1
+
+
+@pytest.fixture
+def trainer_of(workspace, monkeypatch):
+    """A function that returns a trainer of the generated data set, with small batches and other entries of dataset.json."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+
+    def make(trainer=Short, *, fold=0, folder=workspace.preprocessed / DATASET, **dataset_json):
+        plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+        plans["configurations"]["2d"]["batch_size"] = 2
+        content = json.loads((folder / "dataset.json").read_text()) | dataset_json
+        return trainer(plans, "2d", fold, content, torch.device("cpu"))
+
+    return make
+
+
+def logits_of(*probabilities):
+    """Logits (1, C, 1, voxels) of a softmax, given the probabilities of each voxel."""
+    return torch.tensor(probabilities).T[None, :, None].log()
+
+
+def test_hard_labels_of_confident_voxels():
+    logits = logits_of((0.9, 0.05, 0.05), (0.1, 0.3, 0.6), (0.02, 0.96, 0.02))
+    assert LabelTargets(3).from_logits(logits, 0.8).flatten().tolist() == [0, 3, 1]
+    assert LabelTargets(3).from_logits(logits, 0.0).flatten().tolist() == [0, 2, 1]
+
+
+def test_a_voxel_is_ignored_where_one_region_is_uncertain():
+    probabilities = torch.tensor([[0.95, 0.9, 0.02], [0.05, 0.6, 0.01]])[None, :, None]
+    target = RegionTargets(2).from_logits(probabilities.logit(), 0.8)
+    assert target.dtype == torch.bool
+    assert target[0, :, 0].int().tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    "targets, values",
+    [(LabelTargets(3), torch.randint(0, 3, (2, 1, 9, 12))), (RegionTargets(2), torch.rand(2, 2, 9, 12) > 0.5)],
+)
+def test_copy_paste_uses_each_voxel_once_and_keeps_image_and_target_together(targets, values):
+    # Each image tells by its sign where a voxel comes from.
+    labelled = Patches(torch.rand(2, 1, 9, 12) + 1, targets.from_labels(values))
+    unlabelled = Patches(-torch.rand(2, 1, 9, 12) - 1, targets.from_labels(values))
+    lessons = copy_paste(labelled, unlabelled, targets, np.random.default_rng(0))
+    used = torch.zeros(2, 1, 9, 12)
+    for lesson in lessons:
+        is_labelled = lesson.images > 0
+        assert torch.equal(~targets.ignored(lesson.labels), is_labelled)
+        assert torch.equal(targets.ignored(lesson.pseudo_labels), is_labelled)
+        assert torch.equal(lesson.images[is_labelled], labelled.images[is_labelled])
+        kept = is_labelled.expand_as(lesson.labels)
+        assert torch.equal(lesson.labels[kept], labelled.target[kept])
+        used += is_labelled
+    assert (used == 1).all() and sum(lesson.share for lesson in lessons) == 1
+    inside = (lessons[0].images > 0).float().mean()
+    assert inside == pytest.approx(6 * 8 / (9 * 12))
+
+
+def test_consistency_leaves_patches_as_they_are():
+    labelled, unlabelled = (Patches(torch.rand(1, 1, 4, 4), torch.ones(1, 1, 4, 4)) for _ in range(2))
+    first, second = consistency(labelled, unlabelled, LabelTargets(2), np.random.default_rng(0))
+    assert first.images is labelled.images and first.pseudo_labels is None
+    assert second.images is unlabelled.images and second.labels is None
+
+
+def test_the_weight_rises_with_the_share_of_the_training():
+    settings = SemiSettings(weight=2.0, ramp=0.5)
+    assert settings.weight_at(0) == pytest.approx(2 * math.exp(-5))
+    assert settings.weight_at(0.25) == pytest.approx(2 * math.exp(-1.25))
+    assert settings.weight_at(0.5) == settings.weight_at(1) == 2
+    assert SemiSettings(ramp=0).weight_at(0) == 1
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("confidence=1.5", "confidence must be between 0 and 1, got 1.5"),
+        ("weight=-1", "weight must be 0 or more"),
+        ("ramp=much", "ramp must be a number, got 'much'"),
+        ("mixing=blend", "consistency, copy_paste"),
+        ("temperature=2", "no setting 'temperature'"),
+    ],
+)
+def test_wrong_settings_are_named(text, words):
+    with pytest.raises(UserError, match=words):
+        parse_semi_settings([text], "Arm")
+
+
+def test_arms_of_compare():
+    arm = parse_arm("semi,mixing=copy_paste,confidence=0.9:recipe:macl,seed=3")
+    assert arm.semi == ("confidence=0.9", "mixing=copy_paste") and arm.recipe == "macl" and arm.settings == ("seed=3",)
+    assert parse_arm(arm.name) == arm
+    plain = parse_arm("semi:scratch")
+    assert plain.semi == () and plain.recipe is None and plain.slug == "semi-scratch"
+    assert parse_arm("scratch").semi is None
+    for wrong in ("semi:", "semi", "semi:nothing", "semi:semi:scratch", "semi,alpha=1:scratch"):
+        with pytest.raises(UserError):
+            parse_arm(wrong)
+
+
+def test_the_paper_s_fine_tuning_has_no_semi_supervised_arm(workspace):
+    options = Options(
+        DATASET, "2d", "nnUNetPlans", ["scratch", "semi:scratch"], ["2"], 1, [1e-2], "1", "1", None, 1, 1, None, None,
+        None, None, True, finetuning="paper",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="--finetuning sgd or adamw"):
+        options.check()
+
+
+def test_both_views_have_one_geometry_and_the_strong_one_other_intensities(trainer_of):
+    trainer = trainer_of()
+    trainer.initialize()
+    (loader, _) = (iterator for iterator in trainer.get_dataloaders())
+    batch = next(loader)
+    weak, strong = batch["weak"], batch["strong"]
+    assert weak.shape == strong.shape == batch["data"].shape and not torch.equal(weak, strong)
+    # Anatomy is in the same place: brighter or noisier, it still correlates.
+    for one, other in zip(weak, strong, strict=True):
+        assert np.corrcoef(one.flatten(), other.flatten())[0, 1] > 0.7
+
+
+def test_the_strong_view_is_masked_as_nnunet_masks_its_own():
+    noise = RandomTransform(MultiplicativeBrightnessTransform((2, 2), synchronize_channels=True), 0.6)
+    views = WeakAndStrong(ComposeTransforms([noise, MaskImageTransform([0])]))
+    image = torch.ones(1, 4, 4)
+    image[:, :2] = 0
+    result = views(image.clone(), torch.zeros(1, 4, 4, dtype=torch.int16))["image"]
+    assert torch.equal(result[:1], image) and torch.equal(result[1:], 2 * image)
+
+
+def test_the_partial_loss_is_nnunets_loss_where_no_voxel_is_ignored(trainer_of):
+    for dataset_json in ({}, REGIONS):
+        trainer = trainer_of(**dataset_json)
+        trainer.initialize()
+        (loader, _) = (iterator for iterator in trainer.get_dataloaders())
+        batch = next(loader)
+        output = trainer.network(batch["data"])
+        ours = trainer._partial_loss_of(output, trainer.targets.from_labels(batch["target"][0]))
+        torch.testing.assert_close(ours, trainer.loss(output, batch["target"]))
+
+
+def weights_after(trainer, *, confidence=0.5, weight=1.0, mixing="consistency"):
+    trainer.semi = SemiSettings(mixing, confidence, weight, ramp=0)
+    trainer.run_training()
+    return {key: value.clone() for key, value in trainer.network.state_dict().items()}
+
+
+@pytest.mark.parametrize("labels", [{}, REGIONS])
+def test_pseudo_labels_change_the_training_and_no_confident_voxel_leaves_it_as_it_is(trainer_of, labels):
+    plain = weights_after(trainer_of(**labels), weight=0)
+    empty = weights_after(trainer_of(**labels), confidence=1)
+    taught = weights_after(trainer_of(**labels))
+    for key, value in plain.items():
+        torch.testing.assert_close(empty[key], value, rtol=1e-4, atol=1e-5)
+    assert any((taught[key] - value).abs().max() > 1e-4 for key, value in plain.items())
+
+
+@pytest.mark.slow
+def test_a_data_set_with_an_ignore_label_of_its_own_and_two_channels(tmp_path, monkeypatch, trainer_of):
+    space = Workspace(tmp_path / "other")
+    generate_dataset(space.raw / DATASET, labelled=5, unlabelled=2, test=0, shape=(8, 40, 48), channels=2)
+    file = space.raw / DATASET / "dataset.json"
+    content = json.loads(file.read_text()) | {"labels": {"background": 0, "liver": 1, "ignore": 2}}
+    file.write_text(json.dumps(content))
+    space.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "-npfp", "1", "-np", "1")
+    for name in FOLDER_VARIABLES:
+        monkeypatch.setenv(name, str(space.folder / name))
+    plain, taught = (
+        weights_after(trainer_of(folder=space.preprocessed / DATASET), weight=weight, mixing="copy_paste")
+        for weight in (0, 1)
+    )
+    assert all(torch.isfinite(value).all() for value in taught.values())
+    assert any((taught[key] - value).abs().max() > 1e-4 for key, value in plain.items())
+
+
+def test_a_continued_training_ends_with_the_same_weights(trainer_of):
+    whole = weights_after(trainer_of(), mixing="copy_paste")
+
+    class Stops(Short):
+        def on_epoch_end(self):
+            super().on_epoch_end()
+            raise KeyboardInterrupt
+
+    first = trainer_of(Stops)
+    # the folder of a trainer is named after its class
+    with pytest.raises(KeyboardInterrupt):
+        weights_after(first, mixing="copy_paste")
+    second = trainer_of()
+    second.load_checkpoint(f"{first.output_folder}/checkpoint_latest.pth")
+    continued = weights_after(second, mixing="copy_paste")
+    for key, value in whole.items():
+        assert torch.equal(continued[key], value), key
+
+
+def test_checkpoints_are_stock_and_the_final_one_has_no_teacher(trainer_of):
+    trainer = trainer_of()
+    weights_after(trainer)
+    content = torch.load(f"{trainer.output_folder}/checkpoint_final.pth", weights_only=False)
+    assert content["trainer_name"] == "nnUNetTrainer" and content["macl_teacher"] is None
+
+
+def test_images_of_validation_patients_are_never_used(trainer_of, workspace, monkeypatch):
+    """Cases 0 to 4 are labelled, 5 to 8 are not; patients are told apart by the last digit's parity."""
+    splits = [{"train": ["case_000", "case_002"], "val": ["case_001"]}]
+    (workspace.preprocessed / DATASET / "splits_final.json").write_text(json.dumps(splits))
+
+    def names(fold=0):
+        trainer = trainer_of(fold=fold)
+        trainer.initialize()
+        return {case.name for case in trainer.unlabelled_cases()}
+
+    assert names() == {f"case_00{n}" for n in (3, 4, 5, 6, 7, 8)}
+    monkeypatch.setenv(GROUP_VARIABLE, "([0248]|[1357])$")
+    trainer = trainer_of()
+    with pytest.raises(UserError, match="finds no patient in the name of case case_006"):
+        trainer.initialize()
+        trainer.unlabelled_cases()
+    monkeypatch.setenv(GROUP_VARIABLE, "case_00[02468]|case_00(?=[1357])")
+    assert names() == {"case_004", "case_006", "case_008"}
+    # all cases are trained on, so none is held out
+    monkeypatch.delenv(GROUP_VARIABLE)
+    assert names("all") == {f"case_00{n}" for n in (5, 6, 7, 8)}
+
+
+def test_no_unlabelled_image_is_explained(trainer_of, workspace):
+    shutil.rmtree(workspace.raw / DATASET / "imagesUn")
+    shutil.rmtree(workspace.preprocessed / DATASET / "nnUNetPlans_macl_2d")
+    with pytest.raises(SystemExit, match="no unlabelled image to learn from"):
+        trainer_of().run_training()
+
+
+def test_a_cascade_is_refused(trainer_of):
+    trainer = trainer_of()
+    trainer.is_cascaded = True
+    with pytest.raises(SystemExit, match="first stage"):
+        trainer.initialize()

@@ -1,0 +1,186 @@
+"""SMIT: which locations are compared, the loss, and what guards it: the teacher, the centres, the stop of the gradient."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from steps import batch, embeddings_of, gradients, model_of, recipe_of, training_step, unet
+
+from nnunetv2_macl.methods.base import Progress, StepRandom
+from nnunetv2_macl.methods.smit import cross_entropy
+from nnunetv2_macl.views import enlarge_mask
+
+SMIT = {"method": "smit", "token_dim": 16, "tokens": 24}
+
+
+def smit(**values):
+    """A model, its method, and what it compares of four patches."""
+    model = model_of(unet(), [32, 32], recipe_of(**SMIT | values), scale=[1, 1]).double()
+    (method,) = model
+    return model, method, embeddings_of(model, batch(4)["data"])
+
+
+def test_tokens_are_the_locations_that_are_hidden_most():
+    _, method, _ = smit()
+    numbers = method.views.draw(StepRandom(0, 0, 4, slice(None), 1, (32, 32)))
+    for mask, tokens, hidden in zip(numbers.masks, numbers.tokens, numbers.hidden, strict=True):
+        assert tokens.shape == hidden.shape == (4, 6)
+        shares = torch.nn.functional.avg_pool2d(enlarge_mask(mask, (32, 32)).float(), 8).flatten(1)
+        assert all(len(set(row.tolist())) == 6 for row in tokens)
+        torch.testing.assert_close(shares.gather(1, tokens), hidden)
+        for share, row, chosen in zip(shares, tokens, hidden, strict=True):
+            others = share[[n for n in range(16) if n not in row.tolist()]]
+            assert chosen.min() >= others.max() - 1e-3 and chosen.max() > 0
+    assert not torch.equal(numbers.masks[0], numbers.masks[1])
+
+
+def test_a_rank_draws_its_part_of_what_one_process_draws():
+    _, method, _ = smit()
+    whole, part = (
+        method.views.make(batch(4)["data"][rows], method.views.draw(StepRandom(0, 3, 4, rows, 1, (32, 32))), None)
+        for rows in (slice(None), slice(1, 3))
+    )
+    assert all(torch.equal(values[1:3], part[name]) for name, values in whole.items())
+
+
+def test_the_teacher_sees_whole_what_the_student_restores():
+    _, method, _ = smit()
+    numbers = method.views.draw(StepRandom(0, 0, 4, slice(None), 1, (32, 32)))
+    shown = method.views.make(batch(4)["data"], numbers, Progress(0, 1, 1))
+    for view in (0, 1):
+        whole, masked, mask = (shown[f"{name}_{view}"] for name in ("whole", "masked", "mask"))
+        assert torch.equal(masked, torch.where(mask, 0, whole)) and mask.any()
+    assert not torch.allclose(shown["whole_0"], shown["whole_1"])
+
+
+def softmax(values):
+    raised = np.exp(values - values.max())
+    return raised / raised.sum()
+
+
+def test_the_losses_are_the_equations():
+    _, method, embeddings = smit(weight_tokens=0.3, weight_image_token=0.2, weight_restoration=0.7)
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(2, 16))
+    method.token_centre.copy_(torch.from_numpy(centres[0]))
+    method.image_centre.copy_(torch.from_numpy(centres[1]))
+    got = method.losses(embeddings, torch.rand(4, 3), Progress(50, 1, 100))
+    found = {name: values.detach().numpy() for name, values in embeddings.items()}
+
+    def distance(student, teacher, centre):
+        return -softmax((teacher - centre) / 0.07) @ np.log(softmax(student / 0.1))
+
+    tokens, image = [], []
+    for patch in range(4):
+        for view in (0, 1):
+            share = found["hidden"][patch, view]
+            each = [
+                distance(found["student_tokens"][patch, view, t], found["teacher_tokens"][patch, view, t], centres[0])
+                for t in range(6)
+            ]
+            tokens.append((share * each).sum() / share.sum())
+            image.append(
+                distance(found["student_image"][patch, view], found["teacher_image"][patch, 1 - view], centres[1])
+            )
+    assert got["tokens"].item() == pytest.approx(np.mean(tokens), rel=1e-9)
+    assert got["image_token"].item() == pytest.approx(np.mean(image), rel=1e-9)
+    assert got["restoration"].item() == pytest.approx(found["restoration"].mean(), rel=1e-9)
+    total = 0.3 * got["tokens"] + 0.2 * got["image_token"] + 0.7 * got["restoration"]
+    assert got["total"].item() == pytest.approx(total.item(), rel=1e-9)
+
+
+def test_the_distance_is_that_of_lightly():
+    lightly = pytest.importorskip("lightly.loss")
+    student, teacher = torch.randn(2, 2, 5, 16, generator=torch.Generator().manual_seed(0)) * 0.1
+    centre = torch.randn(16, generator=torch.Generator().manual_seed(1)) * 0.1
+    patches = lightly.IBOTPatchLoss(16, teacher_temp=0.05, student_temp=0.1)
+    patches.center.center.copy_(centre[None])
+    images = lightly.DINOLoss(16, student_temp=0.1)
+    images.center.copy_(centre)
+    # each of the two images has five tokens, all hidden
+    expected = patches(teacher.flatten(0, 1), student.flatten(0, 1), torch.ones(2, 1, 5, dtype=torch.bool))
+    assert cross_entropy(student, teacher, centre, (0.1, 0.05)).mean().item() == pytest.approx(expected.item(), 1e-6)
+    # and here five patches have two views
+    expected = images(list(teacher), list(student), teacher_temp=0.05)
+    found = cross_entropy(student, teacher.flip(0), centre, (0.1, 0.05)).mean()
+    assert found.item() == pytest.approx(expected.item(), 1e-6)
+
+
+def test_no_gradient_passes_through_the_teacher():
+    student, teacher = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
+    cross_entropy(student, teacher, torch.zeros(8), (0.1, 0.07)).sum().backward()
+    assert student.grad.any() and teacher.grad is None
+    model, method, embeddings = smit()
+    assert not any(embeddings[f"teacher_{name}"].requires_grad for name in ("tokens", "image"))
+    method.losses(embeddings, torch.rand(4, 3), Progress(0, 1, 1))["total"].backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_gradient == {name for name, _ in model.named_parameters() if ".teacher" not in name}
+
+
+def test_the_teacher_is_an_average_whose_decay_rises_to_one():
+    step = training_step(4, 4, recipe_of(**SMIT, teacher_decay=0.9, num_epochs=1, num_iterations_per_epoch=10))
+    (method,) = step.methods
+    pairs = [
+        (method.teacher, step.model.network.encoder),
+        (method.teacher_token_head, method.token_head),
+        (method.teacher_image_head, method.image_head),
+    ]
+    for number, decay in ((0, 0.9), (5, 0.95)):
+        before = [[p.clone() for p in teacher.parameters()] for teacher, _ in pairs]
+        step(batch(4), number)
+        for (teacher, student), old in zip(pairs, before, strict=True):
+            for now, previous, trained in zip(teacher.parameters(), old, student.parameters(), strict=True):
+                torch.testing.assert_close(now, decay * previous + (1 - decay) * trained.detach())
+    assert method.decay(Progress(10, 1, 10)) == pytest.approx(1)
+
+
+def test_centres_move_once_a_step_towards_the_mean_of_the_teacher():
+    for at_once in (4, 2):
+        step = training_step(4, at_once, recipe_of(**SMIT))
+        (method,) = step.methods
+        seen, original = [], method.after_step
+        method.after_step = lambda embeddings, progress, seen=seen, original=original: (
+            seen.append(embeddings),
+            original(embeddings, progress),
+        )
+        step(batch(4), 0)
+        (embeddings,) = seen
+        for centre, name in ((method.token_centre, "teacher_tokens"), (method.image_centre, "teacher_image")):
+            torch.testing.assert_close(centre, 0.1 * embeddings[name].flatten(0, -2).mean(0))
+            assert centre.abs().max() > 1e-3
+
+
+def test_centring_keeps_one_token_from_being_the_answer_for_all():
+    student = torch.zeros(6, 8)
+    teacher = torch.zeros(6, 8)
+    teacher[:, 2] = 1.0
+    without = cross_entropy(student, teacher, torch.zeros(8), (0.1, 0.05))
+    student.requires_grad_()
+    cross_entropy(student, teacher, teacher.mean(0), (0.1, 0.05)).sum().backward()
+    # the mean of the teacher is subtracted, so that nothing is left of what all tokens share
+    assert student.grad.abs().max() < 1e-6
+    assert without.mean().item() == pytest.approx(math.log(8))
+
+
+def test_the_teachers_temperature_rises_in_the_first_tenth():
+    _, method, _ = smit()
+    found = [method.temperatures(Progress(step, 10, 100)) for step in (0, 50, 100, 900)]
+    assert [teacher for _, teacher in found] == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    assert {student for student, _ in found} == {0.1}
+
+
+def test_the_teacher_gets_weights_that_are_loaded():
+    model, method, _ = smit()
+    weights = {key: value + 1 for key, value in model.network.trained_weights()[0].items()}
+    model.load_weights(weights)
+    for key, value in method.teacher.state_dict().items():
+        torch.testing.assert_close(value, weights[f"encoder.{key}"])
+
+
+def test_all_parts_are_trained():
+    step = training_step(4, 4, recipe_of(**SMIT))
+    step(batch(4), 0)
+    trained = gradients(step)
+    for part in ("restoration_head.predict", "token_head.prototypes", "image_head.prototypes"):
+        assert trained[f"methods.smit.{part}.weight"].any()
