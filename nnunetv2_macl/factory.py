@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ def build_model(
         unet: The segmentation network; None builds nnU-Net's own for the configuration.
 
     Raises:
-        UserError: The network is of a family that cannot be pre-trained.
+        UserError: The network is of a family that cannot be pre-trained, or takes no patches of the size that the methods show.
     """
     if unet is None:
         manager = configuration.manager
@@ -46,10 +47,23 @@ def build_model(
             allow_init=False,
         )
     geometry = replace(geometry, channels_without_zscore=configuration.channels_without_zscore)
-    model = PretrainingModel(pretrainable(unet, geometry.decoder_stages), geometry, recipe)
+    network = pretrainable(unet, geometry.decoder_stages)
+    for size in (geometry.patch_size, geometry.dominant_patch_size):
+        if network.only_patch_size not in (None, tuple(size)):
+            name = type(unet).__name__
+            raise UserError(
+                f"The method {recipe.method} shows the network patches of {_by(size)}, and {name} takes patches of "
+                f"{_by(network.only_patch_size)} alone, because its position embeddings are learned for that size. Take a method "
+                "that shows patches of nnU-Net's own size: -recipe restore"
+            )
+    model = PretrainingModel(network, geometry, recipe)
     if recipe.padding_mode != "zeros":
         _set_padding_mode(model, recipe.padding_mode)
     return model
+
+
+def _by(size: Sequence[int] | None) -> str:
+    return "x".join(map(str, size or ()))
 
 
 def _set_padding_mode(model: PretrainingModel, mode: PaddingMode) -> None:

@@ -25,7 +25,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_macl.dataset_json import channel_names, check_dataset_json
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.networks.registry import family_of
+from nnunetv2_macl.networks.registry import family_of, import_network
 
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 # names the weights to fine-tune from
@@ -192,6 +192,7 @@ class DatasetConfiguration:
     def check_network(self) -> None:
         """Raise UserError unless the network of the plan can be pre-trained, see `family_of`."""
         try:
+            import_network(self.manager.network_arch_class_name)
             family_of(self.manager.network_arch_class_name)
         except UserError as error:
             raise UserError(f"{self.folder / self.plans_name}.json, {self.name}: {error}") from None
@@ -221,8 +222,10 @@ class DatasetConfiguration:
 
     @property
     def strides(self) -> list[list[int]]:
-        axes = len(self.patch_size)
-        return [[s] * axes if isinstance(s, int) else [int(n) for n in s] for s in self.manager.pool_op_kernel_sizes]
+        """The stride of each encoder stage, per axis."""
+        axes, family = len(self.patch_size), family_of(self.manager.network_arch_class_name)
+        strides = family.stage_strides(self.manager.network_arch_init_kwargs)
+        return [[s] * axes if isinstance(s, int) else [int(n) for n in s] for s in strides]
 
     @property
     def channel_names(self) -> list[str]:

@@ -21,6 +21,7 @@ from nnunetv2_macl.factory import build_model, build_optimizer, build_schedule
 from nnunetv2_macl.methods.registry import all_methods, methods_of
 from nnunetv2_macl.networks.base import class_name
 from nnunetv2_macl.networks.registry import families
+from nnunetv2_macl.networks.unet import UNet
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.synthetic import generate_dataset
 from nnunetv2_macl.training.step import TrainingStep
@@ -63,6 +64,11 @@ class Case(NamedTuple):
         In 3D, where steps take long, it is that of the first half alone.
         """
         return (0, STEPS_OF_AN_EPOCH)[: 4 - self.axes]
+
+    @property
+    def is_quick(self) -> bool:
+        """Return whether the quick suite has the case: every recipe with a U-Net, and of other families one recipe in 2D."""
+        return families()[self.family] is UNet or (self.recipe == "macl+restoration" and self.axes == 2)
 
     @property
     def name(self) -> str:
@@ -137,7 +143,7 @@ def prepare(
         case: Method and network.
         dtype: Of the weights.
         patches_at_once: Patches in a part of the batch.
-        size: How many times as large as necessary a patch is, per axis.
+        size: How many times as large as necessary a patch is, per axis, if the network takes patches of any size.
         **settings: Further recipe values.
     """
     network, family = case.network(), families()[case.family]
@@ -145,8 +151,9 @@ def prepare(
     totals = [(1,) * case.axes, *(level.stride for level in adapter.encoder_levels)]
     strides = [[b // a for a, b in zip(*pair, strict=True)] for pair in pairwise(totals)]
     # A bottleneck of one voxel has no instance norm.
-    planned = [2 * size * multiple for multiple in adapter.patch_multiple]
-    of_all = {"decoder_stages": 1, "num_epochs": 2, "num_iterations_per_epoch": STEPS_OF_AN_EPOCH}
+    planned = list(adapter.only_patch_size or [2 * size * multiple for multiple in adapter.patch_multiple])
+    decoder_stages = min(1, len(adapter.encoder_levels) - 1)
+    of_all = {"decoder_stages": decoder_stages, "num_epochs": 2, "num_iterations_per_epoch": STEPS_OF_AN_EPOCH}
     recipe = steps.recipe_of(**RECIPES[case.recipe] | of_all | settings)
     geometry = methods_of(recipe.method)[0].plan_geometry(planned, strides, recipe)
     plan = replace(

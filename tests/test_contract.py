@@ -3,6 +3,7 @@
 import math
 import os
 import socket
+from functools import cache
 
 import pytest
 import torch
@@ -20,14 +21,21 @@ from nnunetv2_macl.training.resume import weights_of
 
 RANKS = 2
 ONE_PER_FAMILY = all_cases(one_per_family=True)
-over_cases = pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
-over_families = pytest.mark.parametrize("case", ONE_PER_FAMILY, ids=lambda case: case.name)
+
+
+def over(cases):
+    marked = [pytest.param(case, id=case.name, marks=[] if case.is_quick else pytest.mark.slow) for case in cases]
+    return pytest.mark.parametrize("case", marked)
+
+
+over_cases, over_families = over(all_cases()), over(ONE_PER_FAMILY)
 
 
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory):
     """Generated volumes with as many channels as any of the networks takes."""
-    channels = max(prepare(case).step.model.network.image_channels for case in ONE_PER_FAMILY)
+    of_one_recipe = [case for case in ONE_PER_FAMILY if case.recipe == ONE_PER_FAMILY[0].recipe]
+    channels = max(prepare(case).step.model.network.image_channels for case in of_one_recipe)
     return make_volumes(tmp_path_factory.mktemp("volumes") / "Dataset001_Contract", channels)
 
 
@@ -105,31 +113,37 @@ def results_of(case, volumes):
     return results
 
 
-def rank_process(rank, port, folder, volumes):
+def rank_process(rank, port, folder, volumes, cases):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    for case in ONE_PER_FAMILY:
+    for case in cases:
         torch.save(results_of(case, volumes), f"{folder}/{case.name}_{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results_of_ranks(volumes, tmp_path_factory):
-    """A folder with what each rank has of each case. Ranks start slowly, so that all cases share one start."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    mp.spawn(rank_process, (port, str(folder), volumes), nprocs=RANKS)
-    return folder
+    """Return a folder with what each rank has of a case. Ranks start slowly, so that quick or slow cases share one start."""
+
+    @cache
+    def folder_of(is_quick):
+        folder = tmp_path_factory.mktemp("ranks")
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        cases = [case for case in ONE_PER_FAMILY if case.is_quick == is_quick]
+        mp.spawn(rank_process, (port, str(folder), volumes, cases), nprocs=RANKS)
+        return folder
+
+    return folder_of
 
 
 @over_families
 def test_two_ranks_equal_one(case, volumes, results_of_ranks):
     expected = results_of(case, volumes)
     for rank in range(RANKS):
-        found = torch.load(results_of_ranks / f"{case.name}_{rank}.pt", weights_only=True)
+        found = torch.load(results_of_ranks(case.is_quick) / f"{case.name}_{rank}.pt", weights_only=True)
         for theirs, ours in zip(found, expected, strict=True):
             assert theirs[0] == pytest.approx(ours[0], rel=1e-9)
             assert_close(theirs[1], ours[1])

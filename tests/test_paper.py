@@ -55,7 +55,7 @@ def test_a_configuration_that_inherits_from_another(workspace):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (None, "neither a file nor one of paper"),
+        (None, "neither a file nor one of attention_unet.*paper"),
         ("{}", "must have architecture"),
         (
             '{"batch_size": 2, "architecture": {"arch_kwargs": {"strides": [[1, 1, 1], [2, 2, 2]]}}}',

@@ -120,23 +120,33 @@ def network_entry() -> None:
     """``nnUNetv2_macl_network``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_network",
-        description="Write a nnU-Net plan of DATASET that is its own but for the network: the paper's, or one of your own.",
-        epilog="Example: nnUNetv2_macl_network 27 paper, then nnUNetv2_train_macl_pretrain 27 -c 2d -p nnUNetPlans_paper "
-        "-recipe paper, then nnUNetv2_train 27 2d 0 -p nnUNetPlans_paper -tr nnUNetTrainerMACLPaper",
+        description="Write a nnU-Net plan of DATASET that is its own but for the network: a variant of the U-Net, the paper's "
+        "network, or one of your own.",
+        epilog="Example: nnUNetv2_macl_network 27 attention_unet -c 3d_fullres, then nnUNetv2_train_macl_pretrain 27 "
+        "-c 3d_fullres -p nnUNetPlans_attention_unet",
     )
     parser.add_argument("dataset_name_or_id", help="data set, by name or id, planned by nnU-Net")
     parser.add_argument(
-        "network", help="paper, or a JSON file with architecture and batch_size as nnU-Net's plans have them"
+        "network",
+        help="attention_unet, uctransnet, rolling_unet, ukan, paper, or a JSON file with architecture and batch_size as "
+        "nnU-Net's plans have them",
     )
     parser.add_argument("-c", dest="configuration", default="2d", help="configuration of the plan. Default: 2d")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plan to start from. Default: nnUNetPlans")
+    parser.add_argument("-o", dest="plans_name", help="name of the new plan. Default: PLANS_NETWORK")
+    parser.add_argument("-size", help="S, M or L, where the network has these sizes")
     arguments = parser.parse_args()
 
     def action() -> None:
-        from nnunetv2_macl.planning.network import needs_this_package, plan_network
+        from nnunetv2_macl.planning.network import explain_changes, needs_this_package, plan_network
 
-        file = plan_network(arguments.dataset_name_or_id, arguments.network, arguments.plans, arguments.configuration)
-        print(f"{file}\nUse it with: -p {file.stem}")
+        dataset, plans, configuration = arguments.dataset_name_or_id, arguments.plans, arguments.configuration
+        file = plan_network(
+            dataset, arguments.network, plans, configuration, size=arguments.size, name=arguments.plans_name
+        )
+        print(f"{file}\nChanges to {plans} in {configuration}:")
+        print("\n".join(f"  {line}" for line in explain_changes(dataset, plans, file.stem, configuration)))
+        print(f"Use it with: -p {file.stem}")
         if needs_this_package(file):
             print("Training and prediction with this network need nnunetv2_macl, wherever they run.")
 

@@ -62,10 +62,9 @@ def encode_without_gradient(
         whole: Whether all images pass at once. This is necessary where the maps of an image depend on the other images.
     """
     with torch.no_grad():
-        parts = [encode(part) for part in ((images,) if whole else in_chunks(images))]
+        parts = [encode(part) for part in ((images,) if whole else _in_chunks(images))]
     return tuple(torch.cat(maps) for maps in zip(*parts, strict=True))
 
 
-def in_chunks(images: Tensor) -> tuple[Tensor, ...]:
-    """Cut (N, C, *patch) into parts, so that the next part uses the memory of this one again."""
+def _in_chunks(images: Tensor) -> tuple[Tensor, ...]:
     return images.split(max(1, _VOXELS_AT_ONCE // math.prod(images.shape[2:])))

@@ -10,14 +10,18 @@ from inspect import isabstract
 
 from nnunetv2_macl import methods
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.extensions import announced
 from nnunetv2_macl.methods.base import Method
+
+ENTRY_POINTS = "nnunetv2_macl.methods"
 
 
 @cache
 def all_methods() -> dict[str, type[Method]]:
-    """Return the methods by name: each in a module of `nnunetv2_macl.methods`."""
+    """Return the methods by name: those in the modules of `nnunetv2_macl.methods`, and those that installed packages announce."""
     names = [f"{methods.__name__}.{module.name}" for module in pkgutil.iter_modules(methods.__path__)]
     found = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    found += announced(ENTRY_POINTS)
     classes = {value for value in found if isinstance(value, type) and issubclass(value, Method)}
     return {method.name: method for method in sorted(classes - {Method}, key=_order) if not isabstract(method)}
 

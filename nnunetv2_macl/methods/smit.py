@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from nnunetv2_macl.losses import autocast_disabled
-from nnunetv2_macl.methods.averaging import averaged_copy, in_chunks, update_average
+from nnunetv2_macl.losses import DistillationLoss
+from nnunetv2_macl.methods.averaging import averaged_copy, encode_without_gradient, rising_decay, update_average
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.config import Count, Fraction, Positive
-from nnunetv2_macl.methods.heads import GlobalProjectionHead, pool
+from nnunetv2_macl.methods.heads import DistillationHead, pool
 from nnunetv2_macl.methods.restoration import MaskedViews, Restoration, RestorationConfig, restoration_loss
 from nnunetv2_macl.networks.base import PretrainableNetwork
 from nnunetv2_macl.views import Crops, IntensityNumbers, RandomCrops, RandomIntensity
@@ -36,8 +36,6 @@ _CROP_ZOOM = (1.0, 1.6)
 
 # The teacher's temperature rises over this fraction of the steps, from the first value of iBOT to that of the recipe.
 _TEMPERATURE_RISE, _FIRST_TEMPERATURE = 0.1, 0.04
-_CENTRE_MOMENTUM = 0.9
-_HEAD_WIDTH = 256
 
 
 class SMITConfig(RestorationConfig):
@@ -125,43 +123,11 @@ def _share_at(mask: Tensor, grid: Sequence[int]) -> Tensor:
     return pooling(mask.float(), tuple(grid)).flatten(1)  # type: ignore[arg-type]
 
 
-class DistillationHead(nn.Module):
-    """Standardise vectors over the batch, then Linear - ReLU - Linear, unit length, and cosines to prototypes.
-
-    Args:
-        channels: C.
-        outputs: K, the number of prototypes.
-    """
-
-    def __init__(self, channels: int, outputs: int) -> None:
-        super().__init__()
-        self.projector = GlobalProjectionHead(channels, _HEAD_WIDTH)
-        self.prototypes = nn.Linear(_HEAD_WIDTH, outputs, bias=False)
-
-    def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return unit vectors (N, 256), and their cosines to the prototypes (N, K), of vectors (N, C)."""
-        # to the projector each vector is a map of one location
-        projected = self.projector(vectors[..., None])
-        with autocast_disabled(projected):
-            dtype = torch.promote_types(projected.dtype, torch.float32)
-            unit = F.normalize(projected.to(dtype), dim=-1)
-            return unit, F.linear(unit, F.normalize(self.prototypes.weight.to(dtype), dim=-1))
-
-
-def cross_entropy(student: Tensor, teacher: Tensor, centre: Tensor, temperatures: tuple[float, float]) -> Tensor:
-    """Return how far a student's distributions are from a teacher's, (...), of logits (..., K).
-
-    The teacher's logits are centred, and no gradient passes through them.
-
-    Args:
-        student, teacher: (..., K).
-        centre: (K,), what is subtracted from the teacher's logits.
-        temperatures: Of the student and of the teacher.
-
-    Source: DINO, Algorithm 1.
-    """
-    target = ((teacher.detach() - centre) / temperatures[1]).softmax(-1)
-    return -(target * (student / temperatures[0]).log_softmax(-1)).sum(-1)
+def _vectors_at(maps: Tensor, tokens: Tensor) -> Tensor:
+    """Return the vectors of maps (N, C, *grid) at some locations (N, T): (N, T, C), in at least float32."""
+    vectors = maps.flatten(2).transpose(1, 2)
+    vectors = vectors.gather(1, tokens[..., None].expand(-1, -1, vectors.shape[-1]))
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
 
 
 class SMIT(Restoration):
@@ -179,19 +145,16 @@ class SMIT(Restoration):
     summary = "by SMIT, restoration of what is hidden of them and self-distillation,"
     tag = "masked-image-modelling"
 
-    token_centre: Tensor
-    image_centre: Tensor
-
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__(network, geometry, recipe)
         level = network.encoder_levels[geometry.auxiliary_stage - 1]
-        self.token_head = DistillationHead(level.channels, recipe.token_dim)
-        self.image_head = DistillationHead(network.encoder_levels[-1].channels, recipe.token_dim)
+        channels = level.channels, network.encoder_levels[-1].channels
+        self.token_head, self.image_head = (DistillationHead(c, recipe.token_dim, hidden=c) for c in channels)
         self.teacher = averaged_copy(network.encoder)
-        self.teacher_token_head = averaged_copy(self.token_head)
-        self.teacher_image_head = averaged_copy(self.image_head)
-        for name in ("token_centre", "image_centre"):
-            self.register_buffer(name, torch.zeros(recipe.token_dim))
+        self.teacher_token_head, self.teacher_image_head = map(averaged_copy, (self.token_head, self.image_head))
+        self.token_loss, self.image_loss = (
+            DistillationLoss(recipe.token_dim, recipe.student_temperature) for _ in range(2)
+        )
         grid = [n // s for n, s in zip(geometry.patch_size, level.stride, strict=True)]
         self.views = _SMITViews(self.masked_views, grid, recipe)
 
@@ -205,102 +168,77 @@ class SMIT(Restoration):
 
         maps = self.network.encode(both("masked"))
         restored = self.restoration_head(self.network.decode(maps)[-1])
+        dense, image = self._read(maps)
+        teacher_dense, teacher_image = encode_without_gradient(
+            lambda part: self._read(self.network.encode(part, self.teacher)),
+            both("whole"),
+            whole=self.network.mixes_samples,
+        )
         found = {
             "restoration": restoration_loss(restored, both("target"), both("mask")),
             "hidden": both("hidden"),
+            "student_tokens": _vectors_at(dense, both("tokens")),
+            "student_image": image,
+            "teacher_tokens": _vectors_at(teacher_dense, both("tokens")),
+            "teacher_image": teacher_image,
         }
-        found |= self._read(maps, both("tokens"), "student")
-        found |= self._teach(both("whole"), both("tokens"))
         # a row for each patch, with its two views
         return {name: torch.stack(values.chunk(2), 1) for name, values in found.items()}
 
-    def _read(self, maps: list[Tensor], tokens: Tensor, who: str) -> dict[str, Tensor]:
-        """Return the vectors at some locations, (N, T, C), and the mean of the deepest map, (N, C)."""
-        dense = maps[self.geometry.auxiliary_stage - 1].flatten(2).transpose(1, 2)
-        vectors = dense.gather(1, tokens[..., None].expand(-1, -1, dense.shape[-1]))
-        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-        return {f"{who}_tokens": vectors, f"{who}_image": pool(maps[-1])}
-
-    # This frame is left out of compiling; the encoder that it calls is compiled, once for the size of a chunk.
-    @torch.compiler.disable(recursive=False)
-    @torch.no_grad()
-    def _teach(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Return what `_read` does of the teacher's maps, a few patches at a time unless the network mixes patches."""
-        parts = (images,) if self.network.mixes_samples else in_chunks(images)
-        places = tokens.split([len(part) for part in parts])
-        read = [
-            self._read(self.network.encode(part, self.teacher), at, "teacher")
-            for part, at in zip(parts, places, strict=True)
-        ]
-        return {name: torch.cat([found[name] for found in read]) for name in read[0]}
+    def _read(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the map whose locations are tokens, and the mean of the deepest map."""
+        return maps[self.geometry.auxiliary_stage - 1], pool(maps[-1])
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        def logits(head: nn.Module, vectors: Tensor) -> tuple[Tensor, Tensor]:
-            unit, cosines = head(vectors.flatten(0, -2))
-            return tuple(values.view(*vectors.shape[:-1], -1) for values in (unit, cosines))  # type: ignore[return-value]
+        def logits(head: nn.Module, name: str) -> Tensor:
+            vectors = features[name]
+            return head(vectors.flatten(0, -2)).view(*vectors.shape[:-1], -1)
 
-        _, student_tokens = logits(self.token_head, features["student_tokens"])
-        vectors, student_image = logits(self.image_head, features["student_image"])
-        with torch.no_grad():
-            _, teacher_tokens = logits(self.teacher_token_head, features["teacher_tokens"])
-            _, teacher_image = logits(self.teacher_image_head, features["teacher_image"])
-        return {
+        outputs = {
             "restoration": features["restoration"],
             "hidden": features["hidden"],
-            "student_tokens": student_tokens,
-            "student_image": student_image,
-            "teacher_tokens": teacher_tokens,
-            "teacher_image": teacher_image,
-            "vectors": vectors,
+            "student_tokens": logits(self.token_head, "student_tokens"),
+            "student_image": logits(self.image_head, "student_image"),
         }
+        with torch.no_grad():
+            outputs["teacher_tokens"] = logits(self.teacher_token_head, "teacher_tokens")
+            outputs["teacher_image"] = logits(self.teacher_image_head, "teacher_image")
+        return outputs
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return the losses of all patches: restoration, patch tokens that are hidden, and the image token of the other view."""
-        temperatures = self.temperatures(progress)
-        hidden = embeddings["hidden"]
-        tokens = cross_entropy(
-            embeddings["student_tokens"], embeddings["teacher_tokens"], self.token_centre, temperatures
-        )
-        image = cross_entropy(
-            embeddings["student_image"], embeddings["teacher_image"].flip(1), self.image_centre, temperatures
-        )
+        temperature, hidden = self.teacher_temperature(progress), embeddings["hidden"]
+        targets = self.token_loss.targets(embeddings["teacher_tokens"], temperature)
+        tokens = self.token_loss(embeddings["student_tokens"], targets)
+        targets = self.image_loss.targets(embeddings["teacher_image"].flip(1), temperature)
         losses = {
             "restoration": embeddings["restoration"].mean(),
             "tokens": ((tokens * hidden).sum(-1) / hidden.sum(-1)).mean(),
-            "image_token": image.mean(),
+            "image_token": self.image_loss(embeddings["student_image"], targets).mean(),
         }
         weights = self.weights(self.recipe)
         return losses | {"total": torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()}
 
-    def temperatures(self, progress: Progress) -> tuple[float, float]:
-        """Return the temperatures of the student and of the teacher at a step."""
+    def teacher_temperature(self, progress: Progress) -> float:
+        """Return the temperature of the teacher at a step."""
         risen = min(1.0, progress.step / max(1.0, _TEMPERATURE_RISE * progress.steps))
-        last = self.recipe.teacher_temperature
-        return self.recipe.student_temperature, _FIRST_TEMPERATURE + risen * (last - _FIRST_TEMPERATURE)
-
-    def decay(self, progress: Progress) -> float:
-        """Return the weight of the old average in the teacher at a step: from `teacher_decay` to 1 along a cosine."""
-        done = (1 - math.cos(math.pi * progress.step / progress.steps)) / 2
-        return 1 - (1 - self.recipe.teacher_decay) * (1 - done)
+        return _FIRST_TEMPERATURE + risen * (self.recipe.teacher_temperature - _FIRST_TEMPERATURE)
 
     def copy_network(self) -> None:
         self.teacher.load_state_dict(self.network.encoder.state_dict())
 
-    @torch.no_grad()
     def after_step(self, embeddings: dict[str, Tensor], progress: Progress) -> None:
         """Move the teacher and the two centres."""
-        for average, module in (
-            (self.teacher, self.network.encoder),
-            (self.teacher_token_head, self.token_head),
-            (self.teacher_image_head, self.image_head),
-        ):
-            update_average(average, module, self.decay(progress))
-        for centre, name in ((self.token_centre, "teacher_tokens"), (self.image_centre, "teacher_image")):
-            centre.lerp_(embeddings[name].flatten(0, -2).mean(0).to(centre.dtype), 1 - _CENTRE_MOMENTUM)
+        decay = rising_decay(self.recipe.teacher_decay, progress)
+        update_average(self.teacher, self.network.encoder, decay)
+        update_average(self.teacher_token_head, self.token_head, decay)
+        update_average(self.teacher_image_head, self.image_head, decay)
+        self.token_loss.update_centre(embeddings["teacher_tokens"])
+        self.image_loss.update_centre(embeddings["teacher_image"])
 
-    def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Return the student's image vectors of the two views; None where there are no embeddings."""
-        first, second = embeddings["vectors"].unbind(1)
+    def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what the student says of the image in the two views."""
+        first, second = embeddings["student_image"].unbind(1)
         return first, second
 
     @classmethod

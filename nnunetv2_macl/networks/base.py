@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,7 +30,8 @@ class PretrainableNetwork(nn.Module):
     There is one subclass per family of networks. It holds the network's own modules, so that training the subclass trains the
     network, and nothing else, because every parameter in it is trained.
 
-    A subclass sets the attributes below, implements `decode`, `last_layer` and `examples`, and calls ``super().__init__()``.
+    A subclass sets the attributes below, implements `decode` and `last_layer`, and calls ``super().__init__()``. In this package
+    it implements `examples` too, which the tests use.
 
     Attributes:
         adapts: The network types of the family. A subclass of such a type is another network.
@@ -40,6 +41,7 @@ class PretrainableNetwork(nn.Module):
         encoder_levels: The maps of the encoder stages, the first stage first. The last is the bottleneck.
         decoder_levels: The maps of the decoder stages that are held. ``decoder_levels[k]`` is the map after k + 1 stages.
         patch_multiple: What a patch size must be divisible by, per axis.
+        only_patch_size: The one patch size that the network takes, where position embeddings are learned. None: any multiple.
         image_channels: Number of channels of the images.
     """
 
@@ -51,6 +53,7 @@ class PretrainableNetwork(nn.Module):
     encoder_levels: list[Level]
     decoder_levels: list[Level]
     patch_multiple: tuple[int, ...]
+    only_patch_size: tuple[int, ...] | None = None
     image_channels: int
 
     def __init__(self, network: nn.Module, decoder_stages: int) -> None:
@@ -73,7 +76,12 @@ class PretrainableNetwork(nn.Module):
     @classmethod
     def examples(cls, axes: int) -> list[nn.Module]:
         """Return a small network of each type of the family with 2 or 3 axes, for tests; none if the family has none."""
-        raise NotImplementedError
+        return []
+
+    @classmethod
+    def stage_strides(cls, arch_kwargs: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the stride of each encoder stage, per axis or one for all, from the network's arguments in a nnU-Net plan."""
+        return arch_kwargs["strides"]
 
     @classmethod
     def part_of(cls, name: str) -> str | None:
@@ -113,12 +121,21 @@ class PretrainableNetwork(nn.Module):
             stages: The stage of each, as `stage_of` returns it.
             has_norm: Whether the stage takes weights of a norm.
         """
-        return []
+        (part, there), (_, here) = stages
+        compared: list[list[Any]] = []
+        strides = [_keyword(architecture, "strides") for architecture in (theirs, ours)]
+        if part == cls.encoder_stages and all(isinstance(values, list) for values in strides):
+            pairs = zip(strides, (there, here), strict=True)
+            compared.append(["stride ", *(values[n] if n < len(values) else None for values, n in pairs)])
+        if has_norm:
+            norms = [str(_keyword(architecture, "norm_op")).rpartition(".")[2] for architecture in (theirs, ours)]
+            compared.append(["", *norms])
+        return [f"{what}{one} there, {other} here" for what, one, other in compared if one != other]
 
     @property
     def mixes_samples(self) -> bool:
         """Whether the maps of an image depend on more than the image: batch norm or dropout in what is held."""
-        return any(isinstance(module, (_BatchNorm, _DropoutNd)) for module in self.modules())
+        return any(map(_mixes_samples, self.modules()))
 
     def encode(self, images: Tensor, encoder: nn.Module | None = None) -> list[Tensor]:
         """Return the map of each encoder stage, the first stage first.
@@ -182,8 +199,8 @@ def check_adapter(family: type[PretrainableNetwork], network: nn.Module) -> None
     """
     adapter = family(network, len(family(network, 0).encoder_levels) - 1)
     weight = next(network.parameters())
-    size = list(adapter.patch_multiple)
-    if adapter.patch_multiple == adapter.encoder_levels[-1].stride:
+    size = list(adapter.only_patch_size or adapter.patch_multiple)
+    if tuple(size) == adapter.encoder_levels[-1].stride:
         # an instance norm needs two voxels at the bottleneck
         size[size.index(min(size))] *= 2
     images = torch.randn(1, adapter.image_channels, *size, generator=torch.Generator().manual_seed(0)).to(weight)
@@ -218,6 +235,17 @@ def check_adapter(family: type[PretrainableNetwork], network: nn.Module) -> None
 def class_name(network_type: type[nn.Module]) -> str:
     """Return the full name of a network type, as nnU-Net's plans give it."""
     return f"{network_type.__module__}.{network_type.__qualname__}"
+
+
+def _keyword(architecture: dict[str, Any], key: str) -> Any:
+    return (architecture.get("arch_kwargs") or {}).get(key)
+
+
+def _mixes_samples(module: nn.Module) -> bool:
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    # `drop_prob` is the rate of stochastic depth, in timm and in MONAI
+    return isinstance(module, _BatchNorm) or getattr(module, "drop_prob", 0) > 0
 
 
 def _divided(size: list[int], stride: tuple[int, ...]) -> list[int]:

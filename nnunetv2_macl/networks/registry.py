@@ -1,28 +1,28 @@
-"""Find the adapter of a network among the modules of this package."""
+"""Find the adapter of a network: in this package, in an installed package that announces one, or beside the network itself."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from functools import cache
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
 from nnunetv2_macl import networks
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.extensions import announced
 from nnunetv2_macl.networks.base import PretrainableNetwork, check_adapter, class_name
 
+ENTRY_POINTS = "nnunetv2_macl.networks"
 
-@cache
+
 def families() -> tuple[type[PretrainableNetwork], ...]:
-    """Return the families of networks that can be pre-trained: each adapter in a module of `nnunetv2_macl.networks`."""
-    names = [f"{networks.__name__}.{module.name}" for module in pkgutil.iter_modules(networks.__path__)]
-    found = [value for name in names for value in vars(importlib.import_module(name)).values()]
-    adapters = [value for value in found if isinstance(value, type) and issubclass(value, PretrainableNetwork)]
-    return tuple(dict.fromkeys(adapter for adapter in adapters if adapter.adapts))
+    """Return the families of networks that can be pre-trained, of this package and of installed ones."""
+    return tuple(dict.fromkeys(_adapters("")))
 
 
-@cache
 def network_types() -> dict[str, tuple[type[nn.Module], type[PretrainableNetwork]]]:
     """Return each network type that can be pre-trained, with its family, by the type's full name."""
     return {class_name(adapted): (adapted, family) for family in families() for adapted in family.adapts}
@@ -38,15 +38,32 @@ def family_of(network: type[nn.Module] | str) -> type[PretrainableNetwork]:
         UserError: There is none. A network that only looks like one of a family may compute something else.
     """
     name = network if isinstance(network, str) else class_name(network)
-    adapted, family = network_types().get(name, (None, None))
-    if family is not None and network in (name, adapted):
-        return family
+    for family in _adapters(name):
+        for adapted in family.adapts:
+            if class_name(adapted) == name and network in (name, adapted):
+                return family
     known = ", ".join(sorted(name.rpartition(".")[2] for name in network_types()))
     raise UserError(
-        f"The network {name} cannot be pre-trained: no adapter in nnunetv2_macl/networks is for it. These networks can be "
-        f"pre-trained: {known}. Give a plan of one of them with -p PLANS, or add a file with a subclass of PretrainableNetwork "
-        "for this network to nnunetv2_macl/networks, as base.py there describes it."
+        f"The network {name} cannot be pre-trained: there is no adapter for it. These networks can be pre-trained: {known}. "
+        "Give a plan of one of them with -p PLANS, or write an adapter, as docs/own_network.md shows it."
     )
+
+
+def import_network(name: str) -> None:
+    """Import the module of a network that a nnU-Net plan names, as nnU-Net does, so that an adapter in it is found.
+
+    Raises:
+        UserError: The module is not there, or its own code fails.
+    """
+    module = name.rpartition(".")[0]
+    try:
+        importlib.import_module(module)
+    # whatever the user's own code raises
+    except Exception as error:
+        raise UserError(
+            f"The network {name} cannot be pre-trained, because {module} cannot be imported: {error}. Correct it, or add its "
+            "folder to PYTHONPATH."
+        ) from error
 
 
 def pretrainable(network: nn.Module, decoder_stages: int) -> PretrainableNetwork:
@@ -63,3 +80,27 @@ def pretrainable(network: nn.Module, decoder_stages: int) -> PretrainableNetwork
     family = family_of(type(network))
     check_adapter(family, network)
     return family(network, decoder_stages)
+
+
+def _adapters(network: str) -> Iterator[type[PretrainableNetwork]]:
+    """Yield all adapters, those first that are likely to be for a network, because some take seconds to import."""
+    module = network.rpartition(".")[0]
+    if module in sys.modules:
+        yield from _adapters_among(vars(sys.modules[module]).values())
+    # A file here is named like the module of the networks that it is for, and most networks are nnU-Net's own.
+    names = sorted(module.name for module in pkgutil.iter_modules(networks.__path__))
+    likely = [name for name in dict.fromkeys((module.rpartition(".")[2], "unet")) if name in names]
+    yield from _own_adapters(likely)
+    yield from _adapters_among(announced(ENTRY_POINTS))
+    yield from _own_adapters(name for name in names if name not in likely)
+
+
+def _own_adapters(names: Iterable[str]) -> Iterator[type[PretrainableNetwork]]:
+    for name in names:
+        yield from _adapters_among(vars(importlib.import_module(f"{networks.__name__}.{name}")).values())
+
+
+def _adapters_among(values: Iterable[Any]) -> Iterator[type[PretrainableNetwork]]:
+    for value in list(values):
+        if isinstance(value, type) and issubclass(value, PretrainableNetwork) and value.adapts:
+            yield value

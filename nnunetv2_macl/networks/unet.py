@@ -88,23 +88,13 @@ class UNet(PretrainableNetwork):
         *,
         has_norm: bool,
     ) -> list[str]:
-        (part, there), (_, here) = stages
-        in_encoder = part == cls.encoder_stages
-        compared: list[list[Any]] = []
-        strides = [_keyword(architecture, "strides") for architecture in (theirs, ours)]
-        if in_encoder and all(isinstance(values, list) for values in strides):
-            pairs = zip(strides, (there, here), strict=True)
-            compared.append(["stride ", *(values[n] if n < len(values) else None for values, n in pairs)])
-        if has_norm and part != cls.names["transpconvs"]:
-            norms = [str(_keyword(architecture, "norm_op")).rpartition(".")[2] for architecture in (theirs, ours)]
-            compared.append(["", *norms])
-        if in_encoder and here > 0:
-            compared.append(["", _downsampling(theirs), _downsampling(ours)])
-        return [f"{what}{one} there, {other} here" for what, one, other in compared if one != other]
-
-
-def _keyword(architecture: dict[str, Any], key: str) -> Any:
-    return (architecture.get("arch_kwargs") or {}).get(key)
+        part, here = stages[1]
+        # upsampling has no norm
+        has_norm = has_norm and part != cls.names["transpconvs"]
+        differences = super().stage_differences(theirs, ours, stages, has_norm=has_norm)
+        if part == cls.encoder_stages and here > 0 and _downsampling(theirs) != _downsampling(ours):
+            differences.append(f"{_downsampling(theirs)} there, {_downsampling(ours)} here")
+        return differences
 
 
 def _downsampling(architecture: dict[str, Any]) -> str:

@@ -85,7 +85,7 @@ class MemoryEstimate:
     def _peak(self, batch_size: int, at_once: int, mixed_precision: bool) -> int:
         dtype = torch.float16 if mixed_precision else torch.float32
         self.model.to(dtype)
-        for module in self.model.modules():
+        for module in self.model.methods.modules():
             # torch's autocast leaves the heads on pooled features, which are in float32, nearly as they are
             if isinstance(module, (nn.Linear, nn.BatchNorm1d)):
                 module.to(torch.float32)
@@ -180,6 +180,23 @@ class _LiveMemory(TorchDispatchMode):
     def _free(self, number: int, size: int) -> None:
         self._known.discard(number)
         self._now -= size
+
+
+def training_memory(network: nn.Module, channels: int, batch_size: int, patch_size: Sequence[int]) -> int:
+    """Return the most bytes that the tensors of a segmentation network's training step take, without its weights.
+
+    Args:
+        network: On the meta device. It returns one map or a list of them.
+        channels: Number of image channels.
+        batch_size: N.
+        patch_size: Voxels per axis.
+    """
+    with _LiveMemory(int) as memory:
+        images = torch.empty(batch_size, channels, *patch_size, device="meta")
+        outputs = network(images)
+        maps = outputs if isinstance(outputs, list) else [outputs]
+        torch.autograd.grad([values.sum() for values in maps], list(network.parameters()), allow_unused=True)
+    return memory.most
 
 
 class BatchSizes(NamedTuple):

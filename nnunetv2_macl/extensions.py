@@ -1,0 +1,28 @@
+"""What installed packages announce to this one in their entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Any
+
+from nnunetv2_macl.errors import UserError
+
+
+def announced(group: str) -> Iterator[Any]:
+    """Yield the classes that the entry points of a group name, each by itself or by the module that it is in.
+
+    Raises:
+        UserError: The code of a package fails.
+    """
+    for entry in entry_points(group=group):
+        try:
+            loaded = entry.load()
+        # whatever another package's code raises
+        except Exception as error:
+            package = entry.dist.name if entry.dist else "?"
+            raise UserError(
+                f"The package {package} announces {entry.value} in its entry points {group}, and it cannot be imported: "
+                f"{error}. Correct the package, or remove it."
+            ) from error
+        yield from [loaded] if isinstance(loaded, type) else vars(loaded).values()

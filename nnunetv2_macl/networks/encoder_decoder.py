@@ -1,0 +1,173 @@
+"""What the U-Net variants of this package share: an encoder, a decoder that reads its maps, and the adapter for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, ClassVar
+
+from dynamic_network_architectures.architectures.abstract_arch import AbstractDynamicNetworkArchitectures
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import Tensor, nn
+
+from nnunetv2_macl.networks.base import Level, PretrainableNetwork
+
+
+class Encoder(nn.Module):
+    """Stages that each read the map of the stage before.
+
+    Args:
+        stages: The stages, from the image to the bottleneck.
+        channels: Channels of the map of each stage.
+        strides: Stride of each stage, per axis.
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], channels: Sequence[int], strides: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.output_channels, self.strides = list(channels), [list(stride) for stride in strides]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the map of each stage, the first stage first."""
+        maps = [images]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return maps[1:]
+
+
+class Decoder(nn.Module):
+    """Stages that each read the map of the stage before and the encoder's map of their own size, and segmentation layers.
+
+    Args:
+        stages: The stages, from the bottleneck to the image.
+        channels: Channels of the map of each stage.
+        num_classes: Number of segmentation outputs.
+        conv_op: `nn.Conv2d` or `nn.Conv3d`.
+        deep_supervision: Whether each stage returns a segmentation. nnU-Net sets the attribute.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        channels: Sequence[int],
+        num_classes: int,
+        conv_op: type[nn.Module],
+        deep_supervision: bool,
+    ) -> None:
+        super().__init__()
+        self.deep_supervision, self.output_channels = deep_supervision, list(channels)
+        self.stages = nn.ModuleList(stages)
+        # All of them are always there, so that a network with deep supervision and one without have the same weights.
+        self.seg_layers = nn.ModuleList(conv_op(width, num_classes, 1) for width in channels)
+
+    def forward(self, maps: list[Tensor]) -> Any:
+        """Return logits, or with deep supervision a list of them, the largest first."""
+        decoded, outputs = maps[-1], []
+        for number, (stage, skip) in enumerate(zip(self.stages, maps[-2::-1], strict=True)):
+            decoded = stage(decoded, skip)
+            if self.deep_supervision or number == len(self.stages) - 1:
+                outputs.append(self.seg_layers[number](decoded))
+        return outputs[::-1] if self.deep_supervision else outputs[0]
+
+
+class EncoderDecoder(AbstractDynamicNetworkArchitectures):
+    """A segmentation network of an encoder and a decoder, which nnU-Net finds by its name in a plan.
+
+    Training and prediction with such a network need nnunetv2_macl.
+
+    Attributes:
+        axes: The numbers of axes for which there is such a network.
+        sizes: The names of the sizes that its source has.
+    """
+
+    axes: ClassVar[tuple[int, ...]] = (2,)
+    sizes: ClassVar[tuple[str, ...]] = ()
+
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        # nnssl's names for what depends on the images
+        self.key_to_encoder, self.key_to_stem = "encoder.stages", "encoder.stages.0"
+        stem = next(name for name, module in encoder.named_modules() if isinstance(module, (nn.Conv2d, nn.Conv3d)))
+        self.keys_to_in_proj = (f"encoder.{stem}",)
+
+    def forward(self, images: Tensor) -> Any:
+        """Segment (N, input_channels, *size): logits, or with deep supervision a list of them, the largest first."""
+        return self.decoder(self.encoder(images))
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """Initialise a convolution by He's method, as nnU-Net's own networks do. nnU-Net applies this to every module."""
+        InitWeights_He(1e-2)(module)
+
+    @classmethod
+    def planned(cls, unet: Mapping[str, Any], patch_size: Sequence[int], size: str | None) -> dict[str, Any]:
+        """Return the arguments of such a network in the place of a U-Net that nnU-Net has planned.
+
+        Args:
+            unet: `arch_kwargs` of the U-Net.
+            patch_size: Of nnU-Net's plan, voxels per axis.
+            size: One of `sizes`. None takes the widths of the plan, or of the middle size.
+
+        Returns:
+            Plain JSON values. Layers are given by name, as nnU-Net's plans give them.
+        """
+        raise NotImplementedError
+
+
+class EncoderDecoderAdapter(PretrainableNetwork):
+    """Adapter of an `EncoderDecoder` whose decoder stages are called with the map below and the encoder's map."""
+
+    names = {"encoder": "encoder", "stages": "decoder.stages"}
+    encoder_stages = "encoder.stages"
+
+    def __init__(self, network: nn.Module, decoder_stages: int) -> None:
+        super().__init__(network, decoder_stages)
+        # attributes of an nn.Module are tensors or modules to mypy
+        encoder: Any = network.encoder
+        decoder: Any = network.decoder
+        total = accumulate(encoder.strides, lambda a, b: [m * n for m, n in zip(a, b, strict=True)])
+        self.encoder_levels = [
+            Level(channels, tuple(stride)) for channels, stride in zip(encoder.output_channels, total, strict=True)
+        ]
+        stages = len(decoder.stages)
+        if not 0 <= decoder_stages <= stages:
+            raise ValueError(f"decoder_stages must be between 0 and {stages}, got {decoder_stages}")
+        self.decoder_levels = [
+            Level(channels, level.stride)
+            for channels, level in zip(decoder.output_channels, self.encoder_levels[-2::-1], strict=True)
+        ][:decoder_stages]
+        self.patch_multiple = self.encoder_levels[-1].stride
+        self.image_channels = next(encoder.parameters()).shape[1]
+        self.encoder = encoder
+        self.stages = nn.ModuleList(decoder.stages[:decoder_stages])
+
+    @staticmethod
+    def last_layer(network: nn.Module) -> nn.Module:
+        decoder: Any = network.decoder
+        return decoder.seg_layers[-1]
+
+    def decode(self, maps: list[Tensor], stages: int | None = None) -> list[Tensor]:
+        decoded = [maps[-1]]
+        for stage, skip in zip(self.stages[:stages], maps[-2::-1], strict=False):
+            decoded.append(stage(decoded[-1], skip))
+        return decoded
+
+
+def per_axis(strides: Sequence[Any], axes: int) -> list[list[int]]:
+    """Return strides, or kernel sizes, that a plan gives as one number or one per axis, as one per axis."""
+    return [[value] * axes if isinstance(value, int) else list(value) for value in strides]
+
+
+def first_strides(unet: Mapping[str, Any], stages: int) -> list[list[int]]:
+    """Return the strides of the first stages of a planned 2D U-Net, and 2 for stages that it does not have."""
+    strides = per_axis(unet["strides"], 2)[:stages]
+    return strides + [[2, 2]] * (stages - len(strides))
+
+
+def layers_of(unet: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the norm and the nonlinearity of a planned U-Net."""
+    return {key: unet[key] for key in ("norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs")}
