@@ -1,4 +1,4 @@
-"""Write docs/recipe_keys.md, the reference of all recipe keys, from their models: ``python docs/recipe_table.py``."""
+"""Write the references of all recipes and of their keys, from the recipes and the code: ``python docs/recipe_table.py``."""
 
 import inspect
 import json
@@ -6,14 +6,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.methods.registry import all_methods
-from nnunetv2_macl.recipe import Recipe, recipe_type
+from nnunetv2_macl.recipe import Recipe, load_recipe, recipe_type
 
-PAGE = Path(__file__).parent / "recipe_keys.md"
+REFERENCE = Path(__file__).parent / "reference"
 INTRODUCTION = """# Recipe keys
 
 `python docs/recipe_table.py` writes this page from the code. [The plan](plan.md) says what a recipe is. A recipe has the keys of
-the first table and those of the methods that its `method` names."""
+the first table and those of the methods that its `method` names. [Recipes](recipes.md) lists the recipes of the package."""
+RECIPES = """# Recipes
+
+`python docs/recipe_table.py` writes this page from the files in `plans/`. Use a recipe with `-recipe NAME`. The last column lists
+the values that differ from the defaults in [Recipe keys](recipe_keys.md)."""
 TYPES = {
     "integer": "whole number",
     "number": "number",
@@ -23,8 +28,30 @@ TYPES = {
 }
 
 
-def page() -> str:
-    """Return the text of the page."""
+def pages() -> dict[Path, str]:
+    """Return the text of each page by its file."""
+    return {REFERENCE / "recipe_keys.md": keys_page(), REFERENCE / "recipes.md": recipes_page()}
+
+
+def recipes_page() -> str:
+    """Return the table of the recipes that come with the package."""
+    folder = resource_folder("plans")
+    rows = ["| recipe | method | description | other values |", "|---|---|---|---|"]
+    for name in sorted(file.stem for file in folder.glob("*.json")):
+        recipe = load_recipe(name, folder)
+        fields = type(recipe).model_fields
+        values = recipe.as_dict()
+        others = ", ".join(
+            f"`{key}` {json.dumps(value)}"
+            for key, value in values.items()
+            if key not in ("method", "description") and value != fields[key].default
+        )
+        rows.append(f"| `{name}` | `{recipe.method}` | {recipe.description} | {others} |")
+    return f"{RECIPES}\n\n" + "\n".join(rows) + "\n"
+
+
+def keys_page() -> str:
+    """Return the tables of the keys: those of every recipe, then those of each method."""
     sections = [INTRODUCTION, "## Keys of every recipe", table(Recipe, Recipe.model_fields)]
     for name, method in all_methods().items():
         about = (inspect.getdoc(method) or "").partition("\n")[0]
@@ -58,4 +85,5 @@ def allowed(schema: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for file, text in pages().items():
+        file.write_text(text, encoding="utf-8")

@@ -295,7 +295,7 @@ def test_a_run_that_is_stopped_continues(tmp_path):
 
 @pytest.mark.slow
 def test_collected_dicom_pretrains_what_is_fine_tuned(workspace, tmp_path):
-    """The commands of docs/from_dicom.md, on generated scans and a generated labelled data set."""
+    """The commands of docs/getting_started/from_dicom.md, on generated scans and a generated labelled data set."""
     for number in range(4):
         write_series(tmp_path / "dicom" / str(number), volume(number, (8, 48, 48)), f"1.{number}", f"ID {number}")
     private = str(tmp_path / "private")

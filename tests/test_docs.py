@@ -1,10 +1,8 @@
-"""The documentation says what is there: links, tables, recipes, options, commands."""
+"""The documentation agrees with the code: links, generated pages, recipes, options, commands, and the length of pages."""
 
-import importlib
 import json
 import re
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,38 +12,67 @@ from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A page that a script writes is looked up and not read, so it may be long.
-WRITTEN = [page for page in PAGES if page.parent.name == "docs" and page.name != "recipe_keys.md"]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+SCRIPTS = {name: runpy.run_path(str(DOCS / name)) for name in ("recipe_table.py", "command_reference.py")}
+GENERATED = {page: text for script in SCRIPTS.values() for page, text in script["pages"]().items()}
+OPTION = r"(?<![\w-])--?[a-zA-Z_]+"
+# The options of each of our commands, by its name.
 COMMANDS = {
-    name: getattr(importlib.import_module(module), entry)
-    for name, module, entry in re.findall(
-        r"(nnUNetv2_\w+) = (nnunetv2_macl\.cli\.\w+):(\w+)", (ROOT / "setup.cfg").read_text(encoding="utf-8")
-    )
+    name: set(re.findall(OPTION, parser.format_help()))
+    for name, parser in SCRIPTS["command_reference.py"]["parsers"]().items()
 }
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+over_pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
+over_written_pages = pytest.mark.parametrize("page", [page for page in PAGES if page not in GENERATED], ids=name_of)
 
 
 def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@over_pages
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!http|#)([^)]+)\)", page.read_text()):
         assert (page.parent / target.partition("#")[0]).exists(), target
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_every_page_is_in_the_index():
+    index = DOCS / "README.md"
+    linked = {(DOCS / target).resolve() for target in re.findall(r"\]\((?!http|#)([^)#]+)", index.read_text())}
+    assert set(DOCS.rglob("*.md")) - {index} <= linked
+
+
+@over_written_pages
 def test_pages_are_short(page):
-    assert len(page.read_text().splitlines()) <= 100
+    """A page has at most 1,200 words, and README at most 150 lines. Bars of tables and signs are no words."""
+    text = page.read_text()
+    assert len([word for word in text.split() if re.search(r"\w", word)]) <= 1200
+    if page == ROOT / "README.md":
+        assert len(text.splitlines()) <= 150
 
 
-def test_the_page_of_recipe_keys_is_that_of_the_code():
-    script = runpy.run_path(str(ROOT / "docs" / "recipe_table.py"))
-    assert script["PAGE"].read_text(encoding="utf-8") == script["page"](), "type: python docs/recipe_table.py"
+@over_written_pages
+def test_lines_are_short(page):
+    """Only code, rows of tables, and words that cannot be broken are longer than 130 characters."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for line in text.splitlines():
+        assert len(line) <= 130 or line.startswith("|") or len(line.split()) <= 3, line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", GENERATED, ids=name_of)
+def test_generated_pages_are_those_of_the_code(page):
+    assert page.read_text(encoding="utf-8") == GENERATED[page], (
+        "type: python docs/recipe_table.py && python docs/command_reference.py"
+    )
+
+
+@over_pages
 def test_recipes_in_the_text_load(page, tmp_path):
     for number, block in enumerate(blocks(page, "json")):
         file = tmp_path / f"{number}.json"
@@ -56,19 +83,16 @@ def test_recipes_in_the_text_load(page, tmp_path):
         )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_option_in_the_text_is_one_of_its_command(page, capsys, monkeypatch):
-    """Of our commands, wherever they stand in the text."""
-    for name, entry in COMMANDS.items():
-        monkeypatch.setattr(sys, "argv", [name, "--help"])
-        with pytest.raises(SystemExit):
-            entry()
-        known = set(re.findall(r"(?<![\w-])--?[a-zA-Z_]+", capsys.readouterr().out))
-        for line in re.findall(rf"{name} ([^\n`|&;#)]*)", page.read_text()):
-            options = set(re.findall(r"(?<![\w-])--?[a-zA-Z_]+", line))
+@over_pages
+def test_every_option_in_the_text_is_one_of_its_command(page):
+    """The options of our commands exist, wherever the commands are in the text."""
+    text = page.read_text()
+    for name, known in COMMANDS.items():
+        for line in re.findall(rf"{name} ([^\n`|&;#)]*)", text):
+            options = set(re.findall(OPTION, line))
             assert options <= known, f"{name} has no {options - known}"
-    told = set(re.findall(r"nnUNetv2_(?:macl_\w+|train_macl\w*)", page.read_text()))
-    assert told <= set(COMMANDS), told - set(COMMANDS)
+    named = set(re.findall(r"nnUNetv2_(?:macl_\w+|train_macl\w*)", text))
+    assert named <= set(COMMANDS), named - set(COMMANDS)
 
 
 def test_the_version_is_one():

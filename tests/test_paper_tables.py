@@ -10,7 +10,7 @@ from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.recipe import load_recipe, parse_settings, values_in
 
 FOLDER = resource_folder("plans")
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "paper_tables.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "paper_tables.md"
 PCL = {"decoder_stages": 0, "scale": 1, "weight_dense": 0.0, "weight_equivariance": 0.0}
 # rows of the paper's tables: the recipe, and what differs from MACL as the paper trains it
 ROWS = {

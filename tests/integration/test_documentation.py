@@ -9,7 +9,7 @@ import pytest
 from conftest import Workspace
 from dicom_files import volume, write_series
 from test_converting import imagechd, mmwhs
-from test_docs import PAGES, blocks
+from test_docs import PAGES, blocks, name_of
 
 from nnunetv2_macl.synthetic import generate_dataset
 
@@ -34,11 +34,23 @@ torchrun() {
 export SLURM_JOB_NODELIST=here SLURM_NNODES=1 SLURM_JOB_ID=1
 scontrol() { echo localhost; }
 srun() { "$@"; }
+# every trainer that fine-tunes has a short twin; one that is not named is nnU-Net's own
+quick() {
+  arguments=()
+  local argument
+  for argument in "$@"; do
+    [[ "$argument" =~ ^(nnUNetTrainer(MACL|MACLPaper|MACLSemi)?)(_[0-9]+epochs?)?$ ]] && argument="${BASH_REMATCH[1]}_quick"
+    arguments+=("$argument")
+  done
+  [[ " $* " == *" -tr "* ]] || arguments+=(-tr nnUNetTrainer_quick)
+}
 nnUNetv2_train() {
-  local arguments=("${@/%nnUNetTrainerMACL/nnUNetTrainerMACL_quick}")
-  arguments=("${arguments[@]/%nnUNetTrainerMACLPaper/nnUNetTrainerMACLPaper_quick}")
-  arguments=("${arguments[@]/%nnUNetTrainerMACLSemi/nnUNetTrainerMACLSemi_quick}")
+  quick "$@"
   nnUNet_extTrainer="$nnUNet_extTrainer:$QUICK" command nnUNetv2_train "${arguments[@]}" -device cpu
+}
+nnUNetv2_find_best_configuration() {
+  quick "$@"
+  nnUNet_extTrainer="$nnUNet_extTrainer:$QUICK" command nnUNetv2_find_best_configuration "${arguments[@]}" -np 1
 }
 nnUNetv2_macl_compare() {
   command nnUNetv2_macl_compare "$@" --group_regex '.*' --labels 2 --seeds 1 --rates 1e-2 --test 1 --validation 1 \
@@ -46,12 +58,11 @@ nnUNetv2_macl_compare() {
     --disable_tta -device cpu -np 1
 }
 nnUNetv2_macl_collect() { command nnUNetv2_macl_collect "$@" --private_folder private -np 1; }
-nnUNetv2_predict() {
-  local arguments=("${@/%nnUNetTrainerMACL/nnUNetTrainerMACL_quick}")
-  command nnUNetv2_predict "${arguments[@]/%nnUNetTrainerMACLSemi/nnUNetTrainerMACLSemi_quick}" -device cpu
-}
+nnUNetv2_predict() { quick "$@" && command nnUNetv2_predict "${arguments[@]}" -device cpu; }
 """
 QUICK = """
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
 from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper
@@ -75,6 +86,14 @@ class nnUNetTrainerMACLSemi_quick(nnUNetTrainerMACLSemi):
 
     def __init__(self, plans, configuration, fold, dataset_json, device):
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_iterations_per_epoch = 1
+        self.num_val_iterations_per_epoch = 1
+
+
+class nnUNetTrainer_quick(nnUNetTrainer):
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 1
         self.num_iterations_per_epoch = 1
         self.num_val_iterations_per_epoch = 1
 """
@@ -116,7 +135,7 @@ def bash(space, script):
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=name_of)
 def test_the_commands_of_a_page(page, space):
     """In their order, in one shell, as a reader types them."""
     script = "\n".join(block for block in blocks(page, "bash") if NOT_HERE not in block)
@@ -125,9 +144,9 @@ def test_the_commands_of_a_page(page, space):
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
 def test_the_programs_of_a_page(page, space):
     for number, block in enumerate(blocks(page, "python")):
-        file = space.folder / f"{page.stem}_{number}.py"
+        file = space.folder / f"{page.parent.name}_{page.stem}_{number}.py"
         file.write_text(block)
         bash(space, f"{sys.executable} {file}")
