@@ -18,6 +18,7 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder
+from nnunetv2_macl.networks.planned import PlannedNetwork
 from nnunetv2_macl.networks.registry import family_of, network_types
 from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 from nnunetv2_macl.sharing.package import write_package
@@ -320,10 +321,15 @@ def as_nnssl(pretrained: PretrainedWeights) -> dict[str, Any]:
     Source: nnssl's adaptation plan, and its reader in nnU-Net's ``experiment_planning/like_nnssl.py``.
 
     Raises:
-        UserError: weights of a 2D network, of no whole encoder, or of no known preprocessing.
+        UserError: weights of a 2D network, of a `PlannedNetwork`, of no whole encoder, or of no known preprocessing.
     """
     files = ", ".join(str(file) for file in pretrained.files)
     network = _own_network(pretrained)
+    if isinstance(network, PlannedNetwork):
+        raise UserError(
+            f"{files} holds weights of {type(network).__name__}, which nnssl's format does not describe. They go to others as a "
+            "package: -o FILE.zip"
+        )
     part_of = family_of(type(network)).part_of
     lacking = [key for key in network.state_dict() if part_of(key) == "encoder" and key not in pretrained.weights]
     if lacking:

@@ -12,7 +12,10 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from steps import recipe_of
 
 from nnunetv2_macl import checkpoints
+from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.formats import as_nnssl
+from nnunetv2_macl.networks.base import class_name
 from nnunetv2_macl.networks.planned import PlannedNetwork
 from nnunetv2_macl.networks.primus import Primus, PrimusV2, PrimusV3
 from nnunetv2_macl.networks.registry import families, family_of
@@ -129,6 +132,13 @@ def test_patches_of_another_size_than_the_position_embeddings_are_refused(worksp
         derive_plan(DatasetConfiguration.load("901", file.stem, "2d"), recipe_of(method="macl"))
 
 
+def test_the_format_of_nnssl_does_not_take_them():
+    kwargs = {"strides": [[1, 1], [2, 2], [8, 8]], "img_size": [32, 32], "hidden_size": 12, "mlp_dim": 12}
+    architecture = {"network_class_name": class_name(UNETR), "arch_kwargs": kwargs, "input_channels": 1}
+    with pytest.raises(UserError, match=r"UNETR, which nnssl's format does not describe.*FILE\.zip"):
+        as_nnssl(PretrainedWeights([], {}, architecture, {}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, configuration, recipe, smaller",
@@ -151,7 +161,7 @@ def test_the_whole_path(workspace, tmp_path, name, configuration, recipe, smalle
         workspace.run("nnUNetv2_preprocess", "-d", "901", "-plans_name", plans, "-c", configuration, "-np", "1")
     workspace.pretrain("901", "-c", configuration, "-p", plans, "-recipe", recipe)
     run = workspace.run_folder("nnUNetTrainerMACLPretrain", plans, configuration)
-    pretrained = checkpoints.load_weights(run).weights
+    encoder = len(checkpoints.load(run / checkpoints.ENCODER_FILE)["network_weights"])
 
     mine = workspace.folder / "mine"
     mine.mkdir()
@@ -161,12 +171,9 @@ def test_the_whole_path(workspace, tmp_path, name, configuration, recipe, smalle
         train = ("nnUNetv2_train", "901", configuration, "0", "-p", plans, "-tr", trainer, "-device", "cpu")
         out = workspace.run(*train, **found)
         assert "Mean Validation Dice" in out
-        # of swin_unetr, the last decoder stages are not pre-trained
-        encoder = len(torch.load(run / checkpoints.ENCODER_FILE, weights_only=True)["network_weights"])
         assert trainer == "nnUNetTrainerQuick" or f"encoder: {encoder} of {encoder} tensors taken" in out
     assert "Mean Validation Dice" in workspace.run(*train, "--val", **found)
     images = workspace.raw / DATASET / "imagesTs"
     predict = ("nnUNetv2_predict", "-d", "901", "-c", configuration, "-f", "0", "-i", images, "-o", tmp_path / "out")
     workspace.run(*predict, "-p", plans, "-tr", trainer, "-device", "cpu", **found)
     assert list((tmp_path / "out").glob("*.nii.gz"))
-    assert pretrained
