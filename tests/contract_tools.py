@@ -39,6 +39,7 @@ RECIPES = {name: {"method": name} | LIGHT.get(name, {}) for name in all_methods(
     "macl_two_stages": {"method": "macl", "training_stages": 2},
     # With their defaults, heads and views would take much longer than the small networks.
     "desd": {"method": "desd", "hidden": 32, "outputs": 32},
+    "dira": {"method": "dira", "adversary_width": 8},
     "swav": {"method": "swav", "prototypes": 16, "queue_length": 8, "small_views": 2},
 }
 

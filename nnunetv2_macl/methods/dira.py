@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.branches import plan_one_branch
-from nnunetv2_macl.methods.config import AUTO, Fraction, Positive
+from nnunetv2_macl.methods.config import AUTO, Count, Fraction, Positive
 from nnunetv2_macl.methods.image_level import TwoViews
 from nnunetv2_macl.methods.moco import MoCo, MoCoConfig
 from nnunetv2_macl.methods.restoration import ReconstructionHead
@@ -29,7 +29,8 @@ from nnunetv2_macl.views import enlarge_mask, standardise
 
 # The random numbers of distortions are another stream than those of the views.
 _DISTORTION_STREAM = 8
-_ADVERSARY_CHANNELS = (64, 128, 256, 512)
+# Channels of the adversary's layers, as multiples of those of the first one.
+_ADVERSARY_WIDTHS = (1, 2, 4, 8)
 # An axis of fewer voxels is not made smaller in the adversary.
 _SMALLEST_AXIS = 8
 
@@ -43,22 +44,23 @@ class PatchAdversary(nn.Sequential):
     Args:
         image_channels: C.
         size: Voxels of an image on each axis.
+        width: Channels of the first layer.
     """
 
-    def __init__(self, image_channels: int, size: Sequence[int]) -> None:
+    def __init__(self, image_channels: int, size: Sequence[int], width: int = 64) -> None:
         left = list(size)
         conv: Any = _CONV[len(size)]
         layers: list[nn.Module] = []
-        for before, after in pairwise((image_channels, *_ADVERSARY_CHANNELS)):
-            is_last = after == _ADVERSARY_CHANNELS[-1]
+        for before, after in pairwise((image_channels, *(width * times for times in _ADVERSARY_WIDTHS))):
+            is_last = after == width * _ADVERSARY_WIDTHS[-1]
             stride = [1 if is_last or n < _SMALLEST_AXIS else 2 for n in left]
             left = [-(-n // step) for n, step in zip(left, stride, strict=True)]
-            has_norm = before != image_channels
+            has_norm = bool(layers)
             layers.append(conv(before, after, 3, stride, padding=1, bias=not has_norm))
             if has_norm:
                 layers.append(_INSTANCE_NORM[len(size)](after))
             layers.append(nn.LeakyReLU(0.2))
-        super().__init__(*layers, conv(_ADVERSARY_CHANNELS[-1], 1, 3, padding=1))
+        super().__init__(*layers, conv(width * _ADVERSARY_WIDTHS[-1], 1, 3, padding=1))
 
     def error(self, images: Tensor, label: float, *, fixed: bool = False) -> Tensor:
         """Return the mean squared difference between the judgement and a label, (N,).
@@ -83,6 +85,9 @@ class DiRAConfig(MoCoConfig):
     weight_adversary: Positive = Field(0.001, description="the weight of the adversary's judgement of what is restored")
     adversary_start: Fraction = Field(
         0.5, description="fraction of the steps after which the adversary is trained and counts"
+    )
+    adversary_width: Count = Field(
+        64, description="channels of the adversary's first layer; its last one has 8 times as many"
     )
     distorted_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
         0.2, description="fraction of the blocks of a view that are cut out; as many others change places"
@@ -191,7 +196,7 @@ class DiRA(MoCo):
         super().__init__(network, geometry, recipe)
         last = [network.encoder_levels[-1], *network.decoder_levels][-1]
         self.restoration_head = ReconstructionHead(last.channels, network.image_channels, last.stride)
-        self.adversary = PatchAdversary(network.image_channels, geometry.patch_size)
+        self.adversary = PatchAdversary(network.image_channels, geometry.patch_size, recipe.adversary_width)
         self.views = _DistortedViews(geometry, recipe, network.encoder_levels[-1].stride)
 
     @property
