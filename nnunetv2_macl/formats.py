@@ -31,6 +31,7 @@ PACKAGE = "zip"
 ADAPTATION_PLAN = "nnssl_adaptation_plan"
 AUTHORS_WEIGHTS = "model_state_dict"
 _NNUNET_KEYS = {"network_weights", "init_args", "trainer_name"}
+_NNUNET_V1_KEYS = {"state_dict", "optimizer_state_dict", "plot_stuff"}
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 _UNETS = "dynamic_network_architectures.architectures.unet."
@@ -69,10 +70,15 @@ def load_weights(path: Path) -> PretrainedWeights:
             published.
 
     Raises:
-        UserError: nothing there, damaged, more in it than tensors and plain values, or no weights of a U-Net; names the file.
+        UserError: nothing there, damaged, more in it than tensors and plain values, of nnU-Net v1, or no weights of a network
+            that can be pre-trained; names the file.
     """
+    for file in sorted(path.glob("*.model")) if path.is_dir() else [path]:
+        _refuse_nnunet_v1(file)
     if path.is_file():
         content = checkpoints.load(path)
+        if content.keys() >= _NNUNET_V1_KEYS:
+            raise _of_nnunet_v1(path)
         if ADAPTATION_PLAN in content:
             return _from_nnssl(content, path)
         if isinstance(content.get(AUTHORS_WEIGHTS), dict):
@@ -80,6 +86,19 @@ def load_weights(path: Path) -> PretrainedWeights:
         if is_nnunet_checkpoint(content):
             return _from_nnunet(content, path)
     return checkpoints.load_weights(path)
+
+
+def _refuse_nnunet_v1(file: Path) -> None:
+    """Raise UserError for either of the two files of a nnU-Net v1 checkpoint, which are known by their names."""
+    if file.is_file() and (file.name.endswith(".model.pkl") or Path(f"{file}.pkl").is_file()):
+        raise _of_nnunet_v1(file)
+
+
+def _of_nnunet_v1(file: Path) -> UserError:
+    return UserError(
+        f"{file} is a checkpoint of nnU-Net v1, whose weights have other names, for networks that nnU-Net v2 does not build. "
+        f"Take a checkpoint of nnU-Net v2 ({checkpoints.NNUNET_FILE})."
+    )
 
 
 def is_nnunet_checkpoint(content: dict[str, Any]) -> bool:

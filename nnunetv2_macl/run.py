@@ -19,7 +19,7 @@ from nnunetv2_macl.folds import check_fold, number_of_folds
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, plan_in_environment, read_plan, write_plan
 from nnunetv2_macl.planning.prepare import derive_or_load_plan
-from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
+from nnunetv2_macl.preprocessing.cases import Preprocessed, images_found, preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
     find_sources,
@@ -100,6 +100,7 @@ def pretrain(
     _check_parts(num_parts, part_id, preprocess_only)
     join_ranks(device)
     plan: MACLPlan | None = None
+    found: Preprocessed | None = None
     with distributed.rank_zero_first() as first:
         target = DatasetConfiguration.load(dataset, plans, configuration)
         fold = "all" if exclude_fold is None else _check_fold(exclude_fold, target)
@@ -115,7 +116,7 @@ def pretrain(
             else:
                 plan = _plan(target, unlabelled, recipe, values, skip_unreadable, channel_map, gpu_memory, start)
             if not plan_only:
-                preprocess_unlabelled(
+                found = preprocess_unlabelled(
                     target,
                     plan.unlabelled_datasets,
                     processes=processes,
@@ -125,7 +126,8 @@ def pretrain(
                 )
     if train_too:
         add_trainers_folder()
-        with plan_in_environment(distributed.broadcast_object(plan), processes), _unwrap_user_error():
+        plan = distributed.broadcast_object(plan)
+        with plan_in_environment(plan, processes), images_found(found), _unwrap_user_error():
             train(
                 dataset_name_or_id=target.dataset_name,
                 configuration=target.name,

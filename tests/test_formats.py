@@ -512,3 +512,18 @@ def test_code_in_a_checkpoint_is_not_run_and_is_named(tmp_path):
     with pytest.raises(UserError, match=r"more than tensors and plain values, namely \S*\.exec") as error:
         formats.load_weights(file)
     assert "damaged" not in str(error.value) and "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", ["model_final_checkpoint.model", "model_final_checkpoint.model.pkl", "."])
+def test_checkpoints_of_nnunet_v1_are_refused_by_name(tmp_path, given):
+    for name in ("model_final_checkpoint.model", "model_final_checkpoint.model.pkl"):
+        (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(UserError, match=r"model_final_checkpoint\.model\S* is a checkpoint of nnU-Net v1"):
+        formats.load_weights(tmp_path / given)
+
+
+def test_a_checkpoint_of_nnunet_v1_is_known_by_its_content_too(tmp_path):
+    content = {"epoch": 1, "state_dict": {}, "optimizer_state_dict": {}, "plot_stuff": ([], [], [], [])}
+    torch.save(content, tmp_path / "renamed.pth")
+    with pytest.raises(UserError, match="is a checkpoint of nnU-Net v1"):
+        formats.load_weights(tmp_path / "renamed.pth")

@@ -1,5 +1,6 @@
 """Output: any name can be shown, and a script that cannot work is told why."""
 
+import errno
 import io
 import locale
 import logging
@@ -110,3 +111,62 @@ def test_consoles_and_modules_need_no_guard(monkeypatch):
         require_main_guard()
     code = "from nnunetv2_macl.main_guard import require_main_guard; require_main_guard()"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+needs_full_device = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+
+
+def prints(text, *, flush):
+    return lambda: print(text, flush=flush)
+
+
+def prints_and_fails():
+    print("begun")
+    raise UserError("the user's mistake")
+
+
+@needs_full_device
+@pytest.mark.parametrize(
+    "action, told",
+    [
+        (prints("a line", flush=True), "No space left on device"),
+        (prints("a line", flush=False), "No space left on device"),
+        (prints("x" * 100_000, flush=False), "No space left on device"),
+        (prints_and_fails, "the user's mistake"),
+    ],
+    ids=["at once", "at the end", "when the buffer is full", "after another mistake"],
+)
+def test_a_full_output_is_told_in_a_sentence(monkeypatch, action, told):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as end:
+            run(action)
+    assert f"Error: {told}" in end.value.code or f"cannot be written: {told}" in end.value.code
+
+
+def test_a_program_that_reads_no_more_is_told_in_a_sentence(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit, match="cannot be written: Broken pipe"):
+            run(prints("a line", flush=False))
+
+
+def test_a_full_disk_elsewhere_is_no_full_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+
+    def fails():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        run(fails)
+
+
+@needs_full_device
+def test_a_command_ends_with_one_sentence_where_its_output_is_full():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", "from nnunetv2_macl.cli.doctor import trainers_entry; trainers_entry()"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("Error: The output of this command")

@@ -18,7 +18,7 @@ from nnunetv2_macl.networks.base import check_adapter
 from nnunetv2_macl.networks.registry import family_of, import_network, pretrainable
 from nnunetv2_macl.planning.network import plan_network
 
-PAGE = (ROOT / "docs" / "own_network.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "how_to" / "own_network.md").read_text(encoding="utf-8")
 
 
 def file_of_the_page(language):

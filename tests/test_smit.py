@@ -104,9 +104,16 @@ def test_the_losses_are_those_of_lightly():
 
 
 def test_no_gradient_passes_through_the_teacher():
-    model, method, embeddings = smit()
-    assert not any(embeddings[f"teacher_{name}"].requires_grad for name in ("tokens", "image"))
-    method.losses(embeddings, torch.rand(4, 3), Progress(0, 1, 1))["total"].backward()
+    model, method, _ = smit()
+    numbers = method.views.draw(StepRandom(0, 0, 4, slice(None), 1, (32, 32)))
+    features = method.encode(method.views.make(batch(4)["data"], numbers, Progress(0, 1, 1)))
+    taught = [features[f"teacher_{name}"] for name in ("tokens", "image")]
+    assert not any(values.requires_grad for values in taught)
+    # as where a batch passes in parts, and all features are asked for their gradient
+    for values in taught:
+        values.requires_grad_()
+    method.losses(method.project(features), torch.rand(4, 3), Progress(0, 1, 1))["total"].backward()
+    assert all(values.grad is None for values in taught)
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient == {name for name, _ in model.named_parameters() if ".teacher" not in name}
 

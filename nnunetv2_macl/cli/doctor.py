@@ -7,6 +7,7 @@ import json
 import sys
 
 from nnunetv2_macl import doctor
+from nnunetv2_macl.cli.messages import exit_where_output_is_full
 from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.messages import show_any_character
 
@@ -25,6 +26,11 @@ def doctor_entry() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     arguments = parser.parse_args()
     show_any_character()
+    with exit_where_output_is_full():
+        _run_checks(arguments)
+
+
+def _run_checks(arguments: argparse.Namespace) -> None:
     results = []
     for result in doctor.run_checks(
         arguments.dataset_name_or_id, arguments.configuration, arguments.plans, arguments.device
@@ -47,4 +53,5 @@ def trainers_entry() -> None:
         description="Print the folder of the MACL trainers, for nnU-Net to find.",
         epilog='Example: export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"',
     ).parse_args()
-    print(resource_folder("trainers"))
+    with exit_where_output_is_full():
+        print(resource_folder("trainers"))

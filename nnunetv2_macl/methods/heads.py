@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunetv2_macl.losses import autocast_disabled
+
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -119,5 +121,8 @@ class DistillationHead(nn.Module):
         self.directions = nn.Linear(bottleneck, outputs, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        vectors = F.normalize(self.layers(vectors), dim=1)
-        return F.linear(vectors, F.normalize(self.directions.weight, dim=1).to(vectors.dtype))
+        compressed = self.layers(vectors)
+        # Half precision has too few digits for a cosine that is divided by a temperature of 0.04.
+        with autocast_disabled(compressed):
+            directions = F.normalize(self.directions.weight, dim=1)
+            return F.linear(F.normalize(compressed.to(directions.dtype), dim=1), directions)

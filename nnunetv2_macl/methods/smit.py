@@ -194,16 +194,14 @@ class SMIT(Restoration):
             vectors = features[name]
             return head(vectors.flatten(0, -2)).view(*vectors.shape[:-1], -1)
 
-        outputs = {
+        return {
             "restoration": features["restoration"],
             "hidden": features["hidden"],
             "student_tokens": logits(self.token_head, "student_tokens"),
             "student_image": logits(self.image_head, "student_image"),
+            "teacher_tokens": logits(self.teacher_token_head, "teacher_tokens"),
+            "teacher_image": logits(self.teacher_image_head, "teacher_image"),
         }
-        with torch.no_grad():
-            outputs["teacher_tokens"] = logits(self.teacher_token_head, "teacher_tokens")
-            outputs["teacher_image"] = logits(self.teacher_image_head, "teacher_image")
-        return outputs
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return the losses of all patches: restoration, patch tokens that are hidden, and the image token of the other view."""

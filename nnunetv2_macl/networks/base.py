@@ -123,13 +123,12 @@ class PretrainableNetwork(nn.Module):
         """
         (part, there), (_, here) = stages
         compared: list[list[Any]] = []
-        strides = [_keyword(architecture, "strides") for architecture in (theirs, ours)]
-        if part == cls.encoder_stages and all(isinstance(values, list) for values in strides):
-            pairs = zip(strides, (there, here), strict=True)
-            compared.append(["stride ", *(values[n] if n < len(values) else None for values, n in pairs)])
+        kwargs = [architecture.get("arch_kwargs") or {} for architecture in (theirs, ours)]
+        if part == cls.encoder_stages and all(isinstance(values.get("strides"), list) for values in kwargs):
+            pairs = zip(map(cls.stage_strides, kwargs), (there, here), strict=True)
+            compared.append(["stride ", *(strides[n] if n < len(strides) else None for strides, n in pairs)])
         if has_norm:
-            norms = [str(_keyword(architecture, "norm_op")).rpartition(".")[2] for architecture in (theirs, ours)]
-            compared.append(["", *norms])
+            compared.append(["", *(str(values.get("norm_op")).rpartition(".")[2] for values in kwargs)])
         return [f"{what}{one} there, {other} here" for what, one, other in compared if one != other]
 
     @property
@@ -235,10 +234,6 @@ def check_adapter(family: type[PretrainableNetwork], network: nn.Module) -> None
 def class_name(network_type: type[nn.Module]) -> str:
     """Return the full name of a network type, as nnU-Net's plans give it."""
     return f"{network_type.__module__}.{network_type.__qualname__}"
-
-
-def _keyword(architecture: dict[str, Any], key: str) -> Any:
-    return (architecture.get("arch_kwargs") or {}).get(key)
 
 
 def _mixes_samples(module: nn.Module) -> bool:

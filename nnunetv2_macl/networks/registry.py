@@ -45,7 +45,7 @@ def family_of(network: type[nn.Module] | str) -> type[PretrainableNetwork]:
     known = ", ".join(sorted(name.rpartition(".")[2] for name in network_types()))
     raise UserError(
         f"The network {name} cannot be pre-trained: there is no adapter for it. These networks can be pre-trained: {known}. "
-        "Give a plan of one of them with -p PLANS, or write an adapter, as docs/own_network.md shows it."
+        "Give a plan of one of them with -p PLANS, or write an adapter, as docs/how_to/own_network.md shows it."
     )
 
 

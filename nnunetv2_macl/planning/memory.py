@@ -30,7 +30,9 @@ _FEW_NEGATIVES = 8
 _OVERHEAD = 0.2
 # cuBLAS takes this much of torch's memory for itself.
 _WORKSPACE_BYTES = 32 * 2**20
-_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+# What autocast computes in half precision, and what it computes in float32 and returns so.
+_IN_HALF_PRECISION = (nn.Conv2d, nn.Conv3d, nn.Linear)
+_IN_FLOAT32 = (nn.LayerNorm,)
 # The CUDA context and what the libraries keep outside of torch's memory.
 _CONTEXT_BYTES = 0.6e9
 
@@ -46,8 +48,12 @@ class MemoryEstimate:
             self.model = build_model(configuration, geometry, recipe)
         self._geometry = geometry
         self._channels = len(configuration.channel_names)
-        # the first step: with two training stages, the first one holds more
-        self._progress = Progress(0, recipe.num_epochs, recipe.num_iterations_per_epoch)
+        # The first step, and of a method that trains in stages also the last one, because either may hold more.
+        steps = recipe.num_epochs * recipe.num_iterations_per_epoch
+        self._progresses = [
+            Progress(step, recipe.num_epochs, recipe.num_iterations_per_epoch)
+            for step in ([0, steps - 1] if recipe.trains_in_stages else [0])
+        ]
         weights = sum(p.numel() for p in self.model.parameters())
         buffers = sum(b.numel() for b in self.model.buffers())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -61,7 +67,7 @@ class MemoryEstimate:
                 # gradients are part of `_fixed`
                 parameter.register_post_accumulate_grad_hook(_forget_gradient)
         for module in self.model.modules():
-            if isinstance(module, _CONVOLUTIONS):
+            if isinstance(module, (*_IN_HALF_PRECISION, *_IN_FLOAT32)):
                 module.register_forward_pre_hook(_cast_as_autocast_does)
 
     def gib(self, batch_size: int, patches_at_once: int | None = None, *, mixed_precision: bool = False) -> float:
@@ -89,6 +95,9 @@ class MemoryEstimate:
             # torch's autocast leaves the heads on pooled features, which are in float32, nearly as they are
             if isinstance(module, (nn.Linear, nn.BatchNorm1d)):
                 module.to(torch.float32)
+        for module in self.model.network.modules():
+            if isinstance(module, _IN_FLOAT32):
+                module.to(torch.float32)
         random = StepRandom(0, 0, batch_size, slice(None), self._channels, tuple(self._geometry.patch_size))
         numbers = to_device(self.model.views.draw(random), torch.device("meta"))
         with (
@@ -97,18 +106,19 @@ class MemoryEstimate:
         ):
             images = batch_size * (1 + self.model.uses_neighbours)
             patches = torch.empty(images, self._channels, *self._geometry.patch_size, device="meta")
-            for method in self.model:
-                views = self.model.make_views(method, patches, numbers[method.name], self._progress)
-                self._backward(method, views, at_once)
-                del views
+            for progress in self._progresses:
+                for method in self.model:
+                    views = self.model.make_views(method, patches, numbers[method.name], progress)
+                    self._backward(method, views, at_once, progress)
+                    del views
         return memory.most
 
-    def _backward(self, method: Method, views: dict[str, Tensor], at_once: int) -> None:
+    def _backward(self, method: Method, views: dict[str, Tensor], at_once: int, progress: Progress) -> None:
         """Do what `TrainingStep` does, in its order."""
         size = len(next(iter(views.values())))
         part = {name: view[:at_once] for name, view in views.items()}
         if at_once >= size or not method.couples_samples:
-            self._losses(method, method.project(method.encode(part))).sum().backward()
+            self._losses(method, method.project(method.encode(part)), progress).sum().backward()
             return
         with torch.no_grad():
             # One part is enough, because the parts run one after the other and need the same memory.
@@ -117,16 +127,16 @@ class MemoryEstimate:
             del piece
         joined = {key: value.requires_grad_() for key, value in joined.items()}
         outputs = method.project(joined)
-        self._losses(method, outputs).backward()
+        self._losses(method, outputs, progress).backward()
         gradients = {key: value.grad for key, value in joined.items() if value.grad is not None}
         del joined
         piece = method.encode(part)
         used = [key for key in piece if piece[key].requires_grad and key in gradients]
         torch.autograd.backward([piece[key] for key in used], [gradients[key][:at_once] for key in used])
 
-    def _losses(self, method: Method, outputs: dict[str, Tensor]) -> Tensor:
+    def _losses(self, method: Method, outputs: dict[str, Tensor], progress: Progress) -> Tensor:
         patches = len(next(iter(outputs.values())))
-        return method.losses(outputs, torch.empty(patches, 3, device="meta"), self._progress)["total"]
+        return method.losses(outputs, torch.empty(patches, 3, device="meta"), progress)["total"]
 
 
 def _as_cuda_allocates(size: int) -> int:
@@ -139,9 +149,9 @@ def _forget_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _cast_as_autocast_does(convolution: nn.Module, images: tuple[Tensor]) -> tuple[Tensor]:
-    """Images stay in float32 up to the first convolution, which reads a copy in its own precision."""
-    return (images[0].to(next(convolution.parameters()).dtype),)
+def _cast_as_autocast_does(layer: nn.Module, values: tuple[Tensor]) -> tuple[Tensor]:
+    """A layer reads a copy in its own precision, the first convolution a copy of the images."""
+    return (values[0].to(next(layer.parameters()).dtype),)
 
 
 class _LiveMemory(TorchDispatchMode):

@@ -18,9 +18,10 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,28 @@ class Preprocessed:
         return f"{len(self.cases)} cases, {len(self.skipped)} left out"
 
 
+_found: Preprocessed | None = None
+
+
+@contextmanager
+def images_found(found: Preprocessed | None) -> Iterator[None]:
+    """Meanwhile `found_images` returns what `preprocess_unlabelled` has just found, in this process.
+
+    With tens of thousands of images, looking at each once more would take as long as the rest of the start.
+    """
+    global _found
+    _found = found
+    try:
+        yield
+    finally:
+        _found = None
+
+
+def found_images() -> Preprocessed | None:
+    """Return what is given by `images_found`, or None."""
+    return _found
+
+
 def unlabelled_folder(configuration: DatasetConfiguration) -> Path:
     """Where the preprocessed unlabelled cases lie: beside nnU-Net's own folder, so that its splits never see them."""
     return configuration.folder / f"{configuration.plans_name}_macl_{configuration.name}"
@@ -118,11 +141,11 @@ def preprocess_unlabelled(
         index.remove_abandoned()
         indices.append(index)
         for name, files in list(source.cases.items())[part]:
-            target = folder / source.dataset_name / name
+            target = os.path.join(folder, source.dataset_name, name)
             cases.append(Case(name, f"{target}.b2nd"))
             fingerprint = made_of(source, files, index)
             if not index.is_done(name, fingerprint):
-                todo.append((files, source.reader, target, fingerprint))
+                todo.append((files, source.reader, Path(target), fingerprint))
                 made.append((index, name, fingerprint))
     if todo:
         _require_space(configuration, folder, len(todo))

@@ -18,6 +18,7 @@ from nnunetv2_macl.nnunet import read_json
 
 # no name of a case's file
 INDEX = ".index"
+_ENDING = ".b2nd"
 _FORMAT_VERSION = 2
 # longer than a case takes on any machine: another may be writing into the folder
 _ABANDONED = 6 * 3600.0
@@ -34,7 +35,7 @@ class Index:
 
     def is_done(self, name: str, fingerprint: dict[str, Any]) -> bool:
         """Whether the case is there, whole, and made from these files by this plan."""
-        written = self._there.get(f"{name}.b2nd")
+        written = self._there.get(f"{name}{_ENDING}")
         if written is None:
             return False
         entry = [*written, fingerprint["files"], fingerprint["channels"], fingerprint["reader"]]
@@ -78,9 +79,10 @@ class Index:
         return {}
 
     def _list(self) -> dict[str, list[int]]:
-        """Size and time of every file, in one pass. A link is no case: what it points to is not ours to trust."""
+        """Size and time of the voxels of every case, in one pass. A link is no case: what it points to is not ours to trust."""
         try:
-            found = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(self.folder)}
+            with os.scandir(self.folder) as entries:
+                found = {e.name: e.stat(follow_symlinks=False) for e in entries if e.name.endswith(_ENDING)}
         except FileNotFoundError:
             return {}
         except PermissionError as error:

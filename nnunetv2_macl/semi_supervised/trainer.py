@@ -256,7 +256,8 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
     # --- checkpoints -------------------------------------------------------------------------------------------------------
 
     def checkpoint_content(self) -> dict[str, Any]:
-        return super().checkpoint_content() | {"macl_teacher": self.teacher and self.teacher.state_dict()}
+        teacher = None if self.teacher is None else self.teacher.state_dict()
+        return super().checkpoint_content() | {"macl_teacher": teacher}
 
     def load_checkpoint_content(self, checkpoint: dict[str, Any]) -> None:
         super().load_checkpoint_content(checkpoint)

@@ -17,7 +17,7 @@ from nnunetv2_macl.folds import check_fold
 from nnunetv2_macl.messages import log_to
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.plan import current_processes, has_current_plan, start_in_short
-from nnunetv2_macl.preprocessing.cases import Preprocessed, preprocess_unlabelled
+from nnunetv2_macl.preprocessing.cases import Preprocessed, found_images, preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.start import start_from_weights
 from nnunetv2_macl.training.signals import StoppedWhileWaiting, ignore_in_worker
@@ -47,7 +47,11 @@ def unlabelled_cases(trainer: nnUNetTrainerMACLPretrain) -> Preprocessed:
     Raises:
         UserError: An image cannot be used, or a file cannot be written.
     """
-    # Our command shows the messages of preprocessing on the console itself.
+    # Our command has just done so, and has shown the messages on the console.
+    if (found := found_images()) is not None:
+        for reason in found.skipped.values():
+            trainer.print_to_log_file(f"Left out: {reason}", also_print_to_console=False)
+        return found
     log = partial(trainer.print_to_log_file, also_print_to_console=not has_current_plan())
     with log_to(log):
         return preprocess_unlabelled(

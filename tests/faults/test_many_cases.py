@@ -4,14 +4,18 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import DATASET
 
+from nnunetv2_macl.data import Case
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing import cases
 from nnunetv2_macl.preprocessing import index as index_module
 from nnunetv2_macl.preprocessing.index import INDEX, Index
+from nnunetv2_macl.preprocessing.sources import group_channels
+from nnunetv2_macl.training.inputs import unlabelled_cases
 
 
 @pytest.fixture
@@ -136,3 +140,22 @@ def test_what_killed_preprocessing_leaves_is_removed_once_it_is_old(configuratio
         os.utime(target / name, (time.time() - age, time.time() - age))
     preprocess(configuration)
     assert (target / ".new.b2nd.abc.tmp").exists() and not (target / ".old.b2nd.abc.tmp").exists()
+
+
+def test_each_of_many_files_is_looked_at(tmp_path):
+    for number in range(100):
+        (tmp_path / f"case_{number:03d}_0000.nii.gz").write_bytes(b"x" * number)
+    found = group_channels(tmp_path, ".nii.gz")
+    sizes = {case: channels[0].fingerprint[:2] for case, channels in found.items()}
+    assert sizes == {f"case_{n:03d}": [f"case_{n:03d}_0000.nii.gz", n] for n in range(100)}
+
+
+def test_the_training_takes_the_images_that_the_start_has_found(tmp_path):
+    """With many images, looking at each a second time would take as long as the rest of the start."""
+    found = cases.Preprocessed([Case("a", "a.b2nd")], {tmp_path / "b": "b cannot be read."})
+    log = []
+    trainer = SimpleNamespace(print_to_log_file=lambda text, **options: log.append((text, options)))
+    with cases.images_found(found):
+        assert unlabelled_cases(trainer) is found
+    assert log == [("Left out: b cannot be read.", {"also_print_to_console": False})]
+    assert cases.found_images() is None
