@@ -129,7 +129,8 @@ def bash(space, script):
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     process = subprocess.run(
         ["bash", "-c", PRELUDE + script],
-        cwd=space.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1500,
+        cwd=space.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
+        timeout=1500,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout[-5000:]
 
