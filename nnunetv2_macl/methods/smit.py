@@ -6,8 +6,9 @@ what the teacher finds at hidden locations and in the other view.
 Source: Jiang et al., MICCAI 2022, https://arxiv.org/abs/2205.10342; Zhou et al., iBOT, ICLR 2022,
 https://arxiv.org/abs/2111.07832, Eq. 2 and 3; Caron et al., DINO, ICCV 2021, https://arxiv.org/abs/2104.14294, Algorithm 1. Here
 tokens are locations of the map of a U-Net's encoder, and the image token is the mean of its deepest map. They are standardised
-over the batch before the heads, because instance norm gives all images nearly the same mean. Restoration is that of the method
-`restoration`.
+over the batch before the heads, because instance norm gives all images nearly the same mean. What the teacher finds in the image
+tokens of a batch is spread over all outputs by Sinkhorn and Knopp's algorithm, as in DINOv2 (Oquab et al., TMLR 2024,
+https://arxiv.org/abs/2304.07193, section 4), and not by a centre. Restoration is that of the method `restoration`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from nnunetv2_macl.losses import DistillationLoss
+from nnunetv2_macl.losses import DistillationLoss, sinkhorn
 from nnunetv2_macl.methods.averaging import averaged_copy, encode_without_gradient, rising_decay, update_average
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.config import Count, Fraction, Positive
@@ -33,9 +34,6 @@ from nnunetv2_macl.views import Crops, IntensityNumbers, RandomCrops, RandomInte
 # The random numbers of crops are another stream than those of other methods, so that several can train together.
 _CROPS = 8
 _CROP_ZOOM = (1.0, 1.6)
-
-# The teacher's temperature rises over this fraction of the steps, from the first value of iBOT to that of the recipe.
-_TEMPERATURE_RISE, _FIRST_TEMPERATURE = 0.1, 0.04
 
 
 class SMITConfig(RestorationConfig):
@@ -52,7 +50,7 @@ class SMITConfig(RestorationConfig):
         "tokens as this",
     )
     student_temperature: Positive = Field(0.1, description="τ of the student")
-    teacher_temperature: Positive = Field(0.07, description="τ of the teacher, which begins at 0.04")
+    teacher_temperature: Positive = Field(0.04, description="τ of the teacher")
     teacher_decay: Fraction = Field(
         0.996, description="weight of the old average in the teacher at the first step; it rises to 1 at the last"
     )
@@ -152,9 +150,7 @@ class SMIT(Restoration):
         self.token_head, self.image_head = (DistillationHead(c, recipe.token_dim, hidden=c) for c in channels)
         self.teacher = averaged_copy(network.encoder)
         self.teacher_token_head, self.teacher_image_head = map(averaged_copy, (self.token_head, self.image_head))
-        self.token_loss, self.image_loss = (
-            DistillationLoss(recipe.token_dim, recipe.student_temperature) for _ in range(2)
-        )
+        self.token_loss = DistillationLoss(recipe.token_dim, recipe.student_temperature)
         grid = [n // s for n, s in zip(geometry.patch_size, level.stride, strict=True)]
         self.views = _SMITViews(self.masked_views, grid, recipe)
 
@@ -205,34 +201,30 @@ class SMIT(Restoration):
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return the losses of all patches: restoration, patch tokens that are hidden, and the image token of the other view."""
-        temperature, hidden = self.teacher_temperature(progress), embeddings["hidden"]
+        temperature, hidden = self.recipe.teacher_temperature, embeddings["hidden"]
         targets = self.token_loss.targets(embeddings["teacher_tokens"], temperature)
         tokens = self.token_loss(embeddings["student_tokens"], targets)
-        targets = self.image_loss.targets(embeddings["teacher_image"].flip(1), temperature)
+        # A centre that moves is too slow for the few images of a batch: all outputs became equal.
+        teacher = embeddings["teacher_image"]
+        targets = sinkhorn(teacher.detach().flatten(0, 1), temperature).view_as(teacher).flip(1)
         losses = {
             "restoration": embeddings["restoration"].mean(),
             "tokens": ((tokens * hidden).sum(-1) / hidden.sum(-1)).mean(),
-            "image_token": self.image_loss(embeddings["student_image"], targets).mean(),
+            "image_token": self.token_loss(embeddings["student_image"], targets).mean(),
         }
         weights = self.weights(self.recipe)
         return losses | {"total": torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()}
-
-    def teacher_temperature(self, progress: Progress) -> float:
-        """Return the temperature of the teacher at a step."""
-        risen = min(1.0, progress.step / max(1.0, _TEMPERATURE_RISE * progress.steps))
-        return _FIRST_TEMPERATURE + risen * (self.recipe.teacher_temperature - _FIRST_TEMPERATURE)
 
     def copy_network(self) -> None:
         self.teacher.load_state_dict(self.network.encoder.state_dict())
 
     def after_step(self, embeddings: dict[str, Tensor], progress: Progress) -> None:
-        """Move the teacher and the two centres."""
+        """Move the teacher, and the centre of the patch tokens."""
         decay = rising_decay(self.recipe.teacher_decay, progress)
         update_average(self.teacher, self.network.encoder, decay)
         update_average(self.teacher_token_head, self.token_head, decay)
         update_average(self.teacher_image_head, self.image_head, decay)
         self.token_loss.update_centre(embeddings["teacher_tokens"])
-        self.image_loss.update_centre(embeddings["teacher_image"])
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return what the student says of the image in the two views."""
