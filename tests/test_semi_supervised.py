@@ -198,7 +198,8 @@ def test_a_data_set_with_an_ignore_label_of_its_own_and_two_channels(tmp_path, m
     file = space.raw / DATASET / "dataset.json"
     content = json.loads(file.read_text()) | {"labels": {"background": 0, "liver": 1, "ignore": 2}}
     file.write_text(json.dumps(content))
-    space.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "-npfp", "1", "-np", "1")
+    command = ("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "-npfp", "1", "-np", "1")
+    space.run(*command, nnUNet_n_proc_DA="1")  # nnU-Net cannot plan without a worker
     for name in FOLDER_VARIABLES:
         monkeypatch.setenv(name, str(space.folder / name))
     plain, taught = (
