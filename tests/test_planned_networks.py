@@ -23,7 +23,7 @@ from nnunetv2_macl.networks.swin_unetr import SwinUNETR
 from nnunetv2_macl.networks.unetr import UNETR
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.derive import derive_plan
-from nnunetv2_macl.planning.network import plan_network, plannable
+from nnunetv2_macl.planning.network import explain_changes, plan_network, plannable
 
 TRAINER = """
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -111,6 +111,8 @@ def test_the_plan_has_the_levels_of_the_network(workspace, name, configuration):
     scales = 1 / np.cumprod(np.vstack(planned.manager.pool_op_kernel_sizes), axis=0)[:-1]
     expected = [(2, 3, *(int(n * scale) for n, scale in zip(planned.patch_size, row, strict=True))) for row in scales]
     assert [tuple(output.shape) for output in outputs] == expected
+    lines = explain_changes("901", "nnUNetPlans", file.stem, configuration)
+    assert lines[0] == f"network: PlainConvUNet -> {type(network).__name__}"
 
 
 def test_a_network_of_volumes_is_refused_for_slices(workspace):

@@ -201,11 +201,12 @@ def training_memory(network: nn.Module, channels: int, batch_size: int, patch_si
         batch_size: N.
         patch_size: Voxels per axis.
     """
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
     with _LiveMemory(int) as memory:
         images = torch.empty(batch_size, channels, *patch_size, device="meta")
         outputs = network(images)
         maps = outputs if isinstance(outputs, list) else [outputs]
-        torch.autograd.grad([values.sum() for values in maps], list(network.parameters()), allow_unused=True)
+        torch.autograd.grad([values.sum() for values in maps], trained, allow_unused=True)
     return memory.most
 
 
