@@ -48,7 +48,9 @@ def demo(folder: Path) -> dict[str, float]:
         f"1. A data set is generated in {raw}: 6 labelled cases, 24 unlabelled in imagesUn, 4 to test on.", flush=True
     )
     generate_dataset(raw)
-    print("\nWhat you would type, in a shell of your own:\n")
+    print(
+        "\nSix steps follow. They take five to eight minutes on two cores. In a shell of your own you would type first:\n"
+    )
     for variable in FOLDER_VARIABLES:
         print(f'    export {variable}="{environment[variable]}"')
     print('    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"')
@@ -70,9 +72,8 @@ def demo(folder: Path) -> dict[str, float]:
     quoted = shlex.quote
     run("2. nnU-Net plans and preprocesses.", "nnUNetv2_plan_and_preprocess -d 900 -c 2d -npfp 2 -np 2")
     run(
-        "3. MACL pre-trains encoder and decoder on all images, without labels (its contrast alone, and in short).",
-        "nnUNetv2_train_macl_pretrain 900 -c 2d -recipe macl -device cpu -np 2 -batch_size 16 -num_epochs 14 "
-        "-num_iterations_per_epoch 20",
+        "3. This package pre-trains encoder and decoder on all images, without labels, by the default recipe. It is a short run.",
+        "nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -np 2 -batch_size 16 -num_epochs 14 -num_iterations_per_epoch 20",
     )
     run("4. nnU-Net fine-tunes from it.", "nnUNetv2_train 900 2d 0 -tr nnUNetTrainerMACL_1epoch -device cpu")
     run(
