@@ -35,3 +35,12 @@ class nnUNetTrainerMACL_250epochs(nnUNetTrainerMACL):
 
 class nnUNetTrainerMACL_500epochs(nnUNetTrainerMACL):
     finetuning_epochs = 500
+
+
+class nnUNetTrainerMACL_short(nnUNetTrainerMACL):
+    """The short training of the studies in the documentation: 800 steps of AdamW."""
+
+    finetuning_epochs = 8
+    finetuning_iterations = 100
+    finetuning_optimizer = "adamw"
+    finetuning_lr = 3e-3

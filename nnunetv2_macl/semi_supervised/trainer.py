@@ -140,9 +140,8 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
                 f"{configuration.dataset_name}. {len(cases)} are of patients of the fold's validation cases."
             )
         self.print_to_log_file(
-            f"Unlabelled images: {len(kept)}, of which {len(set(kept) & set(others))} are labelled cases of no part of this "
-            f"fold. Kept out: {pluralise(len(held_out), 'validation case')} and {len(cases) - len(kept)} other images of "
-            "their patients"
+            f"Unlabelled images used: {len(kept)} ({len(set(kept) & set(others))} of them labelled cases outside of this fold). "
+            f"Left out: {pluralise(len(held_out), 'validation case')}, {len(cases) - len(kept)} other images of their patients"
         )
         if not os.environ.get(GROUP_VARIABLE) and held_out:
             self.print_to_log_file(

@@ -44,6 +44,8 @@ class nnUNetTrainerMACL(nnUNetTrainer):
     """
 
     finetuning_epochs: int = 1000
+    # steps of an epoch; nnU-Net validates a fifth as many
+    finetuning_iterations: int = 250
     finetuning_lr: float = 1e-2
     # sgd, nnU-Net's own, or adamw, which gets further in a short training, at a rate of 1e-3 to 3e-3
     finetuning_optimizer: str = "sgd"
@@ -63,6 +65,8 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         show_any_character()
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.finetuning_epochs
+        self.num_iterations_per_epoch = self.finetuning_iterations
+        self.num_val_iterations_per_epoch = max(1, self.finetuning_iterations // 5)
         self.initial_lr = self.finetuning_lr
         self.macl_origin: dict[str, Any] | None = None
         self._split: tuple[list[str], list[str]] | None = None
