@@ -110,7 +110,8 @@ HEAD = (
 def batches(step: TrainingStep) -> Callable[[int], dict]:
     """Return a function from a step's number to its batch, in page-locked memory as the loader gives it."""
     size, patch = step.plan.batch_size, step.plan.patch_size
-    coarse = torch.randn(size, 1, *[max(2, n // 8) for n in patch])
+    images_shown = size * (1 + step.model.uses_neighbours)
+    coarse = torch.randn(images_shown, 1, *[max(2, n // 8) for n in patch])
     mode = {2: "bilinear", 3: "trilinear"}[len(patch)]
     data = torch.nn.functional.interpolate(coarse, size=patch, mode=mode)
     images = {"data": data, "positions": torch.rand(size, 3), "cases": ["generated"] * size}

@@ -15,7 +15,7 @@ from steps import gradients
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.factory import load_optimizer
-from nnunetv2_macl.methods.registry import methods_of
+from nnunetv2_macl.methods.registry import loss_labels, methods_of
 from nnunetv2_macl.planning.memory import MemoryEstimate, _LiveMemory
 from nnunetv2_macl.training.resume import weights_of
 
@@ -45,6 +45,12 @@ def assert_close(found, expected):
     assert found.keys() == expected.keys() and expected
     for name, values in expected.items():
         torch.testing.assert_close(found[name], values, rtol=1e-8, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_the_log_tells_the_losses_of_all_methods_apart():
+    """The report reads the losses of a run from the short names in its log."""
+    names = [label.partition(",")[0] for label in loss_labels().values()]
+    assert sorted(names) == sorted(set(names))
 
 
 @over_cases
@@ -196,8 +202,9 @@ def test_exported_weights_are_those_of_the_network(case, volumes, tmp_path):
     assert all(torch.equal(values, own[name]) for name, values in exported.items())
     changed = {names[name] for name, values in own.items() if not torch.equal(values, before[name])}
     trained = {names[name] for name in exported}
-    # a bias before a norm may stay as it is for two steps
-    assert changed <= trained and all(own[name].ndim == 1 for name in trained - changed)
+    # A bias before a norm may stay as it is for two steps, and indices of positions are never trained.
+    kept = [own[name] for name in trained - changed]
+    assert changed <= trained and all(values.ndim == 1 or not values.is_floating_point() for values in kept)
     whole = checkpoints.load(tmp_path / checkpoints.NETWORK_FILE)["network_weights"]
     assert {name: values.shape for name, values in whole.items()} == {n: values.shape for n, values in own.items()}
     network.load_state_dict(whole)

@@ -35,7 +35,8 @@ class Geometry:
         threshold: t, the fraction of the volume within which two patches are positives of each other.
         out_of_plane_rotation: Largest angle about the in-plane axes, degrees.
         channels_without_zscore: Numbers of the image channels that nnU-Net does not normalise to zero mean.
-        batch_size: N, patches of a step. While the plan is made, it is the largest that a plan takes without being asked.
+        batch_size: N, patches of a step. While the plan is made, N is not known, and this is
+            the largest batch that the planner chooses by itself.
     """
 
     decoder_stages: int
@@ -68,13 +69,13 @@ class Progress(NamedTuple):
 
     @property
     def is_second_half(self) -> bool:
-        """Return whether half of the epochs are done."""
-        return self.step >= self.num_epochs // 2 * self.num_iterations_per_epoch
+        """Return whether at least half of the epochs are done. A run of one epoch has no second half."""
+        return self.step >= (self.num_epochs + 1) // 2 * self.num_iterations_per_epoch
 
 
 def derive_seed(*numbers: int) -> int:
     """Return one seed for torch from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 class StepRandom(NamedTuple):
@@ -98,12 +99,15 @@ class StepRandom(NamedTuple):
     patch_size: tuple[int, ...]
 
     def generator(self, *stream: int) -> torch.Generator:
-        """Return a generator on the CPU. Each view of a method takes a stream of its own."""
+        """Return a generator on the CPU. Each view of a method takes a stream of its own.
+
+        A stream and the same stream followed by zeros are equal, so two streams must not differ in that alone.
+        """
         return torch.Generator().manual_seed(derive_seed(self.seed, self.step, *stream))
 
 
 def to_device(numbers: Any, device: torch.device) -> Any:
-    """Return random numbers with their tensors on a device. From page-locked memory nothing is waited for."""
+    """Return random numbers with their tensors on a device. Copies from page-locked memory are asynchronous."""
     if isinstance(numbers, Tensor):
         return numbers.to(device, non_blocking=True)
     if isinstance(numbers, dict):
@@ -256,7 +260,7 @@ class Method(nn.Module, ABC):
         """Update what follows the weights, such as an average or a queue. A step that was skipped does not come here."""
 
     def measure(self, embeddings: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-        """Return the values that `statistics` names, on the device; none without embeddings."""
+        """Return one tensor for each name in `statistics`, on the device; an empty dictionary without embeddings."""
         return {}
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -183,9 +183,9 @@ class DiRA(MoCo):
     Config = DiRAConfig
     loss_labels = {
         **MoCo.loss_labels,
-        "patch_restoration": "L_R, restoration of the patch",
-        "adversary": "L_A, adversary of the restoration",
-        "discriminator": "L_D, of the adversary itself",
+        "patch_restoration": "L_RP, restoration of the patch",
+        "adversary": "L_adv, adversary of the restoration",
+        "discriminator": "L_dis, of the adversary itself",
     }
     view_titles = {"first": "restored from, query", "second": "key", "target": "restored"}
     constant_rate_modules = ("adversary",)

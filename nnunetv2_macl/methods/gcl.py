@@ -53,7 +53,7 @@ class GCLImage(SimCLR):
 
     name = "gcl_image"
     Config = GCLImageConfig
-    loss_labels = {"partition": "L_g, image level"}
+    loss_labels = {"partition": "L_part, image level"}
     referenced_losses = ("partition",)
     summary = "by the image level of GCL, contrastive learning with parts of a volume,"
 
@@ -177,7 +177,7 @@ class GCL(GCLImage):
 
     name = "gcl"
     Config = GCLConfig
-    loss_labels = {**GCLImage.loss_labels, "region": "L_l, region level"}
+    loss_labels = {**GCLImage.loss_labels, "region": "L_reg, region level"}
     summary = "by GCL, contrastive learning of images and regions,"
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:

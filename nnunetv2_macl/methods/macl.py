@@ -185,7 +185,7 @@ class MACL(ContrastiveMethod):
     loss_labels = {
         "global": "L_g, image level",
         "dense": "L_d, pixel level",
-        "locations": "L_d, within an image",
+        "locations": "L_i, within an image",
         "equivariance": "L_ER, feature level",
     }
     view_titles = {

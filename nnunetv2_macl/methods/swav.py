@@ -111,7 +111,7 @@ class SwAV(ImageLevelMethod):
 
     name = "swav"
     Config = SwAVConfig
-    loss_labels = {"swapped": "L_s, image level"}
+    loss_labels = {"swapped": "L_sw, image level"}
     reference_labels = {"code_collapse": "collapse: one embedding for every image"}
     referenced_losses = ("swapped",)
     summary = "by SwAV, prediction of online clusters between views,"

@@ -1,1 +1,1 @@
-"""Segmentation networks: adapters for pre-training, and classes of our own, which a nnU-Net plan names."""
+"""Segmentation networks: adapters for pre-training, and classes of our own, which an nnU-Net plan names."""

@@ -80,7 +80,7 @@ class PretrainableNetwork(nn.Module):
 
     @classmethod
     def stage_strides(cls, arch_kwargs: Mapping[str, Any]) -> Sequence[Any]:
-        """Return the stride of each encoder stage, per axis or one for all, from the network's arguments in a nnU-Net plan."""
+        """Return the stride of each encoder stage, per axis or one for all, from the network's arguments in an nnU-Net plan."""
         return arch_kwargs["strides"]
 
     @classmethod
@@ -199,7 +199,7 @@ def check_adapter(family: type[PretrainableNetwork], network: nn.Module) -> None
     adapter = family(network, len(family(network, 0).encoder_levels) - 1)
     weight = next(network.parameters())
     size = list(adapter.only_patch_size or adapter.patch_multiple)
-    if tuple(size) == adapter.encoder_levels[-1].stride:
+    if adapter.only_patch_size is None and tuple(size) == adapter.encoder_levels[-1].stride:
         # an instance norm needs two voxels at the bottleneck
         size[size.index(min(size))] *= 2
     images = torch.randn(1, adapter.image_channels, *size, generator=torch.Generator().manual_seed(0)).to(weight)
@@ -240,7 +240,10 @@ def _mixes_samples(module: nn.Module) -> bool:
     if isinstance(module, _DropoutNd):
         return module.p > 0
     # `drop_prob` is the rate of stochastic depth, in timm and in MONAI
-    return isinstance(module, _BatchNorm) or getattr(module, "drop_prob", 0) > 0
+    rate = getattr(module, "drop_prob", None) or 0
+    # timm's PatchDropout, which has its rate in `prob`
+    patches = getattr(module, "prob", 0) if type(module).__name__ == "PatchDropout" else 0
+    return isinstance(module, _BatchNorm) or rate > 0 or patches > 0
 
 
 def _divided(size: list[int], stride: tuple[int, ...]) -> list[int]:

@@ -50,7 +50,7 @@ def family_of(network: type[nn.Module] | str) -> type[PretrainableNetwork]:
 
 
 def import_network(name: str) -> None:
-    """Import the module of a network that a nnU-Net plan names, as nnU-Net does, so that an adapter in it is found.
+    """Import the module of a network that an nnU-Net plan names, as nnU-Net does, so that an adapter in it is found.
 
     Raises:
         UserError: The module is not there, or its own code fails.

@@ -33,8 +33,8 @@ from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 from nnunetv2_macl.training.seeded import BatchLoader, SeededTraining
 from nnunetv2_macl.training.user_errors import exit_on_user_error
 
-# The teacher averages the student over about this share of the steps so far, and over 1,000 steps at most, because it has
-# to forget the first steps in a short training and to follow the student in a long one.
+# The teacher averages the student over about this share of the steps so far, and over 1,000 steps at most. A fixed long
+# window would keep the first steps of a short training, and a window without a limit would lag behind in a long one.
 _HORIZON = 0.05
 _LONGEST_HORIZON = 1000
 # random draws that are not the data loader's
@@ -45,8 +45,8 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
     """nnU-Net's own training that also learns from the unlabelled images of pre-training.
 
     A teacher, the average of the network over the last steps, labels as many unlabelled patches as there are labelled ones in
-    a batch. The network learns these labels, where the teacher is confident, from strongly augmented patches. Loss,
-    augmentation, oversampling and schedule are nnU-Net's.
+    a batch. The network learns these labels, where the teacher is confident, from strongly augmented patches. For labelled
+    patches, loss, augmentation, oversampling and schedule are nnU-Net's.
 
     The training starts from pre-trained weights, as ``nnUNetTrainerMACL`` does. Its checkpoints are ordinary nnU-Net
     checkpoints.
@@ -56,6 +56,8 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
     label_manager: LabelManager
     # None before the training starts and after it ends
     teacher: Any
+    _predict: Any
+    _teacher_state: Any
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.targets = targets_of(self.label_manager)
-        self.teacher = None
+        self.teacher = self._predict = self._teacher_state = None
         self.steps_done = 0
 
     @exit_on_user_error
@@ -76,8 +78,7 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
         if self.is_cascaded:
             raise UserError(
                 f"{self.configuration_name} also needs the first stage's segmentation of each image, which nnU-Net writes for "
-                "labelled images only. Train the first stage with unlabelled images, or the second stage without: "
-                "-tr nnUNetTrainerMACL"
+                "validation cases only. Train both stages without unlabelled images: -tr nnUNetTrainerMACL"
             )
         if self.is_ddp:
             raise UserError(
@@ -111,8 +112,8 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
     def unlabelled_cases(self) -> list[Case]:
         """Return the cases to learn from without labels, preprocessed, and log which were kept out.
 
-        These are the images of pre-training: the unlabelled ones, and those that are neither training nor validation cases of
-        the fold.
+        These are the unlabelled images of pre-training, and the labelled cases that are in neither part of the fold, without
+        their labels.
 
         Raises:
             UserError: There are none, or the regular expression of the patients does not match a name.
@@ -164,10 +165,10 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
     @exit_on_user_error
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self.teacher is None:
-            self.teacher = averaged_copy(self.bare_network)
-        # Only the prediction at full resolution is used.
-        self.teacher.decoder.deep_supervision = False
+        self.teacher = averaged_copy(self.bare_network)
+        if self._teacher_state is not None:
+            self.teacher.load_state_dict(self._teacher_state)
+            self._teacher_state = None
         self.teacher.eval()
         self._predict = torch.compile(self.teacher) if self._do_i_compile() else self.teacher
 
@@ -186,7 +187,10 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
         target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
         target = self.targets.from_labels(target.to(self.device, non_blocking=True))
         with torch.no_grad(), self._autocast():
-            pseudo = self.targets.from_logits(self._predict(weak), self.semi.confidence)
+            predicted = self._predict(weak)
+            # With deep supervision the first output is the one at full resolution.
+            logits = predicted[0] if isinstance(predicted, (list, tuple)) else predicted
+            pseudo = self.targets.from_logits(logits, self.semi.confidence)
         weight = self.semi.weight_at(self.steps_done / (self.num_epochs * self.num_iterations_per_epoch))
         generator = np.random.default_rng((self.seed, _MIXING_SEED, self.steps_done))
         mix = MIXINGS[self.semi.mixing]
@@ -249,7 +253,7 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
 
     def on_train_end(self) -> None:
         # Only a training that continues needs the teacher.
-        self.teacher = None
+        self.teacher = self._predict = None
         super().on_train_end()
 
     # --- checkpoints -------------------------------------------------------------------------------------------------------
@@ -260,6 +264,4 @@ class nnUNetTrainerMACLSemi(SeededTraining, nnUNetTrainerMACL):
 
     def load_checkpoint_content(self, checkpoint: dict[str, Any]) -> None:
         super().load_checkpoint_content(checkpoint)
-        if state := checkpoint.get("macl_teacher"):
-            self.teacher = averaged_copy(self.bare_network)
-            self.teacher.load_state_dict(state)
+        self._teacher_state = checkpoint.get("macl_teacher")

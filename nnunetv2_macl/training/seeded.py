@@ -34,7 +34,7 @@ class SeededTraining(nnUNetTrainer):
         super().initialize()
 
     def get_dataloaders(self) -> tuple[Iterator, Iterator]:
-        """Return nnU-Net's own loaders, with a seed for each batch. They end with the training."""
+        """Return nnU-Net's own loaders, with a seed for each batch."""
         workers = get_allowed_n_proc_DA()
         with _environment(nnUNet_n_proc_DA="0"):
             single_threaded = super().get_dataloaders()
@@ -48,6 +48,11 @@ class SeededTraining(nnUNetTrainer):
             self._iterate(SeededBatches(self.training_loader(training), (self.seed, 0)), steps, workers),
             self._iterate(SeededBatches(validation, (self.seed, 1)), validation_steps, (workers + 1) // 2),
         )
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        # ends the workers of the loaders
+        self.dataloader_train = self.dataloader_val = None
 
     def training_loader(self, loader: Any) -> BatchLoader:
         """Return what draws the training batches, given nnU-Net's loader."""
