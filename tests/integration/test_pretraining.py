@@ -209,18 +209,16 @@ def test_recipes_run(workspace, recipe):
     assert bool(weights) == recipe.startswith("table6")
 
 
-def test_two_training_stages_train_one_part_at_a_time(workspace):
+def test_a_run_of_one_epoch_has_the_first_training_stage_alone(workspace):
     folder = pretrain(
         DATASET, "2d", recipe="table6_two_stages_downsampling", device="cpu", num_epochs=1, num_iterations_per_epoch=2,
         batch_size=4,
     )  # fmt: skip
-    # one epoch of one: the second stage alone, which leaves the encoder as it was made
     torch.manual_seed(12345)
     made = stock_network(workspace).state_dict()
     trained = checkpoints.load(folder / "macl_network.pth")["network_weights"]
-    decoder = [k for k in checkpoints.load(folder / "macl_decoder.pth")["network_weights"]]
-    assert all(torch.equal(made[k], v) for k, v in trained.items() if k.startswith("encoder."))
-    assert any(not torch.equal(made[k], trained[k]) for k in decoder)
+    # The second stage would leave the encoder as it was made.
+    assert any(not torch.equal(made[k], v) for k, v in trained.items() if k.startswith("encoder."))
 
 
 def test_collapse_is_told_and_written_and_stops_the_run(workspace, tmp_path):
