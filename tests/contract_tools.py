@@ -68,14 +68,19 @@ class Case(NamedTuple):
         return (0, STEPS_OF_AN_EPOCH)[: 4 - self.axes]
 
     @property
+    def has_unet(self) -> bool:
+        """Return whether the network is one of nnU-Net's own U-Nets."""
+        return families()[self.family] is UNet
+
+    @property
     def is_quick(self) -> bool:
         """Return whether the quick suite has the case.
 
         It has every recipe with the first U-Net in 2D, and one recipe with all U-Nets, in 3D, and with every other family.
         """
-        if families()[self.family] is UNet and self.example == 0 and self.axes == 2:
+        if self.has_unet and self.example == 0 and self.axes == 2:
             return True
-        return self.recipe == "macl+restoration" and (families()[self.family] is UNet or self.axes == 2)
+        return self.recipe == "macl+restoration" and (self.has_unet or self.axes == 2)
 
     @property
     def name(self) -> str:

@@ -23,12 +23,14 @@ RANKS = 2
 ONE_PER_FAMILY = all_cases(one_per_family=True)
 
 
-def over(cases):
-    marked = [pytest.param(case, id=case.name, marks=[] if case.is_quick else pytest.mark.slow) for case in cases]
+def over(cases, is_quick):
+    marked = [pytest.param(case, id=case.name, marks=[] if is_quick(case) else pytest.mark.slow) for case in cases]
     return pytest.mark.parametrize("case", marked)
 
 
-over_cases, over_families = over(all_cases()), over(ONE_PER_FAMILY)
+over_cases = over(all_cases(), lambda case: case.is_quick)
+# what takes long is quick with U-Nets alone
+over_families = over(ONE_PER_FAMILY, lambda case: case.is_quick and case.has_unet)
 
 
 @pytest.fixture(scope="module")
