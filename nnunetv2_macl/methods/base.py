@@ -69,8 +69,8 @@ class Progress(NamedTuple):
 
     @property
     def is_second_half(self) -> bool:
-        """Return whether at least half of the epochs are done. A run of one epoch has no second half."""
-        return self.step >= (self.num_epochs + 1) // 2 * self.num_iterations_per_epoch
+        """Return whether half of the epochs, rounded down, are done. A run of one epoch has no second half."""
+        return self.step >= max(1, self.num_epochs // 2) * self.num_iterations_per_epoch
 
 
 def derive_seed(*numbers: int) -> int:
