@@ -49,7 +49,7 @@ def run(command: list[str], folder: Path, log: Path, until: float) -> bool:
             time.sleep(1)
         for ending in (signal.SIGTERM, signal.SIGKILL):
             if process.poll() is None:
-                # a training ends by itself within seconds, and another one may hang while the GPU is shared
+                # Most trainings end within seconds. One that shares the GPU may hang, and is killed.
                 os.killpg(process.pid, ending)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(20)

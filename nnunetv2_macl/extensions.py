@@ -10,7 +10,7 @@ from nnunetv2_macl.errors import UserError
 
 
 def announced(group: str) -> Iterator[Any]:
-    """Yield the classes that the entry points of a group name, each by itself or by the module that it is in.
+    """Yield the classes that the entry points of a group name. An entry point names a class or the module that holds it.
 
     Raises:
         UserError: The code of a package fails.
@@ -18,7 +18,7 @@ def announced(group: str) -> Iterator[Any]:
     for entry in entry_points(group=group):
         try:
             loaded = entry.load()
-        # whatever another package's code raises
+        # Another package's code can raise any exception.
         except Exception as error:
             package = entry.dist.name if entry.dist else "?"
             raise UserError(

@@ -237,7 +237,7 @@ def test_checkpoints_are_stock_and_the_final_one_has_no_teacher(trainer_of):
 
 
 def test_images_of_validation_patients_are_never_used(trainer_of, workspace, monkeypatch):
-    """Cases 0 to 4 are labelled, 5 to 8 are not; patients are told apart by the last digit's parity."""
+    """Cases 0 to 4 are labelled, 5 to 8 are not. There are two patients: cases with an even and with an odd last digit."""
     splits = [{"train": ["case_000", "case_002"], "val": ["case_001"]}]
     (workspace.preprocessed / DATASET / "splits_final.json").write_text(json.dumps(splits))
 

@@ -300,7 +300,7 @@ def _has_begun(study: Study, arm: Arm) -> bool:
 
 def _run_cell(study: Study, cell: Trial, device: str, processes: int, jobs: int) -> dict[str, Any]:
     folder = study.cell_folder(cell)
-    # the study's own patients, whatever the user's shell has set for another training
+    # The variable of the user's shell may be meant for another training, so the study replaces it.
     environment = study.environment(folder) | {GROUP_VARIABLE: study.options.group_regex or ""}
     if weights := study.weights(study.arm(cell.arm)):
         environment[WEIGHTS_VARIABLE] = str(weights)

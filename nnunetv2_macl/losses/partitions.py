@@ -98,7 +98,7 @@ def region_masks(regions: int, negatives: int, device: torch.device) -> tuple[Te
 
 
 def region_contrast(first: Tensor, second: Tensor, negatives: int, temperature: float) -> Tensor:
-    """Return the local contrastive loss: a region has to be told apart from other regions of the same image.
+    """Return the local contrastive loss, which separates a region from other regions of the same image.
 
     Source: Eq. 3, strategy L^R.
 

@@ -33,7 +33,7 @@ _REGION_STREAM = 6
 _REGIONS, _NEGATIVES, _REGION_EDGE = 13, 5, 3
 # The fraction of the decoder stages that is trained: 3 of 5 in the paper.
 _TRAINED_DECODER = 3 / 5
-# With fewer negatives on average, most patches have nothing to be told apart from.
+# With fewer negatives on average, most patches have no negative.
 _FEW_NEGATIVES = 1
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}

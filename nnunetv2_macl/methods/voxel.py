@@ -93,7 +93,7 @@ class TwoCrops(Views):
         views = [self.crops.apply(patches, crops) for crops in (numbers.first, numbers.second)]
         if numbers.intensity:
             views = [self.intensity.apply(v, changes) for v, changes in zip(views, numbers.intensity, strict=True)]
-        # Crops are resampled with aligned corners. Maps are read without, because a location stands for a block of voxels.
+        # In crops, 1 is the centre of the outer voxel (`align_corners`). In maps, 1 is its outer edge. The factor converts.
         inside = patches.new_tensor([1 - 1 / n for n in reversed(patches.shape[2:])])
         points = [crops.locate(numbers.points).to(patches) * inside for crops in (numbers.first, numbers.second)]
         return {"first": views[0], "second": views[1], "first_points": points[0], "second_points": points[1]}

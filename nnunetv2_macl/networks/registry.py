@@ -1,4 +1,4 @@
-"""Find the adapter of a network: in this package, in an installed package that announces one, or beside the network itself."""
+"""Find the adapter of a network in this package, in an installed package that announces one, or in the network's own module."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def import_network(name: str) -> None:
     module = name.rpartition(".")[0]
     try:
         importlib.import_module(module)
-    # whatever the user's own code raises
+    # The user's own code can raise any exception.
     except Exception as error:
         raise UserError(
             f"The network {name} cannot be pre-trained, because {module} cannot be imported: {error}. Correct it, or add its "

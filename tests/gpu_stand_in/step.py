@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import library as operators
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.gpu import SHAPES, batches
@@ -20,7 +21,7 @@ from benchmarks.step import training_step
 
 LIBRARY = ctypes.CDLL(os.environ["STAND_IN"])
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_long)
-IMPLEMENTATIONS = torch.library.Library("aten", "IMPL")
+IMPLEMENTATIONS = operators.Library("aten", "IMPL")
 
 
 def check(*tensors):
