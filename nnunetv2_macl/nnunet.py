@@ -32,6 +32,8 @@ FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 WEIGHTS_VARIABLE = "nnUNet_macl_weights"
 # a regular expression that finds the patient in the name of a case
 GROUP_VARIABLE = "nnUNet_macl_group_regex"
+# the trained model that labels unlabelled images: a trainer or the folder of its model
+TEACHER_VARIABLE = "nnUNet_macl_teacher"
 # 3d first, as most of nnU-Net's users work in 3D
 SUPPORTED_CONFIGURATIONS = ("3d_fullres", "3d_lowres", "2d")
 # what nnU-Net's default planner aims at

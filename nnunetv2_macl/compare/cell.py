@@ -18,7 +18,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2_macl.compare.measure import measure
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
 from nnunetv2_macl.compare.study import RESULT_FILE, Study, Trial
-from nnunetv2_macl.compare.trainer import CURVE_FILE, SEMI_TRAINERS, TRAINERS
+from nnunetv2_macl.compare.trainer import CURVE_FILE, trainer_class
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
@@ -35,8 +35,7 @@ def run_cell(study: Study, cell: Trial, device: str, processes: int) -> None:
     study.write_splits()
     fold = study.fold(cell)
     arm = study.arm(cell.arm)
-    trainers = TRAINERS if arm.semi is None else SEMI_TRAINERS
-    trainer = trainers[options.finetuning](
+    trainer = trainer_class(arm, options.finetuning)(
         plans, options.configuration, fold, target.dataset_json, torch.device(device)
     )
     if isinstance(trainer, nnUNetTrainerMACLSemi):

@@ -32,7 +32,7 @@ from nnunetv2_macl.compare.stopping import ended_by_sigterm
 from nnunetv2_macl.compare.study import STUDY_FILE, Arm, Options, Study, Trial, parse_arm
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import GROUP_VARIABLE, WEIGHTS_VARIABLE
+from nnunetv2_macl.nnunet import GROUP_VARIABLE, TEACHER_VARIABLE, WEIGHTS_VARIABLE
 from nnunetv2_macl.run import check_device
 from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training import resume
@@ -236,16 +236,20 @@ def _steps(
         for arm in study.pretrainings
     }
     steps += pretrained.values()
-    for cell in study.cells:
-        arm = study.arm(cell.arm)
-        steps.append(
-            Task(
-                cell.name,
-                study.cell_folder(cell),
-                functools.partial(_run_cell, study, cell, device, processes, jobs),
-                needs=(pretrained[arm.recipe_and_settings] if arm.recipe else planning,),
-            )
+    trained: dict[Trial, Task] = {}
+    # A teacher is trained before its students.
+    for cell in sorted(study.cells, key=lambda cell: study.teacher(cell) is not None):
+        arm, teacher = study.arm(cell.arm), study.teacher(cell)
+        trained[cell] = Task(
+            cell.name,
+            study.cell_folder(cell),
+            functools.partial(_run_cell, study, cell, device, processes, jobs),
+            needs=(
+                pretrained[arm.recipe_and_settings] if arm.recipe else planning,
+                *([trained[teacher]] if teacher else []),
+            ),
         )
+    steps += [trained[cell] for cell in study.cells]
     return steps
 
 
@@ -304,6 +308,9 @@ def _run_cell(study: Study, cell: Trial, device: str, processes: int, jobs: int)
     environment = study.environment(folder) | {GROUP_VARIABLE: study.options.group_regex or ""}
     if weights := study.weights(study.arm(cell.arm)):
         environment[WEIGHTS_VARIABLE] = str(weights)
+    if teacher := study.teacher(cell):
+        results = study.cell_folder(teacher) / study.options.dataset
+        environment[TEACHER_VARIABLE] = str(next(results.glob("*__*__*")))
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // jobs))
     command = [sys.executable, "-m", "nnunetv2_macl.compare.cell", str(study.folder), cell.name]

@@ -23,6 +23,8 @@ from nnunetv2_macl.training.run_folder import pretraining_folder
 SCRATCH = "scratch"
 # begins the arms that also learn from unlabelled images
 SEMI = "semi"
+# begins the arms whose teacher is the arm that follows
+SELF_TRAINING = "self_train"
 STUDY_FILE = "study.json"
 # what a cell found
 RESULT_FILE = "result.json"
@@ -81,6 +83,14 @@ class Options:
             arm.check(self.pretrain_settings)
         if self.finetuning == "paper" and (semi := [arm.name for arm in arms if arm.semi is not None]):
             raise UserError(f"--arms: {semi[0]} trains as nnU-Net does. Give --finetuning sgd or adamw, or other arms.")
+        if self.finetuning == "paper" and (taught := [arm.name for arm in arms if arm.teacher is not None]):
+            raise UserError(
+                f"--arms: {taught[0]} trains as nnU-Net does. Give --finetuning sgd or adamw, or other arms."
+            )
+        for arm in arms:
+            if arm.teacher is not None and arm.teacher not in [other.slug for other in arms]:
+                teacher = arm.name.partition(":")[2]
+                raise UserError(f"--arms: {arm.name} needs the models of {teacher}. Add it: --arms ... {teacher}")
         if SCRATCH not in self.arms:
             raise UserError(f"--arms must hold {SCRATCH}, which the others are compared with, got {self.arms}.")
         for number, arm in enumerate(arms):
@@ -103,6 +113,7 @@ class Arm:
     semi: tuple[str, ...] | None = (
         None  # settings of semi-supervised training, as KEY=VALUE; None: labelled images only
     )
+    teacher: str | None = None  # slug of the arm whose models label the unlabelled images, or None
 
     @property
     def recipe_and_settings(self) -> str:
@@ -131,9 +142,12 @@ def parse_arm(text: str) -> Arm:
     if name == SEMI and what:
         parse_semi_settings(semi, f"Arm {text}")
         start = parse_arm(what)
-        if start.semi is not None:
-            raise UserError(f"--arms: {text} has {SEMI} twice. Give it once.")
+        if start.semi is not None or start.teacher is not None:
+            raise UserError(f"--arms: {what} in {text} trains on unlabelled images already. Give one of both.")
         return replace(start, name=f"{kind}:{start.name}", slug=f"{_slug(kind)}-{start.slug}", semi=tuple(sorted(semi)))
+    if kind == SELF_TRAINING and what:
+        start = parse_arm(what)
+        return replace(start, name=f"{kind}:{start.name}", slug=f"{kind}-{start.slug}", semi=None, teacher=start.slug)
     if text == SCRATCH:
         return Arm(text, text)
     if text in ("encoder", "pretrained"):
@@ -150,7 +164,8 @@ def parse_arm(text: str) -> Arm:
         return Arm(f"{kind}:{file}", f"weights-{_slug(file.stem)}", weights=str(file))
     raise UserError(
         f"--arms: there is no arm '{text}'. Take from: {SCRATCH}, encoder, pretrained, "
-        f"recipe:NAME_OR_FILE, recipe:NAME_OR_FILE,KEY=VALUE,..., weights:FILE, and {SEMI}:ARM with one of these."
+        f"recipe:NAME_OR_FILE, recipe:NAME_OR_FILE,KEY=VALUE,..., weights:FILE, and {SEMI}:ARM and {SELF_TRAINING}:ARM with "
+        "one of these."
     )
 
 
@@ -339,6 +354,11 @@ class Study:
 
     def cell_folder(self, cell: Trial) -> Path:
         return self.folder / "cells" / cell.name
+
+    def teacher(self, cell: Trial) -> Trial | None:
+        """Return the cell whose model labels the unlabelled images for a cell, if any."""
+        arm = self.arm(cell.arm).teacher
+        return None if arm is None else replace(cell, arm=arm)
 
     def weights(self, arm: Arm) -> Path | None:
         """What fine-tuning starts from, as ``nnUNet_macl_weights`` takes it."""

@@ -9,8 +9,10 @@ import torch
 from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, region_or_label_to_mask
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunetv2_macl.compare.study import Arm
 from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import read_json
+from nnunetv2_macl.semi_supervised.self_training import nnUNetTrainerMACLSelfTraining
 from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper
@@ -122,6 +124,16 @@ class nnUNetTrainerMACLCompareSemiAdamW(nnUNetTrainerMACLCompareSemi):
     finetuning_optimizer = "adamw"
 
 
+class nnUNetTrainerMACLCompareSelf(_ControlledTrainer, nnUNetTrainerMACLSelfTraining):
+    """Self-training with SGD."""
+
+
+class nnUNetTrainerMACLCompareSelfAdamW(nnUNetTrainerMACLCompareSelf):
+    """Self-training with AdamW."""
+
+    finetuning_optimizer = "adamw"
+
+
 # by --finetuning
 TRAINERS: dict[str, type[_ControlledTrainer]] = {
     "sgd": nnUNetTrainerMACLCompare,
@@ -133,6 +145,18 @@ SEMI_TRAINERS: dict[str, type[nnUNetTrainerMACLCompareSemi]] = {
     "sgd": nnUNetTrainerMACLCompareSemi,
     "adamw": nnUNetTrainerMACLCompareSemiAdamW,
 }
+# of the arms self_train:ARM
+SELF_TRAINERS: dict[str, type[nnUNetTrainerMACLCompareSelf]] = {
+    "sgd": nnUNetTrainerMACLCompareSelf,
+    "adamw": nnUNetTrainerMACLCompareSelfAdamW,
+}
+
+
+def trainer_class(arm: Arm, finetuning: str) -> type[_ControlledTrainer]:
+    """Return what trains the cells of an arm, by --finetuning."""
+    if arm.teacher is not None:
+        return SELF_TRAINERS[finetuning]
+    return TRAINERS[finetuning] if arm.semi is None else SEMI_TRAINERS[finetuning]
 
 
 def _dice(reference: np.ndarray, predicted: np.ndarray, ignored: np.ndarray | None) -> float | None:

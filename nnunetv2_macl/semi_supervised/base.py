@@ -1,0 +1,91 @@
+"""What trainings that also learn from unlabelled images have in common: which images they use, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+
+from nnunetv2_macl.compare.split import patients_of
+from nnunetv2_macl.data import Case
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.messages import log_to
+from nnunetv2_macl.nnunet import GROUP_VARIABLE
+from nnunetv2_macl.planning.plan import current_processes, plan_file, read_plan
+from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
+from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, training_cases
+from nnunetv2_macl.text import pluralise
+from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
+from nnunetv2_macl.training.seeded import SeededTraining
+from nnunetv2_macl.training.user_errors import exit_on_user_error
+
+
+class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
+    """nnU-Net's own training on the labelled cases of a fold and on unlabelled images.
+
+    The training starts from pre-trained weights, as ``nnUNetTrainerMACL`` does. Its checkpoints are ordinary nnU-Net
+    checkpoints.
+    """
+
+    @exit_on_user_error
+    def initialize(self) -> None:
+        if self.is_cascaded:
+            raise UserError(
+                f"{self.configuration_name} also needs the first stage's segmentation of each image, which nnU-Net writes for "
+                "validation cases only. Train both stages without unlabelled images: -tr nnUNetTrainerMACL"
+            )
+        if self.is_ddp:
+            raise UserError(
+                f"{type(self).__name__} trains on one GPU. Leave out -num_gpus, or train without unlabelled images: "
+                "-tr nnUNetTrainerMACL"
+            )
+        super().initialize()
+
+    def unlabelled_cases(self) -> list[Case]:
+        """Return the cases to learn from without labels, preprocessed, and log which were kept out.
+
+        These are the unlabelled images of pre-training, and the labelled cases that are in neither part of the fold, without
+        their labels.
+
+        Raises:
+            UserError: There are none, or the regular expression of the patients does not match a name.
+        """
+        configuration = self._configuration
+        file = plan_file(configuration)
+        plan = read_plan(file) if file.is_file() else None
+        with log_to(self.print_to_log_file):
+            # nnU-Net's command has no option to leave images out, and the log names those that are left out.
+            unlabelled = preprocess_unlabelled(
+                configuration,
+                plan.unlabelled_datasets if plan else [],
+                processes=current_processes(),
+                skip_unreadable=True,
+                channel_map=plan.channel_map if plan else None,
+            ).cases
+        training, validation = map(set, self.do_split())
+        others = [case for case in training_cases(configuration) if case.name not in training | validation]
+        cases = [*unlabelled, *others]
+        held_out = validation - training
+        kept = self._without_patients(cases, held_out)
+        if not kept:
+            raise UserError(
+                f"There is no unlabelled image to learn from: put images into {UNLABELLED_FOLDER} of "
+                f"{configuration.dataset_name}. {len(cases)} are of patients of the fold's validation cases."
+            )
+        self.print_to_log_file(
+            f"Unlabelled images used: {len(kept)} ({len(set(kept) & set(others))} of them labelled cases outside of this fold). "
+            f"Left out: {pluralise(len(held_out), 'validation case')}, {len(cases) - len(kept)} other images of their patients"
+        )
+        if not os.environ.get(GROUP_VARIABLE) and held_out:
+            self.print_to_log_file(
+                "Each case counts as a patient of its own. If several images are of one patient, say which part of a case's "
+                f"name is the patient, for example: export {GROUP_VARIABLE}='^[^_]+'",
+                add_timestamp=False,
+            )
+        return kept
+
+    def _without_patients(self, cases: list[Case], held_out: set[str]) -> list[Case]:
+        """Return the cases that are of none of the patients of the held-out cases."""
+        names = [case.name for case in cases]
+        group_regex = os.environ.get(GROUP_VARIABLE) or None
+        patients = patients_of([*names, *sorted(held_out)], group_regex, f"The variable {GROUP_VARIABLE}")
+        theirs = {patients[name] for name in held_out}
+        return [case for case in cases if patients[case.name] not in theirs]

@@ -1,0 +1,74 @@
+"""Self-training: a trained model labels the unlabelled images, and nnU-Net trains on them too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.paths import nnUNet_results
+
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import TEACHER_VARIABLE
+from nnunetv2_macl.semi_supervised.base import UnlabelledTraining
+from nnunetv2_macl.semi_supervised.pseudo_labels import CHECKPOINT, PseudoLabel, Teacher, WithPseudoLabels, label_cases
+from nnunetv2_macl.training.commands import command_to_fine_tune
+from nnunetv2_macl.training.seeded import BatchLoader
+
+PSEUDO_LABELS_FOLDER = "pseudo_labels"
+
+
+class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):
+    """nnU-Net's own training on labelled images and on unlabelled images that a trained model has labelled.
+
+    The model is the teacher: ``nnUNetTrainerMACL`` of the same plans, configuration and fold, or the trainer or model folder
+    that the variable ``nnUNet_macl_teacher`` names. Loss, augmentation, oversampling and schedule are nnU-Net's, and a step
+    costs what nnU-Net's step costs.
+
+    Source: Lee, Pseudo-Label, ICML workshop 2013; Xie et al., Noisy Student, CVPR 2020.
+    """
+
+    # share of the patches that are of labelled images
+    labelled_share: float = 0.5
+    default_teacher: str = "nnUNetTrainerMACL"
+
+    def training_loader(self, loader: Any) -> BatchLoader:
+        dataset = WithPseudoLabels(loader._data, self.pseudo_labels(), self.label_manager)
+        labelled = len(loader._data.identifiers)
+        pseudo = len(dataset.identifiers) - labelled
+        shares = np.repeat([self.labelled_share / labelled, (1 - self.labelled_share) / pseudo], [labelled, pseudo])
+        # nnU-Net's loader takes both from its data set when it is made.
+        loader._data, loader.indices, loader.sampling_probabilities = dataset, dataset.identifiers, shares
+        return loader
+
+    def pseudo_labels(self) -> list[PseudoLabel]:
+        """Return the unlabelled images of this fold with the teacher's segmentations, made now unless they are on disk."""
+        teacher = self.find_teacher()
+        folder = Path(self.output_folder) / PSEUDO_LABELS_FOLDER
+        cases = self.unlabelled_cases()
+        return label_cases(teacher, cases, folder, self._configuration, self.device, self.print_to_log_file)
+
+    def find_teacher(self) -> Teacher:
+        """Return the teacher. Raises UserError if it has not been trained, and names the command."""
+        named = os.environ.get(TEACHER_VARIABLE) or self.default_teacher
+        plans, configuration = self.plans_manager.plans_name, self.configuration_name
+        folder = Path(named).expanduser()
+        if not folder.is_dir():
+            folder = Path(str(nnUNet_results)) / self.plans_manager.dataset_name / f"{named}__{plans}__{configuration}"
+        teacher = Teacher(folder, self.fold)
+        if folder.resolve() == Path(self.output_folder_base).resolve():
+            raise UserError(
+                f"{folder} is the model that is being trained. Name another: export {TEACHER_VARIABLE}=TRAINER"
+            )
+        if not teacher.checkpoint.is_file():
+            models = folder.parent.glob(f"*__{plans}__{configuration}/fold_{self.fold}/{CHECKPOINT}")
+            trained = sorted({model.parents[1].name.partition("__")[0] for model in models} - {type(self).__name__})
+            name = named if "/" not in named else self.default_teacher
+            fix = f"Train it:\n    {command_to_fine_tune(self._configuration, self.fold, self.device.type, name)}"
+            if trained:
+                fix += f"\nor take a trained one: export {TEACHER_VARIABLE}={trained[0]}"
+            raise UserError(
+                f"There is no model to label the unlabelled images: {teacher.checkpoint} does not exist. {fix}"
+            )
+        return teacher
