@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
+import blosc2
 import numpy as np
 import pytest
 import torch
@@ -12,11 +14,15 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from conftest import DATASET, Workspace
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_macl.compare.study import Options, parse_arm
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, GROUP_VARIABLE
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, GROUP_VARIABLE, TEACHER_VARIABLE
+from nnunetv2_macl.report.pseudo_labels import describe_pseudo_labels
 from nnunetv2_macl.semi_supervised.mixing import Patches, consistency, copy_paste
+from nnunetv2_macl.semi_supervised.self_training import nnUNetTrainerMACLSelfTraining
 from nnunetv2_macl.semi_supervised.settings import SemiSettings, parse_semi_settings
 from nnunetv2_macl.semi_supervised.targets import LabelTargets, RegionTargets
 from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
@@ -271,3 +277,158 @@ def test_a_cascade_is_refused(trainer_of):
     trainer.is_cascaded = True
     with pytest.raises(SystemExit, match="first stage"):
         trainer.initialize()
+
+
+# --- self-training ---------------------------------------------------------------------------------------------------------
+
+
+class Student(nnUNetTrainerMACLSelfTraining):
+    from_scratch = True
+    finetuning_epochs = 2
+
+    def initialize(self):
+        super().initialize()
+        self.num_iterations_per_epoch = 2
+        self.num_val_iterations_per_epoch = 1
+        self.save_every = 1
+
+
+class Teaches(Student):
+    """A plain training, which learns enough to find foreground."""
+
+    def initialize(self):
+        super().initialize()
+        self.num_iterations_per_epoch = 15
+        self.initial_lr = 0.05
+
+    def training_loader(self, loader):
+        return loader
+
+
+@pytest.fixture
+def teacher(trainer_of, monkeypatch):
+    """A trained model that the students of this test learn from."""
+    trainer = trainer_of(Teaches)
+    trainer.run_training()
+    monkeypatch.setenv(TEACHER_VARIABLE, trainer.output_folder_base)
+    return trainer
+
+
+def pseudo_label_files(trainer):
+    return sorted(Path(trainer.output_folder, "pseudo_labels").glob("*/*.b2nd"))
+
+
+def test_the_teacher_labels_the_unlabelled_images_once(trainer_of, teacher):
+    student = trainer_of(Student)
+    student.run_training()
+    files = pseudo_label_files(student)
+    assert [file.stem for file in files] == [case.name for case in sorted(student.unlabelled_cases())]
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(teacher.output_folder_base, (0,), "checkpoint_final.pth")
+    case = next(case for case in student.unlabelled_cases() if case.name == files[0].stem)
+    image = torch.from_numpy(np.asarray(blosc2.open(case.file)[:]))
+    expected = predictor.predict_sliding_window_return_logits(image).argmax(0)
+    written = torch.from_numpy(blosc2.open(str(files[0]))[0])
+    assert (written == expected).float().mean() > 0.999
+    assert (
+        torch.load(f"{student.output_folder}/checkpoint_final.pth", weights_only=False)["trainer_name"]
+        == "nnUNetTrainer"
+    )
+
+    before = [file.stat().st_mtime_ns for file in files]
+    trainer_of(Student).run_training()
+    assert [file.stat().st_mtime_ns for file in files] == before
+    # A model that was trained again labels the images again.
+    content = torch.load(f"{teacher.output_folder}/checkpoint_final.pth", weights_only=False)
+    torch.save(content | {"_best_ema": 1.0}, f"{teacher.output_folder}/checkpoint_final.pth")
+    trainer_of(Student).run_training()
+    assert all(file.stat().st_mtime_ns > time for file, time in zip(files, before, strict=True))
+
+
+def test_half_of_the_patches_are_of_labelled_images(trainer_of, teacher):
+    student = trainer_of(Student)
+    student.initialize()
+    loader = student.training_loader(single_threaded_loader(student))
+    names = np.concatenate([loader.get_indices() for _ in range(200)])
+    labelled = np.isin(names, student.do_split()[0]).mean()
+    assert labelled == pytest.approx(0.5, abs=0.1)
+    assert set(names) == {*student.do_split()[0], *(case.file for case in student.unlabelled_cases())}
+
+
+def single_threaded_loader(trainer):
+    training, _ = nnUNetTrainer.get_dataloaders(trainer)
+    return training.data_loader
+
+
+def test_a_continued_self_training_ends_with_the_same_weights(trainer_of, teacher):
+    whole = trainer_of(Student)
+    whole.run_training()
+
+    class StopsStudent(Student):
+        def on_epoch_end(self):
+            super().on_epoch_end()
+            raise KeyboardInterrupt
+
+    first = trainer_of(StopsStudent)
+    with pytest.raises(KeyboardInterrupt):
+        first.run_training()
+    second = trainer_of(Student)
+    second.load_checkpoint(f"{first.output_folder}/checkpoint_latest.pth")
+    second.run_training()
+    for key, value in whole.network.state_dict().items():
+        assert torch.equal(second.network.state_dict()[key], value), key
+
+
+def test_a_missing_teacher_is_named_with_the_command_and_the_models_that_exist(trainer_of, teacher, monkeypatch):
+    monkeypatch.delenv(TEACHER_VARIABLE)
+    with pytest.raises(SystemExit, match=r"(?s)-tr nnUNetTrainerMACL.*nnUNet_macl_teacher=Teaches"):
+        trainer_of(Student).run_training()
+    monkeypatch.setenv(TEACHER_VARIABLE, "Student")
+    with pytest.raises(SystemExit, match="being trained"):
+        trainer_of(Student).run_training()
+
+
+@pytest.mark.parametrize(
+    "entry, what",
+    [({"labels": {"background": 0, "other": 1}}, "labels"), ({"channel_names": {"0": "T2"}}, "channels")],
+)
+def test_a_teacher_of_other_labels_or_channels_is_refused(trainer_of, teacher, entry, what):
+    with pytest.raises(SystemExit, match=what):
+        trainer_of(Student, **entry).run_training()
+
+
+def test_a_teacher_that_finds_nothing_is_refused(trainer_of, teacher):
+    file = f"{teacher.output_folder}/checkpoint_final.pth"
+    content = torch.load(file, weights_only=False)
+    for key, value in content["network_weights"].items():
+        if "seg_layers" in key and key.endswith("bias"):
+            value[0] = 1e4
+    torch.save(content, file)
+    with pytest.raises(SystemExit, match="no foreground"):
+        trainer_of(Student).run_training()
+
+
+def test_the_report_shows_the_labels_of_the_teacher(trainer_of, teacher):
+    student = trainer_of(Student)
+    student.run_training()
+    shown = describe_pseudo_labels(Path(student.output_folder))
+    assert dict(shown["facts"])["Images"] == str(len(pseudo_label_files(student)))
+    assert len(shown["pictures"]) == 3 and all(
+        row["predicted"].startswith("data:image/png") for row in shown["pictures"]
+    )
+    assert describe_pseudo_labels(Path(teacher.output_folder)) is None
+
+
+def test_an_arm_of_self_training_needs_the_arm_of_its_teacher():
+    arm = parse_arm("self_train:recipe:restore")
+    assert arm.teacher == parse_arm("recipe:restore").slug and arm.recipe == "restore"
+    second = parse_arm("self_train:self_train:scratch")
+    assert second.teacher == parse_arm("self_train:scratch").slug
+    assert parse_arm("self_train:semi:scratch").semi is None
+    with pytest.raises(UserError, match="semi:self_train"):
+        parse_arm("semi:self_train:scratch")
+    options = Options(
+        "D", "2d", "P", ["scratch", "self_train:pretrained"], ["2"], 1, [0.01], "2", "2", None, 1, 1, *[None] * 4, False
+    )
+    with pytest.raises(UserError, match="pretrained"):
+        options.check()

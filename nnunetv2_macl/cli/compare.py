@@ -40,7 +40,8 @@ def _compare_parser() -> argparse.ArgumentParser:
         help="scratch; pretrained (encoder and decoder, by the default recipe); encoder (of that, the encoder alone); "
         "recipe:NAME_OR_FILE (pre-trained with it); recipe:NAME_OR_FILE,KEY=VALUE,... (with other values of its keys, as --set "
         "of nnUNetv2_train_macl_pretrain); weights:FILE (that are there already); semi:ARM (one of "
-        "these, trained on unlabelled images too); semi,KEY=VALUE,...:ARM (with other settings). "
+        "these, trained on unlabelled images too); semi,KEY=VALUE,...:ARM (with other settings); self_train:ARM (trained "
+        "on the labels that the models of ARM give to the unlabelled images). "
         "Default: scratch encoder pretrained",
     )
     amount = "cases, or a fraction (0.1 or 10%%) of all"

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.colors import to_rgb
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import DatasetConfiguration, raw_folder, read_dataset_json, read_json
 from nnunetv2_macl.report.curves import BLUE, COLOURS, GREEN, ORANGE, draw_curves
-from nnunetv2_macl.report.pictures import png, window_intensity
+from nnunetv2_macl.report.pictures import coloured, png, window_intensity
+from nnunetv2_macl.report.pseudo_labels import describe_pseudo_labels
 from nnunetv2_macl.report.run import FINISHED, STAMP, STOPPED, log_lines
 from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training.commands import plans_option
@@ -83,6 +83,7 @@ def describe_training(folder: Path) -> dict[str, Any]:
         ],
         "classes": list(classes.values()),
         "pictures": _pictures(folder, configuration, validation, classes),
+        "pseudo_labels": describe_pseudo_labels(folder),
         "commands": _commands(configuration, trainer, fold, is_finished, validation is not None),
     }
 
@@ -237,20 +238,11 @@ def _pictures(
             {
                 "case": f"{which}: {case}, Dice {_number(_mean_dice(row))}",
                 "image": png(grey_slice),
-                "reference": png(_coloured(grey_slice, reference[z])),
-                "predicted": png(_coloured(grey_slice, predicted[z])),
+                "reference": png(coloured(grey_slice, reference[z])),
+                "predicted": png(coloured(grey_slice, predicted[z])),
             }
         )
     return pictures
-
-
-def _coloured(grey_slice: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(H, W), 0 to 1, and (H, W) labels -> (H, W, 3): each label in its own colour over the image."""
-    picture = np.repeat(grey_slice[..., None], 3, -1)
-    for label in (value for value in np.unique(labels) if value > 0):
-        mask = labels == label
-        picture[mask] = 0.45 * picture[mask] + 0.55 * np.asarray(to_rgb(COLOURS[(int(label) - 1) % len(COLOURS)]))
-    return picture
 
 
 def _commands(

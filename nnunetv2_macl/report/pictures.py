@@ -7,7 +7,10 @@ import io
 
 import matplotlib.image
 import numpy as np
+from matplotlib.colors import to_rgb
 from PIL import Image
+
+from nnunetv2_macl.report.curves import COLOURS
 
 # of a slice in the page, pixels
 _EDGE = 160
@@ -39,3 +42,17 @@ def png(image: np.ndarray) -> str:
 def data_uri(content: bytes, kind: str) -> str:
     """An encoded picture for ``src``; kind as in image/png."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def coloured(grey_slice: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return a slice with each label in its own colour over the image, (H, W, 3).
+
+    Args:
+        grey_slice: (H, W), 0 to 1.
+        labels: (H, W).
+    """
+    picture = np.repeat(grey_slice[..., None], 3, -1)
+    for label in (value for value in np.unique(labels) if value > 0):
+        mask = labels == label
+        picture[mask] = 0.45 * picture[mask] + 0.55 * np.asarray(to_rgb(COLOURS[(int(label) - 1) % len(COLOURS)]))
+    return picture

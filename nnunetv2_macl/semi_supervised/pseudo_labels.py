@@ -22,6 +22,10 @@ from nnunetv2_macl.files import atomic_write, sha256, write_json
 from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 
 CHECKPOINT = "checkpoint_final.pth"
+# in the folder of a training
+PSEUDO_LABELS_FOLDER = "pseudo_labels"
+# in that folder: which model made the labels
+TEACHER_FILE = "teacher.json"
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ def label_cases(
             f"{teacher.checkpoint} finds no foreground in {len(found)} unlabelled images, so they teach nothing. Train it for "
             "longer, or check that the unlabelled images show the same structures."
         )
+    write_json({"fold_folder": str(teacher.checkpoint.parent), "sha256": checksum}, folder / TEACHER_FILE)
     return found
 
 
@@ -166,6 +171,7 @@ def _label(
     atomic_write(file.with_suffix(".npz"), lambda stream: stream.write(places.getvalue()))
     record = {
         "made_from": made_from,
+        "image": case.file,
         "bytes": len(content),
         "confidence": float(certain[foreground].mean()) if foreground.any() else 0.0,
         "foreground": float(foreground.mean()),

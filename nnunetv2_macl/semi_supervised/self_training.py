@@ -12,11 +12,16 @@ from nnunetv2.paths import nnUNet_results
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import TEACHER_VARIABLE
 from nnunetv2_macl.semi_supervised.base import UnlabelledTraining
-from nnunetv2_macl.semi_supervised.pseudo_labels import CHECKPOINT, PseudoLabel, Teacher, WithPseudoLabels, label_cases
+from nnunetv2_macl.semi_supervised.pseudo_labels import (
+    CHECKPOINT,
+    PSEUDO_LABELS_FOLDER,
+    PseudoLabel,
+    Teacher,
+    WithPseudoLabels,
+    label_cases,
+)
 from nnunetv2_macl.training.commands import command_to_fine_tune
 from nnunetv2_macl.training.seeded import BatchLoader
-
-PSEUDO_LABELS_FOLDER = "pseudo_labels"
 
 
 class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):

@@ -1,0 +1,54 @@
+"""``nnUNetv2_macl_self_train``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nnunetv2_macl.cli.messages import run
+
+
+def _self_train_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_macl_self_train",
+        description="Train on the unlabelled images of DATASET too: a trained model labels them, and nnU-Net trains a new "
+        "model on the labelled images and on these. No image of a validation case is used. If you type the command again, it "
+        "continues.",
+        epilog="Example: nnUNetv2_train 27 2d 0 -tr nnUNetTrainerMACL, then nnUNetv2_macl_self_train 27 -c 2d -f 0, then "
+        "nnUNetv2_predict ... -tr nnUNetTrainerMACLSelfTraining",
+    )
+    add = parser.add_argument
+    add("dataset", metavar="DATASET", help="data set, by name or id")
+    add("-c", dest="configuration", required=True, metavar="CONFIGURATION", help="nnU-Net configuration")
+    add("-f", dest="fold", required=True, metavar="FOLD", help="fold, 0 to 4, or all")
+    add("-p", dest="plans", default="nnUNetPlans", metavar="PLANS", help="plans identifier. Default: nnUNetPlans")
+    add(
+        "-tr",
+        dest="teacher",
+        metavar="TRAINER",
+        help="trainer of the model that labels the images. It must be trained. Default: nnUNetTrainerMACL",
+    )
+    add(
+        "--rounds",
+        type=int,
+        choices=(1, 2, 3),
+        default=1,
+        help="how often a model is trained on the labels of the model before it. Default: 1",
+    )
+    add(
+        "--export_labels",
+        type=Path,
+        metavar="FOLDER",
+        help="also write the labels of the unlabelled images to FOLDER, in the format of the data set, to look at and correct",
+    )
+    add("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="where to train. Default: cuda")
+    return parser
+
+
+def self_train_entry() -> None:
+    """``nnUNetv2_macl_self_train``."""
+    arguments = _self_train_parser().parse_args()
+
+    from nnunetv2_macl.semi_supervised.rounds import self_train
+
+    run(lambda: self_train(**vars(arguments)))

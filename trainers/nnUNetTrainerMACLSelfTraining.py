@@ -1,0 +1,67 @@
+"""Self-training, for nnU-Net to find, and its shorter variants and further rounds."""
+
+from nnunetv2_macl.semi_supervised.self_training import nnUNetTrainerMACLSelfTraining
+
+__all__ = ["nnUNetTrainerMACLSelfTraining"]
+
+
+class nnUNetTrainerMACLSelfTraining_round2(nnUNetTrainerMACLSelfTraining):
+    default_teacher = "nnUNetTrainerMACLSelfTraining"
+
+
+class nnUNetTrainerMACLSelfTraining_round3(nnUNetTrainerMACLSelfTraining):
+    default_teacher = "nnUNetTrainerMACLSelfTraining_round2"
+
+
+class nnUNetTrainerMACLSelfTraining_scratch(nnUNetTrainerMACLSelfTraining):
+    from_scratch = True
+
+
+class nnUNetTrainerMACLSelfTraining_short(nnUNetTrainerMACLSelfTraining):
+    """The short training of the studies in the documentation: 800 steps of AdamW."""
+
+    default_teacher = "nnUNetTrainerMACL_short"
+    finetuning_epochs = 8
+    finetuning_iterations = 100
+    finetuning_optimizer = "adamw"
+    finetuning_lr = 3e-3
+
+
+class nnUNetTrainerMACLSelfTraining_1epoch(nnUNetTrainerMACLSelfTraining):
+    default_teacher = "nnUNetTrainerMACL_1epoch"
+    finetuning_epochs = 1
+
+
+class nnUNetTrainerMACLSelfTraining_5epochs(nnUNetTrainerMACLSelfTraining):
+    default_teacher = "nnUNetTrainerMACL_5epochs"
+    finetuning_epochs = 5
+
+
+class nnUNetTrainerMACLSelfTraining_10epochs(nnUNetTrainerMACLSelfTraining):
+    default_teacher = "nnUNetTrainerMACL_10epochs"
+    finetuning_epochs = 10
+
+
+class nnUNetTrainerMACLSelfTraining_20epochs(nnUNetTrainerMACLSelfTraining):
+    default_teacher = "nnUNetTrainerMACL_20epochs"
+    finetuning_epochs = 20
+
+
+class nnUNetTrainerMACLSelfTraining_50epochs(nnUNetTrainerMACLSelfTraining):
+    default_teacher = "nnUNetTrainerMACL_50epochs"
+    finetuning_epochs = 50
+
+
+class nnUNetTrainerMACLSelfTraining_100epochs(nnUNetTrainerMACLSelfTraining):
+    default_teacher = "nnUNetTrainerMACL_100epochs"
+    finetuning_epochs = 100
+
+
+class nnUNetTrainerMACLSelfTraining_250epochs(nnUNetTrainerMACLSelfTraining):
+    default_teacher = "nnUNetTrainerMACL_250epochs"
+    finetuning_epochs = 250
+
+
+class nnUNetTrainerMACLSelfTraining_500epochs(nnUNetTrainerMACLSelfTraining):
+    default_teacher = "nnUNetTrainerMACL_500epochs"
+    finetuning_epochs = 500
