@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+import tempfile
 from pathlib import Path
 
 import blosc2
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
@@ -22,6 +24,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, GROUP_VARIABLE, TEACHER_VARIABLE
 from nnunetv2_macl.report.pseudo_labels import describe_pseudo_labels
 from nnunetv2_macl.semi_supervised.mixing import Patches, consistency, copy_paste
+from nnunetv2_macl.semi_supervised.rounds import self_train
 from nnunetv2_macl.semi_supervised.self_training import nnUNetTrainerMACLSelfTraining
 from nnunetv2_macl.semi_supervised.settings import SemiSettings, parse_semi_settings
 from nnunetv2_macl.semi_supervised.targets import LabelTargets, RegionTargets
@@ -305,11 +308,22 @@ class Teaches(Student):
         return loader
 
 
+@pytest.fixture(scope="module")
+def trained_model():
+    """Where the model of the first test's teacher is kept, since it is the same in each test."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "model"
+
+
 @pytest.fixture
-def teacher(trainer_of, monkeypatch):
+def teacher(trainer_of, trained_model, monkeypatch):
     """A trained model that the students of this test learn from."""
     trainer = trainer_of(Teaches)
-    trainer.run_training()
+    if trained_model.is_dir():
+        shutil.copytree(trained_model, trainer.output_folder_base, dirs_exist_ok=True)
+    else:
+        trainer.run_training()
+        shutil.copytree(trainer.output_folder_base, trained_model)
     monkeypatch.setenv(TEACHER_VARIABLE, trainer.output_folder_base)
     return trainer
 
@@ -402,7 +416,7 @@ def test_a_teacher_that_finds_nothing_is_refused(trainer_of, teacher):
     content = torch.load(file, weights_only=False)
     for key, value in content["network_weights"].items():
         if "seg_layers" in key and key.endswith("bias"):
-            value[0] = 1e4
+            value[0] = 100
     torch.save(content, file)
     with pytest.raises(SystemExit, match="no foreground"):
         trainer_of(Student).run_training()
@@ -432,3 +446,37 @@ def test_an_arm_of_self_training_needs_the_arm_of_its_teacher():
     )
     with pytest.raises(UserError, match="pretrained"):
         options.check()
+
+
+def test_two_rounds_by_the_command_and_the_labels_as_images(trainer_of, teacher, workspace, monkeypatch, tmp_path):
+    for key, value in {"from_scratch": True, "finetuning_epochs": 1, "finetuning_iterations": 2}.items():
+        monkeypatch.setattr(nnUNetTrainerMACLSelfTraining, key, value)
+    monkeypatch.setenv("nnUNet_extTrainer", "")
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    (labels / "case_005.nii.gz").write_text("corrected")
+
+    def two_rounds():
+        return self_train(
+            DATASET,
+            "2d",
+            "0",
+            teacher=teacher.output_folder_base,
+            rounds=2,
+            export_labels=labels,
+            device="cpu",
+        )
+
+    fold = two_rounds()
+    assert fold.parent.name.startswith("nnUNetTrainerMACLSelfTraining_round2__")
+    first = fold.parents[1] / fold.parent.name.replace("_round2", "") / "fold_0"
+    taught_by = [
+        json.loads((run / "pseudo_labels" / "teacher.json").read_text())["fold_folder"] for run in (first, fold)
+    ]
+    assert taught_by == [teacher.output_folder, str(first)]
+    assert sorted(path.name for path in labels.glob("*.nii.gz")) == [f"case_00{n}.nii.gz" for n in (5, 6, 7, 8)]
+    assert (labels / "case_005.nii.gz").read_text() == "corrected"
+    image = sitk.ReadImage(workspace.raw / DATASET / "imagesUn" / "case_006_0000.nii.gz")
+    assert sitk.ReadImage(labels / "case_006.nii.gz").GetSize() == image.GetSize()
+    done = (fold / "checkpoint_final.pth").stat().st_mtime_ns
+    assert two_rounds() == fold and (fold / "checkpoint_final.pth").stat().st_mtime_ns == done
