@@ -448,6 +448,7 @@ def test_an_arm_of_self_training_needs_the_arm_of_its_teacher():
         options.check()
 
 
+@pytest.mark.slow
 def test_two_rounds_by_the_command_and_the_labels_as_images(trainer_of, teacher, workspace, monkeypatch, tmp_path):
     for key, value in {"from_scratch": True, "finetuning_epochs": 1, "finetuning_iterations": 2}.items():
         monkeypatch.setattr(nnUNetTrainerMACLSelfTraining, key, value)
