@@ -15,8 +15,8 @@ class DistillationLoss(nn.Module):
     """Compute the cross-entropy between the outputs of a teacher and of a student.
 
     The teacher's outputs are centred and sharpened. Centring prevents that one output dominates for every image, and sharpening
-    prevents that all outputs become equal. Call `update_centre` once per step: the loss does not update the centre, because a step
-    may compute the loss several times.
+    prevents that all outputs become equal. The loss does not update the centre, because a step may compute the loss several
+    times. Call `update_centre` once per step.
 
     Args:
         outputs: K, length of an output.

@@ -15,8 +15,8 @@ from nnunetv2_macl.losses.precision import autocast_disabled
 def pairwise_contrast(vectors: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
     """Return the mean over all positive pairs (i, j) of -log(exp(s_ij) / (exp(s_ij) + sum over negatives k of exp(s_ik))).
 
-    s_ij is a cosine similarity divided by the temperature. Unlike in SimCLR and PCL, the sum excludes the other positives of i. The
-    loss is 0 if no vector has a negative.
+    s_ij is a cosine similarity divided by the temperature. Unlike in SimCLR and PCL, the sum excludes the other positives of i.
+    The loss is 0 if no vector has a negative.
 
     Args:
         vectors: (..., M, C), of any norm.

@@ -44,7 +44,7 @@ class DeSDConfig(ImageViewKeys):
     )
     centre_momentum: Fraction = Field(0.9, description="weight of the old mean in the centre of the teacher's outputs")
     frozen_output_epochs: Annotated[int, Field(ge=0)] = Field(
-        1, description="number of first epochs in which the last layers of the student's heads are frozen"
+        1, description="number of initial epochs in which the last layers of the student's heads are frozen"
     )
 
 

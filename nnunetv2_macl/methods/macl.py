@@ -1,8 +1,8 @@
 """MACL: multi-level asymmetric contrastive learning.
 
 Two branches see each patch. The dominant branch, encoder and partial decoder, sees the downsampled patch. The auxiliary branch,
-only the encoder, sees the patch at full size. The losses compare the branches on the image level, at each location of a dense map,
-and in their features.
+only the encoder, sees the patch at full size. The losses compare the branches on the image level, at each location of a dense
+map, and in their features.
 
 Source: Zeng et al., IEEE JBHI 2026, https://arxiv.org/abs/2309.11876, Figure 2 and Eq. 2-10.
 """
@@ -73,12 +73,12 @@ class MACLConfig(BranchKeys, SpatialViewKeys):
     embedding_dim: Annotated[int, Field(ge=2)] = Field(128, description="length of the image-level vectors")
     training_stages: Literal[1, 2] = Field(
         1,
-        description="`1`: all losses are trained together; `2`: all but L_d are trained for half of the epochs, and then only L_d "
+        description="`1`: all losses are trained together; `2`: all but L_d are trained for half of the epochs, then only L_d "
         "with the encoder frozen",
     )
     downsample_first_stage: bool = Field(
         True,
-        description="with two training stages: `false` gives the dominant branch the views at full size in the first stage, which "
+        description="with two training stages: `false` gives the dominant branch full-size views in the first stage, which "
         "disables L_ER there",
     )
     intensity: Annotated[float, Field(ge=0, le=2)] = Field(

@@ -1,7 +1,8 @@
 """PCL: patches at similar positions in their volumes are positives of each other.
 
 Source: Zeng et al., "Positional Contrastive Learning for Volumetric Medical Image Segmentation", MICCAI 2021,
-https://arxiv.org/abs/2106.09157. Departure: the head's output has the length ``embedding_dim`` instead of the width of the bottleneck.
+https://arxiv.org/abs/2106.09157. Departure: the head's output has the length
+``embedding_dim`` instead of the width of the bottleneck.
 """
 
 from __future__ import annotations

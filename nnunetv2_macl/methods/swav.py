@@ -45,7 +45,7 @@ class SwAVConfig(ImageViewKeys, HeadKey):
     temperature: Positive = Field(0.1, description="τ")
     prototypes: Annotated[int, Field(ge=2)] = Field(300, description="K, number of prototypes")
     frozen_prototype_epochs: Annotated[int, Field(ge=0)] = Field(
-        1, description="number of first epochs in which the prototypes are frozen"
+        1, description="number of initial epochs in which the prototypes are frozen"
     )
     queue_length: Annotated[int, Field(ge=0)] = Field(
         384, description="number of earlier vectors that are used to compute the codes; `0` disables the queue"
