@@ -3,7 +3,7 @@
     python tests/golden.py OLD NEW [--quick]   compare two checkouts; the exit status is 1 if they differ
     python tests/golden.py --write             write tests/data/golden.json for tests/test_golden.py
 
-Each case is a pre-training of five steps on the CPU with one step per epoch, so that the training log holds the loss of each step.
+Each case is a pre-training of five steps on the CPU with one step per epoch, so that the log holds the loss of each step.
 Cases use only `nnunetv2_macl.pretrain` and the files that it writes, because these do not change when the code is rewritten. One
 process trains all cases of a checkout one after another on one thread.
 """
