@@ -1,4 +1,4 @@
-"""What lies between files and training: loader, preprocessing, start; against nnU-Net's own."""
+"""Compare loader, preprocessing and start of a training with those of nnU-Net."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from nnunetv2_macl.synthetic import generate_dataset
 
 DATASET = "Dataset960_Benchmark"
 VOLUMES, SHAPE, BATCHES, CASES, PROCESSES = 60, (24, 160, 160), 40, 1_000, 2
-# run up to the first training step, say so, and leave
+# This script runs a training command up to its first step, and then kills its process group, which is the exit that
+# `_first_step` expects.
 _UP_TO_THE_FIRST_STEP = """
 import os, sys
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -44,7 +45,7 @@ sys.argv = {arguments}
 
 @contextlib.contextmanager
 def dataset() -> Iterator[Path]:
-    """Generated volumes, planned and preprocessed by nnU-Net."""
+    """Provide a folder with generated volumes that nnU-Net planned and preprocessed, within the context."""
     before = {name: os.environ.get(name) for name in FOLDER_VARIABLES}
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update({name: str(Path(folder) / name) for name in FOLDER_VARIABLES})
@@ -108,12 +109,14 @@ def _loader(configuration: DatasetConfiguration, device: torch.device) -> list[R
     unit = "patches/s"
     return [
         at_least("loader", f"{size}, one process, over nnU-Net's without augmentation", speed, nnunet_speed, unit, 2),
-        at_least("loader", f"{size}, one process, over what training consumes here", speed, consumed, unit, 5),
+        at_least(
+            "loader", f"{size}, one process, over the speed of training on this machine", speed, consumed, unit, 5
+        ),
     ]
 
 
 def _start(configuration: DatasetConfiguration, device: torch.device) -> Row:
-    """Many preprocessed cases, as links to the few that there are."""
+    """Measure the time from the command to the first step, with many links to the few preprocessed cases."""
     for folder in (configuration.cases_folder, unlabelled_folder(configuration) / DATASET):
         files = sorted(file for file in folder.iterdir() if file.suffix in (".b2nd", ".pkl"))
         for file in files if folder == configuration.cases_folder else []:

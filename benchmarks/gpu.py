@@ -1,7 +1,7 @@
-"""Speed and memory of a step on a GPU, network by network: ``python -m benchmarks.gpu [-o FILE.json] [--seconds 300]``.
+"""Measure speed and memory of a step on a GPU: ``python -m benchmarks.gpu [-o FILE.json] [--seconds 300]``.
 
-Each row is a plan of nnU-Net's own planner for a data set of that size, at the batch that this package plans. The second time is
-that of forward and backward pass of the same network with a sum as loss, which any method needs.
+Each row is a plan of nnU-Net's planner for a data set of that size, with the batch that this package plans. The step is compared
+with forward and backward pass of the same network with a sum as loss, which every method needs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHAPES = {
     "3D, ResEnc M": (Fingerprint("3D", ("MR",), (180, 250, 250), _ONE_MM, nnUNetPlannerResEncM), "3d_fullres"),
     "3D, ResEnc L": (Fingerprint("3D", ("MR",), (180, 250, 250), _ONE_MM, nnUNetPlannerResEncL), "3d_fullres"),
 }
-# Shape, recipe, -gpu_memory (None is the planner's own), compiled or not; what matters most first.
+# Shape, recipe, -gpu_memory (None is the planner's own) and compiled or not, the most important rows first.
 ROWS = (
     ("3D", "restore", None, False),
     ("3D", "macl", None, False),
@@ -66,7 +66,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """A row of the table. Times are medians, in milliseconds; memory is in GiB."""
+    """A row of the table. Times are medians in milliseconds, and memory is in GiB."""
 
     shape: str
     recipe: str
@@ -85,7 +85,7 @@ class Measured:
 
     @property
     def hours(self) -> float:
-        """Of the 62,500 steps of the default length."""
+        """Return the hours of a pre-training of the default length, which has 62,500 steps."""
         return 62_500 * self.step_ms / 3.6e6
 
     def line(self) -> str:
@@ -102,13 +102,13 @@ class Measured:
 
 
 HEAD = (
-    "| network | recipe | `-gpu_memory` | compiled | patch | batch | ms a step | over the network alone | patches/s "
+    "| network | recipe | `-gpu_memory` | compiled | patch | batch | ms per step | over only the network | patches/s "
     "| hours for 62,500 steps | planned GiB | allocated | reserved |\n" + 13 * "|---" + "|"
 )
 
 
 def batches(step: TrainingStep) -> Callable[[int], dict]:
-    """Return a function from a step's number to its batch, in page-locked memory as the loader gives it."""
+    """Return a function from the number of a step to its batch in page-locked memory, as from the loader."""
     size, patch = step.plan.batch_size, step.plan.patch_size
     images_shown = size * (1 + step.model.uses_neighbours)
     coarse = torch.randn(images_shown, 1, *[max(2, n // 8) for n in patch])
@@ -123,7 +123,7 @@ def batches(step: TrainingStep) -> Callable[[int], dict]:
 
 
 def timed(run: Callable[[], object], repeats: int) -> float:
-    """Return the median of some runs, milliseconds."""
+    """Return the median time of several runs, milliseconds."""
     seconds = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -135,7 +135,7 @@ def timed(run: Callable[[], object], repeats: int) -> float:
 
 
 def measure(shape: str, recipe: str, gpu_memory: float | None, compiled: bool, device: torch.device) -> Measured:
-    """Plan and run a row of the table."""
+    """Plan and measure a row of the table."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -168,11 +168,11 @@ def measure(shape: str, recipe: str, gpu_memory: float | None, compiled: bool, d
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("-o", dest="output", type=Path, default=Path("gpu.json"), help="JSON file to write")
-    parser.add_argument("--seconds", type=float, default=300, help="begin no row after that many")
-    parser.add_argument("--compiled", action="store_true", help="measure the compiled rows alone")
+    parser.add_argument("--seconds", type=float, default=300, help="start no row after this many seconds. Default: 300")
+    parser.add_argument("--compiled", action="store_true", help="measure only the compiled rows")
     arguments = parser.parse_args()
     prepare_process("cuda")
-    torch.backends.cudnn.benchmark = True  # as nnU-Net's training command
+    torch.backends.cudnn.benchmark = True  # As in nnU-Net's training command.
     device, began, rows = torch.device("cuda", 0), time.perf_counter(), []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n{HEAD}", flush=True)
     for row in (row for row in ROWS if row[-1] or not arguments.compiled):
@@ -180,7 +180,7 @@ def main() -> None:
             continue
         try:
             rows.append(measure(*row, device))
-        except Exception:  # the other rows are worth having all the same
+        except Exception:  # Continue with the other rows.
             traceback.print_exc()
             continue
         print(rows[-1].line(), flush=True)

@@ -1,7 +1,7 @@
 """Compare methods over several splits of the patients, on one GPU: ``python -m benchmarks.gpu_study DATASET FOLDER --arms ARM``.
 
-Runs `nnUNetv2_macl_compare` on a data set of nnU-Net's raw format, with several trainings at a time on one GPU, and stops it when
-time is up. Typed again it continues. ``FOLDER/reports`` holds the tables, values and curves, a few kilobytes in all.
+This runs `nnUNetv2_macl_compare` on a data set in nnU-Net's raw format, with several trainings at a time on one GPU, and stops it
+when the time is up. The same command continues it. ``FOLDER/reports`` gets the tables, values and curves, a few kilobytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES
 
-# Few validation cases, because they only draw the curves: each study has one learning rate.
+# A few validation cases are enough: they are used only for curves, because each study has one learning rate.
 _SAME = [
     *("-c", "2d", "--group_regex", "^patient[0-9]+", "--labels", "8", "--test", "40", "--validation", "6"),
     *("--disable_tta", "--pretrain_batch_size", "32", "--pretrain_iterations", "250"),
@@ -30,13 +30,13 @@ _REPORTS = ("compare.md", "compare.csv", "compare.png", "study.json")
 
 
 def run(command: list[str], folder: Path, log: Path, until: float) -> bool:
-    """Start or continue a study, stop it when time is up, and return whether it is finished.
+    """Start or continue a study, stop it when the time is up, and return whether it is finished.
 
     Args:
         command: `nnUNetv2_macl_compare` with its arguments.
-        folder: Of the study.
-        log: Gets what the command prints.
-        until: When to stop, as `time.monotonic` counts.
+        folder: Folder of the study.
+        log: File for the output of the command.
+        until: Time at which to stop, on the clock of `time.monotonic`.
     """
     environment = os.environ | {"nnUNet_compile": "f", "OMP_NUM_THREADS": "1"}
     environment.setdefault("nnUNet_n_proc_DA", "1")
@@ -49,7 +49,7 @@ def run(command: list[str], folder: Path, log: Path, until: float) -> bool:
             time.sleep(1)
         for ending in (signal.SIGTERM, signal.SIGKILL):
             if process.poll() is None:
-                # Most trainings end within seconds. One that shares the GPU may hang, and is killed.
+                # Most trainings end within seconds of SIGTERM. One that hangs while sharing the GPU is killed.
                 os.killpg(process.pid, ending)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(20)
@@ -64,15 +64,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_study", description=__doc__)
     add = parser.add_argument
     add("dataset", type=Path, help="raw data set, for example ACDC at half resolution")
-    add("folder", type=Path, help="where nnU-Net's folders and the studies are")
-    add("--arms", nargs="+", required=True, help="as in nnUNetv2_macl_compare")
-    add("--study", choices=STUDIES, default="short", help="how to fine-tune. Default: short")
-    add("--plan", type=Path, help="nnU-Net plan to take as it is. Default: nnU-Net plans")
+    add("folder", type=Path, help="folder for nnU-Net's folders and the studies")
+    add("--arms", nargs="+", required=True, help="arms, as for nnUNetv2_macl_compare")
+    add("--study", choices=STUDIES, default="short", help="length of fine-tuning. Default: short")
+    add("--plan", type=Path, help="nnU-Net plan to use unchanged. Default: nnU-Net makes the plan")
     add("--splits", default="3", help="random splits of the patients. Default: 3")
-    add("--seeds", default="2", help="fine-tunings in each split. Default: 2")
-    add("--pretrain_epochs", default="16", help="of 250 steps of 32 patches. Default: 16")
+    add("--seeds", default="2", help="fine-tunings per split. Default: 2")
+    add("--pretrain_epochs", default="16", help="pre-training epochs, each of 250 steps with 32 patches. Default: 16")
     add("--jobs", default="12", help="trainings at a time. Default: 12")
-    add("--seconds", type=float, default=480, help="stop after that many. Default: 480")
+    add("--seconds", type=float, default=480, help="stop after this many seconds. Default: 480")
     arguments = parser.parse_args()
     until = time.monotonic() + arguments.seconds
     folder = arguments.folder.resolve()

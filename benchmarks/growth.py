@@ -1,4 +1,4 @@
-"""How a step grows with the batch, and the loader with the number of cases."""
+"""Measure how the time of a step depends on the batch size, and the time of the loader on the number of cases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(device: torch.device) -> list[Row]:
         seconds = {n: [timed(lambda s=s: s(batch(s), 0)) for _ in range(4)] for n, s in steps.items()}
         a_patch = {n: statistics.median(times[1:]) / n for n, times in seconds.items()}
         for n in BATCHES[1:]:
-            what = f"seconds a patch at N={n} over N={BATCHES[0]}"
+            what = f"seconds per patch at N={n} over N={BATCHES[0]}"
             rows.append(at_most("growth with N", what, a_patch[n], a_patch[BATCHES[0]], "s", 1.2))
 
         files = []
@@ -42,6 +42,6 @@ def run(device: torch.device) -> list[Row]:
             loader = PretrainingBatches(cases, Sampling((1, 64, 64), 16, 4, 1), (0, 16), 60)
             a_batch[count] = statistics.median([timed(lambda b=loader, i=i: b[i]) for i in range(60)][10:])
         for count in CASES[1:]:
-            what = f"seconds a batch from {count:,} cases over {CASES[0]}"
+            what = f"seconds per batch from {count:,} cases over {CASES[0]}"
             rows.append(at_most("growth with cases", what, a_batch[count], a_batch[CASES[0]], "s", 1.2))
     return rows

@@ -1,4 +1,4 @@
-"""The dense loss against a loop over grid locations, and its memory."""
+"""Compare the dense loss with a loop over grid locations, and measure its memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def maps(patches: int, channels: int, grid: int, device: torch.device) -> tuple[
 
 
 def loop(dominant: Tensor, auxiliary: Tensor, positions: Tensor, temperature: float = 0.1) -> Tensor:
-    """The same value as the equations have it, one location after the other, by autograd."""
+    """Return the dense loss computed directly from the equations, location by location."""
     losses = []
     for row in range(dominant.shape[2]):
         for column in range(dominant.shape[3]):
@@ -46,7 +46,7 @@ def run(device: torch.device) -> list[Row]:
         return loss.detach()
 
     difference = (backward(criterion(*given)) - backward(loop(*given))).abs().item()
-    # as many in a row as the loop has locations in a row would be too long to wait for
+    # Repeat the fast loss, because a single run is too short to be timed well. More repetitions would take too long.
     ours, theirs = side_by_side(
         lambda: [backward(criterion(*given)) for _ in range(_IN_A_ROW)], lambda: backward(loop(*given)), repeats=3
     )

@@ -1,4 +1,4 @@
-"""Side by side in one run: ways of doing one thing in turn, so that a busy machine slows them all."""
+"""Time several functions in turn, so that other load on the machine slows all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Row(NamedTuple):
-    """A line of the table. ``ratio`` is what the bar speaks of; ``holds`` says whether it is met, None where there is no bar."""
+    """A line of the table. ``bar`` is the required ``ratio``, and ``holds`` says whether it is met, or None without a bar."""
 
     name: str
     what: str
@@ -27,6 +27,7 @@ class Row(NamedTuple):
 
 
 def at_most(name: str, what: str, ours: float, theirs: float, unit: str, bar: float) -> Row:
+    """Return a row that requires ours / theirs to be at most ``bar``."""
     ratio = ours / theirs
     return Row(name, what, ours, theirs, unit, ratio, f"at most {bar:g}", ratio <= bar)
 
@@ -34,13 +35,13 @@ def at_most(name: str, what: str, ours: float, theirs: float, unit: str, bar: fl
 def at_least(
     name: str, what: str, ours: float, theirs: float, unit: str, bar: float, ratio: float | None = None
 ) -> Row:
-    """``ratio`` where it is not ours over theirs."""
+    """Return a row that requires ``ratio``, by default ours / theirs, to be at least ``bar``."""
     ratio = ours / theirs if ratio is None else ratio
     return Row(name, what, ours, theirs, unit, ratio, f"at least {bar:g}", ratio >= bar)
 
 
 def side_by_side(*runs: Callable[[], object], repeats: int = 5) -> list[float]:
-    """Median seconds of each, run in turn after a run of each to warm up."""
+    """Return the median seconds of each function. The functions run in turn, after one run of each to warm up."""
     seconds: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 1):
         for kept, run in zip(seconds, runs, strict=True):
@@ -51,7 +52,7 @@ def side_by_side(*runs: Callable[[], object], repeats: int = 5) -> list[float]:
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds, with a GPU waited for."""
+    """Return the seconds that a function takes, including its work on a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -62,7 +63,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def peak_allocated(run: Callable[[], T]) -> tuple[T, int]:
-    """What a run returns, and the most bytes that torch's CPU allocator held during it beyond what it held before."""
+    """Return the result of a function, and the peak memory that torch's CPU allocator added during the run, bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = run()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,8 +1,8 @@
-"""Memory of a training step: what planning predicts against what a step on the CPU really takes.
+"""Compare the planned memory of a training step with the measured memory of a step on the CPU.
 
     python -m benchmarks.memory
 
-Both are the most that a whole step holds: activations, weights, gradients and optimiser state.
+Both numbers are the peak of activations, weights, gradients and optimiser state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nnunetv2_macl.training.step import TrainingStep
 
 
 class Case(NamedTuple):
-    """A plan to measure, at a batch that keeps it small."""
+    """A plan to measure, with a small batch."""
 
     fingerprint: Fingerprint
     configuration: str
@@ -84,7 +84,7 @@ CASES = (
 
 
 def measure(step: TrainingStep, *, mixed_precision: bool = False) -> int:
-    """Train two real steps on the CPU and return the most bytes that were allocated during a step."""
+    """Train two steps on the CPU and return the peak memory of the second step, bytes."""
     data = batch(step)
 
     def train(number: int) -> None:
@@ -107,7 +107,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def compare(case: Case, folder: Path) -> tuple[MemoryEstimate, int, list[int]]:
-    """Return what is predicted for a case, the bytes that are measured, and the patch."""
+    """Return the predicted memory of a case, the measured memory in bytes, and the patch size."""
     with planned(case.fingerprint, case.configuration, folder) as configuration:
         settings = {"batch_size": case.batch_size, "patches_at_once": case.batch_size} | case.settings
         step = training_step(configuration, torch.device("cpu"), case.recipe, **settings)

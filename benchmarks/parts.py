@@ -1,4 +1,4 @@
-"""Batches computed in parts: memory of few patches, gradient of many."""
+"""Measure time and memory of batches that are computed in parts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(device: torch.device) -> list[Row]:
 
 
 def _steps(fingerprint: Fingerprint, device: torch.device) -> list[TrainingStep]:
-    """N=8, N=64, N=64 in parts of 8."""
+    """Return training steps with N=8, with N=64, and with N=64 in parts of 8."""
     with tempfile.TemporaryDirectory() as folder, planned(fingerprint, "2d", Path(folder)) as configuration:
         return [
             training_step(configuration, device, optimizer="sgd", batch_size=patches, patches_at_once=at_once)

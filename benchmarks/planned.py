@@ -1,4 +1,4 @@
-"""nnU-Net's real planners on data sets of which there is nothing but a fingerprint."""
+"""Run nnU-Net's planners on data sets that consist only of a fingerprint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLAT = 999.0  # nnU-Net's spacing for the axis that 2D files lack
 
 
 class Fingerprint(NamedTuple):
-    """A data set as nnU-Net's fingerprint sees it: median shape (voxels) and spacing (mm), slices first."""
+    """A data set as nnU-Net's fingerprint describes it: median shape (voxels) and spacing (mm), slices first."""
 
     name: str
     channels: tuple[str, ...]
@@ -31,14 +31,14 @@ class Fingerprint(NamedTuple):
 
 
 def plan_with_nnunet(fingerprint: Fingerprint, folder: Path) -> tuple[str, str]:
-    """Let nnU-Net's planner plan a data set that has nothing but its fingerprint.
+    """Run nnU-Net's planner on a data set that consists only of its fingerprint.
 
     Args:
-        fingerprint: of the data set.
-        folder: nnU-Net's three variables point to the folders of their names in it.
+        fingerprint: Fingerprint of the data set.
+        folder: Folder whose subfolders nnU-Net's three environment variables name.
 
     Returns:
-        Data set and plans name.
+        The names of the data set and of the plans.
     """
     dataset = "Dataset950_Topology"
     raw, preprocessed = folder / "nnUNet_raw" / dataset, folder / "nnUNet_preprocessed" / dataset
@@ -83,10 +83,10 @@ def plan_with_nnunet(fingerprint: Fingerprint, folder: Path) -> tuple[str, str]:
             }
         )
     )
-    # the planner builds networks to count their voxels; it needs no weights for that
+    # The planner builds networks only to count their voxels, so the meta device saves memory.
     with torch.device("meta"):
         planner = fingerprint.planner(dataset)
-        # nnU-Net would keep from an older plan what it does not plan anew
+        # Remove an older plan, because nnU-Net would keep some of its values.
         (preprocessed / f"{planner.plans_identifier}.json").unlink(missing_ok=True)
         planner.plan_experiment()
     return dataset, planner.plans_identifier
@@ -94,7 +94,7 @@ def plan_with_nnunet(fingerprint: Fingerprint, folder: Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def planned(fingerprint: Fingerprint, configuration: str, folder: Path) -> Iterator[DatasetConfiguration]:
-    """The configuration as nnU-Net's planner makes it; its three folders are in ``folder`` meanwhile."""
+    """Provide the configuration that nnU-Net's planner makes. Within the context, nnU-Net's folders are in ``folder``."""
     before = {name: os.environ.get(name) for name in FOLDER_VARIABLES}
     os.environ.update({name: str(folder / name) for name in FOLDER_VARIABLES})
     try:

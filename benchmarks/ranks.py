@@ -1,4 +1,4 @@
-"""Two ranks on two cores against one rank with one thread, over gloo; the same batch."""
+"""Compare the speed of two ranks on two cores with that of one rank with one thread, with the same batch and gloo."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(device: torch.device) -> list[Row]:
     if device.type != "cpu":
         return []
     seconds = {world: min(_measure(world) for _ in range(2)) for world in (2, 1)}
-    what = f"patches a second of 2 ranks over 1, gloo, 2D 128x128, N={PATCHES}"
+    what = f"patches per second of 2 ranks over 1, gloo, 2D 128x128, N={PATCHES}"
     return [at_least("ranks", what, PATCHES * STEPS / seconds[2], PATCHES * STEPS / seconds[1], "patches/s", 1.7)]
 
 

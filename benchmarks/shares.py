@@ -1,4 +1,4 @@
-"""What the time of a whole step of `macl` goes to: each part alone, over the whole."""
+"""Measure the share of each part of a step of `macl` in the time of the step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nnunetv2_macl.training.step import TrainingStep
 
 
 def parts(step: TrainingStep, data: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
-    """Return the parts of a step by name: views, network, losses, statistics for the log, update of the weights."""
+    """Return functions that run the parts of a step: views, network, losses, statistics for the log, update of the weights."""
     patches, positions = data["data"].to(step.device), data["positions"].to(step.device)
     (method,), progress = step.methods, step.progress(0)
     alone = network_alone(step, patches)

@@ -1,4 +1,4 @@
-"""A whole training step of each method against forward and backward of the same network with a sum as loss."""
+"""Compare the training step of each method with forward and backward pass of the same network with a sum as loss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHAPES = {
 
 
 def recipes() -> list[str]:
-    """Return the name of one recipe of each method, and of each sum of methods, that the recipes of the package name."""
+    """Return the name of one recipe for each method, and for each combination of methods, in the recipes of the package."""
     found: dict[str, str] = {}
     for file in sorted(resource_folder("plans").glob("*.json")):
         found.setdefault(load_recipe(file, resource_folder("plans")).method, file.stem)
@@ -43,13 +43,13 @@ def training_step(
     compiled: bool = False,
     **settings: object,
 ) -> TrainingStep:
-    """Return a step as the trainer builds it.
+    """Return a training step like the trainer's.
 
     Args:
-        configuration: Of nnU-Net.
-        device: Where the step computes.
+        configuration: Configuration of nnU-Net's plan.
+        device: Device of the step.
         recipe: Name of a recipe.
-        gpu_memory_gb: What the batch may take; None is what nnU-Net planned for.
+        gpu_memory_gb: GPU memory for the batch, GB. None is the memory that nnU-Net planned for.
         compiled: Whether torch compiles the network.
         settings: Recipe values that replace those of the recipe.
     """
@@ -67,7 +67,7 @@ def training_step(
 
 
 def batch(step: TrainingStep) -> dict[str, Tensor]:
-    """Return a batch of noise of the size that the plan has, with neighbours where a method asks for them."""
+    """Return a batch of noise of the plan's size, with neighbours if a method uses them."""
     generator = torch.Generator().manual_seed(0)
     patches, channels = step.plan.batch_size, step.model.network.image_channels
     return {
@@ -79,9 +79,9 @@ def batch(step: TrainingStep) -> dict[str, Tensor]:
 
 
 def network_alone(step: TrainingStep, patches: Tensor) -> Callable[[], None]:
-    """Return forward and backward pass of all that the methods show to the network, with a sum as loss.
+    """Return a function that runs forward and backward pass of all views of a step, with a sum as loss.
 
-    What is left out of a step: the making of views, the losses, gradient caching and the update of the weights.
+    It leaves out the computation of views and losses, gradient caching and the update of the weights.
     """
     views = step.show(patches, 0)
     is_whole = step.plan.patches_at_once >= step.plan.batch_size
@@ -92,7 +92,7 @@ def network_alone(step: TrainingStep, patches: Tensor) -> Callable[[], None]:
             for part in step._cut(views[method.name]):
                 with step._autocast():
                     outputs = step._encode[method.name](part)
-                    # Of a batch in parts the heads see the whole batch, and the network a part.
+                    # In a batch in parts, heads see the whole batch, so they are left out here.
                     outputs = method.project(outputs) if is_whole else outputs
                 total = torch.stack([o.float().sum() for o in outputs.values() if o.requires_grad]).sum()
                 step._scaled(total).backward()
@@ -101,7 +101,7 @@ def network_alone(step: TrainingStep, patches: Tensor) -> Callable[[], None]:
 
 
 def planned_shapes() -> Iterator[tuple[str, DatasetConfiguration, int]]:
-    """Yield, for each of `SHAPES`, its name in words, its configuration and its patches in a step."""
+    """Yield a description, the configuration and the number of patches of a step for each item of `SHAPES`."""
     for name, (fingerprint, configuration_name, patches) in SHAPES.items():
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -117,6 +117,6 @@ def run(device: torch.device) -> list[Row]:
             step = training_step(configuration, device, recipe, batch_size=patches)
             data = batch(step)
             ours, theirs = side_by_side(partial(step, data, 0), network_alone(step, data["data"]))
-            what = f"{recipe}, {shape}, over forward and backward alone"
+            what = f"{recipe}, {shape}, over only forward and backward"
             rows.append(at_most("step", what, ours, theirs, "s", 1.10))
     return rows

@@ -1,4 +1,4 @@
-"""What each switch of torch's would bring to a whole step: the step with it, over the step without it."""
+"""Measure how each option of torch changes the time of a step, over the step without the option."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def compiled(step: TrainingStep) -> None:
 
 
 def switches(device: torch.device) -> dict[str, Callable[[TrainingStep], None]]:
-    """By name; nnU-Net compiles on a GPU only, and has autocast on there."""
+    """Return the options by name. Compiling and autocast are options on a GPU only, as in nnU-Net."""
     common = {"channels_last": channels_last, "fused AdamW": fused_optimiser, "bfloat16": bfloat16}
     return common if device.type == "cpu" else common | {"no autocast": no_autocast, "compiled": compiled}
 

@@ -1,8 +1,7 @@
-"""Pre-training recipes: every setting that a user may choose, its default and what it may be.
+"""Pre-training recipes: all settings that a user may choose, with their types, ranges and defaults.
 
-A recipe is a flat JSON file. ``method`` names how it trains, and the method says which keys there are beside those that all
-recipes have. ``inherits_from`` names another recipe whose values it starts from. The recipes that come with the package lie in
-``plans/``.
+A recipe is a flat JSON file. The key ``method`` names the pre-training method, which defines further keys in addition to the keys
+of all recipes. ``inherits_from`` names another recipe, which provides the defaults. The recipes of the package are in ``plans/``.
 """
 
 from __future__ import annotations
@@ -27,44 +26,51 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class Recipe(MethodConfig):
-    """The keys that all recipes have. `recipe_from_values` adds those of the method and checks every value."""
+    """The keys of all recipes. `recipe_from_values` adds the keys of the method and checks every value."""
 
-    method: str = Field(description="how it trains; several methods are joined by +, and their losses are added")
-    description: str = Field("", description="what the recipe is for")
+    method: str = Field(description="pre-training method; several methods are joined by +, and their losses are added")
+    description: str = Field("", description="description of the recipe")
     decoder_stages: Annotated[int, Field(ge=0)] | Auto = Field(
-        AUTO, description="K, the number of decoder stages that are trained"
+        AUTO, description="K, number of trained decoder stages, counted from the bottleneck"
     )
     padding_mode: PaddingMode = Field(
         "zeros",
-        description="what convolutions see beyond the edge while the network is pre-trained; in fine-tuning it is zeros, from "
-        "which a network can read where in the patch it is",
+        description="padding of the convolutions during pre-training; fine-tuning always pads with zeros, from which a network "
+        "can infer positions in the patch",
     )
-    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="the optimiser")
-    learning_rate: Positive = Field(0.01, description="the highest learning rate")
-    momentum: Annotated[float, Field(ge=0, le=0.9999)] = Field(0.9, description="of `sgd`")
-    weight_decay: NotNegative = Field(1e-5, description="the weight decay")
-    schedule: Literal["cosine", "poly", "constant"] = Field("cosine", description="of the learning rate, down to 0")
-    learning_rate_warmup: Fraction = Field(0.0, description="fraction of the steps over which the rate rises from 0")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="optimiser")
+    learning_rate: Positive = Field(0.01, description="maximum learning rate")
+    momentum: Annotated[float, Field(ge=0, le=0.9999)] = Field(0.9, description="momentum of `sgd`")
+    weight_decay: NotNegative = Field(1e-5, description="weight decay")
+    schedule: Literal["cosine", "poly", "constant"] = Field(
+        "cosine", description="decay of the learning rate to 0, or a constant rate"
+    )
+    learning_rate_warmup: Fraction = Field(
+        0.0, description="fraction of the steps over which the learning rate rises linearly from 0"
+    )
     num_epochs: Count = Field(250, description="number of epochs")
-    num_iterations_per_epoch: Count = Field(250, description="number of steps in an epoch")
-    batch_size: Annotated[int, Field(ge=2)] | Auto = Field(AUTO, description="N, patches of a step over all GPUs")
+    num_iterations_per_epoch: Count = Field(250, description="number of steps per epoch")
+    batch_size: Annotated[int, Field(ge=2)] | Auto = Field(
+        AUTO, description="N, number of patches of a step over all GPUs"
+    )
     patches_at_once: Count | Auto = Field(
         AUTO,
-        description="patches of a batch (of each GPU's part) whose activations are held at a time; fewer than the batch: the "
-        "same gradient, less memory, and with contrast a third more time",
+        description="number of patches (of each GPU's part of the batch) whose activations are in memory at once; fewer than the "
+        "batch need less memory for the same gradient, and with contrastive losses a third more time",
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(12345, description="of every random number")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(12345, description="seed of all random numbers")
     probe_every: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="epochs between two measurements of what the features are worth, for which alone labels are read; `0`: none",
+        description="evaluate the features every `probe_every` epochs, which uses labels for evaluation only; `0` disables it",
     )
     collapse_patience: Annotated[int, Field(ge=0)] = Field(
-        10, description="epochs in collapse after which the run stops; `0`: it goes on whatever happens"
+        10,
+        description="number of collapsed epochs in a row after which the run stops; `0`: it never stops for collapse",
     )
 
     @property
     def losses(self) -> dict[str, float]:
-        """Return the losses that are trained, by name, each with its weight."""
+        """Return the weight of each trained loss, by the name of the loss."""
         return {loss: weight for m in methods_of(self.method) for loss, weight in m.weights(self).items()}
 
     @property
@@ -79,7 +85,7 @@ class Recipe(MethodConfig):
 
     @property
     def uses_neighbours(self) -> bool:
-        """Return whether the views show a neighbour of each patch."""
+        """Return whether the views also show a neighbour of each patch."""
         return any(method.uses_neighbours for method in methods_of(self.method))
 
     @property
@@ -88,25 +94,25 @@ class Recipe(MethodConfig):
         return any(method.trains_in_stages(self) for method in methods_of(self.method))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all values by key, as JSON has them."""
+        """Return all values by key, as JSON values."""
         return self.model_dump()
 
 
 @cache
 def recipe_type(method: str) -> type[Recipe]:
-    """Return the recipe model with the keys of a method. Raises UserError where there is no such method."""
+    """Return the recipe model with the keys of a method. Raise UserError if there is no such method."""
     configs = tuple(m.Config for m in methods_of(method))
     bases: Any = (*configs, Recipe)
     return create_model(f"Recipe_{method.replace('+', '_')}", __base__=bases)
 
 
 def defaults_of(method: str) -> dict[str, Any]:
-    """Return the default of each key of a method's recipes that has one."""
+    """Return the defaults of all keys of a method's recipes that have one."""
     return {key: f.get_default() for key, f in recipe_type(method).model_fields.items() if not f.is_required()}
 
 
 def meaning(key: str) -> str:
-    """Return what a recipe key means; empty for a key that no recipe has."""
+    """Return the description of a recipe key, or an empty string if no recipe has the key."""
     return next((t.model_fields[key].description or "" for t in _known_types() if key in t.model_fields), "")
 
 
@@ -114,7 +120,7 @@ def _known_types() -> list[type[Recipe]]:
     return [recipe_type(method) for method in all_methods()]
 
 
-# Version 0.1 knew these two methods, named none in a recipe, and read off the weights which of them a recipe used.
+# Recipes of version 0.1 do not name a method. Their weights determine which of these two methods they use.
 _WEIGHTS_OF_0_1 = {
     "macl": {"weight_global": 1.0, "weight_dense": 0.5, "weight_equivariance": 1.0},
     "restoration": {"weight_restoration": 0.0},
@@ -122,7 +128,11 @@ _WEIGHTS_OF_0_1 = {
 
 
 def _with_method(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the values with their method. A recipe of version 0.1 has none, and its weights say which it is."""
+    """Return the values with their method. For a recipe of version 0.1, the weights determine the method.
+
+    Raises:
+        UserError: All weights are 0, or only that of the feature-level loss is not.
+    """
     if "method" in values:
         return values
     weights = {key: default for keys in _WEIGHTS_OF_0_1.values() for key, default in keys.items()}
@@ -132,13 +142,13 @@ def _with_method(values: dict[str, Any], where: str) -> dict[str, Any]:
     contrasts, restores = weights["weight_global"] + weights["weight_dense"] > 0, weights["weight_restoration"] > 0
     if not contrasts and weights["weight_equivariance"] > 0:
         raise UserError(
-            f"{where}: weight_equivariance is above 0, and weight_global and weight_dense are 0: features that are the same for "
-            "every image would do. Set weight_equivariance to 0, or one of the others above 0."
+            f"{where}: weight_equivariance is above 0, and weight_global and weight_dense are 0, so the loss is minimal if all "
+            "images have the same features. Set weight_equivariance to 0, or one of the others above 0."
         )
     if not (contrasts or restores):
         raise UserError(
-            f"{where}: weight_global, weight_dense and weight_restoration are all 0, which leaves nothing to learn from. Set one "
-            "of them above 0."
+            f"{where}: weight_global, weight_dense and weight_restoration are all 0, so there is nothing to learn from. Set "
+            "one of them above 0."
         )
     method = "+".join(name for name, used in (("macl", contrasts), ("restoration", restores)) if used)
     unused = recipe_type("macl+restoration").model_fields.keys() - recipe_type(method).model_fields.keys()
@@ -146,10 +156,10 @@ def _with_method(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def with_settings(values: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values with new ones in their place.
+    """Return recipe values with some of them replaced by new values.
 
-    New values as version 0.1 wrote them name no method and set a weight of another one. Then the weights say again which
-    methods there are.
+    New values in the format of version 0.1 name no method and may set the weight of a method that is not in use. In this case
+    the method is removed, so that the weights determine it again.
     """
     method = values.get("method")
     parts = method.split("+") if isinstance(method, str) else []
@@ -162,12 +172,12 @@ def with_settings(values: dict[str, Any], new: Mapping[str, Any]) -> dict[str, A
 
 
 def _check(values: dict[str, Any], where: str, only: str | None = None) -> Recipe | None:
-    """Return the recipe of values that name their method.
+    """Return the recipe with given values, which must include the method.
 
     Args:
         values: Recipe values.
-        where: What an error message names as their source.
-        only: Report errors of this key alone, and return None.
+        where: Source of the values, for error messages.
+        only: Report only errors of this key, and then return None if there are none.
 
     Raises:
         UserError: An unknown key, or a value of the wrong type or out of range.
@@ -196,12 +206,12 @@ def _check(values: dict[str, Any], where: str, only: str | None = None) -> Recip
 
 
 def _unknown_key(key: str, method: str | None) -> str:
-    """Return what an error message says of a key that a method does not have; None: that no method has."""
+    """Return an error message about a key that a method does not have. ``method`` is None if no method has the key."""
     others = [name for name, m in all_methods().items() if key in m.Config.model_fields]
     if others:
         return (
-            f"'{key}' is a key of method {' and '.join(others)}, and the method is {method}. Leave it out, or name the method: "
-            f'"method": "{others[0]}" alone, or joined by + with others.'
+            f"'{key}' is a key of method {' and '.join(others)}, and the method is {method}. Leave out the key, or set "
+            f'"method" to "{others[0]}", or to several methods joined by +.'
         )
     types = _known_types() if method is None else [recipe_type(method)]
     keys = list(dict.fromkeys(key for known in types for key in known.model_fields))
@@ -211,11 +221,15 @@ def _unknown_key(key: str, method: str | None) -> str:
 
 
 def check_values(values: Any, where: str) -> None:
-    """Check recipe keys and values that may be a part of a recipe.
+    """Check the keys and values of a recipe or of a part of a recipe.
+
+    Args:
+        values: The values by key.
+        where: Source of the values, for error messages.
 
     Raises:
-        UserError: An unknown key, or a value of the wrong type or out of range; names ``where``, the key, what it may be and
-            what it is.
+        UserError: A key is unknown, or a value has the wrong type or is out of range. The message names ``where``, the key, the
+            allowed values and the value.
     """
     if not isinstance(values, dict):
         raise UserError(f'{where} must be a JSON object ({{"key": value, ...}}), got {type(values).__name__}.')
@@ -228,7 +242,7 @@ def check_values(values: Any, where: str) -> None:
         if own is not None and key in recipe_type(own).model_fields:
             names = [own]
         else:
-            # Another recipe may name the method, because this one inherits from it. So a key of any method may be here.
+            # The method may come from the recipe that this one inherits from, so keys of all methods are allowed.
             names = [name for name in all_methods() if key in recipe_type(name).model_fields]
         if not names:
             raise UserError(f"{where}: {_unknown_key(key, None)}")
@@ -237,7 +251,7 @@ def check_values(values: Any, where: str) -> None:
 
 
 def _check_one(key: str, value: Any, where: str, methods: Sequence[str]) -> None:
-    """Check the value of a key that several methods have. Raises UserError where none of them takes it."""
+    """Check the value of a key that several methods have. Raise UserError if no method allows the value."""
     refusals = []
     for method in methods:
         try:
@@ -249,7 +263,7 @@ def _check_one(key: str, value: Any, where: str, methods: Sequence[str]) -> None
 
 
 def recipe_from_values(values: Any, where: str) -> Recipe:
-    """Return the recipe with JSON values, checked. Raises UserError as `check_values` does."""
+    """Return the recipe with given JSON values, after checking them. Raise UserError like `check_values`."""
     check_values(values, where)
     try:
         recipe = _check(_with_method(values, where), where)
@@ -260,16 +274,16 @@ def recipe_from_values(values: Any, where: str) -> Recipe:
 
 
 def parse_settings(texts: Iterable[str], where: str) -> dict[str, Any]:
-    """Return recipe values from KEY=VALUE texts, checked as the values of a recipe file are.
+    """Return recipe values from texts of the form KEY=VALUE, after checking them like those of a recipe file.
 
-    A value is written as in a recipe file, and text needs no quotation marks.
+    A value is written as in a recipe file, but text needs no quotation marks.
 
     Args:
         texts: Settings, each ``KEY=VALUE``.
-        where: What an error message names as their source.
+        where: Source of the settings, for error messages.
 
     Raises:
-        UserError: A text without ``=``, a key with two different values, or what `check_values` refuses.
+        UserError: A text has no ``=``, a key has two different values, or `check_values` rejects a value.
     """
     values: dict[str, Any] = {}
     for text in texts:
@@ -285,7 +299,7 @@ def parse_settings(texts: Iterable[str], where: str) -> dict[str, Any]:
 
 
 def settings_as_text(values: Mapping[str, Any]) -> list[str]:
-    """Return recipe values as the KEY=VALUE texts that `parse_settings` reads."""
+    """Return recipe values as texts of the form KEY=VALUE, which `parse_settings` reads."""
     return [
         f"{key}={value if isinstance(value, str) and _value_of(value) == value else json.dumps(value)}"
         for key, value in values.items()
@@ -293,7 +307,7 @@ def settings_as_text(values: Mapping[str, Any]) -> list[str]:
 
 
 def _value_of(written: str) -> Any:
-    """Return the JSON value of a text, or the text itself where it is no JSON."""
+    """Return the JSON value of a text, or the text itself if it is not JSON."""
     try:
         return json.loads(written)
     except (ValueError, RecursionError):
@@ -301,15 +315,15 @@ def _value_of(written: str) -> Any:
 
 
 def load_recipe(name_or_file: str | Path, recipes_folder: Path, settings: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe and those that it inherits from.
+    """Return a recipe, including the values that it inherits from other recipes.
 
     Args:
         name_or_file: The name of a recipe in ``recipes_folder``, or a JSON file.
-        recipes_folder: The folder of the recipes that have a name.
+        recipes_folder: The folder in which recipes are found by name.
         settings: Checked values that replace those of the recipe.
 
     Raises:
-        UserError: no such recipe, no JSON, an unknown key, a wrong value, or values that do not go together.
+        UserError: There is no such recipe, it is not JSON, a key is unknown, a value is wrong, or values contradict each other.
     """
     values, where = _inherited_values(name_or_file, recipes_folder, ())
     if settings:
@@ -318,7 +332,7 @@ def load_recipe(name_or_file: str | Path, recipes_folder: Path, settings: Mappin
 
 
 def values_in(file: str | Path, recipes_folder: Path) -> dict[str, Any]:
-    """What a recipe's file and those that it inherits from say, and not what is left to the defaults; see `load_recipe`."""
+    """Return the values of a recipe's file and of those that it inherits from, without defaults; see `load_recipe`."""
     return _inherited_values(file, recipes_folder, ())[0]
 
 
@@ -326,7 +340,9 @@ def _inherited_values(name_or_file: str | Path, folder: Path, visited: tuple[Pat
     path = _find(name_or_file, folder, relative_to=visited[-1].parent if visited else Path())
     where = f"Recipe {path}"
     if path in visited:
-        raise UserError(f"{where} inherits from itself, by way of {' -> '.join(p.name for p in visited)}.")
+        raise UserError(
+            f"{where} inherits from itself through {' -> '.join(p.name for p in visited)}. Correct 'inherits_from'."
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -348,10 +364,7 @@ def _find(name_or_file: str | Path, folder: Path, relative_to: Path) -> Path:
         try:
             if candidate.is_file():
                 return candidate.resolve()
-        except (OSError, ValueError):  # a name that no file can have
+        except (OSError, ValueError):  # No file can have this name.
             continue
     names = sorted(p.stem for p in folder.glob("*.json"))
-    raise UserError(
-        f"No recipe '{name_or_file}': it is neither a file nor one of those that come with nnunetv2_macl. "
-        f"Take one of: {', '.join(names)}; or give the path of a JSON file."
-    )
+    raise UserError(f"There is no recipe '{name_or_file}'. Give one of {', '.join(names)}, or the path of a JSON file.")

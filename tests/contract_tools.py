@@ -1,4 +1,4 @@
-"""Every registered method with every registered network, and training steps of them, for tests/test_contract.py."""
+"""Combinations of all registered methods and networks, and training steps of them, for tests/test_contract.py."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.synthetic import generate_dataset
 from nnunetv2_macl.training.step import TrainingStep
 
-# A batch that neither two ranks nor parts divide.
+# Neither two ranks nor the parts divide this batch evenly.
 PATCHES = 5
 STEPS_OF_AN_EPOCH = 15
-# Published heads are so wide that they would take most of the time.
+# Published heads are so wide that they would dominate the time of the tests.
 LIGHT = {name: {"head": "light"} for name, method in all_methods().items() if "head" in method.Config.model_fields}
-# Each registered method with its defaults, and what methods can be beyond: a sum, averaged copies, stages of training.
+# All registered methods with their defaults, and variants: a sum of methods, an averaged encoder, training stages.
 RECIPES = {name: {"method": name} | LIGHT.get(name, {}) for name in all_methods()} | {
     "macl+restoration": {"method": "macl+restoration"},
     "macl_averaged_encoder": {"method": "macl", "auxiliary_encoder": "ema"},
     "macl_two_stages": {"method": "macl", "training_stages": 2},
-    # With their defaults, heads and views would take much longer than the small networks.
+    # The default heads and views would take much longer than the small networks.
     "desd": {"method": "desd", "hidden": 32, "outputs": 32},
     "dira": {"method": "dira", "adversary_width": 8},
     "swav": {"method": "swav", "prototypes": 16, "queue_length": 8, "small_views": 2},
@@ -45,13 +45,13 @@ RECIPES = {name: {"method": name} | LIGHT.get(name, {}) for name in all_methods(
 
 
 class Case(NamedTuple):
-    """A recipe, and one of the example networks of a family.
+    """A recipe and an example network of a family.
 
     Attributes:
-        recipe: A name of `RECIPES`.
-        family: The number of the family in `families()`.
+        recipe: A key of `RECIPES`.
+        family: Index of the family in `families()`.
         axes: 2 or 3.
-        example: The number of the network in the family's `examples`.
+        example: Index of the network in the family's `examples`.
     """
 
     recipe: str
@@ -63,7 +63,7 @@ class Case(NamedTuple):
     def first_steps(self) -> tuple[int, ...]:
         """Return the first step of each half of a run, because a method may train other weights in the second half.
 
-        In 3D, where steps take long, it is that of the first half alone.
+        In 3D it is only the first step of the first half, because steps take long.
         """
         return (0, STEPS_OF_AN_EPOCH)[: 4 - self.axes]
 
@@ -74,9 +74,9 @@ class Case(NamedTuple):
 
     @property
     def is_quick(self) -> bool:
-        """Return whether the quick suite has the case.
+        """Return whether the quick suite includes the case.
 
-        It has every recipe with the first U-Net in 2D, and one recipe with all U-Nets, in 3D, and with every other family.
+        It includes every recipe with the first 2D U-Net, and one recipe with all U-Nets and with all other families in 2D.
         """
         if self.has_unet and self.example == 0 and self.axes == 2:
             return True
@@ -84,11 +84,11 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return recipe, network and axes as a test's name has them."""
+        """Return the case as a part of a test's name: recipe, network and axes."""
         return f"{self.recipe}-{_network_name(self.family, self.axes, self.example)}-{self.axes}D"
 
     def network(self) -> nn.Module:
-        """Return the segmentation network, the same weights in every call."""
+        """Return the segmentation network, with the same weights in every call."""
         torch.manual_seed(0)
         return families()[self.family].examples(self.axes)[self.example]
 
@@ -105,10 +105,10 @@ def _number_of_examples(family: int, axes: int, one_per_family: bool) -> int:
 
 
 def all_cases(*, one_per_family: bool = False) -> list[Case]:
-    """Return each recipe with each example network in 2D, and with the first one of each family in 3D.
+    """Return each recipe with all example networks in 2D, and with the first network of each family in 3D.
 
     Args:
-        one_per_family: Whether the first one of each family is enough in 2D, too.
+        one_per_family: Whether to use only the first network of each family in 2D, too.
     """
     return [
         Case(recipe, number, axes, example)
@@ -122,12 +122,12 @@ def all_cases(*, one_per_family: bool = False) -> list[Case]:
 def example_network(
     input_channels: int, num_classes: int, family: int, axes: int, example: int, deep_supervision: bool = True
 ) -> nn.Module:
-    """Return an example network. A plan of `configuration_of` has this function as its network class."""
+    """Return an example network. The plan of `configuration_of` names this function as its network class."""
     return Case("", family, axes, example).network()
 
 
 def configuration_of(case: Case, patch_size: list[int], channels: int) -> DatasetConfiguration:
-    """Return a configuration of nnU-Net whose network is the one of the case."""
+    """Return a configuration of nnU-Net with the network of the case."""
     architecture = {
         "network_class_name": f"{__name__}.{example_network.__name__}",
         "arch_kwargs": {"family": case.family, "axes": case.axes, "example": case.example},
@@ -163,16 +163,16 @@ def prepare(
 
     Args:
         case: Method and network.
-        dtype: Of the weights.
-        patches_at_once: Patches in a part of the batch.
-        size: How many times as large as necessary a patch is, per axis, if the network takes patches of any size.
+        dtype: Data type of the weights.
+        patches_at_once: Number of patches in a part of the batch.
+        size: Factor per axis by which the patch is larger than necessary, if the network takes patches of any size.
         **settings: Further recipe values.
     """
     network, family = case.network(), families()[case.family]
     adapter = family(network, 0)
     totals = [(1,) * case.axes, *(level.stride for level in adapter.encoder_levels)]
     strides = [[b // a for a, b in zip(*pair, strict=True)] for pair in pairwise(totals)]
-    # A bottleneck of one voxel has no instance norm.
+    # Instance norm needs more than one voxel at the bottleneck.
     planned = list(adapter.only_patch_size or [2 * size * multiple for multiple in adapter.patch_multiple])
     decoder_stages = min(1, len(adapter.encoder_levels) - 1)
     of_all = {"decoder_stages": decoder_stages, "num_epochs": 2, "num_iterations_per_epoch": STEPS_OF_AN_EPOCH}
@@ -187,7 +187,7 @@ def prepare(
         dominant_patch_size=geometry.dominant_patch_size,
     )
     configuration = configuration_of(case, geometry.patch_size, adapter.image_channels)
-    # The heads are the same in every call, too.
+    # Initialise the heads with the same weights in every call, too.
     torch.manual_seed(1)
     model = build_model(configuration, plan.geometry, recipe, network).to(dtype)
     if distributed.world_size() > 1:
@@ -211,12 +211,12 @@ def make_volumes(folder: Path, channels: int) -> list[Tensor]:
 
 
 def batch_of(step: TrainingStep, volumes: list[Tensor], number: int) -> dict[str, Tensor]:
-    """Return the patches of this rank in a batch: random places of random volumes, in the precision of the weights.
+    """Return this rank's part of a batch: patches at random positions of random volumes, in the data type of the weights.
 
     Args:
-        step: Says how large a batch and a patch are.
+        step: The step, whose plan has the sizes of batch and patch.
         volumes: (channels, *volume), with at least as many channels as the network takes.
-        number: Of the step.
+        number: Number of the step.
     """
     size, channels = step.plan.patch_size, step.model.network.image_channels
     whole = [1] * (3 - len(size)) + size
@@ -244,7 +244,7 @@ def batch_of(step: TrainingStep, volumes: list[Tensor], number: int) -> dict[str
 
 
 def state_of(step: TrainingStep) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights, the buffers and the state of the optimiser, by name."""
+    """Yield the names and values of the weights, the buffers and the optimiser's state."""
     yield from step.model.state_dict().items()
     for number, values in step.optimizer.state_dict()["state"].items():
         yield from ((f"optimizer.{number}.{key}", value) for key, value in values.items() if isinstance(value, Tensor))

@@ -1,11 +1,11 @@
-"""Compare what two checkouts of this project train, bit by bit, on one machine.
+"""Compare the results of two checkouts of this project bit by bit on one machine.
 
-    python tests/golden.py OLD NEW [--quick]   compare two checkouts; the exit status is 1 where they differ
-    python tests/golden.py --write             write tests/data/golden.json, which tests/test_golden.py compares with
+    python tests/golden.py OLD NEW [--quick]   compare two checkouts; the exit status is 1 if they differ
+    python tests/golden.py --write             write tests/data/golden.json for tests/test_golden.py
 
-Each case is a pre-training of five steps on the CPU, one step an epoch, so that the training log holds the loss of each step.
-Cases are trained by `nnunetv2_macl.pretrain` and read from the files that it leaves, because both stay when code behind them
-is rewritten. One process trains all cases of a checkout, one after the other, on one thread.
+Each case is a pre-training of five steps on the CPU with one step per epoch, so that the log holds the loss of each step.
+Cases use only `nnunetv2_macl.pretrain` and the files that it writes, because these do not change when the code is rewritten. One
+process trains all cases of a checkout one after another on one thread.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ COMMITTED = CHECKOUT / "tests" / "data" / "golden.json"
 DATASET = "Dataset901_Generated"
 STEPS = 5
 BATCH_SIZE = 4
-# Relative. Other processors add in another order.
+# Relative tolerance, because other processors add numbers in another order.
 TOLERANCE = 1e-4
-# parts of 3 patches and of 1
+# The parts of a batch have 3 patches and 1 patch.
 PATCHES_AT_ONCE = 3
 
-# Recipe files as version 0.1 wrote them: flat, with the values that the recipes of these names had then. Recipes of these names
-# may get another meaning; a file keeps the one that it was written with.
+# Recipe files of version 0.1, with the values of the recipes at that time. The package's recipes may change, but such files must
+# keep their meaning.
 RECIPE_FILES: dict[str, dict[str, Any]] = {
     "macl": {
         "own_view_weight": 0.5, "optimizer": "adamw", "learning_rate": 0.001, "weight_decay": 1e-05,
@@ -61,7 +61,7 @@ RECIPE_FILES["pcl"] = RECIPE_FILES["macl"] | {
 }  # fmt: skip
 RECIPE_FILES["simclr"] = RECIPE_FILES["pcl"] | {"threshold": 0.0, "own_view_weight": 0.0}
 
-# The averaged encoder follows at once, and not at the speed of a long training: five steps have to show it.
+# The decay is small, so that five steps show the effect of the averaged encoder.
 EMA = {"auxiliary_encoder": "ema", "ema_decay": 0.5}
 TWO_STAGES = {"training_stages": 2}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,12 +75,12 @@ class Case(NamedTuple):
     """One pre-training.
 
     Attributes:
-        recipe: Name of a recipe, or of one of `RECIPE_FILES` with ``.json`` behind it.
+        recipe: Name of a recipe, or of one of `RECIPE_FILES` with the ending ``.json``.
         settings: Recipe keys that replace those of the recipe.
         configuration: ``2d`` or ``3d_fullres``.
         network: ``plain`` or ``residual``.
-        whole: Whether a batch is computed at once, or in parts.
-        processes: 1, or the number that torchrun starts.
+        whole: Whether a batch is computed at once instead of in parts.
+        processes: Number of processes. torchrun starts more than one.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a case left: losses by step, norms of the exported weights, and hashes of tensors by file."""
+    """The result of a case: loss of each step, norms of the exported weights, and hashes of the weights and checkpoint."""
 
     losses: list[float]
     norms: list[float]
@@ -102,7 +102,7 @@ class Result(NamedTuple):
 
 
 def make_case(recipe: str, configuration: str, network: str = "plain", whole: bool = True, processes: int = 1) -> Case:
-    """Return the case of a recipe, a recipe file or one of `VARIANTS`, named after what it is."""
+    """Return the case of a recipe, a recipe file or one of `VARIANTS`, with a name that describes it."""
     name = " ".join(
         [recipe, configuration.partition("_")[0], network, "whole" if whole else "parts"]
         + ([f"{processes} processes"] if processes > 1 else [])
@@ -113,7 +113,7 @@ def make_case(recipe: str, configuration: str, network: str = "plain", whole: bo
 
 NAMES = ("macl", "restore", "macl_restore", "paper", "simclr")
 CONFIGURATIONS = ("2d", "3d_fullres")
-# The class of each network, and how it calls the number of its blocks.
+# The class of each network, and the name of its argument for the number of blocks.
 NETWORKS = {"plain": ("PlainConvUNet", "n_conv_per_stage"), "residual": ("ResidualEncoderUNet", "n_blocks_per_stage")}
 
 
@@ -121,11 +121,11 @@ def all_cases() -> list[Case]:
     """Return the cases of a full comparison."""
     networks = list(product(CONFIGURATIONS, NETWORKS, (True, False)))
     cases = [make_case(name, *values) for name in ("macl", "restore", "macl_restore") for values in networks]
-    # what these change is the same computation in the other half
+    # Half of the combinations is enough, because these cases run the same computation in the other half.
     half = [values for values in networks if (values[1] == "plain") == values[2]]
     cases += [make_case(name, *values) for name in ("paper", "simclr", "ema", "two_stages") for values in half]
     cases += [make_case("two_stages_full_size", "2d")]
-    # The recipes simclr and restore may change. A recipe file that names all its values may not.
+    # The package's recipes may change, but recipe files with all values must keep their results.
     cases += [make_case(f"{name}.json", "2d") for name in RECIPE_FILES]
     cases += [make_case(f"{name}.json", "3d_fullres", "residual", whole=False) for name in ("simclr", "restore")]
     cases += [
@@ -136,12 +136,12 @@ def all_cases() -> list[Case]:
 
 
 def quick_cases() -> list[Case]:
-    """Return one case of each kind, in 2D on the plain network."""
+    """Return one case of each kind, in 2D with the plain network."""
     return [make_case(name, "2d") for name in (*NAMES, *VARIANTS, "simclr.json", "restore.json")]
 
 
 def committed_cases() -> list[Case]:
-    """Return the cases whose values are committed. None of them is a recipe whose meaning may change."""
+    """Return the cases whose values are committed."""
     return [
         make_case("macl", "2d"),
         make_case("macl_restore.json", "2d", "residual", whole=False),
@@ -158,10 +158,10 @@ def committed_cases() -> list[Case]:
 
 
 def prepare(folder: Path) -> None:
-    """Generate the data set of the tests, let nnU-Net plan and preprocess it, and make its networks small.
+    """Generate the data set of the tests, plan and preprocess it with nnU-Net, and write plans of small networks.
 
     Args:
-        folder: Gets nnU-Net's three folders and ``recipes``.
+        folder: Folder for nnU-Net's three folders and ``recipes``.
     """
     from conftest import Workspace, plan_dataset
 
@@ -170,12 +170,12 @@ def prepare(folder: Path) -> None:
 
 
 def add_plans(folder: Path) -> None:
-    """Write plans of small networks into the folder of nnU-Net's own plan, and write the recipe files.
+    """Write plans of small networks into the folder of nnU-Net's plan, and write the recipe files.
 
-    Unlabelled images are removed, because they would be preprocessed again for each plan, which takes longer than training.
+    Unlabelled images are removed, because preprocessing them again for each plan takes longer than training.
 
     Args:
-        folder: With nnU-Net's three folders, in which the data set is planned and preprocessed in 2D.
+        folder: Folder with nnU-Net's three folders, in which the data set is planned and preprocessed in 2D.
     """
     shutil.rmtree(folder / "nnUNet_raw" / DATASET / "imagesUn")
     planned = folder / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
@@ -187,7 +187,7 @@ def add_plans(folder: Path) -> None:
             ("3d_fullres", [8, 32, 32], [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2]]),
         ):
             values = plans["configurations"][configuration]
-            # images that are preprocessed for 2D are volumes, too
+            # 3D can use the images preprocessed for 2D, because they are volumes.
             values |= {"patch_size": patch, "batch_size": BATCH_SIZE, "data_identifier": "nnUNetPlans_2d"}
             values["architecture"] = _small(values["architecture"], network, strides)
         plans["configurations"] = {name: plans["configurations"][name] for name in CONFIGURATIONS}
@@ -215,7 +215,7 @@ def _small(architecture: dict[str, Any], network: str, strides: list[list[int]])
 
 
 def _environment(folder: Path, checkout: Path) -> dict[str, str]:
-    """Return the environment in which a checkout's package is imported and its runs are in ``folder``."""
+    """Return the environment variables for a checkout's package, with nnU-Net's folders in ``folder``."""
     folders = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
     kept = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")}
@@ -234,16 +234,16 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
 
 
 def train(checkout: Path, prepared: Path, cases: Iterable[Case], folder: Path) -> dict[str, Result]:
-    """Train cases with a checkout's package, in processes of their own.
+    """Train cases with a checkout's package in child processes.
 
     Args:
         checkout: Root of the checkout.
-        prepared: What `prepare` has written; it is copied.
-        cases: What to train.
-        folder: To work in.
+        prepared: Folder that `prepare` has filled. It is copied.
+        cases: Cases to train.
+        folder: Working folder.
 
     Returns:
-        The result of each case, by its name.
+        The results by the name of the case.
     """
     shutil.copytree(prepared, folder)
     results: dict[str, Result] = {}
@@ -266,10 +266,10 @@ def train(checkout: Path, prepared: Path, cases: Iterable[Case], folder: Path) -
 
 
 def do_job(file: Path) -> None:
-    """Train the cases of a job, in a process of which the environment is the checkout's."""
+    """Train the cases of a job file. This runs in a child process with the environment of the checkout."""
     job = json.loads(file.read_text())
     torch.set_num_threads(1)
-    # training on a CPU takes as many threads as there are cores, and sums would be split otherwise on another machine
+    # Keep training on one thread, because the number of threads changes the rounding of sums.
     torch.set_num_threads = lambda number: None
     draw_no_pictures()
 
@@ -288,7 +288,7 @@ def do_job(file: Path) -> None:
 
 
 def draw_no_pictures() -> None:
-    """Leave out pictures and the report, which take longer than five steps and change nothing in the training."""
+    """Disable pictures and the report, which take longer than five steps and do not influence the training."""
     from matplotlib import pyplot
 
     from nnunetv2_macl.errors import UserError
@@ -300,7 +300,7 @@ def draw_no_pictures() -> None:
 
 
 def train_case(case: Case, folder: Path) -> Result | None:
-    """Train one case; the result is None in all processes but the first."""
+    """Train a case and return its result, or None in all processes but the first."""
     import nnunetv2_macl
 
     settings = {"num_epochs": STEPS, "num_iterations_per_epoch": 1, "batch_size": BATCH_SIZE, "collapse_patience": 0}
@@ -325,7 +325,7 @@ def train_case(case: Case, folder: Path) -> Result | None:
 
 
 def read_result(run: Path) -> Result:
-    """Read the result of a run from its folder."""
+    """Return the result of a run from its folder."""
     checkpoint = torch.load(run / "checkpoint_final.pth", map_location="cpu", weights_only=True)
     exported = []
     for name in ("macl_encoder.pth", "macl_decoder.pth"):
@@ -339,13 +339,13 @@ def read_result(run: Path) -> Result:
         losses=[float(loss) for loss in _training_losses(checkpoint)],
         norms=[float(value.double().norm()) for _, value in exported if value.ndim > 1],
         exported=whole.hexdigest()[:12],
-        # without names, which may change
+        # Hash only the values, because names may change.
         checkpoint=sorted({_hash(tensor) for tensor in _tensors(trained)}),
     )
 
 
 def _training_losses(checkpoint: dict[str, Any]) -> list[float]:
-    """Return the loss of each step, from a log that holds an epoch of one step each."""
+    """Return the loss of each step from the log, in which each epoch has one step."""
     logging = checkpoint["logging"]
     losses = logging["train_losses"] if "train_losses" in logging else logging["local_logger"]["train_losses"]
     if len(losses) != STEPS or not all(map(math.isfinite, losses)):
@@ -354,7 +354,7 @@ def _training_losses(checkpoint: dict[str, Any]) -> list[float]:
 
 
 def _tensors(value: Any) -> Iterable[torch.Tensor]:
-    """Yield all tensors in nested dictionaries and lists, but the optimiser's counts of steps."""
+    """Yield all tensors in nested dictionaries and lists, except the optimiser's step counters."""
     if isinstance(value, torch.Tensor):
         if value.ndim:
             yield value
@@ -372,7 +372,7 @@ def _hash(tensor: torch.Tensor) -> str:
 
 
 def compare(old: Path, new: Path, cases: list[Case]) -> bool:
-    """Print a line for each case, and return whether all are equal."""
+    """Train cases with two checkouts, print a line for each case, and return whether all results are equal."""
     with tempfile.TemporaryDirectory(prefix="golden_") as temporary:
         folder = Path(temporary)
         prepare(folder / "prepared")
@@ -390,7 +390,7 @@ def compare(old: Path, new: Path, cases: list[Case]) -> bool:
 
 
 def _difference(old: Result, new: Result) -> str:
-    """Return ``equal``, or ``DIFFERENT`` and what differs."""
+    """Return ``equal``, or ``DIFFERENT`` with a list of the differences."""
     if old == new:
         return "equal"
     found = []
@@ -405,7 +405,7 @@ def _difference(old: Result, new: Result) -> str:
 
 
 def write_committed() -> None:
-    """Write the values that tests/test_golden.py compares with."""
+    """Write the expected values of tests/test_golden.py."""
     with tempfile.TemporaryDirectory(prefix="golden_") as temporary:
         folder = Path(temporary)
         prepare(folder / "prepared")

@@ -1,4 +1,4 @@
-"""What every method with every network must do. A new method or network is tested here without a change of this file."""
+"""Requirements of every method with every network. New methods and networks are tested without a change of this file."""
 
 import math
 import os
@@ -29,28 +29,28 @@ def over(cases, is_quick):
 
 
 over_cases = over(all_cases(), lambda case: case.is_quick)
-# what takes long is quick with U-Nets alone
+# Long tests run only U-Nets in the quick suite.
 over_families = over(ONE_PER_FAMILY, lambda case: case.is_quick and case.has_unet)
 
 
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory):
-    """Generated volumes with as many channels as any of the networks takes."""
+    """Return generated volumes with the largest number of channels of all example networks."""
     of_one_recipe = [case for case in ONE_PER_FAMILY if case.recipe == ONE_PER_FAMILY[0].recipe]
     channels = max(prepare(case).step.model.network.image_channels for case in of_one_recipe)
     return make_volumes(tmp_path_factory.mktemp("volumes") / "Dataset001_Contract", channels)
 
 
 def assert_close(found, expected):
-    """Compare tensors by name in float64."""
+    """Assert that named tensors in float64 agree."""
     found, expected = dict(found), dict(expected)
     assert found.keys() == expected.keys() and expected
     for name, values in expected.items():
         torch.testing.assert_close(found[name], values, rtol=1e-8, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_the_log_tells_the_losses_of_all_methods_apart():
-    """The report reads the losses of a run from the short names in its log."""
+def test_losses_have_different_short_names_in_the_log():
+    """The report identifies the losses of a run by the short names in its log."""
     names = [label.partition(",")[0] for label in loss_labels().values()]
     assert sorted(names) == sorted(set(names))
 
@@ -76,7 +76,7 @@ def test_losses_are_finite_and_declared(case, volumes):
 
 
 @over_cases
-def test_the_gradient_reaches_all_that_is_trained_and_nothing_else(case, volumes):
+def test_only_trained_parameters_get_a_gradient_and_all_of_them_do(case, volumes):
     step, network, _ = prepare(case, torch.float32)
     reached = set()
     for number in (0, STEPS_OF_AN_EPOCH):
@@ -85,9 +85,9 @@ def test_the_gradient_reaches_all_that_is_trained_and_nothing_else(case, volumes
         trained = {name: parameter for name, parameter in step.model.named_parameters() if parameter.requires_grad}
         for name, parameter in trained.items():
             if parameter.grad is None:
-                # The method withholds its gradient at this step, so its momentum must not move it either.
+                # The method withholds the gradient at this step, so momentum must not change the parameter either.
                 assert torch.equal(parameter, before[name]), name
-            # a bias before a norm has no gradient but rounding
+            # The gradient of a bias before a norm is only rounding.
             elif parameter.ndim == 1 or parameter.grad.norm() > 1e-6:
                 reached.add(name)
     assert reached == trained.keys()
@@ -99,7 +99,7 @@ def test_the_gradient_reaches_all_that_is_trained_and_nothing_else(case, volumes
 
 
 @over_cases
-def test_parts_of_a_batch_equal_the_whole(case, volumes):
+def test_a_batch_in_parts_gives_the_same_step(case, volumes):
     if prepare(case).step.model.network.mixes_samples:
         with pytest.raises(UserError, match="batch norm or dropout"):
             prepare(case, patches_at_once=2)
@@ -113,7 +113,7 @@ def test_parts_of_a_batch_equal_the_whole(case, volumes):
 
 
 def results_of(case, volumes):
-    """Train the first steps of a case; returns losses, gradients and weights of each."""
+    """Return losses, gradients and weights after each of the first steps of a case."""
     results = []
     for number in case.first_steps:
         step = prepare(case).step
@@ -132,7 +132,7 @@ def rank_process(rank, port, folder, volumes, cases):
 
 @pytest.fixture(scope="module")
 def results_of_ranks(volumes, tmp_path_factory):
-    """Return a folder with what each rank has of a case. Ranks start slowly, so that quick or slow cases share one start."""
+    """Return a function to the folder of the ranks' results. Quick and slow cases each share one slow start of the ranks."""
 
     @cache
     def folder_of(is_quick):
@@ -148,7 +148,7 @@ def results_of_ranks(volumes, tmp_path_factory):
 
 
 @over_families
-def test_two_ranks_equal_one(case, volumes, results_of_ranks):
+def test_two_ranks_give_the_same_step_as_one(case, volumes, results_of_ranks):
     expected = results_of(case, volumes)
     for rank in range(RANKS):
         found = torch.load(results_of_ranks(case.is_quick) / f"{case.name}_{rank}.pt", weights_only=True)
@@ -159,7 +159,7 @@ def test_two_ranks_equal_one(case, volumes, results_of_ranks):
 
 
 @over_cases
-def test_a_run_that_was_saved_goes_on_to_the_same_bits(case, volumes, tmp_path):
+def test_a_resumed_run_gives_bit_identical_weights(case, volumes, tmp_path):
     whole, resumed = (prepare(case, torch.float32).step for _ in range(2))
     first, *others = range(STEPS_OF_AN_EPOCH - 1, STEPS_OF_AN_EPOCH + 2)
     whole(batch_of(whole, volumes, first), first)
@@ -182,7 +182,7 @@ def test_a_run_that_was_saved_goes_on_to_the_same_bits(case, volumes, tmp_path):
 @over_families
 def test_the_loss_falls(case, volumes):
     step = prepare(case, torch.float32, optimizer="adamw", learning_rate=2e-3).step
-    # The same patches and views in each step, because chance would hide what a few steps on other batches change.
+    # Use the same patches and views in each step, because random batches would hide the effect of a few steps.
     losses = [step(batch_of(step, volumes, 0), 0)["total"] for _ in range(30)]
     before, after = losses[0], losses[-1]
     assert after < before
@@ -204,7 +204,7 @@ def test_exported_weights_are_those_of_the_network(case, volumes, tmp_path):
     assert all(torch.equal(values, own[name]) for name, values in exported.items())
     changed = {names[name] for name, values in own.items() if not torch.equal(values, before[name])}
     trained = {names[name] for name in exported}
-    # A bias before a norm may stay as it is for two steps, and indices of positions are never trained.
+    # A bias before a norm may not change in two steps, and buffers with indices of positions are never trained.
     kept = [own[name] for name in trained - changed]
     assert changed <= trained and all(values.ndim == 1 or not values.is_floating_point() for values in kept)
     whole = checkpoints.load(tmp_path / checkpoints.NETWORK_FILE)["network_weights"]
@@ -216,7 +216,7 @@ def test_exported_weights_are_those_of_the_network(case, volumes, tmp_path):
 def test_the_memory_plan_agrees_with_a_real_step(case, volumes):
     step, _, configuration = prepare(case, torch.float32, size=4 if case.axes == 2 else 1)
     estimate = MemoryEstimate(configuration, step.plan.geometry, step.recipe).gib(PATCHES) * 2**30
-    # A method that trains in stages may hold more in the second half.
+    # A method that trains in stages may need more memory in the second half.
     halves = (0, STEPS_OF_AN_EPOCH) if step.recipe.trains_in_stages else (0,)
     in_use = []
     for number in halves:
@@ -224,7 +224,7 @@ def test_the_memory_plan_agrees_with_a_real_step(case, volumes):
         step(data, number)
         step.optimizer.zero_grad(set_to_none=True)
         held = {values.data_ptr(): values.nbytes for _, values in state_of(step)}
-        # On a CPU, convolutions of few channels take more memory for themselves than for their maps. The profiler would count it.
+        # Do not use the profiler, because convolutions with few channels need large workspaces on a CPU, which it would count.
         with _LiveMemory(int) as memory:
             step(data, number + 1)
         in_use.append(sum(held.values()) + data["data"].nbytes + memory.most)

@@ -27,21 +27,21 @@ def is_moved(before, module):
     return {not torch.equal(values, before[name]) for name, values in module.named_parameters() if values.ndim > 1}
 
 
-def test_the_adversary_is_trained_by_its_own_loss_alone():
+def test_only_its_own_loss_trains_the_adversary():
     _, method = step_of()
     images, restored = torch.randn(2, 3, 1, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     restored.requires_grad_()
-    # The network's term passes through the adversary and leaves its weights without gradient.
+    # The network's loss passes through the adversary without a gradient of the adversary's weights.
     method.adversary.error(restored, 1, fixed=True).sum().backward()
     assert restored.grad.norm() > 0
     assert all(weight.grad is None for weight in method.adversary.parameters())
-    # The judgement is the same, whoever is trained by it.
+    # Fixing the weights does not change the value.
     torch.testing.assert_close(method.adversary.error(restored, 1, fixed=True), method.adversary.error(restored, 1))
     expected = (method.adversary(images) - 1).square().mean((1, 2, 3))
     torch.testing.assert_close(method.adversary.error(images, 1), expected)
 
 
-def test_each_loss_reaches_its_own_side():
+def test_each_loss_has_gradients_only_in_its_own_modules():
     step, method = step_of()
     views = step.show(batch(4)["data"], 0)["dira"]
     features = method.encode(views)
@@ -58,7 +58,7 @@ def test_each_loss_reaches_its_own_side():
 
 
 @pytest.mark.parametrize("at_once", [4, 3])
-def test_the_adversary_is_trained_and_counts_from_the_second_half_on(at_once):
+def test_the_adversary_is_trained_from_the_second_half_on(at_once):
     step, method = step_of(at_once)
     before = weights(method.adversary)
     first = step(batch(4), 0)
@@ -70,7 +70,7 @@ def test_the_adversary_is_trained_and_counts_from_the_second_half_on(at_once):
     assert second["total"] == pytest.approx(sum(weight * second[name] for name, weight in parts.items()))
 
 
-def test_the_losses_are_those_of_the_equations():
+def test_the_losses_equal_their_equations():
     step, method = step_of()
     views = step.show(batch(4)["data"], 0)["dira"]
     features = method.encode(views)
@@ -109,7 +109,7 @@ def test_the_whole_decoder_is_trained():
     assert geometry.decoder_stages == 3 and geometry.patch_size == [32, 32]
 
 
-def test_blocks_are_cut_out_and_change_places():
+def test_blocks_are_cut_out_and_shuffled():
     step, _ = step_of()
     recipe = recipe_of(**SMALL, distorted_share=0.25)
     views = _DistortedViews(step.plan.geometry, recipe, (8, 8))
@@ -125,7 +125,7 @@ def test_blocks_are_cut_out_and_change_places():
     assert nothing.distort(images, orders) is images
 
 
-def test_blocks_keep_their_voxels():
+def test_splitting_into_blocks_keeps_the_voxels():
     step, _ = step_of()
     views = _DistortedViews(step.plan.geometry, recipe_of(**SMALL), (8, 4))
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -140,7 +140,7 @@ def test_an_adversary_fits_any_patch(size):
     assert places[:2] == (1, 1) and min(places[2:]) >= min(4, *size)
 
 
-def test_the_target_is_the_first_view_before_its_values_change():
+def test_the_target_is_the_first_view_without_intensity_changes():
     step, method = step_of(intensity=0.0, distorted_share=0.0)
     views = method.views.make(batch(4)["data"], step.draws(0)["dira"], Progress(0, 1, 1))
     torch.testing.assert_close(views["target"], views["first"])

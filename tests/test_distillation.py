@@ -1,4 +1,4 @@
-"""Self-distillation: the loss, its centre, and DeSD."""
+"""Self-distillation: the loss, its centre, and the method DeSD."""
 
 import math
 
@@ -16,7 +16,7 @@ def outputs(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_the_loss_and_the_centre_are_those_of_lightly():
+def test_the_loss_and_the_centre_equal_those_of_lightly():
     lightly = pytest.importorskip("lightly.loss").DINOLoss(
         output_dim=16, warmup_teacher_temp=0.04, teacher_temp=0.04, warmup_teacher_temp_epochs=0, student_temp=0.1
     )
@@ -35,7 +35,7 @@ def test_the_loss_and_the_centre_are_those_of_lightly():
         torch.testing.assert_close(ours.centre, lightly.center.flatten())
 
 
-def test_only_an_update_moves_the_centre():
+def test_only_update_centre_changes_the_centre():
     loss = DistillationLoss(4, centre_momentum=0.75).double()
     teacher = outputs(3, 2, 4)
     loss(teacher, loss.targets(teacher, 0.04))
@@ -63,7 +63,7 @@ def step_of(epochs=4, iterations=2, **values):
     return step, method
 
 
-def test_each_depth_predicts_the_deepest_teacher_output_of_the_other_view():
+def test_each_depth_predicts_the_teacher_output_of_the_other_view():
     _, method = step_of()
     method.loss.update_centre(outputs(9, 8))
     views = ("first", "second")
@@ -82,7 +82,7 @@ def test_each_depth_predicts_the_deepest_teacher_output_of_the_other_view():
     assert found.item() == pytest.approx(np.mean(losses), rel=1e-9)
 
 
-def test_the_depths_are_the_last_maps_and_the_teacher_reads_the_last():
+def test_the_depths_are_the_last_maps_and_the_teacher_reads_the_last_one():
     _, method = step_of(depths=3, decoder_stages=1)
     widths = [head.layers[0].num_features for head in method.heads]
     assert widths == [12, 16, 12] and method.teacher_head.layers[0].num_features == 12
@@ -116,7 +116,7 @@ def test_the_teacher_has_no_gradient():
     assert not found["first_target"].requires_grad and found["first_2"].requires_grad
 
 
-def test_last_layers_stay_as_they_are_at_first():
+def test_last_layers_are_frozen_at_first():
     step, method = step_of()
     moved = []
     for number in range(3):
@@ -126,7 +126,7 @@ def test_last_layers_stay_as_they_are_at_first():
     assert moved == [[False] * 3, [False] * 3, [True] * 3]
 
 
-def test_outputs_are_cosines_to_directions_of_unit_length():
+def test_outputs_are_cosine_similarities_to_the_directions():
     head = DistillationHead(6, 5, hidden=4).double()
     with torch.no_grad():
         head.directions.weight.mul_(7)

@@ -1,4 +1,4 @@
-"""GCL: contrast by parts of volumes, and contrast of regions after the fixed encoder."""
+"""GCL: contrast by partitions of volumes, and contrast of regions with a frozen encoder."""
 
 import math
 
@@ -21,7 +21,7 @@ def vectors(*shape, seed=0):
 
 
 def pair_loss(anchor, positive, negatives):
-    """Return -log of the positive's share among itself and the negatives, as Eq. 1 and 3 have it."""
+    """Return -log of the softmax of the positive among itself and the negatives, as in Eq. 1 and 3."""
 
     def similarity(a, b):
         return math.exp(a @ b / np.linalg.norm(a) / np.linalg.norm(b) / TEMPERATURE)
@@ -30,7 +30,7 @@ def pair_loss(anchor, positive, negatives):
     return -math.log(found / (found + sum(similarity(anchor, other) for other in negatives)))
 
 
-def test_images_of_one_part_are_positives_and_never_negatives():
+def test_images_of_one_partition_are_positives_and_never_negatives():
     first, second = vectors(6, 8), vectors(6, 8, seed=1)
     places = [0.1, 0.2, 0.3, 0.6, 0.9, 1.0]
     part = [0, 0, 1, 2, 3, 3] * 2
@@ -44,7 +44,7 @@ def test_images_of_one_part_are_positives_and_never_negatives():
     assert found.item() == pytest.approx(np.mean(losses), rel=1e-9)
 
 
-def test_a_region_is_told_apart_from_the_next_ones_in_both_maps():
+def test_the_negatives_of_a_region_are_the_next_regions_in_both_maps():
     first, second = vectors(2, 7, 8), vectors(2, 7, 8, seed=1)
     losses = []
     for maps in zip(first.numpy(), second.numpy(), strict=True):
@@ -62,7 +62,7 @@ def test_without_a_negative_there_is_no_loss_and_no_gradient():
     assert loss.item() == 0 and not first.grad.any()
 
 
-def test_the_lines_are_what_the_loss_is_worth():
+def test_reference_lines_equal_the_loss_in_these_states():
     recipe, positions = recipe_of(method="gcl_image"), torch.tensor([[0.1] * 3, [0.4] * 3, [0.9] * 3])
     same = torch.ones(3, 8, dtype=torch.float64)
     loss = PartitionContrastiveLoss(4, TEMPERATURE)
@@ -72,7 +72,7 @@ def test_the_lines_are_what_the_loss_is_worth():
     assert lines["all_found"] == pytest.approx(loss(apart, apart, positions).item(), abs=1e-3)
 
 
-def test_patches_that_all_lie_in_one_part_are_reported():
+def test_patches_that_are_all_in_one_partition_are_reported():
     lines = GCLImage.reference_lines(recipe_of(method="gcl_image"), 8, {})
     reasons = GCLImage.collapse_reasons({"partition": 0.0, "negatives": 0.2}, {}, lines)
     assert "0.20 negatives" in reasons[0]
@@ -91,7 +91,7 @@ def test_a_region_is_flattened_before_the_linear_layer():
 
 
 @pytest.mark.parametrize("at_once", [4, 2])
-def test_the_second_half_trains_the_decoder_after_the_fixed_encoder(at_once):
+def test_the_second_half_trains_only_the_decoder(at_once):
     recipe = recipe_of(
         method="gcl", optimizer="adamw", learning_rate=0.1, weight_decay=0.1, num_epochs=2, num_iterations_per_epoch=1
     )
@@ -105,14 +105,14 @@ def test_the_second_half_trains_the_decoder_after_the_fixed_encoder(at_once):
     assert moved == [{"encoder"}, {"transpconvs", "stages"}]
 
 
-def test_views_of_regions_differ_in_their_intensities_alone():
+def test_views_of_regions_differ_only_in_their_intensities():
     recipe = recipe_of(method="gcl", intensity=1e-6)
     (method,) = model_of(unet(), [32, 32], recipe, scale=[1, 1])
     step = training_step(4, 4, recipe)
     patches, numbers = batch(4)["data"], step.draws(0)["gcl"]
     views = method.views.make(patches, numbers, Progress(1, 2, 1))
     for name in ("first", "second"):
-        # blur has no strength
+        # The tolerance is for blur, which does not depend on the strength.
         torch.testing.assert_close(views[name].mean((1, 2, 3)), patches.mean((1, 2, 3)), rtol=0, atol=0.05)
     assert all(len(set(regions.tolist())) == 13 for regions in views["regions"])
 
@@ -123,7 +123,7 @@ def test_the_region_level_needs_a_decoder():
         GCL.plan_geometry([32, 32], [[1, 1], [2, 2], [2, 2]], training)
 
 
-def test_a_key_of_several_methods_may_have_what_one_of_them_allows():
+def test_a_value_is_valid_if_one_of_several_methods_allows_it():
     """GCL needs intensity changes, and other methods do not."""
     check_values({"intensity": 0.0}, "test")
     check_values({"intensity": 0.0, "method": "simclr"}, "test")

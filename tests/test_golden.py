@@ -1,4 +1,4 @@
-"""Five steps of pre-training give the losses and weights that are committed in tests/data/golden.json."""
+"""Five steps of pre-training give the losses and norms of weights in tests/data/golden.json."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ VALUES = json.loads(golden.COMMITTED.read_text())
 
 @pytest.fixture(scope="module")
 def prepared(planned, tmp_path_factory):
-    """The generated data set, with plans of small networks and recipe files."""
+    """Return a workspace with the generated data set, plans of small networks and recipe files."""
     folder = tmp_path_factory.mktemp("golden") / "nnunet"
     shutil.copytree(planned.folder, folder)
     golden.add_plans(folder)

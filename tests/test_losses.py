@@ -1,4 +1,4 @@
-"""The losses against the published numbers, a loop written from the equations, and each other."""
+"""Compare the losses with published numbers, with a loop written from the equations, and with each other."""
 
 from pathlib import Path
 
@@ -21,12 +21,12 @@ from nnunetv2_macl.losses import (
 )
 from nnunetv2_macl.losses.fused import FusedContrast
 
-# Losses and gradients of the published implementation, at random vectors.
+# Losses and gradients of the published implementation for random vectors.
 REFERENCE = Path(__file__).parent / "data" / "loss_vectors.npz"
 
 
 def loop(dominant, auxiliary, positions, threshold, temperature, own_view_weight=0.0):
-    """L_g as the equations have it, without the base temperature."""
+    """Return L_g computed directly from the equations, without the base temperature."""
     vectors = np.concatenate([dominant, auxiliary])
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     positions = np.concatenate([positions.reshape(len(positions), -1)] * 2)
@@ -44,7 +44,7 @@ def loop(dominant, auxiliary, positions, threshold, temperature, own_view_weight
 
 
 @pytest.mark.parametrize("case", range(3))
-def test_published_implementation(case):
+def test_losses_and_gradients_equal_the_published_implementation(case):
     with np.load(REFERENCE) as file:
         ref = {key.split("/")[1]: file[key] for key in file.files if key.startswith(f"{case}/")}
     inputs = [torch.tensor(ref[k], requires_grad=True) for k in ("aux_global", "dom_global", "aux_dense", "dom_dense")]
@@ -59,7 +59,7 @@ def test_published_implementation(case):
     np.testing.assert_allclose(norms, ref["grad_norms"], rtol=0, atol=1e-9)
 
 
-def test_location_loss_is_the_equation_within_each_image():
+def test_location_loss_equals_its_equation():
     rng = np.random.default_rng(0)
     dominant, auxiliary = rng.normal(size=(2, 3, 5, 2, 4))
     expected = [
@@ -75,7 +75,7 @@ def test_location_loss_is_the_equation_within_each_image():
 @pytest.mark.parametrize("axes", [None, 1, 3])
 @pytest.mark.parametrize("threshold", [0.0, 0.15, 2.0])
 @pytest.mark.parametrize("own_view_weight", [0.0, 0.4])
-def test_global_loss_is_the_equation(axes, threshold, own_view_weight):
+def test_global_loss_equals_its_equation(axes, threshold, own_view_weight):
     rng = np.random.default_rng(0)
     dominant, auxiliary = rng.normal(size=(2, 6, 5))
     positions = rng.uniform(size=6 if axes is None else (6, axes))
@@ -114,12 +114,12 @@ def test_chunks_change_neither_loss_nor_gradient(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(2, 3, 1), (6, 5, 4), (5, 16, 40)])
 @pytest.mark.parametrize("own_view_weight", [0.0, 0.4, 1.0])
-def test_the_fused_loss_is_the_readable_one_in_value_and_gradient(shape, own_view_weight):
+def test_the_fused_loss_equals_the_direct_loss_in_value_and_gradient(shape, own_view_weight):
     generator = torch.Generator().manual_seed(0)
     embeddings = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
     positions = torch.rand(shape[0], 3, generator=generator)
     weights = positive_weights(positions, 0.4, own_view_weight, torch.float64)
-    # each location has a gradient of its own, as in a sum of several losses
+    # The upstream gradient differs between locations, as in a weighted sum.
     upstream = torch.randn(shape[2], generator=generator, dtype=torch.float64)
     readable, fused = (function(*embeddings, weights, 0.1) for function in (contrast, FusedContrast.apply))
     torch.testing.assert_close(fused, readable, rtol=1e-12, atol=1e-12)
@@ -157,7 +157,7 @@ def test_equivariance_is_zero_for_linear_maps_and_l1_otherwise(small, large):
     assert EquivarianceLoss()(ramp(small) + 0.5, ramp(large)).item() == pytest.approx(0.5, abs=1e-6)
 
 
-def test_weighted_sum_and_terms_left_out():
+def test_the_total_is_the_weighted_sum_and_terms_of_weight_0_are_left_out():
     generator = torch.Generator().manual_seed(0)
     outputs = {f"global_{b}": torch.randn(4, 8, generator=generator) for b in ("dominant", "auxiliary")}
     outputs |= {f"dense_{b}": torch.randn(4, 8, 3, 3, generator=generator) for b in ("dominant", "auxiliary")}
@@ -173,11 +173,11 @@ def test_weighted_sum_and_terms_left_out():
     assert only_global.dense_loss.threshold == only_global.global_loss.threshold == 0.0
 
 
-def test_reference_values():
-    """Against vectors built to be in each of the three states, and the number that was worked out by hand."""
+def test_reference_values_are_those_of_vectors_in_each_state():
+    """Compare the values with losses of vectors in the three states, and with numbers computed by hand."""
     assert reference_values(32, 12).own_view_only == pytest.approx(5.81, abs=0.01)
     assert reference_values(32, 12).collapse == pytest.approx(5.919, abs=1e-3)
-    positions = torch.arange(16) // 4 * 0.25  # groups of 4 patches: 7 positives an anchor
+    positions = torch.arange(16) // 4 * 0.25  # groups of 4 patches: 7 positives per anchor
     loss = PositionalContrastiveLoss(0.01, 0.1, None)
     alike = torch.ones(16, 16)
     assert loss(alike, alike, positions).item() == pytest.approx(
@@ -199,26 +199,26 @@ def test_arguments_are_checked(wrong):
 
 def test_shapes_are_checked():
     vectors = torch.randn(4, 8)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="shape"):
         PositionalContrastiveLoss()(vectors, vectors[:3], torch.rand(4))
-    with pytest.raises(ValueError, match="one row a patch"):
+    with pytest.raises(ValueError, match="4 patches, got 3 rows"):
         PositionalContrastiveLoss()(vectors, vectors, torch.rand(3))
     with pytest.raises(ValueError, match=r"\(N, C, \*grid\)"):
         DenseContrastiveLoss()(vectors, vectors, torch.rand(4))
-    with pytest.raises(ValueError, match="agree"):
+    with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\).*\(2, 4, 8, 8\)"):
         EquivarianceLoss()(torch.randn(2, 3, 4, 4), torch.randn(2, 4, 8, 8))
     with pytest.raises(ValueError, match="weights"):
         MultiLevelContrastiveLoss(weight_global=0, weight_dense=0)
 
 
-def test_standardised_equivariance_does_not_reward_one_map_for_every_image():
+def test_standardised_equivariance_is_large_if_all_images_have_the_same_map():
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(6, 4, 8, 8, generator=generator)
     small = F.interpolate(maps, size=(4, 4), mode="bilinear", align_corners=True)
     other = torch.randn(6, 4, 4, 4, generator=generator)
     plain, standardised = EquivarianceLoss(), EquivarianceLoss("standardised")
     assert plain(small, maps) < 1e-6 and standardised(small, maps) < 1e-6
-    # what all images have in common, and the scale, change nothing
+    # The loss does not depend on what all images have in common, nor on the scale.
     common = torch.randn(1, 4, 4, 4, generator=generator)
     torch.testing.assert_close(standardised(0.1 * other + common, maps), standardised(other, maps), rtol=0.02, atol=0)
     assert plain(0.01 * other, 0.01 * maps) < 0.02 < standardised(0.1 * other, 0.1 * maps)

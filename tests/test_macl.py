@@ -1,4 +1,4 @@
-"""MACL on real dynamic-network-architectures U-Nets."""
+"""MACL with U-Nets of dynamic-network-architectures."""
 
 from types import SimpleNamespace
 
@@ -42,7 +42,7 @@ def images(axes=2, patches=3, edge=64):
 
 
 def macl(whole=None, scale=4, axes=2, decoder_stages=2, auxiliary_stage=4, **values):
-    """A model, its method, and the total loss of a few patches."""
+    """Return a model, its method, and the total loss of a few patches."""
     levels = dict(decoder_stages=decoder_stages, auxiliary_stage=auxiliary_stage, scale=[scale] * axes)
     model = model_of(whole or unet(axes=axes), [64] * axes, recipe_of(**values), **levels)
     (method,) = model
@@ -55,7 +55,7 @@ def macl(whole=None, scale=4, axes=2, decoder_stages=2, auxiliary_stage=4, **val
 @pytest.mark.parametrize(
     "decoder_stages, auxiliary_stage, scale", [(1, 4, 2), (2, 4, 4), (2, 3, 2), (1, 3, 1), (0, 4, 1)]
 )
-def test_branches_meet_on_one_grid(kind, axes, decoder_stages, auxiliary_stage, scale):
+def test_both_branches_have_dense_maps_on_one_grid(kind, axes, decoder_stages, auxiliary_stage, scale):
     levels = dict(decoder_stages=decoder_stages, auxiliary_stage=auxiliary_stage, scale=[scale] * axes)
     outputs = embeddings_of(model_of(unet(kind, axes), [64] * axes, **levels), images(axes))
     assert outputs["dense_dominant"].shape == outputs["dense_auxiliary"].shape
@@ -66,13 +66,13 @@ def test_branches_meet_on_one_grid(kind, axes, decoder_stages, auxiliary_stage, 
 
 
 def test_every_parameter_is_trained():
-    """As DDP demands: no parameter without a gradient."""
+    """DDP requires that every parameter gets a gradient."""
     model, _, loss = macl()
     loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_image_level_alone_builds_and_needs_no_more():
+def test_with_only_the_image_level_no_other_modules_are_built():
     model, method, loss = macl(decoder_stages=0, scale=1, weight_dense=0.0, weight_equivariance=0.0)
     assert not method.views.has_invariance
     assert set(embeddings_of(model, images())) == {"global_dominant", "global_auxiliary"}
@@ -90,7 +90,7 @@ def test_the_unet_itself_is_trained_and_its_names_are_kept():
     assert {key.split(".")[2] for key in decoder} == {"0", "1"}
 
 
-def test_auxiliary_encoders():
+def test_an_independent_encoder_gets_gradients_and_an_averaged_one_follows():
     _, independent, loss = macl(auxiliary_encoder="independent")
     loss.backward()
     assert all(p.grad is not None for p in independent.auxiliary_encoder.parameters())
@@ -105,7 +105,7 @@ def test_auxiliary_encoders():
     torch.testing.assert_close(next(ema.auxiliary_encoder.parameters()), before + 0.1)
 
 
-def test_a_second_encoder_gets_weights_that_are_loaded():
+def test_loaded_weights_are_copied_into_the_auxiliary_encoder():
     model, method, _ = macl(auxiliary_encoder="ema")
     weights = {key: value + 1 for key, value in model.network.trained_weights()[0].items()}
     model.load_weights(weights)
@@ -113,7 +113,7 @@ def test_a_second_encoder_gets_weights_that_are_loaded():
         torch.testing.assert_close(value, weights[f"encoder.{key}"])
 
 
-def test_standardising_tells_apart_what_instance_norm_made_alike():
+def test_standardising_separates_embeddings_that_instance_norm_made_similar():
     torch.manual_seed(0)
     features = torch.nn.functional.instance_norm(torch.randn(16, 32, 8, 8)).relu()
 
@@ -135,7 +135,7 @@ def test_other_networks_are_refused():
 
 
 @pytest.mark.parametrize("negatives, shares", [("location", (1, 0)), ("image", (0, 1)), ("both", (0.5, 0.5))])
-def test_the_pixel_level_has_the_negatives_that_the_recipe_names(negatives, shares):
+def test_the_recipe_selects_the_negatives_of_the_pixel_level(negatives, shares):
     recipe = recipe_of(dense_negatives=negatives, weight_dense=0.8, weight_equivariance=0.0)
     model = model_of(unet(), [64, 64], recipe, scale=[2, 2])
     (method,) = model
@@ -150,15 +150,15 @@ def test_the_pixel_level_has_the_negatives_that_the_recipe_names(negatives, shar
     torch.testing.assert_close(losses["total"], total)
 
 
-def test_no_padding_but_zeros_shows_the_network_where_the_edge_is():
-    """With zeros a constant image has another feature at each border. With any other padding it has one everywhere."""
+def test_only_zero_padding_reveals_the_edge_of_the_patch():
+    """The features of a constant image vary near the border with zeros, and are constant with any other padding."""
     configuration = SimpleNamespace(channel_names=["MR"] * 2, channels_without_zscore=())
     geometry = Geometry(1, 4, [2, 2], [64, 64])
     spread = {}
     for mode in ("zeros", "reflect", "replicate", "circular"):
         whole = unet(has_norm=False)
         model = build_model(configuration, geometry, recipe_of(padding_mode=mode), whole)
-        # a transposed convolution has a pattern of its own within each location, which is the same everywhere
+        # Check only the encoder, because transposed convolutions add a pattern of their own.
         maps = model.network.encode(torch.ones(1, 2, 64, 64))
         spread[mode] = max(float(m.detach().flatten(2).std(-1).max()) for m in maps)
     assert spread.pop("zeros") > 1e-3

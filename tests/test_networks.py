@@ -1,4 +1,4 @@
-"""Adapters of segmentation networks: every family that is registered, and what is refused."""
+"""Adapters of segmentation networks: all registered families, and networks that are rejected."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ from nnunetv2_macl.transfer import plan_transfer
 
 
 def marks(family, network):
-    """The quick suite has no networks whose smallest patch is large."""
+    """Mark networks whose smallest patch is large as slow."""
     adapter = family(network, 0)
     size = adapter.only_patch_size or [2 * n for n in adapter.patch_multiple]
     return [pytest.mark.slow] if prod(size) > 32**3 else []
@@ -57,7 +57,7 @@ def decoder_stages_of(network):
 
 
 def patches(adapter, count):
-    """Images of the least size that has two voxels at each axis of the bottleneck, or of the only size there is."""
+    """Return images of the only possible size, or of the smallest size with two bottleneck voxels on each axis."""
     size = adapter.only_patch_size or [2 * n for n in adapter.patch_multiple]
     return torch.randn(count, adapter.image_channels, *size, generator=torch.Generator().manual_seed(0))
 
@@ -89,7 +89,7 @@ def test_shapes_are_checked_without_values(family, axes, number):
 
 
 @over_networks
-def test_weights_have_the_names_of_the_network_and_go_back_by_them(family, axes, number):
+def test_weights_have_the_names_of_the_network_and_can_be_loaded_by_them(family, axes, number):
     network, other = (family.examples(axes)[number] for _ in range(2))
     stages = min(1, decoder_stages_of(network))
     adapter, target = pretrainable(network, stages), pretrainable(other, stages)
@@ -109,7 +109,7 @@ def test_weights_have_the_names_of_the_network_and_go_back_by_them(family, axes,
 
 
 @over_networks
-def test_a_copy_of_the_encoder_takes_its_place(family, axes, number):
+def test_a_copy_of_the_encoder_can_replace_the_encoder(family, axes, number):
     adapter = pretrainable(family.examples(axes)[number], 0).eval()
     assert adapter.decoder_levels == [] and adapter.trained_weights()[1] == {}
     copy = deepcopy(adapter.encoder)
@@ -124,7 +124,7 @@ def test_a_copy_of_the_encoder_takes_its_place(family, axes, number):
 
 
 @over_networks
-def test_samples_stay_apart_where_the_adapter_says_so(family, axes, number):
+def test_mixes_samples_says_whether_samples_influence_each_other(family, axes, number):
     adapter = all_stages(family.examples(axes)[number]).train()
     images = patches(adapter, 2)
     together, alone = last_map(adapter, images), torch.cat([last_map(adapter, image[None]) for image in images])
@@ -145,14 +145,14 @@ def test_every_weight_is_transferred_to_the_same_network(family, axes, number):
     assert torch.equal(last_map(adapter.eval(), images), last_map(all_stages(target).eval(), images))
 
 
-def test_batch_norm_and_dropout_mix_samples_where_they_are_held():
+def test_batch_norm_and_dropout_in_held_stages_mix_samples():
     assert pretrainable(unet(nn.BatchNorm2d), 0).mixes_samples
     network = unet()
     network.decoder.stages[2].convs.append(nn.Dropout2d())
     assert [pretrainable(network, stages).mixes_samples for stages in (0, 2, 3)] == [False, False, True]
 
 
-def test_the_check_leaves_no_trace():
+def test_the_check_changes_no_state():
     network = unet(nn.BatchNorm2d)
     network.encoder.stages[1].eval()
     modes = [module.training for module in network.modules()]
@@ -163,7 +163,7 @@ def test_the_check_leaves_no_trace():
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
 
 
-def test_modules_keep_the_order_that_a_saved_optimiser_counts_on():
+def test_modules_keep_the_order_of_a_saved_optimiser_state():
     adapter = pretrainable(unet(), 2)
     assert list(dict.fromkeys(name.partition(".")[0] for name, _ in adapter.named_parameters())) == [
         "encoder",
@@ -183,7 +183,7 @@ def test_stages_that_the_network_does_not_have_are_refused(stages):
 
 
 class ForgetsTheFirstMap(UNet):
-    """Computes maps of the right shapes without the encoder's first map."""
+    """An adapter that ignores the encoder's first map but returns maps of the right shapes."""
 
     def decode(self, maps, stages=None):
         return super().decode([torch.zeros_like(maps[0]), *maps[1:]], stages)
@@ -206,21 +206,21 @@ class ReadsAnotherLayer(UNet):
     [(ForgetsTheFirstMap, "other values"), (SaysOtherChannels, "its levels say"), (ReadsAnotherLayer, "does not use")],
 )
 @pytest.mark.parametrize("axes", [2, 3])
-def test_a_wrong_adapter_is_found_out(wrong, problem, axes):
+def test_a_wrong_adapter_is_rejected(wrong, problem, axes):
     for network in UNet.examples(axes):
         with pytest.raises(UserError, match=f"{wrong.__name__} .*{type(network).__name__} .*{problem}"):
             check_adapter(wrong, network)
 
 
 class Gated(PlainConvUNet):
-    """Looks like a U-Net to anybody who asks for its attributes, and computes something else."""
+    """A network with the attributes of a U-Net that computes something else."""
 
     def forward(self, x):
         maps = self.encoder(x)
         return self.decoder([*(map.sigmoid() * map for map in maps[:-1]), maps[-1]])
 
 
-def test_a_network_that_looks_like_one_of_a_family_is_refused():
+def test_a_subclass_of_an_adapted_network_is_rejected():
     network = unet()
     network.__class__ = Gated
     with pytest.raises(UserError, match=r"test_networks\.Gated cannot be pre-trained.*PlainConvUNet"):
@@ -262,7 +262,7 @@ def test_a_plan_with_another_network_is_refused_before_anything_is_done(workspac
     for words in (plan["words"], message):
         assert f"{file}, 2d: The network {name} cannot be pre-trained" in words
         assert all(known.rpartition(".")[2] in words for known in network_types())
-    # nnU-Net's own command reads the plan without this package
+    # nnU-Net's own command reads the plan without the check of this package.
     with pytest.raises(UserError, match="cannot be pre-trained"):
         derive_or_load_plan(replace(configuration, plans_manager=PlansManager(plans)))
     assert sorted(workspace.folder.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""The paper's network in a nnU-Net plan, and fine-tuning as the paper has it."""
+"""The paper's network in an nnU-Net plan, and fine-tuning as in the paper."""
 
 import json
 
@@ -24,7 +24,7 @@ def trainer(fold=0):
     return nnUNetTrainerMACLPaper(plans, "2d", fold, configuration.dataset_json, torch.device("cpu"))
 
 
-def test_the_plan_differs_in_its_network_alone(workspace):
+def test_the_plan_differs_only_by_the_network_and_its_sizes(workspace):
     file = plan_network("901", "paper")
     assert file.name == "nnUNetPlans_paper.json" and plan_network("901", "paper") == file
     before, after = (DatasetConfiguration.load("901", name, "2d") for name in ("nnUNetPlans", "nnUNetPlans_paper"))
@@ -38,11 +38,11 @@ def test_the_plan_differs_in_its_network_alone(workspace):
     }
     assert changed <= {"architecture", "batch_size", "patch_size"}
     file.write_text("{}")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match=file.name):
         plan_network("901", "paper")
 
 
-def test_a_configuration_that_inherits_from_another(workspace):
+def test_a_configuration_that_inherits_is_planned(workspace):
     plans = workspace.preprocessed / DATASET / "nnUNetPlans.json"
     content = json.loads(plans.read_text())
     content["configurations"]["2d_bs5"] = {"inherits_from": "2d", "batch_size": 5}
@@ -55,15 +55,15 @@ def test_a_configuration_that_inherits_from_another(workspace):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (None, "neither a file nor one of attention_unet.*paper"),
-        ("{}", "must have architecture"),
+        (None, "nothing.*attention_unet.*paper"),
+        ("{}", "mine.json.*'architecture'"),
         (
             '{"batch_size": 2, "architecture": {"arch_kwargs": {"strides": [[1, 1, 1], [2, 2, 2]]}}}',
-            "of other axes than 2d",
+            "mine.json.*2 axes of 2d",
         ),
     ],
 )
-def test_a_network_that_cannot_be_is_refused(workspace, tmp_path, content, words):
+def test_an_invalid_network_is_rejected(workspace, tmp_path, content, words):
     network = "nothing"
     if content is not None:
         (tmp_path / "mine.json").write_text(content)
@@ -72,7 +72,7 @@ def test_a_network_that_cannot_be_is_refused(workspace, tmp_path, content, words
         plan_network("901", network)
 
 
-def test_it_trains_as_the_paper_does(workspace):
+def test_fine_tuning_has_the_settings_of_the_paper(workspace):
     plan_network("901", "paper")
     paper = trainer()
     paper.initialize()
@@ -87,7 +87,7 @@ def test_it_trains_as_the_paper_does(workspace):
     dataset, _ = paper.get_tr_and_val_datasets()
     slices = sum(dataset.load_case(case)[0].shape[1] for case in dataset.identifiers)
     assert paper.num_iterations_per_epoch == max(1, round(slices / 5))
-    # no augmentation: every patch is a cut of its case
+    # There is no augmentation, so all values of a patch occur in the cases.
     loader, _ = paper.get_dataloaders()
     batch = next(loader)["data"].numpy()
     volumes = [np.asarray(dataset.load_case(case)[0][:])[0] for case in dataset.identifiers]
@@ -97,8 +97,8 @@ def test_it_trains_as_the_paper_does(workspace):
 
 
 @pytest.mark.slow
-def test_the_whole_way(workspace):
-    """Pre-training as the paper has it on its network, fine-tuning as the paper has it, stock prediction."""
+def test_all_commands_with_the_settings_of_the_paper(workspace):
+    """Pre-train and fine-tune the paper's network with the paper's settings."""
     workspace.run("nnUNetv2_macl_network", "901", "paper")
     workspace.pretrain("901", "-c", "2d", "-p", "nnUNetPlans_paper", "-recipe", "paper")
     mine = workspace.folder / "mine"

@@ -1,4 +1,4 @@
-"""The network of the paper's authors, and the files of weights that they published."""
+"""The network of the paper's authors, and their published weights."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ ARCHITECTURE = json.loads((resource_folder("plans") / "networks" / "paper.json")
 
 
 def build(architecture, classes=3):
-    """Build a U-Net as nnU-Net builds it."""
+    """Return a U-Net built by nnU-Net."""
     kwargs = architecture["arch_kwargs"]
     return get_network_from_plans(
         architecture["network_class_name"],
@@ -43,7 +43,7 @@ def paper_architecture(channels=1, **changes):
 
 
 def plain_architecture(features, **changes):
-    """A network as nnU-Net plans it: strided convolutions and instance norm."""
+    """Return the architecture of a network that nnU-Net plans, with strided convolutions and instance norm."""
     stages = len(features)
     kwargs = {
         "n_stages": stages,
@@ -63,7 +63,7 @@ def plain_architecture(features, **changes):
 
 @pytest.fixture(scope="module")
 def small():
-    """The authors' network with few features: random weights, an input, and what each stage makes of it."""
+    """Return random weights of a small version of the authors' network, an input, and the map of each stage."""
     arrays = dict(np.load(DATA / "authors_network.npz"))
     tensors = {key: torch.from_numpy(value) for key, value in arrays.items()}
     weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
@@ -72,14 +72,14 @@ def small():
 
 @pytest.fixture
 def small_file(small, tmp_path):
-    """A file as the authors wrote theirs."""
+    """Return a file in the authors' format."""
     file = tmp_path / "MACL_CHD.pth"
     torch.save({"epoch": 100, "model_state_dict": small[0], "optimizer": {"state": {}}}, file)
     return file
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_every_map_is_that_of_the_authors_network(small, tmp_path, prefix):
+def test_every_map_equals_that_of_the_authors_network(small, tmp_path, prefix):
     weights, maps = small
     file = tmp_path / "MACL_CHD.pth"
     torch.save({"model_state_dict": {f"{prefix}{key}": value for key, value in weights.items()}}, file)
@@ -91,7 +91,7 @@ def test_every_map_is_that_of_the_authors_network(small, tmp_path, prefix):
     left = {key for key in state if key not in fitted.weights}
     assert left and all(".seg_layers." in key for key in left)
     network.eval()
-    # the pre-training network reads the same stages
+    # The maps come from the adapter that pre-training uses.
     ours = pretrainable(network, 4).eval()
     with torch.no_grad():
         found = {f"encoder_stage_{n}": m for n, m in enumerate(ours.encode(maps["input"]), 1)}
@@ -117,9 +117,9 @@ def test_the_published_files_fit_the_planned_network_key_by_key(tmp_path, channe
     assert {key: value.shape for key, value in pretrained.weights.items()} == {key: own[key] for key in unet}
 
 
-def test_another_file_with_such_a_key_is_refused_by_name(small, tmp_path):
+def test_another_file_with_the_same_key_is_rejected(small, tmp_path):
     torch.save({"model_state_dict": {"fc.weight": torch.zeros(3)}}, tmp_path / "resnet.pth")
-    with pytest.raises(UserError, match=r"resnet\.pth holds model_state_dict, .* lacks .*upscale"):
+    with pytest.raises(UserError, match=r"resnet\.pth .*model_state_dict.*upscale"):
         formats.load_weights(tmp_path / "resnet.pth")
 
 
@@ -135,7 +135,7 @@ def test_transfer_to_nnunets_own_network_explains_every_stage(small_file):
     assert "BatchNorm2d there, InstanceNorm2d here" in rows[stages[0]].why and "pool" not in rows[stages[0]].why
     assert "max-pooling there, strided convolutions here" in rows[stages[1]].why
     centre = rows[stages[4]]
-    # the two convolutions go, each with its bias under two names; the two norms stay
+    # The two convolutions are transferred, each with its bias under two names. The two norms are not.
     assert (
         (centre.taken, centre.tensors) == (8, 16) and "no norm there" in centre.why and "BatchNorm2d" not in centre.why
     )
@@ -148,26 +148,26 @@ def test_transfer_to_nnunets_own_network_explains_every_stage(small_file):
     )
 
 
-def test_the_same_network_of_other_channels_adapts_its_first_convolution(small_file):
+def test_with_other_channels_the_first_convolution_is_adapted(small_file):
     pretrained = formats.load_weights(small_file)
     ours = paper_architecture(2, features_per_stage=[4, 8, 16, 32, 64])
     fitted = plan_transfer(pretrained, build(ours).state_dict(), ours)
     assert fitted.rows[0].how == ADAPTED and fitted.difference == "input_channels is 1 there and 2 here"
 
 
-def test_it_becomes_a_checkpoint_of_nnunet(small_file, tmp_path):
+def test_it_can_be_exported_as_a_checkpoint_of_nnunet(small_file, tmp_path):
     formats.export(small_file, tmp_path / "whole.pth", "nnunet")
     again = formats.load_weights(tmp_path / "whole.pth")
     theirs = formats.load_weights(small_file)
     assert again.architecture == theirs.architecture and again.weights.keys() == theirs.weights.keys()
 
 
-def test_it_has_the_submodules_that_nnunets_networks_have():
+def test_its_submodules_can_be_loaded_like_those_of_nnunets_networks():
     check_submodules(build(paper_architecture(2, features_per_stage=[4, 8, 16, 32, 64])))
 
 
-def test_what_does_not_fit_is_refused_with_the_account_of_every_stage(small_file, workspace):
-    """The generated data set's network has other widths."""
+def test_weights_that_do_not_fit_are_rejected_with_a_table_of_all_stages(small_file, workspace):
+    """The network of the generated data set has other widths."""
     out = workspace.run("nnUNetv2_macl_transfer", small_file, "901", "-c", "2d", code=1)
     assert "Traceback" not in out and "there, encoder.stages.1.0.convs.0.conv.weight is" not in out
     assert "encoder.stages.1" in out and "not taken" in out and "is [8, 4, 3, 3] there, [64, 32, 3, 3] here" in out
@@ -175,8 +175,8 @@ def test_what_does_not_fit_is_refused_with_the_account_of_every_stage(small_file
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["restore", "macl", "paper"])
-def test_the_whole_way_with_deep_supervision(workspace, tmp_path, recipe):
-    """Pre-training, export, fine-tuning with nnU-Net's deep supervision, and prediction by nnU-Net."""
+def test_all_commands_with_deep_supervision(workspace, tmp_path, recipe):
+    """Run pre-training, export, fine-tuning with deep supervision, and prediction."""
     out = workspace.run("nnUNetv2_macl_network", "901", "paper")
     assert "need nnunetv2_macl" in out
     workspace.pretrain("901", "-c", "2d", "-p", "nnUNetPlans_paper", "-recipe", recipe)
@@ -204,8 +204,8 @@ def test_the_whole_way_with_deep_supervision(workspace, tmp_path, recipe):
     assert list((tmp_path / "out").glob("*.nii.gz"))
 
 
-def test_an_own_run_that_holds_it_can_be_read_again(small_file, tmp_path):
-    """A file of ours names this network, and is not refused for it."""
+def test_an_exported_checkpoint_with_this_network_can_be_read_again(small_file, tmp_path):
+    """A file of this package that names the network of this package is accepted."""
     formats.export(small_file, tmp_path / "whole.pth", "nnunet")
     formats.export(tmp_path / "whole.pth", tmp_path / "again.pth", "nnunet")
     one, other = (checkpoints.load(tmp_path / f"{name}.pth")["network_weights"] for name in ("whole", "again"))

@@ -1,4 +1,4 @@
-"""The paper's ablations: each row of Tables III, IV and VI is a recipe, and each row of Table V and Figure 7 a command."""
+"""The paper's ablations: Tables III, IV and VI have a recipe for each row, Table V and Figure 7 a command."""
 
 import itertools
 import re
@@ -12,7 +12,7 @@ from nnunetv2_macl.recipe import load_recipe, parse_settings, values_in
 FOLDER = resource_folder("plans")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "paper_tables.md"
 PCL = {"decoder_stages": 0, "scale": 1, "weight_dense": 0.0, "weight_equivariance": 0.0}
-# rows of the paper's tables: the recipe, and what differs from MACL as the paper trains it
+# For each row of the paper's tables, the name of the recipe and its differences from MACL in the paper.
 ROWS = {
     "table3_global": PCL,
     "table3_global_decoder": {"weight_dense": 0.0, "weight_equivariance": 0.0},
@@ -34,14 +34,14 @@ FIGURE_7 = {(weight, 1.0) for weight in (0.1, 0.3, 0.5, 0.7, 0.9)}
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_differs_from_macl_as_in_the_paper_and_in_nothing_else(name):
+def test_a_row_differs_from_macl_exactly_as_in_the_paper(name):
     ours, paper = load_recipe(name, FOLDER).as_dict(), load_recipe("paper", FOLDER).as_dict()
     del ours["description"], paper["description"]
     assert ours == paper | ROWS[name]
     assert paper | {"weight_global": 1.0, "weight_dense": 0.5, "weight_equivariance": 1.0} == paper
 
 
-def test_there_is_no_recipe_of_a_row_that_the_paper_has_not():
+def test_every_recipe_of_a_table_is_a_row_of_the_paper():
     assert {file.stem for file in FOLDER.glob("table*.json")} == set(ROWS)
     for name in ROWS:
         table = {"table3": "Table III", "table4": "Table IV", "table6": "Table VI"}[name.partition("_")[0]]
@@ -54,7 +54,7 @@ def section(title):
 
 
 def recipes_in(text):
-    """Load what the commands in a text ask for, ``-recipe NAME --set KEY=VALUE ...``."""
+    """Return the recipes of the commands in a text, ``-recipe NAME --set KEY=VALUE ...``."""
     commands = re.findall(r"-recipe (\w+)(?: --set ([^`|]+))?", text)
     return [load_recipe(name, FOLDER, parse_settings(settings.split(), PAGE.name)) for name, settings in commands]
 

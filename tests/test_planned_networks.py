@@ -1,4 +1,4 @@
-"""Networks of other libraries: they are what their libraries build, nnU-Net plans and trains them, and they are pre-trained."""
+"""Networks of other libraries: equality with the originals, plans, pre-training, fine-tuning and prediction."""
 
 import json
 
@@ -74,7 +74,7 @@ def images_for(network):
 
 
 @pytest.mark.parametrize("network", EXAMPLES)
-def test_it_computes_what_the_network_of_its_library_computes(network):
+def test_it_computes_what_the_original_network_computes(network):
     images = images_for(network)
     original = ORIGINALS[type(network)]
     network.eval()
@@ -85,12 +85,12 @@ def test_it_computes_what_the_network_of_its_library_computes(network):
     assert torch.equal(network(images), first)
     with torch.no_grad():
         assert torch.equal(original.forward(network, images), first)
-    # the weights go back to the library by their names
+    # The names of the weights are those of the library.
     assert not {key for key in network.state_dict() if key.startswith("decoder.")}
 
 
 @pytest.mark.parametrize("name, configuration", PLANNED)
-def test_the_plan_has_the_levels_of_the_network(workspace, name, configuration):
+def test_the_strides_of_the_plan_are_those_of_the_network(workspace, name, configuration):
     file = plan_network("901", name, configuration=configuration)
     planned = DatasetConfiguration.load("901", file.stem, configuration)
     architecture = planned.manager.configuration["architecture"]
@@ -107,7 +107,7 @@ def test_the_plan_has_the_levels_of_the_network(workspace, name, configuration):
     adapter = family_of(type(network))(network, 0)
     assert np.cumprod(planned.strides, axis=0).tolist() == [list(level.stride) for level in adapter.encoder_levels]
     assert adapter.only_patch_size in (None, tuple(planned.patch_size))
-    # nnU-Net makes the targets of deep supervision from the strides of the plan
+    # nnU-Net derives the sizes of the targets of deep supervision from the strides of the plan.
     scales = 1 / np.cumprod(np.vstack(planned.manager.pool_op_kernel_sizes), axis=0)[:-1]
     expected = [(2, 3, *(int(n * scale) for n, scale in zip(planned.patch_size, row, strict=True))) for row in scales]
     assert [tuple(output.shape) for output in outputs] == expected
@@ -115,12 +115,12 @@ def test_the_plan_has_the_levels_of_the_network(workspace, name, configuration):
     assert lines[0] == f"network: PlainConvUNet -> {type(network).__name__}"
 
 
-def test_a_network_of_volumes_is_refused_for_slices(workspace):
-    with pytest.raises(UserError, match=r"primus has 3 axes, and 2d has 2\. Type: -c 3d_fullres"):
+def test_a_3d_network_is_rejected_for_slices(workspace):
+    with pytest.raises(UserError, match="-c 3d_fullres"):
         plan_network("901", "primus")
 
 
-def test_patches_of_another_size_than_the_position_embeddings_are_refused(workspace):
+def test_patches_of_another_size_than_the_position_embeddings_are_rejected(workspace):
     file = plan_network("901", "unetr")
     content = json.loads(file.read_text())
     content["configurations"]["2d"]["architecture"]["arch_kwargs"] |= {
@@ -129,15 +129,15 @@ def test_patches_of_another_size_than_the_position_embeddings_are_refused(worksp
         "mlp_dim": 12,
     }
     file.write_text(json.dumps(content))
-    words = r"macl shows the network patches of \d+x\d+, and UNETR takes patches of 64x64 alone.*-recipe restore"
+    words = r"macl .*\d+x\d+.*UNETR .*64x64.*-recipe restore"
     with pytest.raises(UserError, match=words):
         derive_plan(DatasetConfiguration.load("901", file.stem, "2d"), recipe_of(method="macl"))
 
 
-def test_the_format_of_nnssl_does_not_take_them():
+def test_they_cannot_be_exported_in_the_format_of_nnssl():
     kwargs = {"strides": [[1, 1], [2, 2], [8, 8]], "img_size": [32, 32], "hidden_size": 12, "mlp_dim": 12}
     architecture = {"network_class_name": class_name(UNETR), "arch_kwargs": kwargs, "input_channels": 1}
-    with pytest.raises(UserError, match=r"UNETR, which nnssl's format does not describe.*FILE\.zip"):
+    with pytest.raises(UserError, match=r"UNETR.*FILE\.zip"):
         as_nnssl(PretrainedWeights([], {}, architecture, {}))
 
 
@@ -150,8 +150,8 @@ def test_the_format_of_nnssl_does_not_take_them():
         ("swin_unetr", "2d", "macl_restore", {"feature_size": 12}),
     ],
 )
-def test_the_whole_path(workspace, tmp_path, name, configuration, recipe, smaller):
-    """Planning, pre-training, fine-tuning, training from scratch by nnU-Net's own trainer, and prediction, by commands."""
+def test_all_commands_from_planning_to_prediction(workspace, tmp_path, name, configuration, recipe, smaller):
+    """Run planning, pre-training, fine-tuning, training from scratch with nnU-Net's trainer, and prediction."""
     out = workspace.run("nnUNetv2_macl_network", "901", name, "-c", configuration)
     plans = f"nnUNetPlans_{name}"
     assert f"-p {plans}" in out and "need nnunetv2_macl" in out

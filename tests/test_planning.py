@@ -1,4 +1,4 @@
-"""The planner against the worked examples of the method, and its limits."""
+"""Compare the planner with examples computed by hand, and test its limits."""
 
 import json
 
@@ -31,7 +31,7 @@ ANISOTROPIC = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2], [1, 2, 2]]
 @pytest.mark.parametrize(
     "patch, strides, e, k, scale, planned",
     [
-        ([512, 512], pooled(4), 5, 2, [4, 4], [512, 512]),  # the paper's own network and numbers
+        ([512, 512], pooled(4), 5, 2, [4, 4], [512, 512]),  # network and values of the paper
         ([512, 512], pooled(7), 5, 4, [2, 2], [512, 512]),
         ([256, 224], pooled(6), 5, 3, [2, 2], [256, 256]),  # ACDC
         ([128, 128, 128], pooled(5, 3), 5, 2, [2, 2, 2], [128, 128, 128]),
@@ -40,7 +40,7 @@ ANISOTROPIC = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2], [1, 2, 2]]
         ([40, 56, 40], pooled(3, 3), 4, 1, [2, 2, 2], [48, 64, 48]),
     ],
 )
-def test_worked_examples(patch, strides, e, k, scale, planned):
+def test_stages_scale_and_patch_of_examples(patch, strides, e, k, scale, planned):
     levels = plan_branches(patch, strides, recipe_of())
     assert (levels.auxiliary_stage, levels.decoder_stages, levels.scale) == (e, k, scale)
     assert levels.patch_size == planned
@@ -49,20 +49,22 @@ def test_worked_examples(patch, strides, e, k, scale, planned):
 def test_where_no_scale_fits_both_branches_see_the_full_patch():
     levels = plan_branches([32, 32], [[1, 1], [2, 2], [4, 4], [4, 4]], recipe_of())
     assert (levels.auxiliary_stage, levels.decoder_stages, levels.scale) == (3, 1, [1, 1])
-    assert levels.patch_size == [64, 64] and "no scale" in levels.reason  # 32x32 would leave a bottleneck of one voxel
+    assert (
+        levels.patch_size == [64, 64] and "no scale" in levels.reason
+    )  # With 32x32, the bottleneck would have one voxel.
 
 
 @pytest.mark.parametrize("k", range(5))
-def test_table_iv_on_the_papers_network(k):
+def test_table_iv_with_the_papers_network(k):
     levels = plan_branches([512, 512], pooled(4), recipe_of(decoder_stages=k, auxiliary_stage="bottleneck"))
     assert levels.decoder_stages == k and levels.auxiliary_stage == 5
     assert levels.scale == [2**k] * 2
 
 
-def test_recipe_that_the_network_cannot_give_is_explained():
+def test_a_recipe_that_does_not_fit_the_network_is_rejected():
     with pytest.raises(UserError, match=r"decoder_stages=9.*4 stages"):
         plan_branches([64, 64], pooled(3), recipe_of(decoder_stages=9))
-    with pytest.raises(UserError, match=r"scale=3.*Take one of these"):
+    with pytest.raises(UserError, match=r"scale=3.*decoder_stages=1 auxiliary_stage=4 scale=2"):
         plan_branches([64, 64], pooled(3), recipe_of(scale=3))
 
 
@@ -78,7 +80,7 @@ strides_of = st.integers(2, 3).flatmap(
 @given(strides_of, st.data())
 @settings(max_examples=200, deadline=None)
 def test_any_topology_gets_a_legal_plan(strides, data):
-    """Both dense maps on one grid; every size a multiple; the dominant bottleneck no single voxel."""
+    """Both dense maps have one grid, the patch is a multiple, and the dominant bottleneck is large enough."""
     total = np.cumprod(strides, axis=0)
     patch = [int(n) * data.draw(st.integers(4, 9)) for n in total[-1]]
     levels = plan_branches(patch, strides, recipe_of())
@@ -101,7 +103,7 @@ def test_threshold_is_lowered_until_positives_are_few():
     assert plan_threshold(shapes, sampling, recipe_of(threshold=0.0))[:2] == (0.0, 1.0)
 
 
-def test_plan_on_disk(workspace):
+def test_the_written_plan_can_be_read_and_explains_its_values(workspace):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     plan = derive_or_load_plan(configuration, values={"batch_size": 8})
     file = plan_file(configuration)
@@ -128,7 +130,7 @@ def test_plan_on_disk(workspace):
     assert all(key in explained for key in ("scale", "patch_size", "threshold", "batch_size", "memory_gib"))
 
 
-def test_a_plan_of_an_older_version_that_nobody_edited_is_derived_again(workspace):
+def test_an_unedited_plan_of_an_older_version_is_derived_again(workspace):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     plan = derive_or_load_plan(configuration)
     file = plan_file(configuration)
@@ -137,7 +139,7 @@ def test_a_plan_of_an_older_version_that_nobody_edited_is_derived_again(workspac
     assert derive_or_load_plan(configuration) == plan
 
 
-def test_a_plan_records_how_its_recipe_was_asked_for_and_one_of_an_earlier_version_loads(workspace):
+def test_a_plan_records_the_options_of_its_recipe_and_plans_of_earlier_versions_load(workspace):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     settings = {"temperature": 0.2, "scaling": [0.8, 1.2], "optimizer": "adamw"}
     plan = derive_or_load_plan(configuration, recipe="macl", values=settings)
@@ -145,17 +147,17 @@ def test_a_plan_records_how_its_recipe_was_asked_for_and_one_of_an_earlier_versi
     assert read_plan(file) == plan and (plan.recipe_name, plan.settings) == ("macl", settings)
     assert plan.recipe.items() >= settings.items()
     assert "-recipe macl --set temperature=0.2 'scaling=[0.8, 1.2]' optimizer=adamw" in describe(plan)
-    # as the earlier version wrote it
+    # The plan as the earlier version wrote it.
     content = json.loads(file.read_text())
     old = {key: value for key, value in content.items() if key not in ("recipe_name", "settings", "checksum")}
-    # version 0.1 named no method and listed the keys of both
+    # Version 0.1 named no method, and listed the keys of both methods.
     old["recipe"] = plan.recipe | {"weight_restoration": 0.0, "restoration_share": 0.6}
     del old["recipe"]["method"], old["recipe"]["downsample_first_stage"]
     old |= {"checksum": checksum(old)}
     file.write_text(json.dumps(old))
     assert not was_edited(file) and read_plan(file).as_json() == old
     assert read_plan(file).get_recipe() == plan.get_recipe() and describe(read_plan(file))
-    # the options that were typed do not describe a plan that was edited
+    # The recorded options do not describe an edited plan.
     file.write_text(json.dumps(content | {"threshold": 0.07}))
     assert read_plan(file).recipe_source is None
 
@@ -197,7 +199,7 @@ def test_an_option_of_the_command_is_a_setting(workspace, monkeypatch):
     assert json.loads(file.read_text()) == plan
 
 
-def test_an_edited_plan_is_kept_and_the_command_line_still_wins(workspace):
+def test_options_replace_values_of_an_edited_plan(workspace):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     derive_or_load_plan(configuration, recipe="macl")
     file = plan_file(configuration)
@@ -205,7 +207,7 @@ def test_an_edited_plan_is_kept_and_the_command_line_still_wins(workspace):
     content["threshold"] = 0.07
     content["recipe"]["temperature"] = 0.2
     file.write_text(json.dumps(content))
-    for _ in range(2):  # it stays an edited plan after the command line changed it
+    for _ in range(2):  # The plan still counts as edited after the command line changed it.
         plan = derive_or_load_plan(configuration, values={"batch_size": 6})
         assert (plan.threshold, plan.recipe["temperature"], plan.batch_size) == (0.07, 0.2, 6)
         assert json.loads(file.read_text())["threshold"] == 0.07
@@ -216,7 +218,7 @@ def test_an_edited_plan_is_kept_and_the_command_line_still_wins(workspace):
         derive_or_load_plan(configuration, recipe="pcl")
 
 
-def test_batches_in_3d_are_drawn_in_groups_where_patches_are_compared():
+def test_batches_in_3d_are_drawn_in_groups_if_the_method_compares_positions():
     groups = {
         name: plan_position_groups(3, 32, load_recipe(name, resource_folder("plans")))[0]
         for name in ("macl", "macl_restore", "restore", "simclr")
@@ -247,7 +249,7 @@ def test_mistakes_in_an_edited_plan_are_named(workspace, key, value):
     assert key.replace("_", " ") in str(error.value).replace("_", " ") and str(file) in str(error.value)
 
 
-def test_a_plan_of_another_nnunet_plan_is_told(workspace):
+def test_a_plan_derived_from_another_nnunet_plan_is_rejected(workspace):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     plan = derive_or_load_plan(configuration)
     file = plan_file(configuration)
@@ -256,7 +258,7 @@ def test_a_plan_of_another_nnunet_plan_is_told(workspace):
     content = json.loads(plans.read_text())
     content["configurations"]["2d"]["patch_size"] = [16, 16]
     plans.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="another nnU-Net plan"):
+    with pytest.raises(UserError, match=str(file)):
         check_plan(plan, DatasetConfiguration.load("901", "nnUNetPlans", "2d"), file)
 
 

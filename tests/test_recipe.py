@@ -1,4 +1,4 @@
-"""Recipes: those that come along, and what is said of wrong ones."""
+"""Recipes of the package, inheritance, settings, and messages about mistakes."""
 
 import json
 
@@ -13,12 +13,12 @@ FOLDER = resource_folder("plans")
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.json")))
-def test_every_recipe_that_comes_along_is_valid(name):
+def test_every_recipe_of_the_package_is_valid(name):
     recipe = load_recipe(name, FOLDER)
     assert recipe.description
 
 
-def test_recipes_say_what_the_methods_are():
+def test_recipes_have_the_settings_of_their_methods():
     pcl, simclr = load_recipe("pcl", FOLDER), load_recipe("simclr", FOLDER)
     assert (pcl.method, simclr.method, pcl.threshold, pcl.limit_positives) == ("pcl", "simclr", 0.1, False)
     assert simclr.intensity == 1 and pcl.intensity == 0
@@ -44,9 +44,9 @@ def test_a_recipe_of_the_users_own_inherits(tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ({"temprature": 0.1}, ["temprature", "Did you mean 'temperature'"]),
+        ({"temprature": 0.1}, ["temprature", "'temperature'"]),
         ({"qqq": 1}, ["qqq", "weight_global"]),
-        ({"temperature": "hot"}, ["'temperature' must be a valid number", "'hot'"]),
+        ({"temperature": "hot"}, ["'temperature'", "number", "'hot'"]),
         ({"temperature": 0}, ["temperature", "greater than 0", "got 0"]),
         ({"temperature": True}, ["temperature", "True"]),
         ('{"temperature": NaN}', ["temperature", "nan"]),
@@ -57,10 +57,10 @@ def test_a_recipe_of_the_users_own_inherits(tmp_path):
         ({"scaling": [1.3, 0.7]}, ["scaling", "[1.3, 0.7]"]),
         ({"weight_global": 0, "weight_dense": 0}, ["weight_global", "weight_dense"]),
         ([1], ["JSON object", "list"]),
-        ("{", ["not valid JSON"]),
+        ("{", ["JSON"]),
         ({"inherits_from": "nothing"}, ["'nothing'", "macl"]),
         ({"inherits_from": 3}, ["inherits_from", "3"]),
-        ({"inherits_from": "mine.json"}, ["inherits from itself"]),
+        ({"inherits_from": "mine.json"}, ["inherits"]),
     ],
 )
 def test_mistakes_are_named(tmp_path, content, words):
@@ -70,7 +70,7 @@ def test_mistakes_are_named(tmp_path, content, words):
         assert word in str(error.value)
 
 
-def test_every_key_has_a_meaning_or_a_plain_name():
+def test_a_recipe_has_all_keys():
     assert len(recipe_of().as_dict()) > 30
 
 
@@ -89,14 +89,14 @@ def test_every_key_has_a_meaning_or_a_plain_name():
         ("description=", ""),
     ],
 )
-def test_a_setting_is_a_value_as_a_recipe_file_has_it(text, value):
+def test_a_setting_gives_the_value_of_a_recipe_file(text, value):
     key = text.partition("=")[0]
     assert parse_settings([text], "here") == {key: value}
     assert load_recipe("macl", FOLDER, parse_settings([text], "here")) == load_recipe("macl", FOLDER, {key: value})
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.json")))
-def test_settings_are_written_as_they_are_read(name):
+def test_settings_as_text_can_be_parsed_again(name):
     values = values_in(name, FOLDER) | {"description": "2024", "base_temperature": None}
     assert parse_settings(settings_as_text(values), "here") == values
 
@@ -117,7 +117,7 @@ def test_settings_are_written_as_they_are_read(name):
         ("scaling", [1.3, 0.7]),
     ],
 )
-def test_a_wrong_setting_is_named_as_in_a_recipe_file(tmp_path, key, value):
+def test_a_wrong_setting_has_the_message_of_a_recipe_file(tmp_path, key, value):
     file = write(tmp_path, {key: value})
     with pytest.raises(UserError) as in_the_file:
         load_recipe(file, FOLDER)
@@ -126,12 +126,12 @@ def test_a_wrong_setting_is_named_as_in_a_recipe_file(tmp_path, key, value):
     assert str(on_the_command_line.value) == str(in_the_file.value).replace(f"Recipe {file}", "Command line")
 
 
-def test_settings_that_contradict_each_other_are_refused():
+def test_contradicting_settings_are_rejected():
     assert parse_settings(["seed=5", "seed=5"], "here") == {"seed": 5}
-    with pytest.raises(UserError, match="'seed' is set to 5 and to 6"):
+    with pytest.raises(UserError, match=r"'seed' .*5.*6"):
         parse_settings(["seed=5", "temperature=0.2", "seed=6"], "here")
     for text in ("temperature", "=0.2", ""):
         with pytest.raises(UserError, match=f"KEY=VALUE, got '{text}'"):
             parse_settings([text], "here")
-    with pytest.raises(UserError, match=r"restore\.json with weight_restoration=0: .*nothing to learn from"):
+    with pytest.raises(UserError, match=r"restore\.json .*weight_restoration=0"):
         load_recipe("restore", FOLDER, {"weight_restoration": 0})

@@ -1,4 +1,4 @@
-"""Restoration of hidden voxels: the mask, the head, the loss; within a step, in parts, and alone."""
+"""Restoration of masked voxels: mask, head and loss, alone and together with MACL, in whole batches and in parts."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ ALONE = dict(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weigh
 
 @pytest.mark.parametrize("size, block", [((16, 24), (4, 8)), ((4, 16, 8), (1, 8, 4))])
 @pytest.mark.parametrize("share, hidden", [(0.6, None), (0.0, 1), (1.0, -1)])
-def test_a_mask_hides_whole_blocks_and_their_share(size, block, share, hidden):
+def test_a_mask_covers_the_given_fraction_of_blocks(size, block, share, hidden):
     grid = [n // b for n, b in zip(size, block, strict=True)]
     blocks = torch.tensor(grid).prod().item()
     mask = enlarge_mask(sample_mask(5, size, [block], share, torch.Generator().manual_seed(0)), size)
@@ -29,14 +29,14 @@ def test_a_mask_hides_whole_blocks_and_their_share(size, block, share, hidden):
     assert len({tuple(row.tolist()) for row in shares.flatten(1)}) > 1 or wanted in (0, blocks)
 
 
-def test_a_part_of_the_masks_is_a_part_of_all():
+def test_masks_do_not_depend_on_the_part():
     def masks(**part):
         return sample_mask(6, (8, 16, 16), [(2, 4, 4), (4, 8, 8)], 0.6, torch.Generator().manual_seed(0), **part)
 
     assert torch.equal(masks(part=slice(2, 5)), masks()[2:5])
 
 
-def test_sizes_come_by_turns_one_in_a_patch():
+def test_each_patch_has_one_of_the_block_sizes():
     mask = sample_mask(40, (32, 32), [(4, 4), (16, 16)], 0.5, torch.Generator().manual_seed(0))
     assert mask.shape == (40, 1, 8, 8)
     mask = enlarge_mask(mask, (32, 32))
@@ -60,7 +60,7 @@ def test_sizes_come_by_turns_one_in_a_patch():
     ],
     ids=["2D", "anisotropic", "shallow"],
 )
-def test_holes_are_as_large_as_locations_of_the_encoder(strides, blocks):
+def test_block_sizes_are_the_strides_of_encoder_stages(strides, blocks):
     assert mask_block_sizes(strides) == blocks
 
 
@@ -69,7 +69,7 @@ def views(step, patches, number):
     return shown["masked"], shown["target"], shown["mask"]
 
 
-def test_a_step_hides_what_the_mask_says_and_another_part_each_time():
+def test_a_step_masks_voxels_with_a_new_mask_each_time():
     step = training_step(6, 6, recipe_of(**ALONE))
     patches = batch(6)["data"] + 10
     shown, whole, mask = views(step, patches, 0)
@@ -100,8 +100,8 @@ def test_channels_of_any_scale_are_restored_on_one_scale():
     )
 
 
-def test_it_learns_where_nnunet_does_not_normalise():
-    """The same images in other units: much the same losses, where the network is told, and a standstill where not."""
+def test_it_learns_from_channels_that_nnunet_does_not_normalise():
+    """Images in HU give similar losses if their channels are standardised. Otherwise nothing is learned."""
     generator = torch.Generator().manual_seed(0)
     images = torch.nn.functional.interpolate(torch.randn(8, 1, 4, 4, generator=generator), (32, 32), mode="bicubic")
     images = (images - images.mean((2, 3), keepdim=True)) / images.std((2, 3), correction=0, keepdim=True)
@@ -109,15 +109,15 @@ def test_it_learns_where_nnunet_does_not_normalise():
     for name, patches, channels in (
         ("z-scored", images, ()),
         ("HU", 500 * images - 300, (0,)),
-        ("HU, not told", 500 * images - 300, ()),
+        ("HU, not standardised", 500 * images - 300, ()),
     ):
         step = training_step(8, 8, recipe, dtype=torch.float32, unnormalised=channels)
         batches = {"data": patches, "positions": torch.rand(8, 3)}
         losses[name] = [step(batches, number)["restoration"] for number in range(40)]
-    # zeros around the patch are another grey
+    # The losses differ a little, because the zero padding has another intensity in HU.
     assert losses["HU"] == pytest.approx(losses["z-scored"], rel=0.2)
     assert losses["z-scored"][-1] < 0.6 * losses["z-scored"][0]
-    assert losses["HU, not told"][-1] > 0.9 * losses["HU, not told"][0]
+    assert losses["HU, not standardised"][-1] > 0.9 * losses["HU, not standardised"][0]
 
 
 @pytest.mark.parametrize("block", [(4, 2), (1, 4, 2)])
@@ -133,7 +133,7 @@ def test_each_location_predicts_its_own_block(block):
     assert changed[inside].all() and changed.sum() == torch.tensor(block).prod()
 
 
-def test_the_loss_counts_what_is_hidden():
+def test_the_loss_is_the_mean_over_masked_voxels():
     images, mask = torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     mask[0, 0, 0, :2] = mask[1, 0, 3, 3] = True
     restored = torch.full((2, 3, 4, 4), 100.0)
@@ -141,7 +141,7 @@ def test_the_loss_counts_what_is_hidden():
     assert restoration_loss(restored, images, mask).tolist() == [5, 4]
 
 
-@pytest.mark.parametrize("recipe", [recipe_of(weight_restoration=2.0), recipe_of(**ALONE)], ids=["beside", "alone"])
+@pytest.mark.parametrize("recipe", [recipe_of(weight_restoration=2.0), recipe_of(**ALONE)], ids=["with_macl", "alone"])
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(recipe, at_once):
     whole, cut = training_step(7, 7, recipe), training_step(7, at_once, recipe)
@@ -154,7 +154,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(recipe, at_once):
     assert got["methods.restoration.restoration_head.predict.weight"].any()
 
 
-def test_beside_contrast_it_adds_its_gradient_and_changes_nothing_else():
+def test_with_macl_the_gradient_is_the_sum_of_both():
     plain, both = training_step(5, 5, recipe_of()), training_step(5, 5, recipe_of(weight_restoration=1.0))
     alone = training_step(5, 5, recipe_of(**ALONE))
     both.model.load_state_dict({**both.model.state_dict(), **plain.model.state_dict()})
@@ -163,7 +163,7 @@ def test_beside_contrast_it_adds_its_gradient_and_changes_nothing_else():
     measured = [step(batch(5), 0) for step in (plain, both, alone)]
     assert measured[1]["total"] == pytest.approx(measured[0]["total"] + measured[2]["total"])
     key = "network.encoder.stages.1.0.convs.0.conv.weight"
-    # clipped each on its own, so compare directions of what was not
+    # Each gradient is clipped separately, so test whether the sum is in the plane of the two others.
     one, two, three = (gradients(step)[key].flatten() for step in (plain, both, alone))
     basis = torch.stack((one, three), 1)
     left = two - basis @ torch.linalg.lstsq(basis, two[:, None]).solution[:, 0]
@@ -177,7 +177,7 @@ def test_it_learns_to_restore():
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_the_memory_of_both_is_that_of_the_larger(workspace):
+def test_two_methods_need_about_the_memory_of_the_larger_one(workspace):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     levels = plan_branches(configuration.patch_size, configuration.strides, recipe_of())
     alone, plain, both = (
@@ -189,7 +189,7 @@ def test_the_memory_of_both_is_that_of_the_larger(workspace):
     assert recipe_of(**ALONE).losses == {"restoration": 1.0}
 
 
-def test_a_run_of_restoration_alone(workspace):
+def test_a_run_with_only_restoration(workspace):
     out = workspace.pretrain("901", "-c", "2d", "-recipe", "restore", epochs=2)
     folder = workspace.run_folder("nnUNetTrainerMACLPretrain")
     assert "L_R" in out and "L_g" not in out and "COLLAPSED" not in out

@@ -1,4 +1,4 @@
-"""MoCo, BYOL, SimSiam and SimTriplet: losses, stop-gradients, averages, the queue, heads and learning rates."""
+"""MoCo, BYOL, SimSiam and SimTriplet: losses, stopped gradients, averages, queue, heads and learning rates."""
 
 import math
 
@@ -20,13 +20,13 @@ PATCHES = 6
 
 
 def method_of(name, **settings):
-    """Return the method of a recipe with light heads around a small U-Net."""
+    """Return the method of a recipe with light heads and a small U-Net."""
     (method,) = model_of(unet(), [32, 32], recipe_of(method=name, **{"head": "light"} | settings), **ENCODER_ALONE)
     return method
 
 
 def random_embeddings(method, patches=PATCHES, dim=16):
-    """Return random embeddings of the names that the method compares, each a leaf that takes a gradient."""
+    """Return random embeddings of a method by name, each a leaf that requires a gradient."""
     names = method.project(method.encode({name: torch.randn(patches, 1, 32, 32) for name in method.views.names}))
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(patches, dim, generator=generator).double().requires_grad_() for name in names}
@@ -59,7 +59,7 @@ def cosines_by_loop(predictions, targets):
     return float(np.mean([cosine(p, t) for p, t in zip(predictions, targets, strict=True)]))
 
 
-def test_the_loss_of_moco_is_its_equation():
+def test_the_loss_of_moco_equals_its_equation():
     method = method_of("moco", queue_length=23)
     embeddings = random_embeddings(method)
     e = arrays(embeddings)
@@ -67,11 +67,11 @@ def test_the_loss_of_moco_is_its_equation():
     assert loss_of(method, embeddings).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_loss_of_byol_is_its_equation():
+def test_the_loss_of_byol_equals_its_equation():
     method = method_of("byol")
     embeddings = random_embeddings(method)
     e = arrays(embeddings)
-    # Eq. 2: squared distance of unit vectors, 2 - 2 cos, in both directions
+    # Eq. 2 is the squared distance of unit vectors, 2 - 2 cos, summed over both directions.
     expected = sum(
         np.mean(
             [
@@ -88,7 +88,7 @@ def test_the_loss_of_byol_is_its_equation():
     "name, pairs",
     [("simsiam", [("first", "second")]), ("simtriplet", [("first", "second"), ("first", "neighbour")])],
 )
-def test_the_losses_of_simsiam_and_simtriplet_are_their_equations(name, pairs):
+def test_the_losses_of_simsiam_and_simtriplet_equal_their_equations(name, pairs):
     method = method_of(name)
     embeddings = random_embeddings(method)
     e = arrays(embeddings)
@@ -99,7 +99,7 @@ def test_the_losses_of_simsiam_and_simtriplet_are_their_equations(name, pairs):
     assert loss_of(method, embeddings).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_losses_are_those_of_lightly():
+def test_losses_equal_those_of_lightly():
     lightly = pytest.importorskip("lightly.loss")
     torch.manual_seed(0)
     a, b, bank = (torch.randn(n, 16) for n in (PATCHES, PATCHES, 40))
@@ -139,7 +139,7 @@ def test_only_one_side_of_a_pair_has_a_gradient(name, trained):
 
 @pytest.mark.parametrize("name, kept", [("moco", {"query"}), ("byol", {"first", "second"})])
 def test_the_heads_of_averaged_networks_pass_no_gradient(name, kept):
-    """Features of a batch in parts are leaves that take a gradient, those of the averaged network too."""
+    """Gradient caching requires a gradient of all features, including those of the averaged network."""
     method = method_of(name)
     views = {view: torch.randn(PATCHES, 1, 32, 32) for view in ("first", "second")}
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_averages_follow_network_and_head(name, network, head):
 
 
 @pytest.mark.parametrize("name, network", [("moco", "momentum_network"), ("byol", "target_network")])
-def test_averages_start_from_weights_that_are_loaded(name, network):
+def test_loaded_weights_are_copied_into_averaged_networks(name, network):
     model = model_of(unet(), [32, 32], recipe_of(method=name, head="light"), **ENCODER_ALONE)
     model.load_weights({key: values + 1 for key, values in model.network.trained_weights()[0].items()})
     (method,) = model
@@ -200,7 +200,7 @@ def test_the_momentum_of_byol_rises_to_1():
 
 
 def unit_vectors(first, count):
-    """Return vectors in a plane whose angle is their number."""
+    """Return unit vectors in a plane, whose angles increase with their index."""
     angles = torch.arange(first, first + count) / 100
     return torch.stack((angles.cos(), angles.sin()), 1)
 
@@ -216,14 +216,14 @@ def test_the_queue_drops_the_oldest_and_keeps_the_order():
     torch.testing.assert_close(queue.vectors, unit_vectors(50, 7))
 
 
-def test_the_queue_is_in_checkpoints():
+def test_the_queue_is_part_of_the_state_dict():
     queue, resumed = EmbeddingQueue(7, 2), EmbeddingQueue(7, 2)
     queue.push(unit_vectors(0, 3))
     resumed.load_state_dict(queue.state_dict())
     assert torch.equal(resumed.vectors, queue.vectors)
 
 
-def test_a_step_of_moco_puts_its_keys_into_the_queue_and_compares_with_those_of_earlier_steps():
+def test_a_step_of_moco_compares_with_earlier_keys_and_then_adds_its_own_to_the_queue():
     step = training_step(PATCHES, PATCHES, recipe_of(method="moco", head="light", queue_length=15))
     (method,) = step.methods
     data, earlier = batch(PATCHES), method.queue.vectors.clone()
@@ -236,7 +236,7 @@ def test_a_step_of_moco_puts_its_keys_into_the_queue_and_compares_with_those_of_
     assert torch.equal(method.queue.vectors[PATCHES:], earlier[: 15 - PATCHES])
 
 
-def test_the_queue_has_as_many_batches_as_published():
+def test_the_default_queue_has_the_published_number_of_batches():
     assert queue_length("auto", 256) == 65_536
     assert queue_length("auto", 2) == 512 and queue_length(1000, 2) == 1000
     model = training_step(PATCHES, PATCHES, recipe_of(method="moco")).model
@@ -247,7 +247,7 @@ def test_the_queue_has_as_many_batches_as_published():
 
 
 def widths(module):
-    """Return the lengths of the input and of the output of each linear layer."""
+    """Return the input length of the first linear layer, and the output lengths of all linear layers."""
     linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
     return [linear[0].in_features, *(part.out_features for part in linear)]
 
@@ -263,7 +263,7 @@ def widths(module):
         ("simsiam", "light", [16, 16, 16], [16, 4, 16]),
     ],
 )
-def test_heads_are_as_published(name, head, projector, predictor):
+def test_heads_have_the_published_layers(name, head, projector, predictor):
     method = method_of(name, head=head)
     assert widths(method.head) == projector
     if predictor is not None:
@@ -292,7 +292,7 @@ def test_the_rate_of_the_predictor_does_not_decay(name):
     assert {id(p) for p in optimizer.param_groups[1]["params"]} == {id(p) for p in method.predictor.parameters()}
 
 
-def test_other_methods_have_one_rate():
+def test_other_methods_have_one_learning_rate():
     recipe = recipe_of(method="byol", head="light")
     assert len(build_optimizer(model_of(unet(), [32, 32], recipe, **ENCODER_ALONE), recipe).param_groups) == 1
 
@@ -310,7 +310,7 @@ def test_the_third_view_shows_the_neighbour():
         torch.testing.assert_close(shown[name], expected, rtol=0, atol=1e-4)
 
 
-def test_a_method_beside_simtriplet_sees_the_patches_alone():
+def test_a_method_combined_with_simtriplet_gets_no_neighbours():
     step = training_step(PATCHES, PATCHES, recipe_of(method="simtriplet+restoration", head="light"))
     both = torch.cat((batch(PATCHES)["data"], batch(PATCHES)["data"] + 5))
     shown = step.show(both, 0)

@@ -251,7 +251,7 @@ DESCRIBED = {"configuration": "3d_fullres", "recipe": {"method": "restoration"}}
 
 def test_the_card_of_restoration_speaks_of_no_contrast():
     card = model_card(DESCRIBED, "x")
-    assert "contrastive" not in card and "restore what is hidden" in card
+    assert "contrastive" not in card and "masked-image-modelling" in card
 
 
 def replace(content, name, old, new):

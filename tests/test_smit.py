@@ -1,4 +1,4 @@
-"""SMIT: which locations are compared, the loss, and what guards it: the teacher, the centre, the stop of the gradient."""
+"""SMIT: the compared locations, the losses, the teacher, the centre, and the stopped gradient."""
 
 import numpy as np
 import pytest
@@ -12,13 +12,13 @@ SMIT = {"method": "smit", "token_dim": 16, "tokens": 24}
 
 
 def smit(**values):
-    """A model, its method, and what it compares of four patches."""
+    """Return a model, its method, and the embeddings of four patches."""
     model = model_of(unet(), [32, 32], recipe_of(**SMIT | values), scale=[1, 1]).double()
     (method,) = model
     return model, method, embeddings_of(model, batch(4)["data"])
 
 
-def test_tokens_are_the_locations_that_are_hidden_most():
+def test_tokens_are_the_most_masked_locations():
     _, method, _ = smit()
     numbers = method.views.draw(StepRandom(0, 0, 4, slice(None), 1, (32, 32)))
     for mask, tokens, hidden in zip(numbers.masks, numbers.tokens, numbers.hidden, strict=True):
@@ -41,7 +41,7 @@ def test_a_rank_draws_its_part_of_what_one_process_draws():
     assert all(torch.equal(values[1:3], part[name]) for name, values in whole.items())
 
 
-def test_the_teacher_sees_whole_what_the_student_restores():
+def test_the_teacher_sees_the_views_without_the_mask():
     _, method, _ = smit()
     numbers = method.views.draw(StepRandom(0, 0, 4, slice(None), 1, (32, 32)))
     shown = method.views.make(batch(4)["data"], numbers, Progress(0, 1, 1))
@@ -56,7 +56,7 @@ def softmax(values):
     return raised / raised.sum()
 
 
-def test_the_losses_are_the_equations():
+def test_the_losses_equal_their_equations():
     _, method, embeddings = smit(weight_tokens=0.3, weight_image_token=0.2, weight_restoration=0.7)
     generator = np.random.default_rng(0)
     centre = generator.normal(size=16)
@@ -95,13 +95,13 @@ def test_the_losses_are_the_equations():
     assert got["total"].item() == pytest.approx(total.item(), rel=1e-9)
 
 
-def test_the_loss_of_patch_tokens_is_that_of_lightly():
+def test_the_loss_of_patch_tokens_equals_that_of_lightly():
     lightly = pytest.importorskip("lightly.loss")
     _, method, embeddings = smit()
     embeddings["hidden"] = torch.ones_like(embeddings["hidden"])
     found = method.losses(embeddings, torch.rand(4, 3), Progress(100, 1, 100))
     patches = lightly.IBOTPatchLoss(16, teacher_temp=0.04, student_temp=0.1)
-    # eight views of six tokens, all hidden
+    # There are eight views with six tokens each, all masked.
     rows = [embeddings[f"{who}_tokens"].flatten(0, 2) for who in ("teacher", "student")]
     expected = patches(*rows, torch.ones(8, 1, 6, dtype=torch.bool))
     assert found["tokens"].item() == pytest.approx(expected.item(), rel=1e-6)
@@ -111,13 +111,13 @@ def test_no_gradient_passes_through_the_teacher():
     model, method, _ = smit()
     numbers = method.views.draw(StepRandom(0, 0, 4, slice(None), 1, (32, 32)))
     features = method.encode(method.views.make(batch(4)["data"], numbers, Progress(0, 1, 1)))
-    taught = [features[f"teacher_{name}"] for name in ("tokens", "image")]
-    assert not any(values.requires_grad for values in taught)
-    # as where a batch passes in parts, and all features are asked for their gradient
-    for values in taught:
+    targets = [features[f"teacher_{name}"] for name in ("tokens", "image")]
+    assert not any(values.requires_grad for values in targets)
+    # Gradient caching requires a gradient of all features.
+    for values in targets:
         values.requires_grad_()
     method.losses(method.project(features), torch.rand(4, 3), Progress(0, 1, 1))["total"].backward()
-    assert all(values.grad is None for values in taught)
+    assert all(values.grad is None for values in targets)
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient == {name for name, _ in model.named_parameters() if ".teacher" not in name}
 
@@ -154,7 +154,7 @@ def test_the_centre_moves_once_a_step_towards_the_mean_of_the_teacher():
         assert centre.abs().max() > 1e-3
 
 
-def test_the_teacher_gets_weights_that_are_loaded():
+def test_loaded_weights_are_copied_into_the_teacher():
     model, method, _ = smit()
     weights = {key: value + 1 for key, value in model.network.trained_weights()[0].items()}
     model.load_weights(weights)

@@ -22,7 +22,7 @@ def scores(views, rows=5, prototypes=6, seed=0):
 
 @pytest.mark.parametrize("has_queue", [False, True])
 @pytest.mark.parametrize("views", [2, 5])
-def test_the_loss_is_that_of_lightly(views, has_queue):
+def test_the_loss_equals_that_of_lightly(views, has_queue):
     lightly = pytest.importorskip("lightly.loss").SwaVLoss(
         temperature=0.1, sinkhorn_epsilon=0.05, sinkhorn_iterations=3
     )
@@ -41,11 +41,11 @@ def test_codes_use_all_prototypes_equally():
     codes = sinkhorn(many, 0.05, iterations=200)
     torch.testing.assert_close(codes.sum(1), torch.ones(24, dtype=torch.float64))
     torch.testing.assert_close(codes.sum(0), torch.full((6,), 4.0, dtype=torch.float64), rtol=0, atol=0.01)
-    # Codes of one view have no gradient: what they are computed from is the view that they are predicted for.
+    # Codes are targets, so they have no gradient.
     assert not sinkhorn(many.requires_grad_()).requires_grad
 
 
-def test_codes_are_those_of_the_equation():
+def test_codes_equal_those_of_the_equation():
     values = scores(1)[0].numpy()
     plan = np.exp(values.T / 0.05)
     plan /= plan.sum()
@@ -68,7 +68,7 @@ def step_of(epochs=4, iterations=3, **values):
     return step, method
 
 
-def test_prototypes_stay_as_they_are_at_first_and_of_unit_length_always():
+def test_prototypes_are_frozen_at_first_and_always_have_unit_length():
     step, method = step_of()
     moved = []
     for number in range(5):
@@ -89,7 +89,7 @@ def test_a_queue_holds_the_newest_vectors_of_its_view_first():
         torch.testing.assert_close(queue.vectors, newest / newest.norm(dim=1, keepdim=True))
 
 
-def test_codes_are_computed_with_a_queue_once_it_is_full_and_its_time_has_come():
+def test_codes_use_the_queue_once_it_is_full_and_queue_start_is_reached():
     def is_used(number, queue_start):
         _, method = step_of(queue_start=queue_start)
         values = scores(2)
@@ -104,12 +104,12 @@ def test_codes_are_computed_with_a_queue_once_it_is_full_and_its_time_has_come()
 
 def test_small_views_show_a_part_of_the_patch():
     assert smaller_patch([224, 224], [32, 32], 96 / 224) == [96, 96]
-    # A bottleneck of one voxel has no instance norm.
+    # Instance norm needs more than one voxel at the bottleneck.
     assert math.prod(n // 8 for n in smaller_patch([32, 32], [8, 8], 0.1)) >= 4
     recipe = recipe_of(**SMALL, intensity=0.0, rotation=0.0, mirroring=False)
     (method,) = model_of(unet(), [32, 32], recipe, scale=[1, 1])
     step = training_step(4, 4, recipe)
-    # Values grow by 1 per voxel on the last axis, so that neighbours in a view tell how large it shows them.
+    # Values increase by 1 per voxel on the last axis, so that differences in a view give its magnification.
     ramp = torch.arange(32.0, dtype=torch.float64).expand(4, 1, 32, 32)
     views = method.views.make(ramp, step.draws(0)["swav"], Progress(0, 1, 1))
     assert views["first"].shape == (4, 1, 32, 32) and views["small_1"].shape == (4, 1, 16, 16)
@@ -118,7 +118,7 @@ def test_small_views_show_a_part_of_the_patch():
     assert ((magnification >= 1.99) & (magnification <= 3.31)).all()
 
 
-def test_one_embedding_for_every_image_is_worth_the_line():
+def test_the_reference_line_is_the_loss_with_one_embedding_for_all_images():
     _, method = step_of(prototypes=6)
     same = torch.zeros(4, 6, dtype=torch.float64)
     found = swapped_prediction([same, same])

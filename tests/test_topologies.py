@@ -1,4 +1,4 @@
-"""Every network that nnU-Net's planners make must get a legal MACL plan; so must networks that they would not make."""
+"""Networks of nnU-Net's planners, and networks written by hand, must get a legal MACL plan."""
 
 import json
 from typing import NamedTuple
@@ -41,7 +41,7 @@ QUICK = (
     Fingerprint("brain_of_four", ("T1", "T1c", "T2", "FLAIR"), (138, 170, 138), (1.0, 1.0, 1.0), nnUNetPlannerResEncM),
     Fingerprint("smallest", MR, (32, 32, 32), (1.0, 1.0, 1.0)),
 )
-# shape, spacing; planners, channels and kinds are spread over them in turn
+# Shape and spacing. Planners, channels and modalities alternate over the list.
 _SHAPES = (
     ((32, 32, 32), (3.0, 3.0, 3.0)),
     ((32, 512, 512), (5.0, 0.5, 0.5)),
@@ -94,6 +94,7 @@ MATRIX = QUICK + tuple(
 
 
 def check_legal(plan: MACLPlan, configuration: DatasetConfiguration) -> None:
+    """Assert that a plan fits its network, and that its file can be read and passes the check."""
     with torch.device("meta"):
         model = build_model(configuration, plan.geometry, recipe_of())
     patches = torch.empty(2, len(configuration.channel_names), *plan.patch_size, device="meta")
@@ -106,7 +107,7 @@ def check_legal(plan: MACLPlan, configuration: DatasetConfiguration) -> None:
     assert not (np.asarray(plan.patch_size) % (np.asarray(plan.scale) * deepest)).any()
     voxels = np.prod(plan.patch_size) / np.prod(configuration.patch_size)
     assert 0.25 <= voxels <= 4, f"the patch has {voxels:.2f} times the voxels of nnU-Net's"
-    # Half precision saves memory, apart from cuBLAS's workspace of 32 MiB, which exists on a GPU alone.
+    # Half precision needs less memory than float32, apart from cuBLAS's workspace of 32 MiB on a GPU.
     assert plan.batch_size >= 2 and 0 < plan.memory_mixed_precision_gib - 32 / 1024 < plan.memory_gib
     assert 1 <= plan.expected_positives <= 2 * plan.batch_size - 1
     assert all(reason for reason in plan.reasons.values())
@@ -124,6 +125,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def check_all_configurations(fingerprint: Fingerprint, folder) -> list[MACLPlan]:
+    """Assert that all configurations that nnU-Net plans for a fingerprint get a legal plan."""
     dataset, plans_name = plan_with_nnunet(fingerprint, folder)
     names = json.loads((folder / "nnUNet_preprocessed" / dataset / f"{plans_name}.json").read_text())["configurations"]
     plans = []
@@ -138,13 +140,13 @@ def check_all_configurations(fingerprint: Fingerprint, folder) -> list[MACLPlan]
 
 
 @pytest.mark.parametrize("fingerprint", QUICK, ids=lambda f: f.name)
-def test_planned_networks(fingerprint, folders):
+def test_networks_of_nnunets_planners(fingerprint, folders):
     check_all_configurations(fingerprint, folders)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fingerprint", MATRIX[len(QUICK) :], ids=lambda f: f.name)
-def test_all_planned_networks(fingerprint, folders):
+def test_more_networks_of_nnunets_planners(fingerprint, folders):
     check_all_configurations(fingerprint, folders)
 
 
@@ -159,24 +161,24 @@ def fingerprints(draw) -> Fingerprint:
     return Fingerprint("drawn", channels, shape, spacing, draw(st.sampled_from(PLANNERS)), draw(st.integers(1, 60)))
 
 
-_ANY_FOLDER = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # each example writes over the last
+_ANY_FOLDER = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # Each example overwrites the last one.
 
 
 @given(fingerprints())
 @settings(max_examples=4, deadline=None, suppress_health_check=_ANY_FOLDER)
-def test_drawn_fingerprints(folders, fingerprint):
+def test_networks_for_random_fingerprints(folders, fingerprint):
     check_all_configurations(fingerprint, folders)
 
 
 @pytest.mark.slow
 @given(fingerprints())
 @settings(max_examples=40, deadline=None, suppress_health_check=_ANY_FOLDER)
-def test_many_drawn_fingerprints(folders, fingerprint):
+def test_networks_for_many_random_fingerprints(folders, fingerprint):
     check_all_configurations(fingerprint, folders)
 
 
 class Topology(NamedTuple):
-    """A U-Net that a user may have written into the plan by hand."""
+    """A U-Net that a user may write into a plan by hand."""
 
     patch: list[int]
     strides: list[list[int]]
@@ -188,7 +190,7 @@ class Topology(NamedTuple):
 
 @st.composite
 def topologies(draw) -> Topology:
-    """3 to 8 stages, any strides, kernels and depths; patches down to a bottleneck of one voxel, multiples or not."""
+    """Draw U-Nets of 3 to 8 stages with any strides, kernels and depths, and patches that need not be multiples."""
     axes, stages = draw(st.integers(2, 3)), draw(st.integers(3, 8))
 
     def each(values: st.SearchStrategy[int], number: int) -> list[int]:
@@ -229,7 +231,7 @@ def check_topology(topology: Topology, recipe: Recipe) -> None:
     total = np.cumprod(topology.strides, axis=0)
     scale, patch = np.array(levels.scale), np.array(levels.patch_size)
     assert levels.reason and not (patch % (scale * total[-1])).any()
-    # instance norm refuses a single voxel
+    # This fails if the bottleneck has a single voxel, because of instance norm.
     outputs = embeddings_of(build(topology, levels), torch.empty(2, 1, *patch, device="meta"))
     assert outputs["dense_dominant"].shape == outputs["dense_auxiliary"].shape
     assert tuple(outputs["dense_dominant"].shape[2:]) == tuple(patch // total[levels.auxiliary_stage - 1])
@@ -246,7 +248,7 @@ def test_networks_written_by_hand(topology):
 @given(topologies(), st.data())
 @settings(max_examples=150, deadline=None)
 def test_recipes_on_networks_written_by_hand(topology, data):
-    """K and e as a recipe may fix them, each that the network has."""
+    """The recipe may fix any K and e that the network has."""
     stages = len(topology.strides)
     k = data.draw(st.integers(0, stages - 1))
     check_topology(topology, recipe_of())

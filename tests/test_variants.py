@@ -1,4 +1,4 @@
-"""Variants of the U-Net: their size as published, their plans, and the whole path from a plan to a prediction."""
+"""Variants of the U-Net: number of parameters, plans, and all commands from planning to prediction."""
 
 import json
 
@@ -34,10 +34,10 @@ class {QUICK}(nnUNetTrainerMACL):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_iterations_per_epoch = self.num_val_iterations_per_epoch = 1
 """
-# What the variants take from a plan.
+# Arguments that the variants take from a plan.
 U_NET = {"strides": [1, 2, 2, 2, 2, 2], "norm_op": nn.BatchNorm2d, "norm_op_kwargs": None}
 U_NET |= {"nonlin": nn.ReLU, "nonlin_kwargs": None}
-# What the authors' own implementations have, with 3 image channels and 1 output.
+# Numbers of parameters of the authors' implementations with 3 image channels and 1 output.
 PUBLISHED = {
     "attention_unet": (
         AttentionUNet,
@@ -57,7 +57,7 @@ PUBLISHED = {
         {"features_per_stage": [64, 128, 256, 512, 512], "strides": [1, 2, 2, 2, 2], "position_grid": [14, 14]},
         66_430_657,
     ),
-    # their implementation has norms that it does not use
+    # The authors' implementation has unused norms, which are subtracted.
     "rolling_unet_S": (RollingUNet, RollingUNet.planned(U_NET, [224, 224], "S"), 1_783_185 - 1_024),
     "rolling_unet_M": (RollingUNet, RollingUNet.planned(U_NET, [224, 224], "M"), 7_098_401 - 2_048),
     "rolling_unet_L": (RollingUNet, RollingUNet.planned(U_NET, [224, 224], "L"), 28_324_929 - 4_096),
@@ -68,12 +68,12 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_it_has_as_many_parameters_as_published(name):
+def test_the_number_of_parameters_is_that_of_the_authors(name):
     kind, arguments, parameters = PUBLISHED[name]
     with torch.device("meta"):
         network = kind(input_channels=3, num_classes=1, **{"norm_op": nn.BatchNorm2d} | arguments)
         images = torch.empty(2, 3, 224, 224)
-    # The published networks have one segmentation layer, that of the largest map.
+    # The published networks have only the segmentation layer of the largest map.
     weights = {key: value for key, value in network.named_parameters() if ".seg_layers." not in key}
     weights |= network.decoder.seg_layers[-1].named_parameters()
     assert sum(value.numel() for value in weights.values()) == parameters
@@ -84,7 +84,7 @@ def test_it_has_as_many_parameters_as_published(name):
 
 
 @pytest.mark.parametrize("name", variants())
-def test_the_plan_is_nnunets_own_with_another_network(workspace, name):
+def test_the_plan_differs_from_nnunets_only_by_the_network_and_its_sizes(workspace, name):
     file = plan_network("901", name)
     assert file.name == f"nnUNetPlans_{name}.json" and plan_network("901", name) == file
     before, after = (DatasetConfiguration.load("901", plans, "2d") for plans in ("nnUNetPlans", file.stem))
@@ -102,7 +102,7 @@ def test_the_plan_is_nnunets_own_with_another_network(workspace, name):
         deep_supervision=True,
     )
     check_submodules(network)
-    # nnU-Net makes the targets of deep supervision from the strides of the plan
+    # nnU-Net derives the sizes of the targets of deep supervision from the strides of the plan.
     outputs, size = network(torch.zeros(2, 1, *after.patch_size)), torch.tensor(after.patch_size)
     assert len(outputs) == len(after.strides) - 1
     for output, stride in zip(outputs, torch.tensor(after.strides).cumprod(0), strict=False):
@@ -111,17 +111,17 @@ def test_the_plan_is_nnunets_own_with_another_network(workspace, name):
     assert lines[0] == f"network: PlainConvUNet -> {variants()[name].__name__}"
 
 
-def test_a_plan_takes_further_configurations_of_its_network(workspace):
+def test_further_configurations_are_added_to_a_plan(workspace):
     one = plan_network("901", "attention_unet", name="gated")
     other = plan_network("901", "attention_unet", configuration="3d_fullres", name="gated")
     assert one == other and one.stem == "gated"
     assert json.loads(one.read_text())["configurations"].keys() == {"2d", "3d_fullres"}
     assert len(DatasetConfiguration.load("901", "gated", "3d_fullres").patch_size) == 3
-    with pytest.raises(UserError, match="is another plan"):
+    with pytest.raises(UserError, match=r"gated.json"):
         plan_network("901", "paper", name="gated")
 
 
-def test_the_batch_takes_no_more_memory_than_that_of_nnunet(workspace):
+def test_the_batch_needs_no_more_memory_than_that_of_nnunet(workspace):
     plans = workspace.preprocessed / DATASET / "nnUNetPlans.json"
     content = json.loads(plans.read_text())
     content["configurations"]["2d"]["batch_size"] = 12
@@ -131,7 +131,7 @@ def test_the_batch_takes_no_more_memory_than_that_of_nnunet(workspace):
 
 
 def change_plan(workspace, **values):
-    """Write a plan with other values of the 2D configuration, and return its name."""
+    """Write a plan with changed values of the 2D configuration, and return its name."""
     folder = workspace.preprocessed / DATASET
     content = json.loads((folder / "nnUNetPlans.json").read_text())
     content["plans_name"] = "changed"
@@ -140,11 +140,11 @@ def change_plan(workspace, **values):
     return "changed"
 
 
-def test_what_cannot_be_planned_is_refused(workspace):
+def test_plans_and_sizes_that_do_not_fit_are_rejected(workspace):
     gated = plan_network("901", "attention_unet").stem
-    with pytest.raises(UserError, match="Give a plan that nnU-Net made itself"):
+    with pytest.raises(UserError, match="-p"):
         plan_network("901", "attention_unet", gated)
-    with pytest.raises(UserError, match="second stage of a cascade"):
+    with pytest.raises(UserError, match="cascade"):
         plan_network("901", "attention_unet", change_plan(workspace, previous_stage="3d_lowres"))
     with pytest.raises(UserError, match="no size 'S'"):
         plan_network("901", "attention_unet", size="S")
@@ -153,12 +153,12 @@ def test_what_cannot_be_planned_is_refused(workspace):
 
 
 @pytest.mark.parametrize("name", [name for name, kind in variants().items() if kind.axes == (2,)])
-def test_a_network_of_slices_is_refused_for_volumes(workspace, name):
-    with pytest.raises(UserError, match="2 axes, and 3d_fullres has 3"):
+def test_a_2d_network_is_rejected_for_volumes(workspace, name):
+    with pytest.raises(UserError, match="-c 2d"):
         plan_network("901", name, configuration="3d_fullres")
 
 
-def test_a_plan_of_a_residual_encoder_is_a_start_too(workspace):
+def test_a_plan_with_a_residual_encoder_can_be_converted(workspace):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d").manager.configuration
     architecture = configuration["architecture"]
     kwargs = dict(architecture["arch_kwargs"])
@@ -190,7 +190,7 @@ def test_a_gate_is_trained_and_exported(tmp_path):
 
 
 def architecture_of(name, features):
-    """Return an architecture of four or five stages with a norm that depends on their number."""
+    """Return an architecture of four or five stages, whose norm depends on the number of stages."""
     stages = len(features)
     strides = [[1, 1]] + [[2, 2]] * (stages - 1)
     unet = {
@@ -221,7 +221,7 @@ def network_of(architecture):
 
 
 def transfer(source, target):
-    """Transfer all weights that pre-training can train between two architectures."""
+    """Transfer all weights that pre-training can train from one architecture to another."""
     network = network_of(source)
     adapter = family_of(type(network))(network, len(network.decoder.stages))
     encoder, decoder = adapter.trained_weights()
@@ -229,25 +229,25 @@ def transfer(source, target):
     return plan_transfer(PretrainedWeights([], encoder | decoder, source, {}), state, target)
 
 
-def test_weights_go_to_another_plan_of_the_same_network():
+def test_weights_are_transferred_to_another_plan_of_the_same_network():
     source = architecture_of("attention_unet", [4, 8, 12, 16, 20])
     rows = {row.part: row for row in transfer(source, architecture_of("attention_unet", [4, 8, 12, 16])).rows}
     for stage in range(4):
         row = rows[f"encoder.stages.{stage}"]
         assert row.how == AS_IT_IS and row.why == "BatchNorm2d there, InstanceNorm2d here"
-    # with its gate
+    # All tensors of a decoder stage are transferred, including its attention gate.
     for stage in range(3):
         row = rows[f"decoder.stages.{stage}"]
         assert row.taken == row.tensors and f"from decoder.stages.{stage + 1}" in row.why
 
 
-def test_weights_of_another_width_are_refused_by_stage():
+def test_weights_of_another_width_are_rejected_stage_by_stage():
     with pytest.raises(TooLittleFitsError, match="features_per_stage is") as error:
         transfer(architecture_of("rolling_unet", [4, 8, 16, 32]), architecture_of("rolling_unet", [6, 12, 24, 48]))
     assert all(row.how == NOT_TAKEN for row in error.value.transfer.rows if row.is_encoder)
 
 
-def test_position_embeddings_of_another_patch_start_fresh():
+def test_position_embeddings_for_another_patch_are_not_transferred():
     source, target = (architecture_of("uctransnet", [4, 8, 12, 16]) for _ in range(2))
     target["arch_kwargs"]["position_grid"] = [4, 4]
     (row,) = [row for row in transfer(source, target).rows if row.part == "decoder.transformer"]
@@ -255,7 +255,7 @@ def test_position_embeddings_of_another_patch_start_fresh():
 
 
 @pytest.mark.parametrize("name", variants())
-def test_weights_of_another_network_are_refused_by_name(name):
+def test_weights_of_another_network_are_rejected_with_both_names(name):
     other = "ukan" if name != "ukan" else "rolling_unet"
     names = rf"{variants()[name].__name__} there and \S+{variants()[other].__name__} here"
     with pytest.raises(UserError, match=names):
@@ -271,8 +271,8 @@ def test_weights_of_another_network_are_refused_by_name(name):
         for configuration in ("2d", "3d_fullres")[: len(kind.axes)]
     ],
 )
-def test_the_whole_path(workspace, tmp_path, name, configuration):
-    """Planning, pre-training, fine-tuning, validation, prediction, and transfer to another plan, by commands."""
+def test_all_commands_from_planning_to_prediction(workspace, tmp_path, name, configuration):
+    """Run planning, pre-training, fine-tuning, validation, prediction, and transfer to another plan."""
     out = workspace.run("nnUNetv2_macl_network", "901", name, "-c", configuration)
     plans = f"nnUNetPlans_{name}"
     assert f"-p {plans}" in out and "need nnunetv2_macl" in out
@@ -308,6 +308,6 @@ def test_the_whole_path(workspace, tmp_path, name, configuration):
         "nnUNetv2_find_best_configuration", "901", *common, "-c", configuration, "-f", "0", "-np", "1", **found
     )
 
-    # another network cannot take the weights, and is named
+    # The weights do not fit another network, and the message names both networks.
     out = workspace.run("nnUNetv2_macl_transfer", run, "901", "-c", configuration, code=1)
     assert f"{variants()[name].__name__} there and " in out and "PlainConvUNet here" in out

@@ -1,4 +1,4 @@
-"""Views: geometry against what can be worked out by hand."""
+"""Compare spatial and intensity views with results computed by hand."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def generator(seed=0):
 
 
 @pytest.mark.parametrize("patch_size", [(9, 13), (5, 9, 7)])
-def test_identity_and_downsampling_in_one_resampling(patch_size):
+def test_resampling_can_be_the_identity_or_a_downsampling(patch_size):
     views = RandomAffine(patch_size, **STILL)
     patches = torch.randn(2, 3, *patch_size, generator=generator())
     parameters = views.draw(2, generator())
@@ -36,7 +36,7 @@ def test_mirroring_flips_each_axis_half_of_the_time():
 
 @pytest.mark.parametrize("patch_size, plane", [((21, 41), (0, 1)), ((11, 21, 41), (1, 2))])
 def test_rotation_is_rigid_in_voxels_of_an_oblong_patch(patch_size, plane):
-    """A point turns on a circle: its distance from the centre in voxels stays."""
+    """The distance of a point from the centre, in voxels, does not change."""
     views = RandomAffine(patch_size, **(STILL | {"rotation": 180.0}))
     patches = torch.zeros(32, 1, *patch_size)
     centre = [n // 2 for n in patch_size]
@@ -49,9 +49,9 @@ def test_rotation_is_rigid_in_voxels_of_an_oblong_patch(patch_size, plane):
     mean = torch.stack([(seen * axis).flatten(1).sum(1) / mass for axis in axes], -1)
     torch.testing.assert_close(mean.norm(dim=-1), torch.full((32,), 7.0), atol=0.3, rtol=0)
     angles = torch.atan2(mean[:, plane[0]], mean[:, plane[1]])
-    assert angles.min() < -2 and angles.max() > 2  # the full turn
+    assert angles.min() < -2 and angles.max() > 2  # The angles cover the full turn.
     if len(patch_size) == 3:
-        assert mean[:, 0].abs().max() < 1e-4  # stays in its plane
+        assert mean[:, 0].abs().max() < 1e-4  # The point stays in its plane.
 
 
 def test_scaling_magnifies():
@@ -73,7 +73,7 @@ def test_translation_stays_within_its_range():
     assert rows.unique().numel() > 8 and columns.unique().numel() > 16
 
 
-def test_same_seed_same_views():
+def test_the_same_seed_gives_the_same_views():
     views = RandomAffine((8, 8, 8), out_of_plane_rotation=30.0)
     assert torch.equal(views.draw(4, generator(3)), views.draw(4, generator(3)))
     assert not torch.equal(views.draw(4, generator(3)), views.draw(4, generator(4)))
@@ -94,14 +94,14 @@ def changed_intensity(patches, seed, strength=1.0):
 
 
 @pytest.mark.parametrize("shape", [(6, 2, 16, 20), (4, 1, 6, 16, 12)])
-def test_intensity_changes_images_and_leaves_what_is_where(shape):
+def test_intensity_views_change_values_but_not_their_order(shape):
     patches = torch.randn(shape, generator=generator())
     views = changed_intensity(patches, 1)
     assert views.shape == patches.shape and torch.isfinite(views).all()
     assert torch.equal(views, changed_intensity(patches, 1))
     changed = (views - patches).flatten(2).abs().amax(-1) > 1e-3
     assert changed.float().mean() > 0.7
-    # what was bright stays bright
+    # Bright voxels stay bright.
     ranks = [
         torch.stack((a.flatten(), b.flatten())) for a, b in zip(patches.flatten(0, 1), views.flatten(0, 1), strict=True)
     ]
@@ -109,7 +109,7 @@ def test_intensity_changes_images_and_leaves_what_is_where(shape):
     assert torch.equal(changed_intensity(patches, 1, strength=0), patches)
 
 
-def test_a_part_of_a_batch_is_changed_as_within_the_whole():
+def test_intensity_views_do_not_depend_on_the_part_of_the_batch():
     patches = torch.randn(5, 2, 8, 8, generator=generator())
     numbers = RandomIntensity().draw(5, 2, 2, generator(3))
     whole = RandomIntensity().apply(patches, numbers)
@@ -118,14 +118,14 @@ def test_a_part_of_a_batch_is_changed_as_within_the_whole():
 
 
 @pytest.mark.parametrize("size", [(48, 40), (16, 20, 12)])
-def test_a_few_patches_at_a_time_give_the_same_views_in_less_memory(monkeypatch, size):
+def test_views_in_parts_are_the_same_and_need_less_memory(monkeypatch, size):
     patches = torch.randn(16, 2, *size, generator=generator())
     spatial, intensity = RandomAffine(size), RandomIntensity()
     parameters = spatial.draw(16, generator(1))
     numbers = intensity.draw(16, 2, len(size), generator(2))
     for run in (lambda: spatial.apply(patches, parameters), lambda: intensity.apply(patches, numbers)):
         whole, at_once = peak_allocated(run)
-        # three at a time, and one in the end
+        # The parts have three patches, and the last part has one.
         monkeypatch.setattr(module, "VOXELS_AT_ONCE", 3 * size[0] * patches[0, 0, 0].numel())
         several, in_parts = peak_allocated(run)
         monkeypatch.undo()
@@ -153,6 +153,6 @@ def test_blur_keeps_a_ramp_and_spreads_a_point():
     assert _blurred(point)[0, 0, 2].tolist() == [0, 0.125, 0.25, 0.125, 0] and _blurred(point).sum() == 1
 
 
-def test_a_negative_strength_is_refused():
+def test_a_negative_strength_is_rejected():
     with pytest.raises(ValueError, match="strength"):
         RandomIntensity(-1)

@@ -1,4 +1,4 @@
-"""Contrast of voxels: crops, the points that two crops share, features at points, the loss."""
+"""Contrast of voxels: crops, common points of two crops, features at points, and the loss."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ VOXEL = {"method": "voxel", "voxels": 64}
 
 
 def ramps(patches, size):
-    """Patches whose channels are the coordinates of the voxels, from -1 to 1, the last axis first."""
+    """Return patches whose channels are the coordinates of the voxels, from -1 to 1, with the last axis first."""
     axes = [torch.linspace(-1, 1, n, dtype=torch.float64) for n in size]
     return torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1]).expand(patches, *[-1] * (len(size) + 1))
 
@@ -54,7 +54,7 @@ def test_a_zoom_that_leaves_no_overlap_is_refused(zoom):
         recipe_of(**VOXEL, zoom=zoom)
 
 
-def test_a_map_is_read_at_the_block_of_voxels_that_a_location_stands_for():
+def test_features_of_a_coarse_map_are_read_at_the_centres_of_its_blocks():
     image = torch.arange(8.0, dtype=torch.float64).expand(1, 1, 8, 8)
     small = torch.nn.functional.avg_pool2d(image, 2)
     points = torch.tensor([[[-0.5, 0.0], [0.0, 0.3], [0.25, -0.5]]], dtype=torch.float64)
@@ -63,8 +63,8 @@ def test_a_map_is_read_at_the_block_of_voxels_that_a_location_stands_for():
     torch.testing.assert_close(found[..., 0], found[..., 1])
 
 
-def test_the_loss_is_the_equation():
-    """InfoNCE of each voxel: the denominator runs over all voxels of both crops of all images but the anchor."""
+def test_the_loss_equals_its_equation():
+    """The denominator of InfoNCE runs over all voxels of both crops of all images except the anchor."""
     generator = np.random.default_rng(0)
     first, second = generator.normal(size=(2, 3, 4, 5))
     vectors = np.concatenate((first.reshape(12, 5), second.reshape(12, 5)))
@@ -82,7 +82,7 @@ def test_the_loss_is_the_equation():
     assert losses["total"].item() == pytest.approx(3 * expected, rel=1e-9)
 
 
-def test_the_loss_is_that_of_lightly():
+def test_the_loss_equals_that_of_lightly():
     lightly = pytest.importorskip("lightly.loss")
     model = model_of(unet(), [32, 32], scale=[1, 1], recipe=recipe_of(**VOXEL))
     embeddings = embeddings_of(model, batch(4, torch.float32)["data"])
@@ -92,7 +92,7 @@ def test_the_loss_is_that_of_lightly():
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_all_trained_levels_have_a_share_in_the_features():
+def test_the_features_contain_all_trained_levels():
     model = model_of(unet(), [32, 32], scale=[1, 1], recipe=recipe_of(**VOXEL), decoder_stages=2)
     (method,) = model
     numbers = method.views.draw(StepRandom(0, 0, 4, slice(None), 1, (32, 32)))
@@ -118,7 +118,7 @@ def test_by_default_all_decoder_stages_but_the_last_are_trained():
         Voxel.plan_geometry([64, 48], strides, recipe_of(**VOXEL, decoder_stages=5))
 
 
-def test_beside_restoration_both_losses_are_added():
+def test_the_losses_of_voxel_and_restoration_are_added():
     step = training_step(4, 4, recipe_of(method="voxel+restoration", voxels=32, weight_voxel=0.1))
     measured = step(batch(4), 0)
     assert measured["total"] == pytest.approx(0.1 * measured["voxel"] + measured["restoration"])

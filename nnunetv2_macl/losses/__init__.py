@@ -1,6 +1,6 @@
-"""The losses of MACL, their weighted sum, and reference values for reading their curves.
+"""The losses of all methods, and reference values for reading their curves.
 
-The losses are functions of embeddings and positions: nothing here knows nnU-Net, paths, ranks or loggers.
+The losses depend only on embeddings and positions, and not on nnU-Net, paths, ranks or loggers.
 
 Source: Zeng et al., "Multi-level Asymmetric Contrastive Learning for Medical Image Segmentation Pre-training", IEEE JBHI
 2026, https://arxiv.org/abs/2309.11876. Positives by position: Zeng et al., "Positional Contrastive Learning for

@@ -1,4 +1,4 @@
-"""Online clustering: the codes of one view are predicted from another view of the same image.
+"""Online clustering: one view predicts the codes of another view of the same image.
 
 Source: SwAV, Caron et al., NeurIPS 2020, https://arxiv.org/abs/2006.09882, Eq. 2, 3 and 5.
 """
@@ -17,17 +17,17 @@ from nnunetv2_macl.losses.precision import at_least_float32, autocast_disabled
 def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
     """Return codes: soft assignments of vectors to prototypes that use all prototypes equally.
 
-    Rows and columns are normalised by turns (Sinkhorn and Knopp).
+    The algorithm of Sinkhorn and Knopp normalises columns and rows alternately.
 
     Args:
         scores: (N, K), cosine similarities of N vectors to K prototypes.
-        epsilon: ε. The smaller it is, the nearer a code is to one prototype.
+        epsilon: ε. With a smaller ε, a code concentrates on fewer prototypes.
         iterations: Number of normalisations of each kind.
 
     Returns:
-        (N, K), each row sums to 1.
+        (N, K). Each row sums to 1.
     """
-    # Codes do not depend on the factor that the largest score takes out, and large exponents would overflow.
+    # Subtract the largest score, because large exponents would overflow. The factor cancels in the codes.
     codes = ((scores - scores.max()) / epsilon).exp()
     for _ in range(iterations):
         codes = codes / codes.sum(0)
@@ -44,14 +44,16 @@ def swapped_prediction(
     epsilon: float = 0.05,
     iterations: int = 3,
 ) -> Tensor:
-    """Return the cross-entropy between the codes of some views and the predictions from all other views. Codes have no gradient.
+    """Return the cross-entropy between the codes of the first views and the predictions of all other views.
+
+    Codes have no gradient.
 
     Args:
-        scores: Of each view, (N, K), cosine similarities to the prototypes.
-        assigned: Number of the first views whose codes are predicted.
-        queued: Scores of earlier vectors of each of these views, (Q, K). Codes are computed with them, because a small batch
-            cannot use all prototypes equally.
-        temperature: τ, of the predictions.
+        scores: Cosine similarities of each view to the prototypes, (N, K).
+        assigned: Number of first views whose codes are predicted.
+        queued: Scores of earlier vectors of each of these views, (Q, K). They are added when codes are computed, because a small
+            batch cannot use all prototypes equally.
+        temperature: τ of the predictions.
         epsilon, iterations: See `sinkhorn`.
 
     Returns:

@@ -1,7 +1,7 @@
 """The image-level and the pixel-level contrastive loss, L_g and L_d, with positives by position.
 
-`contrast` is the loss as the equations have it. The classes compute the same with `nnunetv2_macl.losses.fused`, which is
-faster and takes less memory.
+`contrast` implements the equations directly. The classes compute the same loss with `nnunetv2_macl.losses.fused`, which is faster
+and takes less memory.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from nnunetv2_macl.losses.precision import at_least_float32, autocast_disabled
 
 
 def positive_mask(positions: Tensor, threshold: float) -> Tensor:
-    """Return which of the 2N vectors are positives of which.
+    """Return the mask of the positives of each of the 2N vectors.
 
     Args:
         positions: (N,) or (N, A), fraction of the volume, one row for each patch.
-        threshold: t. Patches are positives of each other when their positions differ by less than t on every axis.
+        threshold: t. Patches are positives of each other if their positions differ by less than t on every axis.
 
     Returns:
-        (2N, 2N) bool, rows are anchors. Vector i and vector N+i are the two views of patch i. They are always positives of
-        each other, whatever the threshold. No vector is its own positive.
+        (2N, 2N) bool, rows are anchors. Vector i and vector N+i are the two views of patch i. They are positives of each other
+        with any threshold. No vector is its own positive.
 
     Source: MACL Eq. 4-6.
     """
@@ -39,16 +39,16 @@ def positive_mask(positions: Tensor, threshold: float) -> Tensor:
 def positive_weights(
     positions: Tensor, threshold: float, own_view_weight: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return how much each positive counts for its anchor.
+    """Return the weight of each positive for its anchor.
 
     Args:
         positions: (N,) or (N, A), fraction of the volume.
         threshold: t, see `positive_mask`.
         own_view_weight: a in a·(own view) + (1-a)·(mean over all positives).
-        dtype: Of the result.
+        dtype: Data type of the result.
 
     Returns:
-        (2N, 2N), rows are anchors and sum to 1.
+        (2N, 2N). Rows are anchors, and each row sums to 1.
     """
     mask = positive_mask(positions, threshold).to(dtype)
     mean_over_positives = mask / mask.sum(1, keepdim=True)
@@ -64,9 +64,9 @@ def contrast(dominant: Tensor, auxiliary: Tensor, weights: Tensor, temperature: 
     p_i is the softmax over all vectors but i of the cosine similarities to vector i, divided by the temperature.
 
     Args:
-        dominant: (N, C, P) embeddings of N patches at P locations, of any length.
+        dominant: (N, C, P) embeddings of N patches at P locations, of any norm.
         auxiliary: (N, C, P) embeddings of the other views of the same patches.
-        weights: (2N, 2N), w_ij, how much the positive j counts for the anchor i. Rows sum to 1, and the diagonal is 0.
+        weights: (2N, 2N), w_ij, the weight of the positive j for the anchor i. Rows sum to 1, and the diagonal is 0.
         temperature: τ.
 
     Returns:
@@ -97,7 +97,7 @@ class _ContrastiveLoss(nn.Module):
         if not threshold >= 0:
             raise ValueError(f"threshold must be 0 or greater, got {threshold!r}")
         if not 0 <= own_view_weight <= 1:
-            raise ValueError(f"own_view_weight must lie between 0 and 1, got {own_view_weight!r}")
+            raise ValueError(f"own_view_weight must be between 0 and 1, got {own_view_weight!r}")
         self.temperature = temperature
         self.threshold = threshold
         self.base_temperature = base_temperature
@@ -113,10 +113,12 @@ class _ContrastiveLoss(nn.Module):
         """Return the loss at each location, (P,), of embeddings (N, C, P)."""
         if dominant.shape != auxiliary.shape:
             raise ValueError(
-                f"dominant and auxiliary must have one shape, got {tuple(dominant.shape)} and {tuple(auxiliary.shape)}"
+                f"dominant and auxiliary must have the same shape, got {tuple(dominant.shape)} and {tuple(auxiliary.shape)}"
             )
         if len(positions) != len(dominant):
-            raise ValueError(f"positions must have one row a patch: {len(dominant)} patches, got {len(positions)} rows")
+            raise ValueError(
+                f"positions must have one row per patch: {len(dominant)} patches, got {len(positions)} rows"
+            )
         with autocast_disabled(dominant):
             dominant, auxiliary = at_least_float32(dominant, auxiliary)
             weights = positive_weights(
@@ -135,15 +137,15 @@ class PositionalContrastiveLoss(_ContrastiveLoss):
     ``threshold``, and always the other view of its own patch. The denominator runs over all vectors except the anchor. The
     loss is the mean of -log p over the positives of an anchor, and then over anchors, with cosine similarities.
 
-    Source: MACL Eq. 4-7 (image level). The factor temperature / base_temperature is in the published implementation and not
-    in the equations; ``base_temperature=None`` leaves it out.
+    Source: MACL Eq. 4-7 (image level). The factor temperature / base_temperature comes from the published implementation and is
+    not in the equations. ``base_temperature=None`` disables it.
 
     Args:
         temperature: τ.
-        threshold: t, fraction of the volume; positives need |Δ| < t on every axis. With 0 the other view of the same patch
-            is the only positive (SimCLR).
+        threshold: t, fraction of the volume. Positives have |Δ| < t on every axis. With t = 0, the only positive is the other
+            view of the same patch (SimCLR).
         base_temperature: The loss is multiplied by temperature / base_temperature, unless this is None.
-        own_view_weight: a in a·(own view) + (1-a)·(mean over all positives). 0 is the paper's plain mean.
+        own_view_weight: a in a·(own view) + (1-a)·(mean over all positives). 0 is the paper's mean.
 
     Raises:
         ValueError: An argument is outside its range.
@@ -153,7 +155,7 @@ class PositionalContrastiveLoss(_ContrastiveLoss):
         """Return the loss, a scalar.
 
         Args:
-            dominant: (N, C) embeddings of any length.
+            dominant: (N, C) embeddings of any norm.
             auxiliary: (N, C) embeddings of the same patches, in the same order.
             positions: (N,) or (N, A), fraction of the volume.
 
@@ -168,7 +170,7 @@ class PositionalContrastiveLoss(_ContrastiveLoss):
 class DenseContrastiveLoss(_ContrastiveLoss):
     """Compute the pixel-level contrastive loss, L_d: the mean of `PositionalContrastiveLoss` over the locations of a grid.
 
-    Locations are computed in chunks, so that memory stays bounded for a grid of any size.
+    Locations are processed in chunks, so that memory is bounded for a grid of any size.
 
     Source: MACL Eq. 8-9 (pixel level). The arguments are those of `PositionalContrastiveLoss`.
     """
@@ -177,7 +179,7 @@ class DenseContrastiveLoss(_ContrastiveLoss):
         """Return the loss, a scalar.
 
         Args:
-            dominant: (N, C, *grid) embeddings of any length.
+            dominant: (N, C, *grid) embeddings of any norm.
             auxiliary: (N, C, *grid) embeddings of the same patches, in the same order.
             positions: (N,) or (N, A), fraction of the volume.
 
@@ -188,13 +190,13 @@ class DenseContrastiveLoss(_ContrastiveLoss):
             raise ValueError(f"dominant must be (N, C, *grid), got shape {tuple(dominant.shape)}")
         if dominant.shape != auxiliary.shape:
             raise ValueError(
-                f"dominant and auxiliary must have one shape, got {tuple(dominant.shape)} and {tuple(auxiliary.shape)}"
+                f"dominant and auxiliary must have the same shape, got {tuple(dominant.shape)} and {tuple(auxiliary.shape)}"
             )
         return self._mean_over_anchors(dominant.flatten(2), auxiliary.flatten(2), positions).mean()
 
 
 class LocationContrastiveLoss(_ContrastiveLoss):
-    """Compute the contrast of the locations of each image with one another, averaged over images. It is no part of the paper.
+    """Compute the contrast of the locations of each image with one another, averaged over images. It is not from the paper.
 
     The positive of a location is the same location in the other branch. The denominator runs over all locations of the image
     in both branches, except the anchor. `DenseContrastiveLoss` compares one location of all images; this loss compares all
@@ -211,12 +213,12 @@ class LocationContrastiveLoss(_ContrastiveLoss):
         """Return the loss, a scalar.
 
         Args:
-            dominant: (N, C, *grid) embeddings of any length.
+            dominant: (N, C, *grid) embeddings of any norm.
             auxiliary: (N, C, *grid) embeddings of the same patches, in the same order.
 
         Raises:
             ValueError: The shapes do not agree.
         """
-        # Locations take the place of patches, and patches that of locations.
+        # Swap locations and patches, because here the locations of an image are contrasted.
         dominant, auxiliary = (maps.flatten(2).transpose(0, 2) for maps in (dominant, auxiliary))
         return self._mean_over_anchors(dominant, auxiliary, dominant.new_zeros(len(dominant))).mean()

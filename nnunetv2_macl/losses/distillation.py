@@ -1,4 +1,4 @@
-"""Self-distillation: a student matches the sharpened and centred output of its averaged teacher.
+"""Self-distillation: a student predicts the centred and sharpened output of its averaged teacher.
 
 Source: DINO, Caron et al., ICCV 2021, https://arxiv.org/abs/2104.14294, Eq. 1, 2 and 4.
 """
@@ -14,13 +14,13 @@ from nnunetv2_macl.losses.precision import at_least_float32, autocast_disabled
 class DistillationLoss(nn.Module):
     """Compute the cross-entropy between the outputs of a teacher and of a student.
 
-    The teacher's outputs are centred and sharpened. The centre keeps one output from winning for every image, and the sharpening
-    keeps all outputs from being equal. The loss never moves the centre by itself, because a step may compute it several times:
-    call `update_centre` once per step.
+    The teacher's outputs are centred and sharpened. Centring prevents that one output dominates for every image, and sharpening
+    prevents that all outputs become equal. The loss does not update the centre, because a step may compute the loss several
+    times. Call `update_centre` once per step.
 
     Args:
         outputs: K, length of an output.
-        temperature: Of the student.
+        temperature: τ of the student.
         centre_momentum: Weight of the old centre, 0 to 1.
 
     Attributes:
@@ -35,11 +35,11 @@ class DistillationLoss(nn.Module):
         self.register_buffer("centre", torch.zeros(outputs))
 
     def targets(self, teacher: Tensor, temperature: float) -> Tensor:
-        """Return what the student is to predict, (..., K). It has no gradient, and each row sums to 1.
+        """Return the targets of the student, (..., K). They have no gradient, and each row sums to 1.
 
         Args:
             teacher: (..., K), outputs of the teacher.
-            temperature: Of the teacher. It is lower than the student's.
+            temperature: τ of the teacher, which is lower than that of the student.
         """
         with autocast_disabled(teacher):
             teacher, centre = at_least_float32(teacher.detach(), self.centre)
@@ -50,7 +50,7 @@ class DistillationLoss(nn.Module):
 
         Args:
             student: (..., K), outputs of the student.
-            targets: (..., K), what `targets` returned for another view of the same images.
+            targets: (..., K), the result of `targets` for another view of the same images.
         """
         with autocast_disabled(student):
             student, targets = at_least_float32(student, targets)

@@ -10,7 +10,7 @@ from nnunetv2_macl.losses.precision import at_least_float32, autocast_disabled
 
 EQUIVARIANCE_FORMS = ("l1", "standardised")
 
-# Added to the variance of a channel before dividing by it. A channel that varies less than this varies by rounding alone.
+# This is added to the variance of a channel before dividing by it. Smaller variances are only rounding errors.
 _SMALLEST_VARIANCE = 1e-4
 
 
@@ -28,7 +28,7 @@ class EquivarianceLoss(nn.Module):
         form: ``l1`` or ``standardised``.
 
     Raises:
-        ValueError: The form is another one.
+        ValueError: There is no such form.
     """
 
     def __init__(self, form: str = "l1") -> None:
@@ -49,7 +49,7 @@ class EquivarianceLoss(nn.Module):
         """
         if dominant.ndim != auxiliary.ndim or dominant.shape[:2] != auxiliary.shape[:2]:
             raise ValueError(
-                "dominant and auxiliary must agree in patches, channels and number of axes, got "
+                "dominant and auxiliary must have the same numbers of patches, channels and axes, got shapes "
                 f"{tuple(dominant.shape)} and {tuple(auxiliary.shape)}"
             )
         with autocast_disabled(dominant):

@@ -1,4 +1,4 @@
-"""The contrastive loss and its gradient computed together, in less memory than `nnunetv2_macl.losses.contrastive.contrast`."""
+"""Compute the contrastive loss and its gradient together, which takes less memory than `contrast`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Maximum number of similarities that are computed at once. More locations than that are processed in chunks. On a GPU as many
-# as keep it busy (in float32 they take 64 MiB), on a CPU as many as stay in its cache.
+# Maximum number of similarities that are computed at once. More locations are processed in chunks. The number is large enough
+# to keep a GPU busy (64 MiB in float32), and small enough for the cache of a CPU.
 MAX_SIMILARITIES = {"cuda": 2**24, "cpu": 2**18}
 
 # Shorter vectors are divided by this length, as in torch's ``normalize``.
@@ -24,14 +24,14 @@ def locations_at_once(vectors: int, device_type: str) -> int:
 
     Args:
         vectors: 2N, the number of vectors at each location.
-        device_type: As torch names it.
+        device_type: Name of the device type in torch.
     """
     return max(1, MAX_SIMILARITIES.get(device_type, MAX_SIMILARITIES["cuda"]) // vectors**2)
 
 
 @contextmanager
 def similarities_on_meta(device_type: str) -> Iterator[None]:
-    """Within this context, tensors on the meta device are chunked as on a device of this type, to count its memory."""
+    """Chunk tensors on the meta device as on a device of this type within the context, to count that device's memory."""
     MAX_SIMILARITIES["meta"] = MAX_SIMILARITIES[device_type]
     try:
         yield
@@ -42,8 +42,8 @@ def similarities_on_meta(device_type: str) -> Iterator[None]:
 class FusedContrast(torch.autograd.Function):
     """Compute what `nnunetv2_macl.losses.contrastive.contrast` computes, and its gradient in the same pass.
 
-    The gradient has a closed form. Computing it with the loss avoids both keeping the similarities for the backward pass and
-    computing them again there. Locations are processed in chunks, so that the similarities of one chunk are held at a time.
+    The gradient has a closed form. Computing it together with the loss means that the backward pass neither stores nor recomputes
+    the similarities. Locations are processed in chunks, so that only the similarities of one chunk are in memory.
 
     p_i is the softmax of the similarities s_ij = u_i·u_j / τ over all j but i, with u_i = x_i / |x_i|. With d_ij = p_ij - w_ij
     and D = d + dᵀ, the gradient of the mean over the 2N anchors is
@@ -55,7 +55,7 @@ class FusedContrast(torch.autograd.Function):
     def forward(ctx: Any, dominant: Tensor, auxiliary: Tensor, weights: Tensor, temperature: float) -> Tensor:
         patches, channels, locations = dominant.shape
         count = 2 * patches
-        # This copy is the only tensor of its size, because allocating memory takes longer than computing with it.
+        # Allocate this copy once and reuse it, because allocating a tensor of this size takes longer than computing with it.
         vectors = dominant.new_empty(count, locations, channels)
         vectors[:patches].copy_(dominant.transpose(1, 2))
         vectors[patches:].copy_(auxiliary.transpose(1, 2))
@@ -81,7 +81,7 @@ class FusedContrast(torch.autograd.Function):
                 both *= (inverse_norms / (temperature * count)).unsqueeze(2)
                 both *= inverse_norms.unsqueeze(1)
                 both.diagonal(dim1=1, dim2=2).copy_(own * inverse_norms.square() / -count)
-                # The gradient replaces the vectors of these locations, which are not needed any more.
+                # Overwrite the vectors of these locations by their gradient, because the vectors are not needed any more.
                 part.copy_(both @ part)
         if trained:
             ctx.save_for_backward(vectors)

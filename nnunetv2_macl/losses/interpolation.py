@@ -1,4 +1,4 @@
-"""The paper's downsampling, which views and the equivariance loss share."""
+"""The paper's downsampling, which the views and the equivariance loss use."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ LINEAR_MODE = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def downsample(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Return maps interpolated linearly to another size, with aligned corners: the paper's downsampling.
+    """Return maps interpolated linearly to another size, with aligned corners. This is the paper's downsampling.
 
     Args:
         maps: (N, C, *spatial), with one to three spatial axes.
         size: Voxels on each spatial axis of the result.
 
     Returns:
-        (N, C, *size). Maps that have this size already are returned themselves.
+        (N, C, *size). Maps that already have this size are returned without a copy.
 
     Source: MACL section III (down).
     """

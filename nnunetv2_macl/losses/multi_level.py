@@ -16,21 +16,21 @@ from nnunetv2_macl.losses.equivariance import EquivarianceLoss
 class MultiLevelContrastiveLoss(nn.Module):
     """Compute the weighted sum L = λ1·L_g + λ2·L_d + λ3·L_ER. A term of weight 0 is not computed.
 
-    The pixel-level loss may have a second part, which compares the locations of one image. It is no part of the paper.
+    The pixel-level loss may have a second part, which compares the locations of one image. It is not from the paper.
 
     Source: MACL Eq. 10.
 
     Args:
         weight_global: λ1.
         weight_dense: λ2.
-        weight_locations: The weight of the second part of the pixel level.
+        weight_locations: Weight of the second part of the pixel level.
         weight_equivariance: λ3.
         temperature, threshold, base_temperature, own_view_weight: As in `PositionalContrastiveLoss`, for all contrastive
             losses that have them.
         equivariance_form: As in `EquivarianceLoss`.
 
     Raises:
-        ValueError: A weight is negative, or the feature-level weight alone is above 0.
+        ValueError: A weight is negative, or only the feature-level weight is above 0.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class MultiLevelContrastiveLoss(nn.Module):
 
     @property
     def threshold(self) -> float:
-        """The threshold of both contrastive losses, fraction of the volume."""
+        """Return the threshold t of both contrastive losses, fraction of the volume."""
         return self.global_loss.threshold
 
     @threshold.setter
@@ -72,10 +72,10 @@ class MultiLevelContrastiveLoss(nn.Module):
         self.global_loss.threshold = self.dense_loss.threshold = value
 
     def forward(self, outputs: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-        """Return the losses by name: those with a weight, and their weighted sum ``total``.
+        """Return the losses whose weight is above 0, by name, and their weighted sum ``total``.
 
         Args:
-            outputs: What `nnunetv2_macl.network.MACLNetwork` returns.
+            outputs: The embeddings of `nnunetv2_macl.methods.macl.MACL`, by name.
             positions: (N,) or (N, A), fraction of the volume.
         """
         losses: dict[str, Tensor] = {}

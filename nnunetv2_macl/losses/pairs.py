@@ -1,4 +1,4 @@
-"""Losses of pairs of views: similarity to a target without gradient, and contrast against a queue."""
+"""Losses of pairs of views: similarity to a detached target, and contrast with a queue."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
     """Return minus the mean cosine similarity between predictions and targets. Targets have no gradient.
 
     Args:
-        predictions: (N, C), of any length.
-        targets: (N, C), of any length.
+        predictions: (N, C), of any norm.
+        targets: (N, C), of any norm.
 
     Source: SimSiam, Chen and He, CVPR 2021, https://arxiv.org/abs/2011.10566, Eq. 1 and 3. BYOL's Eq. 2 is 2 plus twice this.
     """
@@ -24,13 +24,13 @@ def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def queue_contrast(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Return the contrast of each query with its key against the vectors of a queue. Only queries have a gradient.
+    """Return the InfoNCE loss of queries and keys with the vectors of a queue as negatives. Only queries get a gradient.
 
-    It is the mean over queries q of -log(exp(q·k/τ) / (exp(q·k/τ) + sum_j exp(q·v_j/τ))), with unit vectors q and k.
+    The loss is the mean over queries q of -log(exp(q·k/τ) / (exp(q·k/τ) + sum_j exp(q·v_j/τ))), with unit vectors q and k.
 
     Args:
-        queries: (N, C), of any length.
-        keys: (N, C), of any length, each of another view of the same patch.
+        queries: (N, C), of any norm.
+        keys: (N, C), of any norm. Each belongs to another view of the query's patch.
         queue: (K, C), unit vectors v_j.
         temperature: τ.
 

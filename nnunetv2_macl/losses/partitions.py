@@ -1,4 +1,4 @@
-"""Contrast in which similar places are no negatives: of parts of a volume, and of regions of an image.
+"""Contrastive losses with negatives by place: from other partitions of volumes, or from other regions of an image.
 
 Source: GCL, Chaitanya et al., NeurIPS 2020, https://arxiv.org/abs/2006.10511, Eq. 1 to 3.
 """
@@ -15,11 +15,11 @@ from nnunetv2_macl.losses.precision import autocast_disabled
 def pairwise_contrast(vectors: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
     """Return the mean over all positive pairs (i, j) of -log(exp(s_ij) / (exp(s_ij) + sum over negatives k of exp(s_ik))).
 
-    s are cosine similarities divided by the temperature. Other positives of i are not in the sum, unlike in SimCLR and PCL. The
-    loss is 0 where no vector has a negative.
+    s_ij is a cosine similarity divided by the temperature. Unlike in SimCLR and PCL, the sum excludes the other positives of i.
+    The loss is 0 if no vector has a negative.
 
     Args:
-        vectors: (..., M, C), of any length.
+        vectors: (..., M, C), of any norm.
         positives: (M, M) bool, rows are anchors. At least one value is True.
         negatives: (M, M) bool, rows are anchors.
         temperature: τ.
@@ -30,7 +30,7 @@ def pairwise_contrast(vectors: Tensor, positives: Tensor, negatives: Tensor, tem
     with autocast_disabled(vectors):
         vectors = F.normalize(vectors if vectors.dtype == torch.float64 else vectors.float(), dim=-1)
         similarities = vectors @ vectors.transpose(-1, -2) / temperature
-        # Infinity instead would give gradients that are no numbers where an anchor has no negative.
+        # A finite number, because with -inf the gradient of an anchor without a negative would be NaN.
         smallest = torch.finfo(similarities.dtype).min / 2
         others = similarities.masked_fill(~negatives, smallest).logsumexp(-1, keepdim=True)
         losses = F.softplus(others - similarities) * positives
@@ -38,15 +38,15 @@ def pairwise_contrast(vectors: Tensor, positives: Tensor, negatives: Tensor, tem
 
 
 def partition_masks(positions: Tensor, partitions: int) -> tuple[Tensor, Tensor]:
-    """Return which of the 2N vectors are positives and which are negatives of which.
+    """Return the masks of the positives and of the negatives of each of the 2N vectors.
 
     Args:
-        positions: (N, 3), fraction of the volume. The first axis is divided into partitions of one length.
+        positions: (N, 3), fraction of the volume. The first axis is divided into partitions of equal length.
         partitions: S, number of partitions.
 
     Returns:
         Two (2N, 2N) bool tensors, rows are anchors. Vector i and vector N+i are the two views of patch i. Positives are all
-        other vectors from the same partition of any volume, and negatives are all from other partitions.
+        other vectors from the same partition of any volume, and negatives are all vectors from other partitions.
     """
     number = (positions[:, 0] * partitions).floor().clamp(0, partitions - 1)
     same = (number[:, None] == number).repeat(2, 2)
@@ -72,7 +72,7 @@ class PartitionContrastiveLoss(nn.Module):
         """Return the loss, a scalar.
 
         Args:
-            first: (N, C) embeddings of any length.
+            first: (N, C) embeddings of any norm.
             second: (N, C) embeddings of the other views of the same patches.
             positions: (N, 3), fraction of the volume.
         """
@@ -81,12 +81,12 @@ class PartitionContrastiveLoss(nn.Module):
 
 
 def region_masks(regions: int, negatives: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return which of the 2R regions of two maps of an image are positives and which are negatives of which.
+    """Return the masks of the positives and of the negatives of each of the 2R regions of two maps of an image.
 
     Args:
-        regions: R, regions of a map, in random order.
+        regions: R, number of regions of a map, which are in random order.
         negatives: Number of negatives of a region in each of the two maps. They are the next regions in the random order.
-        device: Of the result.
+        device: Device of the result.
 
     Returns:
         Two (2R, 2R) bool tensors, rows are anchors. The positive of a region is the same region of the other map.
@@ -98,7 +98,7 @@ def region_masks(regions: int, negatives: int, device: torch.device) -> tuple[Te
 
 
 def region_contrast(first: Tensor, second: Tensor, negatives: int, temperature: float) -> Tensor:
-    """Return the local contrastive loss, which separates a region from other regions of the same image.
+    """Return the local contrastive loss, a scalar. It separates a region from other regions of the same image.
 
     Source: Eq. 3, strategy L^R.
 

@@ -1,4 +1,4 @@
-"""Losses in full precision, also where a network is trained in mixed precision."""
+"""Compute losses in float32 when a network is trained in mixed precision."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 def autocast_disabled(tensor: Tensor) -> AbstractContextManager:
     """Return a context in which autocast is disabled on the tensor's device.
 
-    Only CUDA and CPU need this: training uses autocast on no other device, and torch has it for MPS only in recent versions.
+    Only CUDA and CPU need this, because training uses autocast on no other device. MPS supports it only in recent torch versions.
     """
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if kind in ("cuda", "cpu") else nullcontext()
 
 
 def at_least_float32(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two tensors, both in float32 where the first has less precision than that.
+    """Return two tensors, both in float32 if the first has half precision.
 
     Half precision has too few digits for a similarity that is divided by a temperature of 0.1.
     """

@@ -1,4 +1,4 @@
-"""Reference values of the contrastive losses: what they are worth at three states of the network."""
+"""Reference values of the contrastive losses at three states of the network."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def reference_values(
     """Return reference values for reading a curve of L_g or L_d.
 
     Args:
-        patches: N, patches of the batch over all ranks.
-        positives: P, mean number of positives of an anchor, which includes the other view of its patch (at least 1).
+        patches: N, number of patches of the batch over all ranks.
+        positives: P, mean number of positives of an anchor, including the other view of its patch (at least 1).
         temperature, base_temperature, own_view_weight: As in `PositionalContrastiveLoss`.
 
     Returns:
         ``collapse``: the loss when all vectors are equal, ln(2N-1). ``own_view_only``: the lowest loss of a network that
-        recognises only the other view of the same patch. ``all_found``: the lowest loss of all, with every positive found.
+        recognises only the other view of the same patch. ``all_found``: the lowest possible loss, with all positives found.
         Each is multiplied by τ / base temperature.
     """
     candidates = 2 * patches - 1
@@ -39,7 +39,7 @@ def reference_values(
     own = own_view_weight + (1 - own_view_weight) / positives
 
     def cross_entropy(others: float) -> float:
-        """Return it for the other view at its weight, and the rest of the weight spread evenly over ``others`` vectors."""
+        """Return the cross-entropy of the own view's weight, and of the remaining weight spread over ``others`` vectors."""
         rest = 1 - own
         return -own * math.log(own) - (rest * math.log(rest / others) if rest > 1e-12 else 0.0)
 

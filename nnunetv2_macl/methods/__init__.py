@@ -1,1 +1,1 @@
-"""Pre-training methods, one file each. `base.py` says what a method is."""
+"""The pre-training methods, one file each. `base.py` defines what a method is."""

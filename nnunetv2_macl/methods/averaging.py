@@ -1,4 +1,4 @@
-"""Averaged copies of a network, without gradient: momentum encoders and teachers."""
+"""Momentum encoders and teachers: copies of a network that are averaged over steps and have no gradient."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor, nn
 
 from nnunetv2_macl.methods.base import Progress
 
-# Voxels that pass an averaged network at a time: enough to keep a GPU busy, and a small part of what a batch of volumes takes.
+# Number of voxels that an averaged network encodes at once. This keeps a GPU busy and needs little memory besides the batch.
 _VOXELS_AT_ONCE = 2**22
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def averaged_copy(module: Module) -> Module:
-    """Return a copy that has no gradient and follows the module by `update_average`.
+    """Return a copy of a module without gradient. `update_average` moves the copy towards the module.
 
-    The copy of a `PretrainableNetwork` is a second network that encodes and decodes.
+    The copy of a `PretrainableNetwork` can encode and decode, too.
     """
     return deepcopy(module).requires_grad_(False)
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """Move an averaged copy towards its module. Buffers are copied.
+    """Move the weights of an averaged copy towards those of its module, and copy the buffers.
 
     Args:
-        average: What `averaged_copy` returned.
-        module: What it follows.
+        average: The result of `averaged_copy`.
+        module: The trained module.
         decay: Weight of the old average, 0 to 1.
     """
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
@@ -41,25 +41,25 @@ def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
 
 
 def rising_decay(first: float, progress: Progress) -> float:
-    """Return the weight of the old average at a step. It rises from ``first`` to 1 along half a cosine over the whole run.
+    """Return the weight of the old average at a step, which rises from ``first`` to 1 along half a cosine over the run.
 
     Source: BYOL, Grill et al., NeurIPS 2020, https://arxiv.org/abs/2006.07733, section 3.2.
     """
     return 1 - (1 - first) * (1 + math.cos(math.pi * progress.step / progress.steps)) / 2
 
 
-# This frame is left out of compiling. The network that it calls is compiled, once for the size of a chunk.
+# torch.compile skips this function because the number of chunks varies. It compiles the network, once for the size of a chunk.
 @torch.compiler.disable(recursive=False)
 def encode_without_gradient(
     encode: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor, *, whole: bool = False
 ) -> tuple[Tensor, ...]:
-    """Return what a function makes of images, without gradient and a few images at a time.
+    """Encode images without gradient, a few images at a time, and return the maps.
 
     Args:
-        encode: Returns maps of images, each with one row per image. It should return only the maps that are needed, because
-            the other maps of a chunk then leave their memory to the next chunk.
+        encode: A function from images to maps, each with one row per image. It should return only the maps that are needed,
+            so that the memory of the other maps is free for the next chunk.
         images: (N, C, *patch).
-        whole: Whether all images pass at once. This is necessary where the maps of an image depend on the other images.
+        whole: Whether to encode all images at once. Set it if the maps of an image depend on the other images.
     """
     with torch.no_grad():
         parts = [encode(part) for part in ((images,) if whole else _in_chunks(images))]

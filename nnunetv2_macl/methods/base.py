@@ -1,8 +1,8 @@
-"""What a pre-training method is: the views it shows, the modules it adds, the losses it minimises.
+"""The interface of a pre-training method: the views it makes, the modules it adds, and the losses it minimises.
 
-A method is one file in this folder. It knows torch only: no folders, no plans, no processes. The training step, gradients in
-parts of a batch, several GPUs, the memory plan, the log, the curves, the report, the model card and the watch for collapse all
-work from what a method declares here.
+A method is one file in this folder. It uses torch only, and no folders, plans or processes. The training step, gradient caching,
+training on several GPUs, the memory plan, the log, the curves, the report, the model card and the detection of collapse use only
+this interface.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from nnunetv2_macl.networks.base import PretrainableNetwork
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a method reads of the network, and the patches it sees.
+    """The stages of the network that a method reads, and the patches that it sees.
 
     Sizes are in voxels, one value per axis, in the order of the nnU-Net plan.
 
     Attributes:
         decoder_stages: K, the number of decoder stages that are trained, counted from the bottleneck.
         auxiliary_stage: e, the encoder stage (1 is the first) at which a second, dense map is read.
-        scale: s, how much smaller the first branch sees the patch.
+        scale: s, the factor by which the first branch downsamples the patch.
         patch_size: Size of a patch.
-        reason: Why it is so, for the plan.
+        reason: The reason for these values, for the plan.
         threshold: t, the fraction of the volume within which two patches are positives of each other.
         out_of_plane_rotation: Largest angle about the in-plane axes, degrees.
-        channels_without_zscore: Numbers of the image channels that nnU-Net does not normalise to zero mean.
-        batch_size: N, patches of a step. While the plan is made, N is not known, and this is
-            the largest batch that the planner chooses by itself.
+        channels_without_zscore: Indices of the image channels that nnU-Net does not normalise to zero mean.
+        batch_size: N, number of patches of a step. N is not known while the plan is made. This is then the largest batch
+            that the planner chooses.
     """
 
     decoder_stages: int
@@ -56,7 +56,7 @@ class Geometry:
 
 
 class Progress(NamedTuple):
-    """How far a run is."""
+    """The current step of a run, and the length of the run."""
 
     step: int
     num_epochs: int
@@ -79,13 +79,13 @@ def derive_seed(*numbers: int) -> int:
 
 
 class StepRandom(NamedTuple):
-    """The source of the random numbers of one step. They are functions of (seed, step) and depend on no image.
+    """The source of the random numbers of one step. They depend on (seed, step) only, and not on the images.
 
     Attributes:
-        seed: Of the run.
+        seed: Seed of the run.
         step: Number of the step.
-        batch_size: N, patches of the whole batch. Numbers are drawn for all of them, so that each process shows its part of
-            what one process would show.
+        batch_size: N, number of patches of the whole batch. Each process draws the numbers of all N patches and uses its part,
+            so that the views do not depend on the number of processes.
         part: The patches of this process.
         channels: C, number of image channels.
         patch_size: Voxels per axis.
@@ -99,9 +99,9 @@ class StepRandom(NamedTuple):
     patch_size: tuple[int, ...]
 
     def generator(self, *stream: int) -> torch.Generator:
-        """Return a generator on the CPU. Each view of a method takes a stream of its own.
+        """Return a generator on the CPU for a stream. Each view of a method uses a different stream.
 
-        A stream and the same stream followed by zeros are equal, so two streams must not differ in that alone.
+        A stream and the same stream followed by zeros are equal, so two streams must differ in more than trailing zeros.
         """
         return torch.Generator().manual_seed(derive_seed(self.seed, self.step, *stream))
 
@@ -121,56 +121,55 @@ def to_device(numbers: Any, device: torch.device) -> Any:
 
 
 class Views(ABC):
-    """What a method shows the network of a batch.
+    """The views of a batch that a method shows to the network.
 
-    It holds settings and no network, because the processes that read the batches draw its random numbers. Random numbers are
-    tensors, lists, tuples or dictionaries of them, and None.
+    This class holds settings and no network, because the data loader's processes call `draw`. Random numbers are tensors, None,
+    or lists, tuples and dictionaries of these.
     """
 
     @abstractmethod
     def draw(self, random: StepRandom) -> Any:
-        """Return the random numbers of a step, for the n patches of this process, on the CPU."""
+        """Return the random numbers of a step for the n patches of this process, on the CPU."""
 
     @abstractmethod
     def make(self, patches: Tensor, numbers: Any, progress: Progress) -> dict[str, Tensor]:
         """Return the views by name, each with n rows.
 
         Args:
-            patches: (n, C, *patch); for a method that `uses_neighbours` (2n, C, *patch), the neighbours after the patches.
-            numbers: What `draw` returned, its tensors on the device of the patches.
-            progress: How far the run is.
+            patches: (n, C, *patch). If the method `uses_neighbours`, (2n, C, *patch): the patches, then their neighbours.
+            numbers: The result of `draw`, with its tensors on the device of the patches.
+            progress: The current step.
         """
 
 
 class Method(nn.Module, ABC):
-    """One way to pre-train.
+    """The base class of pre-training methods.
 
-    A subclass is found by its `name`, which recipes hold as ``method``. What it remembers from step to step (a queue, a teacher,
-    prototypes) lies in its parameters and buffers, so that checkpoints have it.
+    Recipes name a subclass by its `name` in the key ``method``. State that lasts over steps (a queue, a teacher, prototypes) must
+    be a parameter or a buffer, so that checkpoints contain it.
 
     Args:
         network: The part of the segmentation network that is trained.
-        geometry: What is read of it, and the patches.
+        geometry: The stages that the method reads, and the patches.
         recipe: The values of `Config` and of all other keys.
 
     Attributes:
-        name: What recipes call it.
-        Config: Its recipe keys.
-        loss_labels: Each loss by name, with the label that log, curves and report show: "L_g, image level".
-        view_titles: Each view that is an image, with its title in ``views.png``.
-        reference_labels: Each value of `reference_lines`, with its label in a curve.
-        referenced_losses: The losses that these lines belong to.
-        couples_samples: Whether the loss of a patch depends on the other patches. Where it does not, parts of a batch need no
-            gradient caching, and `losses` returns one value for each patch.
+        name: Name of the method in recipes.
+        Config: Recipe keys of the method.
+        loss_labels: Label of each loss in log, curves and report, by the name of the loss: "L_g, image level".
+        view_titles: Title of each view that is an image in ``views.png``, by the name of the view.
+        reference_labels: Label of each value of `reference_lines` in the curves, by its key.
+        referenced_losses: Names of the losses that the reference lines belong to.
+        couples_samples: Whether the loss of a patch depends on the other patches. If False, parts of a batch need no gradient
+            caching, and `losses` returns one value for each patch.
         compares_positions: Whether patches of near positions are positives, so that the plan needs a threshold.
-        has_two_branches: Whether a second branch sees the patch at another size and both meet on one grid, so that the scale in
-            the plan follows from the stages.
-        uses_neighbours: Whether its views show a neighbour of each patch, too. See `Sampling.neighbours`.
-        constant_rate_modules: Names of its modules whose learning rate does not follow the schedule, but stays as it is after
-            the warm-up.
-        plan_keys: The keys of the MACL plan that only such a method uses.
-        summary: How it trains, for the model card: "by MACL, multi-level contrastive learning,".
-        tag: Its tag in the model card.
+        has_two_branches: Whether a second branch sees the patch at another size and both compare maps on one grid, so that the
+            scale in the plan follows from the stages.
+        uses_neighbours: Whether the views also show a neighbour of each patch. See `Sampling.neighbours`.
+        constant_rate_modules: Names of the modules whose learning rate stays constant after the warm-up.
+        plan_keys: Keys of the MACL plan that only some methods use, this one among them.
+        summary: Description for the model card: "by MACL, multi-level contrastive learning,".
+        tag: Tag in the model card.
     """
 
     name: ClassVar[str]
@@ -192,32 +191,32 @@ class Method(nn.Module, ABC):
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__()
-        # A tuple, so that the network is not registered here too: several methods may train one network.
+        # The tuple keeps torch from registering the network in each method, because several methods may train one network.
         self._network = (network,)
         self.geometry, self.recipe = geometry, recipe
 
     @property
     def network(self) -> PretrainableNetwork:
-        """Return the network that is trained, with all its methods."""
+        """Return the network that is trained."""
         return self._network[0]
 
     @classmethod
     @abstractmethod
     def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
-        """Return what the method reads of a network, and the patch.
+        """Return the stages of a network that the method reads, and the patch.
 
         Args:
-            patch_size: Of the nnU-Net plan, voxels per axis.
-            strides: Of each encoder stage, per axis.
-            recipe: Holds the values of `Config`.
+            patch_size: Patch size of the nnU-Net plan, voxels per axis.
+            strides: Strides of each encoder stage, per axis.
+            recipe: The values of `Config` and of all other keys.
 
         Raises:
-            UserError: The recipe asks for what this network cannot give.
+            UserError: The recipe does not fit this network.
         """
 
     @classmethod
     def weights(cls, recipe: Any) -> dict[str, float]:
-        """Return the losses that a recipe trains, each with its weight in the total."""
+        """Return the weight in the total of each loss that a recipe trains, by the name of the loss."""
         return dict.fromkeys(cls.loss_labels, 1.0)
 
     @classmethod
@@ -227,61 +226,62 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the network's features by name, each with a row per patch. No patch sees another here.
+        """Return the network's features by name, each with one row per patch.
 
-        Any part of a batch may pass alone. What `losses` needs of the views is handed on.
+        The features of a patch must not depend on the other patches, because parts of a batch are encoded separately. The result
+        must also contain the views that `losses` needs.
         """
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the losses compare by name, from the features of all patches of this process. Heads are applied here."""
+        """Apply the heads to the features of all patches of this process, and return the embeddings by name."""
         return features
 
     @abstractmethod
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Return the losses by name, and ``total``, whose gradient is followed.
+        """Return the losses by name, and ``total``, which is minimised.
 
         Args:
-            embeddings: What `project` returned, of the patches of all processes.
+            embeddings: The results of `project` for the patches of all processes.
             positions: (N, 3), fraction of the volume.
-            progress: How far the run is.
+            progress: The current step.
 
         Returns:
-            Scalars; without `couples_samples` one value for each patch. A method that trains in stages may leave out a loss in an
-            epoch that does not train it.
+            Scalars; one value for each patch if `couples_samples` is False. A method that trains in stages may leave out a loss
+            in an epoch that does not train it.
         """
 
     def copy_network(self) -> None:
-        """Set the method's own copies of the network to its weights, which were loaded from a file."""
+        """Copy the network's weights into the method's copies of the network, after weights were loaded from a file."""
 
     def withhold_gradients(self, progress: Progress) -> None:
-        """Set the gradient of what is not to be moved at this step to None."""
+        """Set the gradients of the parameters that must not change at this step to None."""
 
     def after_step(self, embeddings: dict[str, Tensor], progress: Progress) -> None:
-        """Update what follows the weights, such as an average or a queue. A step that was skipped does not come here."""
+        """Update averages, queues and the like after the weights changed. This is not called for a step that was skipped."""
 
     def measure(self, embeddings: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-        """Return one tensor for each name in `statistics`, on the device; an empty dictionary without embeddings."""
+        """Return one scalar tensor for each name in `statistics`, on the device of the embeddings."""
         return {}
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Return the vectors of two views of each patch, (N, C) each; None where the method has none.
+        """Return the vectors of two views of each patch, (N, C) each, or None if the method has none.
 
-        The watch for collapse and the probes look at them.
+        The detection of collapse and the probes use them.
         """
         return None
 
     @classmethod
     def statistics(cls, recipe: Any) -> list[str]:
-        """Return the names of the values of `measure` with a recipe, which the log keeps."""
+        """Return the names of the values that `measure` returns with a recipe, and that the log keeps."""
         return []
 
     @classmethod
     def reference_lines(cls, recipe: Any, batch_size: int, means: Mapping[str, float]) -> dict[str, float]:
-        """Return the values to read the curves against, by the keys of `reference_labels`.
+        """Return reference values for reading the loss curves, by the keys of `reference_labels`.
 
         Args:
-            recipe: Of the run.
-            batch_size: N, patches of a step.
+            recipe: Recipe of the run.
+            batch_size: N, number of patches of a step.
             means: Mean statistics of the epoch.
         """
         return {}
@@ -290,16 +290,16 @@ class Method(nn.Module, ABC):
     def collapse_reasons(
         cls, means: Mapping[str, float], before: Mapping[str, float], references: Mapping[str, float]
     ) -> list[str]:
-        """Return why an epoch counts as collapsed by its losses.
+        """Return the reasons why an epoch counts as collapsed according to its losses, or an empty list.
 
         Args:
-            means: Of the epoch.
-            before: Losses of the epoch before; empty in the first.
-            references: What `reference_lines` returned for the epoch.
+            means: Mean losses and statistics of the epoch.
+            before: Mean losses of the epoch before; empty in the first epoch.
+            references: The result of `reference_lines` for the epoch.
         """
         return []
 
     @classmethod
     def collapse_advice(cls, recipe: Any) -> list[str]:
-        """Return recipe keys that help against collapse, what helped most first."""
+        """Return changes of the recipe that help against collapse, the most effective first."""
         return []

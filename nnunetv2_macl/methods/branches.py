@@ -1,4 +1,4 @@
-"""Where the two branches of MACL meet in a U-Net, and the patch that makes their grids equal."""
+"""Choose the stages of a U-Net at which MACL compares its two branches, and the patch that makes their grids equal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.methods.base import Geometry
 from nnunetv2_macl.methods.config import AUTO
 
-# the paper's dense map lies at stride 16
+# The paper reads its dense map at this stride.
 _AUXILIARY_STRIDE = 16
 _LARGEST_SCALE = 4
 _PATCH_RATIO = (0.7, 1.5)
@@ -22,17 +22,18 @@ _MIN_BOTTLENECK = {2: 4, 3: 8}
 def plan_branches(patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
     """Choose K, e, s and the patch for a U-Net.
 
-    The auxiliary map is read at stage e, the deepest whose stride is at most 16; the dominant one after K decoder stages, at
-    stage m = L-K, from a patch s = T_e / T_m times as small, so that both have one grid. The largest s up to 4 is taken whose
-    patch (a multiple of s·T_L) stays near nnU-Net's and whose dominant bottleneck is no single voxel.
+    L is the number of encoder stages, and T_i is the total stride at stage i. The auxiliary map is read at stage e, the deepest
+    stage with a stride of at most 16. The dominant map is read after K decoder stages, at stage m = L-K, from a patch that is
+    downsampled by s = T_e / T_m, so that both maps have one grid. The patch must be a multiple of s·T_L. s is the largest factor
+    up to 4 whose patch has about as many voxels as nnU-Net's and whose dominant bottleneck is large enough for instance norm.
 
     Args:
-        patch_size: of the nnU-Net plan, voxels.
-        strides: of each encoder stage, an axis.
-        recipe: may fix K, e or s.
+        patch_size: Patch size of the nnU-Net plan, voxels per axis.
+        strides: Strides of each encoder stage, per axis.
+        recipe: The recipe, which may fix K, e or s.
 
     Raises:
-        UserError: the recipe asks for what this network cannot give.
+        UserError: The recipe does not fit this network.
     """
     total = np.cumprod(np.asarray(strides), axis=0)
     stages = len(total)
@@ -40,7 +41,7 @@ def plan_branches(patch_size: Sequence[int], strides: Sequence[Sequence[int]], r
     minimum = _MIN_BOTTLENECK[len(patch)]
 
     def levels(decoder_stages: int, auxiliary_stage: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scale, and the patch: nnU-Net's to the nearest multiple of s·T_L, halves up."""
+        """Return the scale, and nnU-Net's patch rounded to the nearest multiple of s·T_L (halves up)."""
         scale = total[auxiliary_stage - 1] // total[stages - decoder_stages - 1]
         step = scale * total[-1]
         return scale, np.maximum(np.floor(patch / step + 0.5), 1).astype(int) * step
@@ -49,7 +50,7 @@ def plan_branches(patch_size: Sequence[int], strides: Sequence[Sequence[int]], r
         decoder_stages, auxiliary_stage = _asked_levels(total, recipe)
         scale, size = levels(decoder_stages, auxiliary_stage)
         _enlarge(size, scale * total[-1], patch)
-        reason = f"asked for by the recipe; the patch is the nearest to nnU-Net's {_by(patch)} that this allows"
+        reason = f"set by the recipe; the patch is the closest to nnU-Net's {_by(patch)} that this allows"
         return Geometry(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
 
     auxiliary_stage = _auxiliary_stage(total)
@@ -65,13 +66,14 @@ def plan_branches(patch_size: Sequence[int], strides: Sequence[Sequence[int]], r
         scale, size = levels(decoder_stages, auxiliary_stage)
         _enlarge(size, total[-1], patch)
         reason = (
-            f"{where}; no scale from 2 to {_LARGEST_SCALE} leaves the dominant bottleneck {minimum} voxels, so both branches "
-            "see the full patch" + ("" if decoder_stages else " and only the encoder is trained")
+            f"{where}; with every scale from 2 to {_LARGEST_SCALE} the dominant bottleneck has fewer than {minimum} voxels, so "
+            "there is no scale: both branches see the full patch"
+            + ("" if decoder_stages else " and only the encoder is trained")
         )
         if (size != patch).any():
             reason += (
                 f"; the patch is changed from nnU-Net's {_by(patch)} so that it is a multiple of {_by(total[-1])} and the "
-                f"bottleneck has {minimum} voxels"
+                f"bottleneck has at least {minimum} voxels"
             )
         return Geometry(decoder_stages, auxiliary_stage, scale.tolist(), size.tolist(), reason)
 
@@ -82,7 +84,7 @@ def plan_branches(patch_size: Sequence[int], strides: Sequence[Sequence[int]], r
         why = "is the largest"
     else:
         best = min(candidates, key=lambda c: max(math.log(low / c[3]), math.log(c[3] / high)))
-        why = "comes nearest to those"
+        why = "is the closest to the range"
     decoder_stages, scale, size, ratio = best
     reason = (
         f"{where}; a scale of {_by(scale)} {why} of up to {_LARGEST_SCALE} whose patch has {low} to {high} times the voxels "
@@ -94,13 +96,13 @@ def plan_branches(patch_size: Sequence[int], strides: Sequence[Sequence[int]], r
 def plan_one_branch(
     patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any, decoder_stages: int = 0
 ) -> Geometry:
-    """Return the geometry of a method that shows nnU-Net's own patch to one branch.
+    """Return the geometry of a method with one branch, which sees nnU-Net's own patch.
 
     Args:
-        patch_size: Of the nnU-Net plan, voxels per axis.
-        strides: Of each encoder stage, per axis.
-        recipe: May ask for decoder stages.
-        decoder_stages: Number of decoder stages to train where the recipe does not ask for them.
+        patch_size: Patch size of the nnU-Net plan, voxels per axis.
+        strides: Strides of each encoder stage, per axis.
+        recipe: The recipe, which may set the number of decoder stages.
+        decoder_stages: Number of decoder stages to train unless the recipe sets it.
 
     Raises:
         UserError: The recipe asks for more decoder stages than the network has.
@@ -110,7 +112,7 @@ def plan_one_branch(
         decoder_stages = int(recipe.decoder_stages)
     if decoder_stages >= stages:
         raise UserError(
-            f"The recipe asks for decoder_stages={decoder_stages}, and the network has {stages - 1}. Take at most {stages - 1}."
+            f"decoder_stages is {decoder_stages}, but the network has {stages - 1} decoder stages. Set at most {stages - 1}."
         )
     patch, deepest = own_patch(patch_size, strides)
     reason = f"one branch sees nnU-Net's own patch, a multiple of {_by(deepest)}"
@@ -119,9 +121,9 @@ def plan_one_branch(
 
 
 def own_patch(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], np.ndarray]:
-    """Return nnU-Net's patch as a multiple of the total stride, and that stride.
+    """Return nnU-Net's patch rounded to a multiple of the total stride, and the total stride, voxels per axis.
 
-    nnU-Net's own patches are such multiples, and they stay as they are unless the bottleneck would be a few voxels.
+    nnU-Net's own patches are such multiples. They are enlarged only if the bottleneck would be too small for instance norm.
     """
     patch, deepest = np.asarray(patch_size), np.prod(np.asarray(strides), axis=0)
     size = np.maximum(np.floor(patch / deepest + 0.5), 1).astype(int) * deepest
@@ -130,12 +132,12 @@ def own_patch(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> tu
 
 
 def smaller_patch(patch_size: Sequence[int], multiple: Sequence[int], fraction: float) -> list[int]:
-    """Return the size of a view that is smaller than the patch, and whose bottleneck has more than one voxel.
+    """Return the size of a view that is smaller than the patch and has more than one voxel at the bottleneck.
 
     Args:
-        patch_size: Of the large views, a multiple of ``multiple``, voxels per axis.
-        multiple: What a size must be divisible by, per axis.
-        fraction: Wanted fraction of the patch's edge.
+        patch_size: Size of the large views, a multiple of ``multiple``, voxels per axis.
+        multiple: Divisor of the size on each axis.
+        fraction: Desired fraction of the patch's edge.
     """
     patch, step = np.asarray(patch_size), np.asarray(multiple)
     size = np.maximum(np.floor(patch * fraction / step + 0.5), 1).astype(int) * step
@@ -144,7 +146,7 @@ def smaller_patch(patch_size: Sequence[int], multiple: Sequence[int], fraction: 
 
 
 def _enlarge(size: np.ndarray, step: np.ndarray, patch: np.ndarray) -> None:
-    """Enlarge a size by whole steps until the bottleneck is large enough. The axis that is smallest for its patch grows first."""
+    """Enlarge a size by whole steps until the bottleneck is large enough, first on the axis that is smallest for its patch."""
     while np.prod(size // step) < _MIN_BOTTLENECK[len(patch)]:
         axis = np.argmin(size / patch)
         size[axis] += step[axis]
@@ -155,7 +157,11 @@ def _auxiliary_stage(total_strides: np.ndarray) -> int:
 
 
 def _asked_levels(total: np.ndarray, recipe: Any) -> tuple[int, int]:
-    """K and e from a recipe that fixes at least one of K, e, s; the rest as near to the rule as it can be."""
+    """Return K and e for a recipe that fixes at least one of K, e and s. The others are as close to the rule as possible.
+
+    Raises:
+        UserError: The network has no such stages or scale.
+    """
     stages = len(total)
     decoder_stages = range(stages) if recipe.decoder_stages == AUTO else [int(recipe.decoder_stages)]
     if recipe.auxiliary_stage == "bottleneck":
@@ -163,7 +169,7 @@ def _asked_levels(total: np.ndarray, recipe: Any) -> tuple[int, int]:
     elif recipe.auxiliary_stage != AUTO:
         auxiliary = [int(recipe.auxiliary_stage)]
     else:
-        # the stage of the rule first, then deeper ones
+        # Try the stage of the rule first, then deeper ones.
         first = _auxiliary_stage(total)
         auxiliary = [first, *range(first + 1, stages + 1), *range(first - 1, 0, -1)]
     possible = []
@@ -179,8 +185,8 @@ def _asked_levels(total: np.ndarray, recipe: Any) -> tuple[int, int]:
             return k, e
     asked = {key: getattr(recipe, key) for key in ("decoder_stages", "auxiliary_stage", "scale")}
     raise UserError(
-        f"The recipe asks for {', '.join(f'{k}={v}' for k, v in asked.items())}, which a network of {stages} stages with "
-        f"strides {total.tolist()} cannot give. What it can: "
+        f"The recipe has {', '.join(f'{k}={v}' for k, v in asked.items())}, which is not possible with a network of {stages} "
+        f"stages and total strides {total.tolist()}. Possible are "
         + "; ".join(f"decoder_stages={k} auxiliary_stage={e} scale={max(s)}" for k, e, s in possible[:12])
         + (
             ". Take one of these, or leave the keys at 'auto'."

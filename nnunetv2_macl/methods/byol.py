@@ -1,8 +1,8 @@
-"""BYOL: a predictor has to find an averaged network's embedding of the other view. No image is a negative.
+"""BYOL: a predictor predicts an averaged network's embedding of the other view. There are no negatives.
 
-Source: Grill et al., NeurIPS 2020, https://arxiv.org/abs/2006.07733, Eq. 2 and appendix J. Batch statistics of the heads
-are those of both views together, because batches can be as small as two patches. Pooled features are standardised over the
-batch first.
+Source: Grill et al., NeurIPS 2020, https://arxiv.org/abs/2006.07733, Eq. 2 and appendix J. Departures: the heads compute batch
+statistics over both views together, because a batch may have only two patches. Pooled features are standardised over the batch
+before the head.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class BYOLConfig(ImageViewKeys, HeadKey):
 
     momentum_decay: Fraction = Field(
         0.996,
-        description="weight of the old average in the target network at the start; it rises to 1 along half a cosine",
+        description="weight of the old average in the target network at the first step; it rises to 1 along half a cosine",
     )
 
 
 class BYOL(ImageLevelMethod):
-    """Prediction of the embedding that an averaged network has of the other view.
+    """Predicts an averaged network's embedding of the other view.
 
-    Embeddings are, of both views, ``first`` and ``second``, the projections of the trained network; ``first_prediction`` and
-    ``second_prediction``; ``first_target`` and ``second_target``, all (N, embedding_dim).
+    Embeddings, all (N, embedding_dim): the projections of the trained network, ``first`` and ``second``; their predictions,
+    ``first_prediction`` and ``second_prediction``; the averaged network's projections, ``first_target`` and ``second_target``.
     """
 
     name = "byol"
@@ -88,7 +88,7 @@ class BYOL(ImageLevelMethod):
         self.target_network.load_state_dict(self.network.state_dict())
 
     def after_step(self, embeddings: dict[str, Tensor], progress: Progress) -> None:
-        """Move the target network and its head."""
+        """Update the target network and its head."""
         decay = rising_decay(self.recipe.momentum_decay, progress)
         update_average(self.target_network, self.network, decay)
         update_average(self.target_head, self.head, decay)

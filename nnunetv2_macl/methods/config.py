@@ -1,4 +1,4 @@
-"""The building blocks of recipes: how a method declares its own keys."""
+"""The base classes with which a method declares its recipe keys."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Count = Annotated[int, Field(ge=1)]
 class MethodConfig(BaseModel):
     """The recipe keys of a method.
 
-    Each key has a type, a range and a description, and the reference of the recipes in the documentation is made from them.
-    A recipe that holds another key, or a value of another type or out of range, is refused by name.
+    Each key has a type, a range and a description. The reference of the recipe keys in the documentation is generated from them.
+    A recipe with an unknown key, or with a value of the wrong type or out of range, is rejected with an error that names the key.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class SpatialViewKeys(MethodConfig):
-    """The recipe keys of methods that show random spatial views of a patch."""
+    """The recipe keys of methods with random spatial views of a patch."""
 
-    mirroring: bool = Field(True, description="whether spatial views are mirrored at random")
-    rotation: Annotated[float, Field(ge=0, le=180)] = Field(180.0, description="largest angle in the plane, degrees")
+    mirroring: bool = Field(True, description="whether to mirror spatial views at random")
+    rotation: Annotated[float, Field(ge=0, le=180)] = Field(180.0, description="largest in-plane angle, degrees")
     scaling: Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(
         [0.7, 1.3], description="smallest and largest scaling factor; the smaller one comes first"
     )
@@ -44,10 +44,10 @@ class SpatialViewKeys(MethodConfig):
 
 
 class ImageViewKeys(SpatialViewKeys):
-    """The recipe keys of methods that show random views of a patch, changed in space and in intensity."""
+    """The recipe keys of methods with random spatial and intensity views of a patch."""
 
     intensity: Annotated[float, Field(ge=0, le=2)] = Field(
-        1.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0`: none"
+        1.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0` disables them"
     )
 
 
@@ -56,18 +56,18 @@ class HeadKey(MethodConfig):
 
     head: Literal["published", "light"] = Field(
         "published",
-        description="`published` has the layers of the method's paper; `light` has the projection head of PCL, two linear layers "
-        "as wide as the map that they read",
+        description="`published`: the layers of the method's paper; `light`: PCL's projection head, two linear layers as wide as "
+        "the map that they read",
     )
 
 
 class BranchKeys(MethodConfig):
-    """The recipe keys that say where in the network a second branch is read."""
+    """The recipe keys that select the map of a second branch."""
 
     auxiliary_stage: Count | Literal["auto", "bottleneck"] = Field(
         AUTO, description="e, the encoder stage at which the auxiliary dense map is read"
     )
     scale: Count | Annotated[list[Count], Field(min_length=2, max_length=3)] | Auto = Field(
         AUTO,
-        description="s, how much smaller the dominant branch sees the patch: for the largest axis, or one value per axis",
+        description="s, the factor by which the dominant branch downsamples the patch: the largest axis' factor, or one per axis",
     )

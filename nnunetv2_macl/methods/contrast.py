@@ -1,4 +1,4 @@
-"""What the methods share that contrast the images of a batch with one another."""
+"""The base class of methods that contrast the images of a batch with one another."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from nnunetv2_macl.losses import ReferenceValues, positive_mask, reference_value
 from nnunetv2_macl.methods.base import Geometry, Method
 from nnunetv2_macl.views import RandomAffine
 
-# A loss counts as learned when it is below collapse by this fraction of the way to the own-view line.
+# A loss counts as collapsed if it is less than this fraction of the way from the collapse value to the own-view value.
 _LEARNED_FRACTION = 0.05
-# A loss that fell by more than this fraction of the collapse value since the epoch before is on its way, wherever it is.
+# A loss that dropped by more than this fraction of the collapse value since the last epoch still improves: no collapse.
 _FALLING_FRACTION = 0.005
 
 
 def spatial_views(geometry: Geometry, recipe: Any) -> RandomAffine:
-    """Return the random spatial views of a recipe with the keys of `SpatialViewKeys`."""
+    """Return the random spatial views of a recipe that has the keys of `SpatialViewKeys`."""
     return RandomAffine(
         geometry.patch_size,
         mirroring=recipe.mirroring,
@@ -31,7 +31,7 @@ def spatial_views(geometry: Geometry, recipe: Any) -> RandomAffine:
 
 
 class ContrastiveMethod(Method):
-    """A method whose losses have known values: at collapse, with the own view found, and with all positives found."""
+    """A method whose losses have known values at collapse, with only the own view found, and with all positives found."""
 
     reference_labels = {
         "collapse": "collapse: one embedding for every image",
@@ -46,11 +46,11 @@ class ContrastiveMethod(Method):
 
     @classmethod
     def loss_settings(cls, recipe: Any) -> dict[str, Any]:
-        """Return what the contrastive losses take of a recipe."""
+        """Return the arguments of the contrastive losses from a recipe."""
         return {"temperature": recipe.temperature, "base_temperature": None, "own_view_weight": 0.0}
 
     def threshold(self) -> float:
-        """Return t in force: patches nearer than this fraction of the volume are positives."""
+        """Return the current t: patches closer than this fraction of the volume are positives."""
         return self.geometry.threshold
 
     def measure(self, embeddings: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
@@ -66,16 +66,16 @@ class ContrastiveMethod(Method):
     def collapse_reasons(
         cls, means: Mapping[str, float], before: Mapping[str, float], references: Mapping[str, float]
     ) -> list[str]:
-        """Return each contrastive loss that sits at the value it has with one embedding for every image."""
+        """Return a sentence for each contrastive loss that has its collapse value."""
         lines = ReferenceValues(**references)
         line = lines.collapse - _LEARNED_FRACTION * (lines.collapse - lines.own_view_only)
         reasons = []
         for name in cls.referenced_losses:
-            # fresh networks start above the line and fall through it
+            # A new network starts above the line, and its loss then falls below.
             falling = before.get(name, math.inf) - means.get(name, math.inf) > _FALLING_FRACTION * lines.collapse
             if means.get(name, -math.inf) > line and not falling:
                 reasons.append(
-                    f"{cls.loss_labels[name]} is {means[name]:.3f}: at {lines.collapse:.3f} every image has one embedding, a "
-                    f"network that knows the own view alone reaches {lines.own_view_only:.3f}"
+                    f"{cls.loss_labels[name]} is {means[name]:.3f}: it is {lines.collapse:.3f} if all images have the same "
+                    f"embedding, and {lines.own_view_only:.3f} if the network recognises only the own view"
                 )
         return reasons

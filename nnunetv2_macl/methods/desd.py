@@ -1,10 +1,9 @@
-"""DeSD: maps at several depths of the network predict what an averaged teacher makes of another view at its deepest map.
+"""DeSD: maps at several depths of the network predict an averaged teacher's output for another view at its last map.
 
 Source: Ye et al., "DeSD: Self-Supervised Learning with Deep Self-Distillation for 3D Medical Image Segmentation", MICCAI 2022,
 and DINO, Caron et al., ICCV 2021, https://arxiv.org/abs/2104.14294. Departures: 4,096 outputs instead of 60,000, because the
-published heads would have more weights than the network; 512 outputs are what the authors of MACL seem to have used. Pooled
-features are standardised over the batch before the heads. The exported weights are those of the trained network; the published
-ones are those of the teacher, its average.
+published heads would have more weights than the network (the authors of MACL seem to have used 512). Pooled features are
+standardised over the batch before the heads. The trained network is exported; the authors publish the teacher, its average.
 """
 
 from __future__ import annotations
@@ -31,10 +30,8 @@ _FIRST_TEACHER_TEMPERATURE = 0.04
 class DeSDConfig(ImageViewKeys):
     """The recipe keys of DeSD."""
 
-    depths: Count = Field(
-        4, description="number of the deepest maps that predict the teacher, fewer where the network has fewer"
-    )
-    outputs: Annotated[int, Field(ge=2)] = Field(4096, description="K, length of the vectors that are compared")
+    depths: Count = Field(4, description="number of last maps that predict the teacher; fewer if the network has fewer")
+    outputs: Annotated[int, Field(ge=2)] = Field(4096, description="K, length of the compared vectors")
     hidden: Count = Field(2048, description="length of the hidden vectors of the heads")
     temperature: Positive = Field(0.1, description="τ of the student")
     teacher_temperature: Positive = Field(0.07, description="τ of the teacher, after a linear rise from 0.04")
@@ -42,20 +39,21 @@ class DeSDConfig(ImageViewKeys):
         0.07, description="fraction of the steps over which the teacher's temperature rises"
     )
     momentum_decay: Fraction = Field(
-        0.996, description="weight of the old average in the teacher at the start; it rises to 1 along half a cosine"
+        0.996,
+        description="weight of the old average in the teacher at the first step; it rises to 1 along half a cosine",
     )
     centre_momentum: Fraction = Field(0.9, description="weight of the old mean in the centre of the teacher's outputs")
     frozen_output_epochs: Annotated[int, Field(ge=0)] = Field(
-        1, description="epochs at the start in which the last layers of the student's heads stay as they are"
+        1, description="number of initial epochs in which the last layers of the student's heads are frozen"
     )
 
 
 class DeSD(ImageLevelMethod):
-    """Self-distillation at several depths. The teacher is the average of the network and of its deepest head.
+    """Distils the output of an averaged teacher into several depths of the network.
 
-    The depths are the last maps of encoder and trained decoder stages. Embeddings are ``first_0``, ``second_0`` and so on, the
-    outputs of the student for both views, the deepest last, and ``first_target`` and ``second_target``, those of the teacher.
-    All are (N, outputs).
+    The teacher averages the network and its last head. The depths are the last maps of the encoder and of the trained decoder
+    stages. Embeddings, all (N, outputs): the student's outputs for both views at each depth, ``first_0``, ``second_0`` and so on,
+    the last map last, and the teacher's outputs, ``first_target`` and ``second_target``.
     """
 
     name = "desd"
@@ -116,20 +114,20 @@ class DeSD(ImageLevelMethod):
         self.teacher_network.load_state_dict(self.network.state_dict())
 
     def withhold_gradients(self, progress: Progress) -> None:
-        """Fix the last layers of the heads at the start."""
+        """Freeze the last layers of the heads in the first epochs."""
         if progress.step < self.recipe.frozen_output_epochs * progress.num_iterations_per_epoch:
             for head in self.heads:
                 head.directions.weight.grad = None  # type: ignore[union-attr]
 
     def after_step(self, embeddings: dict[str, Tensor], progress: Progress) -> None:
-        """Move the teacher, and the centre of its outputs."""
+        """Update the teacher and the centre of its outputs."""
         decay = rising_decay(self.recipe.momentum_decay, progress)
         update_average(self.teacher_network, self.network, decay)
         update_average(self.teacher_head, self.heads[-1], decay)
         self.loss.update_centre(torch.cat((embeddings["first_target"], embeddings["second_target"])))
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the outputs of the student's deepest head."""
+        """Return the outputs of the student's last head."""
         deepest = len(self.heads) - 1
         return embeddings[f"first_{deepest}"], embeddings[f"second_{deepest}"]
 
@@ -146,7 +144,7 @@ class DeSD(ImageLevelMethod):
 
 
 def _by_view(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the rows of the first and of the second view by names of their own."""
+    """Split each tensor into the rows of the first and of the second view, and prefix the names with the view."""
     return {
         f"{view}_{name}": part
         for name, both in values.items()

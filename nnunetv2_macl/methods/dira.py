@@ -1,8 +1,8 @@
-"""DiRA: contrast of whole images, restoration of the whole patch by the full decoder, and an adversary of what is restored.
+"""DiRA: contrast of whole images, restoration of the whole patch by the full decoder, and an adversary of the restored patch.
 
-Source: Haghighi et al., CVPR 2022, https://arxiv.org/abs/2204.10437, Eq. 1 to 4, on MoCo v2. Departures: nnU-Net's images have no
-range, so what is restored does not pass a sigmoid. Distortions act on blocks of the image, one per voxel of the bottleneck. One
-optimiser trains network and adversary in the same step; the learning rate of the adversary does not decay, as published.
+Source: Haghighi et al., CVPR 2022, https://arxiv.org/abs/2204.10437, Eq. 1 to 4, on MoCo v2. The learning rate of the adversary
+does not decay, as published. Departures: the restored patch passes no sigmoid, because nnU-Net's images have no fixed range.
+Distortions act on blocks of the image, one per voxel of the bottleneck. One optimiser trains network and adversary together.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from nnunetv2_macl.methods.restoration import ReconstructionHead
 from nnunetv2_macl.networks.base import PretrainableNetwork
 from nnunetv2_macl.views import enlarge_mask, standardise
 
-# The random numbers of distortions are another stream than those of the views.
+# Distortions and views draw from separate random streams.
 _DISTORTION_STREAM = 8
-# Channels of the adversary's layers, as multiples of those of the first one.
+# Channels of the adversary's layers, as multiples of those of the first layer.
 _ADVERSARY_WIDTHS = (1, 2, 4, 8)
-# An axis of fewer voxels is not made smaller in the adversary.
+# The adversary does not downsample an axis with fewer voxels.
 _SMALLEST_AXIS = 8
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -39,11 +39,11 @@ _INSTANCE_NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 
 class PatchAdversary(nn.Sequential):
-    """Judge each place of an image as real or restored: (N, C, *size) -> (N, 1, *places).
+    """Score each location of an image as real or restored: (N, C, *size) -> (N, 1, *locations).
 
     Args:
         image_channels: C.
-        size: Voxels of an image on each axis.
+        size: Size of an image, voxels per axis.
         width: Channels of the first layer.
     """
 
@@ -63,12 +63,12 @@ class PatchAdversary(nn.Sequential):
         super().__init__(*layers, conv(width * _ADVERSARY_WIDTHS[-1], 1, 3, padding=1))
 
     def error(self, images: Tensor, label: float, *, fixed: bool = False) -> Tensor:
-        """Return the mean squared difference between the judgement and a label, (N,).
+        """Return the mean squared difference between the scores and a label, (N,).
 
         Args:
             images: (N, C, *size).
-            label: 1 is real, 0 is restored.
-            fixed: Whether the gradient passes to the images alone and leaves the adversary as it is.
+            label: 1 for real, 0 for restored.
+            fixed: Whether only the images get a gradient, and not the adversary.
         """
         if fixed:
             judged = functional_call(self, {name: weight.detach() for name, weight in self.named_parameters()}, images)
@@ -80,17 +80,18 @@ class PatchAdversary(nn.Sequential):
 class DiRAConfig(MoCoConfig):
     """The recipe keys of DiRA."""
 
-    weight_contrast: Positive = Field(1.0, description="the weight of the contrast with the queue")
-    weight_restoration: Positive = Field(10.0, description="the weight of the restoration of the whole patch")
-    weight_adversary: Positive = Field(0.001, description="the weight of the adversary's judgement of what is restored")
+    weight_contrast: Positive = Field(1.0, description="weight of the contrast with the queue")
+    weight_restoration: Positive = Field(10.0, description="weight of the restoration of the whole patch")
+    weight_adversary: Positive = Field(0.001, description="weight of the adversary's score of the restored patch")
     adversary_start: Fraction = Field(
-        0.5, description="fraction of the steps after which the adversary is trained and counts"
+        0.5, description="fraction of the steps after which the adversary is trained and its losses are in the total"
     )
     adversary_width: Count = Field(
-        64, description="channels of the adversary's first layer; its last one has 8 times as many"
+        64, description="channels of the adversary's first layer; its last layer has 8 times as many"
     )
     distorted_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        0.2, description="fraction of the blocks of a view that are cut out; as many others change places"
+        0.2,
+        description="fraction of the blocks of a view that are cut out; the same number of other blocks is shuffled",
     )
 
 
@@ -100,11 +101,13 @@ class _Numbers(NamedTuple):
 
 
 class _DistortedViews(Views):
-    """Two random views with blocks cut out and moved, ``first`` and ``second``, and the first one before any change of values.
+    """Two random views with blocks cut out and shuffled, ``first`` and ``second``, and the restoration target ``target``.
+
+    The target is the first view before its intensities and blocks change.
 
     Args:
         geometry, recipe: As in `TwoViews`.
-        block: Voxels of a block on each axis. A patch is a whole multiple of it.
+        block: Size of a block, voxels per axis. The patch size is a multiple of it.
     """
 
     def __init__(self, geometry: Geometry, recipe: Any, block: Sequence[int]) -> None:
@@ -115,7 +118,7 @@ class _DistortedViews(Views):
         self.distorted = round(recipe.distorted_share * self.cells)
 
     def draw(self, random: StepRandom) -> _Numbers:
-        """Return the numbers of the views, and for each view and patch its blocks in random order."""
+        """Return the random numbers of the views, and a random order of the blocks of each patch in each view."""
         generator = random.generator(_DISTORTION_STREAM)
         orders = [
             torch.stack([torch.randperm(self.cells, generator=generator) for _ in range(random.batch_size)])[
@@ -132,11 +135,11 @@ class _DistortedViews(Views):
         return {"first": first, "second": second, "target": standardise(clean, self.unnormalised)[0]}
 
     def distort(self, images: Tensor, orders: Tensor) -> Tensor:
-        """Return images in which the first blocks of an order are cut out, and as many next ones change places in a circle.
+        """Return images in which the first blocks of an order are cut out, and the same number of next blocks is rotated.
 
         Args:
             images: (n, C, *patch).
-            orders: (n, blocks), the numbers of the blocks of each image.
+            orders: (n, blocks), the indices of the blocks of each image in random order.
         """
         count = self.distorted
         if not count:
@@ -152,7 +155,7 @@ class _DistortedViews(Views):
         return torch.where(mask, self._images(blocks, images.shape), zero)
 
     def _axes(self) -> list[int]:
-        """Return the order of axes that brings those of the grid before the channels, and those of a block after them."""
+        """Return the order of axes in which the axes of the grid precede the channels, and the axes of a block follow them."""
         axes = len(self.grid)
         return [0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2)]
 
@@ -160,11 +163,11 @@ class _DistortedViews(Views):
         return [*shape[:2], *(n for g, size in zip(self.grid, shape[2:], strict=True) for n in (g, size // g))]
 
     def _blocks(self, images: Tensor) -> Tensor:
-        """Return (n, C, *patch) as blocks (n, cells, voxels)."""
+        """Return images (n, C, *patch) as blocks (n, cells, voxels)."""
         return images.reshape(self._split(images.shape)).permute(self._axes()).reshape(len(images), self.cells, -1)
 
     def _images(self, blocks: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return what `_blocks` returned as images of a shape again."""
+        """Return blocks (n, cells, voxels) as images of a shape. This reverts `_blocks`."""
         order = self._axes()
         split = self._split(shape)
         back = [order.index(axis) for axis in range(len(order))]
@@ -172,11 +175,11 @@ class _DistortedViews(Views):
 
 
 class DiRA(MoCo):
-    """Contrast with a queue, restoration of the whole patch, and an adversary that tells restored patches from real ones.
+    """Contrasts images with a queue, restores the whole patch, and trains an adversary to distinguish restored from real patches.
 
-    All stages of the decoder are trained. Each loss of a single patch is computed where its image is, so that no image has to
-    pass from one process to another. The adversary's gradient is that of its own loss alone, because what is restored is
-    detached in it, and the network's gradient passes through the adversary with its weights fixed.
+    All decoder stages are trained. `encode` computes the losses of single patches, so that processes need not exchange images.
+    The adversary gets a gradient only from its own loss, which detaches the restored patch. The network's gradient passes through
+    the adversary while the adversary's weights are fixed.
     """
 
     name = "dira"
@@ -185,9 +188,9 @@ class DiRA(MoCo):
         **MoCo.loss_labels,
         "patch_restoration": "L_RP, restoration of the patch",
         "adversary": "L_adv, adversary of the restoration",
-        "discriminator": "L_dis, of the adversary itself",
+        "discriminator": "L_dis, training of the adversary",
     }
-    view_titles = {"first": "restored from, query", "second": "key", "target": "restored"}
+    view_titles = {"first": "input and query", "second": "key", "target": "restoration target"}
     constant_rate_modules = ("adversary",)
     summary = "by DiRA, contrastive, restorative and adversarial learning,"
     tag = "contrastive-learning"
@@ -201,7 +204,7 @@ class DiRA(MoCo):
 
     @property
     def channels(self) -> int:
-        """Return the channels of the bottleneck, which the contrast reads."""
+        """Return the number of channels of the bottleneck, which the contrast reads."""
         return self.network.encoder_levels[-1].channels
 
     @staticmethod
@@ -211,11 +214,11 @@ class DiRA(MoCo):
 
     @classmethod
     def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
-        """Choose nnU-Net's own patch, and all decoder stages."""
+        """Return nnU-Net's own patch and all decoder stages."""
         geometry = plan_one_branch(patch_size, strides, recipe)
         if recipe.decoder_stages != AUTO:
             return geometry
-        reason = f"{geometry.reason}; the whole decoder restores it"
+        reason = f"{geometry.reason}; the whole decoder restores the patch"
         return replace(geometry, decoder_stages=len(strides) - 1, reason=reason)
 
     @classmethod
@@ -247,7 +250,7 @@ class DiRA(MoCo):
         return features | super().project(features)
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Return the four losses. The two of the adversary are in ``total`` once it is trained."""
+        """Return the four losses. ``total`` includes the two losses of the adversary from ``adversary_start`` on."""
         found = super().losses(embeddings, positions, progress)
         found |= {name: embeddings[name].mean() for name in self.loss_labels if name not in found}
         is_joint = progress.step >= self.recipe.adversary_start * progress.steps

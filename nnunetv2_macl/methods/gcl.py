@@ -1,10 +1,10 @@
-"""GCL: contrast of images by the part of the volume that they come from, then contrast of regions within an image.
+"""GCL: contrast of images by their partition of the volume, then contrast of regions within an image.
 
-Source: Chaitanya et al., NeurIPS 2020, https://arxiv.org/abs/2006.10511: strategy G^D for the image level, which trains the
-encoder, and strategy L^R for the region level, which trains decoder stages after the fixed encoder. Departures: the head of the
-image level reads the pooled bottleneck, standardised over the batch, because a head on the flattened bottleneck would have more
-weights than the encoder of an nnU-Net plan. Batches hold random patches instead of one image from each partition of each volume.
-In 3D the partition of a patch is that of its centre.
+Source: Chaitanya et al., NeurIPS 2020, https://arxiv.org/abs/2006.10511. Strategy G^D of the image level trains the encoder, and
+strategy L^R of the region level trains decoder stages while the encoder is frozen. Departures: the head of the image level reads
+the pooled bottleneck, standardised over the batch, because a head on the flattened bottleneck would have more weights than the
+encoder of an nnU-Net plan. Batches hold random patches instead of one image from each partition of each volume. In 3D, the
+centre of a patch determines its partition.
 """
 
 from __future__ import annotations
@@ -27,42 +27,43 @@ from nnunetv2_macl.methods.image_level import TwoViews
 from nnunetv2_macl.methods.simclr import SimCLR, SimCLRConfig
 from nnunetv2_macl.networks.base import PretrainableNetwork
 
-# The random numbers of regions are another stream than those of the views.
+# Regions and views draw from separate random streams.
 _REGION_STREAM = 6
-# Regions of a map that are compared, negatives of a region in each map, and voxels of the map on each edge of a region.
+# Number of compared regions in a map, number of negatives of a region in each map, and edge of a region in voxels of the map.
 _REGIONS, _NEGATIVES, _REGION_EDGE = 13, 5, 3
 # The fraction of the decoder stages that is trained: 3 of 5 in the paper.
 _TRAINED_DECODER = 3 / 5
-# With fewer negatives on average, most patches have no negative.
+# If an anchor has fewer negatives on average, most patches have none.
 _FEW_NEGATIVES = 1
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class GCLImageConfig(SimCLRConfig):
-    """The recipe keys of GCL's image level."""
+    """The recipe keys of the image level of GCL."""
 
     partitions: Annotated[int, Field(ge=2)] = Field(
         4,
-        description="parts of a volume along its first axis; images from one part are positives, from other parts negatives",
+        description="S, number of partitions of a volume along its first axis; images from the same partition are positives, and "
+        "images from other partitions negatives",
     )
 
 
 class GCLImage(SimCLR):
-    """Contrast of whole images with positives and negatives by the part of the volume that they come from."""
+    """Contrasts whole images. The partition of the volume determines which images are positives and which are negatives."""
 
     name = "gcl_image"
     Config = GCLImageConfig
     loss_labels = {"partition": "L_part, image level"}
     referenced_losses = ("partition",)
-    summary = "by the image level of GCL, contrastive learning with parts of a volume,"
+    summary = "by the image level of GCL, contrastive learning with partitions of a volume,"
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__(network, geometry, recipe)
         self.loss = PartitionContrastiveLoss(recipe.partitions, recipe.temperature)
 
     def measure(self, embeddings: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-        """Return the mean number of positives of an anchor, its own other view included, and of its negatives."""
+        """Return the mean numbers of positives of an anchor (its own other view included) and of negatives."""
         positives, negatives = partition_masks(positions, self.recipe.partitions)
         return {"positives": positives.sum(1).float().mean(), "negatives": negatives.sum(1).float().mean()}
 
@@ -73,7 +74,7 @@ class GCLImage(SimCLR):
     @classmethod
     def reference_lines(cls, recipe: Any, batch_size: int, means: Mapping[str, float]) -> dict[str, float]:
         positives = max(1.0, means.get("positives", 1.0))
-        # A positive at the similarity of the negatives is one of so many equals.
+        # At collapse, the positive and all negatives have the same similarity.
         collapse = math.log1p(means.get("negatives", 2.0 * batch_size - 2))
         return {"collapse": collapse, "own_view_only": (1 - 1 / positives) * collapse, "all_found": 0.0}
 
@@ -81,11 +82,11 @@ class GCLImage(SimCLR):
     def collapse_reasons(
         cls, means: Mapping[str, float], before: Mapping[str, float], references: Mapping[str, float]
     ) -> list[str]:
-        """Return in addition whether the patches of a batch lie in one part of their volumes."""
+        """Return the reasons of `ContrastiveMethod`, or that nearly all patches are in one partition of their volumes."""
         if means.get("negatives", math.inf) < _FEW_NEGATIVES:
             return [
-                f"an anchor has {means['negatives']:.2f} negatives on average, because nearly all patches lie in one part of "
-                "their volumes: the patch is nearly as long as the volumes on the first axis"
+                f"an anchor has {means['negatives']:.2f} negatives on average, because nearly all patches are in one partition "
+                "of their volumes: the patch is nearly as long as the volumes on the first axis"
             ]
         return super().collapse_reasons(means, before, references)
 
@@ -99,8 +100,8 @@ class GCLConfig(GCLImageConfig):
 
     intensity: Annotated[float, Field(gt=0, le=2)] = Field(
         1.0,
-        description="strength of random gamma, contrast, brightness, bias field, noise and blur; nothing else differs between "
-        "the two views of the region level",
+        description="strength of random gamma, contrast, brightness, bias field, noise and blur, which are the only difference "
+        "between the two views of the region level",
     )
 
 
@@ -110,12 +111,12 @@ class _Numbers(NamedTuple):
 
 
 class _RegionViews(Views):
-    """Two random views of each patch in the first half of a run. In the second half they differ in their intensities alone.
+    """Two random views of each patch in the first half of a run. In the second half, only their intensities differ.
 
     Args:
         geometry, recipe: As in `TwoViews`.
-        cells: Number of regions that a map has.
-        regions: Number of regions that are compared.
+        cells: Number of regions in a map.
+        regions: Number of compared regions.
     """
 
     def __init__(self, geometry: Geometry, recipe: Any, cells: int, regions: int) -> None:
@@ -128,7 +129,7 @@ class _RegionViews(Views):
         return _Numbers(self.two.draw(random), torch.stack(orders)[random.part, : self.regions])
 
     def make(self, patches: Tensor, numbers: _Numbers, progress: Progress) -> dict[str, Tensor]:
-        """Return ``first`` and ``second``, and in the second half ``regions``, the numbers of the regions to compare."""
+        """Return ``first`` and ``second``, and in the second half ``regions``, the indices of the regions to compare."""
         if not progress.is_second_half:
             return self.two.make(patches, numbers.views, progress)
         first, second = (self.two.intensity.apply(patches, changes) for changes in numbers.views.intensity)
@@ -136,14 +137,14 @@ class _RegionViews(Views):
 
 
 class RegionHead(nn.Sequential):
-    """Two convolutions of 1, and one linear layer on each region: (N, C, *grid) -> (N, cells, embedding_dim).
+    """Two convolutions of size 1 and a linear layer on each region: (N, C, *grid) -> (N, cells, embedding_dim).
 
-    A region's voxels are flattened before the linear layer, which is a convolution whose stride is its kernel.
+    The linear layer reads all voxels of a region. It is a convolution whose stride equals its kernel size.
 
     Args:
         channels: C.
         embedding_dim: Length of the vector of a region.
-        edge: Voxels of the map on each edge of a region.
+        edge: Edge of a region, voxels of the map.
         axes: 2 or 3.
     """
 
@@ -161,7 +162,7 @@ class RegionHead(nn.Sequential):
 
 
 def _region_edge(grid: Sequence[int]) -> tuple[int, int]:
-    """Return the edge of a region and the number of regions of a map: edge 3, or less where the map would have too few."""
+    """Return the edge of a region and the number of regions of a map. The edge is 3, or smaller if a map had too few regions."""
     for edge in range(_REGION_EDGE, 0, -1):
         cells = prod(n // edge for n in grid)
         if cells >= _REGIONS or edge == 1:
@@ -170,9 +171,9 @@ def _region_edge(grid: Sequence[int]) -> tuple[int, int]:
 
 
 class GCL(GCLImage):
-    """Contrast of images by parts of volumes, which trains the encoder, then of regions, which trains the decoder.
+    """Contrasts images by partitions of volumes to train the encoder, then regions of an image to train the decoder.
 
-    The first half of the epochs trains the encoder, and the second half the decoder stages after the fixed encoder.
+    The first half of the epochs trains the encoder. The second half trains the decoder stages while the encoder is frozen.
     """
 
     name = "gcl"
@@ -190,17 +191,21 @@ class GCL(GCLImage):
 
     @property
     def channels(self) -> int:
-        """Return the channels of the bottleneck, which the image level reads because it trains the encoder alone."""
+        """Return the number of channels of the bottleneck. The image level reads it because it trains only the encoder."""
         return self.network.encoder_levels[-1].channels
 
     @classmethod
     def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
-        """Choose nnU-Net's own patch, and three fifths of the decoder stages."""
+        """Return nnU-Net's own patch and three fifths of the decoder stages.
+
+        Raises:
+            UserError: The recipe trains no decoder stage, or more than the network has.
+        """
         geometry = super().plan_geometry(patch_size, strides, recipe)
         if recipe.decoder_stages == 0:
             raise UserError(
-                "The recipe asks for decoder_stages=0, and the region level of method gcl trains decoder stages. Take at least "
-                "1, or the method gcl_image, which has no region level."
+                "decoder_stages is 0, and the region level of the method gcl trains decoder stages. Set decoder_stages to at "
+                "least 1, or use the method gcl_image, which has no region level."
             )
         if recipe.decoder_stages != AUTO:
             return geometry
@@ -217,7 +222,7 @@ class GCL(GCLImage):
         if "regions" not in views:
             first, second = self.network.encode(both)[-1].chunk(2)
             return {"first": first, "second": second}
-        # Without a gradient, neither the step nor the weight decay moves the encoder.
+        # Without a gradient, the optimiser changes no weight of the encoder, not even by weight decay.
         with torch.no_grad():
             maps = self.network.encode(both)
         regions = self.region_head(self.network.decode(maps)[-1])
@@ -229,7 +234,7 @@ class GCL(GCLImage):
         return super().project(features) if "first" in features else features
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Return the loss of the level that is trained in this half of the run, and ``total``."""
+        """Return the loss of the level that this half of the run trains, and ``total``."""
         if "first" in embeddings:
             return super().losses({name: embeddings[name] for name in ("first", "second")}, positions, progress)
         first, second = embeddings["regions_first"], embeddings["regions_second"]
@@ -237,7 +242,7 @@ class GCL(GCLImage):
         return {"region": loss, "total": loss}
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the image-level vectors; in the second half, those of one region of each patch."""
+        """Return the image-level vectors; in the second half, the vectors of one region of each patch."""
         if "first" in embeddings:
             return super().representations(embeddings)
         return embeddings["regions_first"][:, 0], embeddings["regions_second"][:, 0]

@@ -1,4 +1,4 @@
-"""Projection heads: small networks between a map of the network and what a loss compares."""
+"""Projection heads: small networks from a map of the network to the vectors that a loss compares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 def pool(maps: Tensor) -> Tensor:
     """Return the mean over space in at least float32: (N, C, *spatial) -> (N, C).
 
-    In half precision the means of instance-normalised maps would be nearly one number for every image.
+    In half precision, the means of instance-normalised maps would be nearly the same for all images.
     """
     return maps.flatten(2).mean(-1, dtype=torch.promote_types(maps.dtype, torch.float32))
 
@@ -35,7 +35,7 @@ def mlp(*widths: int, hidden_norm: bool = False, output_norm: bool = False) -> n
     for number, (before, after) in enumerate(pairwise(widths), 1):
         is_last = number == len(widths) - 1
         has_norm = output_norm if is_last else hidden_norm
-        # Batch norm removes what a bias adds.
+        # A bias before a batch norm has no effect.
         layers.append(nn.Linear(before, after, bias=not has_norm))
         if has_norm:
             layers.append(nn.BatchNorm1d(after, affine=not is_last))
@@ -47,14 +47,14 @@ def mlp(*widths: int, hidden_norm: bool = False, output_norm: bool = False) -> n
 class GlobalProjectionHead(nn.Sequential):
     """Mean over space, then linear layers with ReLU between them: (N, C, *spatial) -> (N, embedding_dim).
 
-    With its defaults and ``embedding_dim=channels`` it is the head of PCL, the "light" head of all methods on the image level.
+    With its defaults and ``embedding_dim=channels`` this is the head of PCL, the "light" head of all image-level methods.
 
     Args:
         channels: C.
-        embedding_dim: Length of a vector.
-        hidden: Lengths of the hidden vectors; None is one of C.
+        embedding_dim: Length of the output.
+        hidden: Lengths of the hidden vectors. None is one hidden vector of length C.
         batch_norm: Whether pooled features are standardised over the batch first. Instance norm gives every channel of every
-            image nearly the same mean, so without it the embeddings of all images are nearly one vector and nothing is learned.
+            image nearly the same mean, so without batch norm all images have nearly the same embedding and nothing is learned.
         hidden_norm: Whether batch norm comes before each ReLU.
         output_norm: Whether batch norm without scale and shift follows the last layer.
     """
@@ -80,11 +80,11 @@ class GlobalProjectionHead(nn.Sequential):
 
 
 class DenseProjectionHead(nn.Sequential):
-    """(convolution of 3 - batch norm - leaky ReLU) twice: (N, in_channels, *grid) -> (N, out_channels, *grid).
+    """Two blocks of convolution (size 3), batch norm and leaky ReLU: (N, in_channels, *grid) -> (N, out_channels, *grid).
 
     Args:
-        in_channels: Channels of the map.
-        out_channels: Channels of the result.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
         axes: 2 or 3.
     """
 
@@ -109,7 +109,7 @@ class DistillationHead(nn.Module):
         channels: C.
         outputs: Number of directions.
         hidden: Length of the two hidden vectors.
-        bottleneck: Length of the vector that is compared with the directions.
+        bottleneck: Length of the vectors that are compared with the directions.
     """
 
     def __init__(self, channels: int, outputs: int, *, hidden: int = 2048, bottleneck: int = 256) -> None:
@@ -122,7 +122,7 @@ class DistillationHead(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         compressed = self.layers(vectors)
-        # Half precision has too few digits for a cosine that is divided by a temperature of 0.04.
+        # Compute in float32, because half precision has too few digits for a cosine that is divided by a temperature of 0.04.
         with autocast_disabled(compressed):
             directions = F.normalize(self.directions.weight, dim=1)
             return F.linear(F.normalize(compressed.to(directions.dtype), dim=1), directions)

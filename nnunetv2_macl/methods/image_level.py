@@ -1,4 +1,4 @@
-"""What the methods share that compare whole images: random views of patches, and one map per image."""
+"""The base classes of methods that compare whole images: random views of patches, and one map per image."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class _Numbers(NamedTuple):
 
 
 class TwoViews(Views):
-    """Random views of each patch, ``first`` and ``second``, of the size of the patch.
+    """Two random views of each patch, ``first`` and ``second``, of the size of the patch.
 
     Args:
-        geometry: The patches.
-        recipe: Has the keys of `ImageViewKeys`.
+        geometry: Size of the patches, and out-of-plane rotation.
+        recipe: Recipe with the keys of `ImageViewKeys`.
 
     Attributes:
-        names: Of the views. A subclass with more of them says in `shown` what they show.
+        names: Names of the views. A subclass with more views overrides `shown`.
     """
 
     names: ClassVar[Sequence[str]] = ("first", "second")
@@ -56,12 +56,12 @@ class TwoViews(Views):
         return dict(zip(self.names, views, strict=True))
 
     def shown(self, patches: Tensor) -> list[Tensor]:
-        """Return the images that each view shows, (n, C, *patch) each."""
+        """Return the source images of each view, (n, C, *patch) each."""
         return [patches, patches]
 
 
 class ImageLevelMethod(Method):
-    """A method that compares one map of each view: the bottleneck, or that of the last decoder stage where any is trained."""
+    """A method that compares one map of each view: that of the last trained decoder stage, or the bottleneck if there is none."""
 
     view_titles = {"first": "first view", "second": "second view"}
     plan_keys: ClassVar[Sequence[str]] = ("out_of_plane_rotation",)
@@ -76,10 +76,10 @@ class ImageLevelMethod(Method):
 
     @property
     def channels(self) -> int:
-        """Return the number of channels of the map that is compared."""
+        """Return the number of channels of the compared map."""
         return [self.network.encoder_levels[-1], *self.network.decoder_levels][-1].channels
 
     @staticmethod
     def last_map(network: PretrainableNetwork, images: Tensor) -> Tensor:
-        """Return the map that is compared, (N, channels, *size / stride), of the trained network or of a copy."""
+        """Return the compared map of images, (N, channels, *size / stride), from the trained network or a copy of it."""
         return network.decode(network.encode(images))[-1]

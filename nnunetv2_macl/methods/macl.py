@@ -1,8 +1,8 @@
 """MACL: multi-level asymmetric contrastive learning.
 
-Two branches look at each patch. The dominant one, encoder and partial decoder, sees it downsampled; the auxiliary one, the
-encoder alone, sees it at full size. They are compared on the image level, at each location of a dense map, and in their
-features.
+Two branches see each patch. The dominant branch, encoder and partial decoder, sees the downsampled patch. The auxiliary branch,
+only the encoder, sees the patch at full size. The losses compare the branches on the image level, at each location of a dense
+map, and in their features.
 
 Source: Zeng et al., IEEE JBHI 2026, https://arxiv.org/abs/2309.11876, Figure 2 and Eq. 2-10.
 """
@@ -34,67 +34,67 @@ _INTENSITY_GROUPS = {"all": GROUPS, "variance": GROUPS[2:], "auxiliary": GROUPS[
 class MACLConfig(BranchKeys, SpatialViewKeys):
     """The recipe keys of MACL."""
 
-    weight_global: NotNegative = Field(1.0, description="λ1, the weight of the image-level loss L_g")
-    weight_dense: NotNegative = Field(0.5, description="λ2, the weight of the pixel-level loss L_d")
+    weight_global: NotNegative = Field(1.0, description="λ1, weight of the image-level loss L_g")
+    weight_dense: NotNegative = Field(0.5, description="λ2, weight of the pixel-level loss L_d")
     dense_negatives: Literal["location", "image", "both"] = Field(
         "location",
-        description="what L_d tells a location apart from: the same location of other images, as in the paper; other locations "
-        "of the same image; or both, with half of the weight each",
+        description="negatives of a location in L_d: the same location of other images, as in the paper; other locations of the "
+        "same image; or both, with half of the weight each",
     )
-    weight_equivariance: NotNegative = Field(1.0, description="λ3, the weight of the feature-level loss L_ER")
+    weight_equivariance: NotNegative = Field(1.0, description="λ3, weight of the feature-level loss L_ER")
     equivariance_form: Literal["l1", "standardised"] = Field(
         "l1",
-        description="`l1` is the paper's form; `standardised` centres and scales the maps over the batch first, so that maps "
-        "that are the same for every image gain nothing",
+        description="`l1`: the paper's form; `standardised`: computed on maps standardised over the batch, which removes the "
+        "trivial solution of identical maps for every image",
     )
     temperature: Positive = Field(0.1, description="τ")
     base_temperature: Positive | None = Field(
-        0.07, description="L_g and L_d are multiplied by τ / this value; `null`: they are not"
+        0.07, description="L_g and L_d are multiplied by τ / `base_temperature`; `null` disables this factor"
     )
     threshold: Fraction = Field(
         0.1, description="t, the fraction of the volume within which two patches are positives of each other"
     )
     threshold_warmup: Fraction = Field(0.0, description="fraction of the steps over which t rises from 0")
     own_view_weight: Fraction = Field(
-        0.0, description="a in a · (the own other view) + (1 - a) · (the mean over all positives)"
+        0.0, description="a in a · (other view of the same patch) + (1 - a) · (mean over all positives)"
     )
     limit_positives: bool = Field(
         True,
-        description="whether t is lowered until an anchor has at most about N/8 positives besides its own other view",
+        description="whether to lower t until an anchor has at most about N/8 positives besides its own other view",
     )
     auxiliary_encoder: Literal["shared", "ema", "independent"] = Field(
         "shared",
-        description="the encoder of the auxiliary branch: the trained one, its average, or another trained one",
+        description="encoder of the auxiliary branch: the trained encoder, its average, or a second trained encoder",
     )
     ema_decay: Fraction = Field(0.999, description="weight of the old average in the averaged auxiliary encoder")
     standardise_projector: bool = Field(
-        True, description="whether pooled features are standardised over the batch before the projection head"
+        True, description="whether to standardise pooled features over the batch before the projection head"
     )
     embedding_dim: Annotated[int, Field(ge=2)] = Field(128, description="length of the image-level vectors")
     training_stages: Literal[1, 2] = Field(
         1,
-        description="`1` trains all losses together; `2` trains all but the dense loss for half of the epochs, and then the "
-        "dense loss alone with the encoder fixed",
+        description="`1`: all losses are trained together; `2`: all but L_d are trained for half of the epochs, then only L_d "
+        "with the encoder frozen",
     )
     downsample_first_stage: bool = Field(
         True,
-        description="with two training stages: `false` shows the dominant branch the views at full size in the first stage, "
-        "which leaves out L_ER",
+        description="with two training stages: `false` gives the dominant branch full-size views in the first stage, which "
+        "disables L_ER there",
     )
     intensity: Annotated[float, Field(ge=0, le=2)] = Field(
-        0.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0`: none"
+        0.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0` disables them"
     )
     intensity_on: Literal["all", "variance", "auxiliary"] = Field(
         "all",
-        description="what is changed so: both groups in both branches, the variance group, or what the auxiliary branch sees",
+        description="views with intensity changes: all, those of the variance group, or those of the auxiliary branch",
     )
 
     @model_validator(mode="after")
     def _compares_something(self) -> MACLConfig:
         if self.weight_global + self.weight_dense <= 0:
             raise ValueError(
-                "weight_global and weight_dense are both 0, which leaves nothing to learn from: features that are the same for "
-                "every image would do. Set one of them above 0, or leave method macl out"
+                "weight_global and weight_dense are both 0, so the losses are minimal if all images have the same features. "
+                "Set one of them above 0, or leave out the method macl"
             )
         return self
 
@@ -111,7 +111,7 @@ def _all_weights(recipe: Any) -> dict[str, float]:
 
 
 class _Numbers(NamedTuple):
-    """Random numbers of a step: parameters of the two spatial views, and the intensity view of each group."""
+    """Random numbers of a step: the parameters of the two spatial views and of the intensity views of each group."""
 
     spatial: Tensor | None
     intensity: dict[str, IntensityNumbers]
@@ -150,9 +150,9 @@ class _MACLViews(Views):
         return _Numbers(spatial, intensity)
 
     def make(self, patches: Tensor, numbers: _Numbers, progress: Progress) -> dict[str, Tensor]:
-        """Return the groups that are asked for: down(I1), I2, down(V1), V2.
+        """Return the views that the losses need, of down(I1), I2, down(V1) and V2.
 
-        V1 is not made smaller in a first training stage without downsampling.
+        V1 keeps its size in a first training stage without downsampling.
         """
         shown: dict[str, Tensor] = {}
         if self.has_invariance:
@@ -170,14 +170,15 @@ class _MACLViews(Views):
 
 
 class MACL(ContrastiveMethod):
-    """Contrast of images and of locations between two branches, and equivariant features.
+    """Contrasts images and locations between two branches, and makes features equivariant to downsampling.
 
-    Only what a loss with a weight asks for is built and computed. Embeddings are ``global_dominant`` and ``global_auxiliary``,
-    (N, embedding_dim), of the variance group; ``dense_dominant`` and ``dense_auxiliary``, (N, channels, *grid), and
-    ``bottleneck_dominant`` and ``bottleneck_auxiliary``, (N, channels, *bottleneck), of the invariance group.
+    A loss of weight 0 is not computed, and its modules are not built. Embeddings are ``global_dominant`` and
+    ``global_auxiliary``, (N, embedding_dim), of the variance group; ``dense_dominant`` and ``dense_auxiliary``,
+    (N, channels, *grid), and ``bottleneck_dominant`` and ``bottleneck_auxiliary``, (N, channels, *bottleneck), of the
+    invariance group.
 
     Raises:
-        ValueError: The auxiliary stage lies above the dominant map or outside the network.
+        ValueError: The auxiliary stage is above the dominant map or outside the network.
     """
 
     name = "macl"
@@ -205,7 +206,7 @@ class MACL(ContrastiveMethod):
         stages, stage = len(network.encoder_levels), geometry.auxiliary_stage
         if not stages - geometry.decoder_stages <= stage <= stages:
             raise ValueError(
-                f"auxiliary_stage must lie between {stages - geometry.decoder_stages} and {stages}, got {stage}"
+                f"auxiliary_stage must be between {stages - geometry.decoder_stages} and {stages}, got {stage}"
             )
         self.auxiliary_encoder = None
         if recipe.auxiliary_encoder == "ema":
@@ -245,7 +246,7 @@ class MACL(ContrastiveMethod):
         full = [views[group] for group in GROUPS[1::2] if group in views]
         patches = len(full[0])
 
-        # one pass, unless one group is shown at full size
+        # Encode all views in one pass, unless one of them has full size.
         same_size = len({group.shape for group in small}) == 1
         passes = [
             self.network.decode(self.network.encode(part)) for part in ([torch.cat(small)] if same_size else small)
@@ -265,7 +266,7 @@ class MACL(ContrastiveMethod):
         return features
 
     def _auxiliary(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the auxiliary branch's dense map and its deepest map."""
+        """Return the dense map and the deepest map of the auxiliary branch."""
 
         def encode(part: Tensor) -> tuple[Tensor, Tensor]:
             maps = self.network.encode(part, self.auxiliary_encoder)
@@ -289,7 +290,7 @@ class MACL(ContrastiveMethod):
         return outputs
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """See `Method.losses`. With two training stages, ``total`` is of what the stage trains."""
+        """Return the losses by name, and ``total``. With two training stages, ``total`` sums only the losses of the stage."""
         warmup = self.recipe.threshold_warmup * progress.steps
         self.loss.threshold = self.geometry.threshold * min(1.0, progress.step / warmup if warmup else 1.0)
         losses = self.loss(embeddings, positions)
@@ -297,30 +298,30 @@ class MACL(ContrastiveMethod):
             if progress.is_second_half:
                 trained = ["dense", "locations"]
             else:
-                # L_ER compares the two sizes of an image, so it has nothing to compare at full size
+                # L_ER compares two sizes of an image, and without downsampling there is only one.
                 trained = ["global", "equivariance"] if self.recipe.downsample_first_stage else ["global"]
             losses["total"] = sum(losses[name] * self.loss.weights[name] for name in trained if name in losses)  # type: ignore
         return losses
 
     def copy_network(self) -> None:
-        """Give a second encoder the weights of the first."""
+        """Copy the weights of the encoder into the auxiliary encoder, if there is one."""
         if self.auxiliary_encoder is not None:
             self.auxiliary_encoder.load_state_dict(self.network.encoder.state_dict())
 
     def withhold_gradients(self, progress: Progress) -> None:
-        """Fix the encoder in the second of two training stages."""
+        """Freeze the encoder in the second of two training stages."""
         if self.recipe.training_stages == 2 and progress.is_second_half:
             for encoder in (self.network.encoder, self.auxiliary_encoder):
                 for parameter in encoder.parameters() if encoder is not None else ():
                     parameter.grad = None
 
     def after_step(self, embeddings: dict[str, Tensor], progress: Progress) -> None:
-        """Move the averaged encoder."""
+        """Update the averaged encoder."""
         if self.recipe.auxiliary_encoder == "ema" and self.auxiliary_encoder is not None:
             update_average(self.auxiliary_encoder, self.network.encoder, self.recipe.ema_decay)
 
     def measure(self, embeddings: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-        """Return the mean number of positives of an anchor, and how much the deepest features vary between images."""
+        """Return the mean number of positives of an anchor, and the RMS and the variance between images of the bottleneck."""
         found = super().measure(embeddings, positions)
         if "bottleneck_dominant" in embeddings:
             rms, between = feature_statistics(embeddings["bottleneck_dominant"])
@@ -328,7 +329,7 @@ class MACL(ContrastiveMethod):
         return found
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the image-level vectors; without that level, the mean of the dense maps."""
+        """Return the image-level vectors; without an image level, the means of the dense maps."""
         if "global_dominant" in embeddings:
             return embeddings["global_dominant"], embeddings["global_auxiliary"]
         return embeddings["dense_dominant"].flatten(2).mean(-1), embeddings["dense_auxiliary"].flatten(2).mean(-1)

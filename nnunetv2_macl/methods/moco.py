@@ -1,8 +1,8 @@
-"""MoCo v2: a view has to find the momentum encoder's embedding of its other view among those of earlier images.
+"""MoCo v2: contrast between a view, the momentum encoder's embedding of the other view, and a queue of earlier embeddings.
 
 Source: He et al., CVPR 2020, https://arxiv.org/abs/1911.05722, Algorithm 1; head, temperature and schedule of Chen et al. 2020,
-https://arxiv.org/abs/2003.04297. Pooled features are standardised over the batch before the head, because instance norm gives
-all images nearly the same mean. Ranks standardise over the whole batch, so nothing is shuffled between them.
+https://arxiv.org/abs/2003.04297. Departures: pooled features are standardised over the batch before the head, because instance
+norm gives all images nearly the same mean. Batch norm uses the batch of all ranks, so images are not shuffled between ranks.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class MoCoConfig(ImageViewKeys, HeadKey):
         0.999, description="weight of the old average in the momentum encoder and its head"
     )
     queue_length: Count | Auto = Field(
-        AUTO, description="K, number of embeddings of earlier images; `auto`: of the last 256 batches, as published"
+        AUTO, description="K, number of embeddings of earlier images; `auto`: those of 256 batches, as published"
     )
 
 
 class MoCo(ImageLevelMethod):
-    """Contrast of whole images with a queue. A momentum encoder makes the positive and the negatives.
+    """Contrasts whole images with a queue. A momentum encoder computes the positive and the negatives.
 
     Embeddings are ``query`` and ``key``, (N, embedding_dim).
     """
@@ -64,7 +64,7 @@ class MoCo(ImageLevelMethod):
         return {"query": self.last_map(self.network, views["first"]), "key": self.momentum_map(views["second"])}
 
     def momentum_map(self, images: Tensor) -> Tensor:
-        """Return the map of the momentum encoder that is compared, without gradient."""
+        """Return the compared map of images from the momentum encoder, without gradient."""
         (maps,) = encode_without_gradient(
             lambda part: (self.last_map(self.momentum_network, part),), images, whole=self.network.mixes_samples
         )
@@ -81,7 +81,7 @@ class MoCo(ImageLevelMethod):
         self.momentum_network.load_state_dict(self.network.state_dict())
 
     def after_step(self, embeddings: dict[str, Tensor], progress: Progress) -> None:
-        """Move the averages, and put the keys of the batch into the queue."""
+        """Update the averages, and add the keys of the batch to the queue."""
         update_average(self.momentum_network, self.network, self.recipe.momentum_decay)
         update_average(self.momentum_head, self.head, self.recipe.momentum_decay)
         self.queue.push(embeddings["key"])

@@ -1,4 +1,4 @@
-"""The network that is pre-trained, with the methods that train it."""
+"""The pre-trained network together with the methods that train it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nnunetv2_macl.networks.base import PretrainableNetwork
 
 
 class PretrainingModel(nn.Module):
-    """Holds the trained part of a network once, and the methods whose losses are added up.
+    """The trained part of a network, and the methods whose losses are added.
 
     Args:
-        network: The part that is trained.
-        geometry: What the methods read of it, and the patches.
-        recipe: Its ``method`` names the methods.
+        network: The part of the network that is trained.
+        geometry: The stages that the methods read, and the patches.
+        recipe: The recipe, whose ``method`` names the methods.
     """
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
@@ -32,24 +32,24 @@ class PretrainingModel(nn.Module):
 
     @property
     def uses_neighbours(self) -> bool:
-        """Return whether a method asks for a neighbour of each patch. The images of a batch are then 2N."""
+        """Return whether a method uses a neighbour of each patch. A batch then has 2N images."""
         return any(method.uses_neighbours for method in self)
 
     def make_views(self, method: Method, images: Tensor, numbers: Any, progress: Progress) -> dict[str, Tensor]:
-        """Return the views of one of the methods. Only a method that asks for neighbours is given them.
+        """Return the views of one method. Neighbours are passed only to methods that use them.
 
         Args:
-            method: One of this model.
-            images: The images of a batch, see `uses_neighbours`.
-            numbers: What its views drew, on the device of the images.
-            progress: How far the run is.
+            method: A method of this model.
+            images: The images of a batch, (N, C, *patch), or (2N, C, *patch) if `uses_neighbours`.
+            numbers: The random numbers of the method's views, on the device of the images.
+            progress: The current step.
         """
         if self.uses_neighbours and not method.uses_neighbours:
             images = images[: len(images) // 2]
         return method.views.make(images, numbers, progress)
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Copy weights into the network, by their names in the segmentation network, and into the methods' copies of it."""
+        """Copy weights, named as in the segmentation network, into the network and into the methods' copies of the network."""
         self.network.load_weights(weights)
         for method in self:
             method.copy_network()
@@ -61,15 +61,15 @@ class PretrainingModel(nn.Module):
 
 
 class AllViews:
-    """Draws the random numbers of all methods. It can be sent to another process.
+    """Draws the random numbers of all methods. The object can be pickled, because it holds no network.
 
     Args:
-        views: Of each method, by its name.
+        views: The views of each method, by the method's name.
     """
 
     def __init__(self, views: dict[str, Views]) -> None:
         self._views = views
 
     def draw(self, random: StepRandom) -> dict[str, Any]:
-        """Return the random numbers of a step by the name of the method."""
+        """Return the random numbers of a step, by the method's name."""
         return {name: views.draw(random) for name, views in self._views.items()}

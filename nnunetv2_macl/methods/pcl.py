@@ -1,7 +1,8 @@
-"""PCL: images whose patches lie at near positions of their volumes are positives of each other.
+"""PCL: patches at similar positions in their volumes are positives of each other.
 
 Source: Zeng et al., "Positional Contrastive Learning for Volumetric Medical Image Segmentation", MICCAI 2021,
-https://arxiv.org/abs/2106.09157. The published head has the width of the bottleneck; here its length is ``embedding_dim``.
+https://arxiv.org/abs/2106.09157. Departure: the head's output has the length
+``embedding_dim`` instead of the width of the bottleneck.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ class PCLConfig(SimCLRConfig):
     """The recipe keys of PCL."""
 
     intensity: Annotated[float, Field(ge=0, le=2)] = Field(
-        0.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0`: none"
+        0.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0` disables them"
     )
     threshold: Fraction = Field(
         0.1, description="t, the fraction of the volume within which two patches are positives of each other"
     )
     limit_positives: bool = Field(
         False,
-        description="whether t is lowered until an anchor has at most about N/8 positives besides its own other view",
+        description="whether to lower t until an anchor has at most about N/8 positives besides its own other view",
     )
 
 
 class PCL(SimCLR):
-    """Contrast of whole images with positives by position."""
+    """Contrasts whole images. Patches at similar positions are positives."""
 
     name = "pcl"
     Config = PCLConfig

@@ -1,4 +1,4 @@
-"""A queue of embeddings of earlier batches, which a contrast has as negatives or a clustering as further samples."""
+"""A queue of embeddings of earlier batches: negatives for a contrastive loss, or further samples for clustering."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _BATCHES = 256
 
 
 def queue_length(asked: int | str, batch_size: int) -> int:
-    """Return the number of vectors of a queue. ``auto`` is 256 batches, so that the oldest vector is as old as published.
+    """Return the number of vectors in a queue. ``auto`` is 256 batches, so that the oldest vector is as old as published.
 
-    A queue has as many batches and not as many vectors as published, because the age of its vectors is what limits its length:
-    the momentum encoder that made them moves on with every step. With fewer images than vectors a queue holds several views of
-    each image, and the fraction of vectors that are of the query's own image stays one in the number of images.
+    The number of batches is the published one, not the number of vectors, because the age of the vectors limits the length of a
+    queue: the momentum encoder changes with every step. If there are fewer images than vectors, a queue holds several views of
+    each image. The share of vectors from the query's own image is then still one over the number of images.
     """
     return _BATCHES * batch_size if asked == AUTO else int(asked)
 
 
 class EmbeddingQueue(nn.Module):
-    """Holds the newest unit vectors, first in, first out.
+    """A first-in, first-out queue of unit vectors.
 
-    The vectors are a buffer, so checkpoints have them. They start as random directions.
+    The vectors are a buffer, so checkpoints contain them. They are initialised with random directions.
 
     Source: MoCo, He et al., CVPR 2020, https://arxiv.org/abs/1911.05722, section 3.2 and Algorithm 1.
 
@@ -34,7 +34,7 @@ class EmbeddingQueue(nn.Module):
         embedding_dim: Length of a vector.
 
     Attributes:
-        vectors: (length, embedding_dim), the newest first. Vectors of one batch keep their order.
+        vectors: (length, embedding_dim), the newest batch first. Vectors of one batch keep their order.
     """
 
     vectors: Tensor
@@ -45,10 +45,10 @@ class EmbeddingQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, vectors: Tensor) -> None:
-        """Put vectors in, and drop as many of the oldest.
+        """Add vectors to the queue and drop the same number of oldest vectors.
 
         Args:
-            vectors: (N, embedding_dim), of any length and any N. With several ranks these must be the vectors of all ranks.
+            vectors: (N, embedding_dim), of any norm and any N. With several ranks, pass the vectors of all ranks.
         """
         newest = F.normalize(vectors.to(self.vectors.dtype), dim=1)
         self.vectors.copy_(torch.cat((newest, self.vectors))[: len(self.vectors)])

@@ -1,4 +1,4 @@
-"""Find methods by the names that recipes have for them."""
+"""Find pre-training methods by their names in recipes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENTRY_POINTS = "nnunetv2_macl.methods"
 
 @cache
 def all_methods() -> dict[str, type[Method]]:
-    """Return the methods by name: those in the modules of `nnunetv2_macl.methods`, and those that installed packages announce."""
+    """Return all methods by name: those of `nnunetv2_macl.methods` and those that installed packages register."""
     names = [f"{methods.__name__}.{module.name}" for module in pkgutil.iter_modules(methods.__path__)]
     found = [value for name in names for value in vars(importlib.import_module(name)).values()]
     found += announced(ENTRY_POINTS)
@@ -31,10 +31,10 @@ def _order(method: type[Method]) -> str:
 
 
 def methods_of(name: str) -> tuple[type[Method], ...]:
-    """Return the methods that a recipe's ``method`` names. Several are joined by +, and their losses are added.
+    """Return the methods that a recipe's ``method`` names. Several names are joined by +, and their losses are added.
 
     Raises:
-        UserError: There is no such method, or two of them cannot be added.
+        UserError: There is no such method, or a method or a name of a loss occurs twice.
     """
     found = []
     for part in name.split("+"):
@@ -50,5 +50,5 @@ def methods_of(name: str) -> tuple[type[Method], ...]:
 
 
 def loss_labels() -> dict[str, str]:
-    """Return the label of each loss that any method has, by name."""
+    """Return the labels of the losses of all methods, by the name of the loss."""
     return {loss: label for method in all_methods().values() for loss, label in method.loss_labels.items()}

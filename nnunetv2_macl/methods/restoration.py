@@ -1,7 +1,7 @@
-"""Restoration of hidden voxels: the partial decoder predicts what a masked patch looked like. It is no part of the MACL paper.
+"""Restoration of masked voxels: the partial decoder reconstructs a masked patch. This method is not from the MACL paper.
 
-Source: Xie et al., SimMIM, CVPR 2022, https://arxiv.org/abs/2111.09886 (a mask over the input, a linear head, a loss on what was
-hidden), for any U-Net, 2D or 3D.
+Source: Xie et al., SimMIM, CVPR 2022, https://arxiv.org/abs/2111.09886 (masked input, linear head, loss on masked voxels), here
+for any network in 2D or 3D.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from nnunetv2_macl.methods.config import AUTO, BranchKeys, Fraction, NotNegative
 from nnunetv2_macl.networks.base import PretrainableNetwork
 from nnunetv2_macl.views import enlarge_mask, mask_block_sizes, sample_mask, standardise
 
-# The random numbers of masks are another stream than those of MACL's views, so that both can train together.
+# Masks draw from a separate random stream, so that restoration and MACL can be trained together.
 _MASKS = 5
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class ReconstructionHead(nn.Module):
-    """Predict the image from a decoder map. Each location predicts its own block of voxels, linearly.
+    """Predict the image from a decoder map. Each location predicts its block of voxels linearly.
 
     Args:
-        channels: Channels of the decoder map.
-        image_channels: Channels of the image.
-        block: Voxels of the image on each axis for one location of the map.
+        channels: Number of channels of the decoder map.
+        image_channels: Number of channels of the image.
+        block: Size of the block of one location of the map, voxels of the image per axis.
     """
 
     def __init__(self, channels: int, image_channels: int, block: Sequence[int]) -> None:
@@ -47,19 +47,19 @@ class ReconstructionHead(nn.Module):
         """Return images (N, image_channels, *image) from maps (N, channels, *grid)."""
         patches, grid, axes = len(maps), maps.shape[2:], len(self.block)
         blocks = self.predict(maps).view(patches, self.image_channels, *self.block, *grid)
-        # each axis of the grid before the same axis of the block
+        # Put each axis of the grid before the same axis of the block, so that the reshape joins them.
         order = [axis for pair in zip(range(2 + axes, 2 + 2 * axes), range(2, 2 + axes), strict=True) for axis in pair]
         sizes = [n * b for n, b in zip(grid, self.block, strict=True)]
         return blocks.permute(0, 1, *order).reshape(patches, self.image_channels, *sizes)
 
 
 def restoration_loss(restored: Tensor, images: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean squared error over the hidden voxels of each patch.
+    """Return the mean squared error over the masked voxels of each patch.
 
     Args:
-        restored: (N, C, *size), what the head predicted.
-        images: (N, C, *size), what it should be.
-        mask: (N, 1, *size), True where voxels were hidden. Each patch has some.
+        restored: (N, C, *size), the prediction of the head.
+        images: (N, C, *size), the target.
+        mask: (N, 1, *size), True at masked voxels. Each patch has at least one.
 
     Returns:
         (N,).
@@ -73,25 +73,25 @@ def restoration_loss(restored: Tensor, images: Tensor, mask: Tensor) -> Tensor:
 class RestorationConfig(BranchKeys):
     """The recipe keys of restoration."""
 
-    weight_restoration: NotNegative = Field(1.0, description="the weight of the restoration loss L_R")
-    restoration_share: Fraction = Field(0.6, description="fraction of the blocks of a patch that are hidden")
+    weight_restoration: NotNegative = Field(1.0, description="weight of the restoration loss L_R")
+    restoration_share: Fraction = Field(0.6, description="fraction of the blocks of a patch that are masked")
 
     @model_validator(mode="after")
     def _restores_something(self) -> RestorationConfig:
         if self.weight_restoration <= 0:
-            raise ValueError("weight_restoration is 0, which leaves nothing to learn from. Set it above 0")
+            raise ValueError("weight_restoration is 0, so there is nothing to learn from. Set it above 0")
         return self
 
 
 class MaskedViews(Views):
-    """A patch with hidden voxels, the patch as it was, and what is hidden."""
+    """The masked patch, the restoration target and the mask."""
 
     def __init__(self, geometry: Geometry, recipe: Any, blocks: Sequence[Sequence[int]]) -> None:
         self.unnormalised, self.share = tuple(geometry.channels_without_zscore), recipe.restoration_share
         self.blocks = blocks
 
     def draw(self, random: StepRandom, *stream: int) -> Tensor:
-        """Return the mask, (n, 1, *grid); see `sample_mask`. Several masks of one patch take a stream of their own each."""
+        """Return the mask, (n, 1, *grid); see `sample_mask`. Each mask of a patch needs a different stream."""
         return sample_mask(
             random.batch_size,
             random.patch_size,
@@ -102,10 +102,10 @@ class MaskedViews(Views):
         )
 
     def make(self, patches: Tensor, numbers: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Return ``masked``, what is to be restored of it as ``target``, and ``mask``, True where it is hidden.
+        """Return the masked patches ``masked``, the restoration target ``target``, and ``mask``, True at masked voxels.
 
-        Hidden voxels are 0, the mean of an image as nnU-Net normalises most. In channels that nnU-Net does not normalise to
-        zero mean, they are the channel's mean, and what is to be restored is standardised.
+        Masked voxels are set to 0, which is the mean of an image under z-score normalisation. In other channels they are set to
+        the channel's mean, and the target is standardised.
         """
         mask = enlarge_mask(numbers, patches.shape[2:])
         target, zero = standardise(patches, self.unnormalised)
@@ -113,14 +113,14 @@ class MaskedViews(Views):
 
 
 class Restoration(Method):
-    """Masks blocks of voxels and restores them from the map of the last trained decoder stage."""
+    """Masks blocks of voxels, and restores them from the map of the last trained decoder stage."""
 
     name = "restoration"
     Config: ClassVar[type[RestorationConfig]] = RestorationConfig
     loss_labels = {"restoration": "L_R, restoration"}
-    view_titles = {"target": "restored", "masked": "restored from"}
+    view_titles = {"target": "restoration target", "masked": "masked input"}
     couples_samples = False
-    summary = "to restore what is hidden of them,"
+    summary = "by restoration of masked voxels,"
     tag = "masked-image-modelling"
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
@@ -133,12 +133,12 @@ class Restoration(Method):
 
     @classmethod
     def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
-        """Choose nnU-Net's own patch, and the stages that MACL would train."""
+        """Return nnU-Net's own patch and the stages that MACL would train."""
         geometry = plan_branches(patch_size, strides, recipe)
         if recipe.scale != AUTO:
             return geometry
         patch, deepest = own_patch(patch_size, strides)
-        reason = f"nothing is compared, so the patch is nnU-Net's own, a multiple of {'x'.join(map(str, deepest))}"
+        reason = f"one branch sees nnU-Net's own patch, a multiple of {'x'.join(map(str, deepest))}"
         return replace(geometry, scale=[1] * len(patch), patch_size=patch, reason=reason)
 
     @classmethod
@@ -150,6 +150,6 @@ class Restoration(Method):
         return {"restored": restored, "target": views["target"], "mask": views["mask"]}
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Return the mean squared error over the hidden voxels of each patch."""
+        """Return the mean squared error over the masked voxels of each patch."""
         loss = restoration_loss(embeddings["restored"], embeddings["target"], embeddings["mask"])
         return {"restoration": loss, "total": self.recipe.weight_restoration * loss}

@@ -1,8 +1,8 @@
-"""SimCLR: one projection head makes two random views of an image alike, and unlike the views of all other images.
+"""SimCLR: the embeddings of two random views of an image are similar to each other and dissimilar to those of other images.
 
-Source: Chen et al., ICML 2020, https://arxiv.org/abs/2002.05709, Eq. 1 and Algorithm 1. Pooled features are standardised over the
-batch before the head, because instance norm gives all images nearly the same mean. Batches are those of the plan and not of
-thousands of images.
+Source: Chen et al., ICML 2020, https://arxiv.org/abs/2002.05709, Eq. 1 and Algorithm 1. Departures: pooled features are
+standardised over the batch before the head, because instance norm gives all images nearly the same mean. Batches have the size of
+the plan instead of thousands of images.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class SimCLRConfig(ImageViewKeys):
     """The recipe keys of SimCLR."""
 
     temperature: Positive = Field(0.1, description="τ")
-    embedding_dim: Annotated[int, Field(ge=2)] = Field(128, description="length of the vectors that are compared")
+    embedding_dim: Annotated[int, Field(ge=2)] = Field(128, description="length of the compared vectors")
 
 
 class SimCLR(ImageLevelMethod, ContrastiveMethod):
-    """Contrast of whole images. The positive of a view is the other view of its image; all other views are negatives.
+    """Contrasts whole images. The positive of a view is the other view of its image, and all other views are negatives.
 
-    The head reads the bottleneck, or the map of the last decoder stage where the recipe trains decoder stages.
+    The head reads the map of the last trained decoder stage, or the bottleneck if no decoder stage is trained.
     """
 
     name = "simclr"
@@ -51,7 +51,7 @@ class SimCLR(ImageLevelMethod, ContrastiveMethod):
         return {"first": first, "second": second}
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        # standardised over both views at once, so that neither has a scale of its own
+        # The batch norm of the head standardises both views together, so that their scales stay comparable.
         first, second = self.head(torch.cat((features["first"], features["second"]))).chunk(2)
         return {"first": first, "second": second}
 

@@ -1,8 +1,8 @@
-"""SimSiam: a predictor has to find the network's own embedding of the other view, which is held fixed. No image is a negative.
+"""SimSiam: a predictor predicts the network's own embedding of the other view, which is detached. There are no negatives.
 
-Source: Chen and He, CVPR 2021, https://arxiv.org/abs/2011.10566, Algorithm 1 and sections 3 and 4. Batch statistics of the heads
-are those of both views together, because batches can be as small as two patches. Pooled features are standardised over the batch
-first.
+Source: Chen and He, CVPR 2021, https://arxiv.org/abs/2011.10566, Algorithm 1 and sections 3 and 4. Departures: the heads compute
+batch statistics over both views together, because a batch may have only two patches. Pooled features are standardised over the
+batch before the head.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class SimSiamConfig(ImageViewKeys, HeadKey):
 
 
 class SimSiam(ImageLevelMethod):
-    """Prediction of the network's own embedding of another view, without gradient to that embedding.
+    """Predicts the network's own embedding of another view. The predicted embedding has no gradient.
 
-    Embeddings are the projection of each view by its name, and the predictions, ``first_prediction`` and so on, all
-    (N, embedding_dim).
+    Embeddings, all (N, embedding_dim): the projection of each view, by its name, and its prediction, ``first_prediction`` and so
+    on.
 
     Attributes:
-        pairs: The names of the two views that each loss compares, by its name.
+        pairs: Names of the two views that each loss compares, by the name of the loss.
     """
 
     name = "simsiam"

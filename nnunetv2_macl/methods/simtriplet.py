@@ -1,8 +1,8 @@
-"""SimTriplet: SimSiam with a third view, of a neighbour of the patch.
+"""SimTriplet: SimSiam with a third view, which shows a neighbour of the patch.
 
 Source: Liu et al., MICCAI 2021, https://arxiv.org/abs/2103.05585, Eq. 1 to 3. The published neighbour is the adjacent tile of a
-microscope slide. Here it is the next slice of the volume for 2D patches, and a patch half its size away for 3D patches, so that
-both show some of the same tissue.
+microscope slide. Here it is the next slice of the volume in 2D, and a patch that is shifted by half its size in 3D, so that both
+patches show some of the same tissue.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class SimTripletConfig(SimSiamConfig):
 
 
 class _ThreeViews(TwoViews):
-    """Two views of each patch and one of its neighbour, ``neighbour``."""
+    """Two views of each patch, and one view of its neighbour, ``neighbour``."""
 
     names = ("first", "second", "neighbour")
 
@@ -32,7 +32,7 @@ class _ThreeViews(TwoViews):
 
 
 class SimTriplet(SimSiam):
-    """Prediction of the network's own embedding of another view of the patch and of a view of its neighbour."""
+    """Predicts the network's own embeddings of another view of the patch and of a view of its neighbour."""
 
     name = "simtriplet"
     Config = SimTripletConfig

@@ -1,14 +1,14 @@
-"""SMIT: restoration of hidden voxels, and self-distillation of patch tokens and of image tokens by an averaged teacher.
+"""SMIT: restoration of masked voxels, and self-distillation of patch tokens and image tokens from an averaged teacher.
 
-The student sees two views with hidden voxels, and the teacher sees them whole. The student restores what is hidden, and predicts
-what the teacher finds at hidden locations and in the other view.
+The student sees two masked views, and the teacher sees both views without masks. The student restores the masked voxels. It also
+predicts the teacher's output for the masked locations, and the teacher's output for the other view.
 
 Source: Jiang et al., MICCAI 2022, https://arxiv.org/abs/2205.10342; Zhou et al., iBOT, ICLR 2022,
-https://arxiv.org/abs/2111.07832, Eq. 2 and 3; Caron et al., DINO, ICCV 2021, https://arxiv.org/abs/2104.14294, Algorithm 1. Here
-tokens are locations of the map of a U-Net's encoder, and the image token is the mean of its deepest map. They are standardised
-over the batch before the heads, because instance norm gives all images nearly the same mean. What the teacher finds in the image
-tokens of a batch is spread over all outputs by Sinkhorn and Knopp's algorithm, as in DINOv2 (Oquab et al., TMLR 2024,
-https://arxiv.org/abs/2304.07193, section 4), and not by a centre. Restoration is that of the method `restoration`.
+https://arxiv.org/abs/2111.07832, Eq. 2 and 3; Caron et al., DINO, ICCV 2021, https://arxiv.org/abs/2104.14294, Algorithm 1.
+Departures: patch tokens are locations of a map of the encoder, and the image token is the mean of its deepest map. Tokens are
+standardised over the batch before the heads, because instance norm gives all images nearly the same mean. Sinkhorn and Knopp's
+algorithm spreads the teacher's image tokens over all outputs, as in DINOv2 (Oquab et al., TMLR 2024,
+https://arxiv.org/abs/2304.07193, section 4), instead of a centre. Restoration is that of the method `restoration`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nnunetv2_macl.methods.restoration import MaskedViews, Restoration, Restorat
 from nnunetv2_macl.networks.base import PretrainableNetwork
 from nnunetv2_macl.views import Crops, IntensityNumbers, RandomCrops, RandomIntensity
 
-# The random numbers of crops are another stream than those of other methods, so that several can train together.
+# Crops draw from a separate random stream, so that several methods can be trained together.
 _CROPS = 8
 _CROP_ZOOM = (1.0, 1.6)
 
@@ -39,28 +39,28 @@ _CROP_ZOOM = (1.0, 1.6)
 class SMITConfig(RestorationConfig):
     """The recipe keys of SMIT."""
 
-    weight_tokens: Positive = Field(0.1, description="the weight of the self-distillation of patch tokens L_MPD")
-    weight_image_token: Positive = Field(0.1, description="the weight of the self-distillation of image tokens L_ITD")
+    weight_tokens: Positive = Field(0.1, description="weight of the self-distillation of patch tokens L_MPD")
+    weight_image_token: Positive = Field(0.1, description="weight of the self-distillation of image tokens L_ITD")
     tokens: Count = Field(
-        1024, description="locations of a batch whose tokens are compared, as many in each view, hidden ones first"
+        1024, description="number of compared patch tokens of each view in a batch; masked locations are chosen first"
     )
     token_dim: Annotated[int, Field(ge=2)] = Field(
         1024,
-        description="length of a token's distribution; the published 8192 is for 600,000 images, of which a step has as many "
-        "tokens as this",
+        description="number of outputs of the token heads; 8192 as published, for a data set of 600,000 images",
     )
     student_temperature: Positive = Field(0.1, description="τ of the student")
     teacher_temperature: Positive = Field(0.04, description="τ of the teacher")
     teacher_decay: Fraction = Field(
-        0.996, description="weight of the old average in the teacher at the first step; it rises to 1 at the last"
+        0.996,
+        description="weight of the old average in the teacher at the first step; it rises to 1 along half a cosine",
     )
     intensity: Annotated[float, Field(ge=0, le=2)] = Field(
-        1.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0`: none"
+        1.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0` disables them"
     )
 
 
 class _Numbers(NamedTuple):
-    """Random numbers of a step, a list item for each of the two views."""
+    """Random numbers of a step, with one list item for each of the two views."""
 
     crops: list[Crops]
     masks: list[Tensor]
@@ -70,10 +70,10 @@ class _Numbers(NamedTuple):
 
 
 class _SMITViews(Views):
-    """Two crops of a patch, with hidden voxels and whole, and which locations of them are compared.
+    """Two crops of each patch, with and without a mask, and the locations whose tokens are compared.
 
-    Names end with the number of the view: ``masked_0``, ``target_0`` and ``mask_0`` as `MaskedViews` makes them; ``whole_0``;
-    ``tokens_0``, (n, T), the numbers of locations; ``hidden_0``, (n, T), what share of each is hidden.
+    Names end with the index of the view: ``masked_0``, ``target_0`` and ``mask_0`` from `MaskedViews`; ``whole_0``, the crop
+    without a mask; ``tokens_0``, (n, T), indices of locations; ``hidden_0``, (n, T), masked fraction of each location.
     """
 
     def __init__(self, masked: MaskedViews, grid: Sequence[int], recipe: Any) -> None:
@@ -90,7 +90,7 @@ class _SMITViews(Views):
             order = torch.rand(random.batch_size, math.prod(self.grid), generator=generator)
             mask = self.masked.draw(random, view + 1)
             hidden = _share_at(mask, self.grid)
-            # hidden locations first, those that are hidden alike in a random order
+            # The most masked locations come first. Locations with the same masked fraction are in random order.
             tokens = (hidden + 1e-3 * order[random.part]).topk(count).indices
             numbers.crops.append(Crops(crops.centres[random.part], crops.reaches[random.part]))
             numbers.masks.append(mask)
@@ -116,20 +116,20 @@ class _SMITViews(Views):
 
 
 def _share_at(mask: Tensor, grid: Sequence[int]) -> Tensor:
-    """Return what share of each location of a grid is hidden, (N, locations), of a mask (N, 1, *cells)."""
+    """Return the masked fraction of each location of a grid, (N, locations), from a mask (N, 1, *cells)."""
     pooling = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(grid)]
     return pooling(mask.float(), tuple(grid)).flatten(1)  # type: ignore[arg-type]
 
 
 def _vectors_at(maps: Tensor, tokens: Tensor) -> Tensor:
-    """Return the vectors of maps (N, C, *grid) at some locations (N, T): (N, T, C), in at least float32."""
+    """Return the vectors of maps (N, C, *grid) at locations (N, T): (N, T, C), in at least float32."""
     vectors = maps.flatten(2).transpose(1, 2)
     vectors = vectors.gather(1, tokens[..., None].expand(-1, -1, vectors.shape[-1]))
     return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
 
 
 class SMIT(Restoration):
-    """Restores hidden voxels, and learns from an averaged teacher that sees them."""
+    """Restores masked voxels, and learns from an averaged teacher that sees all voxels."""
 
     name = "smit"
     Config = SMITConfig
@@ -138,9 +138,9 @@ class SMIT(Restoration):
         "tokens": "L_MPD, patch tokens",
         "image_token": "L_ITD, image token",
     }
-    view_titles = {"target_0": "restored", "masked_0": "student", "whole_1": "teacher: other view"}
+    view_titles = {"target_0": "restoration target", "masked_0": "student", "whole_1": "teacher: other view"}
     couples_samples = True
-    summary = "by SMIT, restoration of what is hidden of them and self-distillation,"
+    summary = "by SMIT, restoration of masked voxels and self-distillation,"
     tag = "masked-image-modelling"
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
@@ -178,11 +178,11 @@ class SMIT(Restoration):
             "teacher_tokens": _vectors_at(teacher_dense, both("tokens")),
             "teacher_image": teacher_image,
         }
-        # a row for each patch, with its two views
+        # Each row is a patch with its two views, because the loss of a patch needs both.
         return {name: torch.stack(values.chunk(2), 1) for name, values in found.items()}
 
     def _read(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the map whose locations are tokens, and the mean of the deepest map."""
+        """Return the map whose locations are patch tokens, and the mean of the deepest map, which is the image token."""
         return maps[self.geometry.auxiliary_stage - 1], pool(maps[-1])
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -200,11 +200,11 @@ class SMIT(Restoration):
         }
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Return the losses of all patches: restoration, patch tokens that are hidden, and the image token of the other view."""
+        """Return the losses: restoration, masked patch tokens, and image tokens of the other view."""
         temperature, hidden = self.recipe.teacher_temperature, embeddings["hidden"]
         targets = self.token_loss.targets(embeddings["teacher_tokens"], temperature)
         tokens = self.token_loss(embeddings["student_tokens"], targets)
-        # A centre that moves is too slow for the few images of a batch: all outputs became equal.
+        # A running centre adapts too slowly with the few images of a batch: all outputs became equal.
         teacher = embeddings["teacher_image"]
         targets = sinkhorn(teacher.detach().flatten(0, 1), temperature).view_as(teacher).flip(1)
         losses = {
@@ -219,7 +219,7 @@ class SMIT(Restoration):
         self.teacher.load_state_dict(self.network.encoder.state_dict())
 
     def after_step(self, embeddings: dict[str, Tensor], progress: Progress) -> None:
-        """Move the teacher, and the centre of the patch tokens."""
+        """Update the teacher and the centre of the patch tokens."""
         decay = rising_decay(self.recipe.teacher_decay, progress)
         update_average(self.teacher, self.network.encoder, decay)
         update_average(self.teacher_token_head, self.token_head, decay)
@@ -227,7 +227,7 @@ class SMIT(Restoration):
         self.token_loss.update_centre(embeddings["teacher_tokens"])
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return what the student says of the image in the two views."""
+        """Return the student's image tokens of the two views."""
         first, second = embeddings["student_image"].unbind(1)
         return first, second
 

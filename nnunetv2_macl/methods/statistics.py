@@ -1,4 +1,4 @@
-"""How much features and embeddings vary between images. Everything stays on the device, and nothing waits for it."""
+"""Measure how much features and embeddings vary between images. Results stay on the device, so that no step has to wait."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from torch import Tensor
 
 @torch.no_grad()
 def embedding_variance(embeddings: Tensor) -> Tensor:
-    """Return how much (N, C) embeddings vary between images: 1 - |mean of the unit vectors|^2.
+    """Return the variance of (N, C) embeddings between images: 1 - |mean of the unit vectors|^2.
 
-    This is the sum over all C of the squared standard deviations of the unit vectors: 0 for one vector, 1 for vectors in all
-    directions.
+    This is the sum over C of the variances of the unit vectors. It is 0 if all vectors are equal, and 1 if their mean is 0.
     """
     return 1 - F.normalize(embeddings.float(), dim=-1).mean(0).square().sum()
 
 
 @torch.no_grad()
 def batch_rank(embeddings: Tensor) -> Tensor:
-    """Return in how many directions the unit vectors of (N, C) embeddings vary: the participation ratio of their spectrum.
+    """Return the effective rank of the unit vectors of (N, C) embeddings: the participation ratio of their spectrum.
 
-    It is 1 where all lie on one line, at most N - 1, and 0 where all are one vector.
+    It is at most N - 1. It is 1 if the vectors vary in one direction only, and 0 if all vectors are equal.
     """
     unit = F.normalize(embeddings.float(), dim=-1)
     centred = unit - unit.mean(0)
@@ -31,9 +30,9 @@ def batch_rank(embeddings: Tensor) -> Tensor:
 
 @torch.no_grad()
 def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return of (N, C, *spatial) features their RMS, and the fraction of their variance that lies between images.
+    """Return the RMS of (N, C, *spatial) features, and the fraction of their variance that is between images.
 
-    Instance norm fixes the RMS, so a network that makes one map for every image shows in the second number alone.
+    Instance norm fixes the RMS, so only the second number shows that a network outputs the same map for every image.
     """
     features = features.float().flatten(1)
     between = features.var(0, unbiased=False).mean()

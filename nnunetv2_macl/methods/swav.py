@@ -1,9 +1,9 @@
-"""SwAV: views of an image predict each other's assignment to prototypes, which all images of a batch share equally.
+"""SwAV: views of an image predict each other's assignment to prototypes. A batch uses all prototypes equally.
 
-Source: Caron et al., NeurIPS 2020, https://arxiv.org/abs/2006.09882, Eq. 1 to 5; queue and frozen prototypes of the published
-settings. Departures: a tenth of the published prototypes and a tenth of the queue, because batches have a tenth of the images or
-fewer, and codes need about as many vectors as there are prototypes. The queue is there by default for the same reason. It is used
-as soon as it is full. Pooled features are standardised over the batch before the head.
+Source: Caron et al., NeurIPS 2020, https://arxiv.org/abs/2006.09882, Eq. 1 to 5, with the published queue and frozen prototypes.
+Departures: prototypes and queue are a tenth of the published ones, because batches have at most a tenth of the images, and codes
+need about as many vectors as there are prototypes. The queue is on by default for the same reason, and is used once it is full.
+Pooled features are standardised over the batch before the head.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _EPSILON, _SINKHORN_ITERATIONS = 0.05, 3
 _ASSIGNED = ("first", "second")
 # A small view has this fraction of the patch's edge: 96 of 224 voxels as published.
 _SMALL_EDGE = 96 / 224
-# What a small view shows is so many times as large in its patch, and lies at most so far from the middle (fraction of the edge).
-# It covers 5 to 14 % of the area of an image as published, and here 9 to 25 %, because a patch is a part of an image already.
+# Magnification of a small view, and its largest distance from the centre of the patch (fraction of the edge).
+# A small view covers 9 to 25 % of a patch. The published 5 to 14 % are of an image, and a patch is only a part of an image.
 _SMALL_SCALING, _SMALL_TRANSLATION = (2.0, 3.3), 0.25
-# The random numbers of small views are another stream than those of the large ones.
+# Small and large views draw from separate random streams.
 _SMALL_STREAM = 7
 
 
@@ -45,14 +45,15 @@ class SwAVConfig(ImageViewKeys, HeadKey):
     temperature: Positive = Field(0.1, description="τ")
     prototypes: Annotated[int, Field(ge=2)] = Field(300, description="K, number of prototypes")
     frozen_prototype_epochs: Annotated[int, Field(ge=0)] = Field(
-        1, description="epochs at the start in which the prototypes stay as they are"
+        1, description="number of initial epochs in which the prototypes are frozen"
     )
     queue_length: Annotated[int, Field(ge=0)] = Field(
-        384, description="number of earlier vectors with which the codes of a small batch are computed; `0`: none"
+        384, description="number of earlier vectors that are used to compute the codes; `0` disables the queue"
     )
     queue_start: Fraction = Field(0.075, description="fraction of the steps after which the queue is used")
     small_views: Annotated[int, Field(ge=0)] = Field(
-        6, description="views of a smaller part and size besides the two large ones"
+        6,
+        description="number of small views, which show a smaller part of the patch, in addition to the two large views",
     )
 
 
@@ -63,11 +64,11 @@ class _Numbers(NamedTuple):
 
 
 class _LargeAndSmallViews(Views):
-    """Two random views of the size of the patch, and smaller ones of parts of it, ``small_1`` and so on.
+    """Two random views of the size of the patch, and small views of parts of the patch, ``small_1`` and so on.
 
     Args:
         geometry, recipe: As in `TwoViews`.
-        size: Of a small view, voxels per axis.
+        size: Size of a small view, voxels per axis.
     """
 
     def __init__(self, geometry: Geometry, recipe: Any, size: Sequence[int]) -> None:
@@ -103,10 +104,10 @@ class _LargeAndSmallViews(Views):
 
 
 class SwAV(ImageLevelMethod):
-    """Prediction of the prototypes of one view from another view, with prototypes that all images share equally.
+    """Predicts the prototypes of one view from another view. A batch uses all prototypes equally.
 
-    Embeddings are ``first`` and ``second``, (N, embedding_dim), the vectors of the two large views, and of each view its
-    similarities to the prototypes, (N, prototypes), as ``first_scores``, ``small_1_scores`` and so on.
+    Embeddings are the vectors of the two large views, ``first`` and ``second``, (N, embedding_dim), and the similarities of each
+    view to the prototypes, ``first_scores``, ``small_1_scores`` and so on, (N, prototypes).
     """
 
     name = "swav"
@@ -143,7 +144,7 @@ class SwAV(ImageLevelMethod):
 
     def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         features: dict[str, Tensor] = {}
-        # views of one size in one pass
+        # Encode views of the same size in one pass.
         for names in (_ASSIGNED, [name for name in views if name not in _ASSIGNED]):
             if names:
                 maps = self.last_map(self.network, torch.cat([views[name] for name in names]))
@@ -151,7 +152,7 @@ class SwAV(ImageLevelMethod):
         return features
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        # Views of two sizes are pooled before they are joined, so that the batch norms of the head see all views together.
+        # Pool before joining the views, because they have two sizes and the batch norms of the head must see all views together.
         pooled = torch.cat([pool(maps) for maps in features.values()])
         vectors = F.normalize(self.head(pooled[..., None]), dim=1)
         with autocast_disabled(vectors):
@@ -176,7 +177,7 @@ class SwAV(ImageLevelMethod):
         return {"swapped": loss, "total": loss}
 
     def _full_queues(self, progress: Progress, batch_size: int) -> Sequence[EmbeddingQueue]:
-        """Return the queues, or none as long as they are not full or not to be used yet."""
+        """Return the queues, or an empty list before they are full and ``queue_start`` is reached."""
         is_full = progress.step * batch_size >= self.recipe.queue_length
         return list(self.queues) if is_full and progress.step >= self.recipe.queue_start * progress.steps else []  # type: ignore
 
@@ -184,12 +185,12 @@ class SwAV(ImageLevelMethod):
         return progress.step < self.recipe.frozen_prototype_epochs * progress.num_iterations_per_epoch
 
     def withhold_gradients(self, progress: Progress) -> None:
-        """Fix the prototypes at the start."""
+        """Freeze the prototypes in the first epochs."""
         if self._is_frozen(progress):
             self.prototypes.weight.grad = None
 
     def after_step(self, embeddings: dict[str, Tensor], progress: Progress) -> None:
-        """Scale the prototypes to unit length, and put the vectors of the large views into their queues."""
+        """Scale the prototypes to unit length, and add the vectors of the large views to their queues."""
         if not self._is_frozen(progress):
             self.normalise_prototypes()
         for queue, name in zip(self.queues, _ASSIGNED, strict=False):

@@ -1,9 +1,9 @@
-"""Contrast of voxels: a voxel in one crop of a patch is like itself in another crop, and unlike all other voxels.
+"""Contrast of voxels: the embeddings of a voxel in two crops are similar to each other and dissimilar to all other voxels.
 
-Source: Goncharov et al., vox2vec, MICCAI 2023, https://arxiv.org/abs/2307.14725 (a voxel's features are those of all levels at
-it, joined), for the decoder of any U-Net; Pinheiro et al., VADeR, NeurIPS 2020, https://arxiv.org/abs/2011.05499; Wang et al.,
-DenseCL, CVPR 2021, https://arxiv.org/abs/2011.09157. Features are standardised over all voxels before the head. Crops are cut
-out of nnU-Net's patch and enlarged to its size, where vox2vec cuts them out of the volume.
+Source: Goncharov et al., vox2vec, MICCAI 2023, https://arxiv.org/abs/2307.14725 (the features of a voxel are those of all levels,
+concatenated), for the decoder of any U-Net; Pinheiro et al., VADeR, NeurIPS 2020, https://arxiv.org/abs/2011.05499; Wang et al.,
+DenseCL, CVPR 2021, https://arxiv.org/abs/2011.09157. Departures: features are standardised over all voxels before the head. Crops
+are cut out of nnU-Net's patch and enlarged to its size, whereas vox2vec cuts them out of the volume.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from nnunetv2_macl.methods.heads import GlobalProjectionHead
 from nnunetv2_macl.networks.base import PretrainableNetwork
 from nnunetv2_macl.views import Crops, IntensityNumbers, RandomCrops, RandomIntensity
 
-# The random numbers of crops are another stream than those of other methods, so that several can train together.
+# Crops draw from a separate random stream, so that several methods can be trained together.
 _CROPS = 7
 
 
 class VoxelConfig(MethodConfig):
-    """The recipe keys of the contrast of voxels."""
+    """The recipe keys of voxel contrast."""
 
-    weight_voxel: Positive = Field(1.0, description="the weight of the voxel-level loss L_v")
+    weight_voxel: Positive = Field(1.0, description="weight of the voxel-level loss L_v")
     temperature: Positive = Field(0.1, description="τ")
-    embedding_dim: Annotated[int, Field(ge=2)] = Field(128, description="length of the vectors that are compared")
+    embedding_dim: Annotated[int, Field(ge=2)] = Field(128, description="length of the compared vectors")
     voxels: Count = Field(
-        1024, description="voxels of a batch that are compared, as many in each patch, and at least one in each"
+        1024, description="number of compared voxels in a batch: the same number in each patch, and at least one"
     )
     zoom: Annotated[list[Annotated[float, Field(ge=1, le=2)]], Field(min_length=2, max_length=2)] = Field(
         [1.0, 1.6], description="smallest and largest factor by which a crop is enlarged; the smaller one comes first"
     )
-    mirroring: bool = Field(True, description="whether spatial views are mirrored at random")
+    mirroring: bool = Field(True, description="whether to mirror crops at random")
     intensity: Annotated[float, Field(ge=0, le=2)] = Field(
-        1.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0`: none"
+        1.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0` disables them"
     )
 
     @field_validator("zoom")
@@ -62,9 +62,10 @@ class _Numbers(NamedTuple):
 
 
 class TwoCrops(Views):
-    """Two crops of each patch, ``first`` and ``second``, of the size of the patch, and where the same voxels lie in both.
+    """Two crops of each patch, ``first`` and ``second``, enlarged to the size of the patch, and points that both crops show.
 
-    ``first_points`` and ``second_points`` are (n, P, A), as `torch.nn.functional.grid_sample` takes them without aligned corners.
+    ``first_points`` and ``second_points`` are the coordinates of the same P voxels in both crops, (n, P, A), as
+    `torch.nn.functional.grid_sample` takes them without aligned corners.
     """
 
     def __init__(self, recipe: Any) -> None:
@@ -73,7 +74,7 @@ class TwoCrops(Views):
         self.voxels = recipe.voxels
 
     def voxels_per_patch(self, batch_size: int) -> int:
-        """Return P, the number of voxels of a patch that are compared."""
+        """Return P, the number of compared voxels in a patch."""
         return max(1, self.voxels // batch_size)
 
     def draw(self, random: StepRandom) -> _Numbers:
@@ -93,18 +94,18 @@ class TwoCrops(Views):
         views = [self.crops.apply(patches, crops) for crops in (numbers.first, numbers.second)]
         if numbers.intensity:
             views = [self.intensity.apply(v, changes) for v, changes in zip(views, numbers.intensity, strict=True)]
-        # In crops, 1 is the centre of the outer voxel (`align_corners`). In maps, 1 is its outer edge. The factor converts.
+        # Coordinate 1 is the centre of the outermost voxel in crops (`align_corners`), and its outer edge in maps.
         inside = patches.new_tensor([1 - 1 / n for n in reversed(patches.shape[2:])])
         points = [crops.locate(numbers.points).to(patches) * inside for crops in (numbers.first, numbers.second)]
         return {"first": views[0], "second": views[1], "first_points": points[0], "second_points": points[1]}
 
 
 def features_at(maps: Sequence[Tensor], points: Tensor) -> Tensor:
-    """Return the features of maps of any size at points, interpolated linearly and joined: (N, P, channels of all maps).
+    """Return the linearly interpolated features of maps at points, concatenated: (N, P, channels of all maps).
 
     Args:
-        maps: (N, C, *grid) each.
-        points: (N, P, A), from -1 to 1 on each axis of a map, its outer edges, the last axis first.
+        maps: (N, C, *grid) each, with any grid.
+        points: (N, P, A), from -1 to 1 between the outer edges of a map, with the last axis first.
     """
     axes = points.shape[-1]
     places = points.view(len(points), *[1] * (axes - 1), *points.shape[1:])
@@ -116,9 +117,9 @@ def features_at(maps: Sequence[Tensor], points: Tensor) -> Tensor:
 
 
 class Voxel(ContrastiveMethod):
-    """Contrast of voxels within and between images. The positive of a voxel is the same voxel in another crop.
+    """Contrasts voxels within and between images. The positive of a voxel is the same voxel in the other crop.
 
-    The head reads the maps of the bottleneck and of all trained decoder stages at the voxel.
+    The head reads the bottleneck and the maps of all trained decoder stages at the voxel.
     """
 
     name = "voxel"
@@ -137,7 +138,7 @@ class Voxel(ContrastiveMethod):
 
     @classmethod
     def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
-        """Choose nnU-Net's own patch and all decoder stages but the last, whose maps are the largest."""
+        """Return nnU-Net's own patch and all decoder stages but the last, which has the largest maps."""
         return plan_one_branch(patch_size, strides, recipe, max(1, len(strides) - 2))
 
     @classmethod
@@ -151,15 +152,15 @@ class Voxel(ContrastiveMethod):
         return {"first": first, "second": second}
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        # standardised over both crops at once, so that neither has a scale of its own
+        # The batch norm of the head standardises both crops together, so that their scales stay comparable.
         both = torch.cat((features["first"], features["second"]))
-        # to the head each voxel is a map of one location
+        # The head pools over space, so each voxel is passed as a map of one location.
         vectors = self.voxel_head(both.flatten(0, 1)[..., None]).view(*both.shape[:2], -1)
         first, second = vectors.chunk(2)
         return {"first": first, "second": second}
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Return InfoNCE over all voxels of the batch, each of which is an anchor."""
+        """Return the InfoNCE loss over all voxels of the batch. Each voxel serves as anchor."""
         first, second = (embeddings[crop].flatten(0, 1) for crop in ("first", "second"))
         loss = self.loss(first, second, positions.new_zeros(len(first)))
         return {"voxel": loss, "total": self.recipe.weight_voxel * loss}
@@ -168,7 +169,7 @@ class Voxel(ContrastiveMethod):
         return {}
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return one voxel of each patch."""
+        """Return the vectors of one voxel of each patch."""
         return embeddings["first"][:, 0], embeddings["second"][:, 0]
 
     @classmethod

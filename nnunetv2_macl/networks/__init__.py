@@ -1,1 +1,1 @@
-"""Segmentation networks: adapters for pre-training, and classes of our own, which an nnU-Net plan names."""
+"""Adapters of segmentation networks for pre-training, and segmentation networks that an nnU-Net plan can name."""

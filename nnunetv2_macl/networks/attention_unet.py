@@ -1,4 +1,4 @@
-"""Attention U-Net: a U-Net whose decoder weights the encoder's maps by attention gates.
+"""Attention U-Net: a U-Net whose decoder weights the encoder's maps with attention gates.
 
 Source: Oktay et al., Attention U-Net: Learning Where to Look for the Pancreas, MIDL 2018, https://arxiv.org/abs/1804.03999
 """
@@ -25,13 +25,13 @@ from nnunetv2_macl.networks.encoder_decoder import (
 class AttentionGate(nn.Module):
     """Weight the map of a skip connection at each location: sigmoid(psi(ReLU(W_x x + W_g g))) * x.
 
-    The gating signal g is the decoder's map after upsampling, so that both have one grid. Each of the three linear maps is a
-    convolution of 1 and a norm.
+    The gating signal g is the decoder's map after upsampling, so that both maps have one grid. Each of the three linear maps is a
+    convolution of size 1 and a norm.
 
     Args:
         conv_op: `nn.Conv2d` or `nn.Conv3d`.
-        channels: Channels of both maps. There are half as many in between.
-        **norm: Norm of the three linear maps, and whether they have a bias.
+        channels: Number of channels of both maps. The gate has half as many hidden channels.
+        **norm: Norm and bias of the three linear maps, as `ConvDropoutNormReLU` takes them.
 
     Source: Eq. 1 and 2 and Figure 2.
     """
@@ -44,7 +44,7 @@ class AttentionGate(nn.Module):
         self.psi = ConvDropoutNormReLU(conv_op, between, 1, 1, 1, nonlin=nn.Sigmoid, **norm)
 
     def forward(self, skip: Tensor, gating: Tensor) -> Tensor:
-        """Return the weighted map, (N, channels, *size), from two such maps."""
+        """Return the weighted map, (N, channels, *size), from two maps of that shape."""
         return skip * self.psi(torch.relu(self.skip(skip) + self.gating(gating)))
 
 
@@ -76,17 +76,17 @@ class _DecoderStage(nn.Module):
 class AttentionUNet(EncoderDecoder):
     """U-Net with max-pooling, upsampling, and an attention gate in each decoder stage.
 
-    With five stages of 64 to 1024 features, two convolutions each, biases and batch norm, these are the 34.88 million
-    parameters that are reported for the network.
+    With five stages of 64 to 1024 features, two convolutions each, biases and batch norm, the network has the reported 34.88
+    million parameters.
 
     Args:
         input_channels: Number of image channels.
         num_classes: Number of segmentation outputs.
         n_stages: Number of encoder stages.
-        features_per_stage: Channels of each encoder stage.
+        features_per_stage: Number of channels of each encoder stage.
         conv_op: `nn.Conv2d` or `nn.Conv3d`.
-        kernel_sizes: Of the convolutions of each encoder stage, per axis.
-        strides: Stride of each encoder stage, per axis: kernel size and stride of the max-pooling before it.
+        kernel_sizes: Kernel size of the convolutions of each encoder stage, per axis.
+        strides: Stride of each encoder stage, per axis: kernel size and stride of the max-pooling before the stage.
         n_conv_per_stage: Number of convolutions of each encoder stage.
         n_conv_per_stage_decoder: Number of convolutions of each decoder stage, after the concatenation.
         conv_bias: Whether convolutions have a bias.
@@ -149,21 +149,21 @@ class AttentionUNet(EncoderDecoder):
 
     @classmethod
     def planned(cls, unet: Mapping[str, Any], patch_size: Sequence[int], size: str | None) -> dict[str, Any]:
-        """Return the U-Net's own arguments. A residual encoder has blocks where this one has two convolutions."""
+        """Return the U-Net's own arguments. Each stage of a residual encoder is replaced by two convolutions."""
         blocks = {"n_blocks_per_stage", "n_conv_per_stage"} & unet.keys()
         convolutions = unet["n_conv_per_stage"] if "n_conv_per_stage" in blocks else [2] * unet["n_stages"]
         return {key: value for key, value in unet.items() if key not in blocks} | {"n_conv_per_stage": convolutions}
 
 
 class AttentionUNetAdapter(EncoderDecoderAdapter):
-    """Encoder stages and decoder stages of an `AttentionUNet`. The gate belongs to its decoder stage."""
+    """Adapter of `AttentionUNet`. A decoder stage includes its attention gate."""
 
     adapts = (AttentionUNet,)
 
     @classmethod
     def examples(cls, axes: int) -> list[nn.Module]:
         conv, norm = {2: (nn.Conv2d, nn.InstanceNorm2d), 3: (nn.Conv3d, nn.InstanceNorm3d)}[axes]
-        # the first axis of a volume often has fewer strides
+        # The first axis has fewer strides, as in many plans for volumes.
         strides = [[1] * axes, [1] + [2] * (axes - 1), [2] * axes, [2] * axes]
         stages = len(strides)
         return [

@@ -1,4 +1,4 @@
-"""What a pre-training method may ask of a segmentation network, and the check that an adapter answers truly."""
+"""The interface through which pre-training methods use a segmentation network, and the check of an adapter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from nnunetv2_macl.errors import UserError
 
-# GPUs compute convolutions in TF32, and may choose another algorithm for the second of two equal calls
+# This is large because GPUs compute convolutions in TF32, and may use another algorithm in the second of two equal calls.
 _TOLERANCE = 1e-2
 
 
 class Level(NamedTuple):
-    """One feature map of a network: its channels, and its total stride to the image, per axis."""
+    """One feature map of a network: its number of channels, and its total stride per axis, relative to the image."""
 
     channels: int
     stride: tuple[int, ...]
@@ -27,21 +27,21 @@ class Level(NamedTuple):
 class PretrainableNetwork(nn.Module):
     """The part of a segmentation network that is pre-trained: the encoder and the first decoder stages.
 
-    There is one subclass per family of networks. It holds the network's own modules, so that training the subclass trains the
-    network, and nothing else, because every parameter in it is trained.
+    There is one subclass (adapter) per family of networks. It holds the network's own modules, so that training the adapter
+    trains the network. It must hold no other modules, because all of its parameters are trained.
 
     A subclass sets the attributes below, implements `decode` and `last_layer`, and calls ``super().__init__()``. In this package
-    it implements `examples` too, which the tests use.
+    it also implements `examples`, which the tests use.
 
     Attributes:
-        adapts: The network types of the family. A subclass of such a type is another network.
-        names: The name of each of the adapter's own modules in the network, the encoder first.
-        encoder_stages: The name of the list of encoder stages in the network.
+        adapts: The network types of the family. Subclasses of these types do not belong to the family.
+        names: Names in the network of the adapter's modules, by the adapter's own names, the encoder first.
+        encoder_stages: Name in the network of the list of encoder stages.
         encoder: The encoder, which returns the map of each stage. A method may copy and average it.
         encoder_levels: The maps of the encoder stages, the first stage first. The last is the bottleneck.
-        decoder_levels: The maps of the decoder stages that are held. ``decoder_levels[k]`` is the map after k + 1 stages.
-        patch_multiple: What a patch size must be divisible by, per axis.
-        only_patch_size: The one patch size that the network takes, where position embeddings are learned. None: any multiple.
+        decoder_levels: The maps of the held decoder stages. ``decoder_levels[k]`` is the map after k + 1 stages.
+        patch_multiple: Divisor of the patch size on each axis.
+        only_patch_size: The only patch size that a network with learned position embeddings takes. None: any multiple.
         image_channels: Number of channels of the images.
     """
 
@@ -57,7 +57,7 @@ class PretrainableNetwork(nn.Module):
     image_channels: int
 
     def __init__(self, network: nn.Module, decoder_stages: int) -> None:
-        """Hold what is trained of a network.
+        """Hold the trained part of a network.
 
         Args:
             network: A network of one of the types that the family `adapts`.
@@ -75,22 +75,22 @@ class PretrainableNetwork(nn.Module):
 
     @classmethod
     def examples(cls, axes: int) -> list[nn.Module]:
-        """Return a small network of each type of the family with 2 or 3 axes, for tests; none if the family has none."""
+        """Return a small network of each type of the family with 2 or 3 axes, for tests, or an empty list if there is none."""
         return []
 
     @classmethod
     def stage_strides(cls, arch_kwargs: Mapping[str, Any]) -> Sequence[Any]:
-        """Return the stride of each encoder stage, per axis or one for all, from the network's arguments in an nnU-Net plan."""
+        """Return the stride of each encoder stage, per axis or one number, from the network's arguments in an nnU-Net plan."""
         return arch_kwargs["strides"]
 
     @classmethod
     def part_of(cls, name: str) -> str | None:
-        """Return which of the adapter's own modules holds a weight, by its name in the network. None: it is not trained."""
+        """Return the adapter's module that holds a weight with this name in the network, or None if the weight is not trained."""
         return next((own for own, there in cls.names.items() if name.startswith(f"{there}.")), None)
 
     @classmethod
     def stage_of(cls, name: str) -> tuple[str, int] | None:
-        """Return the list of stages that holds a weight, and the stage's number in it. None: the weight is in no stage.
+        """Return the list of stages that holds a weight, and the index of the stage, or None if the weight is in no stage.
 
         Encoder stages are counted from the image, decoder stages from the bottleneck.
         """
@@ -102,7 +102,7 @@ class PretrainableNetwork(nn.Module):
 
     @classmethod
     def input_weight(cls, weights: Mapping[str, Tensor]) -> str | None:
-        """Return the name of the kernel that takes the images, the first one of the encoder. None: there is no encoder."""
+        """Return the name of the kernel that reads the images, or None if there are no weights of an encoder."""
         return next((key for key, weight in weights.items() if cls.part_of(key) == "encoder" and weight.ndim > 2), None)
 
     @classmethod
@@ -114,12 +114,12 @@ class PretrainableNetwork(nn.Module):
         *,
         has_norm: bool,
     ) -> list[str]:
-        """Return how a stage of one architecture differs from a stage of another, beyond the shapes of its weights, in words.
+        """Return descriptions of the differences between two stages, other than the shapes of their weights.
 
         Args:
-            theirs, ours: Architectures of the family, as nnU-Net's plans have them.
-            stages: The stage of each, as `stage_of` returns it.
-            has_norm: Whether the stage takes weights of a norm.
+            theirs, ours: Architectures of the family, as nnU-Net's plans describe them.
+            stages: The stages to compare, one of each architecture, as `stage_of` returns them.
+            has_norm: Whether weights of a norm are transferred.
         """
         (part, there), (_, here) = stages
         compared: list[list[Any]] = []
@@ -133,7 +133,7 @@ class PretrainableNetwork(nn.Module):
 
     @property
     def mixes_samples(self) -> bool:
-        """Whether the maps of an image depend on more than the image: batch norm or dropout in what is held."""
+        """Return whether the maps of an image depend on more than the image, because of batch norm or dropout."""
         return any(map(_mixes_samples, self.modules()))
 
     def encode(self, images: Tensor, encoder: nn.Module | None = None) -> list[Tensor]:
@@ -141,7 +141,7 @@ class PretrainableNetwork(nn.Module):
 
         Args:
             images: (N, image_channels, *size).
-            encoder: A copy of `encoder` to use in its place, for example a momentum encoder.
+            encoder: A copy of `encoder` that is used instead, for example a momentum encoder.
 
         Returns:
             Maps of (N, channels, *size / stride), as `encoder_levels` lists them.
@@ -152,16 +152,16 @@ class PretrainableNetwork(nn.Module):
         """Return the bottleneck and the map after each decoder stage.
 
         Args:
-            maps: What `encode` returned.
-            stages: Number of decoder stages to compute. None: all that are held.
+            maps: The result of `encode`.
+            stages: Number of decoder stages to compute. None: all held stages.
 
         Returns:
-            The last of ``maps``, then maps of (N, channels, *size / stride), as `decoder_levels` lists them.
+            The last map of ``maps``, then maps of (N, channels, *size / stride), as `decoder_levels` lists them.
         """
         raise NotImplementedError
 
     def trained_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the weights of the encoder and of the decoder stages, under the names in the network's state dict."""
+        """Return the weights of the encoder and of the decoder stages, by their names in the network's state dict."""
         encoder: dict[str, Tensor] = {}
         decoder: dict[str, Tensor] = {}
         for key, value in self.state_dict().items():
@@ -171,10 +171,10 @@ class PretrainableNetwork(nn.Module):
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Copy weights in by the names that `trained_weights` gives them.
+        """Copy weights, named as `trained_weights` names them, into the adapter.
 
         Raises:
-            KeyError: A name is none of them.
+            KeyError: The adapter has no weight of that name.
         """
         encoder, decoder = self.trained_weights()
         own = encoder | decoder
@@ -185,22 +185,21 @@ class PretrainableNetwork(nn.Module):
 def check_adapter(family: type[PretrainableNetwork], network: nn.Module) -> None:
     """Check that an adapter with all decoder stages computes what the network computes.
 
-    A tiny input passes through the network, up to what its `last_layer` reads, and through the adapter. On the meta device,
-    which has no values, the shapes alone are compared. Random state, batch norm statistics and the mode of each module stay
-    as they are.
+    For a small input, the map of the adapter is compared with the input of the network's `last_layer`. On the meta device, which
+    has no values, only the shapes are compared. Random state, batch norm statistics and the mode of each module do not change.
 
     Args:
         family: The adapter's class.
-        network: A network that it adapts, on any device.
+        network: A network of the family, on any device.
 
     Raises:
-        UserError: The maps differ, or are not as the adapter's levels say. Such weights would be trained for another network.
+        UserError: The maps differ, or do not have the shapes of the adapter's levels.
     """
     adapter = family(network, len(family(network, 0).encoder_levels) - 1)
     weight = next(network.parameters())
     size = list(adapter.only_patch_size or adapter.patch_multiple)
     if adapter.only_patch_size is None and tuple(size) == adapter.encoder_levels[-1].stride:
-        # an instance norm needs two voxels at the bottleneck
+        # Instance norm needs two voxels at the bottleneck.
         size[size.index(min(size))] *= 2
     images = torch.randn(1, adapter.image_channels, *size, generator=torch.Generator().manual_seed(0)).to(weight)
     read: list[Tensor] = []
@@ -216,13 +215,13 @@ def check_adapter(family: type[PretrainableNetwork], network: nn.Module) -> None
     expected = [(1, level.channels, *_divided(size, level.stride)) for level in levels]
     found = [tuple(values.shape) for values in (*encoded, *decoded)]
     if found != expected:
-        problem = f"its maps are {found}, and its levels say {expected}"
+        problem = f"its maps have the shapes {found}, and its levels say {expected}"
     elif not read:
         problem = "the network does not use the layer that reads its last map"
     elif read[-1].shape != decoded[-1].shape:
-        problem = f"its last map is {found[-1]}, and that of the network is {tuple(read[-1].shape)}"
+        problem = f"its last map has the shape {found[-1]}, and that of the network {tuple(read[-1].shape)}"
     elif not read[-1].is_meta and not _close(decoded[-1], read[-1]):
-        problem = "its last map has other values than that of the network"
+        problem = "its last map has other values than the map of the network"
     else:
         return
     raise UserError(
@@ -232,16 +231,16 @@ def check_adapter(family: type[PretrainableNetwork], network: nn.Module) -> None
 
 
 def class_name(network_type: type[nn.Module]) -> str:
-    """Return the full name of a network type, as nnU-Net's plans give it."""
+    """Return the full name of a network type, as in nnU-Net's plans."""
     return f"{network_type.__module__}.{network_type.__qualname__}"
 
 
 def _mixes_samples(module: nn.Module) -> bool:
     if isinstance(module, _DropoutNd):
         return module.p > 0
-    # `drop_prob` is the rate of stochastic depth, in timm and in MONAI
+    # timm and MONAI name the rate of stochastic depth `drop_prob`.
     rate = getattr(module, "drop_prob", None) or 0
-    # timm's PatchDropout, which has its rate in `prob`
+    # timm's PatchDropout names its rate `prob`.
     patches = getattr(module, "prob", 0) if type(module).__name__ == "PatchDropout" else 0
     return isinstance(module, _BatchNorm) or rate > 0 or patches > 0
 
@@ -256,7 +255,7 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 @contextmanager
 def _evaluated(*modules: nn.Module) -> Iterator[None]:
-    """Within, all modules are in evaluation mode; each is in its own mode afterwards."""
+    """Put all modules into evaluation mode within the context, and restore the mode of each afterwards."""
     before = {part: part.training for module in modules for part in module.modules()}
     for module in modules:
         module.eval()

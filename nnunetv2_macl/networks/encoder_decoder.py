@@ -1,4 +1,4 @@
-"""What the U-Net variants of this package share: an encoder, a decoder that reads its maps, and the adapter for both."""
+"""The base classes of the U-Net variants of this package: encoder, decoder, network and adapter."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nnunetv2_macl.networks.base import Level, PretrainableNetwork
 
 
 class Encoder(nn.Module):
-    """Stages that each read the map of the stage before.
+    """A sequence of stages. Each stage reads the map of the stage before.
 
     Args:
         stages: The stages, from the image to the bottleneck.
-        channels: Channels of the map of each stage.
+        channels: Number of channels of the map of each stage.
         strides: Stride of each stage, per axis.
     """
 
@@ -36,14 +36,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Stages that each read the map of the stage before and the encoder's map of their own size, and segmentation layers.
+    """A sequence of stages, which read the map of the stage before and a map of the encoder, and segmentation layers.
 
     Args:
         stages: The stages, from the bottleneck to the image.
-        channels: Channels of the map of each stage.
+        channels: Number of channels of the map of each stage.
         num_classes: Number of segmentation outputs.
         conv_op: `nn.Conv2d` or `nn.Conv3d`.
-        deep_supervision: Whether each stage returns a segmentation. nnU-Net sets the attribute.
+        deep_supervision: Whether each stage returns a segmentation. nnU-Net's trainer sets this attribute.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.deep_supervision, self.output_channels = deep_supervision, list(channels)
         self.stages = nn.ModuleList(stages)
-        # All of them are always there, so that a network with deep supervision and one without have the same weights.
+        # Every stage has a segmentation layer, so that networks with and without deep supervision have the same weights.
         self.seg_layers = nn.ModuleList(conv_op(width, num_classes, 1) for width in channels)
 
     def forward(self, maps: list[Tensor]) -> Any:
-        """Return logits, or with deep supervision a list of them, the largest first."""
+        """Return the logits, or with deep supervision a list of logits, the largest first."""
         decoded, outputs = maps[-1], []
         for number, (stage, skip) in enumerate(zip(self.stages, maps[-2::-1], strict=True)):
             decoded = stage(decoded, skip)
@@ -71,13 +71,13 @@ class Decoder(nn.Module):
 
 
 class EncoderDecoder(AbstractDynamicNetworkArchitectures):
-    """A segmentation network of an encoder and a decoder, which nnU-Net finds by its name in a plan.
+    """A segmentation network with an encoder and a decoder, which a plan of nnU-Net names.
 
-    Training and prediction with such a network need nnunetv2_macl.
+    Training and prediction with such a network require that nnunetv2_macl is installed.
 
     Attributes:
-        axes: The numbers of axes for which there is such a network.
-        sizes: The names of the sizes that its source has.
+        axes: The numbers of axes that the network supports.
+        sizes: The names of the published sizes.
     """
 
     axes: ClassVar[tuple[int, ...]] = (2,)
@@ -89,44 +89,44 @@ class EncoderDecoder(AbstractDynamicNetworkArchitectures):
     def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        # nnssl's names for what depends on the images
+        # nnssl uses these attributes to find the encoder, the stem and the first convolution.
         self.key_to_encoder, self.key_to_stem = "encoder.stages", "encoder.stages.0"
         stem = next(name for name, module in encoder.named_modules() if isinstance(module, (nn.Conv2d, nn.Conv3d)))
         self.keys_to_in_proj = (f"encoder.{stem}",)
 
     def forward(self, images: Tensor) -> Any:
-        """Segment (N, input_channels, *size): logits, or with deep supervision a list of them, the largest first."""
+        """Return the logits of images (N, input_channels, *size), or with deep supervision a list, the largest first."""
         return self.decoder(self.encoder(images))
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """Initialise a convolution by He's method, as nnU-Net's own networks do. nnU-Net applies this to every module."""
+        """Initialise a convolution with He's method, as in nnU-Net's own networks. nnU-Net calls this for every module."""
         InitWeights_He(1e-2)(module)
 
     @classmethod
     def planned(cls, unet: Mapping[str, Any], patch_size: Sequence[int], size: str | None) -> dict[str, Any]:
-        """Return the arguments of such a network in the place of a U-Net that nnU-Net has planned.
+        """Return the arguments of the network that replaces a U-Net planned by nnU-Net.
 
         Args:
             unet: `arch_kwargs` of the U-Net.
-            patch_size: Of nnU-Net's plan, voxels per axis.
-            size: One of `sizes`. None takes the widths of the plan, or of the middle size.
+            patch_size: Patch size of nnU-Net's plan, voxels per axis.
+            size: One of `sizes`. None uses the widths of the plan, or those of the middle size.
 
         Returns:
-            Plain JSON values. Layers are given by name, as nnU-Net's plans give them.
+            JSON values. Layers are given by name, as in nnU-Net's plans.
         """
         raise NotImplementedError
 
 
 class EncoderDecoderAdapter(PretrainableNetwork):
-    """Adapter of an `EncoderDecoder` whose decoder stages are called with the map below and the encoder's map."""
+    """Adapter of an `EncoderDecoder` whose decoder stages read the map of the stage before and a map of the encoder."""
 
     names = {"encoder": "encoder", "stages": "decoder.stages"}
     encoder_stages = "encoder.stages"
 
     def __init__(self, network: nn.Module, decoder_stages: int) -> None:
         super().__init__(network, decoder_stages)
-        # attributes of an nn.Module are tensors or modules to mypy
+        # The annotation is needed because mypy takes attributes of an nn.Module for tensors or modules.
         encoder: Any = network.encoder
         decoder: Any = network.decoder
         total = accumulate(encoder.strides, lambda a, b: [m * n for m, n in zip(a, b, strict=True)])
@@ -158,12 +158,12 @@ class EncoderDecoderAdapter(PretrainableNetwork):
 
 
 def per_axis(strides: Sequence[Any], axes: int) -> list[list[int]]:
-    """Return strides, or kernel sizes, that a plan gives as one number or one per axis, as one per axis."""
+    """Return strides or kernel sizes per axis. A plan may give one number for all axes."""
     return [[value] * axes if isinstance(value, int) else list(value) for value in strides]
 
 
 def first_strides(unet: Mapping[str, Any], stages: int) -> list[list[int]]:
-    """Return the strides of the first stages of a planned 2D U-Net, and 2 for stages that it does not have."""
+    """Return the strides of the first stages of a planned 2D U-Net. Stages that it lacks have stride 2."""
     strides = per_axis(unet["strides"], 2)[:stages]
     return strides + [[2, 2]] * (stages - len(strides))
 

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 
 class PaperUNet(AbstractDynamicNetworkArchitectures):
-    """U-Net with max-pooling, and with a last encoder stage of convolutions and ReLU alone.
+    """U-Net with max-pooling, and with a last encoder stage that has no norm.
 
-    `PlainConvUNet` downsamples by strided convolutions and normalises every stage. Everything else is the same here, also the
-    names of the parameters, so that weights can be transferred between the two.
+    `PlainConvUNet` downsamples by strided convolutions and has norms in every stage. Everything else is the same, including the
+    names of the parameters, so that weights can be transferred between the two networks.
 
-    nnU-Net finds this class by its name in a plan, so training and prediction with this network need nnunetv2_macl.
+    nnU-Net's plans name this class, so training and prediction require that nnunetv2_macl is installed.
 
     Args:
         input_channels: Number of image channels.
         num_classes: Number of segmentation outputs.
-        strides: Stride of each stage, per axis: kernel size and stride of the max-pooling before the stage.
+        strides: Stride of each encoder stage, per axis: kernel size and stride of the max-pooling before the stage.
         n_conv_per_stage_decoder: Number of convolutions of each decoder stage.
         deep_supervision: Whether the decoder returns a segmentation per stage.
         **encoder: Further arguments of `PlainConvEncoder`.
@@ -51,12 +51,12 @@ class PaperUNet(AbstractDynamicNetworkArchitectures):
         self.decoder = UNetDecoder(self.encoder, num_classes, n_conv_per_stage_decoder, deep_supervision)
 
     def forward(self, images: Tensor) -> Any:
-        """Segment (N, input_channels, *size): logits, or with deep supervision a list of them, the largest first."""
+        """Return the logits of images (N, input_channels, *size), or with deep supervision a list, the largest first."""
         return self.decoder(self.encoder(images))
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """Initialise a convolution by He's method, as `PlainConvUNet` does. nnU-Net applies this to every module."""
+        """Initialise a convolution with He's method, as in `PlainConvUNet`. nnU-Net calls this for every module."""
         InitWeights_He(1e-2)(module)
 
 
@@ -65,7 +65,7 @@ class _MaxPoolingEncoder(PlainConvEncoder):
         super().__init__(input_channels, strides=1, **encoder)
         conv_op, features = encoder["conv_op"], encoder["features_per_stage"]
         self.strides = [maybe_convert_scalar_to_list(conv_op, stride) for stride in strides]
-        # PlainConvEncoder has max-pooling too, but as a module of the stage, which changes the names of its parameters
+        # PlainConvEncoder's own max-pooling is a module of the stage, which would change the names of the stage's parameters.
         pool = get_matching_pool_op(conv_op, pool_type="max")
         self.pools = nn.ModuleList(
             pool(stride, stride) if np.prod(stride) > 1 else nn.Identity() for stride in self.strides

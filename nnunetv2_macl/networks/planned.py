@@ -1,4 +1,4 @@
-"""What nnU-Net gives to every network of a plan and asks of it, for networks of other libraries."""
+"""Base classes that make networks of other libraries usable in a plan of nnU-Net."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _AVERAGE_POOL = {2: nn.functional.avg_pool2d, 3: nn.functional.avg_pool3d}
 
 
 class SegmentationOutputs(nn.Module):
-    """Return logits, and with deep supervision the list of them at several resolutions that nnU-Net's trainer expects.
+    """Convert logits into the list of logits at several resolutions that nnU-Net's trainer expects with deep supervision.
 
-    It has no weights. Logits below full resolution are averages of those at full resolution. nnU-Net gives the lowest resolution
-    no weight in its loss, so with two resolutions the loss is that of the segmentation alone.
+    This module has no weights. It averages the logits to lower resolutions. The lowest resolution has weight 0 in nnU-Net's loss,
+    so with two resolutions the loss is that of the full resolution.
 
     Args:
-        strides: As in a nnU-Net plan. There is an output after each of them but the last.
-        deep_supervision: Whether all outputs are returned. nnU-Net's trainer switches this attribute of a network's ``decoder``.
+        strides: Strides as in an nnU-Net plan. There is an output after each stride but the last.
+        deep_supervision: Whether all outputs are returned. nnU-Net's trainer sets this attribute of a network's ``decoder``.
     """
 
     def __init__(self, strides: Sequence[Sequence[int]], deep_supervision: bool) -> None:
@@ -37,9 +37,9 @@ class SegmentationOutputs(nn.Module):
 
 
 class PlannedNetwork(nn.Module):
-    """First base class of a network from another library, so that nnU-Net can build it from a plan and train it.
+    """A mixin that lets nnU-Net build a network of another library from a plan and train it. It must be the first base class.
 
-    The network keeps its weights and their names.
+    The network's weights keep their names.
 
     Args:
         input_channels: Number of image channels.
@@ -49,11 +49,11 @@ class PlannedNetwork(nn.Module):
         **arguments: Further arguments of the network.
 
     Attributes:
-        variant: What the command calls the network that writes a plan with it.
-        axes: The numbers of axes for which there is such a network.
-        sizes: The names of the sizes that its source has.
-        total_stride: Stride of the network's smallest map, the same on each axis, an even number.
-        channel_arguments: What the network calls ``input_channels`` and ``num_classes``.
+        variant: Name of the network in ``nnUNetv2_macl_network``.
+        axes: The numbers of axes that the network supports.
+        sizes: The names of the published sizes.
+        total_stride: Stride of the network's smallest map, an even number that is the same on each axis.
+        channel_arguments: The network's own names of the arguments ``input_channels`` and ``num_classes``.
     """
 
     variant: ClassVar[str]
@@ -75,25 +75,25 @@ class PlannedNetwork(nn.Module):
         self.decoder = SegmentationOutputs(strides, deep_supervision)
 
     def forward(self, images: Tensor) -> Any:
-        """Segment (N, input_channels, *size), as `SegmentationOutputs` says."""
+        """Return the logits of images (N, input_channels, *size), see `SegmentationOutputs`."""
         return self.decoder(super().forward(images))  # type: ignore[misc]
 
     @classmethod
     def planned(cls, unet: Mapping[str, Any], patch_size: Sequence[int], size: str | None) -> dict[str, Any]:
-        """Return the arguments of such a network in the place of a U-Net that nnU-Net has planned.
+        """Return the arguments of the network that replaces a U-Net planned by nnU-Net.
 
         Args:
             unet: `arch_kwargs` of the U-Net.
-            patch_size: Of nnU-Net's plan, voxels per axis.
-            size: One of `sizes`. None takes the one that its source reports.
+            patch_size: Patch size of nnU-Net's plan, voxels per axis.
+            size: One of `sizes`. None uses the size of the published results.
 
         Returns:
-            Plain JSON values. By ``strides``, there are outputs at full and at half resolution.
+            JSON values. With these ``strides``, there are outputs at full and at half resolution.
         """
         axes = len(patch_size)
         return {"strides": [[1] * axes, [2] * axes, [cls.total_stride // 2] * axes]}
 
 
 def whole_multiples(patch_size: Sequence[int], total: Sequence[int]) -> list[int]:
-    """Return the patch size nearest to another one that a network with this total stride takes, voxels per axis."""
+    """Return a patch size rounded to the nearest multiples of a total stride, voxels per axis."""
     return [int(max(1, round(length / stride)) * stride) for length, stride in zip(patch_size, total, strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nnunetv2_macl.networks.base import Level, PretrainableNetwork
 from nnunetv2_macl.networks.planned import PlannedNetwork, whole_multiples
 
-# Channels of a token, transformer blocks and attention heads, as dynamic-network-architectures has them by these names.
+# Channels of a token, number of transformer blocks and of attention heads, by the names in dynamic-network-architectures.
 _SIZES = {"S": (396, 12, 6), "B": (792, 12, 12), "M": (864, 16, 12), "L": (1056, 24, 16)}
 
 
@@ -39,7 +39,7 @@ class Primus(PlannedNetwork, primus.Primus):
             "embed_dim": channels,
             "eva_depth": blocks,
             "eva_numheads": heads,
-            # as nnU-Net's own trainers of Primus have it
+            # These values are those of nnU-Net's own trainers for Primus.
             "drop_path_rate": 0.2,
             "scale_attn_inner": True,
             "init_values": 0.1,
@@ -53,15 +53,15 @@ class PrimusV2(Primus, primus.PrimusV2):
 
 
 class PrimusV3(Primus, primus.PrimusV3):
-    """Primus with a convolutional patch embedding, whose stages are also connected to the tokens."""
+    """Primus with a convolutional patch embedding whose stages are also connected to the tokens."""
 
     variant = "primus_v3"
 
 
 class PrimusEncoder(PretrainableNetwork):
-    """The patch embedding and the transformer, which have one map.
+    """Adapter of Primus: the patch embedding and the transformer, which have one map.
 
-    The decoder is not pre-trained, because its channels depend on the number of classes.
+    The decoder is not pre-trained, because its number of channels depends on the number of classes.
     """
 
     adapts = (Primus, PrimusV2, PrimusV3)
@@ -70,14 +70,14 @@ class PrimusEncoder(PretrainableNetwork):
         super().__init__(network, decoder_stages)
         if decoder_stages:
             raise ValueError(f"decoder_stages must be 0, because Primus has one map, got {decoder_stages}")
-        # attributes of an nn.Module are tensors or modules to mypy
+        # The annotation is needed because mypy takes attributes of an nn.Module for tensors or modules.
         whole: Any = network
         self.encoder_levels = [Level(whole.embed_dim, (whole.total_stride,) * 3)]
         self.decoder_levels = []
         self.patch_multiple = self.encoder_levels[0].stride
         self.only_patch_size = whole.input_shape
         self.image_channels = next(whole.down_projection.parameters()).shape[1]
-        # the same modules in an object whose forward pass ends before the decoder
+        # The encoder is a shallow copy that shares all modules and whose forward pass skips the decoder.
         self.encoder = copy.copy(network)
         self.encoder._modules = network._modules | {"up_projection": nn.Identity(), "decoder": nn.Identity()}
 

@@ -1,4 +1,4 @@
-"""Find the adapter of a network in this package, in an installed package that announces one, or in the network's own module."""
+"""Find the adapter of a network in this package, in an installed package that registers one, or in the network's module."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ ENTRY_POINTS = "nnunetv2_macl.networks"
 
 
 def families() -> tuple[type[PretrainableNetwork], ...]:
-    """Return the families of networks that can be pre-trained, of this package and of installed ones."""
+    """Return the adapters of this package and of installed packages, each of which stands for a family of networks."""
     return tuple(dict.fromkeys(_adapters("")))
 
 
 def network_types() -> dict[str, tuple[type[nn.Module], type[PretrainableNetwork]]]:
-    """Return each network type that can be pre-trained, with its family, by the type's full name."""
+    """Return all network types that can be pre-trained, with their adapters, by the full name of the type."""
     return {class_name(adapted): (adapted, family) for family in families() for adapted in family.adapts}
 
 
 def family_of(network: type[nn.Module] | str) -> type[PretrainableNetwork]:
-    """Return the family that adapts a network type.
+    """Return the adapter of a network type.
+
+    Only the exact type counts, because a subclass may compute something else.
 
     Args:
-        network: The type, or its full name, as nnU-Net's plans give it. Nothing is imported by that name.
+        network: The type, or its full name, as in nnU-Net's plans. The name is not imported.
 
     Raises:
-        UserError: There is none. A network that only looks like one of a family may compute something else.
+        UserError: There is no adapter.
     """
     name = network if isinstance(network, str) else class_name(network)
     for family in _adapters(name):
@@ -44,16 +46,16 @@ def family_of(network: type[nn.Module] | str) -> type[PretrainableNetwork]:
                 return family
     known = ", ".join(sorted(name.rpartition(".")[2] for name in network_types()))
     raise UserError(
-        f"The network {name} cannot be pre-trained: there is no adapter for it. These networks can be pre-trained: {known}. "
-        "Give a plan of one of them with -p PLANS, or write an adapter, as docs/how_to/own_network.md shows it."
+        f"The network {name} cannot be pre-trained, because it has no adapter. These networks can be pre-trained: {known}. "
+        "Give a plan with one of them by -p PLANS, or write an adapter as described in docs/how_to/own_network.md."
     )
 
 
 def import_network(name: str) -> None:
-    """Import the module of a network that an nnU-Net plan names, as nnU-Net does, so that an adapter in it is found.
+    """Import the module of a network that an nnU-Net plan names, as nnU-Net does, so that an adapter in the module is found.
 
     Raises:
-        UserError: The module is not there, or its own code fails.
+        UserError: The module does not exist, or its code fails.
     """
     module = name.rpartition(".")[0]
     try:
@@ -61,8 +63,8 @@ def import_network(name: str) -> None:
     # The user's own code can raise any exception.
     except Exception as error:
         raise UserError(
-            f"The network {name} cannot be pre-trained, because {module} cannot be imported: {error}. Correct it, or add its "
-            "folder to PYTHONPATH."
+            f"The network {name} cannot be pre-trained, because {module} cannot be imported: {error}. Correct the module, or "
+            "add its folder to PYTHONPATH."
         ) from error
 
 
@@ -70,11 +72,11 @@ def pretrainable(network: nn.Module, decoder_stages: int) -> PretrainableNetwork
     """Return the part of a segmentation network that is pre-trained.
 
     Args:
-        network: The network, as it is built for segmentation. The result holds its modules, not copies.
+        network: The segmentation network. The result holds its modules, not copies.
         decoder_stages: Number of decoder stages to train, counted from the bottleneck.
 
     Raises:
-        UserError: No family adapts this type of network, or its adapter fails `check_adapter`.
+        UserError: This type of network has no adapter, or its adapter fails `check_adapter`.
         ValueError: The network does not have so many decoder stages.
     """
     family = family_of(type(network))
@@ -83,11 +85,11 @@ def pretrainable(network: nn.Module, decoder_stages: int) -> PretrainableNetwork
 
 
 def _adapters(network: str) -> Iterator[type[PretrainableNetwork]]:
-    """Yield all adapters, those first that are likely to be for a network, because some take seconds to import."""
+    """Yield all adapters, starting with the most likely ones for a network, because some take seconds to import."""
     module = network.rpartition(".")[0]
     if module in sys.modules:
         yield from _adapters_among(vars(sys.modules[module]).values())
-    # A file here is named like the module of the networks that it is for, and most networks are nnU-Net's own.
+    # Files of adapters are named like the module of their networks, and most networks are nnU-Net's own U-Nets.
     names = sorted(module.name for module in pkgutil.iter_modules(networks.__path__))
     likely = [name for name in dict.fromkeys((module.rpartition(".")[2], "unet")) if name in names]
     yield from _own_adapters(likely)

@@ -1,4 +1,4 @@
-"""Rolling-UNet: a U-Net whose deepest stages mix locations by shifting each channel by another number of voxels.
+"""Rolling-UNet: a U-Net whose deepest stages mix locations by shifting each channel by a different number of voxels.
 
 Source: Liu et al., Rolling-Unet: Revitalizing MLP's Ability to Efficiently Extract Long-Distance Dependencies for Medical Image
 Segmentation, AAAI 2024, https://doi.org/10.1609/aaai.v38i4.28173
@@ -28,12 +28,12 @@ _STAGES = 5
 
 
 class RollingMLP(nn.Module):
-    """R-MLP: shift channel number c by c voxels around one axis of the map, and mix the channels at each location.
+    """R-MLP: shift channel c circularly by c voxels along one axis, and mix the channels at each location.
 
     Args:
         channels: C.
-        axis: 2 or 3 of (N, C, H, W).
-        direction: 1 or -1.
+        axis: 2 or 3, an axis of (N, C, H, W).
+        direction: 1 or -1, the direction of the shift.
 
     Source: Section "R-MLP"
     """
@@ -44,7 +44,7 @@ class RollingMLP(nn.Module):
         self.linear = nn.Linear(channels, channels)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)"""
+        """Return the mixed maps: (N, C, H, W) -> (N, C, H, W)."""
         length = maps.shape[self.axis]
         shifts = torch.arange(maps.shape[1], device=maps.device)[:, None] * self.direction
         source = (torch.arange(length, device=maps.device) - shifts) % length
@@ -53,7 +53,7 @@ class RollingMLP(nn.Module):
 
 
 class Lo2Block(nn.Module):
-    """Long-range dependencies by rolling in two directions (DOR-MLP), and local context by a separable convolution.
+    """Lo2 block: long-range dependencies by rolling in two directions (DOR-MLP), local context by a separable convolution.
 
     Args:
         channels: C.
@@ -64,7 +64,7 @@ class Lo2Block(nn.Module):
 
     def __init__(self, channels: int, norm_op: Any, norm_op_kwargs: Mapping[str, Any] | None) -> None:
         super().__init__()
-        # the second pair goes along the other diagonal
+        # The second pair rolls along the other diagonal.
         self.rolling = nn.ModuleList(
             nn.Sequential(RollingMLP(channels, *first), nn.GELU(), RollingMLP(channels, *second))
             for first, second in (((2, 1), (3, 1)), ((3, -1), (2, 1)))
@@ -81,7 +81,7 @@ class Lo2Block(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)"""
+        """Return the mixed maps: (N, C, H, W) -> (N, C, H, W)."""
         rolled = _at_each_location(self.rolled_norm, torch.cat([maps + roll(maps) for roll in self.rolling], 1))
         far = maps + _at_each_location(self.rolled_mix, rolled)
         mixed = _at_each_location(self.mix, torch.cat((far, self.convolution(maps)), 1))
@@ -92,7 +92,7 @@ class FeatureIncentiveBlock(nn.Module):
     """Convolution, GELU, and a norm over the channels at each location.
 
     Args:
-        below, channels: Channels before and after.
+        below, channels: Number of input channels and of output channels.
     """
 
     def __init__(self, below: int, channels: int) -> None:
@@ -101,7 +101,7 @@ class FeatureIncentiveBlock(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(N, below, H, W) -> (N, channels, H, W)"""
+        """Return the normalised maps: (N, below, H, W) -> (N, channels, H, W)."""
         return _at_each_location(self.norm, nn.functional.gelu(self.projection(maps)))
 
 
@@ -122,18 +122,18 @@ class _DecoderStage(nn.Module):
 
 
 class RollingUNet(EncoderDecoder):
-    """Rolling-UNet in 2D: three stages of convolutions, and two of Lo2 blocks.
+    """Rolling-UNet in 2D: three stages of convolutions, and two stages of Lo2 blocks.
 
-    The features double in each stage. With batch norm and 16, 32 or 64 features in the first stage (sizes S, M and L),
-    this has the 1,783,185, 7,098,401 and 28,324,929 parameters of the authors' implementation without 1,024, 2,048 and
-    4,096 of them, which belong to norms that it does not use. There is no dropout here, as in nnU-Net's plans; the
-    authors train with 0.1, 0.2 and 0.3 at the bottleneck.
+    The number of features doubles in each stage. The sizes S, M and L have 16, 32 and 64 features in the first stage. The
+    authors' implementation has 1,783,185, 7,098,401 and 28,324,929 parameters with batch norm. This network lacks 1,024, 2,048
+    and 4,096 of these, which belong to unused norms. It has no dropout, as in nnU-Net's plans. The authors train with dropout
+    0.1, 0.2 and 0.3 at the bottleneck.
 
     Args:
         input_channels: Number of image channels.
         num_classes: Number of segmentation outputs.
-        features_per_stage: Channels of each of the five encoder stages.
-        strides: Stride of each encoder stage, per axis: kernel size and stride of the max-pooling before it.
+        features_per_stage: Number of channels of each of the five encoder stages.
+        strides: Stride of each encoder stage, per axis: kernel size and stride of the max-pooling before the stage.
         norm_op, norm_op_kwargs, nonlin, nonlin_kwargs: Layers after each convolution.
         deep_supervision: Whether the decoder returns a segmentation per stage.
 
@@ -197,14 +197,14 @@ class RollingUNet(EncoderDecoder):
 
     @classmethod
     def planned(cls, unet: Mapping[str, Any], patch_size: Sequence[int], size: str | None) -> dict[str, Any]:
-        """Return the first five strides of the U-Net, and widths that double from its first one, or from that of the size."""
+        """Return the first five strides of the U-Net, and widths that double from its first width, or from that of the size."""
         first = unet["features_per_stage"][0] if size is None else _FIRST_WIDTH[size]
         features = [first * 2**stage for stage in range(_STAGES)]
         return {"features_per_stage": features, "strides": first_strides(unet, _STAGES)} | layers_of(unet)
 
 
 class RollingUNetAdapter(EncoderDecoderAdapter):
-    """Encoder stages and decoder stages of a `RollingUNet`."""
+    """Adapter of `RollingUNet`."""
 
     adapts = (RollingUNet,)
 

@@ -1,4 +1,4 @@
-"""Swin UNETR of MONAI.
+"""MONAI's Swin UNETR.
 
 Source: Hatamizadeh et al., Swin UNETR: Swin Transformers for Semantic Segmentation of Brain Tumors in MRI Images, 2022,
 https://arxiv.org/abs/2201.01266
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nnunetv2_macl.networks.base import Level, PretrainableNetwork
 from nnunetv2_macl.networks.planned import PlannedNetwork
 
-# Of each decoder stage, from the bottleneck: the block before its first input, the block before its second, and the stage.
+# Names of the modules of each decoder stage, from the bottleneck: block of the map below, block of the skip connection, stage.
 _STAGES = (
     ("encoder10", None, "decoder5"),
     (None, "encoder4", "decoder4"),
@@ -24,7 +24,7 @@ _STAGES = (
     (None, "encoder2", "decoder2"),
     (None, "encoder1", "decoder1"),
 )
-# Channels of the largest map, by the names of the sizes: tiny, small, base. Published results are those of the base size.
+# Number of channels of the largest map for the sizes tiny, small and base. Published results are those of the base size.
 _FEATURES = {"T": 12, "S": 24, "B": 48}
 _BLOCKS = [name for stage in _STAGES for name in stage if name]
 
@@ -39,7 +39,7 @@ class SwinUNETR(PlannedNetwork, nets.SwinUNETR):
 
     def __init__(self, **arguments: Any) -> None:
         device = torch.empty(0).device
-        # MONAI reads values of a tensor, and a tensor on the meta device has none
+        # Build on the CPU, because MONAI reads values of a tensor, and tensors on the meta device have none.
         with torch.device("cpu"):
             super().__init__(**arguments)
         self.to(device)
@@ -51,9 +51,9 @@ class SwinUNETR(PlannedNetwork, nets.SwinUNETR):
 
 
 class SwinUNETRStages(PretrainableNetwork):
-    """The transformer, and decoder stages with the convolutions that read the transformer's maps for them.
+    """Adapter of Swin UNETR: the transformer, and decoder stages with the convolutions of their skip connections.
 
-    The first map is the image itself, which the last decoder stage reads.
+    The first map is the image, which the last decoder stage reads.
     """
 
     adapts = (SwinUNETR,)
@@ -63,7 +63,7 @@ class SwinUNETRStages(PretrainableNetwork):
         super().__init__(network, decoder_stages)
         if not 0 <= decoder_stages <= len(_STAGES):
             raise ValueError(f"decoder_stages must be between 0 and {len(_STAGES)}, got {decoder_stages}")
-        # attributes of an nn.Module are tensors or modules to mypy
+        # The annotation is needed because mypy takes attributes of an nn.Module for tensors or modules.
         whole: Any = network
         transformer: Any = whole.swinViT
         self.encoder = transformer
@@ -110,11 +110,11 @@ class SwinUNETRStages(PretrainableNetwork):
     def decode(self, maps: list[Tensor], stages: int | None = None) -> list[Tensor]:
         decoded = [maps[-1]]
         for depth in range(len(self.decoder_levels) if stages is None else stages):
-            before, beside, stage = _STAGES[depth]
+            before, skip_block, stage = _STAGES[depth]
             read, skip = decoded[-1], maps[-depth - 2]
             if before:
                 read = self.get_submodule(before)(read)
-            if beside:
-                skip = self.get_submodule(beside)(skip)
+            if skip_block:
+                skip = self.get_submodule(skip_block)(skip)
             decoded.append(self.get_submodule(stage)(read, skip))
         return decoded

@@ -1,4 +1,4 @@
-"""UCTransNet: a U-Net with a channel transformer over all of its skip connections.
+"""UCTransNet: a U-Net with a channel transformer over all skip connections.
 
 Source: Wang et al., UCTransNet: Rethinking the Skip Connections in U-Net from a Channel-wise Perspective with Transformer, AAAI
 2022, https://arxiv.org/abs/2109.04335
@@ -34,8 +34,8 @@ class ChannelEmbedding(nn.Module):
 
     Args:
         channels: C.
-        patch_size: Size of a patch, which becomes one token, per axis.
-        grid: Number of patches per axis that the position embeddings are learned for. For others they are interpolated.
+        patch_size: Size per axis of a patch, which becomes one token.
+        grid: Number of learned position embeddings per axis. They are interpolated for other numbers of patches.
 
     Source: Section "CCT: Channel-wise Cross Fusion Transformer", multi-scale feature embedding
     """
@@ -58,9 +58,9 @@ class ChannelAttentionLayer(nn.Module):
     """Cross-attention of each scale's channels to the channels of all scales, and an MLP for each scale.
 
     Args:
-        channels: Channels of each scale.
+        channels: Number of channels of each scale.
         heads: Number of attention heads, which are averaged.
-        expansion: Width of the hidden layer of an MLP, in channels of the scale.
+        expansion: Width of the hidden layer of an MLP, as a multiple of the channels of the scale.
 
     Source: Eq. 1 to 4
     """
@@ -91,7 +91,7 @@ class ChannelAttentionLayer(nn.Module):
         every = self.norm(torch.cat(tokens, -1))
         key, value = self._split(self.key(every)), self._split(self.value(every))
         results = []
-        # a part of the layer has queries for the first scales alone
+        # A layer of `ChannelTransformer.first` has queries only for the first scales.
         scales = zip(tokens, self.norms, self.queries, self.outputs, self.mlps, strict=False)
         for own, norm, query, output, mlp in scales:
             scores = self._split(query(norm(own))).mT @ key / math.sqrt(every.shape[-1])
@@ -101,17 +101,17 @@ class ChannelAttentionLayer(nn.Module):
         return results
 
     def _split(self, values: Tensor) -> Tensor:
-        """(N, number of tokens, heads * C) -> (N, heads, number of tokens, C)"""
+        """Return the values of each head: (N, number of tokens, heads * C) -> (N, heads, number of tokens, C)."""
         return values.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class ChannelTransformer(nn.Module):
-    """Fuse the maps of all skip connections, the deepest of which comes first.
+    """Fuse the maps of all skip connections, the deepest first.
 
     Args:
-        channels: Channels of each map.
-        patch_sizes: Size of a patch in each map, per axis, so that all maps have the same number of patches.
-        grid: Number of patches per axis that position embeddings are learned for.
+        channels: Number of channels of each map.
+        patch_sizes: Size of a patch in each map, per axis. All maps must have the same number of patches.
+        grid: Number of learned position embeddings per axis.
         n_layers, n_heads, expansion: See `ChannelAttentionLayer`.
         layers: Norm and nonlinearity.
     """
@@ -137,7 +137,7 @@ class ChannelTransformer(nn.Module):
         )
 
     def forward(self, skips: list[Tensor]) -> list[Tensor]:
-        """Return the fused maps, each of the size that it had."""
+        """Return the fused maps, which have the sizes of the given maps."""
         embedded = [embedding(skip) for embedding, skip in zip(self.embeddings, skips, strict=True)]
         grid = embedded[0].shape[2:]
         tokens = [values.flatten(2).mT for values in embedded]
@@ -150,16 +150,16 @@ class ChannelTransformer(nn.Module):
         return fused
 
     def first(self, maps: int) -> ChannelTransformer:
-        """Return a transformer of the same modules that computes the first fused maps alone, and has nothing else."""
+        """Return a transformer that shares the modules of this one and computes only the first fused maps."""
         part = _part(self, maps, "norms", "reconstructions")
-        # all scales enter the last layer, and those that it does not compute have no queries in it
+        # The last layer reads all scales, and needs queries only for those that it computes.
         last = _part(self.layers[-1], maps, "norms", "queries", "outputs", "mlps")
         part.layers = nn.ModuleList([*self.layers[:-1], last])
         return part
 
 
 def _part(module: Any, length: int, *names: str) -> Any:
-    """Return a module that shares all parts of another, and of the lists among them the first items alone."""
+    """Return a module that shares all parts of another module, but only the first items of the named lists."""
     part = copy(module)
     part._modules = dict(module._modules)
     for name in names:
@@ -200,22 +200,22 @@ class _Decoder(Decoder):
 
 
 class UCTransNet(EncoderDecoder):
-    """U-Net with max-pooling and upsampling in 2D, whose skip connections pass a channel transformer.
+    """U-Net in 2D with max-pooling, upsampling, and a channel transformer in the skip connections.
 
-    With 64, 128, 256, 512 and 512 features, batch norm and a grid of 14 x 14 patches, these are the 66,430,657 parameters of the
-    authors' implementation. There is no dropout here, as in nnU-Net's plans; the authors train with 0.1 in the transformer.
+    With 64, 128, 256, 512 and 512 features, batch norm and a grid of 14 x 14 patches, the network has the 66,430,657 parameters
+    of the authors' implementation. It has no dropout, as in nnU-Net's plans. The authors train with 0.1 in the transformer.
 
     Args:
         input_channels: Number of image channels.
         num_classes: Number of segmentation outputs.
-        features_per_stage: Channels of each encoder stage.
-        strides: Stride of each encoder stage, per axis: kernel size and stride of the max-pooling before it. A patch of the
-            transformer is a voxel of the bottleneck.
-        position_grid: Number of patches per axis that position embeddings are learned for. For others they are interpolated.
+        features_per_stage: Number of channels of each encoder stage.
+        strides: Stride of each encoder stage, per axis: kernel size and stride of the max-pooling before the stage. A patch of
+            the transformer is a voxel of the bottleneck.
+        position_grid: Number of learned position embeddings per axis. They are interpolated for other numbers of patches.
         norm_op, norm_op_kwargs, nonlin, nonlin_kwargs: Layers after each convolution.
         n_layers: Number of layers of the transformer.
         n_heads: Number of attention heads.
-        expansion: Width of the hidden layer of its MLPs, in channels.
+        expansion: Width of the hidden layer of the MLPs, as a multiple of the channels.
         deep_supervision: Whether the decoder returns a segmentation per stage.
 
     Source: Wang et al., Figure 2
@@ -248,14 +248,14 @@ class UCTransNet(EncoderDecoder):
         encoder_stages = [
             nn.Sequential(
                 nn.MaxPool2d(tuple(step)) if max(step) > 1 else nn.Identity(),
-                # the first stage has one convolution
+                # As in the authors' implementation, the first stage has only one convolution.
                 StackedConvBlocks(min(2, n + 1), nn.Conv2d, widths[n], widths[n + 1], 3, 1, True, **layers),
             )
             for n, step in enumerate(steps)
         ]
-        # from the bottleneck to the image
+        # The order is from the bottleneck to the image.
         skips = list(features_per_stage[-2::-1])
-        # A stage has the channels of the next skip connection, which it is joined with.
+        # A stage has as many channels as the next skip connection, with which it is concatenated.
         outputs = [*skips[1:], skips[-1]]
         decoder_stages = [
             _DecoderStage(below, skip, channels, 3, step, layers)
@@ -272,7 +272,7 @@ class UCTransNet(EncoderDecoder):
 
     @classmethod
     def planned(cls, unet: Mapping[str, Any], patch_size: Sequence[int], size: str | None) -> dict[str, Any]:
-        """Return the first five stages of the U-Net, with a bottleneck as wide as the stage above, as the authors have it."""
+        """Return the first five stages of the U-Net. The bottleneck is as wide as the stage above, as published."""
         strides = first_strides(unet, _STAGES)
         features = list(unet["features_per_stage"])[: _STAGES - 1]
         features += [features[-1]] * (_STAGES - len(features))
@@ -282,9 +282,9 @@ class UCTransNet(EncoderDecoder):
 
 
 class UCTransNetAdapter(EncoderDecoderAdapter):
-    """Encoder stages, decoder stages and the channel transformer of a `UCTransNet`.
+    """Adapter of `UCTransNet`, with the channel transformer.
 
-    The transformer reads the maps of all encoder stages. Of its last layer, that is held which the held decoder stages read.
+    The transformer reads the maps of all encoder stages. Its last layer computes only the maps that the held decoder stages read.
     """
 
     adapts = (UCTransNet,)

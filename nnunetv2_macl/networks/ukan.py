@@ -1,4 +1,4 @@
-"""U-KAN: a U-Net whose deepest stages are tokens that pass Kolmogorov-Arnold layers.
+"""U-KAN: a U-Net whose deepest stages apply Kolmogorov-Arnold layers to tokens.
 
 Source: Li et al., U-KAN Makes Strong Backbone for Medical Image Segmentation and Generation, AAAI 2025,
 https://arxiv.org/abs/2406.02918
@@ -24,7 +24,7 @@ from nnunetv2_macl.networks.encoder_decoder import (
     per_axis,
 )
 
-# Channels of the last convolutional stage and of the two stages of tokens, which the authors call C1, C2 and C3.
+# Number of channels of the last convolutional stage and of the two token stages, which the authors call C1, C2 and C3.
 _WIDTHS = {"S": (64, 96, 128), "M": (128, 160, 256), "L": (256, 320, 512)}
 _STAGES = 6
 
@@ -32,10 +32,10 @@ _STAGES = 6
 class KANLinear(nn.Module):
     """A Kolmogorov-Arnold layer: each output is a sum of learned functions of one input each.
 
-    A function is w_b · SiLU(x) plus a B-spline, whose knots are equally spaced on [-1, 1] and do not move.
+    A function is w_b · SiLU(x) plus a B-spline with fixed, equally spaced knots on [-1, 1].
 
     Args:
-        in_features, out_features: Number of inputs and outputs.
+        in_features, out_features: Numbers of inputs and outputs.
         grid_size: Number of intervals between the knots on [-1, 1].
         spline_order: Order of the B-splines.
 
@@ -46,7 +46,7 @@ class KANLinear(nn.Module):
         super().__init__()
         self.grid_size, self.spline_order = grid_size, spline_order
         self.base = nn.Linear(in_features, out_features, bias=False)
-        # Small, so that a function is nearly its SiLU before training.
+        # The weights are small, so that a function is nearly its SiLU term before training.
         self.spline_weight = nn.Parameter(
             torch.empty(out_features, in_features, grid_size + spline_order).uniform_(-0.01, 0.01)
         )
@@ -54,15 +54,15 @@ class KANLinear(nn.Module):
         nn.init.kaiming_uniform_(self.spline_scale, a=math.sqrt(5))
 
     def forward(self, values: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)"""
+        """Return the outputs: (..., in_features) -> (..., out_features)."""
         weight = (self.spline_weight * self.spline_scale[..., None]).flatten(1)
         splines = nn.functional.linear(self._splines(values).flatten(-2).to(weight.dtype), weight)
         return self.base(nn.functional.silu(values)) + splines
 
     def _splines(self, values: Tensor) -> Tensor:
-        """Return the values of all B-splines by the recursion of Cox and de Boor: (..., grid_size + spline_order)."""
+        """Return the values of all B-splines, (..., grid_size + spline_order), by the recursion of Cox and de Boor."""
         order = self.spline_order
-        # The knots become whole numbers from 0 on. `order` of them lie below -1.
+        # Scale the values so that the knots are whole numbers from 0 on. `order` knots are below -1.
         place = ((values + 1) * (self.grid_size / 2) + order)[..., None]
         knots = torch.arange(self.grid_size + 2 * order, device=values.device, dtype=values.dtype)
         splines = ((place >= knots) & (place < knots + 1)).to(values.dtype)
@@ -74,11 +74,11 @@ class KANLinear(nn.Module):
 
 
 class KANBlock(nn.Module):
-    """Three times a Kolmogorov-Arnold layer at each location and a depthwise convolution, around which the input is added.
+    """Three pairs of a Kolmogorov-Arnold layer at each location and a depthwise convolution, with a residual connection.
 
     Args:
         channels: C.
-        layers: Norm and nonlinearity after a convolution.
+        norm_op, norm_op_kwargs: Norm after a convolution.
 
     Source: Section "Tokenized KAN Block"
     """
@@ -98,7 +98,7 @@ class KANBlock(nn.Module):
         self.last_norm = nn.LayerNorm(channels)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(N, C, *size) -> (N, C, *size)"""
+        """Return the maps after the block: (N, C, H, W) -> (N, C, H, W)."""
         values = _at_each_location(self.norm, maps)
         for linear, convolution in zip(self.linears, self.convolutions, strict=True):
             values = convolution(_at_each_location(linear, values))
@@ -110,7 +110,7 @@ def _at_each_location(layer: nn.Module, maps: Tensor) -> Tensor:
 
 
 class _PatchEmbedding(nn.Module):
-    """Overlapping patches of 3 become tokens."""
+    """Convert overlapping patches of edge 3 into tokens."""
 
     def __init__(self, below: int, channels: int, stride: Any) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class _PatchEmbedding(nn.Module):
 
 
 class _DecoderStage(nn.Module):
-    """Convolve, upsample, add the encoder's map, and in the stages of tokens apply a `KANBlock`."""
+    """Convolve, upsample, add the encoder's map, and apply a `KANBlock` in the token stages."""
 
     def __init__(self, convolutions: nn.Module, stride: Sequence[int], block: nn.Module, *, adds: bool) -> None:
         super().__init__()
@@ -135,17 +135,16 @@ class _DecoderStage(nn.Module):
 
 
 class UKAN(EncoderDecoder):
-    """U-KAN in 2D: three stages of convolutions, and two of tokens.
+    """U-KAN in 2D: three stages of convolutions, and two token stages.
 
-    With batch norm these are the parameters of the authors' implementation: 1,848,633 with 64, 96 and 128 features in
-    the last three stages (size S), 6,356,689 with 128, 160 and 256 (M), and 25,359,265 with 256, 320 and 512 (L). The
-    authors pool after a convolution, so the first two maps have the same channels, and that of the image's size has no
-    skip connection.
+    With batch norm, the numbers of parameters equal those of the authors' implementation: 1,848,633 with 64, 96 and 128 features
+    in the last three stages (size S), 6,356,689 with 128, 160 and 256 (M), and 25,359,265 with 256, 320 and 512 (L). The authors
+    pool after a convolution, so the first two maps have the same channels, and the full-size map has no skip connection.
 
     Args:
         input_channels: Number of image channels.
         num_classes: Number of segmentation outputs.
-        features_per_stage: Channels of each of the six encoder stages.
+        features_per_stage: Number of channels of each of the six encoder stages.
         strides: Stride of each encoder stage, per axis.
         norm_op, norm_op_kwargs, nonlin, nonlin_kwargs: Layers after each convolution.
         deep_supervision: Whether the decoder returns a segmentation per stage.
@@ -216,7 +215,7 @@ class UKAN(EncoderDecoder):
 
 
 class UKANAdapter(EncoderDecoderAdapter):
-    """Encoder stages and decoder stages of a `UKAN`."""
+    """Adapter of `UKAN`."""
 
     adapts = (UKAN,)
 

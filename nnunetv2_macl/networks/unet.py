@@ -1,4 +1,4 @@
-"""U-Nets of dynamic-network-architectures, which nnU-Net plans, and the U-Net of the MACL paper."""
+"""The U-Nets of dynamic-network-architectures, which nnU-Net plans, and the U-Net of the MACL paper."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nnunetv2_macl.networks.paper_unet import PaperUNet
 
 
 class UNet(PretrainableNetwork):
-    """Encoder stages, and decoder stages that each upsample, concatenate the encoder's map of that size, and convolve."""
+    """Adapter of U-Nets whose decoder stages upsample, concatenate a map of the encoder, and convolve."""
 
     adapts = (PlainConvUNet, ResidualEncoderUNet, ResidualUNet, PaperUNet)
     names = {"encoder": "encoder", "transpconvs": "decoder.transpconvs", "stages": "decoder.stages"}
@@ -22,7 +22,7 @@ class UNet(PretrainableNetwork):
 
     def __init__(self, network: nn.Module, decoder_stages: int) -> None:
         super().__init__(network, decoder_stages)
-        # attributes of an nn.Module are tensors or modules to mypy
+        # The annotation is needed because mypy takes attributes of an nn.Module for tensors or modules.
         encoder: Any = network.encoder
         decoder: Any = network.decoder
         total = accumulate(encoder.strides, lambda a, b: [m * n for m, n in zip(a, b, strict=True)])
@@ -35,7 +35,7 @@ class UNet(PretrainableNetwork):
         self.decoder_levels = self.encoder_levels[-2 : -2 - decoder_stages : -1]
         self.patch_multiple = self.encoder_levels[-1].stride
         self.image_channels = next(encoder.parameters()).shape[1]
-        # The state of an optimiser and the norm of all gradients depend on this order.
+        # Keep this order of the modules, because the optimiser's state in checkpoints and the gradient norm depend on it.
         self.encoder = encoder
         self.transpconvs = nn.ModuleList(decoder.transpconvs[:decoder_stages])
         self.stages = nn.ModuleList(decoder.stages[:decoder_stages])
@@ -48,7 +48,7 @@ class UNet(PretrainableNetwork):
     @classmethod
     def examples(cls, axes: int) -> list[nn.Module]:
         conv, norm = {2: (nn.Conv2d, nn.InstanceNorm2d), 3: (nn.Conv3d, nn.InstanceNorm3d)}[axes]
-        # the first axis of a volume often has fewer strides
+        # The first axis has fewer strides, as in many plans for volumes.
         strides = [[1] * axes, [1] + [2] * (axes - 1), [2] * axes, [2] * axes]
         stages = len(strides)
         return [
@@ -89,7 +89,7 @@ class UNet(PretrainableNetwork):
         has_norm: bool,
     ) -> list[str]:
         part, here = stages[1]
-        # upsampling has no norm
+        # Transposed convolutions have no norm.
         has_norm = has_norm and part != cls.names["transpconvs"]
         differences = super().stage_differences(theirs, ours, stages, has_norm=has_norm)
         if part == cls.encoder_stages and here > 0 and _downsampling(theirs) != _downsampling(ours):

@@ -1,4 +1,4 @@
-"""UNETR of MONAI.
+"""MONAI's UNETR.
 
 Source: Hatamizadeh et al., UNETR: Transformers for 3D Medical Image Segmentation, WACV 2022, https://arxiv.org/abs/2103.10504
 """
@@ -26,8 +26,7 @@ class UNETR(PlannedNetwork, nets.UNETR):
         super().__init__(img_size=img_size, spatial_dims=len(img_size), **arguments)
         self.img_size = tuple(img_size)
         for name, module in self.vit.named_modules():
-            # MONAI's blocks have this norm for cross-attention, which UNETR does not use. Training on several GPUs would refuse
-            # weights without a gradient.
+            # UNETR does not use this norm of MONAI's cross-attention, and DDP rejects trained weights without gradient.
             if name.endswith(".norm_cross_attn"):
                 module.requires_grad_(False)
 
@@ -38,9 +37,9 @@ class UNETR(PlannedNetwork, nets.UNETR):
 
 
 class UNETREncoder(PretrainableNetwork):
-    """The transformer, which has one map.
+    """Adapter of UNETR: the transformer, which has one map.
 
-    The convolutions are not pre-trained: each reads the tokens of another layer, and none is between the images and the last map.
+    The convolutions are not pre-trained, because none of them is between the images and the last map of the transformer.
     """
 
     adapts = (UNETR,)
@@ -50,7 +49,7 @@ class UNETREncoder(PretrainableNetwork):
         super().__init__(network, decoder_stages)
         if decoder_stages:
             raise ValueError(f"decoder_stages must be 0, because the transformer has one map, got {decoder_stages}")
-        # attributes of an nn.Module are tensors or modules to mypy
+        # The annotation is needed because mypy takes attributes of an nn.Module for tensors or modules.
         whole: Any = network
         self.encoder = whole.vit
         self.encoder_levels = [Level(whole.hidden_size, (whole.total_stride,) * len(whole.img_size))]

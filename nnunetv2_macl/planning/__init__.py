@@ -1,4 +1,4 @@
-"""nnU-Net plan -> MACL plan: where the branches meet, scale, patch, batch, threshold, memory; each with its reason.
+"""Derive the MACL plan from nnU-Net's plan: stages, scale, patch, batch, threshold and memory, each with its reason.
 
-The plan is derived anew at every start, unless the user edited it: then it is used as it stands.
+The plan is derived again at every start, unless the user edited it. An edited plan is used unchanged.
 """

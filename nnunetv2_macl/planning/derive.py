@@ -1,4 +1,4 @@
-"""nnU-Net plan and recipe -> MACL plan, each derived number with its reason."""
+"""Derive a MACL plan from nnU-Net's plan and a recipe, with a reason for each derived value."""
 
 from __future__ import annotations
 
@@ -25,21 +25,20 @@ def derive_plan(
     channel_map: Mapping[str, str] | None = None,
     gpu_memory_gb: float | None = None,
 ) -> MACLPlan:
-    """The MACL plan of a configuration.
+    """Return the MACL plan of a configuration.
 
     Args:
-        configuration: of nnU-Net.
-        recipe: what is trained, and how.
-        unlabelled_datasets: further raw data sets, by full name.
-        skip_unreadable: leave out images that cannot be used.
-        channel_map: the configuration's channel names to those of ``unlabelled_datasets``, where they have other names.
-        gpu_memory_gb: what the batch may take; None is what nnU-Net planned for.
+        configuration: Configuration of nnU-Net's plan.
+        recipe: The recipe.
+        unlabelled_datasets: Full names of further raw data sets.
+        skip_unreadable: Whether to leave out images that cannot be used.
+        channel_map: Channel names of ``unlabelled_datasets``, by the configuration's own channel names, if they differ.
+        gpu_memory_gb: GPU memory for the batch, GB. None is the memory that nnU-Net planned for.
 
     Raises:
-        UserError: the recipe and the network do not go together; the network is of a family that cannot be pre-trained;
-            nnU-Net's fingerprint is missing.
+        UserError: The recipe does not fit the network, the network cannot be pre-trained, or nnU-Net's fingerprint is missing.
     """
-    # of several methods, the one with two branches decides, else the first
+    # A method with two branches needs its own patch size. Otherwise the first method determines the geometry.
     methods = methods_of(recipe.method)
     method = next((m for m in methods if m.has_two_branches), methods[0])
     geometry = method.plan_geometry(configuration.patch_size, configuration.strides, recipe)
@@ -49,7 +48,7 @@ def derive_plan(
     memory = MemoryEstimate(configuration, geometry, recipe)
     target, target_reason = configuration.gpu_memory_target()
     if gpu_memory_gb is not None:
-        target, target_reason = check_gpu_memory(gpu_memory_gb), "asked for with -gpu_memory"
+        target, target_reason = check_gpu_memory(gpu_memory_gb), "set by -gpu_memory"
     batch = plan_batch(memory, recipe, target)
     group_size, group_reason = plan_position_groups(axes, batch.size, recipe)
     sampling = Sampling(volume_patch(patch), batch.size, group_size, recipe.seed)
@@ -59,9 +58,9 @@ def derive_plan(
     if axes == 2:
         out_of_plane, out_reason = 0.0, "2D"
     elif max(patch) / patch[0] > ANISO_THRESHOLD:
-        out_of_plane, out_reason = 0.0, "the patch is anisotropic: nnU-Net rotates in plane only"
+        out_of_plane, out_reason = 0.0, "the patch is anisotropic, and nnU-Net rotates such patches only in plane"
     else:
-        out_of_plane, out_reason = 30.0, "nnU-Net's own range for isotropic patches, degrees"
+        out_of_plane, out_reason = 30.0, "degrees, nnU-Net's own range for isotropic patches"
     return MACLPlan(
         dataset_name=configuration.dataset_name,
         plans_name=configuration.plans_name,
@@ -89,15 +88,15 @@ def derive_plan(
         reasons={
             "decoder_stages, auxiliary_stage, scale, patch_size": geometry.reason,
             "dominant_patch_size": "patch_size divided by scale",
-            "grid": f"where both dense maps lie: patch_size divided by the stride at stage {geometry.auxiliary_stage}",
+            "grid": f"size of both dense maps: patch_size divided by the stride at stage {geometry.auxiliary_stage}",
             "gpu_memory_gb": target_reason,
             "batch_size": batch.size_reason,
             "patches_at_once": batch.at_once_reason,
             "position_group_size": group_reason,
             "threshold": threshold_reason,
-            "expected_positives": "of an anchor, its own view included, counted over batches drawn as in training",
+            "expected_positives": "mean per anchor, including its own other view, counted over batches drawn as in training",
             "out_of_plane_rotation": out_reason,
-            "memory_gib": "activations of both branches, weights, gradients and optimiser state at their peak in float32; "
-            "memory_mixed_precision_gib as a GPU has it",
+            "memory_gib": "peak of activations, weights, gradients and optimiser state in float32; "
+            "memory_mixed_precision_gib is the peak on a GPU with mixed precision",
         },
     )

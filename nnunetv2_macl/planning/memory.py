@@ -1,4 +1,4 @@
-"""What a training step will hold in memory, and the batch that fits."""
+"""Predict the memory of a training step, and choose the batch that fits into a GPU."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.recipe import AUTO, Recipe
 
-# the batch beyond which more memory is not spent
+# Batch sizes that the planner tries. Larger batches are not planned, however much memory there is.
 _BATCH_SIZES = (32, 24, 16, 12, 8, 6, 4, 2)
-# patches in a batch below which an anchor has little to be told apart from
+# A contrastive loss has few negatives if the batch has fewer patches.
 _FEW_NEGATIVES = 8
-# Of the memory that a step's tensors take, what fragmentation and cuDNN's workspaces take on top. On an H200 with expandable
-# segments this was 4 to 19 % for plain and residual U-Nets in 2D and 3D.
+# Fragmentation and cuDNN's workspaces add this fraction to the memory of a step's tensors. On an H200 with expandable segments,
+# they added 4 to 19 % for plain and residual U-Nets in 2D and 3D.
 _OVERHEAD = 0.2
-# cuBLAS takes this much of torch's memory for itself.
+# cuBLAS allocates a workspace of this size in torch's memory.
 _WORKSPACE_BYTES = 32 * 2**20
-# What autocast computes in half precision, and what it computes in float32 and returns so.
+# Layers that autocast computes in half precision, and layers that it computes and returns in float32.
 _IN_HALF_PRECISION = (nn.Conv2d, nn.Conv3d, nn.Linear)
 _IN_FLOAT32 = (nn.LayerNorm,)
-# The CUDA context and what the libraries keep outside of torch's memory.
+# The CUDA context and the libraries take this memory outside of torch.
 _CONTEXT_BYTES = 0.6e9
 
 
 class MemoryEstimate:
-    """Memory of a training step: the step's own tensors, followed through forward and backward pass without computing them.
+    """The memory of a training step, predicted by running forward and backward pass without values.
 
-    torch's meta device runs the operations on shapes alone, so every map, copy and gradient has its real size and lifetime.
+    The meta device of torch runs all operations on shapes only, so every map, copy and gradient has its real size and lifetime.
     """
 
     def __init__(self, configuration: DatasetConfiguration, geometry: Geometry, recipe: Recipe) -> None:
@@ -48,7 +48,7 @@ class MemoryEstimate:
             self.model = build_model(configuration, geometry, recipe)
         self._geometry = geometry
         self._channels = len(configuration.channel_names)
-        # The first step, and of a method that trains in stages also the last one, because either may hold more.
+        # Methods that train in stages may need more memory in the first or in the last step, so both are measured.
         steps = recipe.num_epochs * recipe.num_iterations_per_epoch
         self._progresses = [
             Progress(step, recipe.num_epochs, recipe.num_iterations_per_epoch)
@@ -58,25 +58,25 @@ class MemoryEstimate:
         buffers = sum(b.numel() for b in self.model.buffers())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._half_weights = 2 * weights
-        # Weights, gradients, what the optimiser keeps, and buffers, of which a step holds a second copy.
+        # Weights, gradients, optimiser state, and buffers, which are counted twice because a step keeps a backup of them.
         states = {"sgd": 1, "adam": 2, "adamw": 2}[recipe.optimizer]
         self._fixed = 4 * (weights + trained * (1 + states) + 2 * buffers)
         self._peaks: dict[tuple[int, int, bool], int] = {}
         for parameter in self.model.parameters():
             if parameter.requires_grad:
-                # gradients are part of `_fixed`
+                # Drop gradients at once, because `_fixed` includes them.
                 parameter.register_post_accumulate_grad_hook(_forget_gradient)
         for module in self.model.modules():
             if isinstance(module, (*_IN_HALF_PRECISION, *_IN_FLOAT32)):
                 module.register_forward_pre_hook(_cast_as_autocast_does)
 
     def gib(self, batch_size: int, patches_at_once: int | None = None, *, mixed_precision: bool = False) -> float:
-        """Return the most that the tensors of a training step take, GiB.
+        """Return the peak memory of the tensors of a training step, GiB.
 
         Args:
             batch_size: N.
-            patches_at_once: Patches whose activations are held at a time; None is all.
-            mixed_precision: On a GPU, under torch's autocast to half precision. Otherwise in float32, as on a CPU.
+            patches_at_once: Number of patches whose activations are in memory at once. None is the whole batch.
+            mixed_precision: Whether to predict for a GPU with autocast to half precision. Otherwise for float32 on a CPU.
         """
         at_once = batch_size if patches_at_once is None else min(patches_at_once, batch_size)
         key = batch_size, at_once, mixed_precision
@@ -84,7 +84,7 @@ class MemoryEstimate:
             self._peaks[key] = self._peak(*key)
         held = self._peaks[key] + self._fixed
         if mixed_precision:
-            # autocast keeps a copy of the weights in half precision for the backward pass
+            # Autocast keeps a half-precision copy of the weights for the backward pass.
             held += self._half_weights + _WORKSPACE_BYTES
         return held / 2**30
 
@@ -92,7 +92,7 @@ class MemoryEstimate:
         dtype = torch.float16 if mixed_precision else torch.float32
         self.model.to(dtype)
         for module in self.model.methods.modules():
-            # torch's autocast leaves the heads on pooled features, which are in float32, nearly as they are
+            # Heads read pooled features in float32, and autocast changes their memory only a little.
             if isinstance(module, (nn.Linear, nn.BatchNorm1d)):
                 module.to(torch.float32)
         for module in self.model.network.modules():
@@ -114,14 +114,14 @@ class MemoryEstimate:
         return memory.most
 
     def _backward(self, method: Method, views: dict[str, Tensor], at_once: int, progress: Progress) -> None:
-        """Do what `TrainingStep` does, in its order."""
+        """Run the forward and backward passes in the same order as `TrainingStep`."""
         size = len(next(iter(views.values())))
         part = {name: view[:at_once] for name, view in views.items()}
         if at_once >= size or not method.couples_samples:
             self._losses(method, method.project(method.encode(part)), progress).sum().backward()
             return
         with torch.no_grad():
-            # One part is enough, because the parts run one after the other and need the same memory.
+            # One part is enough, because the parts run one after another and need the same memory.
             piece = method.encode(part)
             joined = {key: value.new_empty(size, *value.shape[1:]) for key, value in piece.items()}
             del piece
@@ -140,7 +140,7 @@ class MemoryEstimate:
 
 
 def _as_cuda_allocates(size: int) -> int:
-    """Round a number of bytes as torch's CUDA allocator does: small blocks to 512 bytes, large ones to 2 MiB."""
+    """Return a number of bytes rounded up as in torch's CUDA allocator: to 512 bytes, or to 2 MiB for large blocks."""
     unit = 512 if size < 2**20 else 2**21
     return -(-size // unit) * unit
 
@@ -150,18 +150,18 @@ def _forget_gradient(parameter: Tensor) -> None:
 
 
 def _cast_as_autocast_does(layer: nn.Module, values: tuple[Tensor]) -> tuple[Tensor]:
-    """A layer reads a copy in its own precision, the first convolution a copy of the images."""
+    """Return the input of a layer cast to the layer's precision. As with autocast, the cast allocates a copy."""
     return (values[0].to(next(layer.parameters()).dtype),)
 
 
 class _LiveMemory(TorchDispatchMode):
-    """Follows how many bytes the tensors take that operations have made and that are still in use.
+    """Track the memory of all tensors that operations created and that are still in use.
 
     Args:
-        allocated: What an allocator takes for a number of bytes.
+        allocated: Function from the size of a tensor to the size of the allocated block, bytes.
 
     Attributes:
-        most: The largest number so far.
+        most: The peak so far, bytes.
     """
 
     def __init__(self, allocated: Callable[[int], int]) -> None:
@@ -178,7 +178,7 @@ class _LiveMemory(TorchDispatchMode):
         return result
 
     def _see(self, storage: torch.UntypedStorage) -> None:
-        # a view, or what was changed in place
+        # The storage is known if the result is a view or was changed in place.
         if storage._cdata in self._known:
             return
         self._known.add(storage._cdata)
@@ -193,10 +193,10 @@ class _LiveMemory(TorchDispatchMode):
 
 
 def training_memory(network: nn.Module, channels: int, batch_size: int, patch_size: Sequence[int]) -> int:
-    """Return the most bytes that the tensors of a segmentation network's training step take, without its weights.
+    """Return the peak memory of the tensors of a segmentation network's training step without its weights, bytes.
 
     Args:
-        network: On the meta device. It returns one map or a list of them.
+        network: The network on the meta device. It returns one map or a list of maps.
         channels: Number of image channels.
         batch_size: N.
         patch_size: Voxels per axis.
@@ -211,7 +211,7 @@ def training_memory(network: nn.Module, channels: int, batch_size: int, patch_si
 
 
 class BatchSizes(NamedTuple):
-    """The batch, how many of its patches are computed at a time, and the reason for each."""
+    """The batch size, the number of patches that are computed at once, and the reasons for both."""
 
     size: int
     at_once: int
@@ -220,18 +220,21 @@ class BatchSizes(NamedTuple):
 
 
 def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> BatchSizes:
-    """Return the batch that fits.
+    """Return the batch size of the recipe, or the largest one that fits, and the number of patches that are computed at once.
 
     Args:
-        memory: Of the network.
-        recipe: Of the run.
-        target: Memory of the GPU, GB. A card that is sold as one of 8 GB has 8 GiB, so there is a little more.
+        memory: Memory of a training step.
+        recipe: Recipe of the run.
+        target: Memory of the GPU, GB (10^9 bytes), as it is advertised.
+
+    Raises:
+        UserError: The recipe computes a batch in parts, and the network has batch norm or dropout.
     """
 
     def needed(size: int, at_once: int | None = None) -> float:
-        """GB on the card, with all that comes on top of the step's own tensors."""
+        """Return the memory on the GPU, GB, including everything besides the tensors of the step."""
         tensors = memory.gib(size, at_once, mixed_precision=True) * 2**30
-        # a card has more bytes than its name says, which is room for the context
+        # A GPU that is sold with 8 GB has 8 GiB. The difference is used for the CUDA context.
         spare = target * (2**30 - 1e9)
         return (tensors * (1 + _OVERHEAD) + max(0.0, _CONTEXT_BYTES - spare)) / 1e9
 
@@ -242,51 +245,58 @@ def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> BatchSi
         size = _largest(_BATCH_SIZES, fits) or _BATCH_SIZES[-1]
         reason = f"the largest of up to {_BATCH_SIZES[0]} that fits gpu_memory_gb in mixed precision"
         if not fits(size):
-            reason = "the smallest there can be"
+            reason = "the smallest possible"
         if recipe.couples_samples and size < _FEW_NEGATIVES and not memory.model.network.mixes_samples:
             reason += (
-                f"; few negatives: -batch_size {_FEW_NEGATIVES} would be computed in parts, at the memory of a part"
+                f"; it has few negatives. -batch_size {_FEW_NEGATIVES} would be computed in parts and fit into memory"
             )
     else:
-        size, reason = int(recipe.batch_size), "as the recipe has it"
+        size, reason = int(recipe.batch_size), "set by the recipe"
     if recipe.patches_at_once != AUTO:
-        at_once, at_once_reason = min(int(recipe.patches_at_once), size), "as the recipe has it"
+        at_once, at_once_reason = min(int(recipe.patches_at_once), size), "set by the recipe"
     elif fits(size) or memory.model.network.mixes_samples:
         at_once, at_once_reason = size, "the whole batch"
     else:
         at_once = _largest([n for n in _BATCH_SIZES if n < size], lambda n: fits(size, n)) or 1
-        at_once_reason = "the most that fits; the gradient is that of the whole batch"
+        at_once_reason = "the largest that fits; the gradient is that of the whole batch"
         if recipe.couples_samples:
-            at_once_reason += ", at a third more time"
+            at_once_reason += ", in about a third more time"
     check_batch_can_be_split(memory.model, at_once, size)
     if not fits(size, at_once):
-        reason += f", though it takes about {needed(size, at_once):.1f} GB in mixed precision: more than gpu_memory_gb"
+        reason += f", but it takes about {needed(size, at_once):.1f} GB in mixed precision, more than gpu_memory_gb"
     return BatchSizes(size, at_once, reason, at_once_reason)
 
 
 def _largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """Return the largest size that fits, or None. A size that is smaller than a fitting one must fit as well."""
+    """Return the first of descending sizes that fits, or None. All sizes after it must fit, too."""
     first = bisect_left(range(len(sizes)), True, key=lambda i: fits(sizes[i]))
     return sizes[first] if first < len(sizes) else None
 
 
 def check_batch_can_be_split(model: PretrainingModel, at_once: int, patches: int) -> None:
-    """Raises UserError where a batch is to be computed in parts, and what is made of a patch depends on the others.
+    """Check that a batch may be computed in parts.
 
     Args:
-        model: to be trained.
-        at_once: patches in a part.
-        patches: of the batch.
+        model: The model to train.
+        at_once: Number of patches in a part.
+        patches: Number of patches in the batch.
+
+    Raises:
+        UserError: The batch has several parts, and the network has batch norm or dropout.
     """
     if at_once < patches and model.network.mixes_samples:
         raise UserError(
-            f"patches_at_once is {at_once} of a batch of {patches}, and this network has batch norm or dropout, so that a batch "
-            f"cannot be computed in parts. Take it whole: -patches_at_once {patches}"
+            f"patches_at_once is {at_once} and the batch has {patches} patches, but this network has batch norm or dropout, so a "
+            f"batch cannot be computed in parts. Compute the whole batch at once: -patches_at_once {patches}"
         )
 
 
 def check_gpu_memory(gpu_memory_gb: float) -> float:
-    """The value itself. Raises UserError unless it is a number above 0."""
+    """Return the value as a float.
+
+    Raises:
+        UserError: The value is not a finite number above 0.
+    """
     if not is_above_zero(gpu_memory_gb):
         raise UserError(
             f"-gpu_memory must be a number of GB above 0, got {gpu_memory_gb!r}. Type, for example: -gpu_memory 24"
@@ -295,4 +305,5 @@ def check_gpu_memory(gpu_memory_gb: float) -> float:
 
 
 def is_above_zero(value: Any) -> bool:
+    """Return whether a value is a finite number above 0."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

@@ -1,4 +1,4 @@
-"""A nnU-Net plan with another network in it: the paper's, a variant of the U-Net, or one of the user's own."""
+"""Write an nnU-Net plan with another network: the paper's, a variant of the U-Net, or the user's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nnunetv2_macl.networks.unet import UNet
 from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 from nnunetv2_macl.planning.memory import training_memory
 
-# nnU-Net's own planner does not plan a smaller batch
+# nnU-Net's planner does not plan a smaller batch.
 _SMALLEST_BATCH = 2
 
 
@@ -34,24 +34,25 @@ def plan_network(
     size: str | None = None,
     name: str | None = None,
 ) -> Path:
-    """Write a nnU-Net plan that is another one but for its network. Preprocessed images serve both.
+    """Write a copy of an nnU-Net plan with another network. Both plans use the same preprocessed images.
 
-    A plan of that name with the same network in other configurations gets this configuration too.
+    If a plan of that name exists and has the same network in other configurations, this configuration is added to it.
 
     Args:
-        dataset: By name or id.
-        network: A name of `plannable`, a name in ``plans/networks``, or a JSON file with the keys ``architecture`` and
-            ``batch_size``, as nnU-Net's plans have them.
+        dataset: Name or id of the data set.
+        network: A name in `plannable`, a name in ``plans/networks``, or a JSON file with the keys ``architecture`` and
+            ``batch_size``, as in nnU-Net's plans.
         plans: Identifier of the plan to start from.
-        configuration: Of that plan.
-        size: One of the sizes of the variant. None takes the widths of the plan, or of the variant's middle size.
-        name: Identifier of the new plan. None joins the plan and the network.
+        configuration: Name of a configuration of that plan.
+        size: One of the sizes of the variant. None uses the widths of the plan, or those of the variant's middle size.
+        name: Identifier of the new plan. None joins the names of plan, network and size.
 
     Returns:
-        The file, named after the new plan.
+        The file of the new plan.
 
     Raises:
-        UserError: There is no such plan, configuration, network or size, or the network has other axes.
+        UserError: There is no such plan, configuration, network or size, the network has another number of axes, or another
+            plan of that name exists.
     """
     start = DatasetConfiguration.load(dataset, plans, configuration)
     if start.is_cascaded:
@@ -67,7 +68,7 @@ def plan_network(
         values = _read(network, start)
     name = name or "_".join(filter(None, (plans, Path(network).stem, size)))
     content = start.plans_manager.plans
-    # with what it inherits, from a configuration that the new plan has not; a cascade's second stage is not in it either
+    # Remove references to other configurations, because the new plan does not contain them. Inherited values are resolved.
     own = {
         key: value for key, value in start.manager.configuration.items() if key not in ("inherits_from", "next_stage")
     }
@@ -80,16 +81,14 @@ def plan_network(
         is_same_plan = isinstance(there, dict) and there | others == written | others
         configurations = there["configurations"] if is_same_plan else {}
         if not is_same_plan or configurations.get(configuration, new) != new:
-            raise UserError(
-                f"{target} is there already, and is another plan. Move it away first, or give another name with -o."
-            )
+            raise UserError(f"{target} exists and is another plan. Move it away first, or give another name with -o.")
         written["configurations"] = configurations | written["configurations"]
     write_json(written, target)
     return target
 
 
 def variants() -> dict[str, type[EncoderDecoder]]:
-    """Return the variants of the U-Net that this package has, by the names of their files."""
+    """Return the variants of the U-Net in this package, by the names of their files."""
     adapted = (network for network, _ in network_types().values())
     return {
         network.__module__.rpartition(".")[2]: network for network in adapted if issubclass(network, EncoderDecoder)
@@ -103,7 +102,7 @@ def plannable() -> dict[str, type[EncoderDecoder] | type[PlannedNetwork]]:
 
 
 def explain_changes(dataset: str | int, plans: str, new_plans: str, configuration: str) -> list[str]:
-    """Return what differs between a configuration of two plans, as lines for the user."""
+    """Return lines for the user that describe the differences of a configuration between two plans."""
     before, after = (DatasetConfiguration.load(dataset, name, configuration) for name in (plans, new_plans))
     networks = [_on_meta(c) for c in (before, after)]
     numbers = [sum(weight.numel() for weight in network.parameters()) / 1e6 for network in networks]
@@ -114,7 +113,7 @@ def explain_changes(dataset: str | int, plans: str, new_plans: str, configuratio
     lines = [
         f"network: {type(networks[0]).__name__} -> {type(networks[1]).__name__}",
         f"parameters: {numbers[0]:.1f} -> {numbers[1]:.1f} million",
-        f"maps of a training step, in float32: {memory[0]:.1f} -> {memory[1]:.1f} GiB",
+        f"memory of the maps of a training step in float32: {memory[0]:.1f} -> {memory[1]:.1f} GiB",
     ]
     compared = [
         ("patch_size", before.patch_size, after.patch_size),
@@ -128,21 +127,21 @@ def explain_changes(dataset: str | int, plans: str, new_plans: str, configuratio
 
 
 def needs_this_package(file: Path) -> bool:
-    """Return whether a nnU-Net plan names a network of this package, which nnU-Net then imports wherever it runs."""
+    """Return whether an nnU-Net plan names a network of this package, so that nnU-Net needs the package."""
     configurations = read_json(file, "Write it again.")["configurations"].values()
     return any(c["architecture"]["network_class_name"].startswith("nnunetv2_macl.") for c in configurations)
 
 
 def _variant(start: DatasetConfiguration, network: str, size: str | None) -> dict[str, Any]:
-    """Return the keys of a configuration with a variant of its U-Net."""
+    """Return the changed keys of a configuration whose U-Net is replaced by a variant."""
     kind, axes = plannable()[network], len(start.patch_size)
     file = start.folder / f"{start.plans_name}.json"
     theirs = start.manager.network_arch_class_name
     if family_of(theirs) is not UNet:
-        raise UserError(f"{file} has the network {theirs}. Give a plan that nnU-Net made itself with -p.")
+        raise UserError(f"{file} has the network {theirs}, not a U-Net. Give a plan of nnU-Net's planner with -p.")
     if axes not in kind.axes:
         raise UserError(
-            f"{network} has {' or '.join(map(str, kind.axes))} axes, and {start.name} has {axes}. Type: -c "
+            f"{network} needs {' or '.join(map(str, kind.axes))} axes, and {start.name} has {axes}. Use: -c "
             + ("2d" if 2 in kind.axes else "3d_fullres")
         )
     if size is not None and size not in kind.sizes:
@@ -153,7 +152,7 @@ def _variant(start: DatasetConfiguration, network: str, size: str | None) -> dic
     architecture = {
         "network_class_name": class_name(kind),
         "arch_kwargs": kwargs,
-        # as nnU-Net's plans have it: layers are given by name, or are None
+        # As in nnU-Net's plans, these keys hold the names of layers, or None.
         "_kw_requires_import": [key for key in kwargs if key.endswith(("_op", "nonlin"))],
     }
     planned = {"architecture": architecture, "patch_size": _rounded(start.patch_size, kwargs["strides"])}
@@ -161,7 +160,7 @@ def _variant(start: DatasetConfiguration, network: str, size: str | None) -> dic
 
 
 def _batch_size(start: DatasetConfiguration, planned: dict[str, Any]) -> int:
-    """Return the largest batch up to nnU-Net's whose training step takes no more memory than nnU-Net's own."""
+    """Return the largest batch size, at most nnU-Net's, whose training step needs no more memory than nnU-Net's."""
     channels = len(start.channel_names)
     limit = training_memory(_on_meta(start), channels, start.manager.batch_size, start.patch_size)
     network = _on_meta(start, planned["architecture"])
@@ -174,7 +173,7 @@ def _batch_size(start: DatasetConfiguration, planned: dict[str, Any]) -> int:
 
 
 def _on_meta(configuration: DatasetConfiguration, architecture: dict[str, Any] | None = None) -> nn.Module:
-    """Return the network of a configuration without values, or another one for the same images and labels."""
+    """Return the network of a configuration, or of another architecture for the same data, on the meta device."""
     architecture = architecture or configuration.manager.configuration["architecture"]
     labels = configuration.plans_manager.get_label_manager(configuration.dataset_json)
     with torch.device("meta"):
@@ -190,32 +189,33 @@ def _on_meta(configuration: DatasetConfiguration, architecture: dict[str, Any] |
 
 
 def _rounded(patch_size: Sequence[int], strides: Sequence[Any]) -> list[int]:
-    """Return a patch size in whole multiples of what a network pools."""
+    """Return a patch size rounded to multiples of the network's total stride."""
     total = np.prod([np.broadcast_to(stride, len(patch_size)) for stride in strides], axis=0)
     return whole_multiples(patch_size, total.tolist())
 
 
 def _read(network: str, start: DatasetConfiguration) -> dict[str, Any]:
-    """Return the keys of a configuration with the network of a JSON file."""
+    """Return the changed keys of a configuration whose network is replaced by that of a JSON file."""
     folder = resource_folder("plans") / "networks"
     file = Path(network)
     if not file.is_file():
         file = folder / f"{network}.json"
     if not file.is_file():
         names = ", ".join(sorted([*(path.stem for path in folder.glob("*.json")), *plannable()]))
-        raise UserError(f"No network '{network}': it is neither a file nor one of {names}.")
+        raise UserError(f"There is no network '{network}'. Give a JSON file, or one of {names}.")
     values = read_json(file, "Correct it and try again.")
     try:
         strides = values["architecture"]["arch_kwargs"]["strides"]
         batch_size = values["batch_size"]
     except (TypeError, KeyError):
         raise UserError(
-            f"{file} must have architecture, with arch_kwargs and their strides, and batch_size, as nnU-Net's plans have them."
+            f"{file} must have the keys 'batch_size' and 'architecture', with 'strides' in its 'arch_kwargs', as in nnU-Net's "
+            "plans. Correct the file."
         ) from None
     axes = len(start.patch_size)
     if any(len(np.atleast_1d(stride)) not in (1, axes) for stride in strides):
         raise UserError(
-            f"{file} has a network of other axes than {start.name}, which has {axes}. Give another with -c."
+            f"The strides in {file} do not have the {axes} axes of {start.name}. Give another configuration with -c."
         )
     return {
         "architecture": values["architecture"],

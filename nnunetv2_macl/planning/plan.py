@@ -1,6 +1,6 @@
-"""The MACL plan: what it holds, how it lies on disk, what may be edited, how it is told.
+"""The MACL plan: its values, its file, the check of an edited plan, and its description in words.
 
-It lies beside nnU-Net's own plan as ``P_macl_C.json``.
+The file is ``PLANS_macl_CONFIGURATION.json`` in the folder of nnU-Net's plan.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from nnunetv2_macl.planning.memory import is_above_zero
 from nnunetv2_macl.recipe import AUTO, Recipe, recipe_from_values, settings_as_text, with_settings
 
 FORMAT_VERSION = 1
-# holds the plan of the command that is at work, for the processes that train by it
+# Environment variables that pass the plan and the number of processes to child processes.
 _HANDED_ON, _PROCESSES = "nnUNet_macl_plan", "nnUNet_macl_processes"
-# what `plan_start` writes about the weights that a run starts from
+# Types of the values that `plan_start` records about the weights that a run starts from.
 _START = {
     "path": str,
     "files": dict,
@@ -44,10 +44,10 @@ _START = {
 
 @dataclass(frozen=True)
 class MACLPlan:
-    """What is trained, on what, and how: the recipe, and all that follows from it and the nnU-Net plan.
+    """All settings of a pre-training: the recipe, and the values derived from the recipe and nnU-Net's plan.
 
-    Per-axis values are in the order of the nnU-Net plan, sizes in voxels, memory in GiB. ``pretrained_weights`` is None, or what
-    `plan_start` returns about the weights that the run starts from.
+    Per-axis values are in the order of nnU-Net's plan, sizes in voxels, ``gpu_memory_gb`` in GB and other memory in GiB.
+    ``pretrained_weights`` is None, or the result of `plan_start` for the weights that the run starts from.
     """
 
     dataset_name: str
@@ -75,13 +75,13 @@ class MACLPlan:
     recipe: dict[str, Any]
     reasons: dict[str, str]
     pretrained_weights: dict[str, Any] | None = None
-    # the recipe that was asked for, and the values that replaced its own; None in an edited plan or one of an earlier version
+    # The name of the recipe, and the values that replaced its own. None in an edited plan and in plans of earlier versions.
     recipe_name: str | None = None
     settings: dict[str, Any] | None = None
 
     @property
     def recipe_source(self) -> str | None:
-        """Return the options that ask for the recipe, as they are typed; None where the plan does not record them."""
+        """Return the command-line options that select the recipe, or None if the plan does not record them."""
         return describe_recipe(self.recipe_name, self.settings)
 
     def batch_bytes(self, channels: int) -> int:
@@ -94,10 +94,12 @@ class MACLPlan:
         return 4 * images * channels * math.prod(self.patch_size)
 
     def get_recipe(self) -> Recipe:
+        """Return the recipe with its values checked. Raise UserError if a value is wrong."""
         return recipe_from_values(self.recipe, "MACL plan")
 
     @property
     def sampling(self) -> Sampling:
+        """Return the settings with which batches are drawn."""
         recipe = self.get_recipe()
         return Sampling(
             volume_patch(self.patch_size),
@@ -109,7 +111,7 @@ class MACLPlan:
 
     @property
     def geometry(self) -> Geometry:
-        """Return what the methods read of the network, and the patches."""
+        """Return the stages of the network that the methods read, and the patches."""
         return Geometry(
             self.decoder_stages,
             self.auxiliary_stage,
@@ -121,37 +123,42 @@ class MACLPlan:
         )
 
     def with_recipe(self, values: dict[str, Any]) -> MACLPlan:
-        """The same plan with other recipe values, none of which anything else is derived from but batch and parts."""
+        """Return the plan with new recipe values. No other value may depend on them except batch_size and patches_at_once."""
         given = {key: value for key, value in values.items() if value != AUTO}
         batch_size = given.get("batch_size", self.batch_size)
-        # a batch that was computed whole stays whole
+        # If the whole batch was computed at once, a batch of another size is, too.
         as_it_was = self.patches_at_once if self.patches_at_once < self.batch_size else batch_size
         at_once = min(given.get("patches_at_once", as_it_was), batch_size)
         return replace(self, recipe=with_settings(self.recipe, values), batch_size=batch_size, patches_at_once=at_once)
 
     def as_json(self, *, edited: bool = False) -> dict[str, Any]:
-        """Content of the file. The checksum tells later whether the user edited it; an edited plan stays edited."""
+        """Return the content of the file, with a checksum that shows whether the user edited the file later.
+
+        Args:
+            edited: Whether the plan counts as edited from the start.
+        """
         content = {"format_version": FORMAT_VERSION} | asdict(self)
-        # a plan of an earlier version keeps its checksum
+        # Omit None, so that plans of earlier versions keep their checksum.
         content = {key: value for key, value in content.items() if value is not None}
         return content | {"checksum": "edited" if edited else checksum(content)}
 
 
 def volume_patch(patch_size: Sequence[int]) -> tuple[int, ...]:
-    """Patch on the three axes of a volume: a 2D patch is one slice thick."""
+    """Return the patch size on the three axes of a volume. A 2D patch is one slice thick."""
     return (1,) * (3 - len(patch_size)) + tuple(patch_size)
 
 
 def plan_file(configuration: DatasetConfiguration) -> Path:
+    """Return the file of a configuration's MACL plan."""
     return configuration.folder / f"{configuration.plans_name}_macl_{configuration.name}.json"
 
 
-_MEND_PLAN = "Correct it, or move it away to have it derived again."
+_PLAN_ADVICE = "Correct the file, or move it away to derive the plan again."
 
 
 def was_edited(file: Path) -> bool:
-    """Whether a MACL plan was changed since it was written. Raises UserError where it is no JSON file."""
-    return _is_edited(read_json(file, _MEND_PLAN))
+    """Return whether a MACL plan was changed since it was written. Raise UserError if it is not a JSON file."""
+    return _is_edited(read_json(file, _PLAN_ADVICE))
 
 
 def _is_edited(content: Any) -> bool:
@@ -161,45 +168,45 @@ def _is_edited(content: Any) -> bool:
 
 
 def read_plan(file: Path) -> MACLPlan:
-    """Read a MACL plan.
+    """Return the MACL plan in a file.
 
     Raises:
-        UserError: no such file, or not a MACL plan; names the key.
+        UserError: There is no such file, or it is not a MACL plan.
     """
-    return _plan_in(read_json(file, _MEND_PLAN), file)
+    return _plan_in(read_json(file, _PLAN_ADVICE), file)
 
 
 def _plan_in(content: Any, file: Path) -> MACLPlan:
     names = [f.name for f in fields(MACLPlan)]
     optional = [f.name for f in fields(MACLPlan) if f.default is None]
     if not isinstance(content, dict):
-        raise UserError(f"{file} is no MACL plan. {_MEND_PLAN}")
+        raise UserError(f"{file} is not a MACL plan. {_PLAN_ADVICE}")
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{file} has format version {content.get('format_version')!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "
-            f"Update nnunetv2_macl, or move the file away to have it derived again."
+            f"{file} has format version {content.get('format_version')!r}, and this nnunetv2_macl reads {FORMAT_VERSION}. "
+            f"Update nnunetv2_macl, or move the file away to derive the plan again."
         )
     if missing := [name for name in names if name not in content and name not in optional]:
-        raise UserError(f"{file} lacks {', '.join(missing)}. {_MEND_PLAN}")
+        raise UserError(f"{file} lacks {', '.join(missing)}. {_PLAN_ADVICE}")
     plan = MACLPlan(**{name: content[name] for name in names if name in content})
     start = plan.pretrained_weights
     if start is not None and not (
         isinstance(start, dict) and all(isinstance(start.get(key), kind) for key, kind in _START.items())
     ):
         raise UserError(
-            f"{file}: 'pretrained_weights' must be null, or what -pretrained_weights has written, got {start!r:.200}. "
-            f"{_MEND_PLAN}"
+            f"{file}: 'pretrained_weights' must be null or the value that -pretrained_weights wrote, got {start!r:.200}. "
+            f"{_PLAN_ADVICE}"
         )
     recipe_from_values(plan.recipe, f"{file}, 'recipe'")
-    # the options that were typed say nothing about a plan that was edited since
+    # The recorded options do not describe a plan that was edited later.
     return replace(plan, recipe_name=None, settings=None) if _is_edited(content) else plan
 
 
 @contextmanager
 def plan_in_environment(plan: MACLPlan, processes: int) -> Iterator[None]:
-    """Meanwhile `current_plan` returns this plan, and `current_processes` this number, here and in processes started now.
+    """Make `current_plan` and `current_processes` return these values within the context, in child processes, too.
 
-    Preprocessing may take hours, and another command may write its own plan of the same configuration to the file by then.
+    The file is not enough, because preprocessing may take hours, and another command may replace the file meanwhile.
     """
     os.environ |= {_HANDED_ON: json.dumps(plan.as_json()), _PROCESSES: str(processes)}
     try:
@@ -209,34 +216,34 @@ def plan_in_environment(plan: MACLPlan, processes: int) -> Iterator[None]:
 
 
 def current_plan(file: Path) -> MACLPlan:
-    """The plan that was `plan_in_environment`, else what `read_plan` returns."""
+    """Return the plan of `plan_in_environment`, or outside of that context the plan in a file."""
     handed = os.environ.get(_HANDED_ON)
     return read_plan(file) if handed is None else _plan_in(json.loads(handed), file)
 
 
 def current_processes() -> int:
-    """For preprocessing: what was `plan_in_environment`, else nnU-Net's number."""
+    """Return the number of preprocessing processes of `plan_in_environment`, or outside of that context nnU-Net's default."""
     return int(os.environ.get(_PROCESSES, default_num_processes))
 
 
 def has_current_plan() -> bool:
-    """Whether our command started the training, and not nnU-Net's, which has no options for it."""
+    """Return whether the command of this package started the training, and not nnU-Net's, which has no options for the plan."""
     return _HANDED_ON in os.environ
 
 
 def check_plan(plan: MACLPlan, configuration: DatasetConfiguration, file: Path, *, of_a_run: bool = False) -> None:
-    """Check a plan that was edited against its network.
+    """Check that the values of a plan, which the user may have edited, fit the network.
 
     Args:
-        plan: to check.
-        configuration: its network.
-        file: where it is.
-        of_a_run: that is to go on; then it cannot be derived again.
+        plan: The plan.
+        configuration: The configuration of nnU-Net, with the network.
+        file: The file of the plan, for error messages.
+        of_a_run: Whether the plan belongs to a run that is resumed. Such a plan cannot be derived again.
 
     Raises:
-        UserError: names the key, the rule and the value.
+        UserError: A value is wrong. The message names the key, the rule and the value.
     """
-    again = "leave out --c to start a new run." if of_a_run else "move the file away to have it derived again."
+    again = "leave out --c to start a new run." if of_a_run else "move the file away to derive the plan again."
     fix = f"Correct it in {file}, or {again}"
     axes, stages = len(configuration.patch_size), len(configuration.strides)
 
@@ -260,7 +267,7 @@ def check_plan(plan: MACLPlan, configuration: DatasetConfiguration, file: Path, 
         require(good, key, f"a list of {axes} whole numbers above 0")
     total = np.cumprod(np.asarray(configuration.strides), axis=0)
     scale = total[plan.auxiliary_stage - 1] // total[stages - plan.decoder_stages - 1]
-    # one branch alone sees the patch as it is; version 0.1 planned a second one for restoration too
+    # A single branch has scale 1. Version 0.1 planned another scale for restoration, which is still valid.
     one_branch = plan.scale == [1] * axes and not any(
         method.has_two_branches for method in methods_of(plan.get_recipe().method)
     )
@@ -284,29 +291,30 @@ def check_plan(plan: MACLPlan, configuration: DatasetConfiguration, file: Path, 
     require(good, "unlabelled_datasets", "a list of data set names")
     require(isinstance(plan.skip_unreadable, bool), "skip_unreadable", "true or false")
     good = isinstance(plan.channel_map, dict) and all(isinstance(c, str) for c in plan.channel_map.values())
-    require(good, "channel_map", "channel names by channel names")
+    require(good, "channel_map", "a mapping from channel names to channel names")
     names = {f.name for f in fields(MACLPlan)}
     good = isinstance(plan.reasons, dict) and all(names.issuperset(keys.split(", ")) for keys in plan.reasons)
-    require(good, "reasons", "words by keys of the plan")
+    require(good, "reasons", "a mapping from keys of the plan to reasons")
     if plan.nnunet_plan_checksum != configuration.plan_checksum():
         raise UserError(
-            f"{file} was derived from another nnU-Net plan than the one there is now. Bring that plan back, or {again}"
+            f"{file} was derived from another nnU-Net plan than the current one. Restore that nnU-Net plan, or {again}"
         )
 
 
 def write_plan(plan: MACLPlan, file: Path, *, edited: bool = False) -> None:
+    """Write a plan to a file. See `MACLPlan.as_json`."""
     write_json(plan.as_json(edited=edited), file)
 
 
 def describe_recipe(name: Any, settings: Any) -> str | None:
-    """Return the options that ask for a recipe with these settings, as they are typed.
+    """Return the command-line options that select a recipe with these settings.
 
     Args:
-        name: Name of the recipe, as a plan records it.
-        settings: Values by recipe key, as a plan records them.
+        name: Name of the recipe in a plan.
+        settings: Values by recipe key in a plan.
 
     Returns:
-        None unless both are there; a file from elsewhere may hold anything.
+        The options, or None if one of the values is missing or has a wrong type, which is possible in files from elsewhere.
     """
     if not (isinstance(name, str) and isinstance(settings, dict)):
         return None
@@ -314,7 +322,7 @@ def describe_recipe(name: Any, settings: Any) -> str | None:
 
 
 def describe(plan: MACLPlan) -> str:
-    """The plan in words, a line a derived value with its reason."""
+    """Return the plan in words, with the reason of each derived value."""
     lines = [f"MACL plan of {plan.dataset_name}, {plan.plans_name}, {plan.configuration}"]
     if plan.recipe_source:
         lines.append(f"  recipe: {plan.recipe_source}")
@@ -333,7 +341,7 @@ def describe(plan: MACLPlan) -> str:
         f"  memory: about {plan.memory_mixed_precision_gib} GiB on a GPU in mixed precision, {plan.memory_gib} GiB in float32"
     )
     if plan.unlabelled_datasets:
-        lines.append(f"  unlabelled images also from {', '.join(plan.unlabelled_datasets)}")
+        lines.append(f"  further unlabelled images from {', '.join(plan.unlabelled_datasets)}")
     if plan.pretrained_weights is not None:
         lines.append(f"  starts from {start_in_short(plan.pretrained_weights)}")
         lines += [f"      {line}" for line in plan.pretrained_weights["transfer"]]
@@ -341,12 +349,12 @@ def describe(plan: MACLPlan) -> str:
 
 
 def start_in_short(start: dict[str, Any]) -> str:
-    """Return what a run starts from, in one line; ``start`` is ``pretrained_weights`` of its plan."""
+    """Return a line about the weights that a run starts from, from ``pretrained_weights`` of its plan."""
     files = ", ".join(f"{name} (SHA-256 {checksum[:16]}...)" for name, checksum in start["files"].items())
     trained_on = f", trained on {start['dataset_name']}" if start.get("dataset_name") else ""
     return (
-        f"{start['origin']} weights{trained_on}, {files}; taken: {start['encoder']} tensors of the encoder and "
-        f"{start['decoder']} of the decoder stages that are pre-trained"
+        f"{start['origin']} weights{trained_on}, {files}; loaded: {start['encoder']} tensors of the encoder and "
+        f"{start['decoder']} of the pre-trained decoder stages"
     )
 
 

@@ -1,4 +1,4 @@
-"""From what the user asked for to the MACL plan on disk: derived anew, or the edited one as it stands."""
+"""Derive the MACL plan from the user's options and write it, or load a plan that the user edited."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from nnunetv2_macl.start import plan_start
 logger = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = "restore"
-# recipe keys that `derive_plan` turns into other numbers of the plan; an edited plan takes batch and parts as they are given
+# `derive_plan` derives other values of the plan from these recipe keys. An edited plan can still get a new batch_size or
+# patches_at_once, because nothing else depends on them.
 _DERIVED_FROM = ("decoder_stages", "auxiliary_stage", "scale", "threshold", "limit_positives")
 
 
@@ -35,21 +36,23 @@ def derive_or_load_plan(
     gpu_memory_gb: float | None = None,
     pretrained_weights: Path | None = None,
 ) -> MACLPlan:
-    """Derive the MACL plan and write it beside nnU-Net's. One that the user edited is kept, and only given ``values``.
+    """Return the MACL plan, and write it to the folder of nnU-Net's plan.
+
+    The plan is derived from the arguments. If the user edited the file, the edited plan is used, with ``values`` replaced.
 
     Args:
-        configuration: of nnU-Net.
-        recipe: name or file; None is the default.
-        values: recipe keys that win over the recipe's own.
-        unlabelled_datasets: further raw data sets, by full name.
-        skip_unreadable: leave out images that cannot be used.
-        channel_map: the configuration's channel names to those of ``unlabelled_datasets``, where they have other names.
-        gpu_memory_gb: what the batch may take; None is what nnU-Net planned for.
-        pretrained_weights: File or folder of weights that pre-training starts from; None for a freshly initialised network.
+        configuration: Configuration of nnU-Net's plan.
+        recipe: Name or file of a recipe. None is the default recipe.
+        values: Recipe keys that replace those of the recipe.
+        unlabelled_datasets: Full names of further raw data sets.
+        skip_unreadable: Whether to leave out images that cannot be used.
+        channel_map: Channel names of ``unlabelled_datasets``, by the configuration's own channel names, if they differ.
+        gpu_memory_gb: GPU memory for the batch, GB. None is the memory that nnU-Net planned for.
+        pretrained_weights: File or folder of weights that pre-training starts from. None initialises the network randomly.
 
     Raises:
-        UserError: a wrong recipe or value; an edited plan that does not fit its network or the recipe asked for; weights of a
-            network too unlike this one; a network that cannot be pre-trained.
+        UserError: The recipe or a value is wrong, an edited plan does not fit the network or the arguments, the weights are of a
+            network too different from this one, or the network cannot be pre-trained.
     """
     values = values or {}
     configuration.check_network()
@@ -62,13 +65,13 @@ def derive_or_load_plan(
         check_plan(plan, configuration, file)
         if recipe is not None:
             raise UserError(
-                f"{file} was edited, so it is not derived again from recipe '{recipe}'. Leave out -recipe to use it as it "
-                "stands, or move it away."
+                f"{file} was edited, so it is not derived again from recipe '{recipe}'. Leave out -recipe to use the edited "
+                "plan, or move the file away."
             )
         if gpu_memory_gb is not None:
             raise UserError(
-                f"{file} was edited, so its batch is not planned again for -gpu_memory {gpu_memory_gb:g}. Leave that out "
-                "and give -batch_size, or move the file away."
+                f"{file} was edited, so its batch is not planned again for -gpu_memory {gpu_memory_gb:g}. Give -batch_size "
+                "instead, or move the file away."
             )
         given = {
             "unlabelled_datasets": list(unlabelled_datasets),
@@ -86,10 +89,10 @@ def derive_or_load_plan(
         channel_map=channel_map,
         gpu_memory_gb=gpu_memory_gb,
     )
-    # the name alone, because a path tells where on a machine a user keeps files
+    # Record only the name, because a path would reveal the user's folders when the plan is shared.
     plan = replace(derived, recipe_name=Path(name).name, settings=values)
     plan = replace(plan, pretrained_weights=_start(pretrained_weights, configuration, plan))
-    # a folder that may only be read will do for the plan that is there
+    # Write only a changed plan, so that a read-only folder works if the plan is there already.
     if not file.is_file() or read_json(file, "") != plan.as_json():
         write_plan(plan, file)
     return plan
@@ -101,7 +104,7 @@ def _start(weights: Path | None, configuration: DatasetConfiguration, plan: MACL
 
 def _adapt_edited(plan: MACLPlan, file: Path, values: dict[str, Any], given: dict[str, Any]) -> MACLPlan:
     _refuse_derived(plan, file, values)
-    logger.info("Using the MACL plan as it was edited: %s (move it away to have it derived again)", file)
+    logger.info("Using the edited MACL plan %s (move the file away to derive the plan again)", file)
     adapted = replace(plan.with_recipe(values), **given)
     if adapted != plan:
         write_plan(adapted, file, edited=True)
@@ -109,7 +112,7 @@ def _adapt_edited(plan: MACLPlan, file: Path, values: dict[str, Any], given: dic
 
 
 def _refuse_derived(plan: MACLPlan, file: Path, values: dict[str, Any]) -> None:
-    """Raise UserError for values that other numbers of the plan are derived from, because an edited plan keeps these."""
+    """Raise UserError if other values of the plan depend on new recipe values, because an edited plan keeps its values."""
     before, after = plan.get_recipe(), recipe_from_values(with_settings(plan.recipe, values), "Command line")
     keys: tuple[str, ...] = _DERIVED_FROM
     if before.method != after.method:
@@ -118,6 +121,6 @@ def _refuse_derived(plan: MACLPlan, file: Path, values: dict[str, Any]) -> None:
     refused = {key: value for key, value in values.items() if key in keys and was.get(key) != value}
     if refused:
         raise UserError(
-            f"{file} was edited, so it is not derived again for {', '.join(settings_as_text(refused))}. Edit the file itself, "
+            f"{file} was edited, so it is not derived again for {', '.join(settings_as_text(refused))}. Edit the file, "
             "or move it away."
         )

@@ -1,6 +1,6 @@
-"""What may be done to a patch before a network sees it: random spatial and intensity views, masks, downsampling.
+"""Views of a patch: random spatial and intensity changes, crops, masks and downsampling.
 
-Random numbers are drawn once, from a generator that is passed, and then applied. Applying runs on the device of the patches.
+Random numbers are drawn on the CPU from a given generator, and then applied on the device of the patches.
 
 Source: MACL section III (invariance group, variance group, down).
 """

@@ -18,16 +18,15 @@ from nnunetv2_macl.views.parts import parts_of
 class RandomAffine:
     """Mirror, rotate, scale and translate 2D or 3D patches at random.
 
-    Parameters are drawn once and then applied. They are one matrix for each patch, so that one resampling does all of it, the
-    downsampling too where a branch needs that.
+    The parameters are one matrix for each patch, so that a single resampling applies all changes and a possible downsampling.
 
     Args:
-        patch_size: Voxels on each axis.
+        patch_size: Size of a patch, voxels per axis.
         mirroring: Whether each axis is mirrored with probability 1/2.
-        rotation: Largest angle in the plane of the last two axes, degrees. 180 allows any angle.
+        rotation: Largest angle in the plane of the last two axes, degrees. 180 allows all angles.
         out_of_plane_rotation: Largest angle about the two in-plane axes, degrees. Used in 3D only.
         scaling: Smallest and largest factor. One factor is drawn for each patch in 2D, one for each axis in 3D.
-        translation: Largest shift, fraction of the patch edge.
+        translation: Largest shift, fraction of the patch's edge.
 
     Raises:
         ValueError: An argument is outside its range.
@@ -47,11 +46,11 @@ class RandomAffine:
             raise ValueError(f"patch_size must have 2 or 3 axes, got {tuple(patch_size)}")
         for name, angle in (("rotation", rotation), ("out_of_plane_rotation", out_of_plane_rotation)):
             if not 0 <= angle <= 180:
-                raise ValueError(f"{name} must lie between 0 and 180 degrees, got {angle}")
+                raise ValueError(f"{name} must be between 0 and 180 degrees, got {angle}")
         if not 0 < scaling[0] <= scaling[1]:
             raise ValueError(f"scaling must be two factors above 0, the smaller first, got {tuple(scaling)}")
         if not 0 <= translation <= 1:
-            raise ValueError(f"translation must lie between 0 and 1, got {translation}")
+            raise ValueError(f"translation must be between 0 and 1, got {translation}")
         self.patch_size = tuple(patch_size)
         self.mirroring = mirroring
         self.rotation = rotation
@@ -67,7 +66,7 @@ class RandomAffine:
 
         Args:
             patches: N, number of views.
-            generator: Source of every random number. It is on the CPU, so that a seed means one view on every device.
+            generator: Generator on the CPU, so that a seed gives the same view on every device.
 
         Returns:
             (N, A, A+1), matrices from output to input coordinates, as `torch.nn.functional.affine_grid` takes them.
@@ -86,24 +85,24 @@ class RandomAffine:
         # Always drawn, so that disabling mirroring does not change the other random parameters.
         mirrored = torch.where(uniform(0, 1, axes) < 0.5, -1.0, 1.0)
         factors = uniform(self.scaling[0], self.scaling[1], axes if axes == 3 else 1).expand(-1, axes)
-        # A factor of 2 shows things twice as large: in the patch, the voxels of the view are half as far apart.
+        # A factor of 2 magnifies: the voxels of the view are half as far apart in the patch.
         matrix = matrix / factors[:, None]
         if self.mirroring:
             matrix = matrix * mirrored[:, None]
 
-        # A rotation is orthogonal in voxels. The coordinates of torch run from -1 to 1 on each axis, with the last axis first.
+        # Convert from voxels, in which the rotation is rigid, to torch's coordinates: from -1 to 1, with the last axis first.
         half = torch.tensor([max(n - 1, 1) / 2 for n in self.patch_size])
         matrix = matrix * half / half[:, None]
         shift = uniform(-self.translation, self.translation, axes) * 2
         return torch.cat((matrix.flip(1, 2), shift.flip(1)[..., None]), -1)
 
     def apply(self, patches: Tensor, parameters: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Return the views, resampled linearly. Outside of a patch they are 0, as nnU-Net pads.
+        """Return the linearly resampled views. Voxels outside of the patch are 0, as in nnU-Net's padding.
 
         Args:
             patches: (N, C, *patch).
-            parameters: (N, A, A+1) from `draw`.
-            size: Voxels on each axis of the result, for a downsampled view. None keeps the size of the patches.
+            parameters: (N, A, A+1), the result of `draw`.
+            size: Size of the views, voxels per axis. None keeps the size of the patches.
 
         Returns:
             (N, C, *size).
@@ -112,12 +111,12 @@ class RandomAffine:
 
 
 def resample(patches: Tensor, matrices: Tensor, size: Sequence[int] | None = None) -> Tensor:
-    """Return patches resampled linearly, a few at a time. Outside of a patch they are 0, as nnU-Net pads.
+    """Return linearly resampled patches, computed a few at a time. Voxels outside of the patch are 0, as in nnU-Net's padding.
 
     Args:
         patches: (N, C, *patch).
-        matrices: (N, A, A+1) from output to input coordinates, as `torch.nn.functional.affine_grid` takes them.
-        size: Voxels on each axis of the result. None keeps the size of the patches.
+        matrices: (N, A, A+1), from output to input coordinates, as `torch.nn.functional.affine_grid` takes them.
+        size: Size of the result, voxels per axis. None keeps the size of the patches.
 
     Returns:
         (N, C, *size).
@@ -128,7 +127,7 @@ def resample(patches: Tensor, matrices: Tensor, size: Sequence[int] | None = Non
         shown = patches[part]
         grid = F.affine_grid(matrices[part], [len(shown), 1, *size], align_corners=True)
         views[part] = F.grid_sample(shown, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-        # Otherwise it would stay while the next one is computed.
+        # Free the grid, because otherwise two grids are in memory at once.
         del grid
     return views
 

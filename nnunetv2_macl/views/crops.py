@@ -1,4 +1,4 @@
-"""Random crops of a patch, and points that two crops share."""
+"""Random crops of a patch, and points that two crops have in common."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from nnunetv2_macl.views.affine import resample
 
 
 class Crops(NamedTuple):
-    """One crop of each of N patches. Coordinates are torch's: from -1 to 1 on each axis, the last axis first.
+    """One crop of each of N patches, in torch's coordinates: from -1 to 1 on each axis, with the last axis first.
 
     Attributes:
-        centres: (N, A), where the middle of the crop lies in the patch.
-        reaches: (N, A), from the middle to the edge of the crop. It is negative on an axis that is mirrored.
+        centres: (N, A), centres of the crops in the patches.
+        reaches: (N, A), distances from the centre to the edge of the crop, negative on mirrored axes.
     """
 
     centres: Tensor
     reaches: Tensor
 
     def locate(self, points: Tensor) -> Tensor:
-        """Return the coordinates in the crops, (N, P, A), of points in the patches, (N, P, A)."""
+        """Convert points (N, P, A) from the coordinates of the patches to those of the crops."""
         return (points - self.centres[:, None]) / self.reaches[:, None]
 
 
 class RandomCrops:
     """Cut crops out of 2D or 3D patches at random, mirror them, and enlarge them to the size of the patch.
 
-    A crop lies within its patch. It covers at least half of each axis, so that two crops of a patch always overlap.
+    A crop is inside its patch. It covers at least half of each axis, so that two crops of a patch always overlap.
 
     Args:
         zoom: Smallest and largest factor by which a crop is enlarged.
         mirroring: Whether each axis is mirrored with probability 1/2.
 
     Raises:
-        ValueError: The factors do not lie between 1 and 2, the smaller one first.
+        ValueError: The factors are not between 1 and 2, or the larger factor is first.
     """
 
     def __init__(self, zoom: Sequence[float], *, mirroring: bool = True) -> None:
@@ -55,7 +55,7 @@ class RandomCrops:
         return Crops(centres, torch.where(mirrored, -reaches, reaches) if self.mirroring else reaches)
 
     def draw_shared_points(self, first: Crops, second: Crops, points: int, generator: torch.Generator) -> Tensor:
-        """Draw points that lie in both crops of a patch, evenly: (N, P, A), in the coordinates of the patch."""
+        """Draw uniform points inside both crops of each patch: (N, P, A), in the coordinates of the patch."""
         low = torch.maximum(first.centres - first.reaches.abs(), second.centres - second.reaches.abs())
         high = torch.minimum(first.centres + first.reaches.abs(), second.centres + second.reaches.abs())
         share = torch.rand(len(low), points, low.shape[1], generator=generator)

@@ -1,4 +1,4 @@
-"""Random intensity views. They are no part of the paper."""
+"""Random intensity views. They are not from the MACL paper."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class IntensityNumbers(NamedTuple):
     """Random numbers of the intensity views of N patches with C channels.
 
     Attributes:
-        values: (N, C, changes + amounts + points of the bias field). One tensor, because each is copied to a GPU on its own.
-        noise_seeds: One seed for each patch. A list, because the CPU reads it while the values are on a GPU.
+        values: (N, C, changes + amounts + points of the bias field), in one tensor, so that they need only one copy to a GPU.
+        noise_seeds: One seed for each patch, in a list, because the CPU reads the seeds while the values are on a GPU.
     """
 
     values: Tensor
@@ -26,12 +26,12 @@ class IntensityNumbers(NamedTuple):
 
 
 class RandomIntensity:
-    """Change gamma, contrast, brightness, bias field, noise and blur at random, for each channel of each image on its own.
+    """Change gamma, contrast, brightness, bias field, noise and blur at random, independently for each channel of each image.
 
-    Images have to be normalised, as nnU-Net's are, because brightness and noise are in standard deviations.
+    Images must be normalised, as nnU-Net's are, because brightness and noise are in standard deviations.
 
     Args:
-        strength: Factor of all the ranges below. 1 takes them as they are, 0 changes nothing.
+        strength: Factor of the ranges below. 0 changes nothing.
 
     Raises:
         ValueError: The strength is below 0.
@@ -59,7 +59,7 @@ class RandomIntensity:
             patches: N.
             channels: C.
             axes: 2 or 3.
-            generator: Source of every random number. It is on the CPU, so that a seed means one view on every device.
+            generator: Generator on the CPU, so that a seed gives the same view on every device.
         """
         single = [patches, channels, *[1] * axes]
 
@@ -78,11 +78,11 @@ class RandomIntensity:
         return IntensityNumbers(torch.cat((*values, field.flatten(2)), -1), seeds)
 
     def apply(self, patches: Tensor, numbers: IntensityNumbers) -> Tensor:
-        """Return the changed patches. Constant ones stay finite.
+        """Return the changed patches. The result is finite for constant patches, too.
 
         Args:
             patches: (N, C, *patch).
-            numbers: What `draw` returned for these patches, its values on their device.
+            numbers: The result of `draw` for these patches, with its values on their device.
 
         Returns:
             (N, C, *patch).
@@ -95,7 +95,7 @@ class RandomIntensity:
         return views
 
     def _change(self, patches: Tensor, numbers: IntensityNumbers) -> Tensor:
-        """Return what `apply` returns, at the memory of several copies of the patches."""
+        """Return the changed patches like `apply`, but all at once, which takes the memory of several copies of the patches."""
         axes = patches.ndim - 2
         single = [*patches.shape[:2], *[1] * axes]
 
@@ -111,7 +111,7 @@ class RandomIntensity:
         span = (whole(patches, "amax") - low).clamp_min(1e-6)
         views = ((patches - low) / span).clamp(0, 1)
         views = torch.where(gamma, views ** exponent.exp(), views)
-        # nnU-Net's inverted gamma stretches the bright end.
+        # As in nnU-Net's inverted gamma, this stretches the bright values.
         views = torch.where(inverse, 1 - (1 - views) ** inverse_exponent.exp(), views)
         views = views * span + low
         mean = whole(views, "mean")
@@ -124,9 +124,9 @@ class RandomIntensity:
 
 
 def _noise(patches: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Return standard normal noise, of each patch from its own seed.
+    """Return standard normal noise, drawn with one seed for each patch.
 
-    Noise is as large as the patches, so it is drawn on their device.
+    Noise is drawn on the device of the patches, because copying it would take longer.
     """
     noise = torch.empty_like(patches)
     if patches.is_meta:
@@ -138,7 +138,7 @@ def _noise(patches: Tensor, seeds: Sequence[int]) -> Tensor:
 
 
 def _blurred(images: Tensor) -> Tensor:
-    """Return images smoothed along each axis with the weights 1/4, 1/2, 1/4, with edges repeated."""
+    """Return images smoothed along each axis with the weights 1/4, 1/2 and 1/4. Edge voxels are repeated."""
     for axis in range(2, images.ndim):
         length = images.shape[axis]
         before = torch.cat((images.narrow(axis, 0, 1), images.narrow(axis, 0, length - 1)), axis)

@@ -1,4 +1,4 @@
-"""Masked views: which voxels of a patch are hidden, in blocks.
+"""Random masks of blocks of voxels, and standardisation of the images to restore.
 
 Source: Xie et al., SimMIM, CVPR 2022, https://arxiv.org/abs/2111.09886, with several block sizes instead of one.
 """
@@ -12,21 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Shortest longest axis of a block, voxels.
+# Minimum length of the longest axis of a block, voxels.
 _SMALLEST_BLOCK = 4
 
 
 def mask_block_sizes(strides: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Return the sizes of the blocks in which voxels are hidden. A block is the part of the image behind one location of a map.
+    """Return the block sizes of masks. A block is the part of the image that corresponds to one location of an encoder map.
 
-    Several sizes are used, because the right one depends on the structures in the image: small blocks can be filled from
-    their border, and very large ones leave no context. A block has at least 4 voxels on its longest axis.
+    Several sizes are used, because the right size depends on the structures in the image: small blocks can be filled from
+    their border, and very large blocks leave no context. A block has at least 4 voxels on its longest axis.
 
     Args:
-        strides: Total stride of each encoder stage on each axis, down to the stage of the largest block.
+        strides: Total strides of the encoder stages per axis, up to the stage of the largest block.
 
     Returns:
-        Voxels on each axis, without repetitions. Where no stage reaches 4 voxels, the size of the last stage alone.
+        Different sizes, voxels per axis. If no stride reaches 4 voxels, only the size of the last stage.
     """
     large = [tuple(stride) for stride in strides if max(stride) >= _SMALLEST_BLOCK] or [tuple(strides[-1])]
     return list(dict.fromkeys(large))
@@ -41,18 +41,18 @@ def sample_mask(
     *,
     part: slice = slice(None),
 ) -> Tensor:
-    """Draw which voxels are hidden. They are whole blocks, which have one size within a patch.
+    """Draw masks of whole blocks. All blocks of a patch have the same size.
 
     Args:
         patches: N, number of patches.
-        size: Voxels on each axis of a patch, whole multiples of each block.
-        blocks: Block sizes in voxels on each axis. Each is as likely as any other.
-        share: Fraction of the blocks to hide in each patch. At least one block is hidden and one is visible.
-        generator: Source of every random number, on the CPU.
-        part: The patches whose masks are returned. All are drawn, so that a part gets the masks that it has in the whole.
+        size: Size of a patch, voxels per axis, a multiple of each block size.
+        blocks: Block sizes, voxels per axis. All are equally likely.
+        share: Fraction of the blocks to mask in each patch. At least one block is masked and at least one is visible.
+        generator: Generator on the CPU.
+        part: The patches whose masks are returned. All N masks are drawn, so that they do not depend on the part.
 
     Returns:
-        (n, 1, *grid) bool, True where hidden, one value for each block of the smallest size; see `enlarge_mask`.
+        (n, 1, *grid) bool, True where masked, with one value for each block of the smallest size; see `enlarge_mask`.
     """
     chosen = [blocks[number] for number in torch.randint(len(blocks), (patches,), generator=generator)]
     grids = [_draw_grid(size, block, share, generator) for block in chosen]
@@ -69,7 +69,7 @@ def _draw_grid(size: Sequence[int], block: Sequence[int], share: float, generato
 
 
 def enlarge_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """Return a mask (N, 1, *grid) with each value repeated, so that it is (N, 1, *size). Sizes are multiples of the grid."""
+    """Return a mask (N, 1, *grid) enlarged to (N, 1, *size) by repeating its values. ``size`` must be a multiple of the grid."""
     for axis, voxels in enumerate(size, 2):
         mask = mask.repeat_interleave(voxels // mask.shape[axis], axis)
     return mask
@@ -78,21 +78,22 @@ def enlarge_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
 def standardise(images: Tensor, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Standardise some channels to mean 0 and standard deviation 1 in each image. Constant channels become 0.
 
-    Restoration hides voxels as 0 and weighs errors of all channels alike, so channels that nnU-Net does not normalise need it.
+    Restoration needs this for channels that nnU-Net does not normalise, because it masks voxels with 0 and gives the errors
+    of all channels the same weight.
 
     Args:
         images: (N, C, *size).
         channels: Indices of the channels to standardise.
 
     Returns:
-        The images, (N, C, *size), and the value of the given images that became 0, (N, C, 1, ...). Without channels, the
-        given images themselves.
+        The standardised images, (N, C, *size), and the value in the given images that became 0, (N, C, 1, ...). Without
+        channels, the given images are returned without a copy.
     """
     zero = images.new_zeros(*images.shape[:2], *[1] * (images.ndim - 2))
     if not channels:
         return images, zero
     whole = images.clone()
-    # One channel at a time: a list as an index would be copied to a GPU, which has to be waited for.
+    # Loop over the channels, because a list as an index would have to be copied to the GPU, which the CPU waits for.
     for channel in channels:
         voxels = images[:, channel].flatten(1)
         # Subtract the first voxel before averaging, so that a constant image has a deviation of exactly zero.
