@@ -1,0 +1,138 @@
+"""Draw the pictures of docs/pictures: what the commands print and write, on generated data.
+
+    python docs/draw_outputs.py FOLDER
+
+The commands run in FOLDER, and their results stay there. A command whose results are there is not run again. The report is
+drawn if a Chromium browser is installed (`chromium-headless-shell` on Debian).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from html import escape
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from nnunetv2_macl.demo import DATASET
+from nnunetv2_macl.files import resource_folder
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES
+from nnunetv2_macl.synthetic import generate_dataset
+
+PICTURES = Path(__file__).parent / "pictures"
+PRETRAIN = "nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -np 2 -batch_size 16 -num_epochs 14 -num_iterations_per_epoch 20"
+COMPARE = (
+    "nnUNetv2_macl_compare 900 -c 2d --arms scratch pretrained --labels 2 --seeds 1 --rates 1e-2 --test 2 --validation 1 "
+    "--epochs 3 --iterations 10 --pretrain_epochs 2 --pretrain_iterations 10 --pretrain_batch_size 8 --disable_tta "
+    "-device cpu -np 1 -o study"
+)
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the commands, and draw their results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    folder = parser.parse_args(arguments).folder.resolve()
+    raw = folder / "nnUNet_raw" / DATASET
+    if not raw.is_dir():
+        generate_dataset(raw)
+    preprocessed, results = folder / "nnUNet_preprocessed" / DATASET, folder / "nnUNet_results" / DATASET
+    fold = results / "nnUNetTrainerMACLPretrain__nnUNetPlans__2d" / "fold_all"
+    run(folder, "nnUNetv2_plan_and_preprocess -d 900 -c 2d -npfp 2 -np 2", preprocessed / "nnUNetPlans_2d")
+    doctor = run(folder, "nnUNetv2_macl_doctor 900 -c 2d -device cpu", folder / "doctor.txt")
+    run(folder, PRETRAIN, fold / "report.html")
+    run(folder, COMPARE, folder / "study" / "compare.md")
+
+    PICTURES.mkdir(exist_ok=True)
+    (PICTURES / "doctor.svg").write_text(terminal(doctor, folder))
+    verdict = (folder / "study" / "compare.md").read_text()
+    (PICTURES / "verdict.svg").write_text(terminal(f"$ head compare.md\n{upper_part(verdict)}", folder))
+    shrink(fold / "progress.png", "progress.png")
+    shrink(fold / "views.png", "views.png")
+    shrink(folder / "study" / "compare.png", "compare.png")
+    photograph(fold / "report.html", "report.png")
+
+
+def run(folder: Path, command: str, result: Path) -> str:
+    """Run a command unless its result is there, and return what it printed, with the command above it."""
+    printed = folder / f"{command.split()[0].removeprefix('nnUNetv2_').removeprefix('macl_')}.txt"
+    if not result.exists():
+        print(command, flush=True)
+        environment = os.environ | {name: str(folder / name) for name in FOLDER_VARIABLES}
+        environment["nnUNet_extTrainer"] = str(resource_folder("trainers"))
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+        process = subprocess.run(shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True)
+        if process.returncode:
+            raise SystemExit(f"{command}\n{process.stdout[-3000:]}{process.stderr[-3000:]}")
+        printed.write_text(f"$ {command}\n{process.stdout}")
+    return printed.read_text()
+
+
+def upper_part(page: str, tables: int = 2) -> str:
+    """Return a page of Markdown up to the end of a table."""
+    blocks = page.split("\n\n")
+    ends = [number for number, block in enumerate(blocks) if block.lstrip().startswith("|")]
+    return "\n\n".join(blocks[: ends[:tables][-1] + 1])
+
+
+def terminal(text: str, folder: Path, width: int = 100) -> str:
+    """Return an SVG that shows lines of text as a terminal does. It is dark, so that every page can show it."""
+    lines = []
+    for line in text.replace(str(folder), "~").rstrip().splitlines():
+        lines += [line[start : start + width] for start in range(0, max(len(line), 1), width)]
+    height = 17 * len(lines) + 24
+    rows = [
+        f'<text x="14" y="{27 + 17 * number}" fill="{colour(line)}" xml:space="preserve">{escape(line)}</text>'
+        for number, line in enumerate(lines)
+    ]
+    across = round(7.85 * width + 28)
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across} {height}" width="{across}" height="{height}"',
+            '  font-family="ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono, monospace" font-size="13">',
+            f'<rect width="{across}" height="{height}" rx="8" fill="#1c2128"/>',
+            *rows,
+            "</svg>\n",
+        ]
+    )
+
+
+def colour(line: str) -> str:
+    """Return the colour of a line by its first word."""
+    first = re.match(r"\s*(\S*)", line).group(1)
+    return {"$": "#8ab4f8", "ok": "#8ddb8c", "WRONG": "#ff7b72", "note": "#f0c36d"}.get(first, "#e4e7eb")
+
+
+def shrink(source: Path | BytesIO, name: str, width: int = 900) -> None:
+    """Write a picture of at most this many pixels across, with 128 colours, so that it is small."""
+    image = Image.open(source).convert("RGB")
+    image.thumbnail((width, 10 * width), Image.Resampling.LANCZOS)
+    image.quantize(128, dither=Image.Dither.NONE).save(PICTURES / name, optimize=True)
+
+
+def photograph(page: Path, name: str) -> None:
+    """Write a picture of the top of a page, as a browser shows it."""
+    browser = next((found for known in BROWSERS if (found := shutil.which(known))), None)
+    if browser is None:
+        print(f"{name} is not drawn, because no browser was found. Known are: {', '.join(BROWSERS)}")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / name
+        # A browser that the root of a container starts has no sandbox.
+        options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1000,1100", f"--screenshot={file}"]
+        subprocess.run([browser, *options, page.as_uri()], check=True, capture_output=True)
+        shrink(file, name)
+
+
+if __name__ == "__main__":
+    main()
