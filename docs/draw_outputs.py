@@ -110,7 +110,7 @@ def terminal(text: str, folder: Path, width: int = 100) -> str:
 def colour(line: str) -> str:
     """Return the colour of a line by its first word."""
     first = re.match(r"\s*(\S*)", line).group(1)
-    return {"$": "#8ab4f8", "ok": "#8ddb8c", "WRONG": "#ff7b72", "note": "#f0c36d"}.get(first, "#e4e7eb")
+    return {"$": "#8ab4f8", "ok": "#8ddb8c", "WRONG": "#ff7b72", "--": "#f0c36d"}.get(first, "#e4e7eb")
 
 
 def shrink(source: Path | BytesIO, name: str, width: int = 900) -> None:
