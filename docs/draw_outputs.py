@@ -50,11 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fold = results / "nnUNetTrainerMACLPretrain__nnUNetPlans__2d" / "fold_all"
     run(folder, "nnUNetv2_plan_and_preprocess -d 900 -c 2d -npfp 2 -np 2", preprocessed / "nnUNetPlans_2d")
     doctor = run(folder, "nnUNetv2_macl_doctor 900 -c 2d -device cpu", folder / "doctor.txt")
+    # In a shell without the variable, the doctor ends with code 1.
+    wrong = run(folder, "nnUNetv2_macl_doctor -device cpu", folder / "doctor_wrong.txt", code=1, nnUNet_extTrainer="")
     run(folder, PRETRAIN, fold / "report.html")
     run(folder, COMPARE, folder / "study" / "compare.md")
 
     PICTURES.mkdir(exist_ok=True)
     (PICTURES / "doctor.svg").write_text(terminal(doctor, folder))
+    (PICTURES / "doctor_wrong.svg").write_text(terminal(wrong, folder))
     verdict = (folder / "study" / "compare.md").read_text()
     (PICTURES / "verdict.svg").write_text(terminal(f"$ head compare.md\n{upper_part(verdict)}", folder))
     shrink(fold / "progress.png", "progress.png")
@@ -63,16 +66,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     photograph(fold / "report.html", "report.png")
 
 
-def run(folder: Path, command: str, result: Path) -> str:
-    """Run a command unless its result is there, and return what it printed, with the command above it."""
-    printed = folder / f"{command.split()[0].removeprefix('nnUNetv2_').removeprefix('macl_')}.txt"
+def run(folder: Path, command: str, result: Path, code: int = 0, **variables: str) -> str:
+    """Run a command in FOLDER unless its result is there, and return the command and what it printed.
+
+    Args:
+        folder: Folder of the script's own argument.
+        command: Command as a user types it.
+        result: File or folder that the command writes. What the command prints is in a text file of this name.
+        code: Code with which the command ends.
+        variables: Environment variables that differ.
+    """
+    printed = folder / f"{result.stem}.txt"
     if not result.exists():
         print(command, flush=True)
         environment = os.environ | {name: str(folder / name) for name in FOLDER_VARIABLES}
         environment["nnUNet_extTrainer"] = str(resource_folder("trainers"))
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+        environment |= variables
         process = subprocess.run(shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True)
-        if process.returncode:
+        if process.returncode != code:
             raise SystemExit(f"{command}\n{process.stdout[-3000:]}{process.stderr[-3000:]}")
         printed.write_text(f"$ {command}\n{process.stdout}")
     return printed.read_text()
