@@ -29,11 +29,13 @@ from nnunetv2_macl.nnunet import FOLDER_VARIABLES
 from nnunetv2_macl.synthetic import generate_dataset
 
 PICTURES = Path(__file__).parent / "pictures"
-PRETRAIN = "nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -np 2 -batch_size 16 -num_epochs 14 -num_iterations_per_epoch 20"
+PRETRAIN = (
+    "nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -np 2 -batch_size 8 -num_epochs 12 -num_iterations_per_epoch 6"
+)
 COMPARE = (
     "nnUNetv2_macl_compare 900 -c 2d --arms scratch pretrained --labels 2 --seeds 1 --rates 1e-2 --test 2 --validation 1 "
-    "--epochs 3 --iterations 10 --pretrain_epochs 2 --pretrain_iterations 10 --pretrain_batch_size 8 --disable_tta "
-    "-device cpu -np 1 -o study"
+    "--epochs 3 --iterations 8 -batch_size 4 --pretrain_epochs 1 --pretrain_iterations 5 --pretrain_batch_size 4 "
+    "--disable_tta -device cpu -np 1 -o study"
 )
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     raw = folder / "nnUNet_raw" / DATASET
     if not raw.is_dir():
         generate_dataset(raw)
+    for variable in FOLDER_VARIABLES:
+        (folder / variable).mkdir(exist_ok=True)
     preprocessed, results = folder / "nnUNet_preprocessed" / DATASET, folder / "nnUNet_results" / DATASET
     fold = results / "nnUNetTrainerMACLPretrain__nnUNetPlans__2d" / "fold_all"
     run(folder, "nnUNetv2_plan_and_preprocess -d 900 -c 2d -npfp 2 -np 2", preprocessed / "nnUNetPlans_2d")

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,19 @@ def test_every_option_in_the_text_is_one_of_its_command(page):
 
 def test_the_version_is_one():
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_api_reference_can_be_built(tmp_path):
+    """pdoc renders each module and each docstring with its sections, and warns of nothing."""
+    pdoc = pytest.importorskip("pdoc")
+    pdoc.render.configure(docformat="google")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="pdoc")
+        pdoc.pdoc("nnunetv2_macl", output_directory=tmp_path)
+    pages = list(tmp_path.rglob("*.html"))
+    modules = [file for file in (ROOT / "nnunetv2_macl").rglob("*.py") if file.name != "__init__.py"]
+    assert len(pages) > len(modules)
+    for page in pages:
+        # A section that pdoc does not understand is left as a paragraph.
+        section = re.search(r"<p>(Args|Returns|Raises|Attributes):", page.read_text(encoding="utf-8"))
+        assert section is None, f"{page.relative_to(tmp_path)}: {section.group()}"
