@@ -41,7 +41,8 @@ quick() {
   arguments=()
   local argument
   for argument in "$@"; do
-    [[ "$argument" =~ ^(nnUNetTrainer(MACL|MACLPaper|MACLSemi)?)(_([0-9]+epochs?|short))?$ ]] && argument="${BASH_REMATCH[1]}_quick"
+    [[ "$argument" =~ ^(nnUNetTrainer(MACL|MACLPaper|MACLSemi)?)(_([0-9]+epochs?|short))?$ ]] &&
+      argument="${BASH_REMATCH[1]}_quick"
     arguments+=("$argument")
   done
   [[ " $* " == *" -tr "* ]] || arguments+=(-tr nnUNetTrainer_quick)
