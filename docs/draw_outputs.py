@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from io import BytesIO
@@ -103,9 +104,12 @@ def upper_part(page: str, tables: int = 2) -> str:
 
 def terminal(text: str, folder: Path, width: int = 100) -> str:
     """Return an SVG that shows lines of text as a terminal does. It is dark, so that every page can show it."""
-    lines = []
-    for line in text.replace(str(folder), "~").rstrip().splitlines():
-        lines += [line[start : start + width] for start in range(0, max(len(line), 1), width)]
+    text = text.replace(str(folder), "~").replace(sys.prefix, "~/.venv")
+    lines = [
+        part
+        for line in text.rstrip().splitlines()
+        for part in textwrap.wrap(line, width, subsequent_indent=8 * " ", break_on_hyphens=False) or [""]
+    ]
     height = 17 * len(lines) + 24
     rows = [
         f'<text x="14" y="{27 + 17 * number}" fill="{colour(line)}" xml:space="preserve">{escape(line)}</text>'
