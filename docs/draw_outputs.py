@@ -19,7 +19,6 @@ import tempfile
 import textwrap
 from collections.abc import Sequence
 from html import escape
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
@@ -66,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verdict = (folder / "study" / "compare.md").read_text()
     (PICTURES / "verdict.svg").write_text(terminal(f"$ head compare.md\n{upper_part(verdict)}", folder))
     shrink(fold / "progress.png", "progress.png")
-    shrink(fold / "views.png", "views.png")
+    shrink(fold / "views.png", "views.png", width=700, upper=0.53)
     shrink(folder / "study" / "compare.png", "compare.png")
-    photograph(fold / "report.html", "report.png")
+    photograph((fold / "report.html").read_text(encoding="utf-8").replace(str(folder), "~"), "report.png")
 
 
 def run(folder: Path, command: str, result: Path, code: int = 0, **variables: str) -> str:
@@ -133,24 +132,26 @@ def colour(line: str) -> str:
     return {"$": "#8ab4f8", "ok": "#8ddb8c", "WRONG": "#ff7b72", "--": "#f0c36d"}.get(first, "#e4e7eb")
 
 
-def shrink(source: Path | BytesIO, name: str, width: int = 900) -> None:
-    """Write a picture of at most this many pixels across, with 128 colours, so that it is small."""
+def shrink(source: Path, name: str, width: int = 900, upper: float = 1.0) -> None:
+    """Write the upper part of a picture, at most so many pixels across and with 128 colours, so that the file is small."""
     image = Image.open(source).convert("RGB")
+    image = image.crop((0, 0, image.width, round(upper * image.height)))
     image.thumbnail((width, 10 * width), Image.Resampling.LANCZOS)
     image.quantize(128, dither=Image.Dither.NONE).save(PICTURES / name, optimize=True)
 
 
-def photograph(page: Path, name: str) -> None:
-    """Write a picture of the top of a page, as a browser shows it."""
+def photograph(page: str, name: str) -> None:
+    """Write a picture of the top of an HTML page, as a browser shows it."""
     browser = next((found for known in BROWSERS if (found := shutil.which(known))), None)
     if browser is None:
         print(f"{name} is not drawn, because no browser was found. Known are: {', '.join(BROWSERS)}")
         return
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / name
+        file, html = Path(folder) / name, Path(folder) / "page.html"
+        html.write_text(page, encoding="utf-8")
         # A browser that the root of a container starts has no sandbox.
-        options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1000,1100", f"--screenshot={file}"]
-        subprocess.run([browser, *options, page.as_uri()], check=True, capture_output=True)
+        options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1000,1350", f"--screenshot={file}"]
+        subprocess.run([browser, *options, html.as_uri()], check=True, capture_output=True)
         shrink(file, name)
 
 
