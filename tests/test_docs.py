@@ -3,11 +3,12 @@
 import json
 import re
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
 
-from nnunetv2_macl import __version__
+from nnunetv2_macl import _FOUND_IN, __version__
 from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.recipe import load_recipe
 
@@ -97,3 +98,21 @@ def test_every_option_in_the_text_is_one_of_its_command(page):
 
 def test_the_version_is_one():
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_api_reference_can_be_built(tmp_path):
+    """pdoc renders each module, and each docstring with its sections."""
+    pdoc = pytest.importorskip("pdoc")
+    pdoc.render.configure(docformat="google")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="pdoc")
+        # pdoc does not find the types of a dataclass that another module exports, and then sets no links to them.
+        warnings.filterwarnings("ignore", "Error parsing type annotation")
+        pdoc.pdoc("nnunetv2_macl", output_directory=tmp_path)
+    for name, module in _FOUND_IN.items():
+        page = tmp_path.joinpath("nnunetv2_macl", *module.split(".")).with_suffix(".html")
+        assert f'id="{name}"' in page.read_text(encoding="utf-8"), f"{page} does not have {name}"
+    for page in tmp_path.rglob("*.html"):
+        # pdoc leaves a section that it does not understand as a paragraph.
+        section = re.search(r"<p>(Args|Returns|Raises|Attributes):", page.read_text(encoding="utf-8"))
+        assert section is None, f"{page}: {section.group()}"

@@ -31,6 +31,8 @@ torchrun() {
   while [[ "$1" != nnUNetv2_train_macl_pretrain ]]; do shift; done
   command torchrun --standalone --nproc_per_node 2 --no-python "$@" $SHORT
 }
+# nnU-Net starts this many processes for each validation and prediction, and each imports torch
+export nnUNet_def_n_proc=1
 export SLURM_JOB_NODELIST=here SLURM_NNODES=1 SLURM_JOB_ID=1
 scontrol() { echo localhost; }
 srun() { "$@"; }
@@ -39,7 +41,8 @@ quick() {
   arguments=()
   local argument
   for argument in "$@"; do
-    [[ "$argument" =~ ^(nnUNetTrainer(MACL|MACLPaper|MACLSemi)?)(_[0-9]+epochs?)?$ ]] && argument="${BASH_REMATCH[1]}_quick"
+    [[ "$argument" =~ ^(nnUNetTrainer(MACL|MACLPaper|MACLSemi)?)(_([0-9]+epochs?|short))?$ ]] &&
+      argument="${BASH_REMATCH[1]}_quick"
     arguments+=("$argument")
   done
   [[ " $* " == *" -tr "* ]] || arguments+=(-tr nnUNetTrainer_quick)
