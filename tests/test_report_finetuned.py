@@ -14,8 +14,8 @@ from nnunetv2_macl.report.finetuned import _coloured, _epochs, _from_the_worst_o
 ABOUT = """2026-01-01 00:00:00.0: MACL weights from /data/my run/macl_encoder.pth, /data/my run/macl_decoder.pth
   encoder: 64 of 64 tensors taken
   decoder: 8 of 60 tensors taken
-  for SGD, kernels before an instance norm are scaled to the size of fresh ones: the same function
-  They are of another network: input_channels is 2 there and 1 here
+  for SGD, kernels before an instance norm are scaled to their initial norms; the function is the same
+  The weights are of another network: input_channels is 2 there and 1 here
   part  tensors taken  how  why
   The images of this fold's validation cases were among the pre-training images, without their labels. To leave them out: X
 2026-01-01 00:00:01.0: WARNING: these weights are of a run that collapsed: L_g
@@ -33,7 +33,7 @@ def log(epochs, through=True, rate=0.01):
 
 @pytest.fixture
 def folder(workspace):
-    """Of a training that ended, without a validation."""
+    """Return the folder of a finished training without a validation."""
     target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     folder = workspace.run_folder("nnUNetTrainerMACL", fold=0)
     folder.mkdir(parents=True)

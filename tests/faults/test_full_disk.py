@@ -126,7 +126,7 @@ def test_a_run_whose_disk_fills_goes_on_once_there_is_space(workspace, small_dis
     small_disk(workspace.results, "size=45m")  # one checkpoint, not two
     folder = workspace.run_folder("nnUNetTrainerMACLPretrain")
     with pytest.raises(
-        UserError, match=rf"checkpoint_final.pth {FULL} and try again. To go on then, type:\n +nnUNetv2.* --c"
+        UserError, match=rf"checkpoint_final.pth {FULL} and try again.*type:\n +nnUNetv2.* --c"
     ):
         run(recipe="macl_restore", **SHORT)
     assert checkpoints.load(folder / resume.LATEST)["current_epoch"] == 1

@@ -97,7 +97,7 @@ def test_kernels_that_grew_are_scaled_back_for_sgd_alone(workspace, monkeypatch,
     for key in kernels:
         torch.testing.assert_close(after[key], -size * fresh[key])
     log = next(Path(trainer.output_folder).glob("training_log*")).read_text()
-    assert ("scaled to the size of fresh ones" in log) == (optimizer == "sgd")
+    assert ("kernels before an instance norm are scaled" in log) == (optimizer == "sgd")
 
 
 def test_validation_images_that_pre_training_saw_are_told(workspace):
@@ -253,7 +253,7 @@ def test_weights_of_a_network_with_other_channels_from_nnssl(pretrained, tmp_pat
     file = tmp_path / "nnssl.pth"
     checkpoints.save({"network_weights": weights, "nnssl_adaptation_plan": plan, "citations": ["cite me"]}, file)
     shown = pretrained.run("nnUNetv2_macl_transfer", file, "901", "-c", "2d")
-    assert "of another network, input_channels is 3 there and 1 here" in shown
+    assert "another network, input_channels is 3 there and 1 here" in shown
     table = shown[shown.index("part ") :].strip().splitlines()
     assert "3 image channels there, 1 here" in table[1] and "adapted" in table[1]
     out = pretrained.train("3", "-tr", QUICK, nnUNet_macl_weights=str(file))
