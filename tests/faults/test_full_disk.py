@@ -125,9 +125,7 @@ SHORT = {"num_epochs": 2, "num_iterations_per_epoch": 1, "batch_size": 4}
 def test_a_run_whose_disk_fills_goes_on_once_there_is_space(workspace, small_disk):
     small_disk(workspace.results, "size=45m")  # one checkpoint, not two
     folder = workspace.run_folder("nnUNetTrainerMACLPretrain")
-    with pytest.raises(
-        UserError, match=rf"checkpoint_final.pth {FULL} and try again.*type:\n +nnUNetv2.* --c"
-    ):
+    with pytest.raises(UserError, match=rf"checkpoint_final.pth {FULL} and try again.*type:\n +nnUNetv2.* --c"):
         run(recipe="macl_restore", **SHORT)
     assert checkpoints.load(folder / resume.LATEST)["current_epoch"] == 1
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")] and not (folder / resume.FINAL).exists()
