@@ -1,4 +1,4 @@
-"""A training step on a small U-Net, for tests that compare one way of computing it with another."""
+"""Training steps on a small U-Net, for tests that compare two ways of computing a step."""
 
 from dataclasses import replace
 
@@ -32,14 +32,14 @@ def recipe_of(**values):
 
 
 def model_of(unet, patch, recipe=None, **levels):
-    """The methods of a recipe around a U-Net; scale, K and e from the recipe, or as they are given."""
+    """Return the model of a recipe around a U-Net. ``levels`` replaces the default levels of the geometry."""
     recipe = recipe or recipe_of()
     geometry = Geometry(patch_size=list(patch), **({"decoder_stages": 1, "auxiliary_stage": 4} | levels))
     return PretrainingModel(pretrainable(unet, geometry.decoder_stages), geometry, recipe)
 
 
 def embeddings_of(model, patches):
-    """What each method compares of patches, together, as in the first step of a training."""
+    """Return the embeddings of all methods for patches, as in the first step of a training."""
     random = StepRandom(0, 0, len(patches), slice(None), patches.shape[1], tuple(patches.shape[2:]))
     numbers, found = to_device(model.views.draw(random), patches.device), {}
     for method in model:

@@ -73,7 +73,7 @@ class Options:
         if self.pretrain_batch_size is not None and self.pretrain_batch_size < 2:
             raise UserError(f"--pretrain_batch_size must be 2 or more, got {self.pretrain_batch_size}.")
         if wrong := [rate for rate in self.rates if not 0 < rate < 1]:
-            raise UserError(f"--rates must lie between 0 and 1, got {wrong[0]:g}.")
+            raise UserError(f"--rates must be between 0 and 1, got {wrong[0]:g}.")
         if len(set(self.rates)) < len(self.rates):
             raise UserError(f"--rates has a rate twice: {' '.join(f'{rate:g}' for rate in self.rates)}. Give it once.")
         arms = [parse_arm(text) for text in self.arms]

@@ -60,7 +60,7 @@ def describe_run(folder: Path, device: str) -> dict[str, Any]:
 
 
 def _plan(run: Run) -> list[tuple[str, str]]:
-    """Return the derived values of the plan as text, and the reason of each."""
+    """Return the derived values of the plan as text, with the reason of each."""
     rows = []
     for keys, reason in run.plan.reasons.items():
         values = ", ".join(
