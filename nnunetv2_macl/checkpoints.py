@@ -1,4 +1,4 @@
-"""Weights on disk: written whole or not at all, read without running what is in them."""
+"""Write weights completely or not at all, and read them without running code from the file."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ FORMAT_VERSION = 1
 
 
 def save(content: dict[str, Any], file: Path, *, checksum: bool = False) -> None:
-    """`torch.save`, whole or not at all.
+    """Save a checkpoint with `torch.save`, completely or not at all.
 
     Args:
-        content: tensors and plain types.
-        file: to write.
-        checksum: write its side-car too, see `files.checksum_path`.
+        content: Tensors and plain types.
+        file: File to write.
+        checksum: Whether to write a checksum file too, see `files.checksum_path`.
 
     Raises:
-        UserError: as `atomic_write` does.
+        UserError: The file could not be written, see `atomic_write`.
     """
-    # a kill between the two leaves a file without a side-car, never one with another's
+    # remove the old checksum first, so that a killed process leaves no file with a wrong checksum
     with contextlib.suppress(OSError):
         checksum_path(file).unlink()
     atomic_write(file, lambda stream: torch.save(content, stream), needed=_size(content))
@@ -40,7 +40,7 @@ def save(content: dict[str, Any], file: Path, *, checksum: bool = False) -> None
 
 
 def _size(content: Any) -> int:
-    """Bytes of the tensors in it."""
+    """Return the size of all tensors in bytes."""
     if isinstance(content, Tensor):
         return content.nbytes
     if isinstance(content, dict):
@@ -49,10 +49,10 @@ def _size(content: Any) -> int:
 
 
 def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Load a checkpoint that holds tensors, plain types and numpy's numbers only: nothing in the file is run.
+    """Load a checkpoint of tensors, plain types and numpy's numbers, without running code from the file.
 
     Raises:
-        UserError: no such file, damaged, or holding anything else; names the file.
+        UserError: The file does not exist, is damaged, or holds anything else. The message names the file.
     """
     verify(file)
     with _numpy_numbers_allowed():
@@ -66,7 +66,7 @@ def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def _numpy_numbers_allowed() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which `torch.load` also takes numpy's numbers and arrays, as nnU-Net's checkpoints hold them."""
+    """Return a context in which `torch.load` also accepts numpy's numbers and arrays, which nnU-Net's checkpoints contain."""
     if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # torch before 2.6
         return contextlib.nullcontext()
     allowed: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS"}]
@@ -78,7 +78,7 @@ def _numpy_numbers_allowed() -> contextlib.AbstractContextManager[Any]:
 
 
 def _why_not(file: Path, error: Exception) -> str:
-    """Return why `torch.load` refused a file, as one sentence without torch's advice to run what is in the file."""
+    """Return why `torch.load` refused a file, without torch's advice to run code from the file."""
     objects: list[str] = []
     with contextlib.suppress(Exception):  # a file of another format, or torch before 2.6
         objects = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
@@ -88,17 +88,19 @@ def _why_not(file: Path, error: Exception) -> str:
             f"it holds more than tensors and plain values, namely {', '.join(objects[:3])}{more}. Loading such objects can "
             "run code that is in the file, so this package does not load them."
         )
-    # torch puts the advice to run what is in the file before the reason
+    # torch puts the advice to run code from the file before the reason
     reason = (str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines() or [""])[0]
     # torch prints a part of its messages in bold
     reason = re.sub(r"\x1b\[\d*m", "", reason).rstrip(". ")
-    return f"torch cannot read it ({type(error).__name__}: {reason}). The file is damaged, or no file of torch.save."
+    return (
+        f"torch cannot read it ({type(error).__name__}: {reason}). The file is damaged, or torch.save did not write it."
+    )
 
 
 # --- exported weights ----------------------------------------------------------------------------------------------------
 
 ENCODER_FILE, DECODER_FILE, NETWORK_FILE = "macl_encoder.pth", "macl_decoder.pth", "macl_network.pth"
-# what nnU-Net's training leaves at its end
+# nnU-Net writes this file at the end of a training
 NNUNET_FILE = "checkpoint_final.pth"
 
 CITATIONS = [
@@ -111,25 +113,22 @@ CITATIONS = [
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """Weights for a U-Net, by the U-Net's own names, and where they come from.
-
-    ``elsewhere`` names those that were trained too, and that another file of the run holds.
-    """
+    """Weights for a U-Net and their origin."""
 
     files: list[Path]
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor]  # by the U-Net's own names
     architecture: dict[str, Any]
     description: dict[str, Any]
-    elsewhere: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] = frozenset()  # names of trained weights that only another file of the run holds
 
     @property
     def channel_names(self) -> list[str]:
-        """Names of the image channels that the weights were trained on; none where that is not known."""
+        """Return the names of the image channels that the weights were trained on; empty if unknown."""
         return (self.description.get("dataset_fingerprint") or {}).get("channel_names") or []
 
     @property
     def origin(self) -> str:
-        """Who trained the weights: MACL, nnssl, nnU-Net or the MACL authors."""
+        """Return who trained the weights: MACL, nnssl, nnU-Net or the MACL authors."""
         known = {"nnssl": "nnssl", "nnunet": "nnU-Net", "macl_authors": "the MACL authors'"}
         return known.get(str(self.description.get("kind")), "MACL")
 
@@ -142,18 +141,18 @@ def export_weights(
     unet_weights: dict[str, Tensor],
     description: dict[str, Any],
 ) -> None:
-    """Write what pre-training made: ``macl_encoder.pth``, ``macl_decoder.pth`` and ``macl_network.pth``.
+    """Write the weights of a pre-training: ``macl_encoder.pth``, ``macl_decoder.pth`` and ``macl_network.pth``.
 
     Args:
-        folder: of the run.
-        encoder, decoder: trained weights by the U-Net's own names.
-        unet_weights: the whole U-Net's state dict, untrained layers freshly initialised. The trained ones are put in. The
-            first convolution of a cascade's second stage has more inputs than were trained; these stay fresh.
-        description: architecture, data, recipe, losses: plain JSON types. ``network_input_channels`` are those of the whole
-            U-Net, where it has more than images.
+        folder: Folder of the run.
+        encoder, decoder: Trained weights by the U-Net's own names.
+        unet_weights: Initial state dict of the whole U-Net, in which the trained weights replace the initial ones. The first
+            convolution of a cascade's second stage has further inputs, whose weights stay as they are.
+        description: Architecture, data, recipe and losses, as plain JSON types. ``network_input_channels`` is the number of
+            inputs of the whole U-Net, which may have more inputs than image channels.
 
     Raises:
-        UserError: a file could not be written.
+        UserError: A file could not be written.
     """
     trained = encoder | decoder
     taken = under_all_names(unet_weights, trained)
@@ -174,19 +173,19 @@ def export_weights(
             **description,
         }
         if kind == "macl_network":
-            # what nnU-Net's own checkpoints say, for tools that ask
+            # keys of nnU-Net's own checkpoints, for tools that read them
             content |= {"trainer_name": "nnUNetTrainer", "init_args": {"configuration": description["configuration"]}}
             content["fresh_inputs"] = fresh_inputs
         save(content, folder / name, checksum=True)
 
 
 def first_names(state: dict[str, Tensor]) -> dict[str, str]:
-    """Return the first name in a state dict of each tensor, by each of its names.
+    """Return the first name of each tensor in a state dict, by each of its names.
 
-    A network that uses a module in two places lists its weights twice: nnU-Net's decoder has the encoder as its own too.
+    A network that uses a module in two places lists its weights twice: nnU-Net's decoder also contains the encoder.
     """
     first: dict[tuple, str] = {}
-    # state_dict() gives a new tensor over the same memory for each of a parameter's names
+    # compare memory, because state_dict() returns a new tensor for each name of a parameter
     return {
         key: first.setdefault((value.device, value.data_ptr(), value.shape, value.stride()), key)
         for key, value in state.items()
@@ -200,7 +199,7 @@ def under_all_names(state: dict[str, Tensor], weights: dict[str, Tensor]) -> dic
 
 
 def pad_input_channels(trained: Tensor, fresh: Tensor) -> Tensor:
-    """The stem of a cascade's second stage has more inputs than images have channels: these stay fresh."""
+    """Return trained weights, completed with fresh ones for the further inputs of a cascade's second stage."""
     if trained.shape == fresh.shape:
         return trained
     fitted = fresh.clone()
@@ -209,7 +208,7 @@ def pad_input_channels(trained: Tensor, fresh: Tensor) -> Tensor:
 
 
 def _detached(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU; a tensor that stands under several names stays one, and is written once."""
+    """Return copies on the CPU. A tensor with several names is copied, and so written, only once."""
     names = first_names(weights)
     copies = {first: weights[first].detach().cpu().clone() for first in names.values()}
     return {key: copies[first] for key, first in names.items()}
@@ -228,10 +227,10 @@ def load_weights(path: Path) -> PretrainedWeights:
     """Read exported weights.
 
     Args:
-        path: a run's folder (encoder and decoder), or one of the three files (what it holds).
+        path: Folder of a run, for encoder and decoder, or one of the three files, for its content.
 
     Raises:
-        UserError: nothing there, damaged, or no weights of this package; names the file.
+        UserError: The file does not exist, is damaged, or holds no weights of this package. The message names the file.
     """
     if path.is_dir():
         files = [path / ENCODER_FILE, path / DECODER_FILE]
@@ -260,7 +259,7 @@ def load_weights(path: Path) -> PretrainedWeights:
             )
         if content.get("format_version") != FORMAT_VERSION:
             raise UserError(
-                f"{file} has format version {content.get('format_version')!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "
+                f"{file} has format version {content.get('format_version')!r}, but this nnunetv2_macl reads {FORMAT_VERSION}. "
                 "Type: pip install --upgrade nnunetv2-macl"
             )
         try:
@@ -277,7 +276,7 @@ def load_weights(path: Path) -> PretrainedWeights:
 
 
 def first_difference(theirs: Any, ours: Any, name: str = "") -> str | None:
-    """First place where two architectures differ, in words, or None."""
+    """Return a text that names the first difference between two architectures, or None."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in sorted(theirs.keys() | ours.keys()):
             difference = first_difference(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)

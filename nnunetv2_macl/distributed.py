@@ -1,8 +1,8 @@
-"""Ranks of torch.distributed: this one's share of a batch, and what of the whole batch each rank needs.
+"""Distribute a batch over the ranks of torch.distributed, with the gradients of a single process.
 
-Every rank computes the same loss, of the embeddings of the whole batch. So the gradient at the gathered embeddings is known on
-each rank and needs no communication; the gradients of the weights are summed over ranks. Together they are what one process with
-the whole batch would have.
+Every rank computes the same loss from the embeddings of the whole batch. Each rank therefore knows the gradient at the gathered
+embeddings without communication. The gradients of the weights are summed over the ranks, and equal those of a single process
+with the whole batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# ranks wait for rank 0 to preprocess, which may take days
+# the other ranks wait while rank 0 preprocesses, which may take days
 _PREPROCESS_TIMEOUT = timedelta(days=30)
 
 
@@ -36,12 +36,12 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Number of this rank on its machine, as torchrun has set it: which GPU is its own."""
+    """Return the number of this rank on its machine, which is the number of its GPU. torchrun sets it."""
     return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def ranks_on_this_machine() -> int:
-    """Number of ranks that share this machine, as torchrun has set it."""
+    """Return the number of ranks on this machine. torchrun sets it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_distributed() else 1
 
 
@@ -50,7 +50,7 @@ def started_by_torchrun() -> bool:
 
 
 def local_slice(patches: int, of_rank: int | None = None) -> tuple[int, int]:
-    """Return first and last+1 patch of a rank, by default this one; the first ranks take one more where there is a rest."""
+    """Return first and last+1 patch of a rank, by default this one. The first ranks take one more if there is a remainder."""
     number = rank() if of_rank is None else of_rank
     each, rest = divmod(patches, world_size())
     first = number * each + min(number, rest)
@@ -62,13 +62,13 @@ def gather(local: Tensor, patches: int) -> Tensor:
 
     Args:
         local: One row for each patch of this rank's `local_slice`.
-        patches: N, of all ranks.
+        patches: N, number of patches of all ranks.
     """
     return gather_all({"": local}, patches)[""]
 
 
 def gather_all(local: dict[str, Tensor], patches: int) -> dict[str, Tensor]:
-    """Gather several tensors as `gather` does, in one message; half precision becomes float32 where they differ."""
+    """Gather several tensors like `gather`, in one message. If their precisions differ, half precision becomes float32."""
     if world_size() == 1 or not local:
         return local
     rows = [tensor.detach().reshape(len(tensor), -1) for tensor in local.values()]
@@ -82,7 +82,7 @@ def gather_all(local: dict[str, Tensor], patches: int) -> dict[str, Tensor]:
 def _all_rows(local: Tensor, patches: int) -> Tensor:
     """Return the rows of all ranks, without gradients."""
     sizes = [last - first for first, last in (local_slice(patches, number) for number in range(world_size()))]
-    # all_gather wants one shape: pad to the largest share
+    # pad to the largest share, because all_gather needs equal shapes
     padded = local.new_zeros(max(sizes), *local.shape[1:])
     padded[: len(local)] = local
     parts = [torch.empty_like(padded) for _ in sizes]
@@ -91,10 +91,10 @@ def _all_rows(local: Tensor, patches: int) -> Tensor:
 
 
 class _Gathered(torch.autograd.Function):
-    """Joins the rows of a tensor to those of all ranks.
+    """Replaces the rows of this rank by those of all ranks, and returns the gradient of this rank's rows.
 
-    Each tensor has its own, so that one which the loss does not use has no gradient, as in one process. With a gradient of 0
-    an optimiser would still move the weights behind it, by its momentum and the weight decay.
+    Each tensor is gathered separately, so that a tensor that the loss does not use has no gradient, as in a single process. With
+    a gradient of 0, momentum and weight decay would still change the weights.
     """
 
     @staticmethod
@@ -108,13 +108,14 @@ class _Gathered(torch.autograd.Function):
 
 
 class GradientSum:
-    """Adds up the gradients of all ranks in buckets, while the backward pass that completes them still runs.
+    """Sums the gradients of all ranks in buckets, while the backward pass still runs.
 
-    Every rank sends the buckets in one order, the weights' own turned round, since the last layers have their gradients first.
+    Every rank sends the buckets in the same order: that of the weights reversed, because the last layers get their gradients
+    first.
 
     Args:
-        module: The network. Only parameters that have a gradient when they are sent are added up, the same on every rank.
-        bucket_bytes: Size of a message. Small ones overlap better, large ones are what a slow network likes.
+        module: The network. Parameters without a gradient are left out, and must be the same on all ranks.
+        bucket_bytes: Size of a message. Small messages overlap better; large ones suit a slow network.
     """
 
     def __init__(self, module: nn.Module, bucket_bytes: int = 25 * 2**20) -> None:
@@ -136,7 +137,7 @@ class GradientSum:
 
     @contextmanager
     def last_backward(self) -> Iterator[None]:
-        """Send each bucket as soon as its gradients are there. Only the last backward pass of a step may be in here."""
+        """Within the context, send each bucket once its gradients are complete. Use it for the last backward pass of a step."""
         self._missing, self._is_last = [len(bucket) for bucket in self._buckets], True
         try:
             yield
@@ -144,7 +145,7 @@ class GradientSum:
             self._is_last = False
 
     def finish(self) -> None:
-        """Send what was not sent, wait for all, and put the sums in the gradients' place."""
+        """Send the remaining buckets, wait for all, and replace the gradients by their sums."""
         while len(self._sent) < len(self._buckets):
             self._send()
         for work, flat, gradients in self._sent:
@@ -177,7 +178,7 @@ def broadcast_module(module: nn.Module) -> None:
 
 
 def any_rank(true_here: bool) -> bool:
-    """Whether something is true on at least one rank: what all ranks must decide alike."""
+    """Return whether a condition is true on at least one rank. The result is the same on all ranks."""
     if world_size() == 1:
         return true_here
     flag = torch.tensor([float(true_here)])
@@ -186,15 +187,12 @@ def any_rank(true_here: bool) -> bool:
 
 
 def wait_for_all() -> None:
-    """Wait until every rank is here, however long that takes.
-
-    Ranks that wait in an exchange of gradients instead would be ended by NCCL after ten minutes.
-    """
+    """Wait for all ranks without a time limit, because NCCL ends ranks that wait for gradients longer than ten minutes."""
     any_rank(False)
 
 
 def broadcast_object(value: Any) -> Any:
-    """What rank 0 has, on every rank."""
+    """Return the value of rank 0 on every rank."""
     if world_size() == 1:
         return value
     values = [value]
@@ -204,16 +202,16 @@ def broadcast_object(value: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _slow_group() -> dist.ProcessGroup:
-    """All ranks, on the CPU, for what may take longer than an exchange of gradients ever should."""
+    """Return a group of all ranks on the CPU, with a timeout that is long enough for preprocessing."""
     return dist.new_group(backend="gloo", timeout=_PREPROCESS_TIMEOUT)  # type: ignore[return-value]
 
 
 @contextmanager
 def rank_zero_first() -> Iterator[bool]:
-    """The others wait at the end until rank 0 is through its body; yields whether this is rank 0.
+    """Yield whether this is rank 0, and let the other ranks wait at the end of the body for rank 0.
 
     Raises:
-        SystemExit: on the other ranks, where rank 0 failed. It has said why.
+        SystemExit: On the other ranks, if rank 0 failed. Rank 0 has printed the reason.
     """
     failed = True
     try:
@@ -225,7 +223,7 @@ def rank_zero_first() -> Iterator[bool]:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over ranks. What the sum is used for on each rank has a gradient of its own: they are summed as well."""
+    """Sums a tensor over the ranks. The gradient is summed too, because every rank uses the sum."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
@@ -241,15 +239,15 @@ class _Sum(torch.autograd.Function):
 
 
 class SynchronisedBatchNorm(_BatchNorm):
-    """Batch norm over the patches of all ranks, on any device: torch's own is for GPUs only."""
+    """Batch norm over the patches of all ranks, on any device. torch's own layer supports only GPUs."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of axes will do."""
+        """Accept any number of axes."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(input)
-        # statistics in half precision would lose what they are for
+        # compute statistics in float32, because half precision is too coarse for them
         values = input if input.dtype == torch.float64 else input.float()
         axes = [0, *range(2, input.ndim)]
         shape = [1, -1, *[1] * (input.ndim - 2)]
@@ -275,11 +273,11 @@ class SynchronisedBatchNorm(_BatchNorm):
 
 
 def synchronise_batch_norm(module: nn.Module, device_type: str = "cpu") -> nn.Module:
-    """Return the network with every batch norm over the patches of all ranks; parameters and their names stay.
+    """Return the network with every batch norm over the patches of all ranks. Parameters and their names stay.
 
     Args:
-        module: Changed in place.
-        device_type: Where it will be trained. On a GPU torch's own layer does it, which is faster and takes less memory.
+        module: The network, which is changed in place.
+        device_type: Device of the training. On a GPU torch's own layer is used, which is faster and needs less memory.
     """
     if device_type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)

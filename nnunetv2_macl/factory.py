@@ -1,4 +1,4 @@
-"""The model, the optimiser and the schedule of the learning rate that a recipe asks for."""
+"""Build the model, the optimiser and the schedule of the learning rate for a recipe."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from nnunetv2_macl.recipe import PaddingMode, Recipe
 def build_model(
     configuration: DatasetConfiguration, geometry: Geometry, recipe: Recipe, unet: nn.Module | None = None
 ) -> PretrainingModel:
-    """Return what is trained: the methods of a recipe around a segmentation network.
+    """Return the model that is pre-trained: the methods of a recipe around a segmentation network.
 
     Args:
-        configuration: Of nnU-Net.
-        geometry: What the methods read of the network, and the patches.
-        recipe: Names the methods.
-        unet: The segmentation network; None builds nnU-Net's own for the configuration.
+        configuration: Configuration of nnU-Net.
+        geometry: Patch sizes, and the parts of the network that the methods use.
+        recipe: Recipe that names the methods.
+        unet: The segmentation network. None builds nnU-Net's network for the configuration.
 
     Raises:
-        UserError: The network is of a family that cannot be pre-trained, or takes no patches of the size that the methods show.
+        UserError: The network's family cannot be pre-trained, or the network does not accept the methods' patch size.
     """
     if unet is None:
         manager = configuration.manager
@@ -52,9 +52,9 @@ def build_model(
         if network.only_patch_size not in (None, tuple(size)):
             name = type(unet).__name__
             raise UserError(
-                f"The method {recipe.method} shows the network patches of {_by(size)}, and {name} takes patches of "
-                f"{_by(network.only_patch_size)} alone, because its position embeddings are learned for that size. Take a method "
-                "that shows patches of nnU-Net's own size: -recipe restore"
+                f"The method {recipe.method} uses patches of {_by(size)}, but {name} accepts only patches of "
+                f"{_by(network.only_patch_size)}, because its position embeddings are learned for this size. Use a method with "
+                "patches of nnU-Net's own size: -recipe restore"
             )
     model = PretrainingModel(network, geometry, recipe)
     if recipe.padding_mode != "zeros":
@@ -67,18 +67,18 @@ def _by(size: Sequence[int] | None) -> str:
 
 
 def _set_padding_mode(model: PretrainingModel, mode: PaddingMode) -> None:
-    """Set what the convolutions of the network and of the heads see beyond the edge. No weight depends on it.
+    """Set the padding mode of the convolutions of the network and of the heads, which does not change any weight.
 
     Raises:
-        UserError: Reflection is asked for, and a map is one voxel wide, which leaves nothing to reflect.
+        UserError: The mode is reflection, but a map is one voxel wide and cannot be reflected.
     """
     for method in model:
         deepest = model.network.encoder_levels[-1].stride
         size = [n // s for n, s in zip(method.geometry.dominant_patch_size, deepest, strict=True)]
         if mode == "reflect" and min(size) < 2:
             raise UserError(
-                f"padding_mode is reflect, which needs two voxels on each axis, and the deepest map has {size}. "
-                "Take another one: --set padding_mode=replicate"
+                f"padding_mode is reflect, which needs two voxels on each axis, but the deepest map has {size}. "
+                "Use another mode: --set padding_mode=replicate"
             )
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
@@ -86,11 +86,11 @@ def _set_padding_mode(model: PretrainingModel, mode: PaddingMode) -> None:
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the optimiser of a recipe, with a group of their own for modules whose learning rate does not decay.
+    """Return the optimiser of a recipe, with a separate group for modules whose learning rate does not decay.
 
     Args:
         network: The model that is pre-trained, compiled or not.
-        recipe: Names the optimiser and its settings.
+        recipe: Recipe with the optimiser and its settings.
     """
     methods = [module for module in network.modules() if isinstance(module, Method)]
     constant = {p for m in methods for name in m.constant_rate_modules for p in m.get_submodule(name).parameters()}
@@ -102,8 +102,8 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     if recipe.optimizer == "sgd":
         settings["momentum"] = recipe.momentum
-    # One kernel for all weights, and no wait for the gradient scaler's check. SGD has it from torch 2.3 on. There it fails if
-    # some weights get their first gradient later than others, as with two training stages.
+    # The fused optimiser has one kernel for all weights and does not wait for the gradient scaler. Fused SGD exists from torch
+    # 2.3 on. It fails if some weights get their first gradient later than others, as with two training stages.
     is_possible = "fused" in inspect.signature(kind).parameters and (
         recipe.optimizer != "sgd" or not recipe.trains_in_stages
     )
@@ -122,9 +122,9 @@ def lr_factor(recipe: Recipe, step: int, schedule: str | None = None) -> float:
     """Return the fraction of the recipe's learning rate at a step: linear warm-up, then the schedule to 0.
 
     Args:
-        recipe: Of the run.
+        recipe: Recipe of the run.
         step: Number of the step.
-        schedule: Replaces the schedule of the recipe.
+        schedule: Schedule that replaces the recipe's, or None.
     """
     steps = recipe.num_epochs * recipe.num_iterations_per_epoch
     warmup = round(recipe.learning_rate_warmup * steps)
@@ -136,12 +136,12 @@ def lr_factor(recipe: Recipe, step: int, schedule: str | None = None) -> float:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of an optimiser and keep how this process computes the update.
+    """Load the state of an optimiser, but keep its implementation (``fused``, ``foreach``).
 
-    torch would take that from the state too, which may come from another device or from an earlier version.
+    torch would take the implementation from the state too, which may come from another device or an earlier version.
 
     Args:
-        optimizer: As `build_optimizer` has built it.
+        optimizer: An optimiser of `build_optimizer`.
         state: Its state dict from a checkpoint.
     """
     groups = [

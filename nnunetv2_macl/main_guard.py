@@ -1,4 +1,4 @@
-"""A user's own script that starts processes, which import it again."""
+"""Refuse a user's script that would run again in each process that it starts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _CONDITIONS = (ast.If, ast.BoolOp)
 
 
 def require_main_guard() -> None:
-    """Raise UserError where the running script calls this package outside of an ``if __name__ == "__main__":``.
+    """Raise UserError if the running script calls this package outside of ``if __name__ == "__main__":``.
 
-    A process that is spawned imports the script again. Without the guard, it would run the call again.
+    A spawned process imports the script again. Without the guard, it would run the call again.
     """
     main = sys.modules.get("__main__")
     file = getattr(main, "__file__", None)
@@ -26,14 +26,14 @@ def require_main_guard() -> None:
         return
     try:
         script = ast.parse(Path(file).read_bytes())
-    except (OSError, SyntaxError, ValueError):  # a program that is packed in another way
+    except (OSError, SyntaxError, ValueError):  # the main file of a packed program is not a script
         return
     guards = [node for node in ast.walk(script) if isinstance(node, _CONDITIONS) and _names_its_module(node)]
     line = _line_at_work(vars(main))
     if any(line is None or guard.lineno <= line <= (guard.end_lineno or line) for guard in guards):
         return
     raise UserError(
-        f"{file} would run again in each of the processes that are started now, because they import it. Put the lines "
+        f"{file} would run again in each of the processes that are started now, because these import the script. Put the lines "
         'that call this package below the line: if __name__ == "__main__":'
     )
 

@@ -1,4 +1,4 @@
-"""What the package tells while it is at work, on its way to a console or a log file."""
+"""Send messages of the package to a console or a log file, in any encoding."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from contextlib import contextmanager
 
 
 def show_any_character() -> None:
-    """Have this process show a character that its output's encoding lacks as an escape, instead of ending with an error."""
+    """Show characters that the output's encoding lacks as escapes, because printing them would raise an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def for_log_file(text: object) -> str:
-    """Return a text in which what a file of the system's encoding cannot hold is an escape: nnU-Net opens its log so."""
+    """Escape characters that the system's encoding lacks, because nnU-Net's log file has this encoding."""
     encoding = locale.getpreferredencoding(False)
     return str(text).encode(encoding, "backslashreplace").decode(encoding)
 
@@ -34,7 +34,7 @@ class _CallbackHandler(logging.Handler):
 
 @contextmanager
 def log_to(log: Callable[[str], object]) -> Iterator[None]:
-    """Meanwhile ``log`` is called with each message, from progress on."""
+    """Within the context, call ``log`` with each message of this package, from level INFO on."""
     logger, handler = logging.getLogger("nnunetv2_macl"), _CallbackHandler(log)
     level = logger.level
     logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""What a run shows of itself: curves with their reference lines, the collapse test, pictures of the views."""
+"""Monitor a run: reference values for its curves, detection of collapse, and pictures of curves and views."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from nnunetv2_macl.losses import positive_mask
 from nnunetv2_macl.methods.registry import all_methods, loss_labels, methods_of
 from nnunetv2_macl.recipe import Recipe
 
-# Unit vectors that vary less than this are one vector.
+# Unit vectors with a smaller variance count as equal.
 _SMALLEST_VARIANCE = 0.01
-# Vectors that vary in fewer directions than this lie on one line. A batch of fewer patches says too little about it.
+# Vectors with a smaller effective rank vary in one direction only. The rank of a smaller batch is not reliable.
 _SMALLEST_RANK, _MIN_BATCH = 1.05, 8
-# Epochs can be a few steps long; before this many the loss says little.
+# No test for collapse before this number of steps, because the first losses say little and epochs may be short.
 _MIN_STEPS = 40
 _LINE_COLOURS = ("C3", "C1", "C2", "C7")
 
 
 def reference_lines(recipe: Recipe, batch_size: int, means: Mapping[str, float]) -> dict[str, float]:
-    """Return the values to read the curves of a run against, by name.
+    """Return reference values for the curves of a run, by name.
 
     Args:
-        recipe: Of the run.
-        batch_size: N, patches of a step.
+        recipe: Recipe of the run.
+        batch_size: N, number of patches per step.
         means: Mean statistics of the epoch.
     """
     return {k: v for m in methods_of(recipe.method) for k, v in m.reference_lines(recipe, batch_size, means).items()}
@@ -43,15 +43,15 @@ def collapse_reason(
 ) -> str | None:
     """Return why the run counts as collapsed, or None.
 
-    The embeddings tell it for every method: they no longer vary between images, or in one direction only. A method may know
-    more from its losses.
+    With every method, collapsed embeddings do not vary between images, or vary in one direction only. Some methods also
+    recognise collapse by their losses.
 
     Args:
-        recipe: Of the run.
-        batch_size: N, patches of a step.
-        means: Losses and statistics of the epoch, as far as there are any.
-        before: The losses of the epoch before; empty in the first.
-        steps_done: Since the run began.
+        recipe: Recipe of the run.
+        batch_size: N, number of patches per step.
+        means: Mean losses and statistics of the epoch; a value may be missing.
+        before: Losses of the previous epoch; empty in the first epoch.
+        steps_done: Number of steps since the run began.
     """
     if steps_done < _MIN_STEPS:
         return None
@@ -67,7 +67,7 @@ def collapse_reason(
 
 
 def collapse_advice(recipe: Recipe) -> str:
-    """Return what to try against collapse, by the names of recipe keys, what helped most first."""
+    """Return advice against collapse that names keys of the recipe, the most effective one first."""
     tries = [advice for method in methods_of(recipe.method) for advice in method.collapse_advice(recipe)]
     tries.append(f"another learning_rate (now {recipe.learning_rate:g}) or optimizer (now {recipe.optimizer})")
     return (
@@ -80,12 +80,12 @@ def collapse_advice(recipe: Recipe) -> str:
 
 
 def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
-    """``progress.png``: each loss with its reference lines, embedding variance, learning rate, speed; over epochs."""
+    """Draw ``progress.png``: losses with reference lines, embedding variance, learning rate and speed over the epochs."""
     labels = loss_labels()
     names = [name for name in labels if log.get(f"train_losses/{name}")]
     varies = bool(log.get("embedding_variance"))
     panels = len(names) + varies + 2
-    # Without pyplot, which other threads may be using.
+    # Without pyplot, because pyplot is not safe in threads.
     figure = Figure(figsize=(11, 3.2 * panels))
     axes = figure.subplots(panels, 1, sharex=True)
     epochs = range(len(log["lrs"]))
@@ -100,7 +100,7 @@ def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
         _line(axes[-3], epochs, log["embedding_variance"], "variance of features between images (0: collapsed)", "C4")
         axes[-3].set_ylim(0, 1.02)
     _line(axes[-2], epochs, log["lrs"], "learning rate", "C5")
-    _line(axes[-1], epochs, log["patches_per_second"], "patches a second", "C6")
+    _line(axes[-1], epochs, log["patches_per_second"], "patches per second", "C6")
     axes[-1].set_ylim(0, 1.1 * max(log["patches_per_second"]))
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel("epoch")
@@ -112,7 +112,7 @@ def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
 
 
 def lines_of(loss: str) -> dict[str, str]:
-    """Return the reference lines that belong to the curve of a loss: each label by name."""
+    """Return the labels of the reference lines of a loss, by the name of the line."""
     return {k: v for m in all_methods().values() if loss in m.referenced_losses for k, v in m.reference_labels.items()}
 
 
@@ -129,15 +129,15 @@ def plot_views(
     file: Path,
     shown: int = 8,
 ) -> None:
-    """``views.png``: what each branch was shown of the first patches, where they lie, and which are positives.
+    """Draw ``views.png``: the views of the first patches, their positions, and their positives.
 
     Args:
-        groups: what is shown by title, each (N, C, *spatial); volumes are shown at their middle slice.
-        positions: (N, 3), fraction of the volume.
-        names: of the cases.
-        threshold: t in force; None where positions do not matter.
-        file: to write.
-        shown: number of patches.
+        groups: Views by title, each (N, C, *spatial). Of a volume the middle slice is drawn.
+        positions: Positions of the patches, (N, 3), fraction of the volume.
+        names: Names of the cases.
+        threshold: Largest distance t of positives, fraction of the volume; None if positions do not matter.
+        file: File of the picture.
+        shown: Number of patches to draw.
     """
     shown = min(shown, len(positions))
     mask = None if threshold is None else positive_mask(positions, threshold)[: len(positions), : len(positions)]
@@ -161,21 +161,21 @@ def plot_views(
         if mask is not None:
             positives = [j + 1 for j in range(len(positions)) if j != row and mask[row, j]]
             listed = ", ".join(map(str, positives[:12])) + (" ..." if len(positives) > 12 else "")
-            words += f"\npositives beside its own view:\n{listed or 'none'}"
+            words += f"\npositives, besides its other view:\n{listed or 'none'}"
         text = axes[row, -1]
         text.set_axis_off()
-        # a name may hold what matplotlib takes for a formula
+        # no formulas, because a name may contain dollar signs
         text.text(0, 0.5, words, fontsize=9, va="center", parse_math=False)
     rule = f"Patches closer than {threshold:g} of the volume on every axis are positives." if threshold else ""
     if threshold == 0:
         rule = "Only the two views of one patch are positives."
-    figure.suptitle(f"What the network is shown. {rule}", fontsize=11)
+    figure.suptitle(f"Inputs of the network. {rule}", fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     _write(figure, file, dpi=90)
 
 
 def _write(figure: Figure, file: Path, dpi: int) -> None:
-    """Raises UserError where the file cannot be written."""
+    """Write a figure to a file. Raises UserError if the file cannot be written."""
     try:
         atomic_write(file, lambda stream: figure.savefig(stream, dpi=dpi, format="png"))
     finally:

@@ -1,4 +1,4 @@
-"""What nnU-Net has of a data set: its plan, its configuration, its folders. Missing things are explained to the user."""
+"""Read nnU-Net's plan, configuration and folders of a data set, and explain missing ones to the user."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.networks.registry import family_of, import_network
 
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-# names the weights to fine-tune from
+# variable that names the weights to fine-tune from
 WEIGHTS_VARIABLE = "nnUNet_macl_weights"
-# a regular expression that finds the patient in the name of a case
+# variable with a regular expression that finds the patient in the name of a case
 GROUP_VARIABLE = "nnUNet_macl_group_regex"
-# the trained model that labels unlabelled images: a trainer or the folder of its model
+# variable that names the trained model that labels unlabelled images: a trainer or the folder of its model
 TEACHER_VARIABLE = "nnUNet_macl_teacher"
-# 3d first, as most of nnU-Net's users work in 3D
+# in the order of preference, because most users of nnU-Net work in 3D
 SUPPORTED_CONFIGURATIONS = ("3d_fullres", "3d_lowres", "2d")
-# what nnU-Net's default planner aims at
+# target of nnU-Net's default planner
 DEFAULT_GPU_MEMORY_GB = 8.0
-# schemes that leave an image's mean anywhere, and those that the intensities of the data set do not enter
+# schemes that do not give an image zero mean, and schemes that do not use the intensities of the whole data set
 _NO_ZERO_MEAN = tuple(s.__name__ for s in (NoNormalization, RescaleTo01Normalization, RGBTo01Normalization))
 _OF_THE_IMAGE_ALONE = (*_NO_ZERO_MEAN, ZScoreNormalization.__name__)
 
 
-# keys of a configuration of the plan that decide how an image is prepared, those for labels too, and keys of the plan
+# keys that decide how images are preprocessed: of a configuration, of a configuration with labels, and of the plan
 _OF_IMAGES = (
     "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name", "resampling_fn_data",
     "resampling_fn_data_kwargs",
@@ -63,7 +63,7 @@ def require_folders() -> None:
     missing = [name for name in FOLDER_VARIABLES if not os.environ.get(name)]
     if missing:
         lines = "\n".join(f"    export {name}=/path/to/{name}" for name in missing)
-        raise UserError(f"{' and '.join(missing)} not set, so nnU-Net does not know where data lie. Type:\n{lines}")
+        raise UserError(f"{' and '.join(missing)} not set, so nnU-Net cannot find its data. Type:\n{lines}")
 
 
 def raw_folder(dataset_name: str) -> Path:
@@ -75,13 +75,17 @@ def preprocessed_folder(dataset_name: str) -> Path:
 
 
 def dataset_name(name_or_id: str | int) -> str:
-    """Full name of a data set given as nnU-Net takes it. Raises UserError where there is none."""
+    """Return the full name of a data set, given by name or id as in nnU-Net.
+
+    Raises:
+        UserError: There is no such data set, or there are several with this id.
+    """
     try:
         name = str(maybe_convert_to_dataset_name(name_or_id))
         if raw_folder(name).is_dir() or preprocessed_folder(name).is_dir():
             if not re.match(r"Dataset\d{3}_", name):
                 raise UserError(
-                    f"{name} is no name that nnU-Net takes: DatasetXXX_NAME, with three digits. Rename the folder."
+                    f"{name} is not a name that nnU-Net accepts: DatasetXXX_NAME, with three digits. Rename the folder."
                 )
             return name
     except (RuntimeError, ValueError):
@@ -89,7 +93,7 @@ def dataset_name(name_or_id: str | int) -> str:
     known = sorted(
         {
             folder.name
-            # nnU-Net looks for ids in all three
+            # nnU-Net looks for ids in all three folders
             for variable in FOLDER_VARIABLES
             for folder in Path(os.environ[variable]).glob("Dataset*")
         }
@@ -100,14 +104,18 @@ def dataset_name(name_or_id: str | int) -> str:
         raise UserError(f"Several data sets have the id {name_or_id}: {', '.join(same_id)}. Give the full name of one.")
     raise UserError(
         f"There is no data set '{name_or_id}' in {os.environ['nnUNet_raw']} or {os.environ['nnUNet_preprocessed']}. "
-        f"Give an id or a full name; these are there: {', '.join(here) or 'none'}."
+        f"Give an id or a full name. Existing data sets: {', '.join(here) or 'none'}."
     )
 
 
 def read_json(path: Path, fix: str) -> Any:
-    """Read a JSON file. Raises UserError that says what is wrong with it, and ``fix``."""
+    """Return the content of a JSON file.
+
+    Raises:
+        UserError: The file does not exist or cannot be read. The message ends with ``fix``.
+    """
     try:
-        # Windows' editors put a byte order mark before the text
+        # utf-8-sig, because editors on Windows write a byte order mark
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist. {fix}") from None
@@ -116,13 +124,17 @@ def read_json(path: Path, fix: str) -> Any:
 
 
 def read_dataset_json(file: Path, fix: str, *, labels: bool = False) -> dict[str, Any]:
-    """Read and check a dataset.json. Raises UserError as `read_json` and `check_dataset_json` do."""
+    """Return the checked content of a dataset.json.
+
+    Raises:
+        UserError: See `read_json` and `check_dataset_json`.
+    """
     return check_dataset_json(read_json(file, fix), file, labels=labels)
 
 
 @dataclass(frozen=True)
 class DatasetConfiguration:
-    """A configuration of a data set as nnU-Net planned it."""
+    """A configuration of nnU-Net's plan for a data set."""
 
     dataset_name: str
     plans_name: str
@@ -132,7 +144,7 @@ class DatasetConfiguration:
 
     @classmethod
     def load(cls, dataset: str | int, plans_name: str, configuration: str | None = None) -> DatasetConfiguration:
-        """Read plan and dataset.json from nnU-Net's preprocessed folder.
+        """Read the plan and dataset.json of a data set from nnU-Net's preprocessed folder.
 
         Args:
             dataset: Id or full name.
@@ -140,7 +152,7 @@ class DatasetConfiguration:
             configuration: Name; None takes the first of `SUPPORTED_CONFIGURATIONS` that the plan has.
 
         Raises:
-            UserError: There is no such data set, plan or configuration, the files do not belong together, or the network cannot
+            UserError: There is no such data set, plan or configuration; the files do not belong together; or the network cannot
                 be pre-trained.
         """
         require_folders()
@@ -156,8 +168,8 @@ class DatasetConfiguration:
         for key, wanted in (("plans_name", plans_name), ("dataset_name", name)):
             if plans.get(key) != wanted:
                 raise UserError(
-                    f"{file} has the {key} '{plans.get(key)}', and lies there as that of '{wanted}', so "
-                    f'that nnU-Net would take it for another\'s. Correct it in the file: "{key}": "{wanted}"'
+                    f"{file} has the {key} '{plans.get(key)}', but its path belongs to '{wanted}'. nnU-Net would use the name "
+                    f'in the file. Correct it in the file: "{key}": "{wanted}"'
                 )
         available = list(plans["configurations"])
         if configuration is None:
@@ -172,7 +184,7 @@ class DatasetConfiguration:
             )
         found = cls(name, plans_name, configuration, PlansManager(plans), dataset_json)
         if not isinstance(found.manager.network_arch_init_kwargs, dict):
-            # as nnUNetv2_preprocess_like_nnssl writes it where nnssl knows the network by its name
+            # nnUNetv2_preprocess_like_nnssl writes such a plan for networks that nnssl knows by name
             raise UserError(
                 f"{file} names the network {found.manager.network_arch_class_name} without its layers, which this package needs. "
                 "Use a plan of nnU-Net's own planner, and give it the weights with -pretrained_weights: -p nnUNetResEncUNetLPlans"
@@ -181,9 +193,9 @@ class DatasetConfiguration:
         planned, channels = len(found.manager.normalization_schemes), found.channel_names
         if planned != len(channels):
             raise UserError(
-                f"{file} plans {configuration} for {planned} channels, and {described} names {len(channels)}: "
-                f"{', '.join(channels) or 'none'}. The data set was changed, and nnU-Net keeps from an older plan what it "
-                f"does not plan anew. Rename the plan, to keep it, and plan again: mv {file} {file}.old. {fix}"
+                f"{file} plans {configuration} for {planned} channels, but {described} names {len(channels)}: "
+                f"{', '.join(channels) or 'none'}. The data set has changed, and nnU-Net keeps those parts of an older plan that "
+                f"it does not plan again. Rename the plan, then plan again: mv {file} {file}.old. {fix}"
             )
         return found
 
@@ -201,7 +213,7 @@ class DatasetConfiguration:
 
     @property
     def is_cascaded(self) -> bool:
-        """Whether this is the second stage of a cascade, whose network also takes the first stage's segmentation."""
+        """Return whether this is the second stage of a cascade, whose network also takes the first stage's segmentation."""
         return self.manager.previous_stage_name is not None
 
     @property
@@ -210,12 +222,12 @@ class DatasetConfiguration:
 
     @property
     def folder(self) -> Path:
-        """nnU-Net's preprocessed folder of the data set."""
+        """Return nnU-Net's preprocessed folder of the data set."""
         return preprocessed_folder(self.dataset_name)
 
     @property
     def cases_folder(self) -> Path:
-        """Where nnU-Net put the preprocessed training cases."""
+        """Return the folder of the preprocessed training cases."""
         return self.folder / self.manager.data_identifier
 
     @property
@@ -224,7 +236,7 @@ class DatasetConfiguration:
 
     @property
     def strides(self) -> list[list[int]]:
-        """The stride of each encoder stage, per axis."""
+        """Return the stride of each encoder stage, per axis."""
         axes, family = len(self.patch_size), family_of(self.manager.network_arch_class_name)
         strides = family.stage_strides(self.manager.network_arch_init_kwargs)
         return [[s] * axes if isinstance(s, int) else [int(n) for n in s] for s in strides]
@@ -235,16 +247,17 @@ class DatasetConfiguration:
 
     @property
     def channels_without_zscore(self) -> list[int]:
-        """Numbers of the image channels whose mean nnU-Net leaves anywhere (``noNorm``, ``rescale_to_0_1`` and ``rgb_to_0_1`` in
-        dataset.json).
+        """Return the indices of the image channels that nnU-Net does not normalise to zero mean.
+
+        These have ``noNorm``, ``rescale_to_0_1`` or ``rgb_to_0_1`` in dataset.json.
         """
         return [number for number, scheme in enumerate(self.manager.normalization_schemes) if scheme in _NO_ZERO_MEAN]
 
     def gpu_memory_target(self) -> tuple[float, str]:
-        """GPU memory in GB that nnU-Net planned for, and how that is known.
+        """Return the GPU memory in GB that nnU-Net planned for, and the origin of this number.
 
-        A plan names its planner, not the target: it is the planner's default. One that was changed with
-        -gpu_memory_target leaves no trace in the plan.
+        A plan names its planner but not the target, so this is the planner's default. A target that was changed with
+        -gpu_memory_target cannot be found in the plan.
         """
         name = self.plans_manager.plans.get("experiment_planner_used")
         planner = name and recursive_find_python_class(
@@ -253,11 +266,14 @@ class DatasetConfiguration:
         parameters = inspect.signature(planner).parameters if planner else {}
         default = getattr(parameters.get("gpu_memory_target_in_gb"), "default", None)
         if isinstance(default, (int, float)):
-            return float(default), f"what {name}, which made the nnU-Net plan, aims at"
-        return DEFAULT_GPU_MEMORY_GB, f"nnU-Net's default: {name or 'an unnamed planner'} tells no target of its own"
+            return float(default), f"the default target of {name}, which made the nnU-Net plan"
+        return (
+            DEFAULT_GPU_MEMORY_GB,
+            f"nnU-Net's default, because {name or 'an unnamed planner'} has no target of its own",
+        )
 
     def architecture(self) -> dict[str, Any]:
-        """What decides the shapes of the weights, in plain JSON types: compare it to tell whether weights fit."""
+        """Return what determines the shapes of the weights, in plain JSON types. Weights fit if this is equal."""
         manager = self.manager
         return json.loads(
             json.dumps(
@@ -270,16 +286,16 @@ class DatasetConfiguration:
         )
 
     def preprocessing(self) -> dict[str, Any]:
-        """How nnU-Net prepares images for this network, in plain JSON types: what others need to prepare theirs alike."""
+        """Return how nnU-Net preprocesses images for this network, in plain JSON types."""
         configuration, plans = self.manager.configuration, self.plans_manager.plans
         content = {key: configuration.get(key) for key in _PREPROCESSING} | {key: plans.get(key) for key in _OF_PLAN}
         return json.loads(json.dumps(content))
 
     def preprocessing_checksum(self) -> str:
-        """Changes when, and only when, nnU-Net would preprocess an image otherwise or lay it out otherwise."""
+        """Return a checksum that changes if and only if nnU-Net would preprocess or store an image differently."""
         configuration, plans = self.manager.configuration, self.plans_manager.plans
         schemes = self.manager.normalization_schemes
-        # they change a little with every case that is added
+        # only of schemes that use them, because intensities change a little with every new case
         intensities = {
             channel: properties
             for channel, properties in self.plans_manager.foreground_intensity_properties_per_channel.items()
@@ -289,12 +305,12 @@ class DatasetConfiguration:
         return checksum([settings, plans.get("transpose_forward"), intensities])
 
     def plan_checksum(self) -> str:
-        """Changes when the nnU-Net plan changes in anything that the MACL plan is derived from."""
+        """Return a checksum that changes if the nnU-Net plan changes in anything from which the MACL plan is derived."""
         return checksum([self.architecture(), self.patch_size, self.preprocessing_checksum()])
 
 
 def checksum(content: Any) -> str:
-    """SHA-256 of plain JSON content, independent of the order of keys."""
+    """Return the SHA-256 of plain JSON content, independent of the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -302,8 +318,8 @@ def _how_to_plan(name: str, plans_name: str) -> str:
     raw, number = raw_folder(name), int(name[7:10])
     if (raw / "imagesUn").is_dir() and not (raw / "imagesTr").is_dir():
         return (
-            f"{name} has no labelled cases (imagesTr), without which nnU-Net plans nothing. Its images can be used for another "
-            f"data set. Type: nnUNetv2_train_macl_pretrain DATASET -u {number}"
+            f"{name} has no labelled cases (imagesTr), which nnU-Net needs for planning. Its images can be used to pre-train for "
+            f"another data set. Type: nnUNetv2_train_macl_pretrain DATASET -u {number}"
         )
     command = f"Type: nnUNetv2_plan_and_preprocess -d {number}"
     if plans_name == "nnUNetPlans":
@@ -316,7 +332,7 @@ def _how_to_plan(name: str, plans_name: str) -> str:
 def _other_plans(folder: Path) -> str:
     others = []
     for file in sorted(folder.glob("*.json")):
-        with contextlib.suppress(OSError):  # whatever else lies there
+        with contextlib.suppress(OSError):  # the folder may contain other files
             if "configurations" in file.read_text(errors="ignore"):
                 others.append(file.stem)
-    return f"Other plans are there: -p {' or '.join(others)}. " if others else ""
+    return f"Existing plans: -p {' or '.join(others)}. " if others else ""

@@ -1,6 +1,6 @@
-"""What the features are worth, measured during pre-training in seconds instead of by fine-tuning in hours.
+"""Measure the quality of the features during pre-training, in seconds instead of hours of fine-tuning.
 
-Labels are read for measuring alone. Sources: linear probe, Alain and Bengio, https://arxiv.org/abs/1610.01644; alignment and
+Labels are used only for measuring. Sources: linear probe, Alain and Bengio, https://arxiv.org/abs/1610.01644; alignment and
 uniformity, Wang and Isola, ICML 2020, https://arxiv.org/abs/2005.10242; effective rank, Roy and Vetterli, EUSIPCO 2007.
 """
 
@@ -24,33 +24,33 @@ from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.plan import volume_patch
 from nnunetv2_macl.training.step import TrainingStep
 
-# begins the names of what is measured
+# prefix of the names of measured values
 PROBE = "probe/"
 LINEAR_DICE, ALIGNMENT, UNIFORMITY = f"{PROBE}linear_dice", f"{PROBE}alignment", f"{PROBE}uniformity"
 EFFECTIVE_RANK = f"{PROBE}effective_rank"
 _MOST_CASES = 20
-# of a case, in 2D and in 3D
+# number of patches per case, in 2D and in 3D
 _PATCHES = {2: 12, 3: 4}
-# locations that the linear probe is fitted to, and that a stage's rank is of
+# largest number of locations to fit the linear probe, and to estimate the rank of a stage
 _MOST_LOCATIONS = 20_000
 _MOST_BATCHES = 4
 
 
 def probe_keys(stages: int) -> list[str]:
-    """Names of what `Probe.measure` returns, for a network of so many encoder stages."""
+    """Return the names of the values of `Probe.measure`, for a network with this number of encoder stages."""
     return [LINEAR_DICE, ALIGNMENT, UNIFORMITY, *(f"{EFFECTIVE_RANK}_{stage}" for stage in range(1, stages + 1))]
 
 
 class Probe:
-    """Measures a network on patches that are drawn once, so that epochs can be compared.
+    """Measures a network. The patches are drawn once, so that epochs can be compared.
 
     Args:
-        configuration: whose labelled cases are read.
-        cases: labelled ones, preprocessed, in the order of their names; the probe is fitted to the first half and measured on the
-            others, so that images of one patient stay together.
-        batches: that the network is trained on; the first ones show the embeddings.
-        patch_size: voxels an axis.
-        seed: of the patches.
+        configuration: Configuration of the labelled cases.
+        cases: Preprocessed labelled cases, in the order of their names. The probe is fitted to the first half and evaluated on
+            the second half, so that images of one patient stay together.
+        batches: Training batches. The first ones are used to measure the embeddings.
+        patch_size: Patch size in voxels, one value per axis.
+        seed: Seed of the patches.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class Probe:
         seed: int,
     ) -> None:
         manager = configuration.plans_manager.get_label_manager(configuration.dataset_json)
-        # of overlapping regions the single labels, which make them up
+        # single labels, also for overlapping regions, because regions are made of labels
         self.classes = [label for label in manager.all_labels if label != 0]
         self.ignored = [manager.ignore_label] if manager.has_ignore_label else []
         count = min(_MOST_BATCHES, len(batches))
         self.images = [torch.as_tensor(batches[step]["data"]) for step in range(count)]
-        # from all over the data set, and what is next to each other on one side
+        # sample cases evenly over the data set, and keep neighbouring cases in the same half
         half, every = -(-len(cases) // 2), max(1, -(-len(cases) // _MOST_CASES))
         chosen = [*cases[:half:every], *cases[half::every]]
         fitted = len(cases[:half:every])
@@ -79,7 +79,7 @@ class Probe:
 
     @torch.no_grad()
     def measure(self, step: TrainingStep) -> dict[str, float]:
-        """Values by `probe_keys`; NaN for what cannot be measured. The network is left as it was."""
+        """Return the values by `probe_keys`, NaN if a value cannot be measured. The network does not change."""
         model = step.model
         was_training = model.training
         model.eval()
@@ -90,7 +90,7 @@ class Probe:
             model.train(was_training)
 
     def _linear_dice(self, network: PretrainableNetwork, device: torch.device, at_once: int) -> float:
-        """Mean Dice of the classes on the measured cases, on the grid of the dense features."""
+        """Return the mean Dice of the classes on the second half of the cases, on the grid of the dense features."""
         if not self.measured:
             return float("nan")
         x, y = self._locations(network, device, at_once, self.fitted)
@@ -99,7 +99,7 @@ class Probe:
         mean, deviation = x.mean(0), x.std(0) + 1e-6
         every = -(-len(x) // _MOST_LOCATIONS)
         with warnings.catch_warnings():
-            # a probe need not be at its very best to be compared
+            # epochs can be compared without full convergence
             warnings.simplefilter("ignore", ConvergenceWarning)
             model = LogisticRegression(C=0.1, max_iter=200).fit(((x - mean) / deviation)[::every], y[::every])
         x, y = self._locations(network, device, at_once, self.measured)
@@ -116,13 +116,13 @@ class Probe:
     def _locations(
         self, network: PretrainableNetwork, device: torch.device, at_once: int, patches: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Features (L, C) and labels (L,) at every grid location of all patches, but for those to be ignored."""
+        """Return features (L, C) and labels (L,) at every grid location of all patches, without ignored locations."""
         values = torch.tensor([0, *self.classes, *self.ignored])
         features, labels = [], []
         for images, segmentations in patches:
             parts = images.split(at_once)
             dense = torch.cat([network.decode(network.encode(part.to(device)))[-1].float().cpu() for part in parts])
-            # the class that most of a location's voxels have
+            # the most frequent class of a location's voxels
             shares = torch.stack([(segmentations == value).float() for value in values], 1)
             shares = F.interpolate(shares, size=dense.shape[2:], mode="area")
             found = values[shares.argmax(1)].flatten()
@@ -152,25 +152,25 @@ class Probe:
 
 
 def _some_locations(maps: Tensor, patches: int) -> Tensor:
-    """(n, C, *spatial) -> (L, C), evenly from all over, so that of so many patches there are not too many."""
+    """Return evenly spaced locations of feature maps, (n, C, *spatial) -> (L, C), few enough for this number of patches."""
     every = max(1, patches * maps[0, 0].numel() // _MOST_LOCATIONS)
-    # odd, or it might meet the same columns in each row
+    # an odd step, because an even one could take the same columns in each row
     return maps.float().movedim(1, -1).flatten(0, -2)[:: every | 1].cpu()
 
 
 def alignment(one: Tensor, two: Tensor) -> float:
-    """Mean squared distance of the unit vectors of two views, (N, C) each: 0 where views agree, 2 where they are unrelated."""
+    """Return the mean squared distance of the unit vectors of two views, (N, C) each: 0 for equal, 2 for unrelated views."""
     return (F.normalize(one, dim=1) - F.normalize(two, dim=1)).square().sum(1).mean().item()
 
 
 def uniformity(embeddings: Tensor) -> float:
-    """Log of the mean Gaussian kernel of all pairs of unit vectors, (N, C): 0 where all are one, -4 at best."""
+    """Return the log of the mean Gaussian kernel of all pairs of unit vectors, (N, C): 0 if all are equal, -4 at best."""
     distances = torch.pdist(F.normalize(embeddings, dim=1)).square()
     return distances.mul(-2).exp().mean().log().item()
 
 
 def effective_rank(features: Tensor) -> float:
-    """Exponential of the entropy of the normalised spectrum of (L, C) features: 1 (one direction) to C (all alike)."""
+    """Return the exponential of the entropy of the normalised spectrum of (L, C) features: 1 (one direction) to C (uniform)."""
     centred = (features - features.mean(0)).double()
     spectrum = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
     if not (total := spectrum.sum()) > 0:
@@ -186,10 +186,10 @@ def _labelled_patches(
     patch_size: Sequence[int],
     seed: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """(P, C, *patch) images and (P, *patch) labels of a case, each patch around a voxel of a class drawn for it."""
+    """Return (P, C, *patch) images and (P, *patch) labels of a case. Each patch is centred on a voxel of a random class."""
     generator = np.random.default_rng(seed)
     data, segmentation, _, _ = nnUNetDatasetBlosc2(str(configuration.cases_folder), [case]).load_case(case)
-    # -1 is background that nnU-Net's mask leaves out
+    # nnU-Net labels background outside of its mask with -1
     image, labels = np.asarray(data[:]), np.asarray(segmentation[:])[0].clip(min=0)
     size = np.asarray(volume_patch(tuple(patch_size)))
     present = [label for label in classes if (labels == label).any()]
@@ -208,7 +208,7 @@ def _labelled_patches(
 
 
 def _cut(volume: np.ndarray, corner: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """A patch of (C, *volume), zeros outside."""
+    """Return a patch of a volume (C, *volume), with zeros outside of the volume."""
     shape = np.asarray(volume.shape[1:])
     low, high = np.maximum(corner, 0), np.minimum(corner + size, shape)
     inside = volume[(slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))]
@@ -218,7 +218,7 @@ def _cut(volume: np.ndarray, corner: np.ndarray, size: np.ndarray) -> np.ndarray
 
 
 def as_words(values: dict[str, Any]) -> str:
-    """For the log: one line."""
+    """Return the values as one line for the log."""
     ranks = ", ".join(f"{value:.1f}" for key, value in values.items() if key.startswith(EFFECTIVE_RANK))
     return (
         f"Probe: linear Dice {values[LINEAR_DICE]:.4f}  alignment {values[ALIGNMENT]:.3f}  uniformity "

@@ -1,4 +1,4 @@
-"""Worker processes."""
+"""Manage worker processes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import threading
 
 
 def end_with_parent() -> None:
-    """Have this worker process end when its parent does, however that ends.
-
-    An idle process of a pool whose parent was killed would wait for work for ever.
-    """
+    """End this worker process when its parent ends, because an idle worker of a killed parent would wait for ever."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

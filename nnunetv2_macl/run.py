@@ -1,4 +1,4 @@
-"""The pre-training stage from beginning to end: what the command does, as a function."""
+"""Run the whole pre-training stage: the function behind ``nnUNetv2_train_macl_pretrain``."""
 
 from __future__ import annotations
 
@@ -61,37 +61,37 @@ def pretrain(
 ) -> Path:
     """Plan, preprocess, pre-train, and write weights that ``nnUNetTrainerMACL`` fine-tunes from.
 
-    Under torchrun each of its processes calls this and takes its share of every batch.
+    Under torchrun, each process calls this function and takes its share of every batch.
 
     Args:
-        dataset: id or name, as nnU-Net takes it.
-        configuration: of the nnU-Net plan; None takes the first supported one.
-        plans: plans identifier.
-        unlabelled: further raw data sets whose images are used.
-        recipe: name or JSON file.
-        exclude_fold: leave out the validation images of this fold.
-        processes: for preprocessing.
+        dataset: Id or name, as in nnU-Net.
+        configuration: Configuration of the nnU-Net plan. None takes the first supported one.
+        plans: Plans identifier.
+        unlabelled: Further raw data sets whose images are used.
+        recipe: Name or JSON file of the recipe.
+        exclude_fold: Leave out the validation images of this fold.
+        processes: Number of processes for preprocessing.
         device: ``cuda``, ``cpu`` or ``mps``.
-        num_gpus: as in nnU-Net.
-        continue_training: go on with the run that is in the folder.
-        disable_checkpointing: write no weights.
-        skip_unreadable: leave out images that cannot be used.
-        channel_map: the data set's channel names to those of ``unlabelled``, where they have other names.
-        plan_only: write the MACL plan and stop.
-        preprocess_only: preprocess the unlabelled images and stop.
-        num_parts, part_id: with ``preprocess_only``, every ``num_parts``-th image from ``part_id`` on, so that machines can
-            share the work, as in nnU-Net's prediction.
-        gpu_memory: GB that the batch is planned for; None is what nnU-Net planned for.
+        num_gpus: Number of GPUs, as in nnU-Net.
+        continue_training: Continue the run in the folder.
+        disable_checkpointing: Write no weights.
+        skip_unreadable: Leave out images that cannot be used.
+        channel_map: The data set's channel names, by those of ``unlabelled`` that differ.
+        plan_only: Only write the MACL plan.
+        preprocess_only: Only preprocess the unlabelled images.
+        num_parts, part_id: With ``preprocess_only``, preprocess only every ``num_parts``-th image, beginning with ``part_id``, so
+            that machines can divide the work as in nnU-Net's prediction.
+        gpu_memory: GPU memory in GB for which the batch is planned. None takes nnU-Net's target.
         pretrained_weights: Weights to start from: the folder of a pre-training run or a file in it, a checkpoint of nnU-Net or of
             nnssl, or a file of the MACL authors. None starts from a freshly initialised network.
-        **values: Values of recipe keys, which replace those of the recipe; the command's ``--set``.
+        **values: Values that replace those of the recipe, by key, like ``--set`` of the command.
 
     Returns:
-        The run's folder, where the weights are; with ``plan_only`` or ``preprocess_only`` the folder where they would be.
+        The folder of the run, which holds the weights. With ``plan_only`` or ``preprocess_only`` it may not exist yet.
 
     Raises:
-        UserError: a mistake that the user can mend.
-        SystemExit: the run was stopped by a signal, or failed in a process of its own, which has said why.
+        UserError: A mistake that the user can correct.
+        SystemExit: A signal stopped the run, or a process that was started failed and has printed the reason.
     """
     nnunet.require_folders()
     train_too = not (plan_only or preprocess_only)
@@ -144,7 +144,7 @@ def pretrain(
 
 @contextmanager
 def _unwrap_user_error() -> Iterator[None]:
-    """Raise the user's mistake that ended nnU-Net's training, which has exits for it alone."""
+    """Raise the UserError behind a SystemExit, because the trainers turn errors into exits for nnU-Net's commands."""
     try:
         yield
     except SystemExit as end:
@@ -156,7 +156,7 @@ def _unwrap_user_error() -> Iterator[None]:
 def _log_default_configuration(target: DatasetConfiguration) -> None:
     others = [c for c in nnunet.SUPPORTED_CONFIGURATIONS if c in target.plans_manager.available_configurations]
     logger.info(
-        "Configuration %s: the first of %s that the plan has (-c takes another)", target.name, ", ".join(others)
+        "Configuration %s: the first of %s in the plan (choose another with -c)", target.name, ", ".join(others)
     )
 
 
@@ -174,7 +174,7 @@ def _plan(
     gpu_memory: float | None,
     start: Path | None,
 ) -> MACLPlan:
-    """Check what there is to train on, write the MACL plan and tell it."""
+    """Check the images, and write and print the MACL plan."""
     training_cases(target)
     names = _full_names(unlabelled)
     if target.dataset_name in names:
@@ -201,14 +201,14 @@ def _plan(
             logger.warning("WARNING: %s", no_spacing_told(bare))
     if not sources:
         logger.info(
-            "No unlabelled images: pre-training on the training images alone. More go into %s, or come with -u.",
+            "No unlabelled images: pre-training uses only the training images. Put more into %s, or name data sets with -u.",
             nnunet.raw_folder(target.dataset_name) / UNLABELLED_FOLDER,
         )
     return plan
 
 
 def add_trainers_folder() -> None:
-    """Let nnU-Net find this package's trainers in this process and its children; what the user has set stays."""
+    """Add this package's trainers to ``nnUNet_extTrainer`` for this process and its children, after the user's folders."""
     ours = str(resource_folder("trainers"))
     theirs = [folder for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
     if ours not in theirs:
@@ -226,25 +226,29 @@ def check_device(device: str, num_gpus: int = 1) -> None:
     if num_gpus < 1:
         raise UserError(f"-num_gpus must be 1 or more, got {num_gpus}.")
     if num_gpus > 1 and distributed.started_by_torchrun():
-        raise UserError(f"-num_gpus {num_gpus} under torchrun, which has started the processes. Leave out -num_gpus.")
+        raise UserError(
+            f"-num_gpus {num_gpus} is not possible under torchrun, which starts the processes. Leave it out."
+        )
     if num_gpus > 1 and device != "cuda":
         raise UserError(
-            f"-num_gpus {num_gpus} needs -device cuda, got -device {device}. Leave out -num_gpus; processes on"
-            " CPUs: torchrun --nproc_per_node G --no-python nnUNetv2_train_macl_pretrain ... -device cpu"
+            f"-num_gpus {num_gpus} needs -device cuda, got -device {device}. Leave out -num_gpus. For several processes on"
+            " CPUs, type: torchrun --nproc_per_node G --no-python nnUNetv2_train_macl_pretrain ... -device cpu"
         )
     if num_gpus > 1 and num_gpus > torch.cuda.device_count():
-        raise UserError(f"-num_gpus is {num_gpus}, and torch finds {torch.cuda.device_count()}. Give at most that.")
+        raise UserError(
+            f"-num_gpus is {num_gpus}, but torch finds {torch.cuda.device_count()} GPUs. Give at most this number."
+        )
 
 
 def _check_parts(num_parts: int, part_id: int, preprocess_only: bool) -> None:
     if num_parts < 1:
         raise UserError(f"-num_parts must be 1 or more, got {num_parts}.")
     if not 0 <= part_id < num_parts:
-        raise UserError(f"-part_id must lie between 0 and {num_parts - 1} with -num_parts {num_parts}, got {part_id}.")
+        raise UserError(f"-part_id must be between 0 and {num_parts - 1} with -num_parts {num_parts}, got {part_id}.")
     if num_parts > 1 and not preprocess_only:
         raise UserError(
-            f"-num_parts {num_parts} splits the preprocessing alone. Type it with --preprocess_only, on each machine, and "
-            "then train without it."
+            f"-num_parts {num_parts} only splits the preprocessing. Use it with --preprocess_only on each machine, then train "
+            "without -num_parts."
         )
 
 
@@ -267,10 +271,10 @@ def _plan_to_go_on(
     skip_unreadable: bool,
     start: Path | None,
 ) -> MACLPlan:
-    """Return the plan that the run began with, in which patches at once and ``skip_unreadable`` alone may change."""
+    """Return the plan that the run began with. Only ``patches_at_once`` and ``skip_unreadable`` may change."""
     file = folder / PLAN_COPY
     if not file.is_file():
-        raise UserError(f"There is no run to go on with in {folder}. Leave out --c to start one.")
+        raise UserError(f"There is no run to continue in {folder}. Leave out --c to start one.")
     check_values(values, "Command line")
     plan = read_plan(file)
     check_plan(plan, target, file, of_a_run=True)
@@ -292,8 +296,8 @@ def _plan_to_go_on(
         changed.append(f"-recipe {recipe}")
     if changed:
         raise UserError(
-            f"The run in {folder} goes on as it began; {', '.join(changed)} cannot change now. "
-            "Leave that out, or leave out --c to start a new run."
+            f"The run in {folder} must continue with the settings that it began with. These cannot change: "
+            f"{', '.join(changed)}. Leave them out, or leave out --c to start a new run."
         )
     asked_at_once = values.get("patches_at_once", AUTO)
     at_once = plan.patches_at_once if asked_at_once == AUTO else min(asked_at_once, plan.batch_size)

@@ -1,4 +1,4 @@
-"""Numbers and lists in words."""
+"""Format numbers and lists as text."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Iterable
 
 
 def pluralise(number: int, what: str) -> str:
-    """``1 case``, ``2 cases``."""
+    """Return a number with its noun: ``1 case``, ``2 cases``."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def join_words(items: Iterable[object]) -> str:
-    """``a, b and c``."""
+    """Return the items as a list in text: ``a, b and c``."""
     *first, last = map(str, items)
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def duration(seconds: float) -> str:
-    """``90 s``, ``5 min``, ``2.5 h``."""
+    """Return a duration as text: ``90 s``, ``5 min``, ``2.5 h``."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

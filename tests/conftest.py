@@ -1,4 +1,4 @@
-"""Generated data sets, planned and preprocessed by nnU-Net itself, once a session."""
+"""Generated data sets that nnU-Net plans and preprocesses once per session."""
 
 import locale
 import os
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-# small machines: no more processes than cores, and no worker that outlives its test
+# few processes, because test machines have few cores
 os.environ.setdefault("nnUNet_n_proc_DA", "1")
 os.environ.setdefault("nnUNet_def_n_proc", "2")
-# two pytest processes share the cores: threads that wait for each other must not hold them
+# waiting threads must not occupy the cores, because two pytest processes share them
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# the environment's own commands first, also where it was not activated
+# this environment's commands come first, because the environment may not be activated
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 from nnunetv2_macl.files import resource_folder
@@ -25,7 +25,7 @@ DATASET = "Dataset901_Generated"
 
 
 def environment_without_nnunet() -> dict[str, str]:
-    """The environment without nnU-Net's variables, in which this package is found as it is found here."""
+    """Return the environment without nnU-Net's variables, with the import path of this process."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")}
     return kept | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
@@ -45,7 +45,7 @@ class Workspace:
         return dict(os.environ) | folders | {"nnUNet_extTrainer": str(resource_folder("trainers"))}
 
     def run(self, *command: str, code: int = 0, timeout: float = 600, **environment: str) -> str:
-        """Run a command; returns what it printed. Fails unless it exits with ``code``."""
+        """Run a command and return its output. Fail unless it exits with ``code``."""
         process = subprocess.run(
             [str(part) for part in command],
             env=self.environment | environment,
@@ -69,17 +69,17 @@ class Workspace:
 
 @pytest.fixture(autouse=True)
 def restored_locale():
-    """Put the locale back: the reader of DICOM files sets it to C, in which files are read as ASCII."""
+    """Restore the locale, because the reader of DICOM files sets it to C, in which files are read as ASCII."""
     before = locale.setlocale(locale.LC_CTYPE)
     yield
     locale.setlocale(locale.LC_CTYPE, before)
 
 
 def plan_dataset(space: Workspace) -> None:
-    """Generate a data set and let nnU-Net plan it and preprocess it in 2D."""
+    """Generate a data set, and plan and preprocess it in 2D with nnU-Net."""
     generate_dataset(space.raw / DATASET, labelled=5, unlabelled=4, test=1, shape=(8, 40, 48))
     space.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "-npfp", "1", "-np", "1")
-    # so that each test need not preprocess the unlabelled images again
+    # preprocess the unlabelled images here, so that the tests do not repeat it
     space.pretrain("901", "-c", "2d", "--disable_checkpointing")
     shutil.rmtree(space.results)
     space.results.mkdir()
@@ -89,7 +89,7 @@ def plan_dataset(space: Workspace) -> None:
 
 @pytest.fixture(scope="session")
 def planned(tmp_path_factory):
-    """A generated data set after nnU-Net's planning and preprocessing. Not to be written into: see ``workspace``."""
+    """Return a generated data set after nnU-Net's preprocessing. Tests must not write into it, see ``workspace``."""
     space = Workspace(tmp_path_factory.mktemp("planned"))
     plan_dataset(space)
     return space
@@ -97,7 +97,7 @@ def planned(tmp_path_factory):
 
 @pytest.fixture
 def workspace(planned, tmp_path, monkeypatch):
-    """A copy of ``planned`` of the test's own, with nnU-Net's variables set."""
+    """Return a copy of ``planned`` for one test, and set nnU-Net's variables."""
     space = Workspace(tmp_path / "nnunet")
     shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
     for name in FOLDER_VARIABLES:

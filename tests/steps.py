@@ -1,4 +1,4 @@
-"""Helpers for tests: a small U-Net, its plan, and training steps with it."""
+"""Training steps on a small U-Net, for tests that compare two ways of computing a step."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def recipe_of(**values):
 
 
 def model_of(unet, patch, recipe=None, **levels):
-    """Return the model of a recipe with a U-Net. ``levels`` replace values of the geometry."""
+    """Return the model of a recipe around a U-Net. ``levels`` replaces the default levels of the geometry."""
     recipe = recipe or recipe_of()
     geometry = Geometry(patch_size=list(patch), **({"decoder_stages": 1, "auxiliary_stage": 4} | levels))
     return PretrainingModel(pretrainable(unet, geometry.decoder_stages), geometry, recipe)

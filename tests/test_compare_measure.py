@@ -1,4 +1,4 @@
-"""Distances worked out by hand: spacing per axis, 2D, empty masks, ignored voxels, regions."""
+"""Scores equal values computed by hand, for anisotropic spacing, 2D, empty masks, ignored voxels and regions."""
 
 import json
 import math
@@ -19,8 +19,8 @@ def block(shape, *corner, size):
 
 
 @pytest.mark.parametrize("axis, millimetres", [(0, 5.0), (1, 2.0), (2, 0.5)])
-def test_a_shifted_plate(axis, millimetres):
-    """Two plates one voxel thick, two voxels apart: every surface voxel is exactly that far away."""
+def test_distance_of_a_shifted_plate_is_the_shift(axis, millimetres):
+    """The plates are one voxel thick, so every surface voxel has the same distance, two voxels."""
     size = [5, 6, 7]
     size[axis] = 1
     one, other = [2, 2, 2], [2, 2, 2]
@@ -30,21 +30,21 @@ def test_a_shifted_plate(axis, millimetres):
     assert (hd95, asd) == pytest.approx((2 * millimetres,) * 2)
 
 
-def test_single_voxels_in_space():
+def test_distance_of_single_voxels_is_euclidean():
     one, other = block((6, 6, 6), 1, 1, 1, size=(1, 1, 1)), block((6, 6, 6), 2, 3, 4, size=(1, 1, 1))
     expected = math.sqrt(5**2 + (2 * 2) ** 2 + (3 * 0.5) ** 2)
     assert surface_distances(one, other, (5, 2, 0.5)) == pytest.approx((expected, expected))
 
 
-def test_distances_in_2d():
-    """A slice of a volume and a picture are the same, and the slice spacing does not matter."""
+def test_a_slice_of_a_volume_is_measured_in_2d():
+    """The spacing of an axis with one voxel does not matter."""
     one, other = block((9, 9), 1, 1, size=(1, 4)), block((9, 9), 4, 1, size=(1, 4))
     assert surface_distances(one, other, (2, 7)) == pytest.approx((6, 6))
     assert surface_distances(one[None], other[None], (999, 2, 7)) == pytest.approx((6, 6))
 
 
-def test_outliers_count_as_the_95th_percentile_and_in_the_mean():
-    """100 voxels in a row, one more 40 mm off: HD95 ignores 1 of 101, ASD spreads it."""
+def test_one_outlier_changes_asd_but_not_hd95():
+    """The outlier is one of 101 voxels, 40 mm from the others."""
     reference = block((200, 3), 10, 1, size=(100, 1))
     prediction = reference.copy()
     prediction[149, 1] = True
@@ -52,14 +52,14 @@ def test_outliers_count_as_the_95th_percentile_and_in_the_mean():
     assert hd95 == 0 and asd == pytest.approx(40 / 201)
 
 
-def test_larger_of_the_two_directions():
+def test_hd95_is_the_larger_of_the_two_directions():
     reference, prediction = block((30, 3), 0, 1, size=(20, 1)), block((30, 3), 0, 1, size=(1, 1))
     hd95, asd = surface_distances(reference, prediction, (2, 1))
     distances = 2.0 * np.arange(20)
     assert hd95 == pytest.approx(np.percentile(distances, 95)) and asd == pytest.approx(distances.sum() / 21)
 
 
-def test_identical_and_empty_masks():
+def test_identical_masks_have_distance_0_and_empty_masks_nan():
     full, empty = block((8, 8, 8), 2, 2, 2, size=(3, 3, 3)), np.zeros((8, 8, 8), dtype=bool)
     assert surface_distances(full, full, (1, 1, 1)) == (0, 0)
     for pair in ((full, empty), (empty, full), (empty, empty)):
@@ -73,8 +73,8 @@ def write(file, array, spacing):
     return str(file)
 
 
-def test_files(tmp_path):
-    """Spacing from the file, a class in neither, a class in one only, a region, an ignored voxel."""
+def test_measuring_files(tmp_path):
+    """The files have a spacing, classes in one or neither of them, a region and an ignored voxel."""
     reference, prediction = np.zeros((6, 8, 8)), np.zeros((6, 8, 8))
     reference[1, 2:5, 2:5], prediction[2, 2:5, 2:5] = 1, 1
     prediction[5, 7, 7] = 2
@@ -92,7 +92,7 @@ def test_files(tmp_path):
     assert math.isnan(two.dice) and region.hd95 == pytest.approx(4)
 
 
-def test_pictures(tmp_path):
+def test_measuring_png_files(tmp_path):
     from skimage import io
 
     reference, prediction = np.zeros((20, 20), dtype=np.uint8), np.zeros((20, 20), dtype=np.uint8)

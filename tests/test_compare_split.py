@@ -1,4 +1,4 @@
-"""Who is tested on and whose labels are used: whole patients, apart, nested, always the same."""
+"""Splits are disjoint, nested and reproducible, and contain whole patients."""
 
 import pytest
 from hypothesis import assume, given, settings
@@ -10,14 +10,14 @@ from nnunetv2_macl.errors import UserError
 
 @st.composite
 def cohorts(draw):
-    """Patients of one to four cases each."""
+    """Draw patients with one to four cases each."""
     sizes = draw(st.lists(st.integers(1, 4), min_size=12, max_size=40))
     return {f"p{p:02d}_t{t}": f"p{p:02d}" for p, size in enumerate(sizes) for t in range(size)}
 
 
 @settings(max_examples=60, deadline=None)
 @given(cohorts(), st.integers(1, 4), st.integers(1, 3), st.sampled_from(["20%", "0.3", "3"]))
-def test_splits_are_apart_nested_whole_and_the_same_again(patients, fewest, seeds, test):
+def test_splits_are_disjoint_nested_reproducible_and_of_whole_patients(patients, fewest, seeds, test):
     options = dict(test=test, validation="10%", labels=[str(fewest + 8), str(fewest)], seeds=seeds)
     try:
         split = split_cases(patients, **options)
@@ -32,11 +32,11 @@ def test_splits_are_apart_nested_whole_and_the_same_again(patients, fewest, seed
         whole = [set(split.test), set(split.validation), set(more)]
         for number, cases in enumerate(whole):
             mine = {patients[case] for case in cases}
-            assert {case for case in patients if patients[case] in mine} == cases, "a patient was cut"
+            assert {case for case in patients if patients[case] in mine} == cases, "a patient was divided"
             assert all(mine.isdisjoint({patients[c] for c in other}) for other in whole[number + 1 :])
 
 
-def test_seeds_draw_other_cases_and_leave_the_test_cases():
+def test_seeds_draw_other_labelled_cases_and_the_same_test_cases():
     patients = {f"c{n}": f"c{n}" for n in range(40)}
     split = split_cases(patients, test="25%", validation="10%", labels=["5"], seeds=4)
     assert (len(split.test), len(split.validation)) == (10, 4)
@@ -47,24 +47,24 @@ def test_seeds_draw_other_cases_and_leave_the_test_cases():
 @pytest.mark.parametrize(
     "amount, number", [("5", 5), ("0.1", 4), ("10%", 4), (" 1e1 ", 10), ("0.001", 1), ("1", 1), ("2.5%", 1)]
 )
-def test_amounts(amount, number):
+def test_amounts_are_numbers_or_parts_of_all_cases(amount, number):
     assert number_of_cases(amount, 40, "--labels") == number
 
 
 @pytest.mark.parametrize("amount", ["0", "-3", "1.5", "0%", "101%", "150%", "many", "", "nan", "inf"])
-def test_amounts_that_are_none(amount):
-    with pytest.raises(UserError, match="--labels must be"):
+def test_invalid_amounts_are_refused(amount):
+    with pytest.raises(UserError, match=f"--labels .*got '{amount}'"):
         number_of_cases(amount, 40, "--labels")
 
 
-def test_patients_by_expression():
+def test_a_regular_expression_finds_patients():
     cases = ["patient01_frame1", "patient01_frame9", "patient02_frame1"]
     assert patients_of(cases, r"^patient\d+")["patient01_frame9"] == "patient01"
     assert patients_of(cases, r"^patient(\d+)_")["patient02_frame1"] == "02"
     assert patients_of(cases, None) == {case: case for case in cases}
-    with pytest.raises(UserError, match="no patient in the name of case case_1"):
+    with pytest.raises(UserError, match=r"--group_regex .*case_1"):
         patients_of([*cases, "case_1"], r"^patient\d+")
-    with pytest.raises(UserError, match="no regular expression"):
+    with pytest.raises(UserError, match=r"--group_regex '\('"):
         patients_of(cases, "(")
 
 
@@ -77,25 +77,25 @@ def test_patients_by_expression():
         (dict(labels=["4", "30%"]), ["--labels 4 and 30%", "both 4 of 13"]),
     ],
 )
-def test_too_few_cases(options, words):
+def test_too_few_cases_are_refused(options, words):
     patients = {f"c{n}": f"c{n}" for n in range(20)}
     with pytest.raises(UserError) as error:
         split_cases(patients, **(dict(test="25%", validation="10%", labels=["5"], seeds=1) | options))
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_numbers_of_labels_that_come_to_the_same_patients():
+def test_numbers_of_labels_that_draw_the_same_patients_are_refused():
     patients = {f"p{p}_t{t}": f"p{p}" for p in range(10) for t in range(4)}
-    with pytest.raises(UserError, match="--labels 5 and 6 come to the same patients"):
+    with pytest.raises(UserError, match="--labels 5 and 6"):
         split_cases(patients, test="4", validation="4", labels=["5", "6"], seeds=1)
-    # in some draws alone: more seeds must not make a study impossible
+    # the same patients in some draws only are accepted, because more seeds must not make a study invalid
     sizes = {f"p{p}_t{t}": f"p{p}" for p in range(10) for t in range(2 + p % 2)}
     split = split_cases(sizes, test="4", validation="4", labels=["5", "6"], seeds=8)
     numbers = [[len(cases) for cases in subset.values()] for subset in split.subsets]
     assert {fewer == more for fewer, more in numbers} == {True, False}
 
 
-def test_splits_draw_other_patients_and_the_first_is_that_of_one_split():
+def test_splits_draw_other_patients_and_split_0_is_the_default():
     patients = {f"p{n // 2:02d}_t{n % 2}": f"p{n // 2:02d}" for n in range(80)}
     options = dict(test="20", validation="8", labels=["8"], seeds=2)
     splits = [split_cases(patients, **options, number=number) for number in range(3)]

@@ -25,7 +25,7 @@ def studies(tmp_path):
     return made
 
 
-def test_spread_is_that_of_the_splits_own_differences(studies):
+def test_the_spread_has_the_difference_of_each_split(studies):
     results = [Results.read(study) for study in studies]
     found = spreads(results)
     for (arm, labels), spread in found.items():
@@ -34,7 +34,7 @@ def test_spread_is_that_of_the_splits_own_differences(studies):
     assert np.allclose(np.diff(pretrained.by_split), 0.03, atol=1e-6)
 
 
-def test_report_has_a_row_for_each_arm_and_number_of_labels(studies, tmp_path):
+def test_the_report_has_a_row_for_each_arm_and_number_of_labels(studies, tmp_path):
     sentence = write_report_over_splits(studies, tmp_path)
     text = (tmp_path / "compare.md").read_text()
     arms = {arm.slug for arm in studies[0].arms}
@@ -44,8 +44,8 @@ def test_report_has_a_row_for_each_arm_and_number_of_labels(studies, tmp_path):
     assert sentence.splitlines()[0] in text
 
 
-def test_interval_over_splits():
-    # Student's, by hand: mean 2, standard deviation 1, t of two degrees of freedom 4.3027
+def test_the_interval_over_splits_is_students():
+    # by hand: mean 2, standard deviation 1, t with two degrees of freedom 4.3027
     low, high = student_interval([1.0, 2.0, 3.0])
     assert math.isclose(low, 2 - 4.302652729 / math.sqrt(3)) and math.isclose(high, 2 + 4.302652729 / math.sqrt(3))
     assert Spread((1.0, 2.0, 3.0), low, high).sign == 0

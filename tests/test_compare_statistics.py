@@ -1,4 +1,4 @@
-"""Means as nnU-Net makes them, and intervals that hold what they should."""
+"""Means equal nnU-Net's, and intervals have their nominal coverage."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def names(number):
     return [f"p{n}" for n in range(number)]
 
 
-def test_mean_leaves_out_what_is_not_defined():
+def test_mean_leaves_out_undefined_values():
     # two seeds, two cases, two classes
     values = np.array([[[0.8, NAN], [0.6, 0.2]], [[1.0, NAN], [0.4, 0.4]]])
     assert Resampling.whole(2, 2).mean(values) == pytest.approx([(0.7 + 0.3) / 2])
@@ -22,7 +22,7 @@ def test_mean_leaves_out_what_is_not_defined():
     assert Resampling.whole(2, 2).mean(only_one_class) == pytest.approx([0.7])
 
 
-def test_resampled_means_are_those_of_the_drawn_cases():
+def test_resampled_means_are_the_means_of_the_drawn_cases():
     rng = np.random.default_rng(0)
     values = rng.uniform(size=(3, 6, 2))
     values[rng.uniform(size=values.shape) < 0.2] = NAN
@@ -32,7 +32,7 @@ def test_resampled_means_are_those_of_the_drawn_cases():
         assert mean == pytest.approx(np.nanmean(np.nanmean(drawn, axis=(0, 1))))
 
 
-def test_patients_are_drawn_whole():
+def test_all_cases_of_a_patient_are_drawn_together():
     resampling = Resampling.draw(["a", "a", "b", "c", "c", "c"], 4, resamples=300)
     a, other_a, b, *c = resampling.cases.T
     assert (a == other_a).all() and all((c[0] == other).all() for other in c)
@@ -40,10 +40,10 @@ def test_patients_are_drawn_whole():
     assert a.min() == 0 and a.max() == 3
 
 
-def test_known_intervals():
+def test_intervals_with_known_results():
     base = np.random.default_rng(0).uniform(0.2, 0.9, (3, 20, 2))
     resampling = Resampling.draw(names(20), 3)
-    # the same everywhere: paired, nothing is left to vary, however much the cases do
+    # a constant difference has an interval of width 0, because the comparison is paired
     assert estimate(base + 0.05, resampling, base) == Estimate(
         pytest.approx(0.05), *[pytest.approx(0.05)] * 2, pytest.approx((0.05,) * 3)
     )
@@ -53,14 +53,14 @@ def test_known_intervals():
     assert (estimate(base - 0.05, resampling, base).sign, estimate(base + 0.05, resampling, base).sign) == (-1, 1)
 
 
-def test_one_seed_and_many_cases_is_the_interval_of_a_mean():
+def test_one_seed_and_many_cases_give_the_normal_interval_of_a_mean():
     values = np.random.default_rng(0).normal(size=(1, 400, 1))
     e = estimate(values, Resampling.draw(names(400), 1))
     half = 1.96 * values.std() / 20
     assert (e.low, e.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.012)
 
 
-def test_seeds_widen_the_interval():
+def test_variation_between_seeds_widens_the_interval():
     rng = np.random.default_rng(0)
     noise, of_seed = rng.normal(0, 0.01, (4, 50, 1)), np.array([-0.05, 0.0, 0.02, 0.06])[:, None, None]
     resampling = Resampling.draw(names(50), 4)
@@ -68,8 +68,8 @@ def test_seeds_widen_the_interval():
     assert wide.high - wide.low > 5 * (narrow.high - narrow.low)
 
 
-def test_intervals_cover():
-    """No true difference, noise by patient, by seed and by both: about 95 of 100 intervals hold 0."""
+def test_intervals_have_their_nominal_coverage():
+    """Without a true difference, but with noise of patients, seeds and both, about 95 of 100 intervals contain 0."""
     rng = np.random.default_rng(7)
     held = 0
     for trial in range(200):
@@ -80,7 +80,7 @@ def test_intervals_cover():
     assert 0.9 <= held / 200 <= 0.99
 
 
-def test_when_a_goal_is_reached():
+def test_the_first_epoch_that_reaches_a_goal():
     curve = np.array([[0.1, 0.5, 0.2], [0.6, 0.6, 0.3], [0.7, 0.4, 0.4]])
     assert first_reached(curve, np.array([0.6, 0.5, 0.5]), [2, 4, 6]).tolist() == [4, 2, np.inf]
     flat = np.ones((3, 2, 5, 1)) * np.array([0.2, 0.5, 0.8])[:, None, None, None]
@@ -89,7 +89,7 @@ def test_when_a_goal_is_reached():
     assert estimate_first_reached(flat, np.full((2, 5, 1), 0.9), [1, 2, 3], resampling).value == np.inf
 
 
-def test_by_seed_is_each_seed_alone():
+def test_by_seed_has_the_difference_of_each_seed():
     rng = np.random.default_rng(3)
     base, values = rng.uniform(size=(2, 4, 9, 2))
     values[rng.uniform(size=values.shape) < 0.2] = NAN
@@ -97,24 +97,24 @@ def test_by_seed_is_each_seed_alone():
     assert e.by_seed == pytest.approx(np.nanmean(np.nanmean(values, 1), -1) - base.mean((1, 2)))
 
 
-def test_three_seeds_that_agree_by_chance_are_not_sure():
-    """Seeds differ, and nothing else does: of three, a quarter agree in sign, and the bootstrap finds a difference in each."""
+def test_three_seeds_that_agree_by_chance_are_not_significant():
+    """Three seeds without a true difference agree in sign in a quarter of the trials, and mislead the bootstrap."""
     rng = np.random.default_rng(5)
-    found = sure = 0
+    found = significant = 0
     for trial in range(300):
         base = rng.normal(0.7, 0.1, (1, 30, 1)) + np.zeros((3, 1, 1))
         difference = rng.normal(0, 0.03, (3, 1, 1)) + rng.normal(0, 0.005, (3, 30, 1))
         e = estimate(base + difference, Resampling.draw(names(30), 3, resamples=200, seed=trial), base)
         found += bool(e.sign)
-        sure += bool(e.sign) and e.significant_across_seeds
-    assert found / 300 > 0.15 and sure / 300 < 0.08
+        significant += bool(e.sign) and e.significant_across_seeds
+    assert found / 300 > 0.15 and significant / 300 < 0.08
 
 
 @pytest.mark.parametrize(
     "by_seed, agree",
     [((0.05, 0.06, 0.07), True), ((0.004, 0.03, 0.05), False), ((-0.02, -0.02), True), ((0.05,), False), ((), False)],
 )
-def test_whether_seeds_agree(by_seed, agree):
+def test_significance_across_seeds(by_seed, agree):
     assert Estimate(0.0, 0.0, 0.0, by_seed).significant_across_seeds == agree
 
 
@@ -132,36 +132,37 @@ PERHAPS = Estimate(0.028, 0.004, 0.05, (0.004, 0.03, 0.05))
         ({"pretrained": {5: SAME, 10: SAME}}, ["No difference", "pretrained", "5 and 10"], ["better", "worse"]),
         (
             {"pretrained": {5: BETTER, 10: SAME}},
-            ["better than scratch (+0.030 Dice with 5", "apart from it with 10"],
+            ["better than scratch (+0.030 Dice with 5", "not", "from scratch with 10"],
             ["No"],
         ),
         (
             {"encoder": {5: SAME}, "pretrained": {5: WORSE}},
-            ["encoder is not told", "pretrained is worse than scratch (-0.020"],
+            ["encoder is not", "pretrained is worse than scratch (-0.020"],
             ["better"],
         ),
         (
             {"encoder": {5: SAME}, "pretrained": {5: PERHAPS, 10: BETTER}},
             [
                 "pretrained is better than scratch (+0.030 Dice with 10 labelled cases) and perhaps better than scratch (+0.028 "
-                "Dice with 5 labelled cases, and more --seeds would tell)",
+                "Dice with 5 labelled cases,",
+                "--seeds",
             ],
             ["worse"],
         ),
-        ({}, ["nothing to compare"], []),
+        ({}, ["Only scratch"], []),
     ],
 )
-def test_verdict(found, words, not_words):
+def test_the_verdict_is_one_sentence_with_the_values(found, words, not_words):
     sentence = verdict(found, patients=20, best=0.7)
     assert all(word in sentence for word in words) and not any(word in sentence for word in not_words), sentence
     assert sentence.endswith(".") and sentence.count(". ") == 0
 
 
-def test_verdict_on_too_few():
+def test_too_few_patients_give_no_verdict():
     assert "better" not in verdict({"pretrained": {5: BETTER}}, patients=5, best=0.7)
     assert "5 test patients" in verdict({"pretrained": {5: BETTER}}, patients=5, best=0.7)
 
 
-def test_verdict_on_arms_that_learned_nothing():
+def test_arms_that_learned_nothing_give_no_verdict():
     sentence = verdict({"pretrained": {5: WORSE}}, patients=20, best=0.17)
-    assert "worse" not in sentence and "best Dice 0.17" in sentence and "--epochs" in sentence
+    assert "worse" not in sentence and "0.17" in sentence and "--epochs" in sentence

@@ -1,4 +1,4 @@
-"""A study's folder: what it was asked for stays; each step is done once, whoever does it."""
+"""A study's folder keeps its options, and each step runs once, in whichever process."""
 
 import json
 import multiprocessing
@@ -36,7 +36,7 @@ IMAGES = RawImages({}, {}, {})
 SPLIT = split_cases(PATIENTS, test="25%", validation="10%", labels=["3", "6"], seeds=2)
 
 
-def test_a_study_is_read_back_as_it_was_written(tmp_path):
+def test_reading_a_study_returns_what_was_written(tmp_path):
     begun = Study.open(tmp_path / "study", OPTIONS, SPLIT, PATIENTS)
     assert begun == Study.read(tmp_path / "study") == Study.open(tmp_path / "study", OPTIONS, SPLIT, PATIENTS)
     assert len(begun.cells) == 4 * 2 * 2 * 2 and len({cell.name for cell in begun.cells}) == len(begun.cells)
@@ -46,7 +46,7 @@ def test_a_study_is_read_back_as_it_was_written(tmp_path):
     assert not set(SPLIT.test) & {case for split in begun.splits for cases in split.values() for case in cases}
 
 
-def test_arms_and_seeds_may_be_added_and_what_was_drawn_stays(tmp_path):
+def test_adding_arms_and_seeds_keeps_the_earlier_draws(tmp_path):
     begun = Study.open(tmp_path, OPTIONS, SPLIT, PATIENTS)
     begun.write_splits()
     more = replace(OPTIONS, seeds=4, arms=[*OPTIONS.arms, "recipe:paper"])
@@ -70,14 +70,14 @@ def test_arms_and_seeds_may_be_added_and_what_was_drawn_stays(tmp_path):
         (dict(configuration="3d_fullres", seeds=1), "-c 3d_fullres (was 2d), --seeds 1 (was 2)"),
     ],
 )
-def test_changed_options_are_refused_by_name(tmp_path, change, words):
+def test_the_error_names_options_that_changed(tmp_path, change, words):
     Study.open(tmp_path, OPTIONS, SPLIT, PATIENTS)
     with pytest.raises(UserError) as error:
         Study.open(tmp_path, replace(OPTIONS, **change), SPLIT, PATIENTS)
     assert words in str(error.value) and "-o FOLDER" in str(error.value)
 
 
-def test_of_several_that_begin_a_study_at_once_all_go_on_with_one(tmp_path):
+def test_processes_that_begin_a_study_at_once_share_it(tmp_path):
     for trial in range(20):
         opened, start = [], threading.Barrier(4)
 
@@ -95,19 +95,19 @@ def test_of_several_that_begin_a_study_at_once_all_go_on_with_one(tmp_path):
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_an_image_that_was_mended_is_taken_again(tmp_path, monkeypatch, links):
-    if not links:  # as on another disk
+def test_a_repaired_image_replaces_the_old_one(tmp_path, monkeypatch, links):
+    if not links:  # os.link fails across disks
         monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError()))
     image, of_the_study = tmp_path / "case.nii.gz", tmp_path / "study" / "case.nii.gz"
-    for content in (b"damaged", b"mended"):
+    for content in (b"damaged", b"repaired"):
         (tmp_path / "new").write_bytes(content)
         (tmp_path / "new").replace(image)
         _link(image, of_the_study, "case")
         assert of_the_study.read_bytes() == content
 
 
-def test_unlabelled_images_follow_the_users_until_something_is_trained_on_them(tmp_path):
-    """One is corrected, one taken out, one added; a spacing file goes with its image."""
+def test_the_study_follows_changes_of_the_unlabelled_images(tmp_path):
+    """One image is corrected, one removed, one added. A spacing file is linked and removed with its image."""
     study, images = Study(tmp_path / "study", OPTIONS, SPLIT, PATIENTS), tmp_path / "imagesUn"
     images.mkdir()
 
@@ -123,10 +123,10 @@ def test_unlabelled_images_follow_the_users_until_something_is_trained_on_them(t
     (images / "a_0000.tif").write_text("corrected")
     (images / "c_0000.tif").write_text("new")
     assert follow("a_0000.tif", "c_0000.tif") == {"a_0000.tif": "corrected", "c_0000.tif": "new"}
-    assert (images / "b_0000.tif").read_text() == "first"  # the user's own stays
+    assert (images / "b_0000.tif").read_text() == "first"  # the user's file is not deleted
 
 
-def test_images_that_cannot_be_used_are_left_out_by_the_option_that_is_named(tmp_path, monkeypatch):
+def test_the_option_in_the_error_leaves_unusable_images_out(tmp_path, monkeypatch):
     folder = tmp_path / OPTIONS.dataset
     for name in ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesUn/b_0000.nii.gz", "imagesUn/c_0001.nii.gz"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def test_images_that_cannot_be_used_are_left_out_by_the_option_that_is_named(tmp
     assert _compare_parser().parse_args(["901", "-c", "2d", "--skip_unreadable"]).skip_unreadable
 
 
-def test_folders_of_something_else_are_refused(tmp_path):
+def test_a_folder_without_a_study_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no study"):
         Study.open(tmp_path, OPTIONS, SPLIT, PATIENTS)
@@ -158,7 +158,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(arms=["pretrained"]), "--arms must hold scratch"),
+        (dict(arms=["pretrained"]), "--arms must .*scratch"),
         (dict(arms=["scratch", "magic"]), "no arm 'magic'"),
         (dict(arms=["scratch", "recipe:nope"]), "No recipe 'nope'"),
         (dict(arms=["scratch", "recipe:macl,temprature=0.2"]), "unknown key 'temprature'. Did you mean 'temperature'?"),
@@ -167,21 +167,21 @@ def test_folders_of_something_else_are_refused(tmp_path):
         (dict(arms=["scratch", "recipe:restore,weight_restoration=0"]), "nothing to learn from"),
         (dict(arms=["scratch", "recipe:macl,num_epochs=5"], pretrain_epochs=3), "'num_epochs' is set to 3 and to 5"),
         (dict(arms=["scratch", "weights:/no/file.pth"]), "/no/file.pth"),
-        (dict(arms=["scratch", "pretrained", "pretrained"]), "two arms would be called pretrained"),
+        (dict(arms=["scratch", "pretrained", "pretrained"]), "--arms: two arms .*pretrained"),
         (dict(epochs=0), "--epochs must be 1 or more, got 0"),
         (dict(batch_size=0), "-batch_size must be 1 or more"),
         (dict(pretrain_batch_size=1), "--pretrain_batch_size must be 2 or more"),
-        (dict(rates=[2.0]), "--rates must lie"),
-        (dict(rates=[0.1, 0.1]), "--rates has a rate twice"),
+        (dict(rates=[2.0]), "--rates .*got 2"),
+        (dict(rates=[0.1, 0.1]), "--rates .*twice: 0.1 0.1"),
     ],
 )
-def test_values_that_cannot_be(change, words):
+def test_invalid_values_are_refused(change, words):
     OPTIONS.check()
     with pytest.raises(UserError, match=words):
         replace(OPTIONS, **change).check()
 
 
-def test_arms_say_where_weights_come_from(tmp_path, monkeypatch):
+def test_arms_define_the_initial_weights(tmp_path, monkeypatch):
     study = Study(tmp_path, OPTIONS, SPLIT, PATIENTS)
     weights = {arm.slug: study.weights(arm) for arm in study.arms}
     assert weights["scratch"] is None and weights["encoder"] == weights["pretrained"] / "macl_encoder.pth"
@@ -194,7 +194,7 @@ def test_arms_say_where_weights_come_from(tmp_path, monkeypatch):
 def test_an_arm_may_set_keys_of_its_recipe(tmp_path, monkeypatch):
     arm = parse_arm("recipe:macl,temperature=0.20,scaling=[0.8,1.2],optimizer=sgd")
     assert (arm.recipe, arm.settings) == ("macl", ("optimizer=sgd", "scaling=[0.8, 1.2]", "temperature=0.2"))
-    # the same settings are the same arm, however they are written
+    # order and spelling of the settings do not matter
     assert parse_arm("recipe:macl,optimizer=sgd,scaling=[0.80, 1.2],temperature=0.2") == parse_arm(arm.name) == arm
     arms = ["recipe:macl", "recipe:macl,temperature=0.2", "recipe:macl,temperature=0.25"]
     study = Study(tmp_path, replace(OPTIONS, arms=["scratch", "pretrained", "encoder", *arms]), SPLIT, PATIENTS)
@@ -212,7 +212,7 @@ def test_an_arm_may_set_keys_of_its_recipe(tmp_path, monkeypatch):
 
 
 class Work:
-    """Steps that write down what was done."""
+    """Create steps that record in ``done`` that they ran."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -227,7 +227,7 @@ class Work:
         return Task(name, self.folder / name, run, needs)
 
 
-def test_steps_are_done_once_in_the_order_of_their_needs(tmp_path):
+def test_steps_run_once_and_after_the_steps_that_they_need(tmp_path):
     work = Work(tmp_path)
     plan = work.step("plan")
     pretrain = work.step("pretrain", plan)
@@ -241,14 +241,14 @@ def test_steps_are_done_once_in_the_order_of_their_needs(tmp_path):
     assert not list(tmp_path.rglob(".macl_running*"))
 
 
-def test_a_folder_that_cannot_be_written_ends_the_study(tmp_path):
+def test_a_read_only_folder_ends_the_study_with_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     work = Work(tmp_path / "file")
     with pytest.raises(UserError, match=r"file/first could not be written: Not a directory"):
         run_steps([work.step("first"), work.step("second")], jobs=2, poll_seconds=0.01)
 
 
-def test_a_failed_step_stops_the_study_and_is_tried_again(tmp_path):
+def test_a_failed_step_stops_the_study_and_runs_again_later(tmp_path):
     work = Work(tmp_path)
     broken = [True]
 
@@ -281,7 +281,7 @@ def claim(folder, host, pid):
     return file
 
 
-def test_a_step_of_a_process_that_is_gone_is_taken_over(tmp_path, sleeper):
+def test_another_process_takes_over_the_step_of_a_dead_process(tmp_path, sleeper):
     work = Work(tmp_path)
     claim(tmp_path / "cell", socket.gethostname(), sleeper.pid)
     sleeper.kill()
@@ -290,12 +290,12 @@ def test_a_step_of_a_process_that_is_gone_is_taken_over(tmp_path, sleeper):
     assert work.done == ["cell"]
 
 
-def test_a_pretraining_that_was_killed_at_its_end_leaves_no_lock(tmp_path, sleeper):
+def test_the_lock_of_a_pretraining_that_was_killed_at_its_end_is_removed(tmp_path, sleeper):
     study = Study(tmp_path, OPTIONS, SPLIT, PATIENTS)
     run = study.pretraining_run(parse_arm("recipe:pcl"))
     lock = claim(run, socket.gethostname(), sleeper.pid)
     (run / NETWORK_FILE).touch()
-    with pytest.raises(UserError, match=f"process {sleeper.pid}"):  # still at its report
+    with pytest.raises(UserError, match=f"process {sleeper.pid}"):  # the process still runs
         _pretrain(study, IMAGES, parse_arm("recipe:pcl"), "cpu", 1, False)
     sleeper.kill()
     sleeper.wait()
@@ -317,7 +317,7 @@ with ended_by_sigterm():
 """
 
 
-def test_a_job_that_a_cluster_ends_holds_nothing_any_more(tmp_path):
+def test_sigterm_ends_a_job_with_its_child_process_and_lock(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", SLEEPING, str(tmp_path)])
     deadline = time.monotonic() + 60
     while not (begun := tmp_path / "begun").is_file() or not begun.read_text():
@@ -334,13 +334,13 @@ def _on_sigterm(_):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_workers_of_a_pool_end_as_they_would_without(tmp_path):
+def test_pool_workers_keep_the_default_sigterm_handler(tmp_path):
     with ended_by_sigterm(), multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.map(_on_sigterm, range(2)) == [signal.SIG_DFL] * 2 and _on_sigterm(0) != signal.SIG_DFL
     assert _on_sigterm(0) == signal.SIG_DFL
 
 
-def test_a_step_of_another_machine_is_waited_for_and_named(tmp_path, caplog):
+def test_a_message_names_the_machine_whose_step_is_waited_for(tmp_path, caplog):
     work = Work(tmp_path)
     file = claim(tmp_path / "theirs", "another-machine", 4242)
     caplog.set_level("INFO", logger="nnunetv2_macl")
@@ -357,8 +357,8 @@ def test_a_step_of_another_machine_is_waited_for_and_named(tmp_path, caplog):
     run_steps([work.step("theirs"), work.step("ours")], jobs=1, poll_seconds=0.01)
     them.join()
     assert work.done == ["ours"]
-    waiting = [record.getMessage() for record in caplog.records if "Waiting" in record.getMessage()]
-    assert len(waiting) == 1 and "process 4242 on another-machine, since 2026-01-01" in waiting[0]
+    waiting = [record.getMessage() for record in caplog.records if "another-machine" in record.getMessage()]
+    assert len(waiting) == 1 and "4242" in waiting[0] and "2026-01-01" in waiting[0]
     assert f"rm '{file}'" in waiting[0]
 
 
@@ -381,18 +381,18 @@ run_steps([step(f"cell{n}") for n in range(20)], jobs=2, poll_seconds=0.02)
 """
 
 
-def test_two_processes_share_the_steps(tmp_path):
+def test_two_processes_divide_the_steps(tmp_path):
     both = [subprocess.Popen([sys.executable, "-c", SHARING, tmp_path]) for _ in range(2)]
     assert [process.wait(120) for process in both] == [0, 0]
     assert sorted((tmp_path / "log").read_text().split()) == sorted(f"cell{n}" for n in range(20))
 
 
-def test_weights_that_changed_since_the_study_began_are_refused(tmp_path, monkeypatch):
+def test_weights_that_changed_after_the_study_began_are_refused(tmp_path, monkeypatch):
     file = tmp_path / "weights.pth"
     monkeypatch.setattr("nnunetv2_macl.formats.load_weights", lambda path: SimpleNamespace(files=[path]))
     file.write_bytes(b"first")
     options = replace(OPTIONS, arms=["scratch", f"weights:{file}"])
     Study.open(tmp_path / "study", options, SPLIT, PATIENTS)
     file.write_bytes(b"second")
-    with pytest.raises(UserError, match=f"the weights {file}"):
+    with pytest.raises(UserError, match=f"weights {file}"):
         Study.open(tmp_path / "study", options, SPLIT, PATIENTS)

@@ -1,4 +1,4 @@
-"""Ranks of torch.distributed against one process with the whole batch."""
+"""Several ranks give the same results as one process with the whole batch."""
 
 import os
 import socket
@@ -12,8 +12,8 @@ from torch import nn
 
 from nnunetv2_macl import distributed
 
-PATCHES = 7  # divides by neither 2 nor 3
-# every loss, and every change of what is shown
+PATCHES = 7  # not divisible by the numbers of ranks, 2 and 3
+# with every loss and every augmentation
 RECIPE = recipe_of(own_view_weight=0.5, weight_restoration=1.0, intensity=1.0, equivariance_form="standardised")
 
 
@@ -35,7 +35,7 @@ def rank_process(rank, world, port, folder, at_once, norm):
 @pytest.mark.parametrize(
     "world, at_once, norm", [(2, PATCHES, nn.InstanceNorm2d), (3, 1, nn.InstanceNorm2d), (2, PATCHES, nn.BatchNorm2d)]
 )
-def test_ranks_give_losses_gradients_and_weights_of_one_process(tmp_path, world, at_once, norm):
+def test_ranks_have_the_losses_gradients_and_weights_of_one_process(tmp_path, world, at_once, norm):
     whole = training_step(PATCHES, PATCHES, RECIPE, norm=norm)
     measured = whole(batch(PATCHES), 0)
     with socket.socket() as sock:
@@ -51,7 +51,7 @@ def test_ranks_give_losses_gradients_and_weights_of_one_process(tmp_path, world,
             torch.testing.assert_close(their_state[name], value, rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_one_process_has_it_all():
+def test_one_process_has_the_whole_batch():
     assert distributed.local_slice(PATCHES) == (0, PATCHES) and distributed.rank() == 0
     tensor = torch.zeros(3)
     assert distributed.gather(tensor, 3) is tensor and distributed.any_rank(True) and not distributed.any_rank(False)

@@ -1,4 +1,4 @@
-"""What an epoch reports of its speed, and when its picture is drawn."""
+"""The speed in the line of an epoch, and the times at which the picture is drawn."""
 
 import pytest
 from steps import recipe_of
@@ -17,14 +17,14 @@ def sums(*steps):
     return made
 
 
-def test_speed_and_time_left_leave_compiling_out():
+def test_speed_and_remaining_time_exclude_compilation():
     epoch = Epoch(0, 3, 8, sums((60, False), (2, True), (2, True)), recipe_of())
     assert epoch.patches_per_second == 4.0
-    # two more epochs of three steps of two seconds, and of what comes between epochs
+    # two more epochs of three steps of two seconds, with four seconds between epochs
     assert epoch.line(between_epochs=4.0).endswith("0:00:20 left")
 
 
-def test_an_epoch_without_a_warm_step_still_has_a_speed():
+def test_an_epoch_without_warm_steps_has_a_speed():
     assert Epoch(0, 1, 8, sums((4, False), (4, False)), recipe_of()).patches_per_second == 2.0
 
 
@@ -32,7 +32,7 @@ def test_sums_of_an_earlier_version_are_continued():
     assert EpochSums(steps=4, skipped=0, seconds=8.0, sums={}).seconds_per_step == 2.0
 
 
-def test_the_picture_is_drawn_at_first_at_last_and_once_in_a_while(tmp_path):
+def test_the_picture_is_drawn_at_the_start_at_the_end_and_at_intervals(tmp_path):
     file = tmp_path / "progress.png"
     picture = ProgressPicture(file, "a run", every=3600)
     picture.update(LOG)
@@ -46,13 +46,13 @@ def test_the_picture_is_drawn_at_first_at_last_and_once_in_a_while(tmp_path):
     assert file.read_bytes() == first
 
 
-def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path):
+def test_a_picture_that_cannot_be_written_raises_no_error(tmp_path):
     (tmp_path / "file").write_text("")
     picture = ProgressPicture(tmp_path / "file" / "progress.png", "a run")
     picture.update(LOG, is_last=True)
 
 
-def test_skipped_steps_count_in_time_and_not_in_means():
+def test_skipped_steps_count_for_the_time_but_not_for_the_means():
     made = sums((1, True))
     made.add({"total": float("nan")}, skipped=True)
     made.add_time(1, is_warm=True)

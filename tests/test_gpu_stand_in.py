@@ -1,4 +1,4 @@
-"""A training step of every recipe on a stand-in for a GPU: no tensor on a wrong device, one wait, memory as planned."""
+"""On a stand-in for a GPU, a step of every recipe has all tensors on the device, waits once and takes the planned memory."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def stand_in(tmp_path_factory):
 
 
 def run(library, shape, recipes):
-    # the stand-in has none of the functions that expandable segments need
+    # no expandable segments, because the stand-in lacks their functions
     settings = {"LD_PRELOAD": library, "STAND_IN": library, "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:1024"}
     settings["LD_LIBRARY_PATH"] = str(Path(library).parent)
     command = [sys.executable, str(HERE / "step.py"), shape, *recipes]
@@ -42,7 +42,7 @@ def run(library, shape, recipes):
     [("2D, 64x64", RECIPES), ("3D", ["restore", "macl", "macl_restore", "table6_ema_encoder_one_stage"])],
     ids=["2D", "3D"],
 )
-def test_a_step_waits_once_and_takes_what_was_planned(stand_in, shape, recipes):
+def test_a_step_waits_once_and_takes_the_planned_memory(stand_in, shape, recipes):
     rows = run(stand_in, shape, recipes)
     assert set(rows) == set(recipes)
     for name, row in rows.items():

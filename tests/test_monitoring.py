@@ -1,4 +1,4 @@
-"""The collapse test, and what pictures and statistics show."""
+"""Detection of collapse, statistics and pictures."""
 
 import math
 
@@ -22,27 +22,27 @@ def reason_of(means, before, steps=250, positives=3.0):
     return monitoring.collapse_reason(recipe_of(), PATCHES, {"positives": positives} | means, before, steps)
 
 
-def test_a_loss_that_sits_at_the_collapse_value_is_told():
+def test_a_loss_that_stays_at_the_collapse_value_is_a_collapse():
     at = references().collapse
     reason = reason_of({"global": at, "dense": 3.0}, {"global": at + 0.01})
     assert "L_g" in reason and "L_d" not in reason and f"{at:.3f}" in reason
 
 
-def test_a_loss_that_falls_through_the_line_is_not():
+def test_a_loss_that_falls_through_the_collapse_value_is_no_collapse():
     at = references().collapse
     assert reason_of({"global": at + 0.2}, {"global": at + 0.4}) is None
     assert reason_of({"global": at - 0.4}, {"global": at - 0.4}) is None
-    assert reason_of({"global": at}, {}, steps=5) is None  # too early to tell
+    assert reason_of({"global": at}, {}, steps=5) is None  # the first steps are not judged
 
 
-def test_many_positives_leave_little_to_gain_and_the_line_knows():
-    """With 12 positives the best that the own view gives is near the collapse value: reaching that is no collapse."""
+def test_a_loss_near_the_collapse_value_with_many_positives_is_no_collapse():
+    """With 12 positives, a network that matches only the other view of a patch has a loss near the collapse value."""
     lines = references(positives=12)
     assert lines.collapse - lines.own_view_only < 0.15
     assert reason_of({"global": lines.own_view_only}, {}, positives=12) is None
 
 
-def test_embeddings_that_do_not_vary_are_told():
+def test_embeddings_that_do_not_vary_are_a_collapse():
     alike = torch.randn(1, 16).expand(32, 16) + 1e-4 * torch.randn(32, 16)
     variance = embedding_variance(alike).item()
     assert variance < 1e-3
@@ -51,18 +51,18 @@ def test_embeddings_that_do_not_vary_are_told():
 
 
 @pytest.mark.parametrize("method", ["macl", "restoration", "moco", "byol", "simsiam", "simtriplet"])
-def test_embeddings_of_any_method_on_one_line_are_told(method):
+def test_embeddings_in_one_direction_are_a_collapse_for_every_method(method):
     torch.manual_seed(0)
     line = torch.randn(1, 16) + 0.3 * torch.linspace(-1, 1, 32)[:, None] * torch.randn(1, 16)
     assert batch_rank(line).item() < 1.05 < 10 < batch_rank(torch.randn(32, 64)).item()
     means = {"embedding_variance": 0.3, "embedding_rank": 1.02}
     recipe = recipe_of(method=method)
     assert "one direction" in monitoring.collapse_reason(recipe, PATCHES, means, {}, 100)
-    # the few patches of such a batch lie on one line by themselves
+    # the embeddings of two patches always vary in one direction only
     assert monitoring.collapse_reason(recipe, 2, means, {}, 100) is None
 
 
-def test_equal_maps_show_in_the_variance_between_images_not_in_the_scale():
+def test_equal_maps_have_no_variance_between_images_but_a_normal_scale():
     torch.manual_seed(0)
     one = torch.randn(1, 8, 4, 4)
     rms, between = feature_statistics(one.expand(16, -1, -1, -1))
@@ -71,19 +71,19 @@ def test_equal_maps_show_in_the_variance_between_images_not_in_the_scale():
     assert between.item() == pytest.approx(1, abs=0.1)
 
 
-def test_mean_positives_is_what_the_loss_counts():
+def test_the_number_of_positives_is_that_of_the_loss():
     positions = torch.tensor([0.0, 0.05, 0.5, 0.9])
     step = training_step(4, 4)
     step(batch(4) | {"positions": positions[:, None].expand(-1, 3)}, 0)
     method = step.methods[0]
     method.loss.threshold = 0.1
     assert method.measure({}, positions)["positives"] == pytest.approx((3 + 3 + 1 + 1) / 4)
-    # at the collapse of the loss, its value is that of the line
+    # with equal embeddings, the loss equals the reference value of collapse
     alike = torch.ones(4, 3)
     assert PositionalContrastiveLoss()(alike, alike, positions).item() == pytest.approx(references(patches=4).collapse)
 
 
-def test_advice_names_recipe_keys():
+def test_the_advice_names_recipe_keys():
     advice = monitoring.collapse_advice(recipe_of(own_view_weight=0.0, standardise_projector=False))
     for key in ("own_view_weight", "threshold_warmup", "standardise_projector", "weight_equivariance"):
         assert key in advice

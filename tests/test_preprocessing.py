@@ -270,7 +270,7 @@ def test_what_else_lies_beside_the_plan_is_passed_over(workspace):
     (folder / "nnUNetPlansGone.json").symlink_to(folder / "nowhere")
     (folder / "folder.json").mkdir()
     assert load().plans_name == "nnUNetPlans"
-    with pytest.raises(UserError, match=r"Other plans are there: -p nnUNetPlans\. Type"):
+    with pytest.raises(UserError, match=r"-p nnUNetPlans\. Type"):
         DatasetConfiguration.load("901", "nnUNetPlansGone", "2d")
 
 

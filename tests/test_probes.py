@@ -1,4 +1,4 @@
-"""Probes: values that are known, and what a run logs of them."""
+"""Probes have known values on known features, and a run logs them."""
 
 import math
 
@@ -18,11 +18,11 @@ def test_alignment_and_uniformity_of_known_vectors():
     assert probes.alignment(one, one.roll(1, 0)) == pytest.approx(2)
     assert probes.alignment(one, -one) == pytest.approx(4)
     assert probes.uniformity(torch.ones(5, 3)) == pytest.approx(0, abs=1e-5)
-    # all pairs of an orthogonal base lie at a squared distance of 2
+    # the squared distance of two orthogonal unit vectors is 2
     assert probes.uniformity(one) == pytest.approx(-4)
 
 
-def test_effective_rank_is_the_number_of_even_directions():
+def test_effective_rank_is_the_number_of_directions_with_equal_variance():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(20_000, 8, generator=generator)
     assert probes.effective_rank(noise) == pytest.approx(8, rel=1e-3)
@@ -30,7 +30,7 @@ def test_effective_rank_is_the_number_of_even_directions():
     assert probes.effective_rank(torch.ones(10, 8)) == 1
 
 
-def test_few_locations_from_all_over_a_large_map():
+def test_locations_are_spread_over_a_large_map():
     columns = torch.arange(256.0).expand(4, 1, 256, 256)
     some = probes._some_locations(columns, patches=16)
     assert len(some) == pytest.approx(20_000 / 4, rel=0.05) and len(some.unique()) == 256
@@ -38,7 +38,7 @@ def test_few_locations_from_all_over_a_large_map():
 
 
 class _Linear(torch.nn.Module):
-    """Features in which the image stands as it is, beside noise, on half the grid."""
+    """A network whose features are the image and noise, on a grid of half the resolution."""
 
     def encode(self, images):
         return [images]
@@ -50,26 +50,26 @@ class _Linear(torch.nn.Module):
         return [torch.cat((pooled, noise), 1)]
 
 
-def test_a_linear_probe_finds_what_is_there_and_nothing_else(workspace):
+def test_a_linear_probe_finds_only_classes_that_the_features_contain(workspace):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     cases = training_cases(configuration)
     probe = probes.Probe(configuration, cases, [], [32, 32], 0)
     assert len(probe.fitted) == 3 and len(probe.measured) == 2 and probe.classes == [1, 2]
     images, labels = probe.fitted[0]
     assert images.shape == (12, 1, 32, 32) and labels.shape == (12, 32, 32)
-    # each patch lies around a voxel of a class
+    # each patch is centred on a voxel of a class
     assert all((label[16, 16] > 0) for label in labels)
-    told = (
+    informative = (
         [(label[:, None].float(), label) for _, label in probe.fitted],
         [(label[:, None].float(), label) for _, label in probe.measured],
     )
-    untold = [[(torch.zeros_like(image), label) for image, label in part] for part in told]
-    probe.fitted, probe.measured = told
+    uninformative = [[(torch.zeros_like(image), label) for image, label in part] for part in informative]
+    probe.fitted, probe.measured = informative
     assert probe._linear_dice(_Linear(), torch.device("cpu"), 5) > 0.8
-    probe.fitted, probe.measured = untold
+    probe.fitted, probe.measured = uninformative
     assert probe._linear_dice(_Linear(), torch.device("cpu"), 5) < 0.3
-    # what is to be ignored is neither learned from nor measured: here, all that a feature does not tell
-    probe.fitted, probe.measured = told
+    # ignored locations are used neither for fitting nor for measuring
+    probe.fitted, probe.measured = informative
     probe.classes, probe.ignored = [1], [2]
     _, labels = probe._locations(_Linear(), torch.device("cpu"), 5, probe.measured)
     assert set(labels.tolist()) == {0, 1}
@@ -77,7 +77,7 @@ def test_a_linear_probe_finds_what_is_there_and_nothing_else(workspace):
     assert math.isnan(probe._linear_dice(_Linear(), torch.device("cpu"), 5))
 
 
-def test_a_case_of_which_all_is_ignored_and_what_nnunets_mask_leaves_out(workspace):
+def test_a_case_without_classes_and_with_voxels_outside_nnunets_mask(workspace):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     name = training_cases(configuration)[0].name
     file = configuration.cases_folder / f"{name}_seg.b2nd"
@@ -89,13 +89,13 @@ def test_a_case_of_which_all_is_ignored_and_what_nnunets_mask_leaves_out(workspa
     assert images.shape == (12, 1, 32, 32) and set(patches.unique().tolist()) == {0, 3}
 
 
-def test_a_patch_at_the_edge_is_filled_up_with_zeros():
+def test_a_patch_at_the_edge_is_padded_with_zeros():
     volume = np.arange(1, 13, dtype=np.float32).reshape(1, 1, 3, 4)
     patch = probes._cut(volume, np.array([0, -1, 2]), np.array([1, 3, 3]))
     np.testing.assert_array_equal(patch[0, 0], [[0, 0, 0], [3, 4, 0], [7, 8, 0]])
 
 
-def test_a_run_measures_every_few_epochs_and_trains_as_it_would_without(workspace, tmp_path):
+def test_probes_do_not_change_the_training(workspace, tmp_path):
     recipe = tmp_path / "probed.json"
     recipe.write_text('{"inherits_from": "macl_restore", "probe_every": 2}')
     out = workspace.pretrain("901", "-c", "2d", "-recipe", recipe, epochs=3)

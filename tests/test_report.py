@@ -1,4 +1,4 @@
-"""The report: of a finished run, of one that was stopped, of one that has a log and nothing else."""
+"""The report of a run that is finished, was stopped, or has only a log."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from nnunetv2_macl.training.epoch_log import Epoch, EpochSums
 
 @pytest.fixture(scope="module")
 def finished(planned, tmp_path_factory):
-    """A run of three epochs, in folders of its own."""
+    """Return a workspace of its own with a run of three epochs."""
     space = Workspace(tmp_path_factory.mktemp("report") / "nnunet")
     shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
     space.pretrain("901", "-c", "2d", "-recipe", "macl_restore", epochs=3, steps=2)
@@ -32,7 +32,7 @@ def finished(planned, tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch):
-    """A copy of the run's folder to change, and nnU-Net's variables."""
+    """Return a copy of the run's folder that a test may change, and set nnU-Net's variables."""
     for name in FOLDER_VARIABLES:
         monkeypatch.setenv(name, str(finished.folder / name))
     folder = finished.run_folder("nnUNetTrainerMACLPretrain")
@@ -41,7 +41,7 @@ def run(finished, tmp_path, monkeypatch):
 
 
 class Page(HTMLParser):
-    """Checks that tags close, and keeps what is referred to and what is said."""
+    """Checks that all tags are closed, and collects references and text of the page."""
 
     VOID = ("meta", "img", "br", "link", "path", "use", "input")
 
@@ -67,7 +67,7 @@ class Page(HTMLParser):
             self.words += " " + " ".join(data.split())
 
 
-def test_a_finished_run(run):
+def test_the_report_of_a_finished_run(run):
     file = write_report(run)
     text = file.read_text()
     shown = Page(text)
@@ -77,15 +77,15 @@ def test_a_finished_run(run):
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
     for words in (
         "finished, 3 of 3 epochs", "9 images, none of their labels", "nnUNetv2_train 901 2d 0 -tr nnUNetTrainerMACL -device cpu",
-        "L_g, image level", "nearest before", "patches at random", "JBHI 2026", "nnunetv2 2.", "own_view_weight",
+        "L_g, image level", "nearest before", "random patches", "JBHI 2026", "nnunetv2 2.", "own_view_weight",
         "Dataset901_Generated, labelled (labels are not read)", "Dataset901_Generated, unlabelled",
     ):  # fmt: skip
         assert words in shown.words, words
     for reason in read_run(run).plan.reasons.values():
         assert reason in shown.words
-    # slices and colours of four patches; six queries, each with three neighbours before and after; the views
+    # four patches with slice and two pictures of colours; six queries with three neighbours before and after; the views
     assert text.count("data:image/") == 4 * 3 + 6 * (1 + 2 * 3) + 1
-    # names within the figures do not meet
+    # all ids of the figures are unique
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids)) > 50
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(ids)
@@ -96,7 +96,7 @@ def test_the_same_run_gives_the_same_report(run):
     assert first == second
 
 
-def test_a_run_that_was_stopped_or_is_at_work(run):
+def test_the_report_of_a_stopped_or_running_run(run):
     (run / "checkpoint_final.pth").rename(run / "checkpoint_latest.pth")
     words = Page(write_report(run).read_text()).words
     assert "stopped, 3 of 3 epochs" in words and "nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu --c" in words
@@ -107,7 +107,7 @@ def test_a_run_that_was_stopped_or_is_at_work(run):
     assert "stopped, 3 of 3" in Page(write_report(run).read_text()).words
 
 
-def test_a_trainer_of_the_users_own_and_a_night_between_stop_and_going_on(run, tmp_path):
+def test_the_report_names_the_users_trainer_and_leaves_out_the_time_before_a_resume(run, tmp_path):
     content = checkpoints.load(run / "checkpoint_final.pth")
     content["logging"]["epoch_end_timestamps"][1] += 36_000.0
     content["logging"]["patches_per_second"] = [2.0, 4.0, 4.0]
@@ -116,16 +116,16 @@ def test_a_trainer_of_the_users_own_and_a_night_between_stop_and_going_on(run, t
     mine = tmp_path / "MyTrainer__nnUNetPlans__2d"
     run.parent.rename(mine)
     words = Page(write_report(mine / "fold_all").read_text()).words
-    # 2 steps of 4 patches an epoch
-    assert "Time 0:00:08" in words and "2 s an epoch" in words
+    # an epoch has 2 steps of 4 patches
+    assert "Time 0:00:08" in words and "2 s per epoch" in words
     assert f"export nnUNet_macl_weights={mine / 'fold_all'}" in words
     (mine / "fold_all" / "checkpoint_final.pth").rename(mine / "fold_all" / "checkpoint_latest.pth")
     words = Page(write_report(mine / "fold_all").read_text()).words
     assert "nnUNetv2_train 901 2d all -tr MyTrainer -device cpu --c" in words
 
 
-def test_a_log_is_enough(run):
-    """The curves that it holds are those of the checkpoint, to the digits that are printed."""
+def test_the_report_needs_only_a_log(run):
+    """The curves from the log equal those of the checkpoint, up to rounding."""
     there = read_run(run).log
     (run / "checkpoint_final.pth").unlink()
     (run / "views.png").unlink()
@@ -139,12 +139,12 @@ def test_a_log_is_enough(run):
     assert "There is no checkpoint yet" in words and "no views.png" in words and "L_d, pixel level" in words
     for log in run.glob("training_log_*.txt"):
         log.unlink()
-    assert "No epoch is done yet" in Page(write_report(run).read_text()).words
+    assert "No epoch is finished" in Page(write_report(run).read_text()).words
 
 
 @pytest.mark.parametrize("losses", [("global", "dense", "equivariance"), ("restoration",)])
 @pytest.mark.parametrize("skipped", [False, True])
-def test_every_form_of_an_epochs_line_is_read(losses, skipped):
+def test_every_form_of_the_line_of_an_epoch_is_read(losses, skipped):
     recipe = recipe_of(method="restoration" if losses == ("restoration",) else "macl")
     sums = EpochSums(seconds=2.0)
     sums.add(
@@ -160,7 +160,7 @@ def test_every_form_of_an_epochs_line_is_read(losses, skipped):
     assert log["patches_per_second"] == [4.0 if skipped else 2.0]
 
 
-def test_where_the_images_are_not(run, monkeypatch, tmp_path):
+def test_the_report_without_access_to_the_images(run, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     words = Page(write_report(run).read_text()).words
     assert "has not preprocessed" in words and "finished, 3 of 3" in words
@@ -168,7 +168,7 @@ def test_where_the_images_are_not(run, monkeypatch, tmp_path):
     assert "nnUNet_preprocessed is not set" in Page(write_report(run).read_text()).words
 
 
-def test_collapse_and_warnings_are_shown_and_nothing_in_them_is_run(run):
+def test_collapse_and_warnings_are_shown_as_escaped_text(run):
     checkpoint = checkpoints.load(run / "checkpoint_final.pth")
     checkpoints.save(checkpoint | {"collapsed": "L_g is 5.919 <b>"}, run / "checkpoint_final.pth")
     with next(iter(run.glob("training_log_*.txt"))).open("a") as log:
@@ -180,7 +180,7 @@ def test_collapse_and_warnings_are_shown_and_nothing_in_them_is_run(run):
     assert "WARNING: <script>alert(1)</script>" in words
 
 
-def test_the_checkpoint_that_a_run_would_go_on_from(run):
+def test_the_report_reads_the_newest_good_checkpoint(run):
     (run / "checkpoint_final.pth").rename(run / "checkpoint_previous.pth")
     assert read_run(run).weights and read_run(run).state == "stopped"
     (run / "checkpoint_latest.pth").write_bytes(b"damaged")
@@ -190,7 +190,7 @@ def test_the_checkpoint_that_a_run_would_go_on_from(run):
         read_run(run)
 
 
-def test_images_that_the_run_had_not_are_not_shown(run):
+def test_images_that_the_run_excluded_are_not_shown(run):
     from nnunetv2_macl.report.features import _cases
 
     assert len(_cases(read_run(run))) == 9
@@ -202,23 +202,22 @@ def test_images_that_the_run_had_not_are_not_shown(run):
     assert len(names) == 7 and not names & {"case_002", "case_004"}
 
 
-def test_mistakes_are_told(run, tmp_path, monkeypatch):
+def test_mistakes_are_reported(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="There is no folder"):
         write_report(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"holds no macl_plan\.json.*Give one of: .*fold_all"):
+    with pytest.raises(UserError, match=r"macl_plan\.json.*fold_all"):
         write_report(run.parent)
-    said = []
-    write_report_after_run(tmp_path / "nowhere", said.append)
-    assert "No report was written" in said[0] and "nnUNetv2_macl_report" in said[0]
+    messages = []
+    write_report_after_run(tmp_path / "nowhere", messages.append)
+    assert "No report was written" in messages[0] and "nnUNetv2_macl_report" in messages[0]
     (run / "report.html").unlink()
     monkeypatch.setattr(page, "MOST_BYTES", 10)
-    with pytest.raises(UserError, match="more than the 10 that it may"):
+    with pytest.raises(UserError, match=r"bytes, .* 10\."):
         write_report(run)
     assert not (run / "report.html").exists()
 
 
-def test_the_network_before_is_a_fresh_one_and_after_the_runs(run):
-    """Put the fresh weights where the trained ones are, and both are alike."""
+def test_the_networks_before_and_after_are_a_fresh_one_and_that_of_the_run(run):
     from nnunetv2_macl.report.features import _networks
 
     networks = _networks(read_run(run))
@@ -229,10 +228,10 @@ def test_the_network_before_is_a_fresh_one_and_after_the_runs(run):
     assert not torch.equal(weights[0][key], weights[1][key])
 
 
-# --- what is computed -------------------------------------------------------------------------------------------------------
+# --- features ---------------------------------------------------------------------------------------------------------------
 
 
-def test_main_components_have_one_colour_for_one_feature():
+def test_equal_features_have_equal_colours():
     generator = np.random.default_rng(0)
     kinds = generator.normal(size=(3, 16))
     where = generator.integers(0, 3, (2, 5, 6))
@@ -249,11 +248,11 @@ def test_main_components_have_one_colour_for_one_feature():
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-def test_main_components_of_little(channels):
+def test_colours_of_constant_features_are_finite(channels):
     assert np.isfinite(pca_colours(torch.ones(1, channels, 2, 2))).all()
 
 
-def test_nearest_are_of_other_cases_and_nearest_first():
+def test_neighbours_are_of_other_cases_and_sorted_by_distance():
     angles = np.deg2rad([0, 1, 5, 20, 90, 180, 185, 270])
     pooled = np.stack((np.cos(angles), np.sin(angles), np.ones(8)), 1)
     cases = np.array([0, 0, 1, 2, 3, 4, 5, 6])

@@ -1,4 +1,4 @@
-"""The page of a fine-tuned model, from logs and summaries as nnU-Net writes them."""
+"""The report of a fine-tuned model, from logs and summaries in nnU-Net's format."""
 
 import json
 import os
@@ -9,13 +9,13 @@ from matplotlib.colors import to_rgb
 
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.report.curves import COLOURS
-from nnunetv2_macl.report.finetuned import _coloured, _epochs, _from_the_worst_on, describe_training
+from nnunetv2_macl.report.finetuned import _coloured, _epochs, _worst_first, describe_training
 
 ABOUT = """2026-01-01 00:00:00.0: MACL weights from /data/my run/macl_encoder.pth, /data/my run/macl_decoder.pth
   encoder: 64 of 64 tensors taken
   decoder: 8 of 60 tensors taken
-  for SGD, kernels before an instance norm are scaled to the size of fresh ones: the same function
-  They are of another network: input_channels is 2 there and 1 here
+  for SGD, kernels before an instance norm are scaled to their initial norms; the function is the same
+  The weights are of another network: input_channels is 2 there and 1 here
   part  tensors taken  how  why
   The images of this fold's validation cases were among the pre-training images, without their labels. To leave them out: X
 2026-01-01 00:00:01.0: WARNING: these weights are of a run that collapsed: L_g
@@ -23,17 +23,17 @@ ABOUT = """2026-01-01 00:00:00.0: MACL weights from /data/my run/macl_encoder.pt
 """
 
 
-def log(epochs, through=True, rate=0.01):
+def log(epochs, complete=True, rate=0.01):
     lines = []
     for epoch in epochs:
         lines += [f"Epoch {epoch}", f"Current learning rate: {rate}", "train_loss -0.5", "val_loss -0.4"]
         lines += ["Pseudo dice [np.float32(0.5)]", "Epoch time: 10.0 s"]
-    return "\n".join([ABOUT, *lines, *(["Training done."] if through else [])]) + "\n"
+    return "\n".join([ABOUT, *lines, *(["Training done."] if complete else [])]) + "\n"
 
 
 @pytest.fixture
 def folder(workspace):
-    """Of a training that ended, without a validation."""
+    """Return the folder of a finished training without a validation."""
     target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     folder = workspace.run_folder("nnUNetTrainerMACL", fold=0)
     folder.mkdir(parents=True)
@@ -60,18 +60,18 @@ def summary(**dice):
     }
 
 
-def test_all_that_is_said_of_the_weights_is_shown(folder):
-    told = describe_training(folder)["origin"]
-    assert told[0] == "MACL weights, macl_encoder.pth, macl_decoder.pth" and len(told) == 8
-    assert told[4].startswith("They are of another") and told[-1].startswith("WARNING: these weights")
+def test_all_messages_about_the_weights_are_shown(folder):
+    shown = describe_training(folder)["origin"]
+    assert shown[0] == "MACL weights, macl_encoder.pth, macl_decoder.pth" and len(shown) == 8
+    assert "input_channels is 2" in shown[4] and shown[-1].startswith("WARNING: these weights")
 
 
-def test_a_training_that_was_begun_again_is_shown_alone(folder):
+def test_only_the_last_training_in_a_folder_is_shown(folder):
     (folder / "validation").mkdir()
     (folder / "validation" / "summary.json").write_text(json.dumps(summary(a=0.9)))
     finished = describe_training(folder)
     assert finished["state"] == "finished" and finished["by_case"][0][0] == "a"
-    write_log(folder, 2, log(range(2), through=False))
+    write_log(folder, 2, log(range(2), complete=False))
     again = describe_training(folder)
     assert again["state"] == "stopped" and again["summary"][0] == ("Trained", "2 epochs") and again["by_case"] == []
     write_log(folder, 3, log([2, 3]))  # --c
@@ -80,14 +80,14 @@ def test_a_training_that_was_begun_again_is_shown_alone(folder):
     assert describe_training(folder)["state"] == "finished"
 
 
-def test_epochs_of_before_are_dropped():
+def test_epochs_of_an_earlier_training_are_dropped():
     lines = (log([0, 1, 2], rate=1) + log([1], rate=2)).splitlines()
     assert {epoch: values["rate"] for epoch, values in _epochs(lines).items()} == {0: 1, 1: 2}
 
 
 def test_cases_without_a_dice_come_last_and_names_may_have_dots(folder):
     nan = float("nan")
-    rows = _from_the_worst_on(summary(a=0.9, b=nan, c=0.2, d=0.95, e=0.5))
+    rows = _worst_first(summary(a=0.9, b=nan, c=0.2, d=0.95, e=0.5))
     assert [row["prediction_file"][3] for row in rows] == list("ceadb")
     (folder / "validation").mkdir()
     names = {"1.3.6.1.4": 0.9, "1.3.6.2.7": nan}
@@ -95,7 +95,7 @@ def test_cases_without_a_dice_come_last_and_names_may_have_dots(folder):
     assert [name for name, _ in describe_training(folder)["by_case"]] == ["1.3.6.1.4", "1.3.6.2.7"]
 
 
-def test_a_label_has_its_colour_whatever_else_is_in_the_slice():
+def test_the_colour_of_a_label_does_not_depend_on_the_other_labels():
     grey = np.zeros((1, 2))
     both, alone = _coloured(grey, np.array([[1, 2]])), _coloured(grey, np.array([[0, 2]]))
     assert (both[0, 1] == alone[0, 1]).all() and (alone[0, 0] == 0).all()

@@ -1,4 +1,4 @@
-"""A training step computed in parts against the same step computed at once."""
+"""A training step in parts equals the same step at once; learning rate, mixed precision and compilation."""
 
 import shutil
 
@@ -29,22 +29,22 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(at_once, auxiliary_encod
         torch.testing.assert_close(one, other, msg=name)  # running statistics of the projectors
 
 
-def test_a_batch_in_parts_in_float32():
+def test_a_batch_in_parts_has_nearly_the_gradient_of_the_whole_in_float32():
     whole, cut = (training_step(64, at_once, dtype=torch.float32) for at_once in (64, 8))
     whole(batch(64, torch.float32), 0)
     cut(batch(64, torch.float32), 0)
     for name, gradient in gradients(whole).items():
         difference = (gradients(cut)[name] - gradient).norm() / gradient.norm()
-        # a bias before a norm has no gradient but rounding
+        # the gradient of a bias before a norm is only rounding error
         assert difference < 1e-5 or gradient.norm() < 1e-5, name
 
 
-def test_two_stages_train_one_part_at_a_time_also_in_parts():
+def test_the_second_training_stage_does_not_change_the_encoder():
     recipe = recipe_of(training_stages=2, num_epochs=2, num_iterations_per_epoch=1, weight_decay=0.0)
     for at_once in (PATCHES, 3):
         step = training_step(PATCHES, at_once, recipe)
         before = {name: p.clone() for name, p in step.model.named_parameters()}
-        step(batch(PATCHES), 1)  # the second epoch: the decoder's
+        step(batch(PATCHES), 1)  # the second epoch trains only the decoder
         changed = {name.split(".")[1] for name, p in step.model.named_parameters() if not torch.equal(p, before[name])}
         assert "encoder" not in changed and "stages" in changed
     step = training_step(PATCHES, PATCHES, recipe_of(**recipe.as_dict() | {"auxiliary_encoder": "independent"}))
@@ -64,7 +64,7 @@ def test_a_first_stage_without_downsampling_shows_full_views_and_trains_the_glob
     trained = {name for name, gradient in gradients(step).items() if gradient.any()}
     assert any(name.startswith("network.encoder.") for name in trained) and "network.stages" in str(trained)
     assert not any(name.startswith("methods.macl.pixel_projector") for name in trained)
-    # L_ER has no part in it: the gradient is that of the global loss alone
+    # L_ER does not contribute, so the gradient is that of the global loss
     whole.methods[0].loss.weights["equivariance"] = 100.0
     whole(batch(PATCHES), 0)
     for name, gradient in gradients(whole).items():
@@ -82,8 +82,8 @@ def test_the_learning_rate_rises_and_falls():
 @pytest.mark.parametrize(
     "spoil, scale", [(None, 1024.0), ("loss", 1024.0), ("gradient", 512.0)], ids=["good", "the loss", "its gradient"]
 )
-def test_the_scale_of_mixed_precision_is_lowered_for_gradients_alone(spoil, scale):
-    """A batch that cannot be learned from, seen again and again, would bring it down to nothing, and learning with it."""
+def test_only_a_gradient_that_is_not_finite_lowers_the_scale_of_mixed_precision(spoil, scale):
+    """Otherwise a bad image, seen again and again, would lower the scale until gradients vanish."""
     step = training_step(PATCHES, PATCHES, recipe_of(), dtype=torch.float32)
     step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     patches = batch(PATCHES, torch.float32)
@@ -101,7 +101,7 @@ def test_the_scale_of_mixed_precision_is_lowered_for_gradients_alone(spoil, scal
     assert moved == (spoil is None)
 
 
-def test_steps_without_a_finite_gradient_count_once_the_scale_explains_them_no_more():
+def test_steps_without_a_finite_gradient_count_once_the_scale_is_small():
     step = training_step(PATCHES, PATCHES, recipe_of(), dtype=torch.float32)
     step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     next(step.model.parameters()).register_hook(lambda gradient: gradient * torch.inf)
@@ -114,7 +114,7 @@ def test_steps_without_a_finite_gradient_count_once_the_scale_explains_them_no_m
 
 
 @pytest.mark.parametrize("norm, refused", [(nn.BatchNorm2d, True), (nn.InstanceNorm2d, False)])
-def test_a_network_that_mixes_patches_is_not_computed_in_parts(norm, refused):
+def test_a_network_that_mixes_patches_is_refused_in_parts(norm, refused):
     training_step(PATCHES, PATCHES, norm=norm)
     if refused:
         with pytest.raises(UserError, match=r"patches_at_once is 3 of a batch of 7.*batch norm"):
@@ -131,7 +131,7 @@ RESTORATION = recipe_of(weight_global=0.0, weight_dense=0.0, weight_equivariance
 @pytest.mark.parametrize(
     "recipe, at_once", [(RESTORATION, PATCHES), (RESTORATION, 3), (recipe_of(), 3), (recipe_of(), PATCHES)]
 )
-def test_what_is_trained_is_compiled_and_the_same(recipe, at_once):
+def test_a_compiled_step_has_the_same_losses(recipe, at_once):
     plain, compiled = (training_step(PATCHES, at_once, recipe, dtype=torch.float32) for _ in range(2))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -146,8 +146,8 @@ def test_what_is_trained_is_compiled_and_the_same(recipe, at_once):
 
 @pytest.mark.parametrize("saved_fused, fused", [(None, True), (True, None)])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_an_optimiser_goes_on_where_its_update_is_computed_in_another_way(name, saved_fused, fused):
-    """A checkpoint of another device, or of an earlier version."""
+def test_a_loaded_optimiser_keeps_its_own_implementation(name, saved_fused, fused):
+    """The checkpoint may be of another device or an earlier version."""
     kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
     weights = [torch.zeros(3, requires_grad=True) for _ in range(2)]
     saved, optimizer = (kinds[name]([w], lr=0.1, fused=f) for w, f in zip(weights, (saved_fused, fused), strict=True))

@@ -395,7 +395,7 @@ def show(tmp_path, monkeypatch, capsys):
 
 def test_the_command_shows_what_a_cascades_second_stage_takes(show):
     out = show(architecture(axes=3), "-c", "3d_cascade_fullres")
-    assert f"macl_encoder.pth\nfor {DATASET}, nnUNetPlans, 3d_cascade_fullres: of another network, " in out
+    assert f"macl_encoder.pth\nfor {DATASET}, nnUNetPlans, 3d_cascade_fullres: another network, " in out
     first = next(line for line in out.splitlines() if line.startswith("encoder.stages.0"))
     assert "8 of 8" in first and "adapted" in first and first.endswith("2 further input channels start fresh")
     assert "not pre-trained" in out and "trained anew" in out

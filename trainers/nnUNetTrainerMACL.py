@@ -1,4 +1,7 @@
-"""Fine-tuning, for nnU-Net to find, and its shorter variants. To subclass: a folder of your own in nnUNet_extTrainer too."""
+"""The fine-tuning trainer and its shorter variants, where nnU-Net finds them.
+
+To subclass, add a folder of your own to ``nnUNet_extTrainer``.
+"""
 
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 

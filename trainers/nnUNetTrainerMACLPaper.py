@@ -1,4 +1,4 @@
-"""Fine-tuning as the paper has it, for nnU-Net to find."""
+"""The trainer that fine-tunes as in the paper, where nnU-Net finds it."""
 
 from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper
 

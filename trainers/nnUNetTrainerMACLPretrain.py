@@ -1,4 +1,4 @@
-"""The pre-training stage, for nnU-Net to find. Subclass it in a folder of your own that nnUNet_extTrainer names too."""
+"""The pre-training trainer, where nnU-Net finds it. To subclass, add a folder of your own to ``nnUNet_extTrainer``."""
 
 from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
 

@@ -1,5 +1,5 @@
 """The label-efficiency study: does pre-training help on this data set, with this many labels?
 
-`split` decides which cases are used for what, `study` which cells there are, `steps` who runs them when, `cell` runs one, and
-`results`, `statistics`, `report` and `figure` say what came out. `run.compare` is the whole.
+`split` assigns cases to test, validation and training. `study` lists the cells, `steps` schedules them, and `cell` runs one.
+`results`, `statistics`, `report` and `figure` evaluate them. `run.compare` runs a whole study.
 """

@@ -1,6 +1,6 @@
-"""One cell of a study, in a process of its own: train, predict the test cases, measure.
+"""Train one cell of a study, predict the test cases, and measure the predictions, in a separate process.
 
-``python -m nnunetv2_macl.compare.cell STUDY CELL``, with nnU-Net's folder variables set.
+Usage: ``python -m nnunetv2_macl.compare.cell STUDY CELL``. nnU-Net's folder variables must be set.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nnunetv2_macl.training.run_folder import RunLock
 
 
 def run_cell(study: Study, cell: Trial, device: str, processes: int) -> None:
-    """Train a cell of a study that is planned and pre-trained, or continue its training, and write ``result.json``."""
+    """Train a cell, or continue its training, and write ``result.json``. The study must be planned and pre-trained."""
     folder, options = study.cell_folder(cell), study.options
     target = DatasetConfiguration.load(options.dataset, options.plans, options.configuration)
     plans = target.plans_manager.plans | {"continue_training": False}
@@ -67,7 +67,7 @@ def run_cell(study: Study, cell: Trial, device: str, processes: int) -> None:
             folder / RESULT_FILE,
         )
     finally:
-        # other machines would wait for it
+        # other machines would wait for a cell that stays locked
         lock.release()
 
 
@@ -101,7 +101,7 @@ def _measure(study: Study, target: DatasetConfiguration, predictions: Path) -> l
 
 
 def _epoch_seconds(checkpoint: Path) -> float:
-    # written by this package, through nnU-Net, which puts more than tensors into it
+    # not weights_only, because nnU-Net stores more than tensors; the file is safe, because this study wrote it
     log = torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]
     times = [end - start for start, end in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)]
     return sum(times) / len(times)

@@ -1,4 +1,4 @@
-"""``compare.png``: Dice against labels and against training."""
+"""Draw ``compare.png``: Dice over the number of labels, and Dice during the training."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from nnunetv2_macl.text import pluralise
 
 
 def draw(results: Results, file: Path) -> None:
-    """Draw a study into a PNG file.
+    """Draw the results of a study into a PNG file.
 
-    Above, over the number of labels: Dice on the test cases, and its difference to scratch. Below, over the epochs, one panel
-    a number of labels: Dice on the validation cases. Bars and bands are 95 % intervals.
+    The upper row shows the Dice on the test cases and its difference to scratch, over the number of labels. The lower row
+    shows the Dice on the validation cases over the epochs, with one panel per number of labels. Bars and bands are 95 %
+    intervals.
     """
     study = results.study
     labels = study.split.labels
@@ -54,7 +55,7 @@ def _over_labels(axes: Any, results: Results, colours: dict[str, str]) -> None:
     for axis, shown in zip(axes, (arms, [arm for arm in arms if arm != SCRATCH]), strict=True):
         for position, arm in enumerate(shown):
             values = [estimate(dice(arm, n), resampling, None if shown is arms else dice(SCRATCH, n)) for n in labels]
-            # side by side, so that intervals do not hide each other
+            # shifted, so that intervals do not hide each other
             shift = 1 + 0.03 * (position - (len(shown) - 1) / 2)
             _points(axis, [n * shift for n in labels], values, colours[arm], arm)
         axis.set_xscale("log")
@@ -71,7 +72,7 @@ def _over_labels(axes: Any, results: Results, colours: dict[str, str]) -> None:
 def _points(axis: Any, x: list[float], values: list[Estimate], colour: str, label: str) -> None:
     middle = np.array([e.value for e in values])
     reach = np.array([[e.value - e.low for e in values], [e.high - e.value for e in values]])
-    # a percentile interval need not hold the estimate
+    # not negative, because a percentile interval may exclude the estimate
     axis.errorbar(x, middle, yerr=np.maximum(reach, 0), fmt="o-", ms=5, capsize=4, lw=1.5, color=colour, label=label)
 
 
@@ -84,7 +85,7 @@ def _over_epochs(axis: Any, results: Results, labels: int, colours: dict[str, st
         axis.plot(epochs, [e.value for e in values], "o-", ms=3, color=colour)
         axis.fill_between(epochs, [e.low for e in values], [e.high for e in values], color=colour, alpha=0.15, lw=0)
         if arm.slug == SCRATCH:
-            axis.axhline(values[-1].value, color=colour, ls=":", lw=1, label="scratch at its end")
+            axis.axhline(values[-1].value, color=colour, ls=":", lw=1, label="final value of scratch")
     axis.set_title(pluralise(labels, "labelled case"), fontsize=10)
     axis.set_xlabel("epochs of fine-tuning")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

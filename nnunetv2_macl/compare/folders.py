@@ -1,4 +1,4 @@
-"""The study's own three nnU-Net folders: raw images by a second name, planned and preprocessed from its training share."""
+"""The study's own nnU-Net folders: links to the raw images, and plans and preprocessed images of the training share."""
 
 from __future__ import annotations
 
@@ -43,19 +43,20 @@ DEFAULT_PLANS, DEFAULT_PLANNER = "nnUNetPlans", "ExperimentPlanner"
 class RawImages:
     """The user's raw data set."""
 
-    labelled: dict[str, dict[str, Any]]  # by case, its ``images`` and its ``label``
-    unlabelled: dict[str, list[str]]  # by case, the images in ``imagesUn``
-    dataset_json: dict[str, Any]  # of the data set
+    labelled: dict[str, dict[str, Any]]  # ``images`` and ``label`` of each case, by case
+    unlabelled: dict[str, list[str]]  # files in ``imagesUn`` of each case, by case
+    dataset_json: dict[str, Any]  # content of the data set's ``dataset.json``
 
     @classmethod
     def find(cls, dataset: str, *, skip_unreadable: bool = False) -> RawImages:
-        """Return the images of a raw data set, without the unlabelled ones that lack something where they may be skipped.
+        """Return the images of a raw data set. With ``skip_unreadable``, incomplete unlabelled cases are left out.
 
-        Raises UserError: no data set, no cases, or a case without a label, with a channel missing, or whose image is a link to
-        what is not there; names it.
+        Raises:
+            UserError: There is no data set or no case; or a case lacks a label or a channel, or its image is a broken link.
+                The message names the case.
         """
         folder = raw_folder(dataset)
-        fix = "The study needs the raw data set: put it there."
+        fix = "The study needs the raw data set. Put it there."
         dataset_json = read_dataset_json(folder / "dataset.json", fix, labels=True)
         if not (folder / "imagesTr").is_dir() and "dataset" not in dataset_json:
             raise UserError(f"{folder / 'imagesTr'} does not exist. Put the labelled cases there and in labelsTr.")
@@ -75,7 +76,7 @@ class RawImages:
         for reason in wrong.values():
             if not skip_unreadable:
                 raise UserError(
-                    f"{reason} Correct it, take the case out of {folder / UNLABELLED_FOLDER}, or go on without such images: "
+                    f"{reason} Correct it, remove the case from {folder / UNLABELLED_FOLDER}, or leave such images out: "
                     "--skip_unreadable"
                 )
             logger.warning("Left out: %s", reason)
@@ -87,7 +88,7 @@ class RawImages:
 
 
 def _require_no_dead_links(folder: Path) -> None:
-    """Raises UserError for a link to what is not there: nnU-Net would pass over it."""
+    """Raise UserError for a broken link, because nnU-Net would silently skip the case."""
     for file in folder.iterdir() if folder.is_dir() else ():
         if not file.exists():
             raise UserError(
@@ -98,11 +99,15 @@ def _require_no_dead_links(folder: Path) -> None:
 def _require_channels(case: str, images: Sequence[str], channels: int, ending: str | None) -> None:
     """Raise UserError unless a labelled case has all images, one for each channel or one for all channels.
 
-    ``ending`` is None where dataset.json lists the files, which may have any name.
+    Args:
+        case: Name of the case.
+        images: Its image files.
+        channels: Number of channels of the data set.
+        ending: File ending. None: dataset.json lists the files, which may have any name.
     """
     for file in images:
         if not os.path.isfile(file):
-            raise UserError(f"Case {case}: {file} does not exist. Put it there, or take the case out.")
+            raise UserError(f"Case {case}: {file} does not exist. Put it there, or remove the case.")
     wanted = [f"{case}_{channel:04d}{ending}" for channel in range(channels)]
     found = [os.path.basename(file) for file in images]
     if (ending is None and len(found) not in (1, channels)) or (
@@ -110,32 +115,32 @@ def _require_channels(case: str, images: Sequence[str], channels: int, ending: s
     ):
         raise UserError(
             f"Case {case} has {', '.join(found)}, and the data set has {pluralise(channels, 'channel')}: {', '.join(wanted)}. "
-            "Put what is missing there, or take the case out."
+            "Add the missing files, or remove the case."
         )
 
 
 def pretraining_images(study: Study, unlabelled: Sequence[str]) -> list[str]:
-    """The cases of ``imagesUn`` that are pre-trained on: none of a patient who is tested or validated on.
+    """Return the cases of ``imagesUn`` to pre-train on, which exclude those of test and validation patients.
 
     Raises:
         UserError: ``--group_regex`` does not match a name.
     """
-    kept_apart = {study.patients[case] for case in (*study.split.test, *study.split.validation)}
+    excluded = {study.patients[case] for case in (*study.split.test, *study.split.validation)}
     patients = patients_of(unlabelled, study.options.group_regex)
-    return [case for case in unlabelled if patients[case] not in kept_apart]
+    return [case for case in unlabelled if patients[case] not in excluded]
 
 
 def planner(options: Options) -> str:
-    """The nnU-Net planner that makes plans of the name asked for.
+    """Return the nnU-Net planner that makes plans of the given name.
 
     Raises:
-        UserError: the data set has no such plan that would tell.
+        UserError: The data set has no plans of this name, or the plans do not name their planner.
     """
     if options.plans == DEFAULT_PLANS:
         return DEFAULT_PLANNER
     file = preprocessed_folder(options.dataset) / f"{options.plans}.json"
     number = int(options.dataset[7:10])
-    fix = f"-p {options.plans} is planned anew from the training share, by the planner that {file} names. Type: "
+    fix = f"The study plans -p {options.plans} anew on its training share, with the planner that {file} names. Type: "
     content = read_json(file, f"{fix}nnUNetv2_plan_experiment -d {number} -pl PLANNER")
     if not isinstance(content, dict) or not content.get("experiment_planner_used"):
         raise UserError(f"{file} names no planner. {fix}nnUNetv2_plan_experiment -d {number} -pl PLANNER")
@@ -143,7 +148,11 @@ def planner(options: Options) -> str:
 
 
 def plans_name(plan: Path) -> str:
-    """Of a plan that is taken as it stands. Raises UserError: not a nnU-Net plan."""
+    """Return the name of the plans that a file holds.
+
+    Raises:
+        UserError: The file is not a nnU-Net plan.
+    """
     content = read_json(plan, "Give a nnU-Net plan: --plan FILE.json")
     if not isinstance(content, dict) or not {"plans_name", "configurations"} <= content.keys():
         raise UserError(f"{plan} is no nnU-Net plan. Give one: --plan FILE.json")
@@ -151,17 +160,17 @@ def plans_name(plan: Path) -> str:
 
 
 def plan(study: Study, images: RawImages, planner_name: str | None, processes: int) -> dict[str, Any]:
-    """Link the raw images, and have nnU-Net plan (unless a plan was given) and preprocess the training share.
+    """Link the raw images, plan the training share with nnU-Net unless a plan was given, and preprocess it.
 
     Raises:
-        UserError: The plan has no such configuration, or nnU-Net failed.
+        UserError: The plan does not have the configuration of the study, or nnU-Net failed.
     """
     options = study.options
     _link_images(study, images)
-    _require_no_rest(study)
+    _remove_unfinished_planning(study)
     processes_asked = ["-np", str(processes)]
     number, log = options.dataset[7:10], study.planning_folder / "log.txt"
-    # nnU-Net's planner cannot do without a worker, which the training may
+    # the user may train with nnUNet_n_proc_DA=0, but nnU-Net's planner needs a worker
     environment = study.environment(study.folder / "nnUNet_results") | {"nnUNet_n_proc_DA": "1"}
     run = functools.partial(run_command, environment=environment, log=log)
     if options.plan is None:
@@ -171,7 +180,7 @@ def plan(study: Study, images: RawImages, planner_name: str | None, processes: i
         run(["nnUNetv2_extract_fingerprint", "-d", number, *processes_asked])
         given = read_json(Path(options.plan), "Put it back, or give another folder: -o FOLDER")
         write_json(given | {"dataset_name": options.dataset}, study.plan_file)
-        # what nnU-Net's planning would have left there
+        # nnU-Net's planning would have written this file
         shutil.copyfile(study.raw / "dataset.json", study.preprocessed / "dataset.json")
         run(
             [
@@ -202,10 +211,10 @@ def plan(study: Study, images: RawImages, planner_name: str | None, processes: i
 
 
 def check_arms(study: Study, images: RawImages) -> None:
-    """Check before the hours of pre-training whether a cell of a planned study could not be trained.
+    """Check, before hours of pre-training, that every cell of a planned study can be trained.
 
     Raises:
-        UserError: The way of fine-tuning is not for such data, or the weights are of a network too unlike the plan's.
+        UserError: The kind of fine-tuning does not support the data, or an arm's weights do not fit the plan's network.
     """
     options = study.options
     fix = "and another folder: -o FOLDER"
@@ -217,7 +226,7 @@ def check_arms(study: Study, images: RawImages) -> None:
             )
         if any(isinstance(label, list) and len(label) > 1 for label in images.dataset_json["labels"].values()):
             raise UserError(
-                f"{options.dataset} has overlapping regions, and the paper's cross-entropy wants one label a voxel. Give "
+                f"{options.dataset} has overlapping regions, and the paper's cross-entropy needs one label per voxel. Give "
                 f"--finetuning sgd, {fix}"
             )
     environment = study.environment(study.folder / "nnUNet_results")
@@ -236,11 +245,11 @@ def check_arms(study: Study, images: RawImages) -> None:
         try:
             run_command(command, environment, study.planning_folder / "log.txt")
         except UserError as error:
-            raise UserError(f"{error}\n\nThe study cannot have the arm {arm.name}: give others, {fix}") from None
+            raise UserError(f"{error}\n\nThe study cannot use the arm {arm.name}. Give other arms, {fix}") from None
 
 
-def _require_no_rest(study: Study) -> None:
-    """What a planning that was killed left behind is made again: nnU-Net would take it for done."""
+def _remove_unfinished_planning(study: Study) -> None:
+    """Delete the files of an interrupted planning, because nnU-Net would take them for complete."""
     if study.preprocessed.is_dir():
         shutil.rmtree(study.preprocessed)
 
@@ -259,7 +268,7 @@ def _link_images(study: Study, images: RawImages) -> None:
 
 
 def link_unlabelled(study: Study, images: RawImages) -> None:
-    """Have the study's unlabelled images follow the user's, who may correct, add or remove some before training."""
+    """Update the links to the user's unlabelled images, which the user may correct, add or remove before training."""
     folder = study.raw / UNLABELLED_FOLDER
     wanted: set[str] = set()
     for case in pretraining_images(study, list(images.unlabelled)):
@@ -274,32 +283,32 @@ def link_unlabelled(study: Study, images: RawImages) -> None:
 
 def _link(file: Path, link: Path, case: str) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
-    # what is read with an image, and the spacing file of a TIFF's label
+    # further files that are read with an image, and the spacing file of a TIFF label
     names = dict(zip(sidecars(file.name), sidecars(link.name), strict=False)) | {f"{case}.json": f"{case}.json"}
     names |= {name: name for name in named_in_header(str(file))}
-    beside = [(file.parent / theirs, link.parent / ours) for theirs, ours in names.items()]
-    for source, target in ((file, link), *beside):
+    companions = [(file.parent / theirs, link.parent / ours) for theirs, ours in names.items()]
+    for source, target in ((file, link), *companions):
         if not source.exists() or (target.exists() and target.samefile(source)):
             continue
-        # of an image that was mended since
+        # the target is an older version of the file
         target.unlink(missing_ok=True)
         try:
             os.link(source.resolve(), target)
-        except OSError:  # another disk, or not allowed
+        except OSError:  # hard links are impossible across disks, and forbidden on some file systems
             with source.open("rb") as stream:
                 atomic_write(target, functools.partial(shutil.copyfileobj, stream))
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-    """Run a command, what it says into a file.
+    """Run a command and append its output to a file.
 
     Raises:
-        UserError: it failed; shows how the file ends.
+        UserError: The command failed. The message shows the end of the file.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    # the environment's own scripts first, also where it was not activated
+    # this environment's scripts come first, because the environment may not be activated
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    # what it says is in the log when it says it
+    # unbuffered, so that the log is always current
     ours = {"PATH": path, "nnUNet_extTrainer": str(resource_folder("trainers")), "PYTHONUNBUFFERED": "1"}
     with log.open("a") as stream:
         process = subprocess.run(
@@ -308,6 +317,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], log: Pat
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise UserError(
-            f"'{shlex.join(command)}' failed with code {process.returncode}; what is done stays done. When it is mended, type "
-            f"the command that you began with, and not those of {log}, which are for inside of the study. It ends with\n{tail}"
+            f"'{shlex.join(command)}' failed with exit code {process.returncode}. Finished steps are kept. Fix the cause, then "
+            f"repeat the command that started the study. Do not run the commands in {log}, which work only inside of the "
+            f"study. The log ends with:\n{tail}"
         )

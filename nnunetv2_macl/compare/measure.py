@@ -1,4 +1,4 @@
-"""How well a prediction agrees with its reference: nnU-Net's Dice, and MONAI's surface distances in mm."""
+"""Compare predictions with their references: Dice by nnU-Net, and surface distances in mm by MONAI."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """One class of one case. NaN is not defined."""
+    """Scores of one class of one case. NaN means not defined."""
 
     label: str  # the class, as nnU-Net's ``summary.json`` names it
     dice: float  # 0 to 1; NaN where the class is in neither segmentation
-    # mm, the larger of the two directions' 95th percentiles; NaN where the class lacks in either segmentation
+    # mm, the larger of the 95th percentiles of the two directions; NaN unless the class is in both segmentations
     hd95: float
-    asd: float  # mm, the mean over the surface voxels of both; NaN as ``hd95``
+    asd: float  # mm, the mean over the surface voxels of both segmentations; NaN like ``hd95``
 
 
 def measure(
@@ -31,9 +31,13 @@ def measure(
     classes: Sequence[int | tuple[int, ...]],
     ignore_label: int | None = None,
 ) -> list[SegmentationScores]:
-    """Compare two segmentation files, class by class (labels, or regions of several labels).
+    """Compare two segmentation files class by class.
 
-    Nothing is compared where the reference has ``ignore_label``.
+    Args:
+        reference_file, prediction_file: The segmentations.
+        reader: nnU-Net's reader for these files.
+        classes: Labels, or regions of several labels.
+        ignore_label: Voxels that have this label in the reference are left out.
     """
     metrics = compute_metrics(reference_file, prediction_file, reader, list(classes), ignore_label)["metrics"]
     reference, properties = reader.read_seg(reference_file)
@@ -49,14 +53,14 @@ def measure(
 
 
 def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> tuple[float, float]:
-    """95th percentile Hausdorff distance and symmetric average surface distance.
+    """Return the 95th percentile Hausdorff distance and the symmetric average surface distance.
 
     Args:
-        reference, prediction: masks, bool, (*spatial) of 2 or 3 axes. An axis of one voxel is no axis: a slice is 2D.
-        spacing: mm an axis.
+        reference, prediction: Masks, bool, (*spatial) with 2 or 3 axes. Axes of one voxel are removed, so a slice is 2D.
+        spacing: Spacing of each axis in mm.
 
     Returns:
-        Both in the unit of ``spacing``; NaN where a mask is empty, as there is no surface to measure to.
+        Both distances in the unit of ``spacing``; NaN if a mask is empty and has no surface.
     """
     if not (reference.any() and prediction.any()):
         return float("nan"), float("nan")

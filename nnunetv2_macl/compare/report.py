@@ -1,4 +1,4 @@
-"""What came out of a study, in words and tables: ``compare.md``, beside ``compare.csv`` and ``compare.png``."""
+"""Write the results of a study: ``compare.md``, ``compare.csv`` and ``compare.png``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.text import duration, join_words, pluralise
 
-# with fewer, all pairs agree in sign by chance more often than once in 20: 2 ** (1 - 5) > 0.05
+# with fewer, all differences have the same sign by chance more often than once in 20: 2 ** (1 - 5) > 0.05
 FEWEST_PATIENTS = 6
-# mean Dice below which arms are compared in nothing
+# arms are not compared if none reaches this mean Dice
 MIN_MEANINGFUL_DICE = 0.2
 
 
 def write_report(study: Study) -> str:
-    """Write ``compare.csv``, ``compare.md`` and ``compare.png`` of a study whose cells are done. Returns the verdict."""
+    """Write ``compare.csv``, ``compare.md`` and ``compare.png`` of a study whose cells are done, and return the verdict."""
     results = Results.read(study)
     write_csv(results)
     draw(results, study.folder / "compare.png")
@@ -38,7 +38,7 @@ def write_report(study: Study) -> str:
 
 
 def differences(results: Results) -> dict[str, dict[int, Estimate]]:
-    """Mean Dice on the test cases above scratch's, by arm and number of labels."""
+    """Return the gain in mean Dice over scratch on the test cases, by arm and number of labels."""
     resampling = results.test_bootstrap
     return {
         arm.slug: {
@@ -55,26 +55,27 @@ def differences(results: Results) -> dict[str, dict[int, Estimate]]:
 
 
 def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float) -> str:
-    """Whether pre-training helps, in one sentence.
+    """Return one sentence that says whether pre-training helps.
 
-    A difference is one whose interval does not hold 0, and a sure one where the seeds alone say so too.
+    An arm differs from scratch if the bootstrap interval excludes 0. The difference is certain, without a "perhaps", if the
+    t-interval over the seeds excludes 0 too.
 
     Args:
-        found: by arm and number of labels, Dice above scratch's.
-        patients: that tell, of those tested on: see `_patients_with_defined_dice`.
-        best: mean Dice of the arm that has the highest.
+        found: Gain in Dice over scratch, by arm and number of labels.
+        patients: Number of test patients with a defined Dice, see `_patients_with_defined_dice`.
+        best: Mean Dice of the best arm.
     """
     if not found:
         return "Only scratch was trained, so there is nothing to compare it with."
     if patients < FEWEST_PATIENTS:
         return (
-            f"Too few to tell: {pluralise(patients, 'test patient')} with a Dice (none is defined where a class is in neither "
-            f"prediction nor label), and at least {FEWEST_PATIENTS} are needed to tell a difference from chance."
+            f"Too few to tell: {pluralise(patients, 'test patient')} with a Dice (undefined for a class in neither prediction "
+            f"nor label), but at least {FEWEST_PATIENTS} are needed to distinguish a difference from chance."
         )
     if best < MIN_MEANINGFUL_DICE:
         return (
-            f"Nothing to tell yet: no arm has learned to segment (best Dice {best:.2f}), so train longer, with more --epochs "
-            "or --iterations."
+            f"No conclusion: no arm has learned to segment (best Dice {best:.2f}), so train longer, with more --epochs or "
+            "--iterations."
         )
     clauses = []
     for arm, by_labels in found.items():
@@ -84,15 +85,15 @@ def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float
             if of_sign:
                 values = join_words(f"{d.value:+.3f} Dice with {n}" for n, d in of_sign.items())
                 words = f"{'' if sure else 'perhaps '}{'better' if sign > 0 else 'worse'} than scratch"
-                parts.append(f"{words} ({values} labelled cases{'' if sure else ', and more --seeds would tell'})")
+                parts.append(f"{words} ({values} labelled cases{'' if sure else ', and more --seeds would decide'})")
         if same := [n for n, d in by_labels.items() if not d.sign]:
-            parts.append(f"not told apart from {'it' if parts else 'scratch'} with {join_words(same)} labelled cases")
+            parts.append(f"not distinguishable from scratch with {join_words(same)} labelled cases")
         clauses.append(f"{arm} is {' and '.join(parts)}")
     if not any(difference.sign for by_labels in found.values() for difference in by_labels.values()):
         labels = dict.fromkeys(labels for by_labels in found.values() for labels in by_labels)
         return (
-            f"No difference: the Dice of {join_words(found)} is not told apart from that of scratch with {join_words(labels)} "
-            "labelled cases."
+            f"No difference: the Dice of {join_words(found)} is not distinguishable from that of scratch with "
+            f"{join_words(labels)} labelled cases."
         )
     return f"{'; '.join(clauses)}."
 
@@ -110,7 +111,7 @@ def _lines(results: Results, sentence: str) -> list[str]:
     ]
     lines = [f"# Does pre-training help? {options.dataset}, {options.configuration}", "", f"**{sentence}**", ""]
     if few:
-        lines += [f"Few {join_words(few)}: the intervals are rough, and rather too narrow.", ""]
+        lines += [f"There are few {join_words(few)}, so the intervals are rough and too narrow.", ""]
     lines += ["![Dice](compare.png)", "", f"## Dice on {tested}", ""]
     lines += _table(results, lambda arm, n: _with_interval(estimate(groups[arm, n].measures["dice"], resampling)))
     lines += ["", "## Dice above scratch, on the same cases and seeds", ""]
@@ -129,7 +130,7 @@ def _lines(results: Results, sentence: str) -> list[str]:
                 for c, name in enumerate(results.classes)
             ),
         )
-    lines += ["", "## Epochs until the validation Dice is scratch's final one", ""]
+    lines += ["", "## Epochs until the validation Dice reaches scratch's final value", ""]
     lines += _table(results, lambda arm, n: _reached(results, arm, n))
     lines += ["", "## Learning rate, chosen on the validation cases", ""]
     lines += _table(results, lambda arm, n: f"{groups[arm, n].rate:g}")
@@ -186,23 +187,23 @@ def _patients(study: Study, cases: list[str]) -> int:
 
 
 def _patients_with_defined_dice(results: Results) -> int:
-    """Test patients for whom a Dice is defined in an arm and in scratch, of the arm and number of labels that has fewest."""
+    """Return the number of test patients with a Dice in an arm and in scratch, for the arm and labels with fewest of them."""
     study = results.study
     numbers = [_patients(study, study.split.test)]
     for arm, labels in itertools.product((arm.slug for arm in study.arms), study.split.labels):
         both = (results.groups[name, labels].measures["dice"] for name in (arm, SCRATCH))
         # (seeds, cases, classes)
-        told = np.logical_and(*(~np.isnan(dice) for dice in both)).any((0, 2))
-        numbers.append(_patients(study, [case for case, tells in zip(study.split.test, told, strict=True) if tells]))
+        defined = np.logical_and(*(~np.isnan(dice) for dice in both)).any((0, 2))
+        numbers.append(_patients(study, [case for case, has in zip(study.split.test, defined, strict=True) if has]))
     return min(numbers)
 
 
 def _start(arm: Arm) -> str:
     if arm.weights:
-        return f"{arm.weights}; whether the test cases were among what these were trained on is not known here"
+        return f"{arm.weights}. It is not known whether these weights were trained on the test cases"
     if not arm.recipe:
         return "nnU-Net's own initialisation"
-    parts = "the encoder alone" if arm.encoder_only else "encoder and decoder"
+    parts = "the encoder only" if arm.encoder_only else "encoder and decoder"
     return f"{parts}, pre-trained with recipe {arm.recipe_and_settings}"
 
 
@@ -215,59 +216,58 @@ def _method(results: Results) -> list[str]:
     budget = f"{pluralise(options.epochs, 'epoch')} of {pluralise(options.iterations, 'step')}"
     rates = ", ".join(f"{rate:g}" for rate in options.rates)
     lines.append(
-        f"Each arm has {budget}, the same labelled cases, the same seeds and the same patches in the same order. Each had the "
-        f"choice of the rates {rates}: for each number of labels the one with the highest mean Dice on the validation cases "
-        "over the seeds."
+        f"Each arm trains for {budget}, with the same labelled cases, seeds and patches in the same order. For each arm and "
+        f"number of labels, the best of the learning rates {rates} is used: the one with the highest mean Dice on the "
+        "validation cases over the seeds."
     )
     shares = f"{pluralise(len(split.test), 'case')} for test, {len(split.validation)} for validation"
     lines.append(
-        f"Split by {'patient' if options.group_regex else 'case'}: {shares}, the labelled ones from {share}. The labels of the "
-        f"validation cases were used beside those counted here, in every arm. {pluralise(options.seeds, 'draw')} of labelled "
-        "cases (a seed each); those of fewer labels are among those of more."
+        f"The images were split by {'patient' if options.group_regex else 'case'}: {shares}. The labelled cases were drawn "
+        f"from the other {share}, {pluralise(options.seeds, 'time')} with one seed each; a smaller set is part of the larger "
+        "ones of its seed. In addition, every arm used the labels of the validation cases."
     )
     used = {n: sorted({len(subset[n]) for subset in split.subsets}) for n in split.labels}
     if any(counts != [n] for n, counts in used.items()):
         words = "; ".join(f"{n}: {join_words(counts)}" for n, counts in used.items())
-        lines.append(f"Whole patients were taken, so the labelled cases really were {words}.")
+        lines.append(f"Whole patients were drawn, so the actual numbers of labelled cases were {words}.")
     if results.pretraining_seconds:
         times = "; ".join(
             f"{recipe} took {duration(seconds)}" for recipe, seconds in results.pretraining_seconds.items()
         )
         apart = (
-            "and none of a patient of the test or validation cases"
+            "and no image of a test or validation patient"
             if options.group_regex
-            else "and none of a test or validation case; whether some are of the same patients is not known without "
-            "--group_regex"
+            else "and no test or validation case; whether some are of the same patients is not known without --group_regex"
         )
         lines.append(
-            f"Pre-training saw {share + planned['unlabelled']} images without their labels, {planned['unlabelled']} of them "
-            f"from imagesUn, {apart}. It ran once a recipe, so the intervals do not hold its own variation ({times}, not in "
-            "the times above)."
+            f"Pre-training used {share + planned['unlabelled']} images without their labels, {planned['unlabelled']} of them "
+            f"from imagesUn, {apart}. It ran once per recipe, so the intervals do not include the variation between "
+            f"pre-trainings. The times above do not include pre-training ({times})."
         )
     planning = (
-        f"The plan of all arms is {options.plan}, as it stood."
+        f"All arms use the plan {options.plan} unchanged."
         if options.plan
-        else f"nnU-Net planned ({planned['planner']}) on all {share + len(split.validation)} cases of the training share and "
-        "their labels, for all arms alike."
+        else f"All arms use the plan that nnU-Net ({planned['planner']}) made from all {share + len(split.validation)} cases of "
+        "the training share and their labels."
     )
-    how = {"sgd": "as nnU-Net trains", "adamw": "as nnU-Net trains, but with AdamW", "paper": "as the paper has it"}
-    lines.append(f"Fine-tuning is {how[options.finetuning]}.")
-    # the paper's training does not mirror, and what was not trained is not predicted
+    how = {"sgd": "nnU-Net", "adamw": "nnU-Net, but with AdamW", "paper": "the paper"}
+    lines.append(f"Fine-tuning follows {how[options.finetuning]}.")
+    # the paper's training does not mirror, so the network is not trained for mirrored images
     mirroring = "without" if options.disable_tta or options.finetuning == "paper" else "with"
     lines.append(f"{planning} The last checkpoint predicts, {mirroring} mirroring.")
     lines.append(
-        "Dice is nnU-Net's, the mean of each class over cases and seeds, then over classes; a class that is in neither "
-        "segmentation is left out. HD95 and ASD are MONAI's, in mm (in the unit of the files' spacing), and not defined where "
-        "a class is in one segmentation only: compare them where nothing is missing."
+        "nnU-Net computes the Dice. The mean is taken over cases and seeds for each class, then over classes. A class that is "
+        "in neither segmentation is left out. MONAI computes HD95 and ASD, in mm (the unit of the files' spacing). They are "
+        "defined only for a class that is in both segmentations, so compare them only where no value is missing."
     )
     drawn = "patients" if options.group_regex else "cases"
     lines.append(
-        f"In brackets: 95 % intervals of a bootstrap over {drawn} and seeds, the same draws in each arm, so that differences are "
-        "paired. They are for one comparison each, not corrected for several. Few seeds make them too narrow, so that the "
-        "verdict is sure of a difference only where Student's interval of the seeds alone does not hold 0 either."
+        f"Intervals in brackets are 95 % intervals of a bootstrap over {drawn} and seeds. All arms share its draws, so "
+        "differences are paired. The intervals are not corrected for multiple comparisons, and few seeds make them too narrow. "
+        "The verdict therefore calls a difference certain only if Student's interval over the seeds also excludes 0."
     )
     lines.append(
-        "The curves are the Dice of whole validation cases at the network's resolution without mirroring, after "
-        f"{join_words(results.curve_epochs)} epochs. That time counts training and nnU-Net's own online validation."
+        "The curves show the Dice of whole validation cases at the network's resolution without mirroring, after "
+        f"{join_words(results.curve_epochs)} epochs. Times include training and nnU-Net's online validation."
     )
     return lines

@@ -1,4 +1,4 @@
-"""What the cells of a study found, and which learning rate each arm goes with."""
+"""Read the results of a study's cells, and choose the learning rate of each arm."""
 
 from __future__ import annotations
 
@@ -20,28 +20,31 @@ MEASURES = ("dice", "hd95", "asd")
 
 @dataclass(frozen=True)
 class Group:
-    """The cells of one arm and one number of labels at the rate that did best on the validation cases."""
+    """Results of one arm and one number of labels, at the learning rate with the best Dice on the validation cases.
 
-    rate: float  # that one
-    # ``dice``, ``hd95`` (mm), ``asd`` (mm), each (S, N, C) over the test cases, NaN where not defined
+    S, N, M, C, P: numbers of seeds, test cases, validation cases, classes, and points of the curve.
+    """
+
+    rate: float  # learning rate
+    # ``dice``, ``hd95`` (mm), ``asd`` (mm), each (S, N, C) on the test cases, NaN where not defined
     measures: dict[str, np.ndarray]
-    curve: np.ndarray  # Dice of the validation cases over the training, (P, S, M, C)
-    epoch_seconds: float  # mean over the cells
+    curve: np.ndarray  # Dice of the validation cases during the training, (P, S, M, C)
+    epoch_seconds: float  # duration of an epoch in s, mean over the cells
 
 
 @dataclass(frozen=True)
 class Results:
-    """All groups of a study."""
+    """Results of all cells of a study."""
 
-    study: Study  # whose
-    classes: list[str]  # names, in the order of the arrays' C
-    curve_epochs: list[int]  # (P,)
+    study: Study  # the study
+    classes: list[str]  # names of the C classes
+    curve_epochs: list[int]  # epochs of the curves, (P,)
     groups: dict[tuple[str, int], Group]  # by arm and number of labels
-    pretraining_seconds: dict[str, float]  # by recipe, with its settings
+    pretraining_seconds: dict[str, float]  # duration of the pre-training in s, by recipe with its settings
 
     @classmethod
     def read(cls, study: Study) -> Results:
-        """Read the cells, all of which must be done."""
+        """Read the results of a study's cells, all of which must be done."""
         found = {cell: _read(study, cell) for cell in study.cells}
         any_cell = next(iter(found.values()))
         keys = list(dict.fromkeys(row["label"] for row in any_cell["test"]))
@@ -63,7 +66,7 @@ class Results:
 
     @property
     def validation_bootstrap(self) -> Resampling:
-        # nnU-Net's data sets are sorted by name
+        # sorted, because nnU-Net lists the validation cases by name
         return self._resampling(sorted(self.study.split.validation))
 
     def _resampling(self, cases: list[str]) -> Resampling:
@@ -102,7 +105,7 @@ def _class_names(dataset_json: dict[str, Any]) -> dict[str, str]:
 
 
 def write_csv(results: Results) -> None:
-    """``compare.csv``: a line for each cell, test case and class; empty where a measure is not defined."""
+    """Write ``compare.csv``: one line for each cell, test case and class. An undefined measure is empty."""
     study, stream = results.study, io.StringIO(newline="")
     writer = csv.writer(stream)
     columns = ["arm", "labels", "labelled_cases", "seed", "rate", "chosen", "case", "patient", "class"]

@@ -1,4 +1,4 @@
-"""The study from beginning to end: what the command does, as a function."""
+"""Run a whole label-efficiency study: the function behind ``nnUNetv2_macl_compare``."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ def compare(
     dry_run: bool = False,
     skip_unreadable: bool = False,
 ) -> Path:
-    """Run or continue a label-efficiency study: plan, pre-train, fine-tune each cell, report. Return the study's folder.
+    """Run or continue a label-efficiency study and return its folder: plan, pre-train, fine-tune each cell, report.
 
-    With several splits the whole study runs on each, in a folder ``split_K``, and a report over the splits is written.
+    With several splits, the whole study runs on each split in a folder ``split_K``, and a report over the splits is written.
 
-    nnU-Net's folders of the user are only read. Started several times, on one machine or on several that share ``folder``,
-    the cells are shared out.
+    The user's nnU-Net folders are only read. Several processes, on one machine or on several that share ``folder``, divide
+    the cells among themselves.
 
     Args:
-        options: What makes the study.
+        options: The options that define the study.
         splits: Number of random draws of test, validation and training patients.
-        folder: Of the study. None: ``macl_compare_DATASET_C`` in the working directory.
+        folder: Folder of the study. None: ``macl_compare_DATASET_C`` in the working directory.
         device: ``cuda``, ``cpu`` or ``mps``.
-        processes: For preprocessing and export.
-        jobs: Number of cells at a time.
-        dry_run: Show split and cells, and stop.
+        processes: Number of processes for preprocessing and export.
+        jobs: Number of cells that run at the same time.
+        dry_run: Only show the split and the cells.
         skip_unreadable: Leave out unlabelled images that cannot be used.
 
     Raises:
@@ -78,7 +78,7 @@ def compare(
     if options.plan is not None:
         file = Path(options.plan).expanduser().resolve()
         options = replace(options, plan=str(file), plans=plans_name(file))
-    # the same files, wherever the study is started from next time
+    # store absolute paths, because the study may be continued from another working directory
     options = replace(options, arms=[parse_arm(text).name for text in options.arms])
     for name, value in (("--jobs", jobs), ("-np", processes), ("--splits", splits)):
         if value < 1:
@@ -102,13 +102,13 @@ def compare(
         return folder
     for study in studies:
         if (study.planning_folder / DONE_FILE).is_file():
-            # before it takes further arms in
+            # check before the new arms are stored in the study
             check_arms(study, images)
     studies = [Study.open(study.folder, study.options, study.split, study.patients) for study in studies]
     logger.info("Study in %s", folder)
     steps = [_steps(study, images, planner_name, device, processes, jobs, skip_unreadable) for study in studies]
     with ended_by_sigterm():
-        # split by split, so that the first report is complete early
+        # in the order of the splits, so that the first split is complete early
         run_steps(list(itertools.chain.from_iterable(steps)), jobs)
     for study in studies:
         logger.info("\n%s", write_report(study))
@@ -118,7 +118,7 @@ def compare(
 
 
 def _study(options: Options, images: RawImages, folder: Path) -> Study:
-    """Return the study of a split, nothing of which is on disk yet."""
+    """Return the study of a split without writing anything to disk."""
     patients = patients_of(images.labelled, options.group_regex)
     split = split_cases(
         patients,
@@ -132,7 +132,7 @@ def _study(options: Options, images: RawImages, folder: Path) -> Study:
 
 
 def _check_configuration(options: Options) -> None:
-    """Before anything is written: nnU-Net's planning takes a while, and passes over what it does not know."""
+    """Raise UserError for an unknown configuration, because nnU-Net's planning would silently skip it."""
     there: Sequence[str] = nnunet.SUPPORTED_CONFIGURATIONS
     if options.plan is not None:
         there = list(nnunet.read_json(Path(options.plan), "Give another to --plan.").get("configurations", {}))
@@ -143,7 +143,7 @@ def _check_configuration(options: Options) -> None:
 
 
 def _default_name(options: Options) -> str:
-    # outside nnU-Net's own folders, which are the user's
+    # the working directory, because nnU-Net's folders are the user's and are only read
     return "_".join(
         [
             "macl_compare",
@@ -155,7 +155,7 @@ def _default_name(options: Options) -> str:
 
 
 def describe(study: Study, images: RawImages) -> str:
-    """Split and cells in words."""
+    """Return the split and the cells as text."""
     split, options = study.split, study.options
 
     def patients(cases: list[str]) -> str:
@@ -171,19 +171,19 @@ def describe(study: Study, images: RawImages) -> str:
         f"validation:  {patients(split.validation)}: {_names(split.validation)}",
         f"pre-training: {share + len(kept)} images, {len(kept)} of them from imagesUn"
         + (
-            f" ({len(images.unlabelled) - len(kept)} there are of patients above)"
+            f" (the other {len(images.unlabelled) - len(kept)} are of test or validation patients)"
             * (len(kept) < len(images.unlabelled))
         ),
     ]
     if options.group_regex is None:
         lines.append(
-            "patients:    each case counts as one of its own; where several images are of one patient, say which, or test "
-            "patients are trained on too: --group_regex REGEX"
+            "patients:    each case counts as a patient. If a patient has several images, name the patient with --group_regex "
+            "REGEX. Otherwise some images of test patients are trained on"
         )
     if (tested := len({study.patients[case] for case in split.test})) < FEWEST_PATIENTS:
         lines.append(
-            f"attention:   {pluralise(tested, 'test patient')} will not tell a difference from chance, at least "
-            f"{FEWEST_PATIENTS} do: --test N"
+            f"attention:   {pluralise(tested, 'test patient')} cannot distinguish a difference from chance. Use at least "
+            f"{FEWEST_PATIENTS}: --test N"
         )
     for seed, subset in enumerate(split.subsets):
         for labels, cases in subset.items():
@@ -193,7 +193,7 @@ def describe(study: Study, images: RawImages) -> str:
         f"{pluralise(len(split.labels), 'number')} of labels x {pluralise(options.seeds, 'seed')} x "
         f"{pluralise(len(options.rates), 'rate')}, each {pluralise(options.epochs, 'epoch')} of "
         f"{pluralise(options.iterations, 'step')}: {len(study.cells) * options.epochs * options.iterations:,} steps in all, "
-        f"beside {pluralise(len(study.pretrainings), 'pre-training')}"
+        f"plus {pluralise(len(study.pretrainings), 'pre-training')}"
     )
     lines += [f"    {cell.name}" for cell in study.cells]
     return "\n".join(lines)
@@ -223,7 +223,7 @@ def _steps(
         functools.partial(_preprocess_unlabelled, study, images, processes, skip_unreadable),
         needs=(planning,),
     )
-    # once for all recipes, whose pre-trainings may run at the same time
+    # preprocess once for all recipes, because their pre-trainings may run at the same time
     ready = preprocessing if pretraining_images(study, list(images.unlabelled)) and study.pretrainings else planning
     steps = list(dict.fromkeys((planning, ready)))
     pretrained = {
@@ -257,25 +257,26 @@ def _pretrain(
     study: Study, images: RawImages, arm: Arm, device: str, processes: int, skip_unreadable: bool
 ) -> dict[str, Any]:
     options, folder, run = study.options, study.pretraining_folder(arm), study.pretraining_run(arm)
-    # of the weights the last that is written
-    weights, goes_on = run / NETWORK_FILE, resume.has_checkpoint(run)
+    # a run writes this file of weights last
+    weights, resumes = run / NETWORK_FILE, resume.has_checkpoint(run)
     if weights.is_file() and not (run / resume.LATEST).is_file():
-        # ended, and stopped before that was written down: its lock goes with it, unless it is still at its report
+        # The pre-training finished, but was interrupted before this was recorded. Acquiring the lock removes a stale one, and
+        # fails if the process is still running.
         lock = RunLock(run)
         lock.acquire()
         lock.release()
         return {}
     command = _pretraining_command(study, images, processes, skip_unreadable)
-    # each fold has the validation cases of all
+    # all folds of the study have the same validation cases
     command += ["--exclude_fold", "0", "-device", device]
     settings = [*options.pretrain_settings, *arm.settings]
-    if goes_on:
+    if resumes:
         command += ["--c"]
     else:
         command += ["-recipe", str(arm.recipe), *(["--set", *settings] if settings else [])]
     run_command(command, study.environment(folder / "nnUNet_results"), folder / "log.txt")
-    if not weights.is_file():  # Ctrl-C is for all processes, and it ends as it was asked to
-        raise UserError(f"Pre-training in {run} was stopped. To go on, type the same command again.")
+    if not weights.is_file():  # Ctrl-C reaches all processes, and a pre-training that it stops exits without an error
+        raise UserError(f"Pre-training in {run} was stopped. To continue, run the same command again.")
     return {}
 
 
@@ -287,9 +288,9 @@ def _preprocess_unlabelled(study: Study, images: RawImages, processes: int, skip
 
 
 def _pretraining_command(study: Study, images: RawImages, processes: int, skip_unreadable: bool) -> list[str]:
-    """Return what every command of our pre-training has in common, after linking the user's unlabelled images."""
+    """Link the user's unlabelled images, and return the arguments that all commands of the pre-training share."""
     if not any(_has_begun(study, other) for other in study.arms if other.recipe is not None):
-        # all recipes see the same images: those that the user has by the time the first one begins
+        # the images stay as they are once the first pre-training has begun, so that all recipes see the same ones
         link_unlabelled(study, images)
     options = study.options
     command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.configuration, "-p", options.plans]
@@ -297,7 +298,7 @@ def _pretraining_command(study: Study, images: RawImages, processes: int, skip_u
 
 
 def _has_begun(study: Study, arm: Arm) -> bool:
-    """Return whether something was trained on the unlabelled images for an arm."""
+    """Return whether the pre-training of an arm has saved a checkpoint or weights."""
     run = study.pretraining_run(arm)
     return resume.has_checkpoint(run) or (run / NETWORK_FILE).is_file()
 

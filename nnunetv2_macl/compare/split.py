@@ -1,4 +1,4 @@
-"""Who is tested on, who is validated on, and whose labels are used: always whole patients, drawn from a seed."""
+"""Draw the test cases, the validation cases and the labelled cases: always whole patients, from a seed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 from nnunetv2_macl.errors import UserError
 
-# the seed of nnU-Net's own splits
+# nnU-Net uses this seed for its own splits
 SPLIT_SEED = 12345
 
 
 @dataclass(frozen=True)
 class Split:
-    """Cases by their use."""
+    """The test cases, the validation cases and the labelled cases of a study."""
 
-    test: list[str]  # neither pre-training nor fine-tuning touches these or other images of their patients
-    validation: list[str]  # for the choice of the learning rate and the curves; not pre-trained on either
-    # ``subsets[seed][labels]`` are the labelled cases; those of fewer labels are among those of more
+    test: list[str]  # neither pre-training nor fine-tuning uses these or other images of their patients
+    validation: list[str]  # select the learning rate and give the curves; pre-training does not use them either
+    # ``subsets[seed][labels]`` are the labelled cases; a smaller subset is part of the larger ones of its seed
     subsets: list[dict[int, list[str]]]
 
     @property
@@ -29,10 +29,15 @@ class Split:
 
 
 def patients_of(cases: Iterable[str], group_regex: str | None, option: str = "--group_regex") -> dict[str, str]:
-    """Return the patient of each case: the first group of ``group_regex``, or all that it matches. None: each case its own.
+    """Return the patient of each case.
+
+    Args:
+        cases: Names of cases.
+        group_regex: Its first group, or its match, is the patient. None: each case is a patient.
+        option: The option that sets ``group_regex``, for messages.
 
     Raises:
-        UserError: The regular expression is wrong, or does not match a case; names it.
+        UserError: The regular expression is invalid, or does not match a case. The message names the case.
     """
     if group_regex is None:
         return {case: case for case in cases}
@@ -45,15 +50,20 @@ def patients_of(cases: Iterable[str], group_regex: str | None, option: str = "--
         match = pattern.search(case)
         if match is None or not (match[1] if pattern.groups else match[0]):
             raise UserError(
-                f"{option} '{group_regex}' finds no patient in the name of case {case}. Give one that does for each case: "
-                "'^[^_]+' takes what stands before the first _. Leave it out where each case is a patient."
+                f"{option} '{group_regex}' finds no patient in the name of case {case}. Give an expression that matches every "
+                "case: '^[^_]+' takes the text before the first _. Leave the option out if each case is a patient."
             )
         patients[case] = match[1] if pattern.groups else match[0]
     return patients
 
 
 def number_of_cases(amount: str, total: int, option: str) -> int:
-    """Return a number of cases, given as such (``5``) or as a part of the total (``0.1``, ``10%``, ``100%``) to an ``option``.
+    """Return a number of cases.
+
+    Args:
+        amount: A number (``5``) or a part of the total (``0.1``, ``10%``, ``100%``).
+        total: Number of all cases.
+        option: The option that sets ``amount``, for messages.
 
     Raises:
         UserError: The amount is neither a whole number from 1, nor a fraction between 0 and 1, nor a percentage up to 100.
@@ -80,17 +90,17 @@ def number_of_cases(amount: str, total: int, option: str) -> int:
 def split_cases(
     patients: Mapping[str, str], *, test: str, validation: str, labels: Sequence[str], seeds: int, number: int = 0
 ) -> Split:
-    """Draw the split. Whole patients are taken until there are as many cases as asked for, so there may be a few more.
+    """Draw the split. Whole patients are drawn until the amount is reached, so a part may have a few more cases.
 
     Args:
         patients: Patient of each case.
-        test, validation: Amounts, see `number_of_cases`; fractions are of all cases.
-        labels: Amounts; fractions are of the cases that are neither for test nor for validation.
+        test, validation: Amounts, see `number_of_cases`. Fractions are of all cases.
+        labels: Amounts. Fractions are of the cases that are neither for test nor for validation.
         seeds: Number of draws of labelled cases.
-        number: Of the split. Each number draws other patients.
+        number: Index of the split. Each index draws other patients.
 
     Raises:
-        UserError: There are too few cases, or two of ``labels`` are the same number.
+        UserError: There are too few cases, or two of ``labels`` give the same number or the same patients.
     """
     by_patient: dict[str, list[str]] = {}
     for case in sorted(patients):
@@ -106,10 +116,10 @@ def split_cases(
                 break
             taken += by_patient[patient]
         if len(taken) < wanted:
-            raise UserError(f"{why}, and only {len(taken)} are left. Ask for less, or add cases.")
+            raise UserError(f"{why}, but only {len(taken)} are left. Ask for fewer, or add cases.")
         return taken
 
-    # the first split has the seed that studies of one split always had
+    # split 0 keeps the seed of earlier versions, which had one split
     order = shuffled(list(by_patient), *((2, number) if number else ()))
     count = number_of_cases(test, len(patients), "--test")
     tested = take(order, count, f"--test {test} is {count} of {len(patients)} cases")
@@ -119,7 +129,7 @@ def split_cases(
     order = [patient for patient in order if by_patient[patient][0] not in validated]
 
     left = sum(len(by_patient[patient]) for patient in order)
-    used_otherwise = f"beside {len(tested)} for test and {len(validated)} for validation"
+    used_otherwise = f"in addition to {len(tested)} for test and {len(validated)} for validation"
     counts: dict[int, str] = {}
     for amount in labels:
         count = number_of_cases(amount, left, "--labels")
@@ -136,10 +146,10 @@ def split_cases(
             }
         )
     for fewer, more in zip(sorted(counts), sorted(counts)[1:], strict=False):
-        # in one draw they may: another seed, added later, cannot take back what the study began with
+        # equal sizes in some draws are allowed, because a seed that is added later must not make a study invalid
         if all(len(subset[fewer]) == len(subset[more]) for subset in subsets):
             raise UserError(
-                f"--labels {counts[fewer]} and {counts[more]} come to the same patients, as whole patients are taken. "
+                f"--labels {counts[fewer]} and {counts[more]} draw the same patients, because whole patients are drawn. "
                 "Leave one out."
             )
     return Split(tested, validated, subsets)

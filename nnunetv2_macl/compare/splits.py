@@ -1,4 +1,4 @@
-"""Report what a study found over several random splits of the patients."""
+"""Report the results of a study over several random splits of the patients."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from nnunetv2_macl.text import join_words, pluralise
 
 @dataclass(frozen=True)
 class Spread:
-    """Dice above scratch in each split.
+    """The gain in Dice over scratch in each split.
 
     Attributes:
         by_split: One value for each split.
-        low, high: Student's 95 % interval of their mean; not a number for a single split.
+        low, high: Student's 95 % interval of their mean; NaN for a single split.
     """
 
     by_split: tuple[float, ...]
@@ -36,12 +36,12 @@ class Spread:
 
     @property
     def sign(self) -> int:
-        """Return 1 or -1 where the whole interval lies above or below 0, else 0."""
+        """Return 1 or -1 if the whole interval is above or below 0, else 0."""
         return int(self.low > 0) - int(self.high < 0)
 
 
 def spreads(results: Sequence[Results]) -> dict[tuple[str, int], Spread]:
-    """Return the Dice above scratch by arm and number of labelled cases, over the studies of several splits."""
+    """Return the gain in Dice over scratch, by arm and number of labelled cases, for the studies of several splits."""
     found = [differences(result) for result in results]
     return {
         (arm, labels): Spread(values, *student_interval(values))
@@ -52,11 +52,11 @@ def spreads(results: Sequence[Results]) -> dict[tuple[str, int], Spread]:
 
 
 def write_report_over_splits(studies: Sequence[Study], folder: Path) -> str:
-    """Write ``compare.md`` of studies that differ in their split alone, and return the verdict.
+    """Write ``compare.md`` for studies that differ only in their split, and return the verdict.
 
     Args:
-        studies: One for each split; their cells are done.
-        folder: Gets the report.
+        studies: One study for each split. Their cells must be done.
+        folder: Folder of the report.
     """
     results = [Results.read(study) for study in studies]
     options = studies[0].options
@@ -78,8 +78,8 @@ def write_report_over_splits(studies: Sequence[Study], folder: Path) -> str:
         lines.append(_row(slug, labels, mean, [f"{value:+.3f}" for value in spread.by_split]))
     lines += ["", "## How this was measured", ""]
     lines += [
-        f"- Each split draws other test, validation and training patients; {pluralise(options.seeds, 'seed')} in each.",
-        "- The interval is Student's, over the splits alone. Their training patients overlap, so it is rather too narrow.",
+        f"- Each split draws other test, validation and training patients, and has {pluralise(options.seeds, 'seed')}.",
+        "- The interval is Student's, over the splits. It is too narrow, because the splits' training patients overlap.",
         f"- Each split has its own report: {join_words(f'[{n}](split_{n}/compare.md)' for n in range(len(studies)))}.",
     ]
     text = "\n".join(lines) + "\n"
@@ -99,7 +99,7 @@ def _mean_dice(results: Results, arm: str, labels: int) -> float:
 def _verdict(found: dict[tuple[str, int], Spread], splits: int) -> str:
     if not found:
         return f"Only {SCRATCH} was trained, so there is nothing to compare it with."
-    words = {1: "better than scratch", -1: "worse than scratch", 0: "not told apart from scratch"}
+    words = {1: "better than scratch", -1: "worse than scratch", 0: "not distinguishable from scratch"}
     clauses = [
         f"{arm} with {labels} labelled cases is {words[spread.sign]} ({spread.mean:+.3f} Dice)"
         for (arm, labels), spread in found.items()

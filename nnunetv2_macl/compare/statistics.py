@@ -1,4 +1,4 @@
-"""Means and their uncertainty over patients and seeds: a paired bootstrap."""
+"""Compute means and their uncertainty over patients and seeds, with a paired bootstrap."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True)
 class Resampling:
-    """How often each seed and each case stands in each of B resamples.
+    """The number of times that each of B resamples contains each of S seeds and each of N cases.
 
-    Seeds and patients are drawn with replacement, independently of each other; all cases of a patient are drawn together. The
-    same resamples for every arm make a comparison paired. With few seeds or patients the intervals are too narrow, as any
-    bootstrap's.
+    Seeds and patients are drawn with replacement, independently of each other. All cases of a patient are drawn together.
+    Using the same resamples for all arms makes comparisons paired. With few seeds or patients the intervals are too narrow,
+    as in any bootstrap.
 
     Source: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1(2), 2007.
     """
@@ -28,7 +28,7 @@ class Resampling:
 
     @classmethod
     def draw(cls, patients: Sequence[str], seeds: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Resampling:
-        """Draw resamples of seeds and of the patients of each case, (N,)."""
+        """Draw resamples of the seeds and of the patients. ``patients`` (N,) holds the patient of each case."""
         rng = np.random.default_rng(seed)
         names, of_case = np.unique(np.asarray(patients), return_inverse=True)
         drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
@@ -37,22 +37,22 @@ class Resampling:
 
     @classmethod
     def whole(cls, seeds: int, cases: int) -> Resampling:
-        """The data as they are, each once: B = 1."""
+        """Return one resample (B = 1) that contains every seed and every case once."""
         return cls(np.ones((1, seeds), dtype=int), np.ones((1, cases), dtype=int))
 
     @classmethod
     def each_seed(cls, seeds: int, cases: int) -> Resampling:
-        """One seed at a time, on all cases: B = S."""
+        """Return one resample for each seed (B = S), with this seed and all cases."""
         return cls(np.eye(seeds, dtype=int), np.ones((seeds, cases), dtype=int))
 
     def mean(self, values: np.ndarray) -> np.ndarray:
-        """Mean of each class over seeds and cases, then over classes, as nnU-Net means; NaN values are left out.
+        """Return the mean of each class over seeds and cases, then over classes, as nnU-Net averages. NaN is left out.
 
         Args:
-            values: (S, N, C).
+            values: (S, N, C), for C classes.
 
         Returns:
-            (B,); NaN where a resample has no value.
+            (B,); NaN for a resample without values.
         """
         defined = ~np.isnan(values)
 
@@ -73,29 +73,30 @@ class Resampling:
 class Estimate:
     """A value and its 95 % interval."""
 
-    # value, low, high: over patients and seeds
+    # value and interval are over patients and seeds
     value: float
     low: float
     high: float
-    by_seed: tuple[float, ...] = ()  # the value of each seed alone, (S,); empty where it is not asked for
+    by_seed: tuple[float, ...] = ()  # value of each seed, (S,); may be empty
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the whole interval lies above or below 0, else 0."""
+        """Return 1 or -1 if the whole interval is above or below 0, else 0."""
         return int(self.low > 0) - int(self.high < 0)
 
     @property
     def significant_across_seeds(self) -> bool:
-        """Whether the seeds are enough to say that it is not 0: Student's 95 % interval of `by_seed` does not hold it.
+        """Return whether Student's 95 % interval of `by_seed` excludes 0.
 
-        The bootstrap does not know how few they are: of three that lie on one side by chance, every resample does.
+        This guards against too few seeds, which the bootstrap underestimates: if three seeds have the same sign by chance,
+        so has every resample.
         """
         low, high = student_interval(self.by_seed)
         return low > 0 or high < 0
 
 
 def student_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return Student's 95 % interval of the mean of independent values; not a number for fewer than two."""
+    """Return Student's 95 % interval of the mean of independent values; NaN for fewer than two."""
     if len(values) < 2:
         return float("nan"), float("nan")
     reach = student.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
@@ -103,12 +104,12 @@ def student_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def estimate(values: np.ndarray, resampling: Resampling, reference: np.ndarray | None = None) -> Estimate:
-    """Mean of an arm, or by how much it is above that of another on the same cases and seeds.
+    """Return the mean of an arm, or its paired difference to another arm, with an interval.
 
     Args:
-        values: (S, N, C), NaN where not defined.
-        resampling: of S and N.
-        reference: as ``values``, of the other arm.
+        values: Values of the arm, (S, N, C); NaN where not defined.
+        resampling: Resamples of S seeds and N cases.
+        reference: Values of the other arm, (S, N, C), on the same cases and seeds.
     """
     whole, each = Resampling.whole(*values.shape[:2]), Resampling.each_seed(*values.shape[:2])
     value, by_seed, samples = (sampling.mean(values) for sampling in (whole, each, resampling))
@@ -119,7 +120,7 @@ def estimate(values: np.ndarray, resampling: Resampling, reference: np.ndarray |
 
 
 def first_reached(curve: np.ndarray, goal: np.ndarray, epochs: Sequence[int]) -> np.ndarray:
-    """Return the first of the epochs (P,) at which a curve (P, B) is at its goal (B,), infinite where it never is."""
+    """Return the first of the epochs (P,) at which a curve (P, B) reaches its goal (B,), or infinity: (B,)."""
     reached = curve >= goal
     return np.where(reached.any(0), np.asarray(epochs, dtype=float)[reached.argmax(0)], np.inf)
 
@@ -127,13 +128,13 @@ def first_reached(curve: np.ndarray, goal: np.ndarray, epochs: Sequence[int]) ->
 def estimate_first_reached(
     curve: np.ndarray, goal: np.ndarray, epochs: Sequence[int], resampling: Resampling
 ) -> Estimate:
-    """When a curve reaches the mean ``goal``, see `first_reached`.
+    """Return the epoch at which the mean of a curve reaches the mean of a goal, with an interval. See `first_reached`.
 
     Args:
-        curve: (P, S, N, C).
-        goal: (S, N, C).
-        epochs: (P,).
-        resampling: of S and N.
+        curve: Values at P epochs, (P, S, N, C).
+        goal: Values to reach, (S, N, C).
+        epochs: Epochs of the curve, (P,).
+        resampling: Resamples of S seeds and N cases.
     """
 
     def reached(sampling: Resampling) -> np.ndarray:
@@ -146,6 +147,6 @@ def _interval(samples: np.ndarray) -> tuple[float, float]:
     samples = samples[~np.isnan(samples)]
     if not samples.size:
         return float("nan"), float("nan")
-    # no interpolation: samples may be infinite
+    # no interpolation, because samples may be infinite
     low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
     return float(low), float(high)

@@ -1,6 +1,7 @@
-"""Steps of a study, each done once: by one process, or by several, on one machine or on several that share the folder.
+"""Run each step of a study once, in one process or in several, also on several machines that share the study's folder.
 
-A step has a folder. ``done.json`` in it, written last, says that the step is done; a lock file beside it says who is at it.
+Each step has a folder. ``done.json``, which is written last, marks the step as done. A lock file in the folder names the
+process that runs the step.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ DONE_FILE = "done.json"
 
 @dataclass(frozen=True)
 class Task:
-    """Work that leaves its results in a folder of its own; ``run`` returns what ``done.json`` shall say."""
+    """A step: a function that writes its results to a folder of its own."""
 
     name: str
     folder: Path
-    run: Callable[[], dict[str, Any]]
-    needs: tuple[Task, ...] = ()
+    run: Callable[[], dict[str, Any]]  # returns the content of ``done.json``
+    needs: tuple[Task, ...] = ()  # tasks that must be done first
 
     @property
     def is_done(self) -> bool:
@@ -39,19 +40,24 @@ class Task:
 
 
 def run_steps(steps: Sequence[Task], jobs: int, poll_seconds: float = 5.0) -> None:
-    """Run all steps that are not done, some at a time, in their order, and wait for those that other processes are at.
+    """Run all steps that are not done, and wait for steps that other processes run.
+
+    Args:
+        steps: The steps, in the order in which they start.
+        jobs: Number of steps that run at the same time.
+        poll_seconds: Time in s between two looks at the steps of other processes.
 
     Raises:
-        UserError: A step failed, or a folder cannot be written; the others at work are finished first.
+        UserError: A step failed, or a folder cannot be written. Steps that are running finish first.
     """
     work = _TaskQueue(steps, poll_seconds)
     with ThreadPoolExecutor(jobs) as pool:
-        workers = [pool.submit(work.go_on) for _ in range(jobs)]
+        workers = [pool.submit(work.run) for _ in range(jobs)]
         try:
             for worker in workers:
                 worker.result()
         finally:
-            # also where the user interrupts
+            # without this, the pool would run the remaining steps after an error or Ctrl-C
             work.stop()
 
 
@@ -62,14 +68,14 @@ class _TaskQueue:
         self._poll_seconds = poll_seconds
         self._guard = threading.Lock()
         self._stop = threading.Event()
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         if self._done:
             logger.info("%d of %d steps are done already", self._done, self._total)
 
     def stop(self) -> None:
         self._stop.set()
 
-    def go_on(self) -> None:
+    def run(self) -> None:
         try:
             while not self._stop.is_set():
                 claimed = self._claim()
@@ -88,7 +94,7 @@ class _TaskQueue:
             raise
 
     def _claim(self) -> tuple[Task, RunLock] | None:
-        """The first step that can be done now. Those that others have done meanwhile leave the list."""
+        """Return the first step that can run now and its lock, and drop steps that other processes have done."""
         with self._guard:
             for step in list(self._todo):
                 if step.is_done:
@@ -106,11 +112,11 @@ class _TaskQueue:
                 except CannotWriteError:
                     raise
                 except UserError as held:
-                    if step.name not in self._told:
-                        self._told.add(step.name)
+                    if step.name not in self._reported:
+                        self._reported.add(step.name)
                         logger.info("Waiting: %s", held)
                     continue
-                if step.is_done:  # by the process that held the lock a moment ago
+                if step.is_done:  # another process finished the step just before this one got the lock
                     lock.release()  # type: ignore[unreachable]
                     continue
                 self._todo.remove(step)

@@ -1,4 +1,4 @@
-"""SIGTERM, by which a cluster ends a job, ends a study as Ctrl-C does: what it holds is given back."""
+"""Release locks and end child processes on SIGTERM, with which a cluster ends a job."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from types import FrameType
 
 import psutil
 
-# the process that listens, if any
+# id of this process while it handles SIGTERM, else empty
 _listening: set[int] = set()
 
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Meanwhile SIGTERM is passed on to the processes started from here, and raises SystemExit.
+    """Within this context, raise SystemExit on SIGTERM, and pass the signal on to the child processes.
 
-    Python allows it in the main thread alone; elsewhere nothing changes.
+    Outside of the main thread this context has no effect, because Python handles signals only in the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -34,8 +34,9 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def _forget() -> None:
-    """In a forked process: pools, nnU-Net's too, end their workers by SIGTERM and wait for them, and a worker that sleeps would
-    not come to hear Python's handler.
+    """Restore the default handler in a forked process.
+
+    Pools end their workers with SIGTERM and wait for them. A blocked worker would never run a Python handler.
     """
     if _listening:
         _listening.clear()

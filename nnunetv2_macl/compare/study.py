@@ -1,4 +1,4 @@
-"""A study: what was asked for, its cells, and the folder in which it lies."""
+"""A study: its options, its cells, and the paths in its folder."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from nnunetv2_macl.semi_supervised.settings import parse_semi_settings
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
 SCRATCH = "scratch"
-# begins the arms that also learn from unlabelled images
+# prefix of arms that are trained semi-supervised
 SEMI = "semi"
-# begins the arms whose teacher is the arm that follows
+# prefix of arms that learn from the labels of another arm's models
 SELF_TRAINING = "self_train"
 STUDY_FILE = "study.json"
-# what a cell found
+# scores of a cell
 RESULT_FILE = "result.json"
-# of options, in studies of version 0.1
+# names of options in studies of version 0.1, and their present names
 _OLDER_NAMES = {"c": "configuration", "p": "plans"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What makes a study what it is. A name here is the option's name on the command line."""
+    """The options that define a study. Each field is named like its option on the command line (see `option`)."""
 
     dataset: str
     configuration: str
@@ -55,11 +55,11 @@ class Options:
     disable_tta: bool
     plan: str | None = None
     finetuning: str = "sgd"
-    split: int = 0  # number of the draw of patients, among those that --splits asks for
+    split: int = 0  # index of the random draw of patients, from 0 to --splits - 1
 
     @property
     def pretrain_settings(self) -> list[str]:
-        """Return the recipe values that the --pretrain options set, as KEY=VALUE."""
+        """Return the recipe's values that the --pretrain options set, as KEY=VALUE."""
         values = {
             "num_epochs": self.pretrain_epochs,
             "num_iterations_per_epoch": self.pretrain_iterations,
@@ -68,48 +68,50 @@ class Options:
         return settings_as_text({key: value for key, value in values.items() if value is not None})
 
     def check(self) -> None:
-        """Raises UserError for a value that cannot be; names the option."""
+        """Raise UserError, with the name of the option, for an invalid value."""
         for key in ("seeds", "epochs", "iterations", "batch_size", "pretrain_epochs", "pretrain_iterations"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise UserError(f"{option(key)} must be 1 or more, got {value}.")
         if self.pretrain_batch_size is not None and self.pretrain_batch_size < 2:
             raise UserError(f"--pretrain_batch_size must be 2 or more, got {self.pretrain_batch_size}.")
         if wrong := [rate for rate in self.rates if not 0 < rate < 1]:
-            raise UserError(f"--rates must lie between 0 and 1, got {wrong[0]:g}.")
+            raise UserError(f"--rates must be between 0 and 1, got {wrong[0]:g}.")
         if len(set(self.rates)) < len(self.rates):
             raise UserError(f"--rates has a rate twice: {' '.join(f'{rate:g}' for rate in self.rates)}. Give it once.")
         arms = [parse_arm(text) for text in self.arms]
         for arm in arms:
             arm.check(self.pretrain_settings)
-        if self.finetuning == "paper" and (semi := [arm.name for arm in arms if arm.semi is not None]):
-            raise UserError(f"--arms: {semi[0]} trains as nnU-Net does. Give --finetuning sgd or adamw, or other arms.")
-        if self.finetuning == "paper" and (taught := [arm.name for arm in arms if arm.teacher is not None]):
+        unlabelled = [arm.name for arm in arms if arm.semi is not None or arm.teacher is not None]
+        if self.finetuning == "paper" and unlabelled:
             raise UserError(
-                f"--arms: {taught[0]} trains as nnU-Net does. Give --finetuning sgd or adamw, or other arms."
+                f"--arms: {unlabelled[0]} cannot be trained with --finetuning paper. Give --finetuning sgd or adamw, or "
+                "other arms."
             )
         for arm in arms:
             if arm.teacher is not None and arm.teacher not in [other.slug for other in arms]:
                 teacher = arm.name.partition(":")[2]
                 raise UserError(f"--arms: {arm.name} needs the models of {teacher}. Add it: --arms ... {teacher}")
         if SCRATCH not in self.arms:
-            raise UserError(f"--arms must hold {SCRATCH}, which the others are compared with, got {self.arms}.")
+            raise UserError(
+                f"--arms must contain {SCRATCH}, because the other arms are compared with it, got {self.arms}."
+            )
         for number, arm in enumerate(arms):
             if arm.slug in [other.slug for other in arms[:number]]:
                 raise UserError(
-                    f"--arms: two arms would be called {arm.slug}. Give each once, and files names of their own."
+                    f"--arms: two arms would be called {arm.slug}. Give each arm once, and give files different names."
                 )
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Where the weights come from that fine-tuning starts with."""
+    """The initial weights of a fine-tuning, and whether it is semi-supervised."""
 
     name: str  # as on the command line
     slug: str  # as in file names
-    recipe: str | None = None  # of the pre-training, or None
-    settings: tuple[str, ...] = ()  # Values that replace those of the recipe, as KEY=VALUE, sorted by key
+    recipe: str | None = None  # recipe of the pre-training, or None
+    settings: tuple[str, ...] = ()  # values that replace those of the recipe, as KEY=VALUE, sorted by key
     encoder_only: bool = False  # whether the pre-trained decoder is left out
-    weights: str | None = None  # a file that is there already, or None
+    weights: str | None = None  # a file of existing weights, or None
     semi: tuple[str, ...] | None = (
         None  # settings of semi-supervised training, as KEY=VALUE; None: labelled images only
     )
@@ -122,13 +124,13 @@ class Arm:
 
     @property
     def recipe_slug(self) -> str:
-        """Return recipe and settings as in file names."""
+        """Return the recipe and its settings as file names contain them."""
         return "-".join([_slug(Path(str(self.recipe)).stem), *(_slug(text).strip("-") for text in self.settings)])
 
     def check(self, further_settings: Sequence[str] = ()) -> None:
         """Raise UserError unless the recipe, with its settings and further ones, or the weights can be loaded."""
         if self.recipe is not None:
-            # a key that the arm and an option of the command set to different values is refused here
+            # `parse_settings` refuses a key that the arm and a --pretrain option set to different values
             values = parse_settings([*further_settings, *self.settings], f"Arm {self.name} and the --pretrain options")
             load_recipe(self.recipe, resource_folder("plans"), values)
         if self.weights is not None:
@@ -136,7 +138,11 @@ class Arm:
 
 
 def parse_arm(text: str) -> Arm:
-    """Read an arm from the command line. Raises UserError: no such arm."""
+    """Return the arm that a text of the command line describes.
+
+    Raises:
+        UserError: There is no such arm.
+    """
     kind, _, what = text.partition(":")
     name, *semi = kind.split(",")
     if name == SEMI and what:
@@ -153,7 +159,7 @@ def parse_arm(text: str) -> Arm:
     if text in ("encoder", "pretrained"):
         return Arm(text, text, recipe=DEFAULT_RECIPE, encoder_only=text == "encoder")
     if kind == "recipe" and what:
-        # a comma inside of a list is followed by a value, and one between settings by KEY=
+        # a comma in a list is followed by a value, and a comma between settings by KEY=
         name, *texts = [what] if Path(what).is_file() else re.split(r",(?=[^,=]+=)", what)
         recipe = str(Path(name).resolve()) if Path(name).is_file() else name
         settings = tuple(sorted(settings_as_text(parse_settings(texts, f"Arm {text}"))))
@@ -174,7 +180,7 @@ def _slug(text: str) -> str:
 
 
 def option(key: str) -> str:
-    """A field of `Options` as it is typed."""
+    """Return the command-line option that sets a field of `Options`."""
     names = {
         "dataset": "DATASET",
         "configuration": "-c",
@@ -201,26 +207,26 @@ class Trial:
 
 @dataclass(frozen=True)
 class Study:
-    """A study in its folder."""
+    """A study and its folder."""
 
-    folder: Path  # of the study
-    options: Options  # what was asked for
-    split: Split  # of the cases
-    patients: dict[str, str]  # of each case
-    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the weights that arms name, by file
+    folder: Path  # folder of the study
+    options: Options  # options that the user gave
+    split: Split  # use of each case
+    patients: dict[str, str]  # patient of each case, by case
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the weights of the arms weights:FILE, by file
 
     @classmethod
     def open(cls, folder: Path, options: Options, split: Split, patients: dict[str, str]) -> Study:
-        """The study in a folder, begun where there is none. One that is there may get further arms and seeds.
+        """Return the study of a folder, after creating the study or adding arms and seeds to it.
 
         Raises:
-            UserError: the folder holds something else, or a study with other options or other cases; names them.
+            UserError: The folder holds something else, or a study with other options or other cases. The message names them.
         """
         study = cls(folder, options, split, patients, _checksums(options))
         file = folder / STUDY_FILE
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file. Give a folder: -o FOLDER")
-        # looked at before the study's file, which another process may be writing, and going on from
+        # list the folder before looking for the study's file, because another process may create the study meanwhile
         others = [path for path in folder.iterdir() if STUDY_FILE not in path.name] if folder.is_dir() else []
         if not file.is_file():
             if others:
@@ -239,23 +245,27 @@ class Study:
         changed += [f"the weights {name}" for name, was in there.files.items() if study.files.get(name, was) != was]
         if changed:
             raise UserError(
-                f"{folder} holds a study that goes on as it began; changed: {', '.join(changed)}. "
-                "Give the options and files that it began with, or another folder: -o FOLDER"
+                f"{folder} holds a study that began with other options or files. Changed: {', '.join(changed)}. "
+                "Give the options and files that the study began with, or another folder: -o FOLDER"
             )
         begun = replace(split, subsets=split.subsets[: there.options.seeds])
         if there.split != begun or there.patients != patients:
             raise UserError(
-                f"{folder} holds a study of other cases: the images of {options.dataset} have changed since. "
-                "Put them back, or give another folder: -o FOLDER"
+                f"{folder} holds a study of other cases: the images of {options.dataset} have changed since the study began. "
+                "Put the images back, or give another folder: -o FOLDER"
             )
         if options != there.options:
-            # what is done stays done; only arms and seeds that are new are trained
+            # finished cells are kept; only the new arms and seeds are trained
             write_json(study._as_json(), file)
         return study
 
     @classmethod
     def read(cls, folder: Path) -> Study:
-        """Raises UserError where there is none, or a damaged one."""
+        """Return the study that a folder holds.
+
+        Raises:
+            UserError: The folder has no ``study.json``, or a damaged one.
+        """
         file = folder / STUDY_FILE
         fix = "Give another folder: -o FOLDER"
         content = read_json(file, fix)
@@ -303,22 +313,22 @@ class Study:
         return list({arm.recipe_and_settings: arm for arm in self.arms if arm.recipe is not None}.values())
 
     def fold(self, cell: Trial) -> int:
-        """Number of the cell's split in the study's ``splits_final.json``."""
+        """Return the index of the cell's split in the study's ``splits_final.json``."""
         return cell.seed * len(self.split.labels) + self.split.labels.index(cell.labels)
 
     @property
     def splits(self) -> list[dict[str, list[str]]]:
-        """What ``splits_final.json`` holds, in the order of `fold`."""
+        """Return the content of ``splits_final.json``, in the order of `fold`."""
         return [
             {"train": cases, "val": self.split.validation} for subset in self.split.subsets for cases in subset.values()
         ]
 
     def write_splits(self) -> None:
-        """Have ``splits_final.json`` follow the study, which may have got more seeds since it was written."""
+        """Write ``splits_final.json`` unless it is current, because the study may have more seeds than before."""
         if not self.splits_file.is_file() or read_json(self.splits_file, "") != self.splits:
             write_json(self.splits, self.splits_file)
 
-    # --- places ----------------------------------------------------------------------------------------------------------
+    # --- paths -----------------------------------------------------------------------------------------------------------
 
     @property
     def raw(self) -> Path:
@@ -341,12 +351,12 @@ class Study:
         return self.folder / "planning"
 
     def pretraining_folder(self, arm: Arm) -> Path:
-        # a user's file may be called as one that comes with the package
+        # a user's recipe file may have the name of a recipe of the package
         kind = "file-" if Path(str(arm.recipe)).is_absolute() else ""
         return self.folder / "pretraining" / f"{kind}{arm.recipe_slug}"
 
     def pretraining_run(self, arm: Arm) -> Path:
-        """The run's folder as nnU-Net names it: the validation cases, those of any fold, are left out."""
+        """Return the folder of the pre-training's run, which nnU-Net names after the excluded fold."""
         results = self.pretraining_folder(arm) / "nnUNet_results"
         return (
             pretraining_folder(results, self.options.dataset, self.options.plans, self.options.configuration) / "fold_0"
@@ -361,20 +371,20 @@ class Study:
         return None if arm is None else replace(cell, arm=arm)
 
     def weights(self, arm: Arm) -> Path | None:
-        """What fine-tuning starts from, as ``nnUNet_macl_weights`` takes it."""
+        """Return the weights that fine-tuning starts from, as a value of ``nnUNet_macl_weights``."""
         if arm.recipe is None:
             return Path(arm.weights) if arm.weights else None
         run = self.pretraining_run(arm)
         return run / ENCODER_FILE if arm.encoder_only else run
 
     def environment(self, results: Path) -> dict[str, str]:
-        """nnU-Net's three folder variables inside the study."""
+        """Return nnU-Net's three folder variables, which point into the study."""
         places = (self.raw.parent, self.preprocessed.parent, results)
         return {name: str(place) for name, place in zip(FOLDER_VARIABLES, places, strict=True)}
 
 
 def _checksums(options: Options) -> dict[str, str]:
-    """Return the SHA-256 of the weights that arms name. A plan is copied, and a recipe read, when the study begins."""
+    """Return the SHA-256 of the weights that arms name."""
     weights = [arm.weights for arm in map(parse_arm, options.arms) if arm.weights is not None]
     return {name: " ".join(map(sha256, formats.load_weights(Path(name)).files)) for name in weights}
 

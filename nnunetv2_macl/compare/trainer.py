@@ -1,4 +1,4 @@
-"""Fine-tuning for comparison: arms differ in the weights they start from, and in nothing else."""
+"""Trainers for comparisons, in which arms differ only in their initial weights or in semi-supervised training."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper
 from nnunetv2_macl.training.seeded import SeededTraining
 
-# times that whole validation cases are predicted, evenly over the training, the last at its end
+# number of times that whole validation cases are predicted, evenly over the training and at its end
 CURVE_POINTS = 10
 CURVE_FILE = "curve.json"
 
 
 class _ControlledTrainer(SeededTraining, nnUNetTrainerMACL):
-    """A training with a fixed budget, in which batch n holds the same labelled patches, augmented alike, in each arm.
+    """A trainer with a fixed budget. Batch n has the same labelled patches, with the same augmentation, in all arms.
 
-    ``configure_trial`` comes before the training; the weights are those that ``nnUNet_macl_weights`` names.
+    Call ``configure_trial`` before the training. ``nnUNet_macl_weights`` names the initial weights.
     """
 
     def configure_trial(self, *, epochs: int, iterations: int, rate: float, seed: int, from_scratch: bool) -> None:
-        """Set length, highest learning rate and seed of the training, and whether it keeps the initial weights."""
+        """Set the length, the highest learning rate and the seed of the training, and whether it starts from scratch."""
         self.num_epochs = epochs
         self.iterations = iterations
         self.initial_lr = rate
@@ -45,7 +45,7 @@ class _ControlledTrainer(SeededTraining, nnUNetTrainerMACL):
     def initialize(self) -> None:
         super().initialize()
         self.num_iterations_per_epoch = self.iterations
-        # nnU-Net's own proportion
+        # nnU-Net has 50 validation steps for 250 training steps
         self.num_val_iterations_per_epoch = max(1, self.iterations // 5)
 
     def on_train_start(self) -> None:
@@ -61,7 +61,7 @@ class _ControlledTrainer(SeededTraining, nnUNetTrainerMACL):
         self._extend_curve()
 
     def save_checkpoint(self, filename: str) -> None:
-        # the last one counts; the best on validation patches would be a choice more
+        # only the final checkpoint is evaluated, because choosing the best one would be a further degree of freedom
         if Path(filename).name != "checkpoint_best.pth":
             super().save_checkpoint(filename)
 
@@ -70,10 +70,13 @@ class _ControlledTrainer(SeededTraining, nnUNetTrainerMACL):
             return
         self.curve[self.current_epoch] = self.validation_dice()
         write_json(self.curve, Path(self.output_folder) / CURVE_FILE)
-        self.print_to_log_file(f"Whole validation cases were predicted after {self.current_epoch} epochs")
+        self.print_to_log_file(f"Predicted the validation cases after {self.current_epoch} epochs")
 
     def validation_dice(self) -> list[list[float | None]]:
-        """Dice of each validation case and class, at the network's resolution; None where the class is in neither."""
+        """Return the Dice of each validation case and class, at the network's resolution.
+
+        None: the class is in neither segmentation.
+        """
         predictor = nnUNetPredictor(use_mirroring=False, device=self.device, allow_tqdm=False)
         predictor.manual_initialization(
             self.network, self.plans_manager, self.configuration_manager, None, self.dataset_json,
@@ -101,25 +104,25 @@ class _ControlledTrainer(SeededTraining, nnUNetTrainerMACL):
 
 
 class nnUNetTrainerMACLCompare(_ControlledTrainer):
-    """Fine-tuning as nnU-Net trains: SGD with momentum."""
+    """Fine-tunes like nnU-Net: SGD with momentum."""
 
 
 class nnUNetTrainerMACLCompareAdamW(_ControlledTrainer):
-    """As nnU-Net trains, with AdamW."""
+    """Fine-tunes like nnU-Net, but with AdamW."""
 
     finetuning_optimizer = "adamw"
 
 
 class nnUNetTrainerMACLComparePaper(_ControlledTrainer, nnUNetTrainerMACLPaper):
-    """Fine-tuning as the paper has it."""
+    """Fine-tunes as in the paper."""
 
 
 class nnUNetTrainerMACLCompareSemi(_ControlledTrainer, nnUNetTrainerMACLSemi):
-    """Semi-supervised training with SGD."""
+    """Trains semi-supervised with SGD."""
 
 
 class nnUNetTrainerMACLCompareSemiAdamW(nnUNetTrainerMACLCompareSemi):
-    """Semi-supervised training with AdamW."""
+    """Trains semi-supervised with AdamW."""
 
     finetuning_optimizer = "adamw"
 
@@ -134,13 +137,13 @@ class nnUNetTrainerMACLCompareSelfAdamW(nnUNetTrainerMACLCompareSelf):
     finetuning_optimizer = "adamw"
 
 
-# by --finetuning
+# trainers by the value of --finetuning
 TRAINERS: dict[str, type[_ControlledTrainer]] = {
     "sgd": nnUNetTrainerMACLCompare,
     "adamw": nnUNetTrainerMACLCompareAdamW,
     "paper": nnUNetTrainerMACLComparePaper,
 }
-# of the arms semi:ARM
+# trainers of the arms semi:ARM, by the value of --finetuning
 SEMI_TRAINERS: dict[str, type[nnUNetTrainerMACLCompareSemi]] = {
     "sgd": nnUNetTrainerMACLCompareSemi,
     "adamw": nnUNetTrainerMACLCompareSemiAdamW,

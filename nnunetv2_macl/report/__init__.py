@@ -1,4 +1,4 @@
-"""A run as one page to read and to pass on: ``report.html``, without scripts, network or files beside it."""
+"""Write ``report.html``, a page about a run that needs no scripts, no network and no other files."""
 
 from nnunetv2_macl.report.page import FILE, write_report, write_report_after_run
 

@@ -1,4 +1,4 @@
-"""Curves as SVG that takes the page's own colours, in the light and in the dark."""
+"""Draw curves as SVG in the text colour of the page, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nnunetv2_macl.methods.registry import loss_labels
 from nnunetv2_macl.monitoring import lines_of
 from nnunetv2_macl.probes import EFFECTIVE_RANK, LINEAR_DICE
 
-# stands in the SVG for the colour of the text around it
+# placeholder in the SVG, which is replaced by the page's text colour
 _TEXT = "#010203"
-# readable on white and on black
+# these colours are readable on white and on black
 BLUE, RED, ORANGE, GREEN, VIOLET = "#3b82c4", "#d64545", "#d98a1f", "#3f9b62", "#8f6cc9"
 COLOURS = (RED, GREEN, BLUE, ORANGE, VIOLET)
 _LINE_COLOURS = (RED, ORANGE, GREEN, VIOLET)
@@ -38,7 +38,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def loss_curves(log: dict[str, list[float]]) -> dict[str, str]:
-    """Title -> SVG of each loss with its reference lines."""
+    """Return an SVG of each loss with its reference lines, by title."""
     curves = {}
     for name, title in loss_labels().items():
         values = log.get(f"train_losses/{name}")
@@ -55,13 +55,13 @@ def loss_curves(log: dict[str, list[float]]) -> dict[str, str]:
 
 
 def other_curves(log: dict[str, list[float]]) -> dict[str, str]:
-    """Title -> SVG of what tells how the run goes besides its losses."""
+    """Return an SVG of each other curve of the run, by title."""
     wanted = (
         ("embedding_variance", "Variance of embeddings between images (0: collapsed)", VIOLET),
         ("embedding_rank", "Effective rank of the embeddings of a batch (1: collapsed)", VIOLET),
-        ("positives", "Positives an anchor, its own view included", GREEN),
+        ("positives", "Positives per anchor, including its own view", GREEN),
         ("lrs", "Learning rate", ORANGE),
-        ("patches_per_second", "Patches a second", BLUE),
+        ("patches_per_second", "Patches per second", BLUE),
     )
     figures = {
         title: draw_curves([(log[key], colour, "-", title)], key, from_zero=True, legend=False)
@@ -82,15 +82,19 @@ def other_curves(log: dict[str, list[float]]) -> dict[str, str]:
 def draw_curves(
     lines: Sequence[tuple[list[float], str, str, str]], name: str, *, from_zero: bool, legend: bool = True
 ) -> str:
-    """Return an SVG figure of lines over epochs, each with values, colour, style and label.
+    """Return a figure of curves over epochs as SVG.
 
-    ``name`` is that of the figure in the page; ``from_zero`` says whether the axis begins at 0.
+    Args:
+        lines: Values, colour, style and label of each curve.
+        name: Name of the figure, which must be unique in the page.
+        from_zero: Whether the axis begins at 0.
+        legend: Whether to draw a legend.
     """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(6.4, 3.3 if legend else 2.4))
         axis = figure.subplots()
         for values, colour, style, label in lines:
-            # a probe looks at some epochs only
+            # probes have values only in some epochs
             epochs = [epoch for epoch, value in enumerate(values) if not math.isnan(value)]
             marker = "o" if style == "-" and len(epochs) < 60 else None
             axis.plot(
@@ -111,13 +115,13 @@ def draw_curves(
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.25, lw=0.6)
         if legend:
-            # below, where no line is
+            # below the axes, where the legend hides no curve
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2, fontsize=9)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
-    # several figures stand in one page: their names must not meet
+    # make ids unique, because a page contains several figures
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]+"', r"\1", svg, count=1, flags=re.S)
     return re.sub(r'(<svg[^>]*?) height="[^"]+"', r"\1", svg, count=1, flags=re.S)

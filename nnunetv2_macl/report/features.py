@@ -1,4 +1,4 @@
-"""What the features show, before and after pre-training: their colours beside the image, and which patches lie near."""
+"""Visualise features before and after pre-training, as colours and by the nearest neighbours of patches."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from nnunetv2_macl.networks.base import PretrainableNetwork
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.report.run import Run, unlabelled_folders
 
-# voxels of all patches: minutes of a CPU at most
+# number of voxels of all patches, which take at most minutes on a CPU
 _VOXELS = 2**24
 _PATCHES = (24, 128)
 _BATCH_VOXELS = 2**21
 COLOURED, QUERIES, NEIGHBOURS = 4, 6, 3
-# of the variance between patches: below this a feature is rounding
+# smallest standard deviation between patches; smaller ones are rounding errors
 _SMALLEST_DEVIATION = 1e-6
 
 
 @dataclass(frozen=True)
 class Features:
-    """Of some patches, by ``before`` and ``after`` where there are two networks."""
+    """Features of some patches. The keys ``before`` and ``after`` name the fresh and the pre-trained network."""
 
     slices: np.ndarray  # (N, H, W), the middle slice of each patch
-    # (COLOURED, h, w, 3), 0 to 1: the three main components of the dense features, of the first patches
+    # (COLOURED, h, w, 3), 0 to 1: three principal components of the dense features of the first patches
     colours: dict[str, np.ndarray]
-    # (QUERIES, NEIGHBOURS), the nearest patches of other cases, of the first patches
+    # (QUERIES, NEIGHBOURS): the nearest patches of other cases, for the first patches
     neighbours: dict[str, np.ndarray]
-    # mean distance in position, fraction of the volume, of each of the ``QUERIES`` to its neighbours
+    # mean distance of the positions of the first patches to those of their neighbours, fraction of the volume
     distances: dict[str, float]
-    chance: float  # the same of a patch to any other
+    chance: float  # mean distance to all patches of other cases
 
 
 def compute_feature_figures(run: Run, device: str = "cpu") -> Features:
-    """Compute the features of patches of the run's own images with a fresh network and with the run's.
+    """Compute the features of patches of the run's images, with a fresh network and with the run's network.
 
     Raises:
-        UserError: no checkpoint, or no preprocessed images to show; says which.
+        UserError: There is no checkpoint, or there are no preprocessed images.
     """
     if run.weights is None:
         raise UserError("There is no checkpoint yet: the first one is written after the first epoch.")
@@ -62,20 +62,20 @@ def compute_feature_figures(run: Run, device: str = "cpu") -> Features:
         np.asarray(batch["positions"]),
         np.asarray(batch["cases"]),
     )
-    # the first patches from as many cases as there are, and not from the rims of the volume
+    # the first patches are of different cases, and not at the border of the volume
     order = _diverse_order(positions, names)
     patches, positions, names = patches[order], positions[order], names[order]
 
     distances = np.abs(positions[:, None] - positions[None]).max(-1)
     others = names[:, None] != names[None]
     if not others.any(1).all():
-        raise UserError("There is one image only: its patches have no neighbours in others.")
+        raise UserError("There is only one image, so its patches have no neighbours in other images.")
     colours, neighbours, near = {}, {}, {}
     for when, network in _networks(run).items():
         try:
             dense, pooled = _features(network.to(device).eval(), patches, device)
         except torch.OutOfMemoryError:
-            raise UserError(f"There is too little memory on {device}: nnUNetv2_macl_report ... -device cpu") from None
+            raise UserError(f"Memory ran out on {device}. Type: nnUNetv2_macl_report ... -device cpu") from None
         network.cpu()
         colours[when] = pca_colours(dense)
         neighbours[when] = nearest(pooled, others)
@@ -93,19 +93,19 @@ def _cases(run: Run) -> list[Case]:
     except KeyError:
         raise UserError("nnUNet_preprocessed is not set, so there are no images to show.") from None
     if run.fold.isdigit():
-        kept_apart = read_splits(run.configuration)[int(run.fold)]["val"]
-        cases = [case for case in cases if case.name not in kept_apart]
-    # written last: whoever has one is whole
+        excluded = read_splits(run.configuration)[int(run.fold)]["val"]
+        cases = [case for case in cases if case.name not in excluded]
+    # cases with a record are complete, because the record is written last
     records = sorted(record for folder in unlabelled_folders(run) for record in folder.glob("*.json"))
     return cases + [Case(record.stem, str(record.with_suffix(".b2nd"))) for record in records]
 
 
 def _diverse_order(positions: np.ndarray, names: np.ndarray) -> list[int]:
-    """All patches, those first that show different cases at different places near the middle."""
+    """Return the indices of all patches, beginning with patches of different cases at different central positions."""
     central = [int(i) for i in np.argsort(np.abs(positions - 0.5).max(1)) if np.abs(positions[i] - 0.5).max() < 0.4]
     first: list[int] = []
     seen: set[str] = set()
-    # along the slices, from one end to the other
+    # evenly along the first axis
     for i in sorted(central, key=lambda i: positions[i, 0])[:: max(1, len(central) // (2 * QUERIES))]:
         if names[i] not in seen and len(first) < QUERIES:
             first.append(i)
@@ -114,7 +114,7 @@ def _diverse_order(positions: np.ndarray, names: np.ndarray) -> list[int]:
 
 
 def _networks(run: Run) -> dict[str, PretrainableNetwork]:
-    """A fresh network as nnU-Net initialises it with the run's seed, and the run's own."""
+    """Return a fresh network that nnU-Net initialises with the run's seed, and the network of the run."""
     recipe, networks = run.plan.get_recipe(), {}
     for when in ("before", "after"):
         with torch.random.fork_rng(devices=[]):
@@ -135,7 +135,7 @@ def _networks(run: Run) -> dict[str, PretrainableNetwork]:
 
 @torch.no_grad()
 def _features(network: PretrainableNetwork, patches: Tensor, device: str) -> tuple[Tensor, np.ndarray]:
-    """Dense features of the first patches at their middle slice, (COLOURED, C, h, w), and pooled ones of all, (N, C)."""
+    """Return the dense features of the first patches' middle slices, (COLOURED, C, h, w), and pooled features of all, (N, C)."""
     size = max(1, _BATCH_VOXELS // int(np.prod(patches.shape[2:])))
     dense: list[Tensor] = []
     pooled: list[Tensor] = []
@@ -148,7 +148,7 @@ def _features(network: PretrainableNetwork, patches: Tensor, device: str) -> tup
 
 
 def pca_colours(dense: Tensor) -> np.ndarray:
-    """(N, C, h, w) features -> (N, h, w, 3) colours, 0 to 1, the same colour for the same feature in every image."""
+    """Return the colours of features, (N, C, h, w) -> (N, h, w, 3), 0 to 1. Equal features have equal colours in all images."""
     vectors = dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1]).double().numpy()
     vectors = vectors - vectors.mean(0)
     _, _, axes = np.linalg.svd(vectors, full_matrices=False)
@@ -162,7 +162,7 @@ def pca_colours(dense: Tensor) -> np.ndarray:
 def nearest(pooled: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return the (QUERIES, NEIGHBOURS) nearest patches by cosine similarity of standardised features (N, C), nearest first.
 
-    Two patches are compared where ``others``, (N, N) bool, says that they are of different cases.
+    Only patches of different cases are compared, for which ``others``, (N, N) bool, is True.
     """
     deviation = pooled.std(0)
     vectors = (pooled - pooled.mean(0)) / np.maximum(deviation, _SMALLEST_DEVIATION)

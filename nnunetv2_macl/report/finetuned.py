@@ -1,4 +1,4 @@
-"""The page of a fine-tuned model: where its weights come from, how it learned, what it makes of the validation cases."""
+"""Collect the page about a fine-tuned model: origin of its weights, curves, and results on the validation cases."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nnunetv2_macl.training.run_folder import PLAN_COPY
 TEMPLATE = "finetuned.html.jinja"
 _ORIGIN = re.compile(r"(MACL|nnssl) weights from ")
 _ABOUT_WEIGHTS = re.compile(r"  |WARNING: these weights")
-# what nnU-Net's trainer writes into its log, an epoch
+# lines of nnU-Net's log, one per epoch
 _VALUES = {
     "rate": re.compile(r"Current learning rate: (\S+)"),
     "train": re.compile(r"train_loss (\S+)"),
@@ -38,15 +38,15 @@ _NUMBER = re.compile(r"(?:np\.float\d+\()?(-?[\d.]+(?:e-?\d+)?|nan)")
 
 
 def is_training(folder: Path) -> bool:
-    """Whether a folder is a fold of a training that nnU-Net began, and not a pre-training run."""
+    """Return whether a folder is a fold of a training by nnU-Net, and not a pre-training run."""
     # TRAINER__PLANS__CONFIGURATION/fold_F
     is_fold = folder.resolve().parent.name.count("__") == 2 and (folder.parent / "plans.json").is_file()
     return is_fold and any(folder.glob("training_log_*.txt")) and not (folder / PLAN_COPY).is_file()
 
 
 def describe_training(folder: Path) -> dict[str, Any]:
-    """Return what the template shows of a training, finished or not. Raises UserError for damaged files."""
-    fix = "It is a copy that nnU-Net makes; copy it from nnUNet_preprocessed."
+    """Return the values of the template for a training, finished or not. Raises UserError for damaged files."""
+    fix = "nnU-Net copied this file from nnUNet_preprocessed. Copy it again."
     trainer, plans_name, configuration_name = folder.resolve().parent.name.split("__")
     plans = PlansManager(read_json(folder.parent / "plans.json", fix))
     configuration = DatasetConfiguration(
@@ -58,7 +58,7 @@ def describe_training(folder: Path) -> dict[str, Any]:
     )
     lines = [STAMP.sub("", line) for line in log_lines(folder)]
     epochs = _epochs(lines)
-    is_finished = (folder / "checkpoint_final.pth").is_file() and _is_through(lines)
+    is_finished = (folder / "checkpoint_final.pth").is_file() and _is_complete(lines)
     summary = folder / "validation" / "summary.json"
     validation = (
         read_json(summary, f"Remove {summary} and validate again: nnUNetv2_train ... --val")
@@ -79,7 +79,7 @@ def describe_training(folder: Path) -> dict[str, Any]:
         "by_class": _by_class(validation, classes),
         "by_case": [
             (_case_name(row, configuration), [_number(row["metrics"].get(key, {}).get("Dice")) for key in classes])
-            for row in _from_the_worst_on(validation)
+            for row in _worst_first(validation)
         ],
         "classes": list(classes.values()),
         "pictures": _pictures(folder, configuration, validation, classes),
@@ -89,7 +89,7 @@ def describe_training(folder: Path) -> dict[str, Any]:
 
 
 def _epochs(lines: list[str]) -> dict[int, dict[str, Any]]:
-    """Values of each epoch that is through; of a training that was begun again, or went on, the later ones."""
+    """Return the values of each finished epoch. If a training was repeated or continued, its later values count."""
     epochs: dict[int, dict[str, Any]] = {}
     current: dict[str, Any] = {}
     number = None
@@ -107,8 +107,8 @@ def _epochs(lines: list[str]) -> dict[int, dict[str, Any]]:
     return epochs
 
 
-def _is_through(lines: list[str]) -> bool:
-    """Whether the last training that the logs tell of came to its end: a checkpoint may be of one before it."""
+def _is_complete(lines: list[str]) -> bool:
+    """Return whether the last training in the logs is complete, because the final checkpoint may be of an earlier one."""
     ends = [line == "Training done." for line in lines if line == "Training done." or _EPOCH.match(line)]
     return not ends or ends[-1]
 
@@ -127,20 +127,20 @@ def _summary(
     seconds = [values["seconds"] for values in epochs.values()]
     if seconds:
         time = timedelta(seconds=round(sum(seconds)))
-        rows.append(("Time", f"{time}, {np.median(seconds):.3g} s an epoch"))
+        rows.append(("Time", f"{time}, {np.median(seconds):.3g} s per epoch"))
     return rows
 
 
 def _origin(lines: list[str]) -> list[str]:
-    """What the trainer said about the weights that it started from; empty where it started from scratch."""
+    """Return the trainer's messages about its initial weights; empty for a training from scratch."""
     starts = [number for number, line in enumerate(lines) if _ORIGIN.match(line)]
     if not starts:
         return []
-    told = lines[starts[-1] :]
-    others = [number for number, line in enumerate(told) if number and not _ABOUT_WEIGHTS.match(line)]
-    end = others[0] if others else len(told)
-    names = ", ".join(Path(part.strip()).name for part in _ORIGIN.sub("", told[0]).split(","))
-    return [f"{told[0].split()[0]} weights, {names}", *(line.removeprefix("  ") for line in told[1:end])]
+    about = lines[starts[-1] :]
+    others = [number for number, line in enumerate(about) if number and not _ABOUT_WEIGHTS.match(line)]
+    end = others[0] if others else len(about)
+    names = ", ".join(Path(part.strip()).name for part in _ORIGIN.sub("", about[0]).split(","))
+    return [f"{about[0].split()[0]} weights, {names}", *(line.removeprefix("  ") for line in about[1:end])]
 
 
 def _curves(epochs: dict[int, dict[str, Any]], classes: dict[str, str]) -> dict[str, Markup]:
@@ -169,7 +169,7 @@ def _curves(epochs: dict[int, dict[str, Any]], classes: dict[str, str]) -> dict[
 
 
 def _class_names(configuration: DatasetConfiguration) -> dict[str, str]:
-    """Name of each class by its key in nnU-Net's summaries."""
+    """Return the name of each class, by its key in nnU-Net's summaries."""
     manager = configuration.plans_manager.get_label_manager(configuration.dataset_json)
     labels = configuration.dataset_json["labels"]
     names = {str(tuple(v) if isinstance(v, (list, tuple)) else v): name for name, v in labels.items()}
@@ -192,8 +192,8 @@ def _mean_dice(row: dict[str, Any]) -> float:
     return float(np.nanmean(values)) if (~np.isnan(values)).any() else float("nan")
 
 
-def _from_the_worst_on(validation: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """nnU-Net's rows of the cases; those without a Dice, as there is nothing of any class, come last."""
+def _worst_first(validation: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return nnU-Net's rows of the cases, sorted by Dice. Cases without a Dice, which contain no class, come last."""
     rows = validation["metric_per_case"] if validation else []
     return sorted(rows, key=lambda row: (np.isnan(_mean_dice(row)), _mean_dice(row)))
 
@@ -205,20 +205,20 @@ def _number(value: float | None) -> str:
 def _pictures(
     folder: Path, configuration: DatasetConfiguration, validation: dict[str, Any] | None, classes: dict[str, str]
 ) -> list[dict[str, str]]:
-    """The worst, the middle and the best validation case: image, its labels, what the model makes of it.
+    """Return image, labels and prediction of the worst, the middle and the best validation case.
 
-    Of each the slice with the most foreground. Empty where the images are not reachable.
+    The pictures show the slice with the most foreground. Returns an empty list if the images are not accessible.
     """
-    rows = [row for row in _from_the_worst_on(validation) if not np.isnan(_mean_dice(row))]
+    rows = [row for row in _worst_first(validation) if not np.isnan(_mean_dice(row))]
     if not rows:
         return []
     try:
         images = get_filenames_of_train_images_and_targets(
             str(raw_folder(configuration.dataset_name)), dict(configuration.dataset_json)
         )
-    except (UserError, OSError, KeyError):  # nnUNet_raw is elsewhere, or not set
+    except (UserError, OSError, KeyError):  # nnUNet_raw is not set, or the images are on another machine
         return []
-    # of two cases there is no middle one, of one nothing but the worst
+    # in this order, because two cases have no middle one, and one case is only the worst
     shown = {len(rows) // 2: "middle", len(rows) - 1: "best", 0: "worst"}
     reader = configuration.plans_manager.image_reader_writer_class()
     pictures = []
@@ -251,10 +251,10 @@ def _commands(
     plans = plans_option(configuration.plans_name)
     train = f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr {trainer}{plans}"
     if not is_finished:
-        return [(f"{train} --c", "go on with this training, if it was stopped")]
+        return [(f"{train} --c", "continue this training, if it was stopped")]
     predict = f"nnUNetv2_predict -d {configuration.id} -c {configuration.name} -f {fold} -tr {trainer}{plans}"
-    commands = [(f"{predict} -i IMAGES -o PREDICTIONS", "segment images, with nnU-Net alone, on any machine")]
+    commands = [(f"{predict} -i IMAGES -o PREDICTIONS", "segment images, on any machine with nnU-Net")]
     if not is_validated:
         commands.append((f"{train} --val", "predict and measure the validation cases"))
     compare = f"nnUNetv2_macl_compare {configuration.id} -c {configuration.name}"
-    return [*commands, (compare, "find out whether pre-training has helped, on cases kept apart")]
+    return [*commands, (compare, "measure on separate test cases whether pre-training helps")]

@@ -1,4 +1,4 @@
-"""The page itself: what was read and computed, put into the template."""
+"""Render the report of a run, a training or a study, and write it to a file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def write_report(folder: Path, file: Path | None = None, device: str = "cpu") ->
     """Write the report of a pre-training run, of a fine-tuned model or of a study, finished or not, and return its file.
 
     Args:
-        folder: Of the run (``.../fold_all``), of the model (``.../fold_0``), or of the study.
-        file: To write; None is ``report.html`` in the folder.
-        device: To compute features on.
+        folder: Folder of the run (``.../fold_all``), of the model (``.../fold_0``), or of the study.
+        file: File to write. None: ``report.html`` in the folder.
+        device: Device that computes the features.
 
     Raises:
         UserError: The folder holds none of these, or the file cannot be written.
@@ -35,7 +35,7 @@ def write_report(folder: Path, file: Path | None = None, device: str = "cpu") ->
 
 
 def write_report_after_run(folder: Path, log: Callable[[str], None], device: str = "cpu") -> None:
-    """Write the report at the end of a run, which no report may spoil: ``log`` tells the user what goes wrong."""
+    """Write the report at the end of a run. Errors are only logged, because they must not end the run."""
     try:
         log(f"Report: {write_report(folder, device=device)}")
     except Exception as error:
@@ -59,5 +59,5 @@ def _render(folder: Path, device: str) -> bytes:
     text = environment.get_template(template).render(**values, citations=checkpoints.CITATIONS, version=__version__)
     content = text.encode()
     if len(content) > MOST_BYTES:
-        raise UserError(f"The report would take {len(content):,} bytes, more than the {MOST_BYTES:,} that it may.")
+        raise UserError(f"The report would take {len(content):,} bytes, more than the limit of {MOST_BYTES:,}.")
     return content

@@ -1,4 +1,4 @@
-"""Pictures as data inside the page."""
+"""Encode pictures as data inside the page."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from PIL import Image
 
 from nnunetv2_macl.report.curves import COLOURS
 
-# of a slice in the page, pixels
+# largest edge of a slice in the page, in pixels
 _EDGE = 160
 
 
 def window_intensity(image: np.ndarray) -> np.ndarray:
-    """A slice, (H, W), its intensities from 0 to 1."""
+    """Return a slice (H, W) with intensities between the 1st and the 99th percentile scaled to 0 to 1."""
     low, high = np.percentile(image, (1, 99))
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
 
 
 def grey(image: np.ndarray) -> str:
-    """A slice, (H, W), its intensities stretched."""
+    """Return a slice (H, W) with scaled intensities, as data for ``src``."""
     return png(window_intensity(image))
 
 
 def png(image: np.ndarray) -> str:
-    """(H, W) or (H, W, 3), 0 to 1, as data for ``src``, no larger than it is shown."""
+    """Return a picture (H, W) or (H, W, 3) with values from 0 to 1 as data for ``src``, no larger than the page shows it."""
     step = max(1, int(np.ceil(max(image.shape[:2]) / _EDGE)))
     image = image[::step, ::step]
     stream = io.BytesIO()
@@ -40,7 +40,7 @@ def png(image: np.ndarray) -> str:
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """An encoded picture for ``src``; kind as in image/png."""
+    """Return an encoded picture as data for ``src``. ``kind`` is its MIME subtype, as in image/png."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 

@@ -1,4 +1,4 @@
-"""The page of a pre-training run: what its folder tells, in words and pictures."""
+"""Collect the text and pictures of the page about a pre-training run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _VIEWS_BYTES = 2 * 2**20
 
 
 def describe_run(folder: Path, device: str) -> dict[str, Any]:
-    """Return what the template shows of a run, finished or not. Raises UserError for a damaged one."""
+    """Return the values of the template for a run, finished or not. Raises UserError if the run is damaged."""
     run = read_run(folder)
     try:
         features, no_features = compute_feature_figures(run, device), None
@@ -47,12 +47,12 @@ def describe_run(folder: Path, device: str) -> dict[str, Any]:
         ],
         "has_collapse_line": "collapse" in lines,
         "plan": _plan(run),
-        "sources": [_told_source(source) for source in image_sources(run)],
+        "sources": [_source_as_text(source) for source in image_sources(run)],
         "losses": {title: Markup(svg) for title, svg in loss_curves(run.log).items()},
         "others": {title: Markup(svg) for title, svg in other_curves(run.log).items()},
         "summary": _summary(run),
         "views": _views(run.folder / "views.png"),
-        "features": features and _told_features(features),
+        "features": features and _features_as_pictures(features),
         "no_features": no_features,
         "advice": monitoring.collapse_advice(recipe) if run.collapsed else None,
         "commands": _commands(run),
@@ -60,7 +60,7 @@ def describe_run(folder: Path, device: str) -> dict[str, Any]:
 
 
 def _plan(run: Run) -> list[tuple[str, str]]:
-    """Derived values in words, and the reason of each."""
+    """Return the derived values of the plan as text, with the reason of each."""
     rows = []
     for keys, reason in run.plan.reasons.items():
         values = ", ".join(
@@ -74,12 +74,12 @@ def _words(value: Any) -> str:
     return " × ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _told_source(source: dict[str, Any]) -> dict[str, Any]:
+def _source_as_text(source: dict[str, Any]) -> dict[str, Any]:
     return source | {"size": _range(source["size"]), "spacing": _range(source["spacing"])}
 
 
 def _range(values: np.ndarray) -> str:
-    """Of (images, 3) values: the median, and the smallest and largest of each axis where they differ."""
+    """Return the median of (images, 3) values as text, with the range of each axis if the values differ."""
     low, high = values.min(0), values.max(0)
     return _axes(low) if (low == high).all() else f"{_axes(np.median(values, 0))} ({_axes(low)} to {_axes(high)})"
 
@@ -89,7 +89,7 @@ def _axes(values: np.ndarray) -> str:
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:
-    """What one looks for first: name and value."""
+    """Return the rows of the summary, name and value."""
     log, recipe = run.log, run.plan.get_recipe()
     rows = [("State", f"{run.state}, {run.epochs} of {recipe.num_epochs} epochs")]
     if run.plan.recipe_source:
@@ -109,36 +109,36 @@ def _summary(run: Run) -> list[tuple[str, str]]:
             )
     speed = [value for value in log.get("patches_per_second", []) if value > 0]
     if speed:
-        # not by the clock, which counts the nights between a stop and --c as well
+        # from the speed and not from timestamps, because timestamps include the time between a stop and --c
         seconds = recipe.num_iterations_per_epoch * run.plan.batch_size / np.asarray(speed)
-        rows.append(("Speed", f"{np.median(speed):.3g} patches a second, {np.median(seconds):.3g} s an epoch"))
+        rows.append(("Speed", f"{np.median(speed):.3g} patches per second, {np.median(seconds):.3g} s per epoch"))
         rows.append(("Time", str(timedelta(seconds=round(float(seconds.sum()))))))
         left = recipe.num_epochs - run.epochs
         if run.state != FINISHED and left > 0:
-            rows.append(("Still to go", str(timedelta(seconds=round(float(np.median(seconds)) * left)))))
+            rows.append(("Remaining", str(timedelta(seconds=round(float(np.median(seconds)) * left)))))
     return rows
 
 
 def _commands(run: Run) -> list[tuple[str, str]]:
-    """What to type next, and what for."""
+    """Return the next commands, and the purpose of each."""
     folder = shlex.quote(str(run.folder))
     if run.state != FINISHED:
-        go_on = command_to_go_on(run.configuration, run.fold, run.device, run.trainer)
-        commands = [(go_on, "go on with this run, if it was stopped")]
+        resume = command_to_go_on(run.configuration, run.fold, run.device, run.trainer)
+        commands = [(resume, "continue this run, if it was stopped")]
         return [*commands, (f"nnUNetv2_macl_report {folder}", "write this report again")]
     return [
         ('export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"', "let nnU-Net find the trainers"),
         *([] if run.trainer == PRETRAINER else [(f"export {WEIGHTS_VARIABLE}={folder}", "name these weights")]),
         (
             command_to_fine_tune(run.configuration, run.fold, run.device),
-            "fine-tune on the labelled images, as nnU-Net always trains",
+            "fine-tune on the labelled images with nnU-Net",
         ),
-        (f"nnUNetv2_macl_transfer {folder} DATASET -c CONFIGURATION", "what another network would take of the weights"),
-        (f"nnUNetv2_macl_export {folder} -o weights.zip", "one file for others, without names and paths"),
+        (f"nnUNetv2_macl_transfer {folder} DATASET -c CONFIGURATION", "show which weights another network would take"),
+        (f"nnUNetv2_macl_export {folder} -o weights.zip", "write one file for others, without names and paths"),
     ]
 
 
-def _told_features(features: Features) -> dict[str, Any]:
+def _features_as_pictures(features: Features) -> dict[str, Any]:
     def shown(index: int) -> str:
         return grey(features.slices[index])
 
@@ -161,7 +161,7 @@ def _told_features(features: Features) -> dict[str, Any]:
 
 
 def _views(file: Path) -> str | None:
-    """The picture of the first batch that the run wrote."""
+    """Return the run's picture of the first batch as data for ``src``, or None if it is missing or too large."""
     try:
         content = file.read_bytes()
         if len(content) <= _VIEWS_BYTES:

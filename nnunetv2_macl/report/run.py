@@ -1,4 +1,4 @@
-"""What a run's folder tells: plan, curves, state, images; of a finished run, of one at work, and of one that was stopped."""
+"""Read the folder of a pre-training run that is finished, running or stopped: plan, curves, state and images."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?: ")
 
 @dataclass(frozen=True)
 class Run:
-    """A pre-training run, as far as its folder tells."""
+    """The content of a pre-training run's folder."""
 
-    folder: Path  # of the run
-    configuration: DatasetConfiguration  # nnU-Net's, from the copies in the run's folder
-    plan: MACLPlan  # that the run follows
+    folder: Path  # folder of the run
+    configuration: DatasetConfiguration  # nnU-Net's configuration, from the copies in the run's folder
+    plan: MACLPlan  # plan of the run
     state: str  # ``finished``, ``running`` or ``stopped``
-    # values an epoch by nnU-Net's logger's keys; from a checkpoint, else from what the log file says
+    # one value per epoch, by the keys of nnU-Net's logger; from a checkpoint, else from the log file
     log: dict[str, list[float]]
-    device: str  # that the run trained on, its type
-    weights: dict[str, Any] | None  # of the pre-training network; None where there is no checkpoint yet
-    images: int | None  # that were pre-trained on; None where the log does not say
-    skipped: int  # images that were left out
-    collapsed: str | None  # the reason, or None
-    warnings: list[str]  # that the log holds
-    versions: dict[str, str]  # of the packages that the run was made with
+    device: str  # type of the device of the training
+    weights: dict[str, Any] | None  # of the pre-training network; None before the first checkpoint
+    images: int | None  # number of images; None if the log does not name it
+    skipped: int  # number of images that were left out
+    collapsed: str | None  # why the run counts as collapsed, or None
+    warnings: list[str]  # warnings in the log
+    versions: dict[str, str]  # versions of the packages that made the run
 
     @property
     def fold(self) -> str:
@@ -55,21 +55,21 @@ class Run:
 
     @property
     def trainer(self) -> str:
-        """Name of its class: this package's, or one of the user's own."""
+        """Return the name of the trainer class, which may be the user's own."""
         # TRAINER__PLANS__CONFIGURATION/fold_F
         return self.folder.resolve().parent.name.split("__")[0]
 
     @property
     def epochs(self) -> int:
-        """That are done."""
+        """Return the number of finished epochs."""
         return len(self.log.get("train_losses", []))
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's folder, or one that `nnunetv2_macl.sharing` installed.
+    """Read the folder of a run, or a folder that `nnunetv2_macl.sharing` installed.
 
     Raises:
-        UserError: no run there, or a damaged one; names the file.
+        UserError: The folder holds no run, or a damaged one. The message names the file.
     """
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}. Give a pre-training run's folder: .../fold_all")
@@ -78,7 +78,7 @@ def read_run(folder: Path) -> Run:
         where = f"Give one of: {', '.join(inner[:5])}" if inner else "Give a pre-training run's folder: .../fold_all"
         raise UserError(f"{folder} holds no {PLAN_COPY}, so no pre-training has begun in it. {where}")
     plan = read_plan(folder / PLAN_COPY)
-    fix = "It is a copy that nnU-Net makes; copy it from nnUNet_preprocessed."
+    fix = "nnU-Net copied this file from nnUNet_preprocessed. Copy it again."
     configuration = DatasetConfiguration(
         plan.dataset_name,
         plan.plans_name,
@@ -119,8 +119,10 @@ def read_run(folder: Path) -> Run:
 
 
 def _newest_checkpoint(folder: Path) -> tuple[str | None, dict[str, Any]]:
-    """Name and content of the one that the run would go on from; no name where there is none. Raises UserError where all that
-    are there are damaged.
+    """Return name and content of the newest good checkpoint; None and nothing if there is no checkpoint.
+
+    Raises:
+        UserError: All checkpoints are damaged.
     """
     damaged = None
     for name in resume.CHECKPOINTS:
@@ -135,20 +137,20 @@ def _newest_checkpoint(folder: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def _device(folder: Path) -> str:
-    """As nnU-Net's debug.json has it; the default where there is none."""
+    """Return the type of the device from nnU-Net's debug.json, or ``cuda`` if the file is missing."""
     file = folder / "debug.json"
-    told = read_json(file, f"Remove {file}; it is there for looking into.") if file.is_file() else {}
-    return str(told.get("device", "cuda")).partition(":")[0]
+    content = read_json(file, f"Remove {file}, which is only for debugging.") if file.is_file() else {}
+    return str(content.get("device", "cuda")).partition(":")[0]
 
 
 def log_lines(folder: Path) -> list[str]:
-    """Of all log files, in their order: a run that went on has several."""
+    """Return the lines of all log files in their order, because a continued run has several log files."""
     files = sorted(folder.glob("training_log_*.txt"), key=lambda file: file.stat().st_mtime)
     return [line.rstrip() for file in files for line in file.read_text(errors="replace").splitlines()]
 
 
 def _curves_in_log(lines: list[str]) -> dict[str, list[float]]:
-    """Losses, the collapse line, positives and speed of each epoch, where there is no checkpoint yet."""
+    """Return losses, collapse line, positives and speed of each epoch from the log, for a run without a checkpoint."""
     epochs: dict[int, dict[str, float]] = {}
     for line in lines:
         if match := _EPOCH.search(line):
@@ -170,7 +172,7 @@ def _curves_in_log(lines: list[str]) -> dict[str, list[float]]:
 
 
 def unlabelled_folders(run: Run) -> list[Path]:
-    """Where the preprocessed unlabelled images of the run lie, a folder a source; none where nnUNet_preprocessed is not set."""
+    """Return the folders of the run's preprocessed unlabelled images, one per source; none without nnUNet_preprocessed."""
     try:
         folder = unlabelled_folder(run.configuration)
     except KeyError:
@@ -180,9 +182,9 @@ def unlabelled_folders(run: Run) -> list[Path]:
 
 
 def image_sources(run: Run) -> list[dict[str, Any]]:
-    """Of each source of images: ``name``, ``images``, ``size`` (voxels) and ``spacing`` (mm), (images, 3) arrays in file order.
+    """Return each source of images: ``name``, number of ``images``, ``size`` in voxels and ``spacing`` in mm, (images, 3) each.
 
-    The labelled images from nnU-Net's fingerprint, the unlabelled ones from what preprocessing wrote.
+    Labelled images are read from nnU-Net's fingerprint, unlabelled ones from the records of preprocessing.
     """
     sources = []
     fingerprint = run.folder.parent / "dataset_fingerprint.json"

@@ -1,4 +1,4 @@
-"""The page of a study of `nnunetv2_macl.compare`: its verdict, figure and tables, or how far it is."""
+"""Collect the page about a study of `nnunetv2_macl.compare`: verdict, figure and tables, and its progress."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_study(folder: Path) -> bool:
 
 
 def describe_study(folder: Path) -> dict[str, Any]:
-    """Return what the template shows of a study that is done or at work. Raises UserError for a damaged one."""
+    """Return the values of the template for a study, finished or not. Raises UserError if the study is damaged."""
     study = Study.read(folder)
     done = [cell.name for cell in study.cells if (study.cell_folder(cell) / DONE_FILE).is_file()]
     written = folder / "compare.md"
@@ -34,7 +34,7 @@ def describe_study(folder: Path) -> dict[str, Any]:
 
 
 def _as_html(file: Path) -> Markup:
-    """``compare.md`` without its title, its picture inside, each table in a frame that scrolls."""
+    """Return ``compare.md`` as HTML without its title, with the picture embedded and each table in a scrolling frame."""
     text = file.read_text(encoding="utf-8").partition("\n")[2]
     html = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     html = html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")

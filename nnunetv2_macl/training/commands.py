@@ -1,4 +1,4 @@
-"""What to type next: pre-train, go on, fine-tune."""
+"""Build the commands that pre-train, continue a run, and fine-tune."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FINETUNER = "nnUNetTrainerMACL"
 
 
 def command_to_pretrain(configuration: DatasetConfiguration, fold: int | str = "all", device: str = "cuda") -> str:
-    """Pre-trains, leaving out the validation images of a fold unless it is ``all``."""
+    """Return the command that pre-trains without the validation images of a fold, or on all images for ``all``."""
     left_out = "" if fold == "all" else f" --exclude_fold {fold}"
     options = f"{plans_option(configuration.plans_name)}{left_out}{_device(device)}"
     return f"nnUNetv2_train_macl_pretrain {configuration.id} -c {configuration.name}{options}"
 
 
 def command_as_typed(configuration: DatasetConfiguration, fold: int | str, device: str = "cuda") -> str:
-    """Return the command that the user typed, or from a Python program the one that does the same."""
+    """Return the command that the user typed, or the equivalent command for a call from Python."""
     program = Path(sys.argv[0]).name
     if program.startswith("nnUNetv2_"):
         return shlex.join([program, *sys.argv[1:]])
@@ -34,11 +34,11 @@ def command_as_typed(configuration: DatasetConfiguration, fold: int | str, devic
 def command_to_go_on(
     configuration: DatasetConfiguration, fold: int | str, device: str = "cuda", trainer: str = PRETRAINER
 ) -> str:
-    """Goes on with a run that was stopped. Under torchrun this is what it starts.
+    """Return the command that continues a stopped run. Under torchrun it is the command that torchrun starts.
 
     Args:
-        configuration, fold, device: of the run.
-        trainer: its class; one of the user's own is started by nnU-Net's command.
+        configuration, fold, device: Those of the run.
+        trainer: Name of the run's trainer class. nnU-Net's command starts a class of the user's own.
     """
     if trainer != PRETRAINER:
         options = f"{plans_option(configuration.plans_name)}{_device(device)}"
@@ -51,7 +51,7 @@ def command_to_go_on(
 def command_to_fine_tune(
     configuration: DatasetConfiguration, fold: int | str = "all", device: str = "cuda", trainer: str = FINETUNER
 ) -> str:
-    """Fine-tunes from what a run has made: from a run on all images the first fold, or all cases where there are no folds."""
+    """Return the command that fine-tunes from a run. After a run on ``all`` images it trains fold 0, or ``all`` without folds."""
     options = f"{plans_option(configuration.plans_name)}{_device(device)}"
     if fold == "all":
         folds = 1
@@ -62,7 +62,7 @@ def command_to_fine_tune(
 
 
 def plans_option(plans_name: str) -> str:
-    """Nothing where it is nnU-Net's default."""
+    """Return the option -p for a plans identifier, or an empty text for nnU-Net's default."""
     return "" if plans_name == "nnUNetPlans" else f" -p {plans_name}"
 
 

@@ -1,4 +1,4 @@
-"""The message for a computer where torch.compile does not work: what happened, and what to type."""
+"""Recognise errors of torch.compile, and explain them to the user."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _MODULES = ("torch._dynamo", "torch._inductor", "triton")
 
 
 def is_compile_error(error: BaseException) -> bool:
-    """Return whether an error comes from torch.compile, not from what is compiled."""
+    """Return whether an error comes from torch.compile, and not from the compiled code."""
     return type(error).__module__.startswith(_MODULES)
 
 
@@ -21,6 +21,6 @@ def compile_advice(error: BaseException, command: str) -> str:
     reason = lines[0] if lines else type(error).__name__
     return (
         f"torch.compile, which nnU-Net uses on GPUs, does not work here: {reason}. It needs a C compiler, Python's headers "
-        "(python3-dev) and a GPU of compute capability 7.0 or newer. Install them, or train without it, at the same result. "
-        f"Type:\n    nnUNet_compile=f {command}"
+        "(python3-dev) and a GPU of compute capability 7.0 or newer. Install them, or train without torch.compile, which gives "
+        f"the same result. Type:\n    nnUNet_compile=f {command}"
     )

@@ -1,7 +1,7 @@
-"""The random numbers of a training step.
+"""Draw the random numbers of a training step.
 
-They are functions of (seed, step) alone and depend on no image, so the processes that read the batches draw them as well. On a
-GPU they then arrive in page-locked memory, from which nothing has to be waited for.
+The numbers depend only on (seed, step) and not on images, so the data workers can draw them with the batch. The numbers then
+arrive in page-locked memory, from which they are copied to a GPU without waiting.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class StepDraws:
     """Draws the random numbers of any step, for this rank's share of the batch.
 
     Args:
-        views: Of all methods.
-        plan: Sizes, batch and seed.
+        views: Views of all methods.
+        plan: Plan of the run, with patch size, batch size and seed.
         share: First and last+1 patch of this rank.
         channels: C, number of image channels.
     """

@@ -1,4 +1,4 @@
-"""What an epoch came to: means over its steps, nnU-Net's log, the line that is shown, the watch for collapse."""
+"""Evaluate an epoch: means over its steps, values for nnU-Net's log, the printed line, and the detection of collapse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nnunetv2_macl.probes import PROBE
 from nnunetv2_macl.recipe import Recipe
 
 SKIPPED = "skipped_steps"
-# of the embeddings that a method compares
+# statistics of methods that compare embeddings
 _OF_EMBEDDINGS = ("embedding_variance", "embedding_rank")
 
 
@@ -26,11 +26,11 @@ def _statistics(recipe: Recipe) -> list[str]:
 
 
 def log_keys(recipe: Recipe, probes: Iterable[str]) -> list[str]:
-    """Return the keys to tell nnU-Net's logger of, which takes no other.
+    """Return the keys that nnU-Net's logger must know, because it accepts no others.
 
     Args:
-        recipe: Of the run.
-        probes: Values that are measured beside the losses.
+        recipe: Recipe of the run.
+        probes: Keys of the probes.
     """
     keys = ["train_losses", "lrs", "epoch_start_timestamps", "epoch_end_timestamps", "patches_per_second", SKIPPED]
     keys += [f"train_losses/{name}" for name in recipe.losses]
@@ -41,15 +41,15 @@ def log_keys(recipe: Recipe, probes: Iterable[str]) -> list[str]:
 
 @dataclass
 class EpochSums:
-    """Sums over the steps of an epoch so far; a run that is stopped within an epoch goes on with them.
+    """Sums over the steps of an epoch so far. A run that is stopped within an epoch continues with them.
 
     Attributes:
-        steps: Done, the skipped ones among them.
-        skipped: Steps without a finite loss or gradient.
-        seconds: Time of all steps but the warm-up ones.
-        sums: Of each measured value, without the skipped steps.
-        warm_up_steps: Steps after a start that say nothing about the speed, because they compile the network.
-        warm_up_seconds: Their time.
+        steps: Number of steps, including skipped ones.
+        skipped: Number of steps without a finite loss or gradient.
+        seconds: Time of all steps except the warm-up steps.
+        sums: Sum of each measured value, without the skipped steps.
+        warm_up_steps: Number of steps after a start that are slower, because they compile the network.
+        warm_up_seconds: Time of the warm-up steps.
     """
 
     steps: int = 0
@@ -67,7 +67,7 @@ class EpochSums:
         self.sums = {key: self.sums.get(key, 0) + value for key, value in measured.items()}
 
     def add_time(self, seconds: float, *, is_warm: bool) -> None:
-        """Add the time of a step; a step that is not warm compiles the network or does what comes with a start."""
+        """Add the time of a step in seconds. A step that is not warm includes compilation and other work of a start."""
         if is_warm:
             self.seconds += seconds
         else:
@@ -76,12 +76,12 @@ class EpochSums:
 
     @property
     def seconds_per_step(self) -> float:
-        """Of the steps after the warm-up; of all where there are no others."""
+        """Return the mean time of the steps after the warm-up, or of all steps if there are no others."""
         timed = self.steps - self.warm_up_steps
         return self.seconds / timed if timed > 0 else (self.seconds + self.warm_up_seconds) / self.steps
 
     def means(self) -> dict[str, float]:
-        """Over the steps that were not skipped; empty where all were."""
+        """Return the means over the steps that were not skipped, or nothing if all were skipped."""
         return {key: value / (self.steps - self.skipped) for key, value in self.sums.items()}
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,14 +90,14 @@ class EpochSums:
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch that is through.
+    """A finished epoch.
 
     Args:
-        number: from 0.
-        epochs: of the run.
-        batch_size: patches a step.
-        sums: of its steps.
-        recipe: of the run.
+        number: Number of the epoch, from 0.
+        epochs: Number of epochs of the run.
+        batch_size: Number of patches per step.
+        sums: Sums over the steps of the epoch.
+        recipe: Recipe of the run.
     """
 
     number: int
@@ -108,7 +108,7 @@ class Epoch:
 
     @property
     def references(self) -> dict[str, float]:
-        """Return the values to read the curves against, by name."""
+        """Return reference values for the curves, by name."""
         return monitoring.reference_lines(self.recipe, self.batch_size, self.sums.means())
 
     @property
@@ -116,11 +116,11 @@ class Epoch:
         return self.batch_size / self.sums.seconds_per_step
 
     def log_values(self, keys: Iterable[str], probed: dict[str, float]) -> dict[str, float]:
-        """Values for those of `log_keys` that an epoch has; NaN for a loss of which every step was skipped.
+        """Return the values of an epoch for the keys of the log. A loss is NaN if all steps were skipped.
 
         Args:
-            keys: those that the log has.
-            probed: what a probe measured; NaN in epochs without one.
+            keys: Keys of the log, see `log_keys`.
+            probed: Values of the probes; NaN in epochs without a probe.
         """
         means = self.sums.means()
         known = {f"train_losses/{name}": means.get(name, math.nan) for name in self.recipe.losses}
@@ -132,17 +132,18 @@ class Epoch:
         return {key: float(known[key]) for key in keys if key in known}
 
     def line(self, between_epochs: float = 0.0) -> str:
-        """Return what is shown of the epoch.
+        """Return the line that is printed for the epoch.
 
         Args:
-            between_epochs: Seconds between the last step of an epoch and the first of the next one, which the time left counts.
+            between_epochs: Time in seconds between the last step of an epoch and the first step of the next. The remaining time
+                includes it.
         """
         means, seconds = self.sums.means(), self.sums.seconds + self.sums.warm_up_seconds
         an_epoch = self.sums.seconds_per_step * self.sums.steps + between_epochs
         left = timedelta(seconds=round(an_epoch * (self.epochs - self.number - 1)))
         labels = loss_labels()
         shown = "  ".join(f"{labels[n].split(',')[0]} {means[n]:.4f}" for n in self.recipe.losses if n in means)
-        # the first line of each method: where it would learn nothing
+        # the first reference is the value at which the method would learn nothing
         for key, value in list(self.references.items())[:1]:
             shown += f"  ({key} {value:.3f})"
         if "positives" in means:
@@ -156,21 +157,26 @@ class Epoch:
 
 @dataclass
 class CollapseWatch:
-    """Tells that a run has collapsed, where it lasts, and that it no longer has.
+    """Reports when a run has collapsed, and when it is no longer collapsed.
 
     Args:
-        reason: why it counts as collapsed, once it was told.
-        epochs: in collapse so far, in a row.
+        reason: Why the run counts as collapsed; None if it does not.
+        epochs: Number of consecutive epochs with signs of collapse.
     """
 
     reason: str | None = None
     epochs: int = 0
 
     def update(self, reason: str | None, recipe: Recipe) -> str | None:
-        """Take note of an epoch; returns what to tell the user, if anything."""
+        """Record an epoch, and return a message for the user or None.
+
+        Args:
+            reason: Why the epoch shows signs of collapse, or None.
+            recipe: Recipe of the run.
+        """
         self.epochs = self.epochs + 1 if reason else 0
         before = self.reason
-        # one epoch may be chance
+        # a single epoch may be chance
         self.reason = reason if self.epochs >= 2 else None
         if self.reason and not before:
             return f"WARNING: the run has COLLAPSED: {self.reason}.\n{monitoring.collapse_advice(recipe)}"

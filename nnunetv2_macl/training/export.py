@@ -1,4 +1,4 @@
-"""What a run leaves for others: weights, and what they come from."""
+"""Export the weights of a run with a description of their origin."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def export_run(
     """Write the three files of weights, see `checkpoints.export_weights`.
 
     Args:
-        folder: of the run.
-        configuration: that it trained.
-        plan: by which.
-        model: Trained.
+        folder: Folder of the run.
+        configuration: Configuration that was pre-trained.
+        plan: Plan of the run.
+        model: The trained model.
         outcome: ``fold``, ``epochs``, number of ``images``, ``final_losses``, ``collapsed``.
 
     Raises:
-        UserError: a file could not be written.
+        UserError: A file could not be written.
     """
     encoder, decoder = model.network.trained_weights()
     torch.manual_seed(plan.get_recipe().seed)

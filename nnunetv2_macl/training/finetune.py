@@ -1,4 +1,4 @@
-"""Fine-tuning from pre-trained weights: nnU-Net's own training, with weights in."""
+"""Fine-tuning: nnU-Net's own training, which starts from pre-trained weights."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from nnunetv2_macl.transfer import TooLittleFitsError, Transfer, kernel_norms, p
 
 logger = logging.getLogger(__name__)
 
-# validation cases that a warning names
+# largest number of validation cases that a warning names
 _NAMED = 10
 
 
 class nnUNetTrainerMACL(nnUNetTrainer):
-    """nnU-Net's own training from MACL weights: loss, augmentation and schedule are nnU-Net's.
+    """Fine-tunes from MACL weights. Loss, augmentation and schedule are nnU-Net's.
 
-    The weights are those of the data set's own pre-training, ``fold_F`` where there is one, else ``fold_all``. The variable
-    ``nnUNet_macl_weights`` names another folder or file; nnU-Net's ``-pretrained_weights`` wins over both. The checkpoints
-    are ordinary nnU-Net checkpoints: to predict, this package is not needed.
+    The weights are those of the data set's own pre-training: ``fold_F`` if it exists, else ``fold_all``. The variable
+    ``nnUNet_macl_weights`` names another folder or file, and nnU-Net's ``-pretrained_weights`` takes precedence over both.
+    The checkpoints are ordinary nnU-Net checkpoints, so prediction does not need this package.
     """
 
     finetuning_epochs: int = 1000
-    # steps of an epoch; nnU-Net validates a fifth as many
+    # training steps per epoch; validation has a fifth as many
     finetuning_iterations: int = 250
     finetuning_lr: float = 1e-2
-    # sgd, nnU-Net's own, or adamw, which gets further in a short training, at a rate of 1e-3 to 3e-3
+    # sgd as in nnU-Net, or adamw, which is better in a short training, with a rate of 1e-3 to 3e-3
     finetuning_optimizer: str = "sgd"
-    # epochs over which the learning rate rises from 0 before nnU-Net's own schedule
+    # number of epochs in which the learning rate rises from 0, before nnU-Net's schedule
     warmup_epochs: int = 0
-    # True: keep the fresh weights that nnU-Net initialises the network with
+    # whether to keep nnU-Net's initial weights
     from_scratch: bool = False
 
     def __init__(
@@ -72,7 +72,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         self._split: tuple[list[str], list[str]] | None = None
 
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
-        """As nnU-Net's, for any name of a file or a case."""
+        """Print like nnU-Net, and escape characters that the log file cannot hold."""
         words = map(for_log_file, args)
         super().print_to_log_file(*words, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
 
@@ -88,7 +88,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
 
     @exit_on_user_error
     def on_train_start(self) -> None:
-        # initialised by now means: by --c, --val or -pretrained_weights, and then the weights are there already
+        # if already initialised, the weights were loaded by --c, --val or -pretrained_weights
         if not self.was_initialized and not self.from_scratch:
             pretrained = self._find_weights()
             self.initialize()
@@ -103,7 +103,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         run = runs_of(configuration)
         runs = [run]
         if self._configuration.is_cascaded:
-            # same network but for the stem, same images: the weights of the configuration that it is made from will do
+            # the parent configuration has the same images, and the same network except for the stem
             parent = self.plans_manager.plans["configurations"][configuration].get("inherits_from", configuration)
             runs.append(runs_of(parent))
         for folder in runs:
@@ -118,17 +118,17 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         )
 
     def load_macl_weights(self, pretrained: checkpoints.PretrainedWeights) -> None:
-        """Copy the pre-trained weights into the network, for SGD at the size of fresh ones, and say what was taken.
+        """Copy the pre-trained weights into the network, scale them to initial norms for SGD, and log what was taken.
 
         Raises:
-            UserError: weights of a network too unlike this one; names the first difference.
+            UserError: The network of the weights differs too much. The message names the first difference.
         """
         module = self.bare_network
         state = module.state_dict()
         transfer = transfer_to(self._configuration, state, pretrained)
         fresh = kernel_norms(module)
         module.load_state_dict({**state, **transfer.weights})
-        # AdamW's steps do not shrink with the square of the norm, and gained nothing by it
+        # not for AdamW, whose steps do not shrink with the square of the norm, and which did not benefit
         rescaled = bool(fresh) and isinstance(self.optimizer, torch.optim.SGD)
         if rescaled:
             rescale_kernels(module, fresh)
@@ -165,11 +165,11 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             lines.append(f"  {part}: {taken} of {tensors} tensors taken")
         if rescaled:
             lines.append(
-                "  for SGD, kernels before an instance norm are scaled to the size of fresh ones: the same function"
+                "  for SGD, kernels before an instance norm are scaled to their initial norms; the function is the same"
             )
         self.print_to_log_file("\n".join(lines))
         if transfer.difference:
-            lines = [f"  They are of another network: {transfer.difference}", *transfer.table().splitlines()]
+            lines = [f"  The weights are of another network: {transfer.difference}", *transfer.table().splitlines()]
         else:
             lines = [f"{row.how}: {row.part} ({row.why})" for row in transfer.rows if row.why]
         self.print_to_log_file("\n  ".join(["", *lines])[1:], add_timestamp=False)
@@ -191,7 +191,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             )
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """Return nnU-Net's split, which is asked for before the training begins, too, and logged once."""
+        """Return nnU-Net's split, cached so that nnU-Net logs it only once."""
         if self._split is None:
             if self.fold != "all":
                 self._check_fold(int(self.fold))
@@ -201,18 +201,18 @@ class nnUNetTrainerMACL(nnUNetTrainer):
     def _check_fold(self, fold: int) -> None:
         if not number_of_folds(self._configuration):
             command = command_to_fine_tune(self._configuration, "all", self.device.type, type(self).__name__)
-            raise UserError(f"{too_few_cases(self._configuration)}\nOn all cases, type:\n    {command}")
+            raise UserError(f"{too_few_cases(self._configuration)}\nTo train on all cases, type:\n    {command}")
         check_fold(self._configuration, fold)
 
     def _seen_before(self, pretrained: checkpoints.PretrainedWeights) -> str | None:
-        """Return what pre-training saw of this fold's validation cases, in words, or None."""
+        """Return a warning if pre-training has seen validation cases of this fold, else None."""
         description, own = pretrained.description, self.plans_manager.dataset_name
         is_own = description.get("dataset_name") == own
         other_fold = is_own and str(description.get("fold")) != str(self.fold)
         if description.get("kind") == "nnunet":
             return (
-                f"These weights were trained with the labels of {own}, fold {description.get('fold')}. This fold's "
-                "validation cases were among its training cases, as far as the folds' numbers tell, so their Dice will be "
+                f"These weights were trained with the labels of {own}, fold {description.get('fold')}. By the numbers of the "
+                "folds, the validation cases of this fold were among the training cases of that one, so their Dice will be "
                 f"too high. Take a checkpoint of fold {self.fold}."
             ) if other_fold else None  # fmt: skip
         leave_out = f"To leave them out: {command_to_pretrain(self._configuration, self.fold, self.device.type)}"
@@ -234,9 +234,10 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         )
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint, whole or not at all, that names the stock trainer: its network is stock.
+        """Write nnU-Net's checkpoint completely or not at all, with the name of nnU-Net's own trainer.
 
-        What really trained it stands under ``macl``. A subclass that builds a network of its own keeps its own name.
+        nnU-Net can then predict without this package, because the network is nnU-Net's. The key ``macl`` names the actual
+        trainer. A subclass that builds a network of its own keeps its name.
         """
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
@@ -249,7 +250,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         checkpoints.save(checkpoint | self.checkpoint_content(), Path(filename))
 
     def checkpoint_content(self) -> dict[str, Any]:
-        """Return what a checkpoint holds besides nnU-Net's content."""
+        """Return the content of a checkpoint that nnU-Net's own checkpoints lack."""
         return {"macl": self.macl_origin}
 
     @exit_on_user_error
@@ -266,7 +267,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
 
 @contextmanager
 def _instead_of_torch_save() -> Iterator[list[dict]]:
-    """Within, what would be saved is added to a list. nnU-Net has no other way to what it saves than saving it."""
+    """Within the context, collect saved objects in a list, because nnU-Net returns its checkpoint in no other way."""
     saved: list[dict] = []
     original = torch.save
     torch.save = lambda content, *_, **__: saved.append(content)
@@ -282,12 +283,12 @@ def transfer_to(
     """Fit pre-trained weights to the U-Net of a configuration, see `plan_transfer`.
 
     Args:
-        target: the configuration; the second stage of a cascade will do.
-        state: state dict of its U-Net.
-        pretrained: the weights.
+        target: The configuration; it may be the second stage of a cascade.
+        state: State dict of its U-Net.
+        pretrained: The weights.
 
     Raises:
-        UserError: weights of a network too unlike this one; names the first difference.
+        UserError: The network of the weights differs too much. The message names the first difference.
     """
     channels = determine_num_input_channels(target.plans_manager, target.manager, target.dataset_json)
     return plan_transfer(
@@ -304,13 +305,13 @@ def show_transfer(weights: Path, dataset: str | int, plans: str, configuration: 
     """Log what fine-tuning would take from pre-trained weights, without training.
 
     Args:
-        weights: as ``nnUNet_macl_weights`` takes it.
-        dataset: to fine-tune on, by name or id.
-        plans: plans identifier.
-        configuration: of the plan. None: as in pre-training.
+        weights: Folder or file, as for ``nnUNet_macl_weights``.
+        dataset: Data set to fine-tune on, by name or id.
+        plans: Plans identifier.
+        configuration: Name of the configuration. None: the default of pre-training.
 
     Raises:
-        UserError: no such data set, plan, configuration or weights, or weights of a network too unlike this one.
+        UserError: The data set, plan, configuration or weights do not exist, or the network of the weights differs too much.
     """
     target = DatasetConfiguration.load(dataset, plans, configuration)
     try:
@@ -324,21 +325,21 @@ def show_transfer(weights: Path, dataset: str | int, plans: str, configuration: 
         target.dataset_name,
         target.plans_name,
         target.name,
-        f"of another network, {transfer.difference}" if transfer.difference else "of the same network",
+        f"another network, {transfer.difference}" if transfer.difference else "the same network",
         transfer.table(),
     )
     return transfer
 
 
 def load_transfer(weights: Path, target: DatasetConfiguration) -> tuple[checkpoints.PretrainedWeights, Transfer]:
-    """Pre-trained weights, and what a configuration's U-Net takes of them.
+    """Load pre-trained weights, and return them and what a configuration's U-Net takes from them.
 
     Args:
-        weights: as ``nnUNet_macl_weights`` takes it.
-        target: the configuration.
+        weights: Folder or file, as for ``nnUNet_macl_weights``.
+        target: The configuration.
 
     Raises:
-        UserError: no weights there, or of a network too unlike this one.
+        UserError: There are no weights, or their network differs too much.
     """
     pretrained = formats.load_weights(weights.expanduser())
     network = nnUNetTrainer.build_network_architecture(
@@ -352,7 +353,7 @@ def load_transfer(weights: Path, target: DatasetConfiguration) -> tuple[checkpoi
 
 
 class _WarmupPolyLR:
-    """nnU-Net's linear increase, then its poly schedule, by epoch."""
+    """nnU-Net's linear warm-up followed by its poly schedule, stepped once per epoch."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, lr: float, warmup: int, epochs: int) -> None:
         self.warmup = warmup

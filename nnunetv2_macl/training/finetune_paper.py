@@ -1,4 +1,4 @@
-"""Fine-tuning as the paper has it, to see its numbers where it measured them."""
+"""Fine-tuning as in the paper, to repeat its experiments."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 from nnunetv2_macl.training.user_errors import exit_on_user_error
 
-# of the learning rate, in the last epoch
+# fraction of the initial learning rate in the last epoch
 _LAST_SHARE = 0.01
 
 
 class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
-    """Adam, 5e-4 falling to 5e-6 along a cosine; cross-entropy; no augmentation; 100 passes over the training slices.
+    """Fine-tunes as in the paper: Adam with a cosine from 5e-4 to 5e-6, cross-entropy, no augmentation, 100 epochs.
 
-    Goes with the paper's network: ``nnUNetv2_macl_network DATASET paper``.
+    An epoch is one pass over the training slices. The paper's network: ``nnUNetv2_macl_network DATASET paper``.
 
     Source: MACL, the fine-tuning of its experiments.
     """
@@ -44,7 +44,7 @@ class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
     def _build_loss(self) -> nn.Module:
         if self.label_manager.has_regions:
             raise UserError(
-                f"{self.plans_manager.dataset_name} has overlapping regions, and the paper's cross-entropy wants one label a "
+                f"{self.plans_manager.dataset_name} has overlapping regions, but the paper's cross-entropy needs one label per "
                 "voxel. Fine-tune as nnU-Net does: -tr nnUNetTrainerMACL"
             )
         ignored = self.label_manager.ignore_label
@@ -69,7 +69,7 @@ class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
 
 
 class _CosineLR:
-    """By epoch, as nnU-Net steps it."""
+    """A cosine schedule of the learning rate, which nnU-Net steps once per epoch."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, lr: float, epochs: int) -> None:
         self.optimizer, self.lr, self.epochs = optimizer, lr, epochs

@@ -1,4 +1,4 @@
-"""What a pre-training run starts from: its images, the batches of patches from them, and given weights."""
+"""Provide the inputs of a pre-training run: its images, batches of patches, and initial weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def labelled_cases(trainer: nnUNetTrainerMACLPretrain) -> list[Case]:
         return cases
     check_fold(trainer.macl_configuration, int(trainer.fold))
     left_out = set(trainer.do_split()[1])
-    trainer.print_to_log_file(f"Kept apart: the {len(left_out)} validation images of fold {trainer.fold}")
+    trainer.print_to_log_file(f"Excluded: the {len(left_out)} validation images of fold {trainer.fold}")
     return [case for case in cases if case.name not in left_out]
 
 
@@ -47,7 +47,7 @@ def unlabelled_cases(trainer: nnUNetTrainerMACLPretrain) -> Preprocessed:
     Raises:
         UserError: An image cannot be used, or a file cannot be written.
     """
-    # Our command has just done so, and has shown the messages on the console.
+    # Our command has already preprocessed them, and has shown the messages on the console.
     if (found := found_images()) is not None:
         for reason in found.skipped.values():
             trainer.print_to_log_file(f"Left out: {reason}", also_print_to_console=False)
@@ -65,7 +65,7 @@ def unlabelled_cases(trainer: nnUNetTrainerMACLPretrain) -> Preprocessed:
 
 def cases_by_dataset(configuration: DatasetConfiguration, cases: list[Case]) -> list[tuple[str, str]]:
     """Return data set and name of each case."""
-    # nnU-Net keeps labelled cases in a folder of the configuration; this package keeps others in a folder of their data set.
+    # nnU-Net names the folder of labelled cases after the configuration; this package names other folders after the data set.
     datasets = {configuration.cases_folder.name: configuration.dataset_name}
     folders = ((Path(case.file).parent.name, case.name) for case in cases)
     return [(datasets.get(folder, folder), name) for folder, name in folders]
@@ -120,5 +120,7 @@ def load_start_weights(trainer: nnUNetTrainerMACLPretrain) -> None:
     transfer = start_from_weights(trainer.step.model, trainer.macl_configuration, start, rescale=is_sgd)
     lines = [f"The run starts from {start_in_short(start)}", *transfer.table().splitlines()]
     if is_sgd:
-        lines.append("For SGD, kernels before an instance norm are scaled to the size of fresh ones: the same function")
+        lines.append(
+            "For SGD, kernels before an instance norm are scaled to their initial norms. The function is the same"
+        )
     trainer.print_to_log_file("\n  ".join(lines))

@@ -1,4 +1,4 @@
-"""nnU-Net's training in this process, in one process a GPU, or in the processes that torchrun started."""
+"""Run nnU-Net's training in this process, in one process per GPU, or in the processes that torchrun started."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def train(*, device: str, num_gpus: int, **arguments: Any) -> None:
 
     Args:
         device: ``cuda``, ``cpu`` or ``mps``.
-        num_gpus: processes to start; 1 in a process that torchrun started, which has started the others.
-        **arguments: of ``run_training``.
+        num_gpus: Number of processes to start; 1 under torchrun, which has started the processes.
+        **arguments: Further arguments of ``run_training``.
 
     Raises:
-        SystemExit: a process failed; the others are stopped. It has said why.
+        SystemExit: A process failed and has printed the reason. The others are stopped.
     """
     prepare_process(device)
-    # elsewhere than on Linux, data workers import the script again, too
+    # data workers import the script again too, unless they are forked as on Linux
     if num_gpus > 1 or (multiprocessing.get_all_start_methods()[0] != "fork" and get_allowed_n_proc_DA() > 0):
         require_main_guard()
     if num_gpus == 1:
@@ -55,7 +55,7 @@ def train(*, device: str, num_gpus: int, **arguments: Any) -> None:
 
 @contextmanager
 def _signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[None]:
-    """What a cluster or the user says to this process is for the ranks, which write a checkpoint before they end."""
+    """Within the context, forward signals to the ranks, which write a checkpoint before they end."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in processes:
@@ -72,11 +72,11 @@ def _signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[None]:
 
 
 def join_ranks(device: str) -> None:
-    """Join the processes that torchrun started, until this one ends; does nothing where it started none."""
+    """Join the processes that torchrun started, until this process ends. Does nothing without torchrun."""
     if distributed.started_by_torchrun() and not dist.is_initialized():
         prepare_process(device)
         _join(device)
-        # not before: torch does not join the same processes twice
+        # leave only at the end, because torch does not join the same processes twice
         atexit.register(_leave)
 
 
@@ -109,15 +109,16 @@ def _free_port() -> int:
 
 
 def prepare_process(device: str) -> None:
-    """Set threads as nnU-Net's training command does, and how memory is taken; ranks on one machine share its cores."""
+    """Set the number of threads as nnU-Net's training command does, and the GPU allocator. Ranks on a machine share its cores."""
     if device == "cuda":
         torch.set_num_threads(1)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if ranks_here > 1 and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-            # torch has read that variable already, when it was imported
+            # set in torch, because torch has read the variable when it was imported
             inductor.compile_threads = max(1, usable_cores() // ranks_here)
         if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-            # Without it the allocator held 1.2 to 1.7 times what a step uses. torch reads the variable at the first allocation.
+            # Without this the allocator held 1.2 to 1.7 times the memory of a step. torch reads the variable when it first
+            # allocates.
             os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     elif device == "cpu":
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,4 +1,4 @@
-"""The message for a run whose memory is too small: what happened, and what to type."""
+"""Recognise errors for lack of memory, and explain them to the user."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.recipe import AUTO
 
-# torch has a type of its own only for the CUDA allocator. MPS and pinned memory, cuDNN and cuBLAS, the CPU allocator and oneDNN
-# raise a RuntimeError with one of these texts.
+# Only the CUDA allocator of torch has an error class of its own. MPS and pinned memory, cuDNN and cuBLAS, the CPU allocator and
+# oneDNN raise a RuntimeError with one of these texts.
 _WORDS = (
     "out of memory",
     "alloc_failed",
@@ -44,26 +44,28 @@ def out_of_memory_advice(
     """
     at_once = min(plan.patches_at_once, math.ceil(plan.batch_size / world_size))
     size = "x".join(map(str, plan.patch_size))
-    told = f"Memory ran out on {device} with {at_once} patches of {size} at once, of a batch of {plan.batch_size}."
+    problem = f"Memory ran out on {device} with {at_once} patches of {size} at once, of a batch of {plan.batch_size}."
     if has_checkpoint:
-        told += f" The last checkpoint is in {folder}."
+        problem += f" The last checkpoint is in {folder}."
     tries = []
     if in_parts and at_once > 1:
-        go_on = "--c " if has_checkpoint else ""
+        resume = "--c " if has_checkpoint else ""
         longer = ", a third more time" if plan.get_recipe().couples_samples else ""
         tries.append(
-            f"{go_on}-patches_at_once {max(1, int(at_once * 0.7))} (the same batch in parts: same gradient{longer})"
+            f"{resume}-patches_at_once {max(1, int(at_once * 0.7))} (the same batch in smaller parts: same gradient{longer})"
         )
     smaller = smaller_batch(plan.batch_size, world_size)
     if smaller < plan.batch_size:
         tries.append(f"-batch_size {smaller} in a new run")
         if plan.get_recipe().batch_size == AUTO:
-            tries.append(f"-gpu_memory {plan.gpu_memory_gb * 0.7:.2g} in a new run, which plans its batch for that")
+            tries.append(
+                f"-gpu_memory {plan.gpu_memory_gb * 0.7:.2g} in a new run, which plans the batch for this memory"
+            )
     if tries:
-        return f"{told} Type the same command with {'; or with '.join(tries)}."
+        return f"{problem} Type the same command with {'; or with '.join(tries)}."
     return (
-        f"{told} This is the least there can be. Pre-train another configuration (-c 2d or -c 3d_lowres, where the plan has it), "
-        "or plan a smaller network: nnUNetv2_plan_experiment with -gpu_memory_target."
+        f"{problem} A smaller batch is not possible. Pre-train another configuration (-c 2d or -c 3d_lowres, if the plan has "
+        "it), or plan a smaller network: nnUNetv2_plan_experiment with -gpu_memory_target."
     )
 
 

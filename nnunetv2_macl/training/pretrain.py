@@ -1,6 +1,6 @@
 """The pre-training stage as a nnU-Net trainer: nnU-Net runs the training and calls the methods of this class.
 
-What a run does besides training (checkpoints, log, pictures, signals ...) is in `nnunetv2_macl.training.callbacks`.
+The other tasks of a run (checkpoints, log, pictures, signals ...) are in `nnunetv2_macl.training.callbacks`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from nnunetv2_macl.training.user_errors import (
 class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     """Pre-trains encoder and partial decoder on unlabelled images with MACL.
 
-    All settings are read from the MACL plan, which is derived where there is none. ``fold`` selects which validation cases are
-    left out: ``all`` none, F those of fold F. With ``--c`` the plan is the one that the run began with.
+    All settings are read from the MACL plan, which is derived if it is missing. ``fold`` selects the validation cases that are
+    left out: those of fold F, or none for ``all``. With ``--c`` the run keeps the plan that it began with.
     """
 
     # A crash costs at most this much work, in seconds.
@@ -114,7 +114,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     @property
     def log_of_epochs(self) -> dict[str, list]:
-        """nnU-Net's log: one value for each epoch, by key."""
+        """Return nnU-Net's log: a list with one value per epoch, by key."""
         return self.logger.local_logger.my_fantastic_logging
 
     def command_to_go_on(self) -> str:
@@ -125,7 +125,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     @exit_on_user_error
     def initialize(self) -> None:
-        """nnU-Net builds network, optimiser and loss; we lock the folder and read the MACL plan before."""
+        """nnU-Net builds network, optimiser and loss; before that, we lock the folder and read the MACL plan."""
         with self._release_lock_on_error():
             plans = self.plans_manager
             self.macl_configuration = DatasetConfiguration(
@@ -161,7 +161,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             raise
 
     def _load_plan(self) -> MACLPlan:
-        """Return the plan of our command; of the run that continues; or the one next to nnU-Net's, derived if missing."""
+        """Return our command's plan, else that of the continued run, else the file next to nnU-Net's plan, derived if missing."""
         file = Path(self.output_folder) / PLAN_COPY
         if not (self._continue_training and file.is_file()):
             file = plan_file(self.macl_configuration)
@@ -209,8 +209,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         first, last = distributed.local_slice(self.macl_plan.batch_size)
         if self.macl_plan.batch_size < 2 * distributed.world_size():
             raise UserError(
-                f"A batch of {self.macl_plan.batch_size} over {distributed.world_size()} GPUs leaves fewer than 2 patches "
-                f"each. Type: -batch_size {2 * distributed.world_size()} or more, or a smaller -num_gpus."
+                f"A batch of {self.macl_plan.batch_size} over {distributed.world_size()} GPUs leaves fewer than 2 patches per "
+                f"GPU. Type: -batch_size {2 * distributed.world_size()} or more, or a smaller -num_gpus."
             )
         self.batch_size = last - first
 
@@ -237,7 +237,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             self.dataloader_train.close()  # its workers ignore signals
 
     def on_train_start(self) -> None:
-        """nnU-Net prepares data and folder; we continue from a checkpoint or from weights, and preprocess images before."""
+        """nnU-Net prepares data and folder; before that, we load a checkpoint or weights, and preprocess images."""
         if not self.was_initialized:
             self.initialize()
         if self._continue_training and not self.checkpoints.is_resumed:
@@ -251,7 +251,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                     load_start_weights(self)
                     archive_previous_run(Path(self.output_folder), keep=Path(self.log_file), log=self.print_to_log_file)
                 data = self._prepare_data()
-        # Another rank that looked for itself might find other images readable.
+        # Only rank 0 looks for images, because other ranks might find other images readable.
         self.data = distributed.broadcast_object(data)
         if distributed.rank() == 0:
             super().on_train_start()
@@ -272,7 +272,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     @property
     def batch_bytes(self) -> int:
-        """The size of this rank's part of a batch."""
+        """Return the size of this rank's part of a batch, in bytes."""
         return self.macl_plan.batch_bytes(len(self.macl_configuration.channel_names)) // distributed.world_size()
 
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
@@ -282,7 +282,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         super().print_to_log_file(*words, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
 
     def on_epoch_start(self) -> None:
-        """nnU-Net logs the start of the epoch; it has done so when a stopped epoch continues."""
+        """nnU-Net logs the start of the epoch; we leave that out when a stopped epoch continues."""
         if not self.epoch_log.sums.steps:
             super().on_epoch_start()
 
@@ -322,7 +322,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         is_last = self.current_epoch + 1 == self.num_epochs
         for callback in self.callbacks:
             callback.on_epoch_end(is_last=is_last)
-        # Rank 0 has measured, saved and drawn meanwhile.
+        # Rank 0 may still be measuring, saving or drawing.
         distributed.wait_for_all()
         self.current_epoch += 1
         if not is_last:
@@ -344,7 +344,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     @exit_on_user_error
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """nnU-Net loads a checkpoint; of a file's name we take the folder, and the newest good checkpoint in it."""
+        """nnU-Net loads the named checkpoint; we load the newest good checkpoint of the run's folder."""
         if not self.was_initialized:
             self.initialize()
         with self._release_lock_on_error():

@@ -1,4 +1,4 @@
-"""``progress.png``, drawn while the training goes on."""
+"""Draw ``progress.png`` during the training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from nnunetv2_macl.monitoring import plot_progress
 
 
 class ProgressPicture:
-    """Draws the curves of a run in a thread of its own, at most once in a while.
+    """Draws the curves of a run in a separate thread, at most once per ``every`` seconds.
 
-    An epoch on a fast GPU takes seconds, and drawing takes about one.
+    Drawing takes about one second, and would slow down a run whose epochs take a few seconds.
 
     Args:
-        file: To write.
-        title: Of the picture.
-        every: Shortest time between two pictures, seconds.
+        file: File of the picture.
+        title: Title of the picture.
+        every: Shortest time between two pictures, in seconds.
     """
 
     def __init__(self, file: Path, title: str, every: float = 60.0) -> None:

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: finds the newest good one, and renames damaged ones."""
+"""Find the newest good checkpoint of a run, and rename damaged ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KIND = "macl_checkpoint"
 FORMAT_VERSION = 2
 
 
-# What version 0.1 called the parts of a model.
+# Names of the parts of a model in version 0.1, and their present names.
 _FORMER_NAMES = {
     "encoder": "network.encoder",
     "transpconvs": "network.transpconvs",
@@ -38,7 +38,7 @@ _FORMER_NAMES = {
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the weights of a checkpoint by their names in the model; a checkpoint of version 0.1 has other names."""
+    """Return the weights of a checkpoint by their present names. A checkpoint of version 0.1 has other names."""
     split = {key: key.partition(".") for key in checkpoint["network_weights"]}
     return {
         f"{_FORMER_NAMES.get(first, first)}.{rest}": checkpoint["network_weights"][key]
@@ -49,7 +49,7 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def rotate_checkpoint(latest: Path) -> None:
     """Keep the latest checkpoint as the previous one before it is replaced.
 
-    The file gets a second name and keeps its own, so it is not lost if the process is killed here.
+    The file gets a second name and keeps its first one, so it is not lost if the process is killed here.
 
     Raises:
         UserError: The folder cannot be written.
@@ -73,15 +73,16 @@ def load_checkpoint(folder: Path, run: dict[str, Any], log: Callable[[str], None
 
     Args:
         folder: Folder of the run.
-        run: What identifies the run in its checkpoints.
-        say: Called with a message for the user.
+        run: Content that identifies the run in its checkpoints.
+        log: Called with a message for the user.
 
     Returns:
         The checkpoint, or None if there is no file of one. It is on the CPU, because optimisers keep their step counters there;
         on a GPU each counter would cause a synchronisation.
 
     Raises:
-        UserError: A checkpoint has another format version, or there are checkpoints and none is good. No file is renamed then.
+        UserError: A checkpoint has another format version, or all checkpoints are damaged or of another run. No file is renamed
+            then.
     """
     bad: dict[Path, str] = {}
     for file in (folder / name for name in CHECKPOINTS):
@@ -94,11 +95,11 @@ def load_checkpoint(folder: Path, run: dict[str, Any], log: Callable[[str], None
             continue
         for other, reason in bad.items():
             aside = _quarantine(other)
-            log(f"WARNING: {reason} It is kept as {aside.name}; the run goes on from {file.name}.")
+            log(f"WARNING: {reason} The file was renamed to {aside.name}. The run continues from {file.name}.")
         return checkpoint
     if bad or any(folder.glob("checkpoint_*.corrupt*")):
-        reasons = " ".join(bad.values()) or "All that was there was damaged, see the files that end in .corrupt."
-        raise UserError(f"No checkpoint in {folder} is good to go on from. {reasons} Leave out --c to start anew.")
+        reasons = " ".join(bad.values()) or "All checkpoints were damaged, see the files that end in .corrupt."
+        raise UserError(f"No checkpoint in {folder} can be continued. {reasons} Leave out --c to start a new run.")
     return None
 
 
@@ -121,13 +122,13 @@ def _read(file: Path, run: dict[str, Any]) -> dict[str, Any]:
     version = checkpoint.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{file} has format version {version!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "
-            "Go on with the nnunetv2_macl that wrote it, or leave out --c to start anew."
+            f"{file} has format version {version!r}, but this nnunetv2_macl reads {FORMAT_VERSION}. "
+            "Continue with the version of nnunetv2_macl that wrote the file, or leave out --c to start a new run."
         )
     theirs = checkpoint.get("run")
     if theirs != run:
         difference = checkpoints.first_difference(theirs or {}, run)
-        raise _BadCheckpointError(f"{file} is of another run: {difference}.")
+        raise _BadCheckpointError(f"{file} belongs to another run: {difference}.")
     return checkpoint
 
 

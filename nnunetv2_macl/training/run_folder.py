@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time writes into it, and the files of an earlier run are kept."""
+"""Manage the folder of a run: only one run at a time writes into it, and the files of an earlier run are kept."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def cases_seen(folder: Path) -> dict[str, set[str]] | None:
 
 
 class RunLock:
-    """Locks a folder for one run. A second run is refused; the lock of a process that has ended is taken over.
+    """Locks a folder for one run. A second run is refused, but a lock of a process that has ended is taken over.
 
-    The lock is a file that exists while the lock is held, and that says which process holds it since when. The file is read
-    and written under a lock of the operating system, so exactly one of several runs gets a free lock.
+    The lock is a file that names the process that holds it. The file is read and written under a lock of the operating
+    system, so exactly one of several runs gets a free lock.
 
     Args:
         folder: Folder to lock.
@@ -124,7 +124,7 @@ class RunLock:
         if other := _living_holder(content):
             raise UserError(
                 f"Another run is writing into {self.file.parent}: process {other['pid']} on {other['host']}, since "
-                f"{other.get('started')}. Wait for it or stop it. If it is gone, type: rm '{self.file}'"
+                f"{other.get('started')}. Wait for this process or stop it. If it does not exist any more, type: rm '{self.file}'"
             )
 
     def release(self) -> None:
@@ -199,7 +199,7 @@ def archive_previous_run(folder: Path, keep: Path, log: Callable[[str], None]) -
     Args:
         folder: Folder of the run.
         keep: Log file of the new run, which stays.
-        say: Called with a message for the user.
+        log: Called with a message for the user.
     """
     # The W&B folder stays, because nnU-Net has opened it for the new run.
     old = [p for p in folder.iterdir() if p != keep and not p.name.startswith((".", "previous_", "wandb"))]
@@ -212,4 +212,4 @@ def archive_previous_run(folder: Path, keep: Path, log: Callable[[str], None]) -
     target.mkdir()
     for path in old:
         path.rename(target / path.name)
-    log(f"An earlier run was in this folder; it was moved to {target}. (--c would have gone on with it.)")
+    log(f"An earlier run was in this folder. Its files were moved to {target}. (--c would have continued the run.)")

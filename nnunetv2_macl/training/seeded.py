@@ -1,4 +1,4 @@
-"""nnU-Net's training with seeded draws: each batch is a function of the seed and the number of the step."""
+"""Seed nnU-Net's training, so that each batch is a function of the seed and the number of the step."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class BatchLoader(Protocol):
-    """What draws a batch with NumPy's and torch's global random number generators, as nnU-Net's data loader does."""
+    """A loader that draws with NumPy's and torch's global random number generators, as nnU-Net's data loader does."""
 
     def generate_train_batch(self) -> dict[str, Any]: ...
 
 
 class SeededTraining(nnUNetTrainer):
-    """A training in which the seed decides the fresh weights, the patches and their augmentation.
+    """A trainer whose seed determines the initial weights, the patches and their augmentation.
 
-    Batch n holds the same patches, augmented in the same way, whatever the number of workers, and also in a training that
-    was continued.
+    Batch n has the same patches with the same augmentation for any number of workers, and also after the training was
+    interrupted and continued.
     """
 
     seed: int = 0
@@ -34,7 +34,7 @@ class SeededTraining(nnUNetTrainer):
         super().initialize()
 
     def get_dataloaders(self) -> tuple[Iterator, Iterator]:
-        """Return nnU-Net's own loaders, with a seed for each batch."""
+        """Return nnU-Net's loaders for training and validation, with a seed for each batch."""
         workers = get_allowed_n_proc_DA()
         with _environment(nnUNet_n_proc_DA="0"):
             single_threaded = super().get_dataloaders()
@@ -55,7 +55,7 @@ class SeededTraining(nnUNetTrainer):
         self.dataloader_train = self.dataloader_val = None
 
     def training_loader(self, loader: Any) -> BatchLoader:
-        """Return what draws the training batches, given nnU-Net's loader."""
+        """Return the loader of the training batches. A subclass may replace nnU-Net's ``loader``."""
         return loader
 
     def _iterate(self, batches: SeededBatches, steps: Sequence[int], workers: int) -> Iterator:
@@ -64,7 +64,7 @@ class SeededTraining(nnUNetTrainer):
 
 
 class SeededBatches(Dataset):
-    """Item n is what a loader draws after every random number generator was seeded with n."""
+    """A data set whose item n is the batch that a loader draws after all generators were seeded with n."""
 
     def __init__(self, loader: BatchLoader, seed: tuple[int, ...]) -> None:
         self.loader = loader

@@ -1,4 +1,4 @@
-"""Signals of a cluster: they stop the run after a step, or ask for a checkpoint."""
+"""Handle signals that stop the run after a step, or ask for a checkpoint."""
 
 from __future__ import annotations
 

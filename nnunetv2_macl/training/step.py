@@ -1,4 +1,4 @@
-"""One training step, for any method: views, losses, their gradients, the update of the weights."""
+"""Run one training step of any method: views, losses, gradients, and the update of the weights."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from nnunetv2_macl.planning.memory import check_batch_can_be_split
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.training.draws import StepDraws
 
-_MAX_GRADIENT_NORM = 12  # nnU-Net's own
+_MAX_GRADIENT_NORM = 12  # as in nnU-Net
 
 Tensors = dict[str, Tensor]
 
 
 class TrainingStep:
-    """Takes a batch and the number of the step, and moves the weights by it.
+    """Runs one optimisation step on a batch.
 
-    Every random number is a function of (seed, step), and each rank shows its share of what one process would.
+    Every random number is a function of (seed, step). Each rank processes its share of the batch of a single process.
 
     Args:
         network: The model that is pre-trained, compiled or not.
-        optimizer, scheduler: Stepped once a step.
-        grad_scaler: None without mixed precision in float16.
-        plan: Sizes and batch.
-        device: Where the network is.
+        optimizer, scheduler: Both are stepped once per call.
+        grad_scaler: Gradient scaler; None without mixed precision in float16.
+        plan: Plan of the run, with patch sizes and batch size.
+        device: Device of the network.
 
     Raises:
-        UserError: The plan asks for parts of a batch, and the network mixes its patches.
+        UserError: The plan computes a batch in parts, but the network mixes the patches of a batch.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TrainingStep:
         self.first, self.last = distributed.local_slice(plan.batch_size)
         check_batch_can_be_split(self.model, plan.patches_at_once, self.last - self.first)
         self._encode: dict[str, Callable[[Tensors], Tensors]] = {
-            # parts have two sizes at most, and code for any size is what compilers fail at
+            # static shapes, because parts have at most two sizes and dynamic shapes often fail to compile
             method.name: torch.compile(method.encode, dynamic=False)
             if isinstance(network, OptimizedModule)
             else method.encode
@@ -73,23 +73,23 @@ class TrainingStep:
         return Progress(step, self.recipe.num_epochs, self.recipe.num_iterations_per_epoch)
 
     def __call__(self, batch: dict, step: int) -> dict[str, float]:
-        """Train on this rank's share of a batch; returns losses and statistics of the whole batch by name.
+        """Train on this rank's share of a batch, and return losses and statistics of the whole batch by name.
 
-        Without a finite loss and gradient the weights stay as they are, on all ranks, and `was_skipped` is True.
+        If the loss or the gradient is not finite, the weights do not change on any rank, and `was_skipped` is True.
 
         Args:
-            batch: ``data`` (n, C, *patch) or with neighbours (2n, C, *patch), ``positions`` (n, 3), and ``numbers``, what
-                `StepDraws` drew for this step. They are drawn here where they are not in it.
+            batch: ``data`` (n, C, *patch), or (2n, C, *patch) with neighbours; ``positions`` (n, 3); and optionally ``numbers``,
+                the random numbers of `StepDraws` for this step.
             step: Number of the step.
         """
-        # For a network with dropout. All else that is random has a generator of its own.
+        # For networks with dropout, because everything else that is random has its own generator.
         torch.manual_seed(derive_seed(self.recipe.seed, step))
         progress = self.progress(step)
         numbers = to_device(batch["numbers"] if "numbers" in batch else self.draws(step), self.device)
         patches = batch["data"].to(self.device, non_blocking=True)
         positions = distributed.gather(batch["positions"].to(self.device, non_blocking=True), self.plan.batch_size)
         self.optimizer.zero_grad(set_to_none=True)
-        # A forward pass with NaN would spoil the statistics of batch norms for good.
+        # Back up the buffers, because a forward pass with NaN would corrupt batch-norm statistics permanently.
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         losses: Tensors = {"total": patches.new_zeros(())}
         statistics: Tensors = {}
@@ -101,7 +101,7 @@ class TrainingStep:
             losses |= found | {"total": losses["total"] + found["total"]}
             statistics |= self._statistics(method, embeddings, positions)
             everyone.append(embeddings)
-            # otherwise they would stay while the next method is computed
+            # free the memory before the next method is computed
             del views
         measured = self._update(progress, losses, statistics)
         if self.was_skipped:
@@ -116,7 +116,7 @@ class TrainingStep:
         """Return the views of each method, by its name.
 
         Args:
-            patches: (n, C, *patch), this rank's share, with neighbours (2n, C, *patch).
+            patches: This rank's share, (n, C, *patch), or (2n, C, *patch) with neighbours.
             step: Number of the step.
         """
         numbers, patches = to_device(self.draws(step), self.device), patches.to(self.device)
@@ -124,16 +124,16 @@ class TrainingStep:
 
     @torch.no_grad()
     def representations(self, patches: Tensor, step: int) -> tuple[Tensor, Tensor] | None:
-        """Return the vectors of two views of each patch that a step would compare, (n, C) each.
+        """Return the embeddings of two views of each patch, (n, C) each, of the first method that compares embeddings.
 
-        They are of the first method that has them; None where none has. A few patches at a time pass, as in training.
+        Returns None if no method does. The patches are processed in parts, as in training.
         """
         for method in self.methods:
             if not method.couples_samples:
                 continue
             numbers = to_device(self.draws(step), self.device)[method.name]
             views = self.model.make_views(method, patches.to(self.device), numbers, self.progress(step))
-            # not what is compiled, which would be compiled once more for it
+            # not the compiled function, which would be compiled once more without gradients
             with self._autocast():
                 embeddings = method.project(_joined([method.encode(part) for part in self._cut(views)]))
             found = method.representations(embeddings)
@@ -144,7 +144,7 @@ class TrainingStep:
     def _backward_one_by_one(
         self, method: Method, views: Tensors, positions: Tensor, progress: Progress, *, is_last: bool
     ) -> tuple[Tensors, Tensors]:
-        """Add the gradient of a loss of single patches; returns the losses of the whole batch, and no embeddings."""
+        """Add the gradient of a loss of single patches. Return the losses of the whole batch, and no embeddings."""
         found: dict[str, list[Tensor]] = {}
         parts = list(self._cut(views))
         for number, part in enumerate(parts, 1):
@@ -155,7 +155,7 @@ class TrainingStep:
                 self._scaled(losses["total"].sum() / self.plan.batch_size).backward()
             for name, loss in losses.items():
                 found.setdefault(name, []).append(loss.detach())
-            # otherwise they would stay while the next part is computed
+            # free the memory before the next part is computed
             del embeddings, losses
         everyone = distributed.gather_all(
             {name: torch.cat(values)[:, None] for name, values in found.items()}, self.plan.batch_size
@@ -165,10 +165,10 @@ class TrainingStep:
     def _backward(
         self, method: Method, views: Tensors, positions: Tensor, progress: Progress, *, is_last: bool
     ) -> tuple[Tensors, Tensors]:
-        """Add the gradient of a loss of the whole batch; returns that loss and the embeddings it was computed from."""
+        """Add the gradient of a loss of the whole batch. Return the losses and the embeddings of the whole batch."""
         encode = self._encode[method.name]
         at_once = self.plan.patches_at_once
-        # by the largest share, because all ranks have to exchange the same in the same order
+        # the largest share decides, because all ranks must communicate in the same order
         if at_once >= distributed.local_slice(self.plan.batch_size, 0)[1]:
             with self._autocast():
                 outputs = method.project(encode(views))
@@ -177,8 +177,8 @@ class TrainingStep:
             with self._last_backward(is_last):
                 self._scaled(losses["total"]).backward()
             return losses, everyone
-        # Gradient caching (Gao et al., 2021, https://arxiv.org/abs/2101.06983): features of all patches without a graph,
-        # the gradient of the loss at these features, then the graph of a few patches at a time.
+        # Gradient caching (Gao et al., 2021, https://arxiv.org/abs/2101.06983): compute the features of all patches without a
+        # graph, then the gradient of the loss at these features, then the backward pass of a few patches at a time.
         parts = list(self._cut(views))
         with torch.no_grad(), self._autocast():
             features = _joined([encode(part) for part in parts])
@@ -198,7 +198,7 @@ class TrainingStep:
             used = [key for key in piece if piece[key].requires_grad and key in gradients]
             with self._last_backward(is_last and number == len(parts)):
                 torch.autograd.backward([piece[key] for key in used], [gradients[key][rows] for key in used])
-            # otherwise its maps would stay while the next part is computed
+            # free the maps before the next part is computed
             del piece
         return losses, everyone
 
@@ -212,21 +212,21 @@ class TrainingStep:
         return self.gradient_sum.last_backward() if is_last else nullcontext()
 
     def _autocast(self) -> AbstractContextManager:
-        # as nnU-Net: autocast pays on a GPU only
+        # as in nnU-Net, because autocast is faster only on a GPU
         return torch.autocast(self.device.type) if self.device.type == "cuda" else nullcontext()
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
 
     def _update(self, progress: Progress, losses: Tensors, statistics: Tensors) -> dict[str, float]:
-        """Move the weights, unless loss or gradient is not finite; the schedule goes on anyway. Returns all values by name."""
+        """Update the weights if loss and gradient are finite, step the schedule in any case, and return all values by name."""
         self.gradient_sum.finish()
         for method in self.methods:
             method.withhold_gradients(progress)
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_GRADIENT_NORM)
-        # All that the CPU wants to know of a step is read at once, because each reading waits for the GPU.
+        # Read all values at once, because each read waits for the GPU.
         values = {**losses, **statistics}
         *read, gradient_norm = torch.stack([v.detach().to(norm.dtype) for v in (*values.values(), norm)]).tolist()
         measured = dict(zip(values, read, strict=True))
@@ -236,18 +236,18 @@ class TrainingStep:
         if self.grad_scaler is not None:
             if not self.was_skipped:
                 self.grad_scaler.step(self.optimizer)
-            # a loss that is not finite before it is scaled says nothing about the scale
+            # keep the scale if the unscaled loss is not finite, because the scale is not the cause
             self.grad_scaler.update(None if loss_is_finite else self.grad_scaler.get_scale())
         elif not self.was_skipped:
             self.optimizer.step()
         with warnings.catch_warnings():
-            # torch warns of a first step that was skipped, as in mixed precision it may be
+            # torch warns if the first step was skipped, which is normal in mixed precision
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         return measured
 
     def _count_skipped(self, loss_is_finite: bool) -> None:
-        """Count skipped steps that mixed precision does not explain: it skips a few until its scale is small enough."""
+        """Count consecutive skipped steps, except those that mixed precision skips until its scale is small enough."""
         if not self.was_skipped:
             self.skipped_in_a_row = 0
         elif not loss_is_finite or self.grad_scaler is None or self.grad_scaler.get_scale() <= 1:
@@ -255,7 +255,7 @@ class TrainingStep:
 
     @staticmethod
     def _statistics(method: Method, embeddings: Tensors, positions: Tensor) -> Tensors:
-        """Return the statistics that the log shows with the losses. They stay on the device."""
+        """Return the statistics that the log shows with the losses, as tensors on the device."""
         found = method.measure(embeddings, positions)
         if (two := method.representations(embeddings)) is not None:
             found |= {"embedding_variance": embedding_variance(two[0]), "embedding_rank": batch_rank(two[0])}

@@ -1,4 +1,4 @@
-"""Errors that end a trainer's run, as messages for the user: what happened, and the command that continues the run."""
+"""Turn errors that end a run into messages for the user: what happened, and the command that continues the run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _remove_empty_folders(folder: Path, log: Path) -> None:
 
 @contextlib.contextmanager
 def exit_on_refused_write(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
-    """Exit with code 1 and the name of the file when nnU-Net's constructor cannot write. It has no log file yet."""
+    """Exit with code 1 and the name of the file if nnU-Net's constructor cannot write, because there is no log file yet."""
     try:
         yield
     except OSError as error:
@@ -69,7 +69,7 @@ def exit_on_refused_write(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explain_run_errors(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
-    """Turn what can end a run outside a step into a UserError with the command that continues the run.
+    """Turn errors outside of a training step into a UserError with the command that continues the run.
 
     Raises:
         UserError: A file could not be written, or a data worker was killed.
@@ -89,14 +89,14 @@ def explain_run_errors(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
         if "Bus error" in str(error):  # a process gets this signal when it writes beyond the end of shared memory
             raise UserError(f"A data worker was killed. {too_little_shared_memory(trainer.batch_bytes)}") from error
         raise UserError(
-            f"A data worker was killed, most likely for want of memory ({str(error).splitlines()[0]}). Type, with fewer "
-            f"workers: nnUNet_n_proc_DA=2 {trainer.command_to_go_on()}"
+            f"A data worker was killed, most likely because memory ran out ({str(error).splitlines()[0]}). To continue with "
+            f"fewer workers, type: nnUNet_n_proc_DA=2 {trainer.command_to_go_on()}"
         ) from error
 
 
 @contextlib.contextmanager
 def explain_step_errors(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
-    """Turn what can end a training step into a UserError with the command that avoids it.
+    """Turn errors of a training step into a UserError with the command that avoids the error.
 
     Raises:
         UserError: torch.compile does not work here, or the memory is too small.
@@ -122,10 +122,10 @@ def explain_step_errors(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
 
 
 def refuse_pretrained_weights(trainer: nnUNetTrainerMACLPretrain) -> None:
-    """Name our command when nnU-Net's command was given weights: nnU-Net expects those of a whole segmentation network.
+    """Refuse ``-pretrained_weights`` of nnU-Net's own command, which expects weights of a whole segmentation network.
 
     Raises:
-        UserError: The command line has ``-pretrained_weights``, and it is not our command.
+        UserError: The command line has ``-pretrained_weights``, and is not our command. The message names our command.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-pretrained_weights")
@@ -141,20 +141,20 @@ def refuse_pretrained_weights(trainer: nnUNetTrainerMACLPretrain) -> None:
 def _with_command_to_go_on(error: UserError, trainer: nnUNetTrainerMACLPretrain) -> UserError:
     if not resume.has_checkpoint(Path(trainer.output_folder)):
         return error
-    return UserError(f"{error} To go on then, type:\n    {trainer.command_to_go_on()}")
+    return UserError(f"{error} To continue after that, type:\n    {trainer.command_to_go_on()}")
 
 
 def _plan_edit_hint(trainer: nnUNetTrainerMACLPretrain) -> str:
-    """Return a hint for users of nnU-Net's own command, which reads from the plan what our command has options for."""
+    """Return a hint for users of nnU-Net's own command, which reads these settings only from the plan file."""
     next_to_nnunets, of_the_run = plan_file(trainer.macl_configuration), Path(trainer.output_folder) / PLAN_COPY
     if has_current_plan() or not next_to_nnunets.is_file():
         return ""
     hint = (
-        f" nnU-Net's command has no such options: set patches_at_once or batch_size in {next_to_nnunets}, and type it "
-        "again."
+        f" nnU-Net's own command has no such options. Set patches_at_once or batch_size in {next_to_nnunets}, and repeat the "
+        "command."
     )
     if of_the_run.is_file():
-        hint += f" To go on (--c), set patches_at_once in {of_the_run}."
+        hint += f" To continue (--c), set patches_at_once in {of_the_run}."
     return hint
 
 

@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mounts file systems of a given size, or read-only; where that is not allowed the test is skipped."""
+    """Return a function that mounts a file system of a given size or read-only. Skip the test if that is not allowed."""
     mounted = []
 
     def mount(folder, options):
@@ -34,7 +34,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def own_signals():
-    """The handlers of the test run, put back whatever happens."""
+    """Restore the signal handlers after the test."""
     import signal
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -1,4 +1,7 @@
-"""A process whose data worker is killed: CASE_FILE SECONDS. Apart from the tests, as torch tells it from a signal handler."""
+"""Kill the data worker of this process after some time, and print whether the error is recognised: CASE_FILE SECONDS.
+
+This is a separate process, because torch raises the error in a signal handler.
+"""
 
 import os
 import signal
@@ -23,4 +26,4 @@ if __name__ == "__main__":
         for _ in loader:
             pass
     except RuntimeError as error:
-        print("told" if worker_was_killed(error) else repr(error), time.monotonic() - began, flush=True)
+        print("recognised" if worker_was_killed(error) else repr(error), time.monotonic() - began, flush=True)

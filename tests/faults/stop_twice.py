@@ -1,4 +1,4 @@
-"""A process that is told to stop, and told again."""
+"""Send two signals to stop to this process."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A data worker that is killed, a case that vanishes or is cut short: an error that names it, at once, never a hang."""
+"""A killed data worker, and a case that vanishes or is truncated, end the run with an error and never hang."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def load(cases, first=0, workers=1, steps=100_000):
 
 
 def started_worker(cases, **options):
-    """A loader that has given its first batch, and the number of its worker process."""
+    """Return a loader that has given its first batch, and the id of its worker process."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     before = children.read_text().split()
     loader = load(cases, **options)
@@ -47,19 +47,19 @@ def started_worker(cases, **options):
 
 
 @pytest.mark.parametrize("time_to_live", [0, 0.001, 0.003, 0.01])
-def test_a_killed_worker_is_told(cases, time_to_live):
-    """Whatever it was doing."""
+def test_a_killed_worker_is_recognised(cases, time_to_live):
+    """The worker is killed at different stages of its work."""
     script = Path(__file__).with_name("kill_worker.py")
     command = [sys.executable, str(script), cases[0].file, str(time_to_live)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50)
-    said, seconds = (done.stdout.split() or ["", "inf"])[:2]
-    assert said == "told" and float(seconds) < 30, done.stdout + done.stderr
+    result, seconds = (done.stdout.split() or ["", "inf"])[:2]
+    assert result == "recognised" and float(seconds) < 30, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_clusters_signal_to_all_processes_ends_no_worker(cases, number):
-    """So that the training process can finish its step, whatever the worker was doing."""
+def test_a_signal_to_all_processes_does_not_end_the_worker(cases, number):
+    """The training process needs the worker to finish its step."""
     loader, worker = started_worker(cases, steps=12)
     os.kill(worker, getattr(signal, number))
     assert len(list(loader)) == 11
@@ -69,14 +69,14 @@ def test_a_clusters_signal_to_all_processes_ends_no_worker(cases, number):
 @pytest.mark.parametrize("kind", ["vanishes", "cut short", "replaced", "unreadable"])
 def test_a_case_that_changes_is_named(cases, kind, worker_processes):
     loader = load(cases, workers=worker_processes)
-    for _ in range(3):  # both are open by now
+    for _ in range(3):  # open both cases
         next(loader)
-    # until the worker has read ahead: a file that is cut short while it is being read kills the worker
+    # wait until the worker has read ahead, because truncating a file during a read would kill the worker
     time.sleep(0.5)
     file = cases[1].file
     if kind == "vanishes":
         os.unlink(file)
-    elif kind == "cut short":  # mapped into memory: reading it would kill the process
+    elif kind == "cut short":  # the file is mapped into memory, so reading it would kill the process
         os.truncate(file, os.path.getsize(file) // 2)
     elif kind == "replaced":
         os.unlink(file)
@@ -94,7 +94,7 @@ def test_a_case_that_changes_is_named(cases, kind, worker_processes):
 
 
 @pytest.mark.parametrize("kind", ["absent", "cut short", "empty"])
-def test_a_case_that_was_cut_short_before(cases, kind):
+def test_a_case_that_is_damaged_from_the_start_is_named(cases, kind):
     file = cases[0].file
     size = {"absent": None, "cut short": os.path.getsize(file) - 100, "empty": 0}[kind]
     os.unlink(file) if size is None else os.truncate(file, size)
@@ -102,7 +102,7 @@ def test_a_case_that_was_cut_short_before(cases, kind):
         list(load(cases, workers=0, steps=5))
 
 
-def test_a_resumed_loader_goes_on_with_the_same_batches(cases):
+def test_a_resumed_loader_continues_with_the_same_batches(cases):
     whole = list(load(cases, workers=0, steps=6))
     rest = list(load(cases, first=4, workers=1, steps=6))
     assert [b["cases"] for b in rest] == [b["cases"] for b in whole[4:]]
@@ -123,7 +123,7 @@ except UserError as error:
 
 
 def test_too_little_shared_memory_is_an_error_at_once(cases):
-    """One batch of 4 MiB fits into it, and those that are read ahead do not."""
+    """One batch of 4 MiB fits into the memory, but the batches that are read ahead do not."""
     mount = "mount -t tmpfs -o size=5m tmpfs /dev/shm"
     own_mounts = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]
     if sys.platform != "linux" or subprocess.run([*own_mounts, "true"], capture_output=True).returncode:
@@ -139,7 +139,7 @@ def test_a_signal_ends_the_wait_for_a_batch(own_signals):
     with pytest.raises(StoppedWhileWaiting), signals.waiting():
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
-    # asked between two waits, it is heeded before the next one
+    # a signal between two waits takes effect before the next one
     with pytest.raises(StoppedWhileWaiting), signals.waiting():
         pass
     signals.restore()

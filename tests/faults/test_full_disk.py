@@ -1,4 +1,4 @@
-"""No space, no permission: the message names path, needed and free bytes, and what was there is still there."""
+"""Without space or permission, the message names path, needed and free bytes, and existing files are kept."""
 
 import errno
 import os
@@ -20,8 +20,8 @@ FULL = r"could not be written: the disk is full \([\d,]+ bytes needed, [\d,]+ by
 
 
 @pytest.mark.parametrize("file", ["checkpoint.pth", "plan.json", "progress.png"])
-def test_a_disk_that_fills_while_a_file_is_written(tmp_path, monkeypatch, file):
-    """On any system, by the one function that writes; the tests below fill a real disk, where one can be mounted."""
+def test_a_disk_that_fills_during_a_write_leaves_the_old_file(tmp_path, monkeypatch, file):
+    """This test runs on any system. The tests below fill a real disk, which must be mountable."""
     from nnunetv2_macl import files
 
     log = {key: [1.0] for key in ("lrs", "embedding_variance", "patches_per_second", "train_losses/equivariance")}
@@ -49,7 +49,7 @@ def test_a_disk_that_fills_while_a_file_is_written(tmp_path, monkeypatch, file):
     assert os.listdir(tmp_path) == [file] and (tmp_path / file).read_bytes() == before
 
 
-def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(tmp_path, small_disk):
+def test_a_checkpoint_on_a_full_disk_leaves_the_previous_one(tmp_path, small_disk):
     folder = tmp_path / "results"
     small_disk(folder, "size=2m")
     write(folder, 1)
@@ -57,11 +57,11 @@ def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(tmp_path, small_disk)
         write(folder, 2, values=400_000)
     assert load(folder)["step"] == 1
     assert set(os.listdir(folder)) <= {resume.LATEST, resume.PREVIOUS}
-    write(folder, 2)  # there is space now
+    write(folder, 2)  # a small checkpoint fits
     assert load(folder)["step"] == 2
 
 
-def test_every_other_file_of_a_run_on_a_full_disk(tmp_path, small_disk):
+def test_other_files_of_a_run_on_a_full_disk_are_named(tmp_path, small_disk):
     folder = tmp_path / "results"
     small_disk(folder, "size=64k")
     with pytest.raises(UserError, match=f"plan.json {FULL}"):
@@ -76,7 +76,7 @@ def test_every_other_file_of_a_run_on_a_full_disk(tmp_path, small_disk):
     assert os.listdir(folder) == ["filled"]
 
 
-def test_a_preprocessed_case_on_a_full_disk(tmp_path, small_disk, monkeypatch):
+def test_a_preprocessed_case_on_a_full_disk_is_named(tmp_path, small_disk, monkeypatch):
     from types import SimpleNamespace
 
     from nnunetv2_macl.preprocessing import cases
@@ -92,7 +92,7 @@ def test_a_preprocessed_case_on_a_full_disk(tmp_path, small_disk, monkeypatch):
     np.testing.assert_array_equal(blosc2.open(str(folder / "case.b2nd"))[:], data[:, :2])
 
 
-def test_read_only_results(tmp_path, small_disk):
+def test_read_only_results_are_reported(tmp_path, small_disk):
     folder = tmp_path / "results"
     small_disk(folder, "ro,size=64k")
     for action in (
@@ -104,7 +104,7 @@ def test_read_only_results(tmp_path, small_disk):
             action()
 
 
-def test_an_earlier_run_is_not_moved_by_halves(tmp_path, small_disk):
+def test_an_earlier_run_is_moved_completely(tmp_path, small_disk):
     small_disk(tmp_path / "results", "size=64k")
     log = tmp_path / "results" / "log.txt"
     log.write_text("")
@@ -122,12 +122,10 @@ def run(**options):
 SHORT = {"num_epochs": 2, "num_iterations_per_epoch": 1, "batch_size": 4}
 
 
-def test_a_run_whose_disk_fills_goes_on_once_there_is_space(workspace, small_disk):
-    small_disk(workspace.results, "size=45m")  # one checkpoint, not two
+def test_a_run_whose_disk_was_full_can_be_continued(workspace, small_disk):
+    small_disk(workspace.results, "size=45m")  # space for one checkpoint, but not for two
     folder = workspace.run_folder("nnUNetTrainerMACLPretrain")
-    with pytest.raises(
-        UserError, match=rf"checkpoint_final.pth {FULL} and try again. To go on then, type:\n +nnUNetv2.* --c"
-    ):
+    with pytest.raises(UserError, match=rf"checkpoint_final.pth {FULL} and try again.*type:\n +nnUNetv2.* --c"):
         run(recipe="macl_restore", **SHORT)
     assert checkpoints.load(folder / resume.LATEST)["current_epoch"] == 1
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")] and not (folder / resume.FINAL).exists()
@@ -136,10 +134,10 @@ def test_a_run_whose_disk_fills_goes_on_once_there_is_space(workspace, small_dis
     assert checkpoints.load(folder / resume.FINAL)["current_epoch"] == 2 and (folder / "macl_encoder.pth").exists()
 
 
-@pytest.mark.parametrize("options, said", [("size=32k", "the disk is full"), ("ro,size=1m", "Read-only file system")])
-def test_what_nnunet_writes_by_itself(workspace, small_disk, options, said):
-    """The run's folder, its log, plans.json, debug.json."""
+@pytest.mark.parametrize("options, reason", [("size=32k", "the disk is full"), ("ro,size=1m", "Read-only file system")])
+def test_files_that_nnunet_cannot_write_are_reported(workspace, small_disk, options, reason):
+    """nnU-Net writes the run's folder, its log, plans.json and debug.json."""
     small_disk(workspace.results, options)
-    with pytest.raises(UserError, match=f"could not be written: {said}") as stop:
+    with pytest.raises(UserError, match=f"could not be written: {reason}") as stop:
         run(**SHORT)
     assert str(workspace.results) in str(stop.value)

@@ -1,4 +1,4 @@
-"""Image files as they come: each is handled rightly, or named with what is wrong with it."""
+"""Odd and damaged image files are read correctly, or refused with the file and the reason."""
 
 import gzip
 import json
@@ -42,7 +42,7 @@ def nifti(file, array=GOOD, affine=None, **header):
 
 
 def patched(file, offset, content):
-    """The header of an uncompressed NIfTI, changed after it was written."""
+    """Write an uncompressed NIfTI file, and change bytes of its header."""
     nifti(file)
     data = bytearray(file.read_bytes())
     data[offset : offset + len(content)] = content
@@ -77,7 +77,7 @@ TURNED = [[1, 0, 0], [0, 0.8, -0.6], [0, 0.6, 0.8]]
 DIMENSIONS, SPACINGS = 40, 76  # bytes of dim and pixdim in a NIfTI header
 HUGE = struct.pack("<8h", 3, 2048, 2048, 2048, 1, 1, 1, 1)
 
-# name: (ending, how it is written, what is said, or None where it is taken)
+# name: (ending, function that writes the file, reason in the error, or None for a valid file)
 FILES = {
     "good": (".nii.gz", write, None),
     "uncompressed": (".nii", write, None),
@@ -133,30 +133,30 @@ def configuration(planned):
 
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.timeout(30, func_only=True)
-def test_a_file(kind, configuration, tmp_path):
-    ending, make, said = FILES[kind]
+def test_a_file_is_read_or_refused_with_the_reason(kind, configuration, tmp_path):
+    ending, make, reason = FILES[kind]
     file = tmp_path / f"bild mit leerzeichen_0000{ending}"
     make(file)
     case = CaseFiles([str(file)], None, 1, [])
     reader = configuration.plans_manager.image_reader_writer_class
     wrong = cases._preprocess_case(case, reader, tmp_path / "out" / "case", {})
     made = tmp_path / "out" / "case.b2nd"
-    if said is None:
+    if reason is None:
         assert wrong is None
         data = blosc2.open(str(made))[:]
         assert data.shape[0] == 1 and data.dtype == np.float32 and np.isfinite(data).all()
         assert data.std() > 0.1  # z-scored
     else:
-        assert wrong and str(file) in wrong and re.search(said, wrong), wrong
+        assert wrong and str(file) in wrong and re.search(reason, wrong), wrong
         assert "\n" not in wrong and not made.exists()
 
 
-def test_links_are_followed_as_nnunet_follows_them_and_devices_are_not_read(workspace, tmp_path):
+def test_links_are_followed_as_in_nnunet_and_special_files_are_refused(workspace, tmp_path):
     folder = workspace.raw / DATASET / "imagesUn"
     write(tmp_path / "archive.nii.gz")
     (folder / "out_0000.nii.gz").symlink_to(tmp_path / "archive.nii.gz")
     (folder / "gone_0000.nii.gz").symlink_to(tmp_path / "nothing")
-    os.mkfifo(folder / "pipe_0000.nii.gz")  # reading it would wait for ever
+    os.mkfifo(folder / "pipe_0000.nii.gz")  # reading a pipe would wait for ever
     (folder / "folder_0000.nii.gz").mkdir()
     (source,) = find_sources(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), [])
     assert set(source.invalid_cases) == {"gone", "pipe", "folder"} and "out" in source.cases
@@ -165,7 +165,7 @@ def test_links_are_followed_as_nnunet_follows_them_and_devices_are_not_read(work
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_an_image_with_a_second_name_counts_once_and_as_a_labelled_one_if_it_is_labelled(workspace, link):
+def test_an_image_with_two_names_counts_once(workspace, link):
     raw = workspace.raw / DATASET
     names = {case.name for case in training_cases(DatasetConfiguration.load("901", "nnUNetPlans", "2d"))}
     link(raw / "imagesTr" / f"{min(names)}_0000.nii.gz", raw / "imagesUn" / "held_out_0000.nii.gz")
@@ -176,7 +176,7 @@ def test_an_image_with_a_second_name_counts_once_and_as_a_labelled_one_if_it_is_
     assert set(images.unlabelled) == set(source.cases) and set(images.labelled) == names
 
 
-def test_a_name_that_is_not_in_utf8_is_told(workspace):
+def test_a_name_that_is_not_in_utf8_is_refused(workspace):
     folder = os.fsencode(workspace.raw / DATASET / "imagesUn")
     os.rename(folder + b"/case_005_0000.nii.gz", folder + b"/M\xfcller_0000.nii.gz")
     target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
@@ -187,8 +187,8 @@ def test_a_name_that_is_not_in_utf8_is_told(workspace):
 
 
 @pytest.mark.parametrize("link", [True, False])
-def test_unlabelled_images_that_are_out_of_reach(workspace, link):
-    """The folder is a link to what is not mounted, or stayed on another machine while what was made of it came along."""
+def test_inaccessible_unlabelled_images_are_reported(workspace, link):
+    """The folder is a link to an unmounted disk, or missing although its preprocessed images are here."""
     target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     folder = workspace.raw / DATASET / "imagesUn"
     folder.rename(workspace.folder / "archive")
@@ -207,7 +207,7 @@ def test_unlabelled_images_that_are_out_of_reach(workspace, link):
 
 @pytest.mark.parametrize("content", [b"", b"\0\5\26\7"])
 def test_another_data_sets_first_file_need_not_be_an_image(workspace, content):
-    """What a Mac writes beside a file comes first among names."""
+    """macOS writes further files, whose names come first."""
     other = workspace.raw / "Dataset906_Mac"
     shutil.copytree(workspace.raw / DATASET, other)
     (other / "imagesTr" / "._case_000_0000.nii.gz").write_bytes(content)
@@ -219,7 +219,7 @@ def test_another_data_sets_first_file_need_not_be_an_image(workspace, content):
 
 
 @pytest.mark.parametrize("case", ["../../x", "a/b", "..", "", "a\\b"])
-def test_names_that_lead_out_of_the_folder(workspace, case):
+def test_case_names_that_lead_out_of_the_folder_are_refused(workspace, case):
     other = workspace.raw / "Dataset905_Hostile"
     other.mkdir()
     description = {"channel_names": {"0": "MR0"}, "file_ending": ".nii.gz", "labels": {"background": 0}}
@@ -230,7 +230,7 @@ def test_names_that_lead_out_of_the_folder(workspace, case):
         find_sources(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), ["Dataset905_Hostile"])
 
 
-def test_a_link_in_place_of_a_preprocessed_case_is_made_again_and_not_followed(workspace, tmp_path):
+def test_a_link_in_place_of_a_preprocessed_case_is_replaced_and_not_followed(workspace, tmp_path):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     (case, *_) = cases.preprocess_unlabelled(configuration, [], processes=1).cases
     precious = tmp_path / "precious"

@@ -1,8 +1,4 @@
-"""SIGKILL.
-
-While a checkpoint is written: the previous one or the new one is there, and nothing else after the next start. While images are
-preprocessed: no process of the pool is left.
-"""
+"""A process that is killed leaves the old or the new checkpoint, and no worker processes."""
 
 import multiprocessing
 import os
@@ -54,9 +50,9 @@ def write_for_ever(folder, first):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
-def test_killed_fifty_times_while_it_writes(tmp_path):
+def test_a_process_that_is_killed_while_writing_leaves_a_good_checkpoint(tmp_path):
     write(tmp_path, 0)
-    generator, said, last, moved = random.Random(0), [], 0, 0
+    generator, messages, last, moved = random.Random(0), [], 0, 0
     context = multiprocessing.get_context("fork")
     for _ in range(50):
         process = context.Process(target=write_for_ever, args=(tmp_path, last + 1))
@@ -68,13 +64,13 @@ def test_killed_fifty_times_while_it_writes(tmp_path):
         assert set(os.listdir(tmp_path)) <= {resume.LATEST, resume.PREVIOUS}
         found = checkpoints.load(tmp_path / resume.LATEST)
         assert found["step"] >= last and (found["weights"] == found["step"]).all()
-        assert load(tmp_path, said.append)["step"] == found["step"]
+        assert load(tmp_path, messages.append)["step"] == found["step"]
         moved += found["step"] > last
         last = found["step"]
-    assert not said and moved >= 5
+    assert not messages and moved >= 5
 
 
-def test_what_a_kill_leaves_is_removed_but_not_what_another_writes(tmp_path):
+def test_temporary_files_of_a_killed_process_are_removed_and_others_kept(tmp_path):
     (tmp_path / ".checkpoint_latest.pth.abc.tmp").write_bytes(b"half")
     (tmp_path / "notes.tmp").write_bytes(b"the user's")
     remove_temporary(tmp_path, older_than=60)
@@ -83,7 +79,7 @@ def test_what_a_kill_leaves_is_removed_but_not_what_another_writes(tmp_path):
     assert os.listdir(tmp_path) == ["notes.tmp"]
 
 
-def test_no_preprocessing_process_outlives_the_command(workspace):
+def test_preprocessing_workers_end_with_a_killed_command(workspace):
     folder = workspace.raw / DATASET / "imagesUn"
     image = next(folder.iterdir())
     for number in range(500):

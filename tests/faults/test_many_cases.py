@@ -1,4 +1,4 @@
-"""A start opens no preprocessed case, however many there are; machines may share the work."""
+"""A start opens no preprocessed case, for any number of cases, and several machines may divide the work."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def folder(configuration):
 
 
 def generate(configuration, workspace, number):
-    """Raw images and preprocessed cases by name alone, done by an earlier start without an index."""
+    """Write empty raw images, and preprocessed cases as an earlier start without an index would leave them."""
     raw, target = workspace.raw / DATASET / "imagesUn", folder(configuration)
     for file in raw.iterdir():
         file.unlink()
@@ -48,7 +48,7 @@ def generate(configuration, workspace, number):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Names of the JSON files that are read."""
+    """Return a list that collects the names of the JSON files that are read."""
     names, original = [], index_module.read_json
 
     def read(path, fix):
@@ -59,7 +59,7 @@ def opened(monkeypatch):
     return names
 
 
-def test_the_second_start_opens_the_index_alone(configuration, workspace, opened):
+def test_the_second_start_opens_only_the_index(configuration, workspace, opened):
     generate(configuration, workspace, 300)
     assert len(preprocess(configuration).cases) == 300 and len(opened) == 301
     opened.clear()
@@ -71,7 +71,7 @@ def test_the_second_start_opens_the_index_alone(configuration, workspace, opened
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_hundred_thousand(configuration, workspace, opened):
+def test_a_start_with_200_000_cases_is_fast(configuration, workspace, opened):
     generate(configuration, workspace, 200_000)
     preprocess(configuration)
     opened.clear()
@@ -82,7 +82,7 @@ def test_two_hundred_thousand(configuration, workspace, opened):
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "another plan's", "a list", "entries of nonsense"])
-def test_an_index_is_no_authority(configuration, workspace, opened, damage):
+def test_a_damaged_index_is_replaced(configuration, workspace, opened, damage):
     generate(configuration, workspace, 5)
     preprocess(configuration)
     file = folder(configuration) / INDEX
@@ -101,12 +101,12 @@ def test_an_index_is_no_authority(configuration, workspace, opened, damage):
     assert len(preprocess(configuration).cases) == 5 and len(opened) == 5 + 1
 
 
-def test_what_was_written_since_is_looked_up(configuration, workspace, opened):
+def test_cases_that_are_newer_than_the_index_are_checked(configuration, workspace, opened):
     generate(configuration, workspace, 3)
     preprocess(configuration)
     target = folder(configuration)
     first, second, _ = sorted(target.glob("patient*.b2nd"))
-    first.write_bytes(b"y" * 10)  # made again, as it should be: its own JSON decides
+    first.write_bytes(b"y" * 10)  # written again with the right size, so its JSON file decides
     second.write_bytes(b"x" * 9)  # cut short
     index = Index(target, configuration.preprocessing_checksum())
     opened.clear()
@@ -115,8 +115,8 @@ def test_what_was_written_since_is_looked_up(configuration, workspace, opened):
     assert len(opened) == 2
 
 
-def test_machines_that_share_the_work(configuration, workspace, opened):
-    """Each writes the index without the other's cases in the worst case; what it lacks costs a look, never a case."""
+def test_machines_that_divide_the_work_lose_no_case(configuration, workspace, opened):
+    """The index may lack the cases of another machine. They are then checked, but not preprocessed again."""
     target = folder(configuration)
     for file in target.iterdir():
         file.unlink()
@@ -133,7 +133,7 @@ def test_machines_that_share_the_work(configuration, workspace, opened):
     assert opened == [INDEX]
 
 
-def test_what_killed_preprocessing_leaves_is_removed_once_it_is_old(configuration, workspace):
+def test_old_temporary_files_of_killed_preprocessing_are_removed(configuration, workspace):
     target = folder(configuration)
     for name, age in ((".new.b2nd.abc.tmp", 0), (".old.b2nd.abc.tmp", 10 * 86400)):
         (target / name).write_bytes(b"half")
@@ -142,7 +142,7 @@ def test_what_killed_preprocessing_leaves_is_removed_once_it_is_old(configuratio
     assert (target / ".new.b2nd.abc.tmp").exists() and not (target / ".old.b2nd.abc.tmp").exists()
 
 
-def test_each_of_many_files_is_looked_at(tmp_path):
+def test_each_of_many_files_has_its_own_fingerprint(tmp_path):
     for number in range(100):
         (tmp_path / f"case_{number:03d}_0000.nii.gz").write_bytes(b"x" * number)
     found = group_channels(tmp_path, ".nii.gz")
@@ -150,8 +150,8 @@ def test_each_of_many_files_is_looked_at(tmp_path):
     assert sizes == {f"case_{n:03d}": [f"case_{n:03d}_0000.nii.gz", n] for n in range(100)}
 
 
-def test_the_training_takes_the_images_that_the_start_has_found(tmp_path):
-    """With many images, looking at each a second time would take as long as the rest of the start."""
+def test_the_training_uses_the_images_that_the_command_has_found(tmp_path):
+    """Checking many images a second time would take as long as the rest of the start."""
     found = cases.Preprocessed([Case("a", "a.b2nd")], {tmp_path / "b": "b cannot be read."})
     log = []
     trainer = SimpleNamespace(print_to_log_file=lambda text, **options: log.append((text, options)))

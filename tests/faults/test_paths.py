@@ -1,4 +1,4 @@
-"""Spaces and letters beyond ASCII in every path, in a locale that knows ASCII alone."""
+"""Spaces and non-ASCII letters in every path, in a locale that supports only ASCII."""
 
 import shutil
 
@@ -8,7 +8,7 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.files import verify
 
 
-def test_paths_beyond_ascii(planned, tmp_path):
+def test_paths_may_contain_spaces_and_any_letters(planned, tmp_path):
     space = Workspace(tmp_path / "Männer & Frauen, 日本" / "nn unet")
     shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
     images = space.raw / DATASET / "imagesUn"

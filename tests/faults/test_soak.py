@@ -1,4 +1,4 @@
-"""2,000 steps: memory and open files stay flat."""
+"""Memory and the number of open files stay constant over 2,000 steps."""
 
 import os
 import sys
@@ -23,13 +23,13 @@ def resident():
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_memory_and_files_stay_flat(tmp_path, workers):
+def test_memory_and_open_files_stay_constant(tmp_path, workers):
     import blosc2
 
     from nnunetv2_macl.data import Case
 
     cases, rng = [], np.random.default_rng(0)
-    for number in range(100):  # more than are kept open
+    for number in range(100):  # more cases than are kept open
         file = str(tmp_path / f"{number}.b2nd")
         blosc2.asarray(rng.normal(size=(1, 4, 48, 48)).astype(np.float32), urlpath=file, mode="w")
         cases.append(Case(str(number), file))

@@ -1,4 +1,4 @@
-"""Steps without a finite loss or gradient: skipped, counted, and harmless."""
+"""Steps without a finite loss or gradient are skipped, counted and harmless."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(value, scaler, at_once
     before, rate = state(step), step.scheduler.last_epoch
     bad = batch(4, torch.float32)
     bad["data"][1] *= value
-    if value == 1e38:  # finite images, and a gradient that explodes
+    if value == 1e38:  # the images are finite, but the gradient explodes
         bad["data"][1] = torch.randn_like(bad["data"][1]) * 3e38
         bad["data"][1, :, ::2] *= -1
     step(bad, 1)
@@ -36,7 +36,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(value, scaler, at_once
     assert any(not torch.equal(before[key], value) for key, value in state(step).items())
 
 
-def test_the_epoch_counts_them_and_leaves_them_out():
+def test_an_epoch_counts_skipped_steps_and_leaves_them_out_of_the_means():
     sums = EpochSums(seconds=2.0)
     measured = {"total": 3.0, "global": 3.0, "positives": 1.0}
     sums.add(measured, skipped=False)

@@ -1,4 +1,4 @@
-"""What several of the tests here need."""
+"""Functions that several test modules share."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 @contextlib.contextmanager
 def after_step(monkeypatch, number, do):
-    """Do something right after a step was computed, in the process that trains."""
+    """Within the context, call a function right after a step of the training."""
     from nnunetv2_macl.training.step import TrainingStep
 
     original = TrainingStep.__call__
@@ -33,18 +33,18 @@ def same(one, other):
 
 
 def ask_rank(rank, ranks, folder):
-    """A rank that is signalled at its own times, and what all ranks then agree about."""
+    """Run a rank that gets a signal at some point, and write the requests that all ranks agree on."""
     from nnunetv2_macl.training.signals import Signals
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     signals = Signals()
     signals.install()
-    said = [signals.pending_requests()]
+    requests = [signals.pending_requests()]
     if rank == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
-    said += [signals.pending_requests(), signals.pending_requests()]
+    requests += [signals.pending_requests(), signals.pending_requests()]
     if rank == 0:
         os.kill(os.getpid(), signal.SIGTERM)
-    said.append(signals.pending_requests())
-    Path(folder, f"{rank}.json").write_text(json.dumps(said))
+    requests.append(signals.pending_requests())
+    Path(folder, f"{rank}.json").write_text(json.dumps(requests))
     dist.destroy_process_group()

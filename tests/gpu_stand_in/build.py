@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-# They return what is not an int, and torch does without them.
+# These functions do not return an int, and torch does not need them.
 LEFT_OUT = {
     "cudaRuntimeGetVersion", "cudnnGetVersion", "cublasLtGetVersion", "cudnnGetCudartVersion", "cudnnGetProperty",
     "ncclGetVersion", "ncclGetErrorString", "cudaGetErrorString", "cudaGetErrorName", "cudnnGetErrorString",
@@ -34,7 +34,7 @@ def build(folder: Path) -> Path:
     site = Path(torch.__file__).parent.parent
     headers = folder / "include"
     headers.mkdir(parents=True, exist_ok=True)
-    # these headers want others that the wheels lack
+    # without includes of headers that the wheels lack
     text = (site / "nvidia/nccl/include/nccl.h").read_text()
     kept = [line for line in text.splitlines() if not re.search(r"include <cuda_(fp16|bf16|fp8)", line)]
     (headers / "nccl.h").write_text("\n".join(kept))

@@ -1,4 +1,4 @@
-// The few functions of the CUDA driver that torch itself looks up.
+// The functions of the CUDA driver that torch looks up directly.
 #define P extern "C" __attribute__((visibility("default"))) int
 static char handle[256];
 P cuInit(unsigned) { return 0; }

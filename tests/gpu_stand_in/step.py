@@ -1,6 +1,6 @@
 """Run a training step of each recipe on the stand-in: ``python step.py SHAPE RECIPE ...`` prints a line of JSON for each.
 
-It runs with ``libstandin.so`` preloaded, whose file is in the variable ``STAND_IN``.
+``libstandin.so`` must be preloaded, and the variable ``STAND_IN`` must hold its path.
 """
 
 import ctypes
@@ -62,7 +62,7 @@ def convolution_backward(
 
 
 def waits_of(run):
-    """Return what the CPU waited for in the GPU during a run. Copies from page-locked memory are not waited for."""
+    """Return the calls in which the CPU waited for the GPU. Copies from page-locked memory do not wait."""
     waits = []
 
     def note(name, _):
@@ -93,7 +93,7 @@ def main(shape, recipes):
             for number in range(2):
                 step(batch(number), number)
             if step.recipe.trains_in_stages:
-                # a step of the second stage, which trains other weights
+                # also a step of the second stage, which trains other weights
                 step(batch(2), step.steps - 1)
             allocated = torch.cuda.max_memory_allocated() / 2**30
             waits = waits_of(lambda step=step, batch=batch: step(batch(2), 2))

@@ -1,4 +1,4 @@
-"""3D, anisotropic, four channels: pre-training, stock fine-tuning and prediction, for real."""
+"""Pre-training, fine-tuning and prediction of anisotropic 3D images with four channels, with the real commands."""
 
 import re
 
@@ -25,7 +25,7 @@ class {QUICK}(nnUNetTrainerMACL):
 @pytest.mark.parametrize(
     "planner, plans", [("ExperimentPlanner", "nnUNetPlans"), ("nnUNetPlannerResEncM", "nnUNetResEncUNetMPlans")]
 )
-def test_3d_fullres_is_taken_by_itself(tmp_path, planner, plans):
+def test_3d_fullres_is_the_default(tmp_path, planner, plans):
     space = Workspace(tmp_path / "nnunet")
     dataset = "Dataset905_Volumes"
     generate_dataset(

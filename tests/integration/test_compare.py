@@ -1,4 +1,4 @@
-"""The study for real: planning, pre-training, fine-tuning, prediction; what is told of mistakes; what it does twice."""
+"""A real study with planning, pre-training, fine-tuning and prediction; its errors; and what a second start repeats."""
 
 import csv
 import hashlib
@@ -65,7 +65,7 @@ def hashes(folder):
 
 
 def interrupt(command, environment, log, word):
-    """Ctrl-C, which all processes get, once a word stands in a log."""
+    """Send SIGINT to all processes of a command, like Ctrl-C, as soon as its log contains a word."""
     process = subprocess.Popen(
         [*map(str, command)],
         env=environment,
@@ -84,7 +84,7 @@ def interrupt(command, environment, log, word):
 def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     before = hashes(workspace.folder)
     folder = tmp_path / "study"
-    # no workers, as in a container with little shared memory
+    # users of containers with little shared memory train without workers
     command, without = ["nnUNetv2_macl_compare", *SHORT, "-o", folder], {"nnUNet_n_proc_DA": "0"}
     command, options = [*command, "--pretrain_iterations", "100"], replace(OPTIONS, pretrain_iterations=100)
     log = folder / "pretraining" / "restore" / "log.txt"
@@ -114,7 +114,7 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     assert trained_on.isdisjoint(split["test"]) and len(trained_on) == 3
     assert all(path.stat().st_nlink > 1 for path in raw.rglob("*.nii.gz"))  # named again, not copied
     (encoder,) = folder.glob("pretraining/restore/**/macl_encoder.pth")
-    # two labelled, four unlabelled, neither of test nor of validation
+    # two labelled and four unlabelled images, no test or validation case
     assert checkpoints.load(encoder)["dataset_fingerprint"]["images"] == 6
     taken = next((folder / "cells").glob("pretrained*/**/training_log*")).read_text()
     assert "encoder: 64 of 64 tensors taken" in taken
@@ -136,19 +136,19 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
         compare(replace(options, epochs=3), folder=folder, device="cpu")
     assert hashes(folder) == done
 
-    # an arm that cannot be is refused, and the study is as it was
+    # an arm whose weights do not fit is refused, and the study does not change
     (encoder,) = folder.rglob("macl_encoder.pth")
     content = checkpoints.load(encoder)
     content["network_weights"] = {key: value[:3] for key, value in content["network_weights"].items()}
     checkpoints.save(content, tmp_path / "small.pth")
-    with pytest.raises(UserError, match=r"are for another network.*\n\nThe study cannot have the arm weights:"):
+    with pytest.raises(UserError, match=r"are for another network(.|\n)*arm weights:"):
         compare(
             replace(options, arms=[*options.arms, f"weights:{tmp_path / 'small.pth'}"]), folder=folder, device="cpu"
         )
     log = "planning/log.txt"
     assert {**hashes(folder), log: ""} == {**done, log: ""}
 
-    # arms may be added; what is done is not done again
+    # an added arm runs, and finished cells do not run again
     compare(replace(options, arms=[*options.arms, "encoder"]), folder=folder, device="cpu")
     assert "[6/6]" in caplog.text and "| encoder |" in (folder / "compare.md").read_text()
     now = hashes(folder)
@@ -169,7 +169,7 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
         (dict(plan=__file__), ["test_compare.py", "--plan FILE.json"]),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(workspace, tmp_path, change, words):
+def test_mistakes_are_reported_before_anything_is_written(workspace, tmp_path, change, words):
     with pytest.raises(UserError) as error:
         compare(replace(OPTIONS, **change), folder=tmp_path / "study", device="cpu")
     assert all(word in str(error.value) for word in words), error.value
@@ -177,7 +177,7 @@ def test_mistakes_are_told_before_anything_is_written(workspace, tmp_path, chang
 
 
 @pytest.mark.slow
-def test_several_splits_have_reports_of_their_own_and_one_over_all(workspace, tmp_path):
+def test_each_split_has_a_report_and_all_splits_together_have_one(workspace, tmp_path):
     folder = tmp_path / "study"
     options = replace(OPTIONS, arms=["scratch", "recipe:restore", "recipe:simclr"])
     compare(options, splits=2, folder=folder, device="cpu", processes=1, jobs=2)
@@ -186,7 +186,7 @@ def test_several_splits_have_reports_of_their_own_and_one_over_all(workspace, tm
     text = (folder / "compare.md").read_text()
     for arm in ("recipe-restore", "recipe-simclr"):
         assert re.search(rf"\| {arm} \| 2 \| [+-]\d\.\d+ \(", text)
-    # pre-trainings that run at the same time keep their own recipe
+    # pre-trainings that run at the same time do not share a recipe
     plans = {
         file.parts[-6]: json.loads(file.read_text())
         for file in folder.glob("split_0/pretraining/*/nnUNet_results/**/macl_plan.json")
@@ -198,7 +198,7 @@ def test_several_splits_have_reports_of_their_own_and_one_over_all(workspace, tm
 
 
 @pytest.mark.slow
-def test_a_plan_of_the_users_own_is_taken_as_it_stands(workspace, tmp_path):
+def test_the_users_plan_is_used_unchanged(workspace, tmp_path):
     plan = json.loads((workspace.preprocessed / DATASET / "nnUNetPlans.json").read_text())
     plan["plans_name"], plan["dataset_name"] = "myPlans", "Dataset555_Elsewhere"
     plan["configurations"]["2d"]["patch_size"] = [32, 32]
@@ -207,35 +207,33 @@ def test_a_plan_of_the_users_own_is_taken_as_it_stands(workspace, tmp_path):
     compare(replace(OPTIONS, arms=["scratch"], plan=str(tmp_path / "mine.json")), folder=folder, device="cpu")
     (used,) = folder.glob("cells/*/*/*__myPlans__2d/plans.json")
     assert json.loads(used.read_text()) == plan | {"dataset_name": DATASET}
-    assert f"The plan of all arms is {tmp_path / 'mine.json'}" in (folder / "compare.md").read_text()
+    assert str(tmp_path / "mine.json") in (folder / "compare.md").read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "finetuning, words", [("adamw", "as nnU-Net trains, but with AdamW"), ("paper", "as the paper has it")]
-)
-def test_every_way_of_fine_tuning(workspace, tmp_path, finetuning, words):
+@pytest.mark.parametrize("finetuning, words", [("adamw", "AdamW"), ("paper", "paper")])
+def test_every_kind_of_fine_tuning(workspace, tmp_path, finetuning, words):
     folder = tmp_path / "study"
     arms = ["scratch", "recipe:restore,restoration_share=0.5"]
     compare(replace(OPTIONS, arms=arms, finetuning=finetuning, rates=[5e-4]), folder=folder, device="cpu")
-    assert f"Fine-tuning is {words}." in (folder / "compare.md").read_text()
+    assert re.search(rf"Fine-tuning .*{words}", (folder / "compare.md").read_text())
     (plan,) = folder.glob("pretraining/*/nnUNet_results/**/macl_plan.json")
     assert json.loads(plan.read_text())["settings"]["restoration_share"] == 0.5
     for cell in ("scratch", "recipe-restore-restoration_share-0-5"):
         (checkpoint,) = (folder / "cells").glob(f"{cell}_*/**/checkpoint_final.pth")
         state = torch.load(checkpoint, map_location="cpu", weights_only=False)["optimizer_state"]
-        # both are Adam's kin, with the rate that was asked for
+        # both optimisers are variants of Adam and have the learning rate of the options
         assert "exp_avg" in state["state"][0] and state["param_groups"][0]["lr"] <= 5e-4
 
 
-def test_a_case_without_label(workspace, tmp_path):
+def test_a_case_without_label_is_refused(workspace, tmp_path):
     label = next((workspace.raw / DATASET / "labelsTr").iterdir())
     label.unlink()
     with pytest.raises(UserError, match=label.name.partition(".")[0]):
         compare(OPTIONS, folder=tmp_path / "study", device="cpu")
 
 
-def test_images_that_are_not_there(workspace, tmp_path):
+def test_missing_images_and_keys_are_refused(workspace, tmp_path):
     raw = workspace.raw / DATASET
     for folder in ("imagesTr", "imagesUn"):
         image = next((raw / folder).iterdir())
@@ -247,7 +245,7 @@ def test_images_that_are_not_there(workspace, tmp_path):
         (tmp_path / "aside").rename(image)
     image = next((raw / "imagesTr").iterdir())
     image.rename(image.with_name(image.name.replace("_0000", "_0001")))
-    with pytest.raises(UserError, match=r"_0001\.nii\.gz, and the data set has 1 channel"):
+    with pytest.raises(UserError, match=r"_0001\.nii\.gz.* 1 channel"):
         compare(OPTIONS, folder=tmp_path / "study", device="cpu", dry_run=True)
     description = json.loads((raw / "dataset.json").read_text())
     del description["file_ending"]
@@ -256,8 +254,8 @@ def test_images_that_are_not_there(workspace, tmp_path):
         compare(OPTIONS, folder=tmp_path / "study", device="cpu", dry_run=True)
 
 
-def test_a_dry_run_and_unlabelled_images_of_a_test_patient(workspace, tmp_path, caplog):
-    """The cases are of two a patient, one of them in imagesUn for some."""
+def test_unlabelled_images_of_a_test_patient_are_left_out(workspace, tmp_path, caplog):
+    """Some patients have two images, one labelled and one in imagesUn."""
     raw = workspace.raw / DATASET
     for folder in ("imagesTr", "labelsTr", "imagesUn"):
         for number, path in enumerate(sorted((raw / folder).iterdir())):
@@ -270,22 +268,20 @@ def test_a_dry_run_and_unlabelled_images_of_a_test_patient(workspace, tmp_path, 
     (line,) = re.findall(r"pre-training: .*", caplog.text)
     apart = re.findall(r"(?:test|validation): .*: (.*)", caplog.text)
     left_out = sum(f"p{n}_" in " ".join(apart) for n in range(4))
-    assert (
-        left_out >= 2 and f"{2 + 4 - left_out} images" in line and f"({left_out} there are of patients above)" in line
-    )
+    assert left_out >= 2 and f"{2 + 4 - left_out} images" in line and re.search(rf"\(.* {left_out} .*patients\)", line)
 
 
-def test_a_dry_run_tells_what_will_not_do(workspace, tmp_path, caplog):
+def test_a_dry_run_warns_of_unknown_patients_and_of_few_cases(workspace, tmp_path, caplog):
     caplog.set_level("INFO", logger="nnunetv2_macl")
     compare(OPTIONS, folder=tmp_path / "study", device="cpu", dry_run=True)
-    assert "--group_regex" in caplog.text and "2 test patients will not tell" in caplog.text
+    assert "--group_regex" in caplog.text and re.search(r"attention: .*2 test patients", caplog.text)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", ["the paper's fine-tuning in 3D", "weights of another network"])
-def test_what_would_stop_a_cell_is_told_before_pretraining(workspace, tmp_path, mistake):
+def test_mistakes_that_would_stop_a_cell_are_reported_before_pretraining(workspace, tmp_path, mistake):
     if mistake == "weights of another network":
-        # pre-trained for 2D, and asked for in 3D
+        # weights of a 2D pre-training do not fit a 3D network
         workspace.pretrain("901", "-c", "2d", epochs=1)
         weights = workspace.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"
         change, words = dict(arms=["scratch", "pretrained", f"weights:{weights}"]), "are for another network"
@@ -299,14 +295,14 @@ def test_what_would_stop_a_cell_is_told_before_pretraining(workspace, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_configuration_that_is_not_in_the_plan(workspace, tmp_path):
+def test_a_configuration_that_the_plan_lacks_is_refused(workspace, tmp_path):
     with pytest.raises(UserError, match="no configuration '3d_lowres', only 2d"):
         compare(replace(OPTIONS, configuration="3d_lowres"), folder=tmp_path / "study", device="cpu", processes=2)
 
 
 @pytest.mark.slow
-def test_a_killed_study_in_3d_goes_on(workspace, tmp_path):
-    """Two numbers of labels, two seeds, two at a time; killed after its first cell."""
+def test_a_killed_study_in_3d_continues(workspace, tmp_path):
+    """The study has two numbers of labels and two seeds, runs two cells at a time, and is killed after its first cell."""
     folder = tmp_path / "study"
     more = ["-c", "3d_fullres", "--labels", "1", "2", "--seeds", "2", "--arms", "scratch", "recipe:pcl", "--jobs", "2"]
     command = ["nnUNetv2_macl_compare", *SHORT, *more, "-o", folder]
@@ -355,7 +351,7 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_training_goes_on_to_the_same_weights(workspace, monkeypatch):
+def test_an_interrupted_training_reaches_the_same_weights(workspace, monkeypatch):
     whole = trainer_of(workspace, monkeypatch, "whole", epochs=2)
     whole.run_training()
 
@@ -380,8 +376,8 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(workspace, monkeypa
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
 
 
-def test_batches_are_decided_by_seed_and_number(workspace):
-    """Whatever the workers, and whatever was drawn before."""
+def test_batches_depend_only_on_seed_and_number(workspace):
+    """Batches depend neither on the number of workers nor on earlier random draws."""
     plans = PlansManager(json.loads((workspace.preprocessed / DATASET / "nnUNetPlans.json").read_text()))
     dataset_json = json.loads((workspace.preprocessed / DATASET / "dataset.json").read_text())
     cases = nnUNetDatasetBlosc2(str(workspace.preprocessed / DATASET / "nnUNetPlans_2d"))

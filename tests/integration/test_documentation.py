@@ -1,4 +1,4 @@
-"""Every command block of README and docs, run for real on a generated data set: as it stands, but on a CPU and for a moment."""
+"""Every command in README and docs runs on a generated data set, on a CPU and with few steps."""
 
 import os
 import shutil
@@ -15,16 +15,16 @@ from nnunetv2_macl.synthetic import generate_dataset
 
 pytestmark = pytest.mark.slow
 
-# what a block may not do here: it would install, or run these tests again
+# blocks with this text are left out, because they install the package or run these tests
 NOT_HERE = "git clone"
-# the same commands, shorter
+# replaces the commands by shorter ones
 PRELUDE = """
 set -euo pipefail
 nnUNetv2_plan_and_preprocess() { command nnUNetv2_plan_and_preprocess "$@" -npfp 1 -np 1; }
 nnUNetv2_macl_doctor() { command nnUNetv2_macl_doctor "$@" -device cpu; }
 SHORT="-device cpu -np 2 -num_epochs 1 -num_iterations_per_epoch 2 -batch_size 4"
 nnUNetv2_train_macl_pretrain() {
-  [[ " $* " == *" -num_gpus "* ]] && set -- "${@:1:3}"  # there may be none
+  [[ " $* " == *" -num_gpus "* ]] && set -- "${@:1:3}"  # this machine may have no GPU
   command nnUNetv2_train_macl_pretrain "$@" $SHORT
 }
 torchrun() {
@@ -36,7 +36,7 @@ export nnUNet_def_n_proc=1
 export SLURM_JOB_NODELIST=here SLURM_NNODES=1 SLURM_JOB_ID=1
 scontrol() { echo localhost; }
 srun() { "$@"; }
-# every trainer that fine-tunes has a short twin; one that is not named is nnU-Net's own
+# replaces each fine-tuning trainer by its short variant; the default is nnU-Net's own trainer
 quick() {
   arguments=()
   local argument
@@ -104,7 +104,7 @@ class nnUNetTrainer_quick(nnUNetTrainer):
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    """Dataset027_ACDC with everything that a page may take for granted: planned and pre-trained."""
+    """Return a workspace with everything that a page may expect: Dataset027_ACDC, planned and pre-trained."""
     space = Workspace(tmp_path_factory.mktemp("docs") / "nnunet")
     raw = space.raw / "Dataset027_ACDC"
     generate_dataset(raw, labelled=5, unlabelled=3, test=1, shape=(8, 40, 48))
@@ -140,8 +140,8 @@ def bash(space, script):
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=name_of)
-def test_the_commands_of_a_page(page, space):
-    """In their order, in one shell, as a reader types them."""
+def test_the_commands_of_a_page_run(page, space):
+    """The commands run in their order in one shell, as a reader types them."""
     script = "\n".join(block for block in blocks(page, "bash") if NOT_HERE not in block)
     assert script
     bash(space, script)
@@ -149,7 +149,7 @@ def test_the_commands_of_a_page(page, space):
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
-def test_the_programs_of_a_page(page, space):
+def test_the_programs_of_a_page_run(page, space):
     for number, block in enumerate(blocks(page, "python")):
         file = space.folder / f"{page.parent.name}_{page.stem}_{number}.py"
         file.write_text(block)

@@ -1,4 +1,4 @@
-"""Fine-tuning, prediction and sharing with nnU-Net's own commands, from really pre-trained weights."""
+"""Fine-tuning, prediction and sharing with nnU-Net's own commands, from pre-trained weights."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 from nnunetv2_macl.training.run_folder import cases_seen, write_cases
 
 QUICK = "nnUNetTrainerMACL_quick"
-# a user's own trainer, in a folder of his own
+# a user's own trainer, which is in the user's own folder
 QUICK_TRAINER = f"""
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 
@@ -38,7 +38,7 @@ class {QUICK}(nnUNetTrainerMACL):
 
 @pytest.fixture(scope="module")
 def pretrained(planned, tmp_path_factory):
-    """A pre-trained data set, and a trainers folder of the user's own beside this package's."""
+    """Return a workspace with a pre-trained data set, a user's own trainer, and a training with this trainer."""
     space = Workspace(tmp_path_factory.mktemp("pretrained") / "nnunet")
     shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
     space.pretrain("901", "-c", "2d")
@@ -57,7 +57,7 @@ def load(file):
     return torch.load(file, map_location="cpu", weights_only=False)
 
 
-def test_the_log_says_what_was_taken(pretrained):
+def test_the_log_names_the_transferred_weights(pretrained):
     assert "encoder: 64 of 64 tensors taken" in pretrained.out
     assert re.search(r"decoder: [1-9]\d* of 60 tensors taken", pretrained.out)
     assert "decoder.seg_layers" in pretrained.out and "trained anew" in pretrained.out
@@ -67,7 +67,7 @@ def test_the_log_says_what_was_taken(pretrained):
 
 
 def test_training_starts_from_the_weights(pretrained):
-    """Half a rate of nothing in the first epoch's steps: the encoder is still near the pre-trained one, far from a fresh one."""
+    """Two short epochs with a warm-up change the encoder only a little."""
     weights = checkpoints.load(pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth")[
         "network_weights"
     ]
@@ -78,7 +78,7 @@ def test_training_starts_from_the_weights(pretrained):
 
 
 @pytest.mark.parametrize("optimizer, size", [("sgd", 1), ("adamw", 3)])
-def test_kernels_that_grew_are_scaled_back_for_sgd_alone(workspace, monkeypatch, optimizer, size):
+def test_only_for_sgd_are_kernels_scaled_to_their_initial_norms(workspace, monkeypatch, optimizer, size):
     monkeypatch.setattr(nnUNetTrainerMACL, "finetuning_optimizer", optimizer)
     folder = workspace.preprocessed / DATASET
     plans, dataset_json = (json.loads((folder / name).read_text()) for name in ("nnUNetPlans.json", "dataset.json"))
@@ -86,7 +86,6 @@ def test_kernels_that_grew_are_scaled_back_for_sgd_alone(workspace, monkeypatch,
     trainer = nnUNetTrainerMACL(plans, "2d", 0, dataset_json, torch.device("cpu"))
     trainer.initialize()
     fresh = {key: value.clone() for key, value in trainer.network.state_dict().items()}
-    # as many names of each kernel as nnU-Net gives it
     kernels = [key for key, value in fresh.items() if key.startswith("encoder.") and value.ndim > 2]
     grown = {key: -3 * fresh[key] for key in kernels}
     encoder = {key: value for key, value in fresh.items() if key.startswith("encoder.")} | grown
@@ -97,10 +96,10 @@ def test_kernels_that_grew_are_scaled_back_for_sgd_alone(workspace, monkeypatch,
     for key in kernels:
         torch.testing.assert_close(after[key], -size * fresh[key])
     log = next(Path(trainer.output_folder).glob("training_log*")).read_text()
-    assert ("scaled to the size of fresh ones" in log) == (optimizer == "sgd")
+    assert ("kernels before an instance norm are scaled" in log) == (optimizer == "sgd")
 
 
-def test_validation_images_that_pre_training_saw_are_told(workspace):
+def test_a_warning_names_validation_images_that_pretraining_saw(workspace):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     plans = configuration.plans_manager.plans | {"continue_training": False}
     trainer = nnUNetTrainerMACL(plans, "2d", 1, configuration.dataset_json, torch.device("cpu"))
@@ -114,17 +113,17 @@ def test_validation_images_that_pre_training_saw_are_told(workspace):
         ({"dataset_name": "Dataset902_Archive", "fold": "all"}, False),
         ({"dataset_name": "Dataset902_Archive", "dataset_fingerprint": {"unlabelled_datasets": [DATASET]}}, True),
     ):
-        # weights without their run's folder
+        # the weights are not in the folder of their run
         before = len(log.read_text())
         files = [Path("macl_encoder.pth")]
         trainer.load_macl_weights(PretrainedWeights(files, encoder, configuration.architecture(), description))
-        told = log.read_text()[before:]
-        assert ("were among the pre-training images" in told) == seen
-        assert ("nnUNetv2_train_macl_pretrain 901 -c 2d --exclude_fold 1 -device cpu" in told) == seen
+        logged = log.read_text()[before:]
+        assert ("were among the pre-training images" in logged) == seen
+        assert ("nnUNetv2_train_macl_pretrain 901 -c 2d --exclude_fold 1 -device cpu" in logged) == seen
 
 
-def test_validation_cases_that_a_run_saw_are_named_whatever_its_fold_is_called(workspace, tmp_path):
-    """The split may have changed since, and the same cases may have come in by another data set."""
+def test_validation_cases_that_a_run_saw_are_named_for_any_fold(workspace, tmp_path):
+    """The split may have changed since the pre-training, and another data set may contain the same cases."""
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     names = [case.name for case in training_cases(configuration)]
     splits = [{"train": names[2:], "val": names[:2]}, {"train": names[:3], "val": names[3:]}]
@@ -134,7 +133,7 @@ def test_validation_cases_that_a_run_saw_are_named_whatever_its_fold_is_called(w
     trainer.initialize()
     encoder = {key: value for key, value in trainer.network.state_dict().items() if key.startswith("encoder.")}
 
-    def told(description, *seen):
+    def logged(description, *seen):
         before = Path(trainer.log_file).read_text()
         write_cases(tmp_path, seen, resumed=False)
         files = [tmp_path / "macl_encoder.pth"]
@@ -144,27 +143,27 @@ def test_validation_cases_that_a_run_saw_are_named_whatever_its_fold_is_called(w
     other = {"dataset_name": "Dataset902_Archive", "fold": "all"}
     own = [(DATASET, name) for name in names]
     for description in ({"dataset_name": DATASET, "fold": "0"}, {"dataset_name": DATASET, "fold": "all"}, other):
-        out = told(description, *own[1:])
+        out = logged(description, *own[1:])
         assert "1 of this fold's 2 validation cases were among the pre-training images" in out
         assert f"labels: {names[1]}. To leave them out: nnUNetv2_train_macl_pretrain 901 -c 2d --exclude_fold 0" in out
-        assert "were among" not in told(description, *own[2:])
-        # cases of the same names of another data set
-        assert "were among" not in told(description, *(("Dataset902_Archive", name) for name in names))
-    # a run that was continued has seen what it saw before, too
+        assert "were among" not in logged(description, *own[2:])
+        # cases of another data set with the same names
+        assert "were among" not in logged(description, *(("Dataset902_Archive", name) for name in names))
+    # a continued run keeps the cases that it saw before
     write_cases(tmp_path, own[:1], resumed=False)
     write_cases(tmp_path, own[4:], resumed=True)
     assert cases_seen(tmp_path) == {DATASET: {names[0], names[4]}}
     supervised = {"kind": "nnunet", "dataset_name": DATASET, "fold": 1}
-    assert "trained with the labels of" in told(supervised) and "with the labels" not in told(supervised | {"fold": 0})
+    assert "with the labels" in logged(supervised) and "with the labels" not in logged(supervised | {"fold": 0})
 
 
-def test_checkpoints_are_those_of_the_stock_trainer(pretrained):
+def test_checkpoints_name_nnunets_own_trainer(pretrained):
     checkpoint = load(pretrained.run_folder(QUICK, fold=0) / "checkpoint_final.pth")
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
     assert checkpoint["macl"]["trainer"] == QUICK and checkpoint["macl"]["recipe"]["weight_restoration"] == 1.0
 
 
-def test_going_on_and_validating_need_no_pretrained_weights(pretrained):
+def test_continuing_and_validating_need_no_pretrained_weights(pretrained):
     nowhere = {"nnUNet_macl_weights": str(pretrained.folder / "nowhere")}
     folder = pretrained.run_folder(QUICK, fold=0)
     assert "Mean Validation Dice" in pretrained.train("0", "-tr", QUICK, "--val", **nowhere)
@@ -175,8 +174,8 @@ def test_going_on_and_validating_need_no_pretrained_weights(pretrained):
     assert load(folder / "checkpoint_final.pth")["macl"]["trainer"] == QUICK
 
 
-def test_prediction_on_a_machine_that_never_heard_of_this_package(pretrained, tmp_path):
-    """The package is shadowed by one that raises; nnU-Net predicts, exports and installs all the same."""
+def test_prediction_without_this_package(pretrained, tmp_path):
+    """Importing this package raises an error, but nnU-Net predicts, exports and installs."""
     shadow = tmp_path / "shadow"
     (shadow / "nnunetv2_macl").mkdir(parents=True)
     (shadow / "nnunetv2_macl" / "__init__.py").write_text("raise ImportError('not on this machine')")
@@ -196,27 +195,27 @@ def test_prediction_on_a_machine_that_never_heard_of_this_package(pretrained, tm
     assert one == other
 
 
-def test_find_best_configuration(pretrained):
+def test_nnunet_finds_the_best_configuration(pretrained):
     out = pretrained.run(
         "nnUNetv2_find_best_configuration", "901", "-c", "2d", "-tr", QUICK, "-f", "0", "--disable_ensembling"
     )
     assert "nnUNetv2_predict" in out and QUICK in out
 
 
-def test_stock_pretrained_weights_and_they_win_over_ours(pretrained):
+def test_nnunets_option_takes_precedence_over_the_variable(pretrained):
     network = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_network.pth"
     out = pretrained.train("0", "-tr", QUICK, "-pretrained_weights", network, nnUNet_macl_weights="/nowhere")
     assert "Loading pretrained weights from file" in out and "MACL weights from" not in out
 
 
 @pytest.mark.slow
-def test_the_stock_trainer_takes_the_whole_network(pretrained):
+def test_nnunets_own_trainer_loads_the_whole_network(pretrained):
     network = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_network.pth"
     out = pretrained.train("1", "-tr", "nnUNetTrainer_1epoch", "-pretrained_weights", network, nnUNet_extTrainer="")
     assert "Loading pretrained weights from file" in out and "Training done" in out
 
 
-def test_weights_named_by_the_variable(pretrained):
+def test_the_variable_names_the_weights(pretrained):
     encoder = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"
     out = pretrained.train("2", "-tr", QUICK, nnUNet_macl_weights=str(encoder))
     assert "encoder: 64 of 64" in out and "decoder: 0 of 60" in out
@@ -225,7 +224,7 @@ def test_weights_named_by_the_variable(pretrained):
 def test_weights_of_another_network_are_refused(pretrained, tmp_path):
     content = checkpoints.load(pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth")
     content["architecture"]["arch_kwargs"]["features_per_stage"][0] = 999
-    # every convolution has one output channel too many
+    # add an output channel to every convolution
     content["network_weights"] = {
         key: torch.cat([value, value[:1]]) for key, value in content["network_weights"].items()
     }
@@ -237,8 +236,8 @@ def test_weights_of_another_network_are_refused(pretrained, tmp_path):
     assert "nnUNetv2_train_macl_pretrain 901 -c 2d" in str(shown.value)
 
 
-def test_weights_of_a_network_with_other_channels_from_nnssl(pretrained, tmp_path):
-    """As nnssl saves them; the table that the command shows is the one in the log of the training."""
+def test_nnssl_weights_of_a_network_with_other_channels(pretrained, tmp_path):
+    """The command shows the same table as the log of the training."""
     content = checkpoints.load(pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth")
     architecture, weights = content["architecture"], content["network_weights"]
     stem = [key for key in weights if key.startswith("encoder.stages.0.0.convs.0.") and weights[key].ndim == 4]
@@ -253,7 +252,7 @@ def test_weights_of_a_network_with_other_channels_from_nnssl(pretrained, tmp_pat
     file = tmp_path / "nnssl.pth"
     checkpoints.save({"network_weights": weights, "nnssl_adaptation_plan": plan, "citations": ["cite me"]}, file)
     shown = pretrained.run("nnUNetv2_macl_transfer", file, "901", "-c", "2d")
-    assert "of another network, input_channels is 3 there and 1 here" in shown
+    assert "another network, input_channels is 3 there and 1 here" in shown
     table = shown[shown.index("part ") :].strip().splitlines()
     assert "3 image channels there, 1 here" in table[1] and "adapted" in table[1]
     out = pretrained.train("3", "-tr", QUICK, nnUNet_macl_weights=str(file))
@@ -262,8 +261,8 @@ def test_weights_of_a_network_with_other_channels_from_nnssl(pretrained, tmp_pat
     assert load(pretrained.run_folder(QUICK, fold=3) / "checkpoint_final.pth")["macl"]["citations"] == ["cite me"]
 
 
-def test_exported_for_the_stock_trainer(pretrained, tmp_path):
-    """From the encoder alone a whole network is made, which nnU-Net's own option takes."""
+def test_an_encoder_exported_for_nnunets_own_option(pretrained, tmp_path):
+    """The export completes the encoder to a whole network."""
     encoder = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"
     pretrained.run("nnUNetv2_macl_export", encoder, "-o", tmp_path / "whole.pth", "--format", "nnunet")
     out = pretrained.train("3", "-tr", QUICK, "-pretrained_weights", tmp_path / "whole.pth")
@@ -279,7 +278,7 @@ def test_fine_tuning_before_pre_training_names_the_command(planned, tmp_path):
 
 
 @pytest.mark.parametrize("epochs", [1, 5, 10, 20, 50, 100, 250, 500])
-def test_variants_are_found_by_nnunet(epochs, monkeypatch):
+def test_nnunet_finds_the_variants_of_the_trainer(epochs, monkeypatch):
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     from nnunetv2_macl.files import resource_folder
@@ -290,8 +289,7 @@ def test_variants_are_found_by_nnunet(epochs, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_package_of_others_is_installed_and_fine_tuned_from(pretrained, tmp_path):
-    """By the commands that are told, into results that hold nothing else."""
+def test_fine_tuning_from_an_installed_package_of_weights(pretrained, tmp_path):
     run, package = pretrained.run_folder("nnUNetTrainerMACLPretrain"), tmp_path / "weights.zip"
     pretrained.run("nnUNetv2_macl_export", run, "-o", package)
     elsewhere = {"nnUNet_results": str(tmp_path / "results")}
@@ -315,7 +313,7 @@ def test_the_report_of_a_fine_tuned_model(pretrained, tmp_path):
     ):  # fmt: skip
         assert words in page.words, words
     assert all(r.startswith(("data:image/", "#")) for r in page.references)
-    # slice, labels and what is predicted of the one validation case
+    # slice, labels and prediction of the only validation case
     assert sum(r.startswith("data:image/") for r in page.references) == 3
 
     copy = shutil.copytree(folder.parent, tmp_path / folder.parent.name) / "fold_0"

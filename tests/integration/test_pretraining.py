@@ -1,4 +1,4 @@
-"""Pre-training for real: nnU-Net's plan, its preprocessing, its run loop; small volumes."""
+"""Pre-training on small volumes, with nnU-Net's real planning, preprocessing and training loop."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def hashes(folder):
 
 
 def stock_network(workspace, plans="nnUNetPlans"):
-    """nnU-Net's own network for the plan."""
+    """Return nnU-Net's own network for the plan."""
     folder = workspace.preprocessed / DATASET
     manager = PlansManager(json.loads((folder / f"{plans}.json").read_text()))
     return nnUNetTrainer.build_network_architecture(manager, manager.get_configuration("2d"), 1, 3, True)
@@ -50,12 +50,12 @@ def same(one, other):
 
 def test_the_command_from_beginning_to_end(workspace):
     generate_dataset(workspace.raw / "Dataset902_Other", labelled=2, unlabelled=0, test=0, shape=(6, 40, 48), seed=3)
-    shutil.rmtree(workspace.raw / DATASET / "labelsTr")  # labels are never opened
+    shutil.rmtree(workspace.raw / DATASET / "labelsTr")  # pre-training never opens labels
     before = hashes(workspace.preprocessed)
     out = workspace.pretrain("901", "-c", "2d", "-u", "902", "-recipe", "macl_restore", epochs=2, steps=3)
 
     assert hashes(workspace.preprocessed) == before, "nnU-Net's own files changed"
-    assert "Pre-training on 11 images" in out  # 5 of imagesTr, 4 of imagesUn, 2 of the other data set
+    assert "Pre-training on 11 images" in out  # 5 in imagesTr, 4 in imagesUn, 2 in the other data set
     lines = re.findall(r"Epoch \d+ .*L_g [\d.]+  L_d [\d.]+  L_R [\d.]+ .*patches/s .* left", out)
     assert len(lines) == 2
     assert "nnUNetv2_train 901 2d 0 -tr nnUNetTrainerMACL" in out
@@ -100,10 +100,10 @@ def test_the_command_from_beginning_to_end(workspace):
     assert checkpoints.load(previous / "macl_encoder.pth")["epochs"] == 2
     assert (
         "Preprocessing 2 unlabelled cases into" in out and "unlabelled cases into" not in moved
-    )  # what is done is not done again
+    )  # preprocessed cases are used again
 
 
-def test_weights_change_and_the_seed_decides(workspace):
+def test_the_seed_determines_the_weights(workspace):
     options = dict(device="cpu", num_epochs=1, num_iterations_per_epoch=2, batch_size=4)
 
     def weights(**more):
@@ -115,7 +115,7 @@ def test_weights_change_and_the_seed_decides(workspace):
     assert not same(one, {k: v for k, v in stock_network(workspace).state_dict().items() if k in one})
 
 
-def test_stock_train_command_and_excluded_fold_are_the_same_thing(workspace):
+def test_nnunets_command_with_a_fold_equals_ours_with_an_excluded_fold(workspace):
     workspace.pretrain("901", "-c", "2d", "--exclude_fold", "1")
     folder = workspace.run_folder(PRETRAIN, fold=1)
     ours = checkpoints.load(folder / "macl_encoder.pth")
@@ -127,8 +127,8 @@ def test_stock_train_command_and_excluded_fold_are_the_same_thing(workspace):
     assert same(ours["network_weights"], theirs["network_weights"])
 
 
-def test_stock_train_command_derives_the_plan_where_there_is_none(workspace):
-    """Checked up to the first log line of the training: 250 epochs of 250 steps are too long to wait for."""
+def test_nnunets_command_derives_a_missing_plan(workspace):
+    """The test ends at the first log line of the training, because 250 epochs would take too long."""
     command = ["nnUNetv2_train", "901", "2d", "all", "-tr", PRETRAIN, "-device", "cpu"]
     process = subprocess.Popen(
         command, env=workspace.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -145,8 +145,7 @@ def test_stock_train_command_derives_the_plan_where_there_is_none(workspace):
 
 
 @pytest.mark.slow
-def test_a_trainer_of_the_users_own(workspace):
-    """Started, gone on with and fine-tuned from by the commands that it tells."""
+def test_the_commands_that_a_users_trainer_prints(workspace):
     mine = workspace.folder / "mine"
     mine.mkdir()
     (mine / f"{PRETRAIN}_mine.py").write_text(
@@ -159,11 +158,11 @@ def test_a_trainer_of_the_users_own(workspace):
     out = workspace.run(*command, nnUNet_extTrainer=both)
     folder = workspace.run_folder(f"{PRETRAIN}_mine")
     assert (folder / "macl_encoder.pth").is_file() and f"export nnUNet_macl_weights={folder}" in out
-    told = command_to_go_on(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), "all", "cpu", f"{PRETRAIN}_mine")
-    assert told == " ".join([*command, "--c"])
+    resume = command_to_go_on(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), "all", "cpu", f"{PRETRAIN}_mine")
+    assert resume == " ".join([*command, "--c"])
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(workspace):
+def test_a_killed_run_reaches_the_same_weights(workspace):
     arguments = ["nnUNetv2_train_macl_pretrain", "901", "-c", "2d", "-device", "cpu", "-num_epochs", "3"]
     arguments += ["-num_iterations_per_epoch", "3", "-batch_size", "4"]
     folder = workspace.run_folder(PRETRAIN)
@@ -209,7 +208,7 @@ def test_recipes_run(workspace, recipe):
     assert bool(weights) == recipe.startswith("table6")
 
 
-def test_a_run_of_one_epoch_has_the_first_training_stage_alone(workspace):
+def test_a_run_of_one_epoch_has_only_the_first_training_stage(workspace):
     folder = pretrain(
         DATASET, "2d", recipe="table6_two_stages_downsampling", device="cpu", num_epochs=1, num_iterations_per_epoch=2,
         batch_size=4,
@@ -217,11 +216,11 @@ def test_a_run_of_one_epoch_has_the_first_training_stage_alone(workspace):
     torch.manual_seed(12345)
     made = stock_network(workspace).state_dict()
     trained = checkpoints.load(folder / "macl_network.pth")["network_weights"]
-    # The second stage would leave the encoder as it was made.
+    # The second stage does not change the encoder.
     assert any(not torch.equal(made[k], v) for k, v in trained.items() if k.startswith("encoder."))
 
 
-def test_collapse_is_told_and_written_and_stops_the_run(workspace, tmp_path):
+def test_collapse_is_reported_and_logged_and_stops_the_run(workspace, tmp_path):
     recipe = tmp_path / "collapses.json"
     values = {"threshold": 1.0, "limit_positives": False, "weight_dense": 0.0, "weight_equivariance": 10.0}
     values |= {"standardise_projector": False, "collapse_patience": 2, "optimizer": "sgd"}
@@ -229,7 +228,7 @@ def test_collapse_is_told_and_written_and_stops_the_run(workspace, tmp_path):
     out = workspace.pretrain("901", "-c", "2d", "-recipe", recipe, code=1, epochs=6, steps=20)
     assert "COLLAPSED" in out and "own_view_weight" in out and "was stopped" in out
     folder = workspace.run_folder(PRETRAIN)
-    # what the user is told to do, to go on all the same
+    # follow the instructions to continue anyway
     plan, command = re.search(r"set collapse_patience to 0 in (\S+) and type:\n +(.*--c)$", out, re.M).groups()
     Path(plan).write_text(Path(plan).read_text().replace('"collapse_patience": 2', '"collapse_patience": 0'))
     assert "The run ended COLLAPSED" in workspace.run(*command.split())
@@ -238,7 +237,7 @@ def test_collapse_is_told_and_written_and_stops_the_run(workspace, tmp_path):
     assert not list(folder.glob(".macl_running*"))
 
 
-def test_residual_encoder_plan(workspace):
+def test_a_plan_with_a_residual_encoder(workspace):
     workspace.run("nnUNetv2_plan_experiment", "-d", "901", "-pl", "nnUNetPlannerResEncM")
     plans = "nnUNetResEncUNetMPlans"
     workspace.run("nnUNetv2_preprocess", "-d", "901", "-plans_name", plans, "-c", "2d", "-np", "2")
@@ -250,8 +249,8 @@ def test_residual_encoder_plan(workspace):
     assert encoder.keys() == {key for key in own if key.startswith("encoder.")}
 
 
-def test_single_files_are_2d(workspace):
-    """Natural images: no slice axis, channels in one file, PNG through nnU-Net's own reader."""
+def test_2d_files_with_all_channels_in_one_file(workspace):
+    """nnU-Net's own reader reads PNG files, which have no slice axis and all channels in one file."""
     import numpy as np
     from skimage import io
 
@@ -274,7 +273,7 @@ def test_single_files_are_2d(workspace):
     assert content["architecture"]["input_channels"] == 3 and content["dataset_fingerprint"]["images"] == 8
 
 
-def test_two_runs_into_one_folder(workspace):
+def test_a_second_run_in_a_folder_is_refused(workspace):
     folder = workspace.run_folder(PRETRAIN)
     folder.mkdir(parents=True)
     lock = folder / ".macl_running.json"
@@ -288,7 +287,7 @@ def test_two_runs_into_one_folder(workspace):
     finally:
         sleeper.kill()
         sleeper.wait()
-    workspace.pretrain("901", "-c", "2d")  # the process is gone: its lock is taken over
+    workspace.pretrain("901", "-c", "2d")  # the process has ended, so its lock is taken over
     assert not lock.exists()
 
 
@@ -309,7 +308,7 @@ def test_two_runs_into_one_folder(workspace):
         (dict(num_gpus=2), ["-num_gpus 2", "cuda"]),
         (dict(unlabelled=["Dataset777_No"]), ["Dataset777_No"]),
         (dict(unlabelled=[901]), ["-u", DATASET, "itself"]),
-        (dict(continue_training=True), ["no run to go on with", "--c"]),
+        (dict(continue_training=True), ["fold_all", "--c"]),
     ],
 )
 def test_mistakes_are_explained_and_nothing_is_written(workspace, arguments, words):
@@ -323,7 +322,7 @@ def test_mistakes_are_explained_and_nothing_is_written(workspace, arguments, wor
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_a_device(workspace):
+def test_cuda_without_a_device_is_refused(workspace):
     with pytest.raises(UserError, match="no CUDA device"):
         pretrain("901", "2d")
 
@@ -336,7 +335,7 @@ def test_mistakes_on_the_command_line_end_with_code_1_and_no_traceback(workspace
     assert process.returncode == 1 and "export nnUNet_raw=" in process.stderr and "Traceback" not in process.stderr
 
 
-def test_options_that_cannot_change_are_told_when_going_on(workspace):
+def test_changed_options_are_named_when_a_run_continues(workspace):
     generate_dataset(workspace.raw / "Dataset902_Other", labelled=1, unlabelled=0, test=0, shape=(6, 40, 48))
     options = dict(device="cpu", unlabelled=[902, "902"])
     pretrain("901", "2d", num_epochs=1, num_iterations_per_epoch=1, batch_size=4, **options)
@@ -345,7 +344,7 @@ def test_options_that_cannot_change_are_told_when_going_on(workspace):
     assert "-u" not in str(error.value)
 
 
-def test_going_on_without_an_image_that_went_bad_meanwhile(workspace):
+def test_a_run_continues_without_an_image_that_became_unreadable(workspace):
     options = dict(device="cpu", num_iterations_per_epoch=1, batch_size=4)
     folder = pretrain("901", "2d", num_epochs=1, **options)
     (folder / "checkpoint_final.pth").rename(folder / "checkpoint_latest.pth")
@@ -360,7 +359,7 @@ def test_going_on_without_an_image_that_went_bad_meanwhile(workspace):
         pretrain("901", "2d", device="cpu", continue_training=True, channel_map={"MR0": "CT"})
 
 
-def test_a_run_goes_on_in_smaller_parts_to_nearly_the_same_weights(workspace):
+def test_a_run_that_continues_in_smaller_parts_reaches_nearly_the_same_weights(workspace):
     options = dict(device="cpu", batch_size=4, recipe="paper")
     folder = pretrain("901", "2d", num_epochs=2, num_iterations_per_epoch=1, **options)
     whole = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]

@@ -1,4 +1,4 @@
-"""Semi-supervised training with nnU-Net's own commands: from raw images over pre-training to a stock prediction."""
+"""Semi-supervised training with the real commands, from raw images to a prediction without this package."""
 
 import os
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 QUICK = "nnUNetTrainerMACLSemi_quick"
-# a trainer in a folder of the user's own
+# a user's own trainer, which is in the user's own folder
 QUICK_TRAINER = f"""
 from nnunetv2_macl.semi_supervised.settings import SemiSettings
 from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
@@ -23,7 +23,7 @@ class {QUICK}(nnUNetTrainerMACLSemi):
 
 
 @pytest.mark.slow
-def test_from_raw_images_to_a_prediction_without_this_package(workspace, tmp_path):
+def test_semi_supervised_training_and_prediction_without_this_package(workspace, tmp_path):
     workspace.pretrain("901", "-c", "2d", "--exclude_fold", "0")
     trainers, shadow = tmp_path / "trainers", tmp_path / "shadow"
     trainers.mkdir()
@@ -53,7 +53,7 @@ def test_from_raw_images_to_a_prediction_without_this_package(workspace, tmp_pat
 
 @pytest.mark.slow
 def test_a_study_with_semi_supervised_arms(workspace, tmp_path):
-    """The labels of cases that are not drawn are not used: these cases are unlabelled images."""
+    """Labelled cases that are not drawn count as unlabelled images."""
     arms = ["scratch", "semi:scratch", "semi,mixing=copy_paste,confidence=0.5:pretrained"]
     out = workspace.run(
         "nnUNetv2_macl_compare", "901", "-c", "2d", "--arms", *arms, "--labels", "1", "--seeds", "1", "--rates", "1e-2",
@@ -65,5 +65,5 @@ def test_a_study_with_semi_supervised_arms(workspace, tmp_path):
     table = (tmp_path / "study" / "compare.csv").read_text()
     assert "semi-scratch" in table and "semi-mixing-copy_paste-confidence-0-5-pretrained" in table
     (log,) = (tmp_path / "study" / "cells").glob("semi-scratch*/**/training_log*")
-    # four in imagesUn; of five labelled cases one is trained on, one validated on, one tested on
+    # four images in imagesUn; one of five labelled cases each is for training, validation and test
     assert "Unlabelled images: 6, of which 2 are labelled cases" in log.read_text()

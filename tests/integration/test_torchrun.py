@@ -1,4 +1,4 @@
-"""Two processes started by torchrun: the same weights as one, one writer, and no hang when one dies."""
+"""Two processes of torchrun give the weights of one process, write once, and do not hang if one dies."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def torchrun(*arguments):
 
 
 def test_two_processes_make_the_weights_of_one(workspace, tmp_path):
-    # AdamW divides by the gradient's size, so that rounding alone moves a weight that has none
+    # not AdamW, which divides by the size of the gradient and so amplifies rounding errors
     recipe = tmp_path / "sgd.json"
     recipe.write_text(json.dumps({"inherits_from": "macl", "optimizer": "sgd", "learning_rate": 0.01}))
     short = dict(num_epochs=2, num_iterations_per_epoch=2, recipe=recipe)
@@ -65,24 +65,24 @@ run.pretrain(901, "2d", device="cpu", exclude_fold=0, **short)
 """
 
 
-def test_a_plan_that_another_command_writes_meanwhile_changes_nothing(workspace, tmp_path):
+def test_a_plan_that_another_command_writes_during_the_start_is_not_used(workspace, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(MEANWHILE)
     workspace.run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script)
     trained_by = workspace.run_folder(PRETRAIN) / "macl_plan.json"
     assert json.loads(trained_by.read_text())["recipe"]["method"] == "restoration"
-    # several in one script, as one would for folds
+    # a script may call the function several times, for example for several folds
     assert (workspace.run_folder(PRETRAIN, fold=0) / checkpoints.ENCODER_FILE).is_file()
     trained = json.loads((workspace.run_folder(PRETRAIN) / "macl_plan.json").read_text())["recipe"]
     assert trained["method"] == "restoration"
 
 
-def test_a_mistake_is_told_once_and_ends_all(workspace):
+def test_a_mistake_is_reported_once_and_ends_all_processes(workspace):
     out = workspace.run(*torchrun("-recipe", "nope"), code=1)
     assert out.count("Error: No recipe 'nope'") == 1
 
 
-def test_a_process_that_dies_takes_the_job_down(workspace):
+def test_the_job_ends_if_one_process_dies(workspace):
     command = torchrun("-num_epochs", "100", "-num_iterations_per_epoch", "100")
     log = workspace.folder / "torchrun.txt"
     with log.open("w") as stream:
@@ -103,7 +103,7 @@ def test_a_process_that_dies_takes_the_job_down(workspace):
 
 
 @pytest.mark.slow
-def test_what_is_said_to_the_process_that_started_the_ranks_is_passed_on(workspace):
+def test_signals_are_forwarded_to_the_ranks(workspace):
     workspace.pretrain("901", "-c", "2d", "--plan_only", epochs=100, steps=100)
     script = (
         "if __name__ == '__main__':\n"

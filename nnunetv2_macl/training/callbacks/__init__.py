@@ -1,1 +1,1 @@
-"""What a pre-training run does besides training. Each task is one callback; `base.Callback` is their interface."""
+"""The tasks of a pre-training run besides training. Each task is one callback; `base.Callback` is their interface."""

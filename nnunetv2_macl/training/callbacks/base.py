@@ -53,8 +53,8 @@ class Callback:
         """Called when the run ends for any reason, also by an error."""
 
     def state(self) -> dict[str, Any]:
-        """Return what the checkpoint keeps of this callback, by the checkpoint's keys."""
+        """Return the state of this callback for the checkpoint, by keys of the checkpoint."""
         return {}
 
     def load_state(self, checkpoint: dict[str, Any]) -> None:
-        """Read from a checkpoint what `state` has put into it."""
+        """Restore the state that `state` has put into a checkpoint."""

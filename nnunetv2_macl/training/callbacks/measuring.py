@@ -1,4 +1,4 @@
-"""Callbacks that follow how a run learns: its log, steps without a gradient, the worth of the features, collapse."""
+"""Callbacks that monitor how a run learns: its log, steps without a finite gradient, quality of the features, collapse."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WARM_UP_STEPS = 3
 
 
 class EpochLog(Callback):
-    """Sums up the steps of an epoch, and shows them in a progress bar, in nnU-Net's log and in a line."""
+    """Sums up the steps of an epoch, shows a progress bar, and logs the epoch."""
 
     def __init__(self, trainer: nnUNetTrainerMACLPretrain) -> None:
         super().__init__(trainer)
@@ -42,8 +42,8 @@ class EpochLog(Callback):
         trainer, data = self.trainer, self.trainer.data
         if trainer.macl_configuration.is_cascaded:
             trainer.print_to_log_file(
-                f"{trainer.configuration_name} is the second stage of a cascade: the image channels are pre-trained; the stem's "
-                "weights for the first stage's segmentation are freshly initialised when it is fine-tuned"
+                f"{trainer.configuration_name} is the second stage of a cascade. Pre-training covers the image channels. "
+                "Fine-tuning starts with new weights for the inputs from the first stage"
             )
         trainer.print_to_log_file(
             f"Pre-training on {len(data.cases)} images, {trainer.num_epochs} epochs of {trainer.num_iterations_per_epoch} "
@@ -112,9 +112,10 @@ class BadBatches(Callback):
         images = {key: batch[key] for key in ("data", "positions", "cases")}
         checkpoints.save({**images, "step": self.trainer.steps_done - 1, "measured": measured}, file)
         raise UserError(
-            f"{MAX_SKIPPED_STEPS} steps in a row had no finite loss or gradient (loss {measured['total']:g}), and the run was "
-            f"stopped. The last batch is in {file}, for inspection; the checkpoints are of before. Look at the images it "
-            f"names, or start anew with a smaller learning_rate (now {self.trainer.recipe.learning_rate:g})."
+            f"The run was stopped, because {MAX_SKIPPED_STEPS} steps in a row had no finite loss or gradient (loss "
+            f"{measured['total']:g}). The last batch was saved to {file}. Checkpoints from before these steps are intact. Check "
+            "the images that the file names, or start a new run with a smaller learning_rate (now "
+            f"{self.trainer.recipe.learning_rate:g})."
         )
 
 
@@ -127,7 +128,7 @@ class Probes(Callback):
 
     @property
     def keys(self) -> list[str]:
-        """Keys of nnU-Net's log that this callback fills."""
+        """Return the keys of nnU-Net's log that this callback fills."""
         trainer = self.trainer
         return probes.probe_keys(len(trainer.macl_configuration.strides)) if trainer.recipe.probe_every else []
 
@@ -171,20 +172,20 @@ class CollapseMonitor(Callback):
         )
 
     def stop_if_it_lasts(self) -> None:
-        """Write a checkpoint and raise UserError when the patience of the recipe is over."""
+        """Write a checkpoint and raise UserError if the run has been collapsed for as long as the recipe allows."""
         patience = self.trainer.recipe.collapse_patience
         if not (patience and self.watch.reason and self.watch.epochs >= patience):
             return
         self.trainer.checkpoints.save_latest()
-        go_on = ""
+        how_to_continue = ""
         if self.trainer.checkpoints.latest.is_file():
-            go_on = (
-                f" To go on all the same, set collapse_patience to 0 in {self.folder / PLAN_COPY} and type:\n"
+            how_to_continue = (
+                f" To continue anyway, set collapse_patience to 0 in {self.folder / PLAN_COPY} and type:\n"
                 f"    {self.trainer.command_to_go_on()}"
             )
         raise UserError(
-            f"The run sat in collapse for {self.watch.epochs} epochs and was stopped: {self.watch.reason}. "
-            f"{monitoring.collapse_advice(self.trainer.recipe)}{go_on}"
+            f"The run was stopped, because it was collapsed for {self.watch.epochs} epochs: {self.watch.reason}. "
+            f"{monitoring.collapse_advice(self.trainer.recipe)}{how_to_continue}"
         )
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Callbacks that write what the user looks at and uses: pictures, weights, the report, the next command."""
+"""Callbacks that write the results of a run: pictures, weights, the report, and the next command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Pictures(Callback):
-    """Draws ``views.png`` before the first step, and ``progress.png`` while the run goes on."""
+    """Draws ``views.png`` before the first step, and ``progress.png`` during the run."""
 
     def __init__(self, trainer: nnUNetTrainerMACLPretrain) -> None:
         super().__init__(trainer)
@@ -63,7 +63,7 @@ class Pictures(Callback):
 
 
 class Export(Callback):
-    """Writes the weights for fine-tuning and the report, and tells how to fine-tune."""
+    """Writes the weights for fine-tuning and the report, and prints the command that fine-tunes."""
 
     def on_train_end(self) -> None:
         trainer = self.trainer
@@ -89,8 +89,8 @@ class Export(Callback):
             return
         collapsed = no_folds = folder = ""
         if trainer.collapse.watch.reason:
-            collapsed = "The run ended COLLAPSED: fine-tuning from it is not likely to help.\n"
-        # Pre-training does not need the splits file, so fine-tuning reports it when it cannot be read.
+            collapsed = "The run ended COLLAPSED, so fine-tuning from its weights is unlikely to help.\n"
+        # Pre-training does not need the splits file, so only fine-tuning reports a file that cannot be read.
         with contextlib.suppress(UserError, KeyError):
             if not number_of_folds(trainer.macl_configuration):
                 no_folds = f"{too_few_cases(trainer.macl_configuration)}\n"

@@ -1,4 +1,4 @@
-"""Callbacks that make a run safe: it has its folder to itself, can be stopped by a signal, and can be continued."""
+"""Callbacks that make a run safe: they lock its folder, stop it on a signal, and write and load its checkpoints."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class StopAndSave(Callback):
         """Print the command that continues the run, and exit with code 0."""
         trainer = self.trainer
         trainer.epoch_log.close_bar()
-        kept = "Nothing was kept: checkpointing is disabled."
+        kept = "No checkpoint was written: checkpointing is disabled."
         if not trainer.disable_checkpointing:
-            kept = f"To go on, type:\n    {trainer.command_to_go_on()}"
+            kept = f"To continue, type:\n    {trainer.command_to_go_on()}"
         trainer.print_to_log_file(f"Stopped as asked, after {trainer.steps_done} of {trainer.step.steps} steps. {kept}")
         raise SystemExit(0)
 
@@ -91,13 +91,13 @@ class Checkpoints(Callback):
 
     @property
     def is_resumed(self) -> bool:
-        """Whether the run continues from a checkpoint."""
+        """Return whether the run continues from a checkpoint."""
         return self._resumed_images is not None
 
     def on_train_start(self) -> None:
         if self._resumed_images not in (None, self._images()):
             self.trainer.print_to_log_file(
-                "WARNING: the images are no longer those that the run began with; it goes on with these"
+                "WARNING: the images have changed since the run began. The run continues with the present images"
             )
 
     def on_epoch_start(self) -> None:
@@ -120,7 +120,7 @@ class Checkpoints(Callback):
         self.trainer.save_checkpoint(str(self.latest))
 
     def save_between_steps(self) -> None:
-        """Save what was trained so far, unless nothing was: no step is half done while a batch is awaited."""
+        """Save a checkpoint if any step is done. No step is half done while the run waits for a batch."""
         if self.trainer.steps_done:
             self.save_latest()
 
