@@ -205,3 +205,12 @@ def resource_folder(name: str) -> Path:
     package = Path(__file__).resolve().parent
     installed = package / name
     return installed if installed.is_dir() else package.parent / name
+
+
+def trainer_folders() -> str:
+    """Return a value for nnUNet_extTrainer: the folder of our trainers, and the other folders that it names now.
+
+    Our folder comes first, because nnU-Net takes the first class with a name, and others may hold an older version.
+    """
+    others = [folder for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder.strip()]
+    return os.pathsep.join(dict.fromkeys([str(resource_folder("trainers")), *others]))
