@@ -1,4 +1,4 @@
-"""Pseudonyms of patients. A patient always has the same one with the same key. Without the key, it does not identify him or her."""
+"""Pseudonyms of patients. The same key gives a patient the same pseudonym. Without the key, it identifies nobody."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def make_image(job: Job) -> Made:
 
 
 def read_series(files: list[str]) -> sitk.Image:
-    """Return the slices of a DICOM series, in the order of ``files``, as an int16 image if that holds all values, else float32."""
+    """Return the slices of a DICOM series, in the order of ``files``, as int16 if that holds all values, else float32."""
     reader = sitk.ImageSeriesReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileNames(files)
