@@ -122,7 +122,7 @@ def plan_transfer(
     share = _parameters(state, (key for key in encoder if key in best.sources)) / max(1, _parameters(state, encoder))
     transfer = Transfer(best.weights(), best.rows(), difference)
     if share < SMALLEST_SHARE:
-        why = difference or "they hold less than that of an encoder"
+        why = difference or "the file does not hold a complete encoder"
         # Round down, so that a share just below the limit is not shown as the limit.
         percent = math.floor(1000 * share) / 10
         raise TooLittleFitsError(

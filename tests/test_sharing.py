@@ -182,7 +182,7 @@ def test_the_ending_gives_the_format_and_mistakes_are_explained(run, tmp_path, m
 
     assert "nnUNetv2_macl_install a.zip" in export(run, "-o", tmp_path / "a.zip")
     for arguments, words in (
-        ((run, "-o", tmp_path / "a.pth"), "only .zip does"),
+        ((run, "-o", tmp_path / "a.pth"), "a.pth does not end in .zip"),
         ((run / "macl_encoder.pth", "-o", tmp_path / "b.zip"), f"Give the run's folder: {run}"),
         ((tmp_path / "nowhere", "-o", tmp_path / "b.zip"), "There is no folder"),
     ):
