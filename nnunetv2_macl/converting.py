@@ -36,13 +36,13 @@ logger = logging.getLogger(__name__)
 TRAINING, TEST = "imagesTr", "imagesTs"
 LABELS = "labelsTr"
 BACKGROUND = {"background": 0}
-# official value to the value for nnU-Net, of MM-WHS: https://zmiclab.github.io/zxh/0/mmwhs/data.html
+# Official value of MM-WHS -> value for nnU-Net: https://zmiclab.github.io/zxh/0/mmwhs/data.html
 _MMWHS = {0: 0, 500: 1, 600: 2, 420: 3, 550: 4, 205: 5, 820: 6, 850: 7}
 _MMWHS_NAMES = (
     "left ventricle", "right ventricle", "left atrium", "right atrium", "myocardium of the left ventricle",
     "ascending aorta", "pulmonary artery",
 )  # fmt: skip
-# first and last grey value of each organ, around 63, 126, 189 and 252: https://chaos.grand-challenge.org/Data/
+# First and last grey value of each organ, around 63, 126, 189 and 252: https://chaos.grand-challenge.org/Data/
 _CHAOS = {"liver": (55, 70), "right kidney": (110, 135), "left kidney": (175, 200), "spleen": (240, 255)}
 _CHAOS_SEQUENCES = {
     "t2spir": ("T2SPIR", "DICOM_anon"),
@@ -52,7 +52,7 @@ _CHAOS_SEQUENCES = {
 _IMAGECHD_NAMES = (
     "left ventricle", "right ventricle", "left atrium", "right atrium", "myocardium", "aorta", "pulmonary artery"
 )  # fmt: skip
-# a mask of ISIC is 0 or 255
+# A mask of ISIC is 0 or 255. This value and above are lesion.
 _ISIC_LESION = 128
 
 
@@ -201,7 +201,7 @@ def isic2018(source: Path, grey: bool = False) -> RawDataSet:
 
 
 def convert(data_set: RawDataSet, dataset: str) -> Path:
-    """Write a raw data set with a number or name, and return its folder.
+    """Write a raw data set with an id or name, and return its folder.
 
     Files that exist already are kept, so a conversion that was stopped continues.
 
@@ -210,7 +210,7 @@ def convert(data_set: RawDataSet, dataset: str) -> Path:
     """
     folder = raw_data_set(dataset, data_set.name)
     if (folder / DESCRIPTION).exists():
-        raise UserError(f"{folder} is a complete data set already, which is not overwritten. Give another number: -d")
+        raise UserError(f"{folder} is a complete data set and is not overwritten. Give another id: -d")
     work = folder / ".converting"
     ending = data_set.file_ending
     try:
@@ -229,7 +229,7 @@ def convert(data_set: RawDataSet, dataset: str) -> Path:
             shutil.rmtree(work, ignore_errors=True)
             lock.release()
     except KeyboardInterrupt:
-        raise UserError("Stopped. Type the same command again to continue: what is done stays done.") from None
+        raise UserError("Stopped. Type the same command again to continue. Finished images are kept.") from None
     except OSError as error:
         raise write_error(error, folder) from error
     logger.info("%s, %d of them labelled, in %s", pluralise(len(data_set.cases), "case"), trained, folder)
@@ -248,7 +248,7 @@ def _write_once(file: Path, write: Callable[[Path], object], work: Path) -> None
 
 
 def _find(source: Path, pattern: str, parent: str | None = None) -> dict[str, Path]:
-    """Return the files below a folder, in folders named ``parent`` if given, by the group ``case`` of the pattern."""
+    """Return the files below a folder whose names match, by the group ``case``, only from folders named ``parent`` if given."""
     found: dict[str, Path] = {}
     for file in sorted(source.rglob("*")):
         if parent not in (None, file.parent.name):
@@ -313,7 +313,7 @@ def _read(file: Path) -> sitk.Image:
 
 
 def _write_nifti(image: Path, target: Path) -> None:
-    volume = _read(image)  # so that a damaged file is found now
+    volume = _read(image)  # Finds a damaged file before it is copied
     if image.name.endswith(".nii.gz"):
         shutil.copyfile(image, target)
     else:
@@ -321,7 +321,7 @@ def _write_nifti(image: Path, target: Path) -> None:
 
 
 def _write_labels(label: Path, image: Path, values: Mapping[int, int], target: Path) -> None:
-    """Write a label map with values from 0 on, in the geometry of its image."""
+    """Write a label map with consecutive values from 0, in the geometry of its image."""
     labels, volume = _read(label), _read(image)
     if labels.GetSize() != volume.GetSize():
         raise UserError(
@@ -340,7 +340,9 @@ def _write_labels(label: Path, image: Path, values: Mapping[int, int], target: P
     geometry = (labels.GetOrigin(), labels.GetSpacing(), labels.GetDirection())
     wanted = (volume.GetOrigin(), volume.GetSpacing(), volume.GetDirection())
     if any(not np.allclose(a, b, atol=1e-2) for a, b in zip(geometry, wanted, strict=True)):
-        logger.warning("%s has another geometry in its header than its image, whose geometry was taken", label)
+        logger.warning(
+            "The header of %s has another geometry than that of its image. The image's geometry is used.", label
+        )
 
 
 def _write_array(array: np.ndarray, reference: sitk.Image, target: Path) -> None:
@@ -350,11 +352,13 @@ def _write_array(array: np.ndarray, reference: sitk.Image, target: Path) -> None
 
 
 def _read_slices(slices: list[Path]) -> tuple[sitk.Image, list[int]]:
-    """Return the volume of DICOM slices, and which slice is where in it."""
+    """Return the volume of DICOM slices, and for each position in it the number of the slice."""
     try:
         headers = [read_header(file) for file in slices]
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"A file in {slices[0].parent} cannot be read: {last_line(error)}. Unpack it again.") from None
+        raise UserError(
+            f"A file in {slices[0].parent} cannot be read: {last_line(error)}. Unpack the archive again."
+        ) from None
     if any(header.position is None or header.orientation is None for header in headers):
         raise UserError(f"A file in {slices[0].parent} does not say where its slice is. Unpack the archive again.")
     order = [header.file for header in sort_slices(headers)]
@@ -362,7 +366,7 @@ def _read_slices(slices: list[Path]) -> tuple[sitk.Image, list[int]]:
         volume = read_series(order)
     except RuntimeError as error:
         raise UserError(
-            f"{slices[0].parent} cannot be read: {why_unreadable(order[0], error)}. Unpack it again."
+            f"{slices[0].parent} cannot be read: {why_unreadable(order[0], error)}. Unpack the archive again."
         ) from None
     names = [str(file) for file in slices]
     return volume, [names.index(file) for file in order]

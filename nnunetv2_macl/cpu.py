@@ -1,10 +1,10 @@
-"""How many CPU cores there are to use."""
+"""The number of usable CPU cores."""
 
 import os
 
 
 def usable_cores() -> int:
-    """Those that this process may run on: a container or a cluster's job may have fewer than the machine."""
+    """Return the number of cores that this process may use. In a container or a cluster job, the machine may have more."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""From preprocessed cases to batches of patches with their positions.
+"""Draw batches of patches with their positions from preprocessed cases.
 
-Every batch is a function of (seed, step) alone: it does not depend on the number of workers, on what was drawn before, or on
-where a run was stopped and resumed, and the ranks of a distributed run share the batch that one process would draw.
+A batch depends only on the seed and the step. It does not depend on the number of workers, on earlier batches, or on whether
+a run was stopped and resumed. The ranks of a distributed run share the batch that one process would draw.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nnunetv2_macl.errors import UserError
 
 # Draws of a patch before giving up on finding one that is not constant.
 _MAX_DRAWS = 1000
-# how torch's message begins
+# Beginning of torch's message about a killed worker.
 _WORKER_KILLED = "DataLoader worker"
 # Batches that are read ahead may take this much shared memory, and as much page-locked memory for a GPU.
 _READ_AHEAD_BYTES = 2 * 2**30
@@ -40,7 +40,7 @@ _MMAP = {} if os.name == "nt" else {"mmap_mode": "r"}
 
 
 class Case(NamedTuple):
-    """A preprocessed case: a name to show, and the ``.b2nd`` file, (C, *volume) float32."""
+    """A preprocessed case: its name for messages, and its ``.b2nd`` file, (C, *volume) float32."""
 
     name: str
     file: str
@@ -50,18 +50,18 @@ class Case(NamedTuple):
 class Sampling:
     """How a batch is drawn."""
 
-    patch_size: tuple[int, ...]  # voxels on the three axes of the volume; 1 on the first for 2D patches
-    batch_size: int  # N, patches a step over all ranks
-    # that many patches of a batch, from different cases, share their relative place in the volume, so that more of them
-    # are positives of each other. With fewer cases there are no groups, which would hold copies.
+    patch_size: tuple[int, ...]  # Voxels on the three axes of the volume; 1 on the first axis for 2D patches
+    batch_size: int  # Number of patches per step, N, over all ranks
+    # Number of patches per group. The patches of a group come from different cases and from the same relative position, so
+    # that more patches are positives of each other. With fewer cases than this, there are no groups.
     position_group_size: int
-    seed: int  # of every draw
+    seed: int  # Seed of all draws
     # Whether a neighbour of each patch is read, too. It is shifted along one axis, by a slice for 2D patches and by half of the
     # patch for 3D patches, or as far as the volume allows.
     neighbours: bool = False
 
     def draws(self, step: int, cases: int) -> Iterator[tuple[np.random.Generator, int, np.ndarray | None]]:
-        """For each patch of the batch: its own generator, which of ``cases``, and the relative place (3,) of its group if any."""
+        """Yield for each patch its generator, the number of its case, and the relative place (3,) of its group or None."""
         for patch in range(self.batch_size):
             generator = np.random.default_rng((self.seed, step, patch))
             if self.position_group_size == 1 or self.position_group_size > cases:
@@ -77,13 +77,14 @@ class Sampling:
 def draw_corner(
     shape: Sequence[int], patch_size: Sequence[int], generator: np.random.Generator, place: np.ndarray | None = None
 ) -> np.ndarray:
-    """Lowest corner of a patch, voxels, uniform over the places that nnU-Net's own loader would take.
+    """Return the lowest corner of a patch in voxels, (3,), uniform over the places that nnU-Net's own loader would draw.
 
     Args:
-        shape: voxels of the volume, (3,).
-        patch_size: voxels of the patch, (3,). Where larger than the volume the corner is negative: nnU-Net pads both sides.
-        generator: draws the place.
-        place: (3,), 0 to 1 an axis, from the first legal corner to the last; None draws one.
+        shape: Voxels of the volume, (3,).
+        patch_size: Voxels of the patch, (3,). If the patch is larger than the volume, the corner is negative, because nnU-Net
+            pads both sides.
+        generator: Generator that draws the place.
+        place: Relative place (3,), from 0 for the first possible corner to 1 for the last one; None draws the place.
     """
     size, patch = np.asarray(shape), np.asarray(patch_size)
     lowest, highest = _corner_range(size, patch)
@@ -103,14 +104,14 @@ def neighbour_corners(
 ) -> list[np.ndarray]:
     """Return the corners of the neighbours of a patch, each shifted along one axis.
 
-    Those come first that the volume lets be as far away as they should be. Otherwise their order is random.
+    Neighbours that the border of the volume does not move closer come first. Otherwise their order is random.
 
     Args:
-        corner: Of the patch, voxels.
+        corner: Lowest corner of the patch in voxels, (3,).
         shape: Voxels of the volume, (3,).
         patch_size: Voxels of the patch, (3,). A 2D patch has neighbours in the next slices, a 3D patch half a patch away, or as
             far away as the volume allows.
-        generator: Draws the order.
+        generator: Generator that draws the order.
     """
     patch = np.asarray(patch_size)
     axes = [0] if patch[0] == 1 else range(len(patch))
@@ -124,19 +125,19 @@ def neighbour_corners(
 
 
 def position(corner: np.ndarray, patch_size: Sequence[int], shape: Sequence[int]) -> np.ndarray:
-    """Centre of a patch as a fraction of the volume, (3,)."""
+    """Return the centre of a patch as a fraction of the volume, (3,)."""
     return (corner + np.asarray(patch_size) / 2) / np.asarray(shape)
 
 
 class PretrainingBatches(Dataset):
-    """Item ``step`` is the batch of that step, or this rank's share of it.
+    """The batches of a run. Item ``step`` is the batch of this step, or the share of it that this rank reads.
 
     Args:
-        cases: what to draw from, each with the same probability.
-        sampling: how.
-        share: first and last+1 patch of the batch that this rank reads.
-        steps: number of batches.
-        draws: Called with the number of a step, for what is drawn beside its images; added to the batch as ``numbers``.
+        cases: Cases to draw from, with the same probability.
+        sampling: How to draw a batch.
+        share: First patch of the batch that this rank reads, and the patch after its last one.
+        steps: Number of batches.
+        draws: Function of the step that draws the other random numbers of a step. The batch holds them as ``numbers``.
     """
 
     def __init__(
@@ -159,12 +160,12 @@ class PretrainingBatches(Dataset):
         return self.steps
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """Return ``data`` (n, C, *patch) float32, ``positions`` (n, 3) float32 fraction of the volume, ``cases`` names.
+        """Return ``data`` (n, C, *patch) float32, ``positions`` (n, 3) float32 as fractions of the volume, and names ``cases``.
 
-        With neighbours, ``data`` is (2n, C, *patch), the neighbours after the patches, in the same order.
-        With ``draws`` also ``numbers``, what it drew for the step.
+        With neighbours, ``data`` is (2n, C, *patch): first the patches, then their neighbours in the same order. With
+        ``draws``, the batch also has ``numbers``.
         """
-        # one process, one thread: the workers share the cores with the training
+        # Use one thread, because the workers share the cores with the training.
         blosc2.set_nthreads(1)
         draws = list(self.sampling.draws(step, len(self.cases)))[slice(*self.share)]
         size = self.sampling.patch_size
@@ -189,7 +190,7 @@ class PretrainingBatches(Dataset):
     def _read_patch(
         self, generator: np.random.Generator, number: int, place: np.ndarray | None
     ) -> tuple[list[_Patch], np.ndarray, str]:
-        """Return a patch and, where it is asked for, its neighbour; the position of the patch, and the name of its case."""
+        """Return a patch with its neighbour if asked for, the position of the patch, and the name of its case."""
         size = self.sampling.patch_size
         for _ in range(_MAX_DRAWS):
             case = self.cases[number]
@@ -200,12 +201,12 @@ class PretrainingBatches(Dataset):
                 patch = _cut(volume, corner, size, case)
             if not patch.is_constant:
                 break
-            # the group's place is empty in this case
+            # The patch is empty, so draw another case and another place.
             number, place = int(generator.integers(len(self.cases))), None
         else:
             raise UserError(
-                f"{_MAX_DRAWS} patches in a row were constant, the last from {case.file}: are the images empty? Take those "
-                "out, and start anew."
+                f"{_MAX_DRAWS} patches in a row were constant, the last one from {case.file}. Most likely images are empty: "
+                "remove them and start again."
             )
         patches = [patch]
         if self.sampling.neighbours:
@@ -219,7 +220,7 @@ class PretrainingBatches(Dataset):
 
 
 class _Patch(NamedTuple):
-    """What of a patch lies within the volume, (C, *size), and where that is in the patch."""
+    """The part of a patch that is inside the volume, (C, *size), and its place in the patch."""
 
     values: np.ndarray
     place: tuple[slice, ...]
@@ -233,36 +234,35 @@ def _cut(volume: blosc2.NDArray, corner: np.ndarray, size: Sequence[int], case: 
     """Return the patch of a volume at its lowest corner.
 
     Raises:
-        UserError: It holds values that are no numbers.
+        UserError: The patch holds NaN or infinite values.
     """
     inside = tuple(slice(max(c, 0), min(c + n, s)) for c, n, s in zip(corner, size, volume.shape[1:], strict=True))
     values = volume[(slice(None), *inside)]
     if not np.isfinite(values).all():
         raise UserError(
-            f"{case.file} holds values that are no numbers (NaN or infinite): so does the image of case {case.name}, "
-            "or nnU-Net's normalisation made them of it. Correct or remove that image, and preprocess anew: "
-            "nnUNetv2_plan_and_preprocess"
+            f"{case.file} holds NaN or infinite values. They are in the image of case {case.name}, or come from nnU-Net's "
+            "normalisation of it. Correct or remove this image, and preprocess again: nnUNetv2_plan_and_preprocess"
         )
     return _Patch(values, tuple(slice(n.start - c, n.stop - c) for n, c in zip(inside, corner, strict=True)))
 
 
 @contextmanager
 def _reading(case: Case) -> Iterator[None]:
-    """Raise a UserError where the file of a case cannot be read in the body."""
+    """Raise a UserError if the body fails to read the file of a case."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{case.file} cannot be read: {error}. It was removed, changed or cut short. Have it made again: by --c "
-            "where it is of unlabelled images, by nnUNetv2_preprocess where it is nnU-Net's own."
+            f"{case.file} cannot be read: {error}. It was removed, changed or cut short. To make it again, use --c if it is an "
+            "unlabelled image, and nnUNetv2_preprocess if it is a labelled one."
         ) from None
 
 
 def _zeros(shape: Sequence[int]) -> torch.Tensor:
-    """Return zeros, float32. In a worker they are in shared memory, from where they are handed over without a copy.
+    """Return a float32 tensor of zeros. In a worker it is in shared memory, so that it is passed on without a copy.
 
     Raises:
-        UserError: There is too little shared memory.
+        UserError: There is not enough shared memory.
     """
     if get_worker_info() is None:
         return torch.zeros(shape)
@@ -274,11 +274,11 @@ def _zeros(shape: Sequence[int]) -> torch.Tensor:
 
 
 def too_little_shared_memory(batch_bytes: int) -> str:
-    """Return the sentences for a user whose batches do not fit into shared memory."""
+    """Return the message for a user whose batches do not fit into shared memory."""
     free = f", of which {_mib(shutil.disk_usage(_SHARED_MEMORY).free)} are free," if _SHARED_MEMORY.is_dir() else ""
     return (
-        f"Shared memory ({_SHARED_MEMORY}){free} is too small for the data workers, which hand over batches of "
-        f"{_mib(batch_bytes)} in it. Enlarge it (Docker: --shm-size=8g; Kubernetes: an emptyDir of medium Memory on "
+        f"Shared memory ({_SHARED_MEMORY}){free} is too small for the data workers, which pass batches of "
+        f"{_mib(batch_bytes)} through it. Enlarge it (Docker: --shm-size=8g; Kubernetes: an emptyDir of medium Memory on "
         f"{_SHARED_MEMORY}), or load data without workers. Type: export nnUNet_n_proc_DA=0"
     )
 
@@ -291,8 +291,8 @@ class Reading(NamedTuple):
     """How batches are read ahead."""
 
     workers: int  # Number of processes; 0 reads in the training process
-    prefetch: int  # Batches that each has in hand
-    needed: int  # Bytes of shared memory that all batches take which are read ahead
+    prefetch: int  # Batches that each worker reads ahead
+    needed: int  # Bytes of shared memory for all batches that are read ahead
 
 
 def plan_reading(batch_bytes: int, allowed: int, free: int | None = None) -> Reading:
@@ -321,7 +321,7 @@ def _open(file: str) -> tuple[blosc2.NDArray, int]:
 def open_unchanged(file: str) -> blosc2.NDArray:
     """Open a preprocessed case, (C, *volume). Raises OSError if the file has changed since it was first opened here."""
     volume, size = _open(file)
-    # reading beyond the end of a file that is mapped into memory kills the process
+    # Reading beyond the end of a memory-mapped file kills the process.
     if (now := os.stat(file).st_size) != size:
         raise OSError(f"it had {size:,} bytes and now has {now:,}")
     return volume
@@ -348,12 +348,12 @@ def load_batches(
         batches: What to load.
         first: First step.
         workers: Number of processes; 0 reads in this one.
-        prefetch: Batches that each worker has in hand.
+        prefetch: Batches that each worker reads ahead.
         pin_memory: Whether the batches go to a GPU.
         prepare_worker: Called in each worker with its number.
 
     Raises:
-        UserError: A case cannot be read, in the order of steps.
+        UserError: A case cannot be read. Errors are raised in the order of steps.
     """
     loader = DataLoader(
         _PassUserErrors(batches),
@@ -370,7 +370,7 @@ def load_batches(
                 raise UserError(batch)
             yield batch
     except (EOFError, OSError, RuntimeError) as error:
-        handing_over = not isinstance(error, RuntimeError)  # the worker was in the middle of it
+        handing_over = not isinstance(error, RuntimeError)  # the worker was killed while it passed on a batch
         if handing_over or worker_was_killed(error):
             reset_sigchld_handler()
         if handing_over:
@@ -379,13 +379,13 @@ def load_batches(
 
 
 def reset_sigchld_handler() -> None:
-    """Once one was killed, torch says so again at each signal of a child, in the middle of whatever is done about it."""
+    """Restore the default SIGCHLD handler. Otherwise torch raises the error of a killed worker again while it is handled."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class _PassUserErrors(Dataset):
-    """A user's error as its message: torch would wrap it into the worker's traceback."""
+    """Batches that return the message of a user error, because torch would wrap the error into the worker's traceback."""
 
     def __init__(self, batches: PretrainingBatches) -> None:
         self.batches = batches
@@ -398,5 +398,5 @@ class _PassUserErrors(Dataset):
 
 
 def worker_was_killed(error: Exception) -> bool:
-    """Whether it is what torch says, at any moment, when a data worker is gone."""
+    """Return whether an error is the one that torch raises, at any time, after a data worker was killed."""
     return str(error).startswith(_WORKER_KILLED)

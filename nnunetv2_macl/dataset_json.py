@@ -1,4 +1,4 @@
-"""nnU-Net's description of a data set, dataset.json: checked before any of it is used."""
+"""Checks of dataset.json, nnU-Net's description of a data set, before it is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunetv2_macl.errors import UserError
 
-# more of a wrong value is not shown
+# Number of characters of a wrong value that a message shows.
 _LONGEST_VALUE = 100
 
 
@@ -22,15 +22,15 @@ def channel_names(dataset_json: dict[str, Any]) -> list[str]:
 
 
 def check_dataset_json(content: Any, file: Path, *, labels: bool = False) -> dict[str, Any]:
-    """Return the content of a dataset.json in which every key that this package uses is as nnU-Net has it.
+    """Return the content of a dataset.json, after a check of every key that this package uses.
 
     Args:
-        content: What the file holds.
-        file: Named in the message.
-        labels: Whether the labels are used too. Images to pre-train on need none.
+        content: Content of the file.
+        file: The file, for the message.
+        labels: Whether the labels are used, too. Images to pre-train on need no labels.
 
     Raises:
-        UserError: A key is missing or has another type; names file, key, value and rule.
+        UserError: A key is missing or has a wrong value. The message names the file, the key, the value and the rule.
     """
     if not isinstance(content, dict):
         _refuse(file, "its content", "an object with the keys channel_names, labels and file_ending", content)
@@ -62,7 +62,7 @@ def _check_channels(names: Any, key: str, file: Path) -> None:
             return
         if len(set(numbers)) == len(names):
             rule += " from 0 on without a gap"
-        elif all(_number(number) is not None for number in names.values()):  # names and numbers the other way round
+        elif all(_number(number) is not None for number in names.values()):  # names and numbers are swapped
             rule += f", here {json.dumps({str(number): name for name, number in names.items()})}"
     elif isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         rule += f", here {json.dumps({str(number): name for number, name in enumerate(names)})}"
@@ -82,7 +82,7 @@ def _number(value: Any) -> int | None:
 
 
 def _check_list(listed: Any, file: Path, labels: bool) -> None:
-    """Check nnU-Net's other way to name the files of a data set: a list of them in dataset.json."""
+    """Check the list of files that dataset.json may contain. It is nnU-Net's other way to name files."""
     keys = "a list of 'images'" + (" and a 'label'" if labels else "")
     if not isinstance(listed, dict):
         _refuse(file, "'dataset'", f"an object of cases, each with {keys}", listed)

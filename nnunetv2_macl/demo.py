@@ -1,4 +1,4 @@
-"""The demonstration: every command that a user types, run for real on a generated data set, on a CPU."""
+"""The demonstration runs every command that a user types on a generated data set, on a CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def demo(folder: Path) -> dict[str, float]:
     """Generate data, plan, preprocess, pre-train, fine-tune, predict and evaluate in a new folder.
 
     Returns:
-        Mean foreground Dice (``dice``) and ``seconds`` of the whole.
+        ``dice``, the mean foreground Dice, and ``seconds``, the time of all steps.
 
     Raises:
         UserError: The folder holds something else, or a command failed.
@@ -38,7 +38,7 @@ def demo(folder: Path) -> dict[str, float]:
         environment[variable] = str(folder / variable)
         (folder / variable).mkdir(parents=True)
     environment |= {"nnUNet_extTrainer": str(resource_folder("trainers")), "nnUNet_n_proc_DA": "1"}
-    # the environment's own scripts first, also where it was not activated
+    # Find the commands of this environment first, also if it is not activated.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     raw = folder / "nnUNet_raw" / DATASET
     results = folder / "nnUNet_results" / DATASET
@@ -48,16 +48,14 @@ def demo(folder: Path) -> dict[str, float]:
         f"1. A data set is generated in {raw}: 6 labelled cases, 24 unlabelled in imagesUn, 4 to test on.", flush=True
     )
     generate_dataset(raw)
-    print(
-        "\nSix steps follow. They take five to eight minutes on two cores. In a shell of your own you would type first:\n"
-    )
+    print("\nSix steps follow. They take five to eight minutes on two cores. In your own shell you would first type:\n")
     for variable in FOLDER_VARIABLES:
         print(f'    export {variable}="{environment[variable]}"')
     print('    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"')
 
     def run(title: str, command: str) -> None:
         print(f"\n{title}\n\n    {command}\n", flush=True)
-        # nnU-Net says much; the log has it all
+        # nnU-Net prints many lines, so show only some and write all to a log.
         log = folder / f"{command.split()[0]}.log"
         with log.open("w") as stream:
             process = subprocess.run(shlex.split(command), env=environment, stdout=stream, stderr=subprocess.STDOUT)
@@ -72,12 +70,15 @@ def demo(folder: Path) -> dict[str, float]:
     quoted = shlex.quote
     run("2. nnU-Net plans and preprocesses.", "nnUNetv2_plan_and_preprocess -d 900 -c 2d -npfp 2 -np 2")
     run(
-        "3. This package pre-trains encoder and decoder on all images, without labels, by the default recipe. It is a short run.",
+        "3. This package pre-trains encoder and decoder on all images, without labels, in a short run of the default recipe.",
         "nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -np 2 -batch_size 16 -num_epochs 14 -num_iterations_per_epoch 20",
     )
-    run("4. nnU-Net fine-tunes from it.", "nnUNetv2_train 900 2d 0 -tr nnUNetTrainerMACL_1epoch -device cpu")
     run(
-        "5. nnU-Net predicts. This package is no longer needed, here or on another machine.",
+        "4. nnU-Net fine-tunes from the pre-trained weights.",
+        "nnUNetv2_train 900 2d 0 -tr nnUNetTrainerMACL_1epoch -device cpu",
+    )
+    run(
+        "5. nnU-Net predicts. Prediction does not need this package, here or on another machine.",
         f"nnUNetv2_predict -d 900 -c 2d -f 0 -tr nnUNetTrainerMACL_1epoch -device cpu --disable_tta "
         f"-i {quoted(str(raw / 'imagesTs'))} -o {quoted(str(predictions))}",
     )

@@ -1,4 +1,4 @@
-"""What installed packages announce to this one in their entry points."""
+"""Load the classes that other installed packages register in their entry points."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def announced(group: str) -> Iterator[Any]:
     """Yield the classes that the entry points of a group name. An entry point names a class or the module that holds it.
 
     Raises:
-        UserError: The code of a package fails.
+        UserError: A package cannot be imported. The message names it.
     """
     for entry in entry_points(group=group):
         try:
@@ -22,7 +22,7 @@ def announced(group: str) -> Iterator[Any]:
         except Exception as error:
             package = entry.dist.name if entry.dist else "?"
             raise UserError(
-                f"The package {package} announces {entry.value} in its entry points {group}, and it cannot be imported: "
+                f"The package {package} names {entry.value} in its entry points {group}, but it cannot be imported: "
                 f"{error}. Correct the package, or remove it."
             ) from error
         yield from [loaded] if isinstance(loaded, type) else vars(loaded).values()

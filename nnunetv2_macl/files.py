@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and told apart from damaged ones."""
+"""Write files completely or not at all, and detect damaged files."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def atomic_write(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | None = None) -> None:
-    """Write a file so that it is there complete or not at all, whatever happens meanwhile.
+    """Write a file completely or not at all, whatever happens meanwhile.
 
     Args:
-        file: to write; one that is there is replaced at once.
-        write: writes the content to a stream.
-        needed: bytes that it will write, to be told where the disk is full.
+        file: File to write. An existing file is replaced in one step.
+        write: Function that writes the content to a stream.
+        needed: Bytes to write, for the message if the disk is full.
 
     Raises:
-        UserError: no space or no permission; names the file.
+        UserError: There is no space or no permission. The message names the file.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -46,10 +46,10 @@ def atomic_write(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | 
                 except Exception as error:
                     if stream.error is None:
                         raise
-                    # torch.save answers a full disk with an error of its own
+                    # torch.save hides the cause, a full disk for example, behind its own error.
                     raise stream.error from error
                 os.fsync(opened.fileno())
-            with contextlib.suppress(OSError):  # a mount whose files are another's
+            with contextlib.suppress(OSError):  # the owner of a mounted file may be another user
                 os.chmod(temporary, 0o666 & ~umask())
             os.replace(temporary, file)
         except BaseException:
@@ -61,7 +61,7 @@ def atomic_write(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | 
 
 
 class _ErrorCapturingStream:
-    """A stream that remembers why it could not be written to."""
+    """A stream that keeps the error of a failed write."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -82,11 +82,11 @@ class _ErrorCapturingStream:
 
 
 class CannotWriteError(UserError):
-    """The disk is full, or its owner said no."""
+    """Says that a file cannot be written: the disk is full, or the permission is missing."""
 
 
 def write_error(error: OSError, file: Path, needed: int | None = None) -> CannotWriteError:
-    """Return what to tell the user of an error in writing a file or into a folder that takes ``needed`` bytes."""
+    """Return the user error for a failed write to a file or a folder. ``needed`` is the number of bytes to write."""
     if error.errno not in _FULL:
         return CannotWriteError(
             f"{file} could not be written: {error.strerror or error}. Check the folder's permissions and try again."
@@ -102,19 +102,19 @@ def write_error(error: OSError, file: Path, needed: int | None = None) -> Cannot
 
 
 def is_permission_or_space_error(error: OSError) -> bool:
-    """Whether the disk is full or its owner said no, which the user can mend."""
+    """Return whether the disk is full or the permission is missing, which the user can fix."""
     return error.errno in (*_FULL, *_REFUSED)
 
 
 def umask() -> int:
-    """Permissions that new files shall not have."""
+    """Return the permissions that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def remove_temporary(folder: Path, *, older_than: float = 0) -> None:
-    """Remove what `atomic_write` left where its process was killed, if it is ``older_than`` that many seconds."""
+    """Remove the temporary files that killed processes left in a folder, if they are older than ``older_than`` seconds."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
             if not (entry.name.startswith(".") and entry.name.endswith(_TEMPORARY)):
@@ -125,13 +125,13 @@ def remove_temporary(folder: Path, *, older_than: float = 0) -> None:
 
 
 def write_json(content: Any, file: Path) -> None:
-    """JSON, indented as nnU-Net does. Raises UserError as `atomic_write` does."""
+    """Write JSON with nnU-Net's indentation. Raise UserError as `atomic_write` does."""
     text = (json.dumps(content, indent=4, ensure_ascii=False) + "\n").encode()
     atomic_write(file, lambda stream: stream.write(text), needed=len(text))
 
 
 def write_if_absent(content: Any, file: Path) -> None:
-    """JSON, whole, unless the file is there by then: of several processes at once, one writes it."""
+    """Write JSON unless the file exists. If several processes do this at once, only one writes the file."""
     mine = file.with_name(f".{file.name}.{uuid.uuid4().hex}{_TEMPORARY}")
     write_json(content, mine)
     try:
@@ -149,32 +149,33 @@ def write_if_absent(content: Any, file: Path) -> None:
 
 
 def checksum_path(file: Path) -> Path:
-    """``FILE.sha256``, in the format of sha256sum."""
+    """Return the path of a file's checksum, ``FILE.sha256``, which has the format of sha256sum."""
     return file.with_name(f"{file.name}.sha256")
 
 
 def write_checksum(file: Path) -> None:
+    """Write the checksum of a file next to it. Raise UserError as `atomic_write` does."""
     line = f"{sha256(file)}  {file.name}\n".encode()
     atomic_write(checksum_path(file), lambda stream: stream.write(line), needed=len(line))
 
 
 def verify(file: Path) -> bool:
-    """Check a file of ours for damage, without loading it.
+    """Check a file of this package for damage, without loading it.
 
     Returns:
-        True where its side-car says so; False where there is no side-car, and only the checksums within the file agree.
+        True if the file agrees with its checksum file; False if it has none, and only the checksums inside the file agree.
 
     Raises:
-        UserError: the file is not what was written, or cannot be read; names it.
+        UserError: The file is damaged or cannot be read. The message names the file.
     """
-    fix = "It was cut short, or changed since it was written: take another copy."
+    fix = "The file was cut short or changed after it was written. Use another copy."
     try:
         if checksum_path(file).is_file():
             wanted = checksum_path(file).read_text(encoding="utf-8", errors="replace").split()[:1]
             if wanted != [sha256(file)]:
                 raise UserError(f"{file} is damaged: its SHA-256 is not the one in {checksum_path(file).name}. {fix}")
             return True
-        # torch.save writes a zip archive with a checksum of each tensor, and torch.load does not look at it
+        # torch.save writes a zip archive with a checksum of each tensor, but torch.load does not check it.
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if (bad := archive.testzip()) is not None:
@@ -189,7 +190,7 @@ def verify(file: Path) -> bool:
 
 
 def sha256(file: Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
+    """Return the SHA-256 of a file's content in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while part := stream.read(1 << 20):
@@ -197,11 +198,20 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-# --- what comes with the package ---------------------------------------------------------------------------------------
+# --- files of the package ---------------------------------------------------------------------------------------
 
 
 def resource_folder(name: str) -> Path:
-    """The folder ``trainers`` or ``plans``. A wheel has it in the package, and an editable install next to the package."""
+    """Return the folder ``trainers`` or ``plans``. A wheel has it in the package, an editable install next to the package."""
     package = Path(__file__).resolve().parent
     installed = package / name
     return installed if installed.is_dir() else package.parent / name
+
+
+def trainer_folders() -> str:
+    """Return a value for nnUNet_extTrainer: the folder of our trainers, and the other folders that it names now.
+
+    Our folder comes first, because nnU-Net takes the first class with a name, and others may hold an older version.
+    """
+    others = [folder for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder.strip()]
+    return os.pathsep.join(dict.fromkeys([str(resource_folder("trainers")), *others]))

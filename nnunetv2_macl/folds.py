@@ -1,4 +1,4 @@
-"""nnU-Net's folds: whether a data set has enough cases for them, and whether a user's own can be used."""
+"""Checks of nnU-Net's folds: are there enough cases, and can the user's own folds be used?"""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.text import pluralise
 
-# what nnU-Net makes where there is no file of splits, and needs as many cases for
+# Without a file of splits, nnU-Net makes this many folds, and needs at least as many cases.
 _FOLDS = 5
-_FIX = "Correct it, or move it away to have nnU-Net make its own."
+_FIX = "Correct the file, or move it away so that nnU-Net makes its own folds."
 
 
 def splits_file(configuration: DatasetConfiguration) -> Path:
@@ -26,10 +26,10 @@ def splits_file(configuration: DatasetConfiguration) -> Path:
 
 
 def number_of_folds(configuration: DatasetConfiguration) -> int:
-    """Return how many folds a data set has or nnU-Net will make of it; 0 where it has too few labelled cases.
+    """Return how many folds a data set has, or how many nnU-Net will make; 0 if there are too few labelled cases.
 
     Raises:
-        UserError: A file of splits that is not as nnU-Net has it, or no labelled case; names it.
+        UserError: The file of splits is not as nnU-Net needs it, or there is no labelled case.
     """
     if splits_file(configuration).is_file():
         return len(read_splits(configuration))
@@ -40,7 +40,7 @@ def check_fold(configuration: DatasetConfiguration, fold: int) -> None:
     """Check that nnU-Net can train a fold.
 
     Raises:
-        UserError: Too few labelled cases for nnU-Net's folds, or a file of splits that is not as nnU-Net has it.
+        UserError: There are too few labelled cases for nnU-Net's folds, or the file of splits is not as nnU-Net needs it.
     """
     if not number_of_folds(configuration):
         raise UserError(f"Fold {fold} cannot be made: {too_few_cases(configuration)}")
@@ -56,7 +56,7 @@ def check_fold(configuration: DatasetConfiguration, fold: int) -> None:
 
 
 def too_few_cases(configuration: DatasetConfiguration) -> str:
-    """Return in words that nnU-Net cannot make its folds, and a file of splits that would do."""
+    """Return a message that nnU-Net cannot make its folds, with a command that writes folds."""
     names = _labelled_cases(configuration)
     there = pluralise(len(names), "labelled case")
     words = f"{configuration.dataset_name} has {there}, and nnU-Net's {_FOLDS} folds need {_FOLDS}. Train on all cases"
@@ -68,7 +68,7 @@ def too_few_cases(configuration: DatasetConfiguration) -> str:
 
 
 def read_splits(configuration: DatasetConfiguration) -> list[dict[str, list[str]]]:
-    """Read nnU-Net's file of splits. Raises UserError where it is not as nnU-Net has it; names file, fold and key."""
+    """Read nnU-Net's file of splits. Raise UserError with the file, the fold and the key if it is not as nnU-Net needs it."""
     file = splits_file(configuration)
     splits: Any = read_json(file, _FIX)
     if not isinstance(splits, list) or not splits:
@@ -84,8 +84,8 @@ def read_splits(configuration: DatasetConfiguration) -> list[dict[str, list[str]
 
 
 def _labelled_cases(configuration: DatasetConfiguration) -> list[str]:
-    """Return the names of the cases that nnU-Net splits, in whichever of its formats they are preprocessed."""
+    """Return the names of the cases that nnU-Net splits, in any of its formats of preprocessed cases."""
     folder = str(configuration.cases_folder)
     with contextlib.suppress(AssertionError, KeyError, FileNotFoundError):
         return sorted(infer_dataset_class(folder).get_identifiers(folder))
-    return [case.name for case in training_cases(configuration)]  # says what is missing
+    return [case.name for case in training_cases(configuration)]  # raises an error that says what is missing

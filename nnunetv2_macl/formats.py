@@ -1,4 +1,4 @@
-"""Weights in the formats of others: read from nnU-Net, nnssl and the MACL authors, written for nnU-Net's ways to fine-tune."""
+"""Weights in other formats: read those of nnU-Net, nnssl and the MACL authors, and write those of nnU-Net and nnssl."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 _UNETS = "dynamic_network_architectures.architectures.unet."
 _PAPER_UNET = "nnunetv2_macl.networks.paper_unet.PaperUNet"
-# layers that a file may name; anything else in it would be imported and called
+# The layers that a file may name. The layers that an architecture names are imported and called, so no others are allowed.
 _ALLOWED_LAYERS = re.compile(r"torch\.nn\.(modules\.\w+\.)?[A-Z]\w*")
 
-# nnssl's networks that go by a name alone, in nnU-Net's words
+# The arguments, as in nnU-Net's plans, of the networks for which nnssl stores only a name.
 _RESIDUAL_ENCODER_L = {
     "n_stages": 6,
     "features_per_stage": [32, 64, 128, 256, 320, 320],
@@ -64,15 +64,15 @@ _NAMED = {name: ("ResidualEncoderUNet", _RESIDUAL_ENCODER_L) for name in ("ResEn
 
 
 def load_weights(path: Path) -> PretrainedWeights:
-    """Return the weights of a run of this package, of nnssl, of nnU-Net's own training, or of the authors of MACL.
+    """Load the weights of a run of this package, of nnssl, of nnU-Net's own training, or of the authors of MACL.
 
     Args:
-        path: what `checkpoints.load_weights` takes, a checkpoint of nnU-Net v2 or of nnssl, or a file that the authors of MACL
-            published.
+        path: A path that `checkpoints.load_weights` takes, a checkpoint of nnU-Net v2 or of nnssl, or a file that the authors
+            of MACL published.
 
     Raises:
-        UserError: nothing there, damaged, more in it than tensors and plain values, of nnU-Net v1, or no weights of a network
-            that can be pre-trained; names the file.
+        UserError: The path does not exist, or the file is damaged, holds more than tensors and plain values, is of nnU-Net v1,
+            or holds no weights of a network that can be pre-trained. The message names the file.
     """
     for file in sorted(path.glob("*.model")) if path.is_dir() else [path]:
         _refuse_nnunet_v1(file)
@@ -90,26 +90,26 @@ def load_weights(path: Path) -> PretrainedWeights:
 
 
 def _refuse_nnunet_v1(file: Path) -> None:
-    """Raise UserError for either of the two files of a nnU-Net v1 checkpoint, which are known by their names."""
+    """Raise UserError for one of the two files of a nnU-Net v1 checkpoint, which are recognised by their names."""
     if file.is_file() and (file.name.endswith(".model.pkl") or Path(f"{file}.pkl").is_file()):
         raise _of_nnunet_v1(file)
 
 
 def _of_nnunet_v1(file: Path) -> UserError:
     return UserError(
-        f"{file} is a checkpoint of nnU-Net v1, whose weights have other names, for networks that nnU-Net v2 does not build. "
-        f"Take a checkpoint of nnU-Net v2 ({checkpoints.NNUNET_FILE})."
+        f"{file} is a checkpoint of nnU-Net v1. Its weights are of networks that nnU-Net v2 does not build. "
+        f"Use a checkpoint of nnU-Net v2 ({checkpoints.NNUNET_FILE})."
     )
 
 
 def is_nnunet_checkpoint(content: dict[str, Any]) -> bool:
-    """Return whether a checkpoint is one of nnU-Net's own training, by whichever trainer."""
-    # the checkpoints of this package name their kind
+    """Return whether a checkpoint is of nnU-Net's own training, with any trainer."""
+    # Only the checkpoints of this package have a kind.
     return "kind" not in content and content.keys() >= _NNUNET_KEYS
 
 
 def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
-    """Return the encoder and the decoder of a trained network; its segmentation layers are of its own labels."""
+    """Return the encoder and the decoder of a trained network, without the segmentation layers, which fit only its labels."""
     try:
         arguments = content["init_args"]
         plans, dataset_json = PlansManager(arguments["plans"]), arguments["dataset_json"]
@@ -118,21 +118,21 @@ def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
         )
         architecture, preprocessing = trained_for.architecture(), trained_for.preprocessing()
         family = family_of(architecture["network_class_name"])
-        # nnU-Net loads weights that were saved while they were distributed or compiled, too
+        # The names have prefixes if the network was distributed or compiled when it was saved.
         named = {_WRAPPERS.sub("", key): value for key, value in content["network_weights"].items()}
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{file} is a checkpoint of nnU-Net without a usable plan of its network: {reason}. Take the checkpoint that "
+            f"{file} is a checkpoint of nnU-Net without a usable plan of its network: {reason}. Use the checkpoint that "
             f"nnU-Net's training wrote at its end ({checkpoints.NNUNET_FILE})."
         ) from None
     weights = {
         key: value for key, value in named.items() if isinstance(value, Tensor) and family.part_of(key) is not None
     }
     if not weights:
-        raise UserError(f"{file} is a checkpoint of nnU-Net that holds no weights of a network. Take another file.")
+        raise UserError(f"{file} is a checkpoint of nnU-Net that holds no weights of a network. Use another file.")
     stem = stem_kernels(family, weights)
     description = {
         "kind": "nnunet",
@@ -162,19 +162,19 @@ def _from_nnssl(content: dict[str, Any], file: Path) -> PretrainedWeights:
         configurations = plan["pretrain_plan"]["configurations"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file} is no whole nnssl checkpoint: {ADAPTATION_PLAN} or network_weights lacks {error}. Take another file."
+            f"{file} is not a complete nnssl checkpoint: {ADAPTATION_PLAN} or network_weights lacks {error}. Use another file."
         ) from None
     short = str(name).rpartition(".")[2]
     if short in _NAMED and not kwargs:
         short, kwargs = _NAMED[short]
     if short not in ("PlainConvUNet", "ResidualEncoderUNet") or not isinstance(kwargs, dict):
         raise UserError(
-            f"{file} holds weights of the network '{name}', and only those of PlainConvUNet, ResidualEncoderUNet and "
-            f"ResEncL fit nnU-Net's U-Nets. Take another file."
+            f"{file} holds weights of the network '{name}', but only those of PlainConvUNet, ResidualEncoderUNet and "
+            f"ResEncL fit nnU-Net's U-Nets. Use another file."
         )
     weights: dict[str, Tensor] = {}
     for key, value in network_weights.items():
-        # a plain U-Net's stem lies within its encoder, so the encoder comes first
+        # Test the encoder first, because the stem of a plain U-Net is a part of it.
         prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
         if prefix is not None and isinstance(value, Tensor):
             weights[prefixes[prefix] + key.removeprefix(prefix)] = value
@@ -193,7 +193,7 @@ def _from_authors(content: dict[str, Any], file: Path) -> PretrainedWeights:
     architecture = read_json(resource_folder("plans") / "networks" / "paper.json", "Install again.")["architecture"]
     stages = architecture["arch_kwargs"]["n_stages"]
     names = _names_of_authors(stages - 1)
-    # some of the files were saved while the network was distributed
+    # In some of the files, names have the prefix of a distributed network.
     theirs = {_WRAPPERS.sub("", str(key)).rpartition(".")[::2]: value for key, value in content.items()}
     weights: dict[str, Tensor] = {}
     for (module, parameter), value in theirs.items():
@@ -202,8 +202,8 @@ def _from_authors(content: dict[str, Any], file: Path) -> PretrainedWeights:
     absent = [module for module in names if (module, "weight") not in theirs]
     if absent:
         raise UserError(
-            f"{file} holds {AUTHORS_WEIGHTS}, and not those of the MACL authors' network: it lacks {absent[0]}. "
-            "Take another file."
+            f"{file} holds {AUTHORS_WEIGHTS}, but not that of the MACL authors' network: it lacks {absent[0]}. "
+            "Use another file."
         )
     first = [weights[f"encoder.stages.{stage}.0.convs.0.conv.weight"] for stage in range(stages)]
     kwargs = architecture["arch_kwargs"] | {"features_per_stage": [len(weight) for weight in first]}
@@ -216,14 +216,14 @@ def _from_authors(content: dict[str, Any], file: Path) -> PretrainedWeights:
 
 
 def _names_of_authors(poolings: int) -> dict[str, tuple[str, ...]]:
-    """Map each module of the authors' network to its names in `PaperUNet`, where a layer has two."""
+    """Map each module of the authors' network to its names in `PaperUNet`. A layer has two names there."""
 
     def layers(block: str) -> list[tuple[str, str]]:
         return [(f"{block}.conv", f"{block}.all_modules.0"), (f"{block}.norm", f"{block}.all_modules.1")]
 
     names: dict[str, tuple[str, ...]] = {}
     for level in range(1, poolings + 1):
-        # the authors count levels from the image, nnU-Net's decoder counts them from the bottleneck
+        # The authors count decoder levels from the image, and nnU-Net counts them from the bottleneck.
         names[f"online_decoder.upscale{level + 1}"] = (f"decoder.transpconvs.{poolings - level}",)
         for block in (0, 1):
             for number, layer in enumerate(layers(f"encoder.stages.{level - 1}.0.convs.{block}")):
@@ -243,20 +243,20 @@ def export(source: Path, file: Path, name: str | None = None, license_id: str = 
     """Write pre-trained weights in another format.
 
     Args:
-        source: what `load_weights` takes.
-        file: to write.
-        name: ``nnunet``, for ``nnUNetv2_train -pretrained_weights``, or ``nnssl``, for ``nnUNetv2_preprocess_like_nnssl`` and
-            ``nnUNetv2_train_pretrained`` of nnU-Net's master branch, or ``zip``, for ``nnUNetv2_macl_install``. None: ``zip``
-            where the file ends so.
-        license_id: of the weights, for the model card in a ``zip``.
+        source: A path that `load_weights` takes.
+        file: File to write.
+        name: Format: ``nnunet`` for ``nnUNetv2_train -pretrained_weights``; ``nnssl`` for ``nnUNetv2_preprocess_like_nnssl``
+            and ``nnUNetv2_train_pretrained`` of nnU-Net's master branch; or ``zip`` for ``nnUNetv2_macl_install``. None: ``zip``
+            if the name of the file ends so.
+        license_id: Licence of the weights, for the model card in a ``zip``.
 
     Raises:
-        UserError: no such format, weights that do not go into it, or a file that cannot be written.
+        UserError: The format is unknown or cannot hold the weights, or the file cannot be written.
     """
     if name is None and file.suffix == ".zip":
         name = PACKAGE
     if name not in (*FORMATS, PACKAGE):
-        got = f"got '{name}'" if name else f"and {file.name} does not say which: only .zip does"
+        got = f"got '{name}'" if name else f"because {file.name} does not end in .zip"
         raise UserError(f"--format must be one of {', '.join((*FORMATS, PACKAGE))}, {got}.")
     if file.is_dir():
         raise UserError(f"-o {file} is a folder. Give a file: -o {file / 'weights.pth'}")
@@ -269,18 +269,21 @@ def export(source: Path, file: Path, name: str | None = None, license_id: str = 
     logger.info("%s holds %d tensors, in the format %s.", file, len(content["network_weights"]), name)
     part_of = family_of(pretrained.architecture["network_class_name"]).part_of
     if name == "nnunet" and any(part_of(key) != "encoder" for key in pretrained.elsewhere):
-        logger.warning("%s has no decoder, so its decoder is fresh. Give the run's folder, which holds both.", source)
+        logger.warning(
+            "%s has no decoder, so the exported decoder is not pre-trained. Give the run's folder, which has both.",
+            source,
+        )
     if name == "nnssl":
         schemes = set(pretrained.description["preprocessing"]["normalization_schemes"]) - {"ZScoreNormalization"}
         if schemes:
             logger.info(
-                "The weights were trained with %s; nnUNetv2_preprocess_like_nnssl will take ZScoreNormalization.",
+                "The weights were trained with %s, but nnUNetv2_preprocess_like_nnssl will use ZScoreNormalization.",
                 ", ".join(sorted(schemes)),
             )
         has_command = importlib.util.find_spec("nnunetv2.experiment_planning.like_nnssl") is not None
         logger.info(
             "Next%s: nnUNetv2_preprocess_like_nnssl -d DATASET -n NAME -pc %s",
-            "" if has_command else ", with nnU-Net's master branch, since the nnU-Net here does not have the command",
+            "" if has_command else ", with nnU-Net's master branch, because the installed nnU-Net lacks the command",
             shlex.quote(str(file)),
         )
     else:
@@ -288,10 +291,10 @@ def export(source: Path, file: Path, name: str | None = None, license_id: str = 
 
 
 def as_nnunet(pretrained: PretrainedWeights) -> dict[str, Any]:
-    """Content of a checkpoint with a whole U-Net: the pre-trained weights, and fresh ones where there are none.
+    """Return the content of a checkpoint of a whole U-Net. Layers that were not pre-trained are freshly initialised.
 
     Raises:
-        UserError: the weights do not fit the architecture that they come with.
+        UserError: The weights do not fit the architecture in their file.
     """
     state = _own_network(pretrained).state_dict()
     inputs = pretrained.description.get("network_input_channels", pretrained.architecture["input_channels"])
@@ -309,32 +312,32 @@ def as_nnunet(pretrained: PretrainedWeights) -> dict[str, Any]:
         "fresh_inputs": fresh_inputs,
         "trained_keys": sorted(pretrained.weights),
         "architecture": pretrained.architecture,
-        # what nnU-Net's own checkpoints say
+        # The keys of nnU-Net's own checkpoints
         "trainer_name": "nnUNetTrainer",
         "init_args": {"configuration": pretrained.description.get("configuration")},
     }
 
 
 def as_nnssl(pretrained: PretrainedWeights) -> dict[str, Any]:
-    """Content of a checkpoint of nnssl, with all that nnU-Net's master branch asks of one.
+    """Return the content of a checkpoint of nnssl, with everything that nnU-Net's master branch needs.
 
     Source: nnssl's adaptation plan, and its reader in nnU-Net's ``experiment_planning/like_nnssl.py``.
 
     Raises:
-        UserError: weights of a 2D network, of a `PlannedNetwork`, of no whole encoder, or of no known preprocessing.
+        UserError: The network is 2D or a `PlannedNetwork`, the encoder is not complete, or the preprocessing is not known.
     """
     files = ", ".join(str(file) for file in pretrained.files)
     network = _own_network(pretrained)
     if isinstance(network, PlannedNetwork):
         raise UserError(
-            f"{files} holds weights of {type(network).__name__}, which nnssl's format does not describe. They go to others as a "
+            f"{files} holds weights of {type(network).__name__}, which nnssl's format does not describe. Share them as a "
             "package: -o FILE.zip"
         )
     part_of = family_of(type(network)).part_of
     lacking = [key for key in network.state_dict() if part_of(key) == "encoder" and key not in pretrained.weights]
     if lacking:
         raise UserError(
-            f"{files} holds no whole encoder: {lacking[0]} is not there. Give the pre-training run's folder, or "
+            f"{files} holds no complete encoder: it lacks {lacking[0]}. Give the pre-training run's folder, or "
             f"{checkpoints.ENCODER_FILE} in it."
         )
     preprocessing = pretrained.description.get("preprocessing")
@@ -368,14 +371,14 @@ def _adaptation_plan(pretrained: PretrainedWeights, preprocessing: dict[str, Any
     )
     own_keys += ("patch_size", "resampling_fn_data", "resampling_fn_data_kwargs")
     configuration = {key: preprocessing[key] for key in own_keys} | {
-        # nnU-Net plans the spacing from the data set's median
+        # nnU-Net plans the median spacing of the data set.
         "spacing_style": "median",
         "resampling_fn_mask": preprocessing["resampling_fn_seg"],
         "resampling_fn_mask_kwargs": preprocessing["resampling_fn_seg_kwargs"],
     }
     return {
         "architecture_plans": {
-            # nnssl knows its dynamic networks by the bare name, nnU-Net finds them by it
+            # Both nnssl and nnU-Net find these networks by the name without the module.
             "arch_class_name": architecture["network_class_name"].rpartition(".")[2],
             "arch_kwargs": kwargs,
             "arch_kwargs_requiring_import": _named_classes(kwargs),
@@ -409,10 +412,10 @@ def _named_classes(kwargs: dict[str, Any]) -> list[str]:
 
 
 def _own_network(pretrained: PretrainedWeights) -> nn.Module:
-    """The U-Net that the weights are of, freshly initialised, the same at every call.
+    """Return the network that the weights belong to, with the same fresh initialisation at every call.
 
     Raises:
-        UserError: the file names other classes than nnU-Net's U-Nets and torch's layers, or weights that do not fit.
+        UserError: The file names other classes than known networks and torch's layers, or the weights do not fit.
     """
     files = ", ".join(str(file) for file in pretrained.files)
     architecture = pretrained.architecture
@@ -421,7 +424,7 @@ def _own_network(pretrained: PretrainedWeights) -> nn.Module:
     if name not in network_types() or not all(_ALLOWED_LAYERS.fullmatch(kwargs[key]) for key in named):
         known = ", ".join(sorted(known.rpartition(".")[2] for known in network_types()))
         raise UserError(
-            f"{files} names the network {name} with {', '.join(f'{key} {kwargs[key]}' for key in named)}; only {known} with "
+            f"{files} names the network {name} with {', '.join(f'{key} {kwargs[key]}' for key in named)}. Only {known} with "
             "torch's own layers can be exported."
         )
     network = _build(architecture, architecture["input_channels"])
@@ -430,9 +433,9 @@ def _own_network(pretrained: PretrainedWeights) -> nn.Module:
         if key not in state or state[key].shape != value.shape:
             here = list(state[key].shape) if key in state else "not there"
             raise UserError(
-                f"The weights in {files} do not fit the architecture that they come with: {key} is {list(value.shape)} in the "
+                f"The weights in {files} do not fit the architecture in the file: {key} is {list(value.shape)} in the "
                 f"file and {here} in the network. Either the file was changed, or its trainer builds another network than its "
-                "plan names. Such weights can be fine-tuned from, but not exported."
+                "plan names. You can fine-tune from these weights, but not export them."
             )
     return network
 
@@ -441,5 +444,5 @@ def _build(architecture: dict[str, Any], input_channels: int) -> nn.Module:
     name, kwargs = architecture["network_class_name"], architecture["arch_kwargs"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        # the segmentation layers are left out by whoever loads this, so any number of classes will do
+        # Any number of classes is fine, because readers ignore the segmentation layers.
         return get_network_from_plans(name, kwargs, _named_classes(kwargs), input_channels, 2, deep_supervision=True)

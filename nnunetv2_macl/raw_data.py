@@ -15,10 +15,10 @@ DESCRIPTION = "dataset.json"
 
 
 def raw_data_set(name_or_id: str, new_name: str) -> Path:
-    """Return the folder of a raw data set by number or name; of one that does not exist, ``new_name`` follows its number.
+    """Return the folder of a raw data set by id or name. A data set that does not exist gets the name ``new_name``.
 
     Raises:
-        UserError: nnUNet_raw is not set, the name is not one of nnU-Net's, or several data sets have the number.
+        UserError: nnUNet_raw is not set, the name is not as nnU-Net needs it, or several data sets have the id.
     """
     root = os.environ.get("nnUNet_raw")
     if not root:
@@ -44,8 +44,8 @@ def write_description(
 ) -> None:
     """Write the ``dataset.json`` of a raw data set with a number of labelled ``cases``.
 
-    Channels named "CT" and "rgb_to_0_1" have a meaning for nnU-Net's normalisation. Labels are values by
-    name, with the background.
+    The channel names "CT" and "rgb_to_0_1" select nnU-Net's normalisation. ``labels`` maps names, including the
+    background, to values.
     """
     description = {
         "channel_names": {str(number): name for number, name in enumerate(channels)},

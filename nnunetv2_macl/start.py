@@ -30,9 +30,9 @@ def plan_start(
         recipe: The recipe of the run.
 
     Returns:
-        ``path``; ``files``, the SHA-256 checksum of each by its name; ``origin``, ``dataset_name``, ``fold`` and ``citations`` of
-        the weights, None or empty where the files do not say; ``encoder`` and ``decoder``, the number of tensors taken; and
-        ``transfer``, the account of each stage as lines of text.
+        ``path``; ``files``, the SHA-256 checksum of each file by its name; ``origin``, ``dataset_name``, ``fold`` and
+        ``citations`` of the weights, None or empty if the files do not contain them; ``encoder`` and ``decoder``, the number of
+        tensors taken; and ``transfer``, lines of text that say what is taken of each stage.
 
     Raises:
         UserError: There are no weights, or less than a quarter of the encoder's parameters fits.
@@ -58,13 +58,13 @@ def start_from_weights(
     """Copy the weights that a MACL plan names into the pre-training network.
 
     Args:
-        model: Freshly initialised.
+        model: The freshly initialised pre-training network.
         configuration: The configuration that is pre-trained.
         start: What `plan_start` returned.
-        rescale: Whether kernels get the norms of fresh ones, see `rescale_kernels`; for SGD.
+        rescale: Whether to give kernels the norms of fresh ones, which SGD needs, see `rescale_kernels`.
 
     Raises:
-        UserError: The files are gone, or are no longer those that the plan was made with, or no longer fit.
+        UserError: The files are missing, have changed since the plan was made, or do not fit the network.
     """
     pretrained = formats.load_weights(Path(start["path"]))
     found = _checksums(pretrained)
@@ -99,7 +99,7 @@ def _checksums(pretrained: PretrainedWeights) -> dict[str, str]:
 
 
 def _as_text(citation: Any) -> str:
-    """Return a citation as text: nnssl's are dictionaries."""
+    """Return a citation as text. Those of nnssl are dictionaries."""
     if isinstance(citation, dict) and isinstance(citation.get("apa_citations"), (list, tuple)):
         return f"{citation.get('name')}: {'; '.join(map(str, citation['apa_citations']))}"
     return citation if isinstance(citation, str) else json.dumps(citation)

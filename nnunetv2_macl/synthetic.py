@@ -1,6 +1,6 @@
-"""A small data set in nnU-Net's raw format, made of nothing: organs that move and deform, with texture and noise.
+"""Generate a small data set in nnU-Net's raw format: organs of varying place and shape, with texture and noise.
 
-For the demonstration and the tests; the same seed makes the same files.
+The demonstration and the tests use it. The same seed makes the same images.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def generate_dataset(
     """Write a raw data set: ``imagesTr``, ``labelsTr``, ``imagesUn``, ``imagesTs``, ``labelsTs``, ``dataset.json``.
 
     Args:
-        folder: of the data set, named DatasetXXX_NAME.
-        labelled, unlabelled, test: number of cases.
-        shape: voxels an axis, slices first; the number of slices varies by a quarter between cases.
-        spacing: mm an axis, slices first.
-        channels: of each image.
-        seed: of everything.
+        folder: Folder of the data set, named DatasetXXX_NAME.
+        labelled, unlabelled, test: Number of cases.
+        shape: Voxels per axis, slices first. The number of slices varies by a quarter between cases.
+        spacing: Millimetres per axis, slices first.
+        channels: Number of channels of each image.
+        seed: Seed of all random draws.
     """
     number = 0
     for images, labels, count in (
@@ -63,7 +63,7 @@ def generate_dataset(
 
 
 def _case(rng: np.random.Generator, shape: tuple[int, ...], channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """One image (channels, *shape) and its segmentation: a body, an organ in it, a bright vessel in the organ."""
+    """Return an image (channels, *shape) and its segmentation (*shape): a body, an organ in it, a vessel in the organ."""
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     bent = [axis + _smooth(rng, shape, 4) * 0.12 for axis in axes]
     z, y, x = bent
@@ -88,8 +88,8 @@ def _case(rng: np.random.Generator, shape: tuple[int, ...], channels: int) -> tu
 
 
 def _smooth(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> np.ndarray:
-    """A random field of unit standard deviation, smooth over ``sigma`` voxels in plane."""
-    # drawn coarse along the slices, so that organs keep their shape from slice to slice
+    """Return a random field of unit standard deviation that is smooth over ``sigma`` voxels in plane."""
+    # Few values along the slices, so that organs keep their shape from slice to slice.
     field = gaussian_filter(rng.normal(size=(6, *shape[1:])), (1, sigma, sigma))
     where = np.meshgrid(np.linspace(0, 5, shape[0]), *(np.arange(n) for n in shape[1:]), indexing="ij")
     field = map_coordinates(field, where, order=1)

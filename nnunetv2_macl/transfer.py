@@ -1,6 +1,6 @@
-"""Weights pre-trained for one U-Net, fitted to another: what can be taken, what is adapted, and what is left and why.
+"""Transfer of pre-trained weights to another network: what is taken, what is adapted, and what is not taken and why.
 
-Works on state dicts. The family of the network knows its stages by the names of their weights, see `networks.base`.
+It works on state dicts. The family of the network recognises stages by the names of their weights, see `networks.base`.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.networks.base import PretrainableNetwork, class_name
 from nnunetv2_macl.networks.registry import family_of
 
-# below this share of the encoder's parameters, fine-tuning would start from a random network in all but name
+# Smallest share of the encoder's parameters. With less, fine-tuning would start from an almost random network.
 SMALLEST_SHARE = 0.25
 
 AS_IT_IS, ADAPTED, NOT_TAKEN = "as it is", "adapted", "not taken"
 
-# what may stand between a convolution and its norm
+# The layers that may be between a convolution and its norm, because their output scales with their input.
 _SCALE_WITH_THEIR_INPUT = (_DropoutNd, nn.ReLU, nn.LeakyReLU)
 _ANYWAY = "segmentation layers are always trained anew"
 
 
 @dataclass(frozen=True)
 class TransferRow:
-    """What becomes of one part of the target: ``taken`` of its ``tensors``, how, and why or why not."""
+    """The transfer to one part of the target network."""
 
-    part: str
-    is_encoder: bool
-    taken: int
-    tensors: int
-    how: str
-    why: str = ""
+    part: str  # Name of the part, such as ``encoder.stages.0``
+    is_encoder: bool  # Whether the part belongs to the encoder
+    taken: int  # Number of tensors that are taken
+    tensors: int  # Number of tensors of the part
+    how: str  # `AS_IT_IS`, `ADAPTED` or `NOT_TAKEN`
+    why: str = ""  # Differences, and why tensors are not taken
 
 
 class TooLittleFitsError(UserError):
@@ -54,22 +54,19 @@ class TooLittleFitsError(UserError):
 
 @dataclass(frozen=True)
 class Transfer:
-    """Weights to put into the target's state dict, under all their names there, and the account of them.
+    """Weights for a target network, and where they come from."""
 
-    ``difference`` is the first difference of the two architectures, None where they are the same.
-    """
-
-    weights: dict[str, Tensor]
-    rows: list[TransferRow]
-    difference: str | None
+    weights: dict[str, Tensor]  # Weights for the target's state dict, under all their names there
+    rows: list[TransferRow]  # One row for each part of the target
+    difference: str | None  # First difference of the two architectures; None if they are the same
 
     def count(self, part: str) -> tuple[int, int]:
-        """Tensors taken, and all tensors, of the ``encoder`` or the ``decoder``."""
+        """Return the number of tensors that are taken and of all tensors of a part, ``encoder`` or ``decoder``."""
         rows = [row for row in self.rows if row.is_encoder == (part == "encoder")]
         return sum(row.taken for row in rows), sum(row.tensors for row in rows)
 
     def table(self) -> str:
-        """The rows as aligned text, one a line."""
+        """Return the rows as aligned text, one per line."""
         lines = [("part", "tensors taken", "how", "why")]
         lines += [(row.part, f"{row.taken} of {row.tensors}", row.how, row.why) for row in self.rows]
         widths = [max(len(line[column]) for line in lines) for column in range(3)]
@@ -88,63 +85,63 @@ def plan_transfer(
     channel_names: tuple[Sequence[str], Sequence[str]] = ((), ()),
     advice: str = "Pre-train for this one: nnUNetv2_train_macl_pretrain DATASET -c CONFIGURATION",
 ) -> Transfer:
-    """Fit pre-trained weights to a U-Net.
+    """Fit pre-trained weights to a network.
 
-    A stage takes the weights of the stage at the same depth, or of the one above or below where more fit so. A convolution
-    goes with its bias and norm, whole or not at all, and only where every shape is equal; the first convolution alone is
-    fitted to another number of input channels, see `fit_input_channels`, or to the same ones in another order. Where the
-    source's network has no norm after a convolution, the target's norm stays as it is.
+    A stage takes the weights of the stage at the same depth, or, if more weights fit then, of the stage above or below. A
+    convolution with its bias and norm is taken as a whole, and only if all shapes are equal. Only the first convolution is
+    adapted: to another number of input channels, see `fit_input_channels`, or to another order of channels. If the source
+    network has no norm after a convolution, the target keeps its own norm.
 
     Args:
-        pretrained: the weights, and the architecture that they were trained in.
-        state: the target's state dict; gives names, shapes, and what extra input channels keep.
-        architecture: of the target, as `DatasetConfiguration.architecture` gives it.
-        image_channels: how many of the target's first input channels are images. None: all. The others, a cascade's
-            segmentation of its first stage, keep the target's own weights.
-        channel_names: of the images there, and of those here; none where they are not known.
-        advice: What the user can do where the weights do not fit, as a sentence.
+        pretrained: The weights, and the architecture that they were trained in.
+        state: The target's state dict. It gives names and shapes, and the weights that extra input channels keep.
+        architecture: Architecture of the target, as `DatasetConfiguration.architecture` returns it.
+        image_channels: Number of the target's first input channels that are images. None: all. The other channels, the
+            segmentation from the first stage of a cascade, keep the target's own weights.
+        channel_names: Channel names of the source and of the target; empty if they are not known.
+        advice: What the user can do if the weights do not fit, as a sentence.
 
     Raises:
         TooLittleFitsError: Less than a quarter of the encoder's parameters fits. The message names the first difference.
-        UserError: The networks are not of one family.
+        UserError: The networks belong to different families.
     """
     files = ", ".join(str(file) for file in pretrained.files)
     there, here = (str(a.get("network_class_name")) for a in (pretrained.architecture, architecture))
     family = family_of(here)
     if there not in map(class_name, family.adapts):
         raise UserError(
-            f"The weights in {files} are for another kind of network: {there} there and {here} here, whose stages do not "
+            f"The weights in {files} are for another kind of network ({there}) than yours ({here}), so their stages do not "
             f"correspond. {advice}"
         )
     difference = first_difference(pretrained.architecture, architecture)
     channels = image_channels, channel_names
     plans = [_StageMapping(family, pretrained, state, architecture, *channels, offset) for offset in (0, -1, 1)]
-    # the first of equals: the same depth
+    # Of equal plans, max returns the first, which is the one for the same depth.
     best = max(plans, key=lambda plan: _parameters(state, plan.sources))
     encoder = [key for key in state if family.part_of(key) == "encoder"]
     share = _parameters(state, (key for key in encoder if key in best.sources)) / max(1, _parameters(state, encoder))
     transfer = Transfer(best.weights(), best.rows(), difference)
     if share < SMALLEST_SHARE:
-        why = difference or "they hold less than that of an encoder"
-        # rounded down, so that a share just below the limit is not shown as the limit
+        why = difference or "the file does not hold a complete encoder"
+        # Round down, so that a share just below the limit is not shown as the limit.
         percent = math.floor(1000 * share) / 10
         raise TooLittleFitsError(
-            f"The weights in {files} are for another network: {percent}% of this one's encoder can be taken from them, less "
-            f"than the {SMALLEST_SHARE:.0%} that are worth it; {why}. {advice}",
+            f"The weights in {files} are for another network: only {percent}% of your network's encoder can be taken from "
+            f"them, and at least {SMALLEST_SHARE:.0%} are required; {why}. {advice}",
             transfer,
         )
     return transfer
 
 
 def fit_input_channels(weight: Tensor, channels: int) -> Tensor:
-    """A convolution's weight for another number of input channels, with the same response to equal inputs.
+    """Adapt a convolution's weight to another number of input channels, with the same response to equal inputs.
 
-    For more channels, its own are repeated in turn and each is divided among its copies; for fewer, they are dealt out in
-    turn and added up. The sum over input channels stays what it was.
+    For more channels, the weights of the channels are repeated in turn and divided by the number of their copies. For fewer
+    channels, they are assigned to the new channels in turn and added. The sum over input channels does not change.
 
     Args:
-        weight: (C_out, C_in, *kernel).
-        channels: C_new, 1 or more.
+        weight: Weight of the convolution, (C_out, C_in, *kernel).
+        channels: New number of input channels C_new, 1 or more.
 
     Returns:
         (C_out, C_new, *kernel).
@@ -163,21 +160,21 @@ def fit_input_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def kernel_norms(network: nn.Module) -> dict[str, float]:
-    """L2 norm of each kernel whose scale does not matter, as an instance norm follows it; by the name of its block."""
+    """Return the L2 norm of each kernel that an instance norm follows, so that its scale does not matter, by its block."""
     return {name: float(block.conv.weight.detach().norm()) for name, block in _scale_free(network).items()}
 
 
 def rescale_kernels(network: nn.Module, norms: dict[str, float]) -> None:
-    """Give kernels back their norms: the same function, and the learning rate means what it means for a fresh network.
+    """Scale kernels back to the norms of a fresh network. The network computes the same function as before.
 
-    Kernels grow in pre-training, to 2.6 times in 16,000 steps of AdamW. What an instance norm makes scale-free learns at the
-    rate divided by the square of its norm, so that SGD at nnU-Net's rate would hardly move it.
+    Kernels grow during pre-training, to 2.6 times in 16,000 steps of AdamW. If an instance norm follows a kernel, its
+    effective learning rate is divided by its squared norm, so SGD at nnU-Net's rate would hardly change a large kernel.
 
     Source: van Laarhoven, L2 regularization versus batch and weight normalization, 2017, https://arxiv.org/abs/1706.05350
 
     Args:
-        network: a U-Net of dynamic-network-architectures.
-        norms: of its kernels, as `kernel_norms` gave them before pre-trained weights went in.
+        network: A U-Net of dynamic-network-architectures.
+        norms: Norms of its kernels, as `kernel_norms` returned them before pre-trained weights were loaded.
     """
     grown = kernel_norms(network)
     with torch.no_grad():
@@ -196,7 +193,7 @@ def _scale_free(network: nn.Module) -> dict[str, Any]:
 
 def _forgets_scale(block: ConvDropoutNormReLU) -> bool:
     norm = getattr(block, "norm", None)
-    # statistics that are kept, as a batch norm's, would have to follow
+    # The running statistics of a norm, as in a batch norm, would have to be scaled, too.
     if not isinstance(norm, _InstanceNorm) or norm.track_running_stats:
         return False
     layers = list(block.all_modules)
@@ -204,7 +201,7 @@ def _forgets_scale(block: ConvDropoutNormReLU) -> bool:
 
 
 class _StageMapping:
-    """One way to lay the source's stages over the target's: target stage s takes source stage s + offset."""
+    """One mapping between the stages of the two networks: target stage s takes source stage s + offset."""
 
     def __init__(
         self,
@@ -220,7 +217,7 @@ class _StageMapping:
         self.elsewhere, self.channel_names = pretrained.elsewhere, channel_names
         self.architectures = pretrained.architecture, architecture
         self.first_names = first_names(state)
-        # nnU-Net's decoder lists its encoder a second time
+        # nnU-Net's decoder contains the encoder a second time.
         self.own = [key for key, first in self.first_names.items() if family.part_of(key) == family.part_of(first)]
         self.depths = (_depth(family, self.source) or _depth(family, state), _depth(family, state))
         stem = family.input_weight(state) or ""
@@ -230,7 +227,7 @@ class _StageMapping:
         units: dict[str, list[str]] = {}
         for key in self.own:
             units.setdefault(_block_name(key), []).append(key)
-        # target's name -> source's name
+        # Name in the target -> name in the source
         self.sources: dict[str, str] = {}
         self.adapted: set[str] = set()
         self.without_norm: set[str] = set()
@@ -244,7 +241,7 @@ class _StageMapping:
                     self.adapted = {key for key in taken if self._is_adapted(key)}
 
     def source_of(self, key: str) -> str:
-        """The source's name for what the target calls ``key``, whether or not the source has it."""
+        """Return the name in the source of the target's weight ``key``. The source need not have this weight."""
         own = self.family.stage_of(key)
         if own is None:
             return key
@@ -252,6 +249,7 @@ class _StageMapping:
         return f"{part}.{stage}{key.removeprefix('{}.{}'.format(*own))}"
 
     def source_stage(self, part: str, stage: int) -> tuple[str, int]:
+        """Return the part and the number of the source's stage for a stage of the target."""
         if part == self.family.encoder_stages:
             return part, stage + self.offset
         # decoder stages count from the bottleneck: s belongs to encoder stage depth - 2 - s
@@ -259,7 +257,7 @@ class _StageMapping:
         return part, source_depth - depth + stage - self.offset
 
     def _without_norm(self, keys: list[str]) -> list[str]:
-        """Return the names of a convolution whose norm the source's network does not have; none where it has the norm."""
+        """Return the names of a convolution whose norm the source network lacks; none if the source has the norm."""
         convolution = [key for key in keys if re.search(r"\.(conv|all_modules\.0)\.", key)]
         has_norm = any(self.source_of(key) in self.source for key in keys if key not in convolution)
         return convolution if len(convolution) < len(keys) and not has_norm else []
@@ -268,7 +266,7 @@ class _StageMapping:
         if self.family.part_of(key) is None:
             return False
         source, ours = self.source.get(self.source_of(key)), self.state[key]
-        # images go into the first convolution alone, features into every other
+        # Only the first convolution takes images, and all others take features.
         is_stem, takes_stem = _block_name(key) == self.stem, _block_name(self.source_of(key)) == self.stem
         if source is None or is_stem != takes_stem:
             return False
@@ -298,7 +296,7 @@ class _StageMapping:
         return fitted
 
     def _channel_order(self, stem: str) -> list[int] | None:
-        """Where each of our image channels stands there, if they are the same ones in another order."""
+        """Return the source's channel for each image channel of the target, if only their order differs."""
         there, here = map(list, self.channel_names)
         if stem not in self.source or there == here or sorted(there) != sorted(here) or len(set(here)) < len(here):
             return None
@@ -308,9 +306,10 @@ class _StageMapping:
     def _images(self, stem: Tensor) -> int:
         return stem.shape[1] if self.image_channels is None else min(self.image_channels, stem.shape[1])
 
-    # --- the account -----------------------------------------------------------------------------------------------------
+    # --- the table -----------------------------------------------------------------------------------------------------
 
     def rows(self) -> list[TransferRow]:
+        """Return a row for each part of the target."""
         parts: dict[str, list[str]] = {}
         for key in self.own:
             name = self.family.stage_of(key) or key.split(".")[:2]
@@ -331,12 +330,12 @@ class _StageMapping:
         return TransferRow(part, is_encoder, len(taken), len(keys), how, "; ".join(notes))
 
     def _names_notes(self, taken: list[str]) -> list[str]:
-        """Of the first convolution, where the channels have other names there, or another order."""
+        """Return a note on the first convolution if the channels of the source have other names or another order."""
         there, here = map(list, self.channel_names)
         if there == here or not there or not any(_block_name(key) == self.stem for key in taken):
             return []
         names = f"channels {', '.join(there)} there, {', '.join(here)} here"
-        return [f"{names}: {'put in this order' if self.order else 'taken as they stand, by their numbers'}"]
+        return [f"{names}: {'put in this order' if self.order else 'matched by their numbers'}"]
 
     def _channels_note(self, key: str) -> str:
         theirs, ours = self.source[key].shape[1], self.state[key].shape[1]
@@ -379,7 +378,7 @@ class _StageMapping:
 
 
 def stem_kernels(family: type[PretrainableNetwork], weights: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of a network's first kernel, which takes the images and, in a cascade's second stage, segmentations."""
+    """Return all names of a network's first kernel, which takes images and, in the second stage of a cascade, segmentations."""
     stem = family.input_weight(weights)
     return [
         key for key, weight in weights.items() if stem and _block_name(key) == _block_name(stem) and weight.ndim > 2
@@ -387,7 +386,7 @@ def stem_kernels(family: type[PretrainableNetwork], weights: Mapping[str, Tensor
 
 
 def _block_name(key: str) -> str:
-    """A convolution with its bias and norm, or whatever else holds a weight."""
+    """Return the name of the block that holds a weight: a convolution with its bias and norm, or another module."""
     unit, *inside = re.split(r"\.(?:conv|norm|all_modules)\.", key)
     return unit if inside else key.rpartition(".")[0]
 
@@ -399,7 +398,7 @@ def _depth(family: type[PretrainableNetwork], weights: Iterable[str]) -> int:
 
 
 def _parameters(state: dict[str, Tensor], keys: Iterable[str]) -> int:
-    # a convolution's tensors stand there twice; once is enough
+    # Count the tensors of a convolution once, although they have two names.
     return sum(state[key].numel() for key in keys if ".all_modules." not in key)
 
 

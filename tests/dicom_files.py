@@ -1,4 +1,4 @@
-"""DICOM series written by SimpleITK, as scanners write them: one file a slice, with the tags that matter."""
+"""Write DICOM series with SimpleITK as scanners do: one file per slice, with the necessary tags."""
 
 import numpy as np
 import SimpleITK as sitk
@@ -19,7 +19,7 @@ def write_series(
     writer.KeepOriginalImageUIDOn()
     writer.SetUseCompression(compressed)
     normal = np.cross(orientation[:3], orientation[3:])
-    # backwards, so that neither names nor instance numbers are in the order of the positions
+    # Number the files backwards, so that neither names nor instance numbers are in the order of the positions.
     for number, pixels in enumerate(volume):
         place = normal * (positions[number] if positions is not None else number * step)
         image = sitk.GetImageFromArray(pixels[None].astype(np.int16))

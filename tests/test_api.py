@@ -1,4 +1,4 @@
-"""What a program may import, and that the method works on any such network without nnU-Net's folders."""
+"""The public names, and pre-training of any U-Net without nnU-Net's folders."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from nnunetv2_macl.methods.base import Progress
 
 
 def run(code):
-    """In a process of its own, without nnU-Net's variables; returns what was printed."""
+    """Run code in another process without nnU-Net's variables, and return its output."""
     process = subprocess.run(
         [sys.executable, "-c", code], env=environment_without_nnunet(), capture_output=True, text=True, timeout=300
     )
@@ -23,7 +23,7 @@ def run(code):
     return process.stdout
 
 
-def test_importing_the_package_loads_nothing_heavy_and_says_nothing():
+def test_importing_the_package_loads_nothing_heavy_and_prints_nothing():
     out = run("import nnunetv2_macl, sys; print([m for m in ('torch', 'nnunetv2', 'matplotlib') if m in sys.modules])")
     assert out == "[]\n"
 
@@ -33,7 +33,7 @@ def test_the_method_is_imported_without_nnunet():
     assert run(f"from nnunetv2_macl import {names}; import sys; print('nnunetv2' in sys.modules)") == "False\n"
 
 
-def test_every_name_is_there():
+def test_every_public_name_can_be_imported():
     for name in nnunetv2_macl._FOUND_IN:
         assert getattr(nnunetv2_macl, name).__name__ == name
         assert name in dir(nnunetv2_macl)
@@ -43,8 +43,8 @@ def test_every_name_is_there():
 
 @pytest.mark.parametrize("axes", [2, 3])
 @pytest.mark.parametrize("kind", [PlainConvUNet, ResidualEncoderUNet])
-def test_pre_training_any_network_of_the_kind(kind, axes):
-    """The loss falls, and the U-Net itself has learned."""
+def test_any_unet_can_be_pre_trained(kind, axes):
+    """The loss falls, and the weights of the U-Net itself change."""
     torch.manual_seed(0)
     blocks = "n_conv_per_stage" if kind is PlainConvUNet else "n_blocks_per_stage"
     unet = kind(

@@ -1,4 +1,4 @@
-"""A tree of DICOM and NIfTI files becomes imagesUn: which series are taken, their voxels, and no names in them."""
+"""Collecting DICOM and NIfTI files into imagesUn: the right series, the same voxels, and no names of patients."""
 
 import csv
 import gzip
@@ -35,7 +35,7 @@ def rows(table):
 
 
 def archive(folder):
-    """Two patients, three good MR series, and everything else that archives hold."""
+    """Write two patients with three good MR series, and everything else that archives hold."""
     doe = folder / "Doe_Jane" / "study"
     write_series(doe / "t2", volume(1), "1.1")
     write_series(doe / "t2_again", volume(1), "1.1")
@@ -55,7 +55,7 @@ def archive(folder):
     bad.write_bytes(bad.read_bytes()[:-100])
     write_series(smith / "ct", volume(11), "2.5", "ID 2", "Smith^John", modality="CT")
     write_series(smith / "compressed", volume(12), "2.6", "ID 2", "Smith^John", compressed=True)
-    for file in (smith / "compressed").iterdir():  # says it is JPEG 2000, and is now said to be JPEG
+    for file in (smith / "compressed").iterdir():  # replace JPEG 2000 by JPEG in the header
         file.write_bytes(file.read_bytes().replace(b"1.2.840.10008.1.2.4.90", b"1.2.840.10008.1.2.4.50"))
     (smith / "note.txt").write_text("hello")
     (smith / "junk.dcm").write_bytes(b"junk" * 100)
@@ -102,7 +102,7 @@ def test_an_archive_becomes_one_image_for_each_scan(tmp_path, raw):
     assert stat.S_IMODE((private / KEY_FILE).stat().st_mode) == 0o600
     assert stat.S_IMODE(table.stat().st_mode) == 0o600 and not table.is_relative_to(raw)
 
-    # another call: nothing is written again, and a new scan of a known patient gets the pseudonym
+    # Another call writes nothing again, and a new scan of a known patient gets the patient's pseudonym.
     before = {name: (data_set / "imagesUn" / name).stat().st_mtime_ns for name in names}
     write_series(tmp_path / "later", volume(20), "1.7")
     collect(tmp_path / "later", "28", private_folder=private, processes=1)
@@ -116,7 +116,7 @@ def test_an_archive_becomes_one_image_for_each_scan(tmp_path, raw):
 
 
 def series_of(folder):
-    """The only series in a folder."""
+    """Return the only series in a folder."""
     (series,) = group_series(read_header(file) for file in sorted(folder.iterdir())).values()
     return series
 
@@ -136,7 +136,7 @@ def test_positions_of_slices(tmp_path, positions, reason):
     assert answer is None if reason is None else answer.startswith(reason)
 
 
-def test_slices_are_sorted_by_position_and_a_tilt_is_seen(tmp_path):
+def test_slices_are_sorted_by_position_and_a_tilt_is_detected(tmp_path):
     write_series(tmp_path / "dicom", volume(1), "1.1", orientation=CORONAL)
     series = series_of(tmp_path / "dicom")
     assert [s.image for s in sort_slices(series.slices)] == [f"1.1.{n}" for n in range(1, 9)]
@@ -144,7 +144,7 @@ def test_slices_are_sorted_by_position_and_a_tilt_is_seen(tmp_path):
     assert why_not(series, 5, False).startswith("gantry tilt")
 
 
-def test_what_a_header_may_lack_or_say(tmp_path):
+def test_series_are_left_out_by_their_headers(tmp_path):
     write_series(tmp_path / "dicom", volume(1), "1.1", image_type="DERIVED\\PRIMARY\\AXIAL")
     series = series_of(tmp_path / "dicom")
     assert (
@@ -286,7 +286,7 @@ def test_a_run_that_is_stopped_continues(tmp_path):
     subprocess.run(command, env=environment, check=True, timeout=300)
     now = {file.name: file.stat().st_mtime_ns for file in images.iterdir()}
     assert len(now) == 12
-    # one may have been moved into place without its line in the table
+    # One image may have been moved into place without its line in the table.
     assert sum(now[name] != when for name, when in done.items()) <= 1
     assert len(rows(tmp_path / "nnunetv2_macl_private" / "Dataset028_Collected.csv")) == 12
     assert sorted(path.name for path in images.parent.iterdir()) == ["dataset.json", "imagesUn"]
@@ -295,7 +295,7 @@ def test_a_run_that_is_stopped_continues(tmp_path):
 
 @pytest.mark.slow
 def test_collected_dicom_pretrains_what_is_fine_tuned(workspace, tmp_path):
-    """The commands of docs/getting_started/from_dicom.md, on generated scans and a generated labelled data set."""
+    """This runs the commands of docs/getting_started/from_dicom.md on generated data."""
     for number in range(4):
         write_series(tmp_path / "dicom" / str(number), volume(number, (8, 48, 48)), f"1.{number}", f"ID {number}")
     private = str(tmp_path / "private")

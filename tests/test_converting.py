@@ -20,7 +20,7 @@ SHAPE = (10, 40, 36)
 
 
 def label_map(values, shape=SHAPE):
-    """Boxes in the order of ``values`` along the second axis."""
+    """Return a label map of boxes in the order of ``values`` along the second axis."""
     array = np.zeros(shape, dtype=np.int32)
     for number, value in enumerate(values):
         array[2:-2, 4 * number + 2 : 4 * number + 6, 6:-6] = value
@@ -49,7 +49,7 @@ def mmwhs(folder):
         values = np.where((labels == 420) & (np.arange(SHAPE[2]) > 20), 421, labels) if odd else labels
         stem = folder / "ct_train" / f"ct_train_{number}"
         write(stem.with_name(f"{stem.name}_image.nii.gz"), image_of(labels, number), direction=direction)
-        # float, as label maps of some tools are
+        # Some tools write label maps as float.
         write(stem.with_name(f"{stem.name}_label.nii.gz"), values, np.float32 if odd else np.uint16, direction)
     write(folder / "ct_test" / "ct_test_2001_image.nii.gz", image_of(labels, 1))
     write(folder / "mr_train" / "mr_train_1001_image.nii.gz", image_of(labels, 2))
@@ -78,7 +78,7 @@ def chaos(folder):
         for sequence, images in (("T2SPIR", ""), ("T1DUAL", "InPhase"), ("T1DUAL", "OutPhase")):
             volume = image_of(labels, patient)
             volume[:, 0, 0] = 1000 + rows  # which slice this is
-            # a series UID for each slice, which those of CHAOS have
+            # Each slice of CHAOS has its own series UID.
             for number in rows:
                 dicom = place / sequence / "DICOM_anon" / images
                 write_series(
@@ -186,7 +186,7 @@ def test_chaos(tmp_path, raw):
     for case in cases[:2]:
         image, label = array(folder / "imagesTr" / f"{case}_0000.nii.gz"), array(folder / "labelsTr" / f"{case}.nii.gz")
         slices = image[:, 0, 0] - 1000
-        # the files go from head to feet, and the volume from feet to head
+        # The files are ordered from head to feet, and the volume from feet to head.
         assert slices.tolist() == list(range(SHAPE[0]))[::-1]
         assert np.array_equal(label, label_map(range(1, 5))[slices])
     mask = tmp_path / "data" / "Train_Sets" / "MR" / "2" / "T2SPIR" / "Ground" / "IMG-0004-00003.png"

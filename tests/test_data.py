@@ -1,4 +1,4 @@
-"""Batches: what is in a patch, where it lies, and that a batch is a function of seed and step alone."""
+"""Batches: the content and the position of a patch, and that a batch depends only on the seed and the step."""
 
 import blosc2
 import numpy as np
@@ -41,7 +41,7 @@ def test_patches_are_cut_and_padded_as_nnunet_does(cases, patch):
 
 
 def test_corners_are_those_of_nnunets_loader():
-    """From -padding//2 to shape + padding//2 + padding%2 - patch, each as likely."""
+    """Corners are uniform from -padding//2 to shape + padding//2 + padding%2 - patch."""
     rng = np.random.default_rng(0)
     drawn = np.stack([draw_corner((9, 40, 39), (1, 24, 64), rng) for _ in range(4000)])
     np.testing.assert_array_equal(drawn.min(0), [0, 0, -13])
@@ -58,7 +58,7 @@ def test_position_is_the_centre_as_a_fraction_of_the_volume():
 
 def test_a_batch_is_a_function_of_seed_and_step(cases):
     one, other = batches(cases), batches(cases)
-    other[7]  # what was drawn before does not matter
+    other[7]  # earlier draws do not matter
     assert torch.equal(one[5]["data"], other[5]["data"])
     assert not torch.equal(one[5]["data"], one[6]["data"])
     assert not torch.equal(one[5]["data"], batches(cases, seed=1)[5]["data"])
@@ -123,7 +123,7 @@ def test_patches_of_a_position_group_are_of_different_cases(cases):
         assert all(len(set(chosen[first : first + 3])) == 3 for first in (0, 3, 6))
 
 
-def test_of_fewer_cases_than_a_group_has_no_patch_is_copied(cases):
+def test_with_fewer_cases_than_a_group_has_no_patch_is_copied(cases):
     patches = batches(cases[:2], (4, 12, 12), n=9, group=3)[0]["data"].flatten(1)
     assert len(patches.unique(dim=0)) == 9
 
@@ -137,12 +137,12 @@ def test_constant_slices_are_not_drawn(tmp_path):
         batches([make_case(tmp_path, "blank", np.zeros((1, 4, 16, 16)))], (1, 16, 16))[0]
 
 
-def test_a_preprocessed_case_with_values_that_are_no_numbers_is_named(tmp_path):
-    """nnU-Net's normalisation makes a whole case of one voxel that is none, and trains on."""
+def test_a_preprocessed_case_with_nan_or_infinite_values_is_named(tmp_path):
+    """One such voxel spreads over the whole case in nnU-Net's normalisation, and nnU-Net does not stop."""
     for value in (np.nan, np.inf):
         volume = np.random.default_rng(0).normal(size=(1, 4, 16, 16))
         volume[0, 1, 3, 5] = value
-        with pytest.raises(UserError, match=r"patient7\.b2nd.*no numbers.*case patient7"):
+        with pytest.raises(UserError, match=r"patient7\.b2nd.*case patient7"):
             batches([make_case(tmp_path, "patient7", volume)], (4, 16, 16))[0]
 
 
@@ -155,11 +155,11 @@ MIB = 2**20
         (20 * MIB, 12, 64 * 2**30, 12, 2),  # a large machine, small batches: as many as nnU-Net uses
         (400 * MIB, 12, 64 * 2**30, 3, 1),  # large batches: two GiB at most are read ahead
         (20 * MIB, 12, 64 * MIB, 1, 1),  # a container's default
-        (20 * MIB, 12, 30 * MIB, 1, 1),  # too little for any: a worker's error tells it
+        (20 * MIB, 12, 30 * MIB, 1, 1),  # too little for any batch: the worker raises an error
         (20 * MIB, 0, 30 * MIB, 0, 0),  # no workers, no shared memory
     ],
 )
-def test_what_is_read_ahead_is_bounded_by_memory(batch, allowed, free, workers, prefetch):
+def test_reading_ahead_is_bounded_by_memory(batch, allowed, free, workers, prefetch):
     reading = plan_reading(batch, allowed, free)
     assert (reading.workers, reading.prefetch) == (workers, prefetch)
     assert reading.needed == ((workers * prefetch + 2) * batch if workers else 0)

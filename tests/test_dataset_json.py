@@ -1,4 +1,4 @@
-"""dataset.json as people write it: what nnU-Net takes is taken, and everything else is explained in one sentence."""
+"""dataset.json as users write it: what nnU-Net accepts is accepted, and everything else is explained in one sentence."""
 
 import json
 from pathlib import Path
@@ -28,14 +28,14 @@ GOOD = {"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz", "labe
         {"dataset": {"a": {"images": ["$HOME/a.nii.gz"], "label": "b.nii.gz"}}},
     ],
 )
-def test_what_nnunet_takes_is_taken(changes):
+def test_content_that_nnunet_accepts_is_accepted(changes):
     assert channel_names(check_dataset_json(GOOD | changes, FILE, labels=True)) == ["T1", "T2"]
 
 
 def test_the_older_key_and_no_labels():
     older = {"modality": {"0": "CT"}, "file_ending": ".nrrd"}
     assert channel_names(check_dataset_json(older, FILE)) == ["CT"]
-    # the labels of images to pre-train on are never used
+    # Pre-training never uses labels.
     check_dataset_json(older | {"labels": {"0": "background", "1": "organ"}}, FILE)
 
 
@@ -63,7 +63,7 @@ def test_the_older_key_and_no_labels():
         ({"dataset": {"a": {"images": ["a.nii.gz"]}}}, ["case 'a' in 'dataset'", "label"]),
     ],
 )  # fmt: skip
-def test_what_is_malformed_is_one_sentence(changes, words):
+def test_malformed_content_is_explained_in_one_sentence(changes, words):
     with pytest.raises(UserError) as error:
         check_dataset_json(GOOD | changes, FILE, labels=True)
     message = str(error.value)
@@ -71,7 +71,7 @@ def test_what_is_malformed_is_one_sentence(changes, words):
 
 
 @pytest.mark.parametrize("content", [[], "text", None, 3])
-def test_something_else_than_an_object(content):
+def test_content_that_is_no_object_is_refused(content):
     with pytest.raises(UserError, match=r"dataset\.json: its content must be an object"):
         check_dataset_json(content, FILE)
 
@@ -83,7 +83,7 @@ def test_a_key_that_is_missing_is_named(key):
 
 
 def test_every_way_to_a_data_set_checks_it(workspace):
-    """The planned data set, one that lends its images, and the raw one of a comparison."""
+    """The ways are the planned data set, another one of -u, and the raw data set of a study."""
     target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     other = workspace.raw / "Dataset902_Other"
     for file, read in (
@@ -102,7 +102,7 @@ def test_every_way_to_a_data_set_checks_it(workspace):
 
 
 @pytest.mark.parametrize("label", [None, 3, "labelsTr/case_000.nii.gz"])
-def test_the_labels_of_listed_images_are_not_looked_at(workspace, label):
+def test_the_labels_of_listed_images_are_not_checked(workspace, label):
     (workspace.raw / DATASET).rename(workspace.raw / "Dataset902_Other")
     file = workspace.raw / "Dataset902_Other" / "dataset.json"
     listed = {"listed": {"images": ["imagesTr/case_000_0000.nii.gz"], "label": label}}
@@ -111,8 +111,8 @@ def test_the_labels_of_listed_images_are_not_looked_at(workspace, label):
     assert "listed" in source.cases and not source.invalid_cases
 
 
-def test_a_byte_order_mark_is_no_mistake(workspace):
-    """Windows' editors write one."""
+def test_a_byte_order_mark_is_accepted(workspace):
+    """Editors on Windows write it."""
     (workspace.raw / DATASET).rename(workspace.raw / "Dataset902_Other")
     file = workspace.raw / "Dataset902_Other" / "dataset.json"
     file.write_text("\ufeff" + file.read_text(), encoding="utf-8")

@@ -67,7 +67,7 @@ def test_lines_are_short(page):
 
 
 @pytest.mark.parametrize("page", GENERATED, ids=name_of)
-def test_generated_pages_are_those_of_the_code(page):
+def test_generated_pages_are_up_to_date(page):
     assert page.read_text(encoding="utf-8") == GENERATED[page], (
         "type: python docs/recipe_table.py && python docs/command_reference.py"
     )
@@ -96,7 +96,7 @@ def test_every_option_in_the_text_is_one_of_its_command(page):
     assert named <= set(COMMANDS), named - set(COMMANDS)
 
 
-def test_the_version_is_one():
+def test_the_version_is_the_same_everywhere():
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 

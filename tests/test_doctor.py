@@ -1,4 +1,4 @@
-"""The doctor: finds what is really wrong, names what mends it, and never ends in a traceback."""
+"""The doctor finds real problems, names the commands that fix them, and never ends in a traceback."""
 
 import hashlib
 import json
@@ -12,15 +12,15 @@ import torch
 from conftest import DATASET, environment_without_nnunet
 
 from nnunetv2_macl import doctor
-from nnunetv2_macl.cli.doctor import doctor_entry
+from nnunetv2_macl.cli.doctor import doctor_entry, trainers_entry
 from nnunetv2_macl.data import Reading
 from nnunetv2_macl.doctor import dataset, environment, finder, machine
 from nnunetv2_macl.doctor.measure import plan_in_use
-from nnunetv2_macl.files import resource_folder
+from nnunetv2_macl.files import resource_folder, trainer_folders
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES
 from nnunetv2_macl.planning.prepare import derive_or_load_plan
 
-# a class of the same name that is no subclass of ours
+# A class with the name of ours that is no subclass of ours.
 OTHER = """
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -31,31 +31,32 @@ class nnUNetTrainerMACL(nnUNetTrainer):
 
 @pytest.fixture
 def bare(monkeypatch):
-    """None of nnU-Net's variables is set: that is when people need the doctor."""
+    """Unset all variables of nnU-Net and of this package."""
     for name in (*FOLDER_VARIABLES, "nnUNet_extTrainer", "nnUNet_macl_weights", "CONDA_DEFAULT_ENV"):
         monkeypatch.delenv(name, raising=False)
 
 
 def run(monkeypatch, capsys, *arguments):
-    """The command in this process: exit code and what it printed."""
+    """Run the command in this process. Return its exit code and its output."""
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_doctor", *arguments])
     with pytest.raises(SystemExit) as end:
         doctor_entry()
     return end.value.code, capsys.readouterr().out
 
 
-def test_nothing_set_is_told_line_by_line(bare, monkeypatch, capsys):
+def test_each_unset_variable_gets_a_line_that_sets_it(bare, monkeypatch, capsys):
     code, out = run(monkeypatch, capsys, "4", "-device", "cpu")
     assert code == 1
     for name in FOLDER_VARIABLES:
         assert f'> export {name}="/path/to/{name}"' in out
     assert '> export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"' in out
     assert "~/.bashrc" in out and "set -gx NAME VALUE" in out
-    assert "4 is looked at when this is mended" in out and "4 to mend" in out
+    assert f"  --    4 is checked once these are fixed: {', '.join(sorted(FOLDER_VARIABLES))}" in out
+    assert out.count("WRONG") == 4 and "4 problems" in out
     assert len(out.splitlines()) < 40, "more than a screen"
 
 
-def test_json_is_json_and_nothing_else(bare, monkeypatch, capsys):
+def test_with_json_the_output_is_only_json(bare, monkeypatch, capsys):
     code, out = run(monkeypatch, capsys, "-device", "cpu", "--json")
     content = json.loads(out)
     assert code == 1 and content["right"] is False
@@ -65,14 +66,14 @@ def test_json_is_json_and_nothing_else(bare, monkeypatch, capsys):
 
 
 def test_a_fresh_process_without_variables_has_no_traceback(bare, tmp_path):
-    """As it is typed: nnU-Net itself complains about unset variables when it is imported; none of that is shown."""
+    """nnU-Net prints warnings about unset variables when it is imported. The output has none of them."""
     command = [sys.executable, "-c", "from nnunetv2_macl.cli.doctor import doctor_entry; doctor_entry()", "--json"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment_without_nnunet())
     assert process.returncode == 1 and json.loads(process.stdout) and "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize("value", ["missing", "file"])
-def test_folders_that_are_none(value, tmp_path, monkeypatch):
+def test_a_missing_folder_and_a_file_are_problems(value, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / value))
     result = environment.folder_variable("nnUNet_raw")
@@ -89,7 +90,7 @@ def test_a_check_that_fails_is_a_result(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_device_says_how_to_go_on_without():
+def test_without_a_cuda_device_the_fix_is_the_cpu():
     result = environment.torch_and_device("cuda")
     assert result.status == doctor.PROBLEM and "-device cpu" in result.fix
     assert environment.torch_and_device("cpu").status == doctor.OK
@@ -100,14 +101,14 @@ def test_no_device_says_how_to_go_on_without():
 
 
 def test_our_trainer_is_found(monkeypatch, tmp_path):
-    """In a process of its own, and through a user's own subclass's file as well: the class is the same."""
+    """The doctor finds it in another process, also through a file of the user that imports it."""
     (tmp_path / "mine.py").write_text("from nnunetv2_macl.training.finetune import nnUNetTrainerMACL\n")
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path), str(resource_folder("trainers"))]))
     result = environment.trainers_are_found()
     assert result.status == doctor.OK, result
 
 
-def test_another_class_of_the_name_is_told_with_its_file(monkeypatch, tmp_path):
+def test_another_class_with_the_name_is_reported_with_its_file(monkeypatch, tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("")
     file = tmp_path / "package" / "old_copy.py"
@@ -118,12 +119,28 @@ def test_another_class_of_the_name_is_told_with_its_file(monkeypatch, tmp_path):
     assert finder.find("nnUNetTrainerMACL")["ours"] is True
 
 
-def test_a_hidden_trainer_is_mended_by_the_line_that_is_shown(monkeypatch, tmp_path):
+def test_the_line_that_is_shown_brings_a_hidden_trainer_back(monkeypatch, tmp_path):
     (tmp_path / "old_copy.py").write_text(OTHER)
     monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
     result = environment.trainers_are_found()
-    assert result.status == doctor.PROBLEM and f"{tmp_path / 'old_copy.py'} won" in result.message
-    assert result.fix.splitlines()[-1] == 'export nnUNet_extTrainer="$(nnUNetv2_macl_trainers):$nnUNet_extTrainer"'
+    assert result.status == doctor.PROBLEM and str(tmp_path / "old_copy.py") in result.message
+    assert result.fix.splitlines()[-1] == 'export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"'
+    monkeypatch.setenv("nnUNet_extTrainer", trainer_folders())
+    assert environment.trainers_are_found().status == doctor.OK
+
+
+def test_the_trainers_command_keeps_the_users_own_folders(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_trainers"])
+    ours, mine, other = str(resource_folder("trainers")), str(tmp_path / "mine"), str(tmp_path / "other")
+    for before, after in (
+        ([], [ours]),
+        ([mine, other], [ours, mine, other]),
+        ([mine, ours], [ours, mine]),
+        ([ours, mine, "", mine], [ours, mine]),
+    ):
+        monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(before))
+        trainers_entry()
+        assert capsys.readouterr().out == os.pathsep.join(after) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -150,10 +167,10 @@ def test_limits_of_the_machine(monkeypatch, tmp_path):
     refused = machine.shared_memory_of_plan(too_much, 2**20, tmp_path)
     assert refused.status == doctor.PROBLEM and "--shm-size" in refused.fix
     assert machine.shared_memory_of_plan(Reading(0, 0, 0), 2**20, tmp_path).status == doctor.OK
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # what is told to do is enough
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # the fix is enough
     assert machine.shared_memory(tmp_path).status == doctor.NOTE
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    monkeypatch.setattr(machine, "_LEAST_DISK_GIB", 1e-6)  # what is free where the tests run is not their subject
+    monkeypatch.setattr(machine, "_LEAST_DISK_GIB", 1e-6)  # so that any machine has enough
     assert machine.free_disk("nnUNet_results").status == doctor.OK
     monkeypatch.setattr(machine, "_LEAST_DISK_GIB", 1e9)
     assert str(tmp_path) in machine.free_disk("nnUNet_results").fix
@@ -173,8 +190,8 @@ def test_the_open_file_limit():
 # --- a data set -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_data_set_with_everything_measured_and_nothing_written(workspace):
-    """Three real steps, more than the plan asks for; one image cut short, one empty."""
+def test_a_data_set_is_checked_and_measured_without_writing(workspace):
+    """The three steps are more than the plan has. One image is cut short, and one is empty."""
     target = dataset.DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     derive_or_load_plan(target, values={"num_epochs": 1, "num_iterations_per_epoch": 2, "batch_size": 4})
     images = workspace.raw / DATASET / "imagesUn"
@@ -202,7 +219,7 @@ def test_a_data_set_with_everything_measured_and_nothing_written(workspace):
     assert results["weights"].fix == "nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu"
 
 
-def test_a_plan_of_an_older_nnunet_plan_is_derived_anew_as_a_start_would(workspace):
+def test_a_plan_of_an_older_nnunet_plan_is_derived_anew_as_in_a_run(workspace):
     target = dataset.DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     derive_or_load_plan(target, values={"batch_size": 4, "num_epochs": 7}, skip_unreadable=True)
     file = workspace.preprocessed / DATASET / "nnUNetPlans.json"
@@ -215,7 +232,7 @@ def test_a_plan_of_an_older_nnunet_plan_is_derived_anew_as_a_start_would(workspa
     assert plan.skip_unreadable and "derived anew" in dataset.macl_plan(plan, origin).message
 
 
-def test_what_a_run_leaves_out_is_no_mistake(workspace):
+def test_images_that_a_run_leaves_out_are_no_problem(workspace):
     file = next((workspace.raw / DATASET / "imagesUn").iterdir())
     file.write_bytes(b"")
     target = dataset.DatasetConfiguration.load("901", "nnUNetPlans", "2d")
@@ -225,7 +242,7 @@ def test_what_a_run_leaves_out_is_no_mistake(workspace):
     assert left_out.status == doctor.NOTE and str(file) in left_out.message
 
 
-def test_a_name_that_nnunet_does_not_take(workspace):
+def test_a_name_that_nnunet_does_not_accept_is_a_problem(workspace):
     (workspace.raw / "Dataset4_Heart").mkdir()
     (result,) = dataset.dataset_checks("Dataset4_Heart", "2d", "nnUNetPlans", "cpu")
     assert result.status == doctor.PROBLEM and "DatasetXXX_NAME" in result.message
@@ -235,7 +252,7 @@ def _hashes(folder):
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_mistakes_about_the_data_set_are_results(workspace, monkeypatch):
+def test_user_errors_about_the_data_set_are_results(workspace, monkeypatch):
     def only(*arguments):
         (*_, last) = dataset.dataset_checks(*arguments, "cpu")
         return last
@@ -245,7 +262,7 @@ def test_mistakes_about_the_data_set_are_results(workspace, monkeypatch):
     monkeypatch.setenv("nnUNet_macl_weights", "/nowhere")
     target = dataset.DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     assert dataset.weights(target, "cpu").fix.endswith("nnUNet_macl_weights")
-    # there, and of no use
+    # Weights that exist and cannot be used.
     for name, words in (("", "no macl_encoder.pth"), ("cut.pth", "cannot be loaded")):
         (workspace.folder / "cut.pth").write_bytes(b"PK")
         monkeypatch.setenv("nnUNet_macl_weights", str(workspace.folder / name))
@@ -257,13 +274,13 @@ def test_mistakes_about_the_data_set_are_results(workspace, monkeypatch):
     assert only("901", "2d", "nnUNetPlans").fix.startswith("nnUNetv2_preprocess -d 901")
 
 
-def test_a_measurement_that_takes_too_long_is_ended(workspace):
+def test_a_measurement_that_takes_too_long_is_stopped(workspace):
     target = dataset.DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     result = dataset.estimate(target, [], "cpu", timeout=0.5)
-    assert result.status == doctor.PROBLEM and "more than 0 s on cpu" in result.message
+    assert result.status == doctor.PROBLEM and "cpu" in result.message and "-c 2d" in result.fix
 
 
-def test_what_torch_compile_needs(monkeypatch, tmp_path):
+def test_torch_compile_needs_a_compiler(monkeypatch, tmp_path):
     assert environment.compiling("cpu").status == doctor.OK
     monkeypatch.delenv("nnUNet_compile", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

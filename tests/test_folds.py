@@ -1,4 +1,4 @@
-"""Folds: too few labelled cases for nnU-Net's five, and folds of the user's own."""
+"""Folds: too few labelled cases for nnU-Net's five folds, and the user's own folds."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def test_five_cases_are_enough(target):
     assert [len(cases) for cases in trainer(target, 0).do_split()] == [4, 1]
 
 
-def test_fewer_than_five_cases_are_told_with_what_works(target):
+def test_with_fewer_than_five_cases_the_commands_that_work_are_shown(target):
     leave(target, 3)
     assert number_of_folds(target) == 0
     result = folds(target, "cpu")
@@ -50,7 +50,7 @@ def test_fewer_than_five_cases_are_told_with_what_works(target):
     assert len(trainer(target, "all").do_split()[1]) == 3
     with pytest.raises(UserError, match="Fold 1 cannot be made"):
         check_fold(target, 1)
-    # the other way that is shown, typed as it is shown
+    # Type the other way that is shown.
     subprocess.run(["sh", "-c", own_folds], check=True)
     assert number_of_folds(target) == 1 and folds(target, "cpu").status == doctor.OK
     assert [len(cases) for cases in trainer(target, 0).do_split()] == [2, 1]

@@ -54,7 +54,7 @@ def source_in(folder, ending, reader):
     return Source("Dataset900_There", cases, wrong, reader, ignored_files(folder, ending))
 
 
-def test_what_is_read_with_an_image():
+def test_the_files_that_are_read_with_an_image():
     assert sidecars("case_1_0000.tif") == sidecars("case_1_0001.TIFF") == ["case_1.json"]
     assert "a_0000.raw" in sidecars("a_0000.mhd") and "a_0000.img" in sidecars("a_0000.hdr")
     assert sidecars("a_0000.nii.gz") == []
@@ -63,7 +63,7 @@ def test_what_is_read_with_an_image():
 @pytest.mark.parametrize(
     ("ending", "beside", "reader"), [(".tif", "a.json", Tiff3DIO), (".mhd", "a_0000.raw", SimpleITKIO)]
 )
-def test_a_change_of_a_file_beside_an_image_is_a_change_of_the_image(tmp_path, monkeypatch, ending, beside, reader):
+def test_a_change_of_a_file_that_is_read_with_an_image_changes_the_image(tmp_path, monkeypatch, ending, beside, reader):
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     (tmp_path / f"a_0000{ending}").write_bytes(b"image")
     (tmp_path / "notes.txt").touch()
@@ -85,7 +85,7 @@ def test_a_change_of_a_file_beside_an_image_is_a_change_of_the_image(tmp_path, m
 
 @pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
 def test_a_data_file_that_kept_its_name_is_read_with_its_header(tmp_path, monkeypatch, ending):
-    """As where people rename the header alone to the name that nnU-Net asks for."""
+    """Users often rename only the header to the name that nnU-Net needs."""
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     write(tmp_path / f"patient{ending}")
     (tmp_path / f"patient{ending}").rename(tmp_path / f"patient_0000{ending}")
@@ -96,7 +96,7 @@ def test_a_data_file_that_kept_its_name_is_read_with_its_header(tmp_path, monkey
     assert source_in(tmp_path, ending, SimpleITKIO).cases["patient"].fingerprint != first
 
 
-def test_a_tiff_without_spacing_and_one_with_a_wrong_spacing_are_told(target, tmp_path, monkeypatch):
+def test_a_tiff_without_spacing_and_one_with_a_wrong_spacing_are_reported(target, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     image, spacing = tmp_path / "a_0000.tif", tmp_path / "a.json"
     tifffile.imwrite(image, VOLUME)
@@ -124,7 +124,7 @@ def test_both_endings_of_a_format_are_read(target, workspace):
     write(folder / "plain_0000.nii")
     write(folder / "Upper_0000.nii")
     (folder / "Upper_0000.nii").rename(folder / "Upper_0000.NII")
-    # the same image twice: the one that ends as planned is taken, the other is told
+    # Of two files of one image, the one with the planned ending is used, and the other is reported.
     write(folder / "case_005_0000.nii")
     (source,) = find_sources(target, [])
     assert source.cases["plain"].files == [str(folder / "plain_0000.nii")] and "Upper" in source.cases
@@ -179,29 +179,29 @@ def test_a_single_slice_is_no_volume(tmp_path):
     ):
         tifffile.imwrite(tmp_path / name, array)
         assert (whats_flat(Volumes, CaseFiles([str(tmp_path / name)], None, 1, [])) is not None) == is_flat
-    # a header without a size is damaged
+    # A header without a size is damaged.
     write(tmp_path / "nothing.nii")
     content = (tmp_path / "nothing.nii").read_bytes()
     (tmp_path / "nothing.nii").write_bytes(content[:40] + bytes(16) + content[56:])
     assert whats_flat(Volumes, CaseFiles([str(tmp_path / "nothing.nii")], None, 1, [])) is None
-    # what cannot be read is told when it is read
+    # An image that cannot be read is reported when it is read.
     (tmp_path / "broken.nii.gz").write_bytes(b"")
     assert whats_flat(Volumes, CaseFiles([str(tmp_path / "broken.nii.gz")], None, 1, [])) is None
 
 
-def test_single_slices_among_volumes_are_left_out_and_the_run_goes_on(target, tmp_path, monkeypatch, caplog):
+def test_single_slices_among_volumes_are_left_out(target, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(preprocessing, "_configuration", Volumes, raising=False)
     write(tmp_path / "scout.nii.gz", VOLUME[0])
     reason, is_flat = preprocessing._preprocess_volume(
         CaseFiles([str(tmp_path / "scout.nii.gz")], None, 1, []), SimpleITKIO, tmp_path / "out", {}
     )
     assert is_flat and str(tmp_path / "scout.nii.gz") in reason and not (tmp_path / "out.b2nd").exists()
-    # of planes the 2D network is made for there are no volumes
+    # A 2D network can use a single slice.
     assert whats_flat(target, CaseFiles([str(tmp_path / "scout.nii.gz")], None, 1, [])) is None
 
 
 def test_the_doctor_accepts_what_the_run_accepts(target, workspace):
-    """Compressed in parts, as bgzip does; with bytes after the image; NaN; constant; a case that is labelled, too."""
+    """Images are compressed in parts, followed by other bytes, constant, labelled cases, or hold NaN."""
     folder = workspace.raw / DATASET / "imagesUn"
     write(workspace.folder / "plain.nii")
     plain = (workspace.folder / "plain.nii").read_bytes()

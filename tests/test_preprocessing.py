@@ -1,4 +1,4 @@
-"""Unlabelled images through nnU-Net's own preprocessing: the same numbers, once, and every bad image named."""
+"""Unlabelled images are preprocessed once with the same result as nnU-Net's, and every bad image is named."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_the_same_numbers_as_nnunet(workspace):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_done_is_done_and_changes_are_seen(workspace):
+def test_cases_are_made_again_only_after_a_change(workspace):
     configuration = load()
     cases = run(configuration).cases
     assert len(cases) == 4
@@ -78,7 +78,7 @@ def test_done_is_done_and_changes_are_seen(workspace):
         plans.write_text(json.dumps(content))
         return made_again(load())
 
-    # a few more labelled cases change them, and only CT asks for them
+    # A few more labelled cases change these values, which only CT normalisation uses.
     assert after(lambda: intensities.update(mean=intensities["mean"] + 1)) == set()
     every = {"case_005", "case_006", "case_007", "case_008"}
     assert after(lambda: of_2d.update(normalization_schemes=["CTNormalization"])) == every
@@ -121,9 +121,9 @@ def test_images_that_cannot_be_used_are_named_and_can_be_skipped(workspace):
     assert {target.name for target in done.skipped} == set(KINDS)
     for target, reason in done.skipped.items():
         assert str(files[target.name]) in reason
-    said = {target.name: reason for target, reason in done.skipped.items()}
-    assert "NaN" in said["NaN"] and "NaN" in said["infinite"] and "constant" in said["constant"]
-    assert "channels" in said["RGB"] and "channels or time points" in said["4D"]
+    reasons = {target.name: reason for target, reason in done.skipped.items()}
+    assert "NaN" in reasons["NaN"] and "NaN" in reasons["infinite"] and "constant" in reasons["constant"]
+    assert "RGB" in reasons["RGB"] and "channels or time points" in reasons["4D"]
 
 
 def test_other_data_sets(workspace):
@@ -150,7 +150,7 @@ def test_other_data_sets(workspace):
 
 
 def test_channels_are_matched_by_name(workspace):
-    """A data set of two channels, the second of which is ours; and a case that lacks it."""
+    """The other data set has two channels. The second one is ours, and one case lacks it."""
     other = workspace.raw / "Dataset904_Two"
     generate_dataset(other, labelled=1, unlabelled=2, test=0, shape=(6, 40, 48), channels=2, seed=5)
     description = json.loads((other / "dataset.json").read_text())
@@ -167,7 +167,7 @@ def test_channels_are_matched_by_name(workspace):
 
 
 def test_a_channel_is_not_taken_for_another_that_is_missing(workspace):
-    """Each case has one file of two: that of the first channel, or of the second, or of both with five points in time."""
+    """Each case has one file of two: the first channel, the second channel, or five points in time."""
     other = workspace.raw / "Dataset904_Two"
     generate_dataset(other, labelled=0, unlabelled=2, test=0, shape=(6, 40, 48), channels=2, seed=5)
     description = json.loads((other / "dataset.json").read_text())
@@ -192,17 +192,17 @@ def test_a_channel_is_not_taken_for_another_that_is_missing(workspace):
 
 
 def test_labelled_images_among_the_unlabelled_count_once(workspace, caplog):
-    """So that those of a fold that is left out do not come in by this door."""
+    """Otherwise, validation images of an excluded fold could be used."""
     raw = workspace.raw / DATASET
     for file in (raw / "imagesTr").iterdir():
         shutil.copy(file, raw / "imagesUn")
     caplog.set_level("INFO")
     assert len(run().cases) == 4
-    assert "and count once: case_000, case_001, case_002, ..." in caplog.text
+    assert "case_000, case_001, case_002, ..." in caplog.text
 
 
 def test_the_plans_reader_reads_other_data_sets_too(workspace):
-    """It decides the order of the axes."""
+    """The reader decides the order of the axes."""
     file = load().folder / "nnUNetPlans.json"
     content = json.loads(file.read_text())
     run()
@@ -229,7 +229,7 @@ def test_a_list_of_images_needs_no_labels(workspace):
             run(datasets=["Dataset902_Other"])
 
 
-def test_a_plan_that_says_it_is_anothers_is_refused(workspace):
+def test_a_plan_with_the_name_of_another_is_refused(workspace):
     folder = load().folder
     shutil.copy(folder / "nnUNetPlans.json", folder / "mine.json")
     with pytest.raises(UserError, match=r"has the plans_name 'nnUNetPlans'.*: \"mine\"$"):
@@ -254,7 +254,7 @@ def test_a_plan_of_another_number_of_channels_is_refused(workspace):
         load()
 
 
-def test_files_of_other_names_are_told(workspace, caplog):
+def test_files_with_other_names_are_reported(workspace, caplog):
     folder = workspace.raw / DATASET / "imagesUn"
     for name in ("p9.nii.gz", "q1_0000.mha", "q4_000.nii.gz", ".DS_Store"):
         (folder / name).touch()
@@ -265,7 +265,7 @@ def test_files_of_other_names_are_told(workspace, caplog):
     assert result.status == "note" and "3 files are not named" in result.message
 
 
-def test_what_else_lies_beside_the_plan_is_passed_over(workspace):
+def test_other_files_next_to_the_plan_are_ignored(workspace):
     folder = workspace.preprocessed / DATASET
     (folder / "nnUNetPlansGone.json").symlink_to(folder / "nowhere")
     (folder / "folder.json").mkdir()
@@ -274,7 +274,7 @@ def test_what_else_lies_beside_the_plan_is_passed_over(workspace):
         DatasetConfiguration.load("901", "nnUNetPlansGone", "2d")
 
 
-def test_naming_mistakes_are_told(workspace):
+def test_naming_mistakes_are_explained(workspace):
     folder = workspace.raw / DATASET / "imagesUn"
     shutil.copy(folder / "case_005_0000.nii.gz", folder / "case_005_0001.nii.gz")
     with pytest.raises(UserError, match=r"Case case_005 has a file _0001.*--skip_unreadable"):
@@ -287,7 +287,7 @@ def test_naming_mistakes_are_told(workspace):
         find_sources(load(), [])
 
 
-def test_too_little_space_is_told_before(workspace, monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_written(workspace, monkeypatch):
     usage = shutil.disk_usage(workspace.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"needs about .* GiB, and 0\.0 GiB are free"):

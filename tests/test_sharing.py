@@ -1,4 +1,4 @@
-"""Packages of weights: what is in them and what is not, and that a hostile or damaged one leaves nothing behind."""
+"""Packages hold the weights and no private data, and hostile or damaged packages leave nothing behind."""
 
 import getpass
 import hashlib
@@ -34,7 +34,7 @@ INSTALLED = "Dataset901_Generated/nnUNetTrainerMACLPretrain__nnUNetPlans__3d_ful
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run's folder whose files hold names and paths wherever a user could have put them."""
+    """Return the folder of a run whose files hold names and paths wherever a user could have put them."""
     folder = tmp_path_factory.mktemp("study") / "run"
     own = architecture(axes=3, features=[4, 8, 12])
     own["arch_kwargs"] |= {"nonlin": "torch.nn.LeakyReLU", "dropout_op": None}
@@ -93,7 +93,7 @@ def members(file):
 
 def write(file, content, **attributes):
     with zipfile.ZipFile(file, "w") as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name twice
+        warnings.simplefilter("ignore")  # about a name that occurs twice
         for name, data in content.items() if isinstance(content, dict) else content:
             member = zipfile.ZipInfo(name)
             member.external_attr = attributes.get(name, 0o644) << 16
@@ -103,7 +103,7 @@ def write(file, content, **attributes):
 
 
 def resummed(content):
-    """The same with checksums that agree."""
+    """Return the content with matching checksums."""
     lines = [f"{hashlib.sha256(data).hexdigest()}  {name}" for name, data in content.items() if name != SUMS]
     return content | {SUMS: "\n".join(lines).encode()}
 
@@ -112,7 +112,7 @@ def resummed(content):
 
 
 def test_no_names_and_no_paths_in_the_bytes_of_any_member(package, run):
-    """Of a member itself, and of what is in it: weights are packed once more."""
+    """Members that hold weights are archives, so their own members are searched, too."""
     private = [NAME, "Mueller", "dr.mueller", "/home/", HOME, str(run), str(run.parent), str(Path.home())]
     private += [getpass.getuser()] if getpass.getuser() != "root" else []
 
@@ -132,7 +132,7 @@ def test_no_names_and_no_paths_in_the_bytes_of_any_member(package, run):
     look("the archive", package.read_bytes())
 
 
-def test_what_is_said_of_the_weights(package):
+def test_the_card_and_the_plan_describe_the_weights(package):
     content = members(package)
     card = content["README.md"].decode()
     assert card.startswith("---\nlicense: cc-by-4.0\nlibrary_name: nnunetv2\n") and card.count("\n---\n") == 1
@@ -170,19 +170,19 @@ def test_the_same_weights_give_the_same_bytes(package, run, tmp_path):
         ("torch.nn.modules.conv.Conv2d", "torch.nn.modules.conv.Conv2d"),
     ],
 )
-def test_what_looks_like_a_path_is_taken_out(text, cleaned):
+def test_texts_that_look_like_paths_are_removed(text, cleaned):
     assert without_paths({"a": [text]}) == {"a": [cleaned]}
 
 
-def test_the_ending_says_the_format_and_mistakes_are_told(run, tmp_path, monkeypatch, capsys):
+def test_the_ending_gives_the_format_and_mistakes_are_explained(run, tmp_path, monkeypatch, capsys):
     def export(*arguments):
         monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_export", *map(str, arguments)])
         export_entry()
         return capsys.readouterr().out
 
-    assert "No images, no case names" in export(run, "-o", tmp_path / "a.zip")
+    assert "nnUNetv2_macl_install a.zip" in export(run, "-o", tmp_path / "a.zip")
     for arguments, words in (
-        ((run, "-o", tmp_path / "a.pth"), "only .zip does"),
+        ((run, "-o", tmp_path / "a.pth"), "a.pth does not end in .zip"),
         ((run / "macl_encoder.pth", "-o", tmp_path / "b.zip"), f"Give the run's folder: {run}"),
         ((tmp_path / "nowhere", "-o", tmp_path / "b.zip"), "There is no folder"),
     ):
@@ -195,7 +195,7 @@ def test_the_ending_says_the_format_and_mistakes_are_told(run, tmp_path, monkeyp
 # --- installing -------------------------------------------------------------------------------------------------------------
 
 
-def test_installed_where_fine_tuning_looks_with_the_same_weights(package, run, tmp_path, monkeypatch, capsys):
+def test_the_same_weights_are_installed_where_fine_tuning_finds_them(package, run, tmp_path, monkeypatch, capsys):
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_install", str(package)])
@@ -207,26 +207,26 @@ def test_installed_where_fine_tuning_looks_with_the_same_weights(package, run, t
     assert all(torch.equal(here.weights[key], there.weights[key]) for key in here.weights)
     assert sorted(p.name for p in folder.iterdir()) == sorted(MEMBERS)
     assert stat.S_IMODE(folder.stat().st_mode) & 0o500 == 0o500
-    assert [p.name for p in folder.parent.iterdir()] == ["fold_all"], "something was left beside it"
-    # what was installed can be passed on
+    assert [p.name for p in folder.parent.iterdir()] == ["fold_all"], "another file was left there"
+    # Installed weights can be shared again.
     write_package(folder, tmp_path / "onwards.zip")
-    with pytest.raises(SystemExit, match=r"is there already, with README\.md"):
+    with pytest.raises(SystemExit, match=r"fold_all .*README\.md"):
         install_entry()
 
 
-def test_an_id_that_another_data_set_has_is_refused_with_what_to_do_instead(package, tmp_path, monkeypatch):
+def test_an_id_of_another_data_set_is_refused_with_another_way(package, tmp_path, monkeypatch):
     for name in FOLDER_VARIABLES:
         monkeypatch.setenv(name, str(tmp_path / name))
     (tmp_path / "nnUNet_preprocessed" / "Dataset901_Ours").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"id 901 is .*Dataset901_Ours") as error:
+    with pytest.raises(UserError, match=r"901.*Dataset901_Ours") as error:
         install(package, tmp_path / "nnUNet_results")
     assert not (tmp_path / "nnUNet_results").exists()
-    # the mend, typed: the folder that unzip makes holds weights
+    # The folder that the proposed command makes holds weights.
     assert f"unzip {package} -d Dataset901_Generated_weights\n" in str(error.value)
     with zipfile.ZipFile(package) as archive:
         archive.extractall(tmp_path / "weights")
     assert checkpoints.load_weights(tmp_path / "weights").weights
-    # and where one is there already, all of ours say which
+    # If two data sets have the id already, the message names both.
     (tmp_path / "nnUNet_results" / "Dataset901_Theirs").mkdir(parents=True)
     with pytest.raises(UserError, match="Several data sets have the id 901: Dataset901_Ours, Dataset901_Theirs"):
         dataset_name("901")
@@ -249,7 +249,7 @@ def test_the_commands_name_plans_that_are_not_nnunets_default(package, tmp_path,
 DESCRIBED = {"configuration": "3d_fullres", "recipe": {"method": "restoration"}}
 
 
-def test_the_card_of_restoration_speaks_of_no_contrast():
+def test_the_card_of_restoration_does_not_mention_contrast():
     card = model_card(DESCRIBED, "x")
     assert "contrastive" not in card and "masked-image-modelling" in card
 
@@ -279,7 +279,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_and_damaged_packages_leave_nothing(case, package, tmp_path):
+def test_hostile_and_damaged_packages_leave_nothing_behind(case, package, tmp_path):
     file = write(tmp_path / "hostile.zip", HOSTILE[case](members(package)))
     with pytest.raises(UserError, match=r"hostile\.zip|macl_encoder\.pth"):
         install(file, tmp_path / "results")
@@ -287,8 +287,8 @@ def test_hostile_and_damaged_packages_leave_nothing(case, package, tmp_path):
     assert not Path("/tmp/macl_escaped").exists()
 
 
-def test_sizes_that_lie_are_found_out(package, tmp_path):
-    """The table of contents says less than what comes out."""
+def test_a_wrong_size_in_the_table_of_contents_is_detected(package, tmp_path):
+    """The table of contents gives half of the size of a member."""
     data = bytearray(write(tmp_path / "lie.zip", members(package)).read_bytes())
     with zipfile.ZipFile(tmp_path / "lie.zip") as archive:
         member = archive.getinfo("macl_encoder.pth")
@@ -301,7 +301,7 @@ def test_sizes_that_lie_are_found_out(package, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x05\x06", b"no zip"])
-def test_what_is_no_zip(content, tmp_path):
+def test_a_file_that_is_no_zip_is_refused(content, tmp_path):
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.zip"):
         install(tmp_path / "a.zip", tmp_path / "results")
@@ -309,7 +309,7 @@ def test_what_is_no_zip(content, tmp_path):
         install(tmp_path / "b.zip", tmp_path / "results")
 
 
-def test_cut_short_anywhere_is_refused(package, tmp_path):
+def test_a_package_that_is_cut_short_anywhere_is_refused(package, tmp_path):
     whole = package.read_bytes()
     for share in (0.1, 0.5, 0.9, 0.999):
         file = tmp_path / "cut.zip"
@@ -319,7 +319,7 @@ def test_cut_short_anywhere_is_refused(package, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_a_disk_without_room_is_told(package, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(package, tmp_path, monkeypatch):
     free = installing.shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(installing.shutil, "disk_usage", lambda path: free)
     with pytest.raises(UserError, match="and 10 are free"):
@@ -330,10 +330,10 @@ def test_a_disk_without_room_is_told(package, tmp_path, monkeypatch):
 # --- inspecting -------------------------------------------------------------------------------------------------------------
 
 
-def test_each_kind_of_file_is_told(package, run, monkeypatch, capsys):
+def test_each_kind_of_file_is_described(package, run, monkeypatch, capsys):
     for file, words in (
-        (package, ["package", "cc-by-4.0", "7 files agree with their SHA-256"]),
-        (run / "macl_encoder.pth", ["encoder weights", "agrees with macl_encoder.pth.sha256"]),
+        (package, ["package", "cc-by-4.0", "7 files"]),
+        (run / "macl_encoder.pth", ["encoder weights", "macl_encoder.pth.sha256"]),
         (run / "macl_decoder.pth", ["decoder weights"]),
         (run / "macl_network.pth", ["whole nnU-Net network"]),
     ):
@@ -344,7 +344,7 @@ def test_each_kind_of_file_is_told(package, run, monkeypatch, capsys):
             assert word in out, (file, word)
 
 
-def test_a_strangers_plan_does_not_steer_the_terminal(workspace):
+def test_a_plan_from_elsewhere_does_not_control_the_terminal(workspace):
     target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     derive_or_load_plan(target)
     file = plan_file(target)
@@ -358,7 +358,7 @@ def test_a_strangers_plan_does_not_steer_the_terminal(workspace):
         inspect(workspace.preprocessed / "Dataset901_Generated" / "nnUNetPlans.json")
 
 
-def test_a_checkpoint_and_a_stranger(tmp_path):
+def test_a_checkpoint_is_described_and_unknown_files_are_refused(tmp_path):
     checkpoints.save(
         {
             "kind": "macl_checkpoint",
@@ -386,7 +386,7 @@ def test_a_checkpoint_and_a_stranger(tmp_path):
         inspect(tmp_path)
 
 
-def test_a_damaged_package_is_told(package, tmp_path):
+def test_a_damaged_package_is_refused(package, tmp_path):
     content = members(package)
-    with pytest.raises(UserError, match=r"README\.md does not have the checksum"):
+    with pytest.raises(UserError, match=r"a\.zip is damaged.*README\.md"):
         inspect(write(tmp_path / "a.zip", content | {"README.md": b"mine"}))

@@ -1,4 +1,4 @@
-"""Pre-training that starts from weights."""
+"""Pre-training that starts from existing weights."""
 
 import json
 import os
@@ -33,7 +33,7 @@ SHORT = dict(num_epochs=1, num_iterations_per_epoch=3, batch_size=4)
 
 @pytest.fixture
 def nnunet_file(workspace):
-    """A checkpoint that nnU-Net's own trainer wrote, with weights that no fresh network has."""
+    """Return a checkpoint of nnU-Net's own trainer whose weights differ from those of any fresh network."""
     folder = workspace.preprocessed / DATASET
     plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}
     trainer = nnUNetTrainer(plans, "2d", 0, json.loads((folder / "dataset.json").read_text()), torch.device("cpu"))
@@ -69,7 +69,7 @@ def test_every_encoder_gets_the_weights(target, nnunet_file, auxiliary_encoder):
         assert all(torch.equal(value, theirs[f"encoder.{key}"]) for key, value in state.items())
 
 
-def test_for_sgd_kernels_get_the_size_of_fresh_ones(target, nnunet_file):
+def test_for_sgd_kernels_get_the_norms_of_fresh_ones(target, nnunet_file):
     plan = derive_or_load_plan(target)
     start = plan_start(nnunet_file, target, plan.geometry, plan.get_recipe())
     network = network_of(target, plan)
@@ -78,7 +78,7 @@ def test_for_sgd_kernels_get_the_size_of_fresh_ones(target, nnunet_file):
     assert fresh and kernel_norms(network) == pytest.approx(fresh, rel=1e-5)
 
 
-def test_the_plan_records_the_weights_and_without_them_it_is_as_before(target, nnunet_file):
+def test_the_plan_records_the_weights_only_if_there_are_any(target, nnunet_file):
     file = plan_file(target)
     derive_or_load_plan(target)
     assert "pretrained_weights" not in json.loads(file.read_text())
@@ -104,25 +104,25 @@ def test_an_edited_plan_takes_the_weights(target, nnunet_file):
     assert plan.out_of_plane_rotation == 1 and plan.pretrained_weights["encoder"] == "64 of 64"
 
 
-def test_weights_that_cannot_be_used_are_refused_in_a_sentence(target, nnunet_file, workspace):
+def test_weights_that_cannot_be_used_are_refused(target, nnunet_file, workspace):
     plan, recipe = derive_or_load_plan(target), recipe_of()
     content = checkpoints.load(nnunet_file)
     architecture = content["init_args"]["plans"]["configurations"]["2d"]["architecture"]["arch_kwargs"]
     architecture["features_per_stage"] = [33, 65, 129, 257]
     content["network_weights"] = {key: torch.cat([v, v[:1]]) for key, v in content["network_weights"].items()}
     checkpoints.save(content, workspace.folder / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth are for another network.*Leave out -pretrained_weights"):
+    with pytest.raises(UserError, match=r"other\.pth .*-pretrained_weights"):
         plan_start(workspace.folder / "other.pth", target, plan.geometry, recipe)
     with pytest.raises(UserError, match=r"no pre-trained weights at .*nowhere"):
         plan_start(workspace.folder / "nowhere", target, plan.geometry, recipe)
     start = plan_start(nnunet_file, target, plan.geometry, recipe)
     shutil.copy(workspace.folder / "other.pth", nnunet_file)
-    with pytest.raises(UserError, match=r"checkpoint_final\.pth in .* is not the file .* -pretrained_weights again"):
+    with pytest.raises(UserError, match=r"checkpoint_final\.pth .*-pretrained_weights"):
         start_from_weights(network_of(target, plan), target, start, rescale=False)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_stopped_run_goes_on_bit_for_bit_without_the_file(workspace, nnunet_file, monkeypatch):
+def test_a_stopped_run_continues_bit_for_bit_without_the_file(workspace, nnunet_file, monkeypatch):
     folder = workspace.run_folder(PRETRAIN)
     common = dict(device="cpu", processes=1)
     pretrain(DATASET, "2d", pretrained_weights=nnunet_file, **common, **SHORT)
@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_without_the_file(workspace, nnunet_fi
     assert "encoder.stages.0" in (folder / "report.html").read_text()
     (log,) = folder.glob("training_log_*")
     assert "The run starts from nnU-Net weights" in log.read_text() and "encoder.stages.0" in log.read_text()
-    # three steps of AdamW move no weight further than this
+    # Three steps of AdamW change no weight by more than this.
     theirs = formats.load_weights(nnunet_file).weights
     assert all((value - theirs[key]).abs().max() < 0.01 for key, value in exported["network_weights"].items())
 
@@ -149,8 +149,8 @@ def test_a_stopped_run_goes_on_bit_for_bit_without_the_file(workspace, nnunet_fi
 
 
 @pytest.mark.slow
-def test_an_own_run_goes_on_from_its_own_folder_on_two_ranks(workspace):
-    """The earlier run is moved aside, after its weights were read; rank 0 gives them to the other."""
+def test_a_run_can_start_from_its_own_folder_on_two_ranks(workspace):
+    """The earlier run is moved aside after its weights were read. Rank 0 sends the weights to the other rank."""
     workspace.pretrain("901", "-c", "2d")
     run = workspace.run_folder(PRETRAIN)
     before = formats.load_weights(run).weights

@@ -1,4 +1,4 @@
-"""Weights of one real U-Net fitted to another."""
+"""Transfer of weights from one U-Net to another."""
 
 import json
 import sys
@@ -64,7 +64,7 @@ def unet(architecture, classes=2, seed=0):
         deep_supervision=True,
         **{"nonlin": nn.LeakyReLU} | kwargs,
     )
-    # as after training: no two norms are alike
+    # Give all norms different weights, as training does.
     for parameter in network.parameters():
         nn.init.normal_(parameter)
     return network
@@ -76,7 +76,7 @@ def pretrained_weights(architecture, trained=("encoder.", "decoder.transpconvs.0
 
 
 def transfer(theirs, ours, trained=("encoder.", "decoder.transpconvs.", "decoder.stages."), classes=2, **options):
-    """The transfer, the weights it came from, the target, and the target after loading."""
+    """Return the transfer, the weights of the source, and the weights of the target before and after loading."""
     source, network = pretrained_weights(theirs, trained), unet(ours, classes)
     fitted = plan_transfer(source, network.state_dict(), ours, **options)
     after = unet(ours, classes)
@@ -90,12 +90,12 @@ def rows(fitted):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("axes", [2, 3])
-def test_the_same_network_takes_all_that_was_trained(kind, axes):
+def test_the_same_network_takes_all_trained_weights(kind, axes):
     own = architecture(kind, axes)
     fitted, theirs, before, after = transfer(own, own, ("encoder.", "decoder.transpconvs.0.", "decoder.stages.0."))
     assert fitted.difference is None
     assert all(torch.equal(after[key], theirs[key]) for key in theirs)
-    # the twins are the same parameters: loading them stale would undo the transfer
+    # The decoder names the same parameters again. Loading old values there would undo the transfer.
     assert {f"decoder.{key}" for key in theirs if key.startswith("encoder.")} <= fitted.weights.keys()
     rest = [key for key in after if key not in theirs and not key.startswith("decoder.encoder.")]
     assert rest and all(torch.equal(after[key], before[key]) for key in rest)
@@ -135,15 +135,15 @@ def test_kernels_get_their_norms_back_and_the_function_stays(kind, axes):
         {"norm_op_kwargs": {"affine": True, "track_running_stats": True}},
         {"nonlin_first": True, "nonlin": nn.SiLU, "nonlin_kwargs": {}},
     ],
-    ids=["batch norm", "statistics that are kept", "a bend between"],
+    ids=["batch norm", "running statistics", "activation before the norm"],
 )
-def test_kernels_whose_scale_matters_stay(changed):
+def test_kernels_whose_scale_matters_are_not_rescaled(changed):
     own = architecture()
     own["arch_kwargs"] |= changed
     assert kernel_norms(unet(own)) == {}
 
 
-def test_kernels_before_what_scales_with_its_input_do_not_matter():
+def test_kernels_before_an_activation_that_scales_with_its_input_are_rescaled():
     own = architecture()
     own["arch_kwargs"] |= {"nonlin_first": True}
     assert len(kernel_norms(unet(own))) >= 7
@@ -172,7 +172,7 @@ def test_every_input_channel_counts(own, wanted):
     fitted = fit_input_channels(weight, wanted)
     assert fitted.shape == (3, wanted, 3, 3)
     torch.testing.assert_close(fitted.sum(1), weight.sum(1))
-    # by hand, channel by channel
+    # Compare with a loop over channels.
     for channel in range(wanted):
         if wanted >= own:
             copies = len(range(channel % own, wanted, own))
@@ -198,21 +198,21 @@ def test_the_same_channels_in_another_order_are_matched_by_name(kind):
 
 
 @pytest.mark.parametrize("names", [(["T1", "T2"], ["CT", "T2"]), (["T1", "T1"], ["T1", "T2"])])
-def test_channels_of_other_names_are_told(names):
+def test_channels_with_other_names_are_reported(names):
     own = architecture(channels=2)
     fitted, theirs, _, after = transfer(own, own, channel_names=names)
     assert all(torch.equal(after[key], value) for key, value in theirs.items() if ".seg_layers." not in key)
-    assert fitted.rows[0].how == AS_IT_IS and "by their numbers" in fitted.rows[0].why
+    assert fitted.rows[0].how == AS_IT_IS and ", ".join(names[0]) in fitted.rows[0].why
 
 
-def test_what_another_file_holds_is_told():
+def test_weights_in_another_file_are_reported():
     source = replace(pretrained_weights(architecture(), ("encoder.",)), elsewhere=frozenset(["decoder.stages.0.x"]))
     table = rows(plan_transfer(source, unet(architecture()).state_dict(), architecture()))
     assert table["decoder.stages.0"].why == "pre-trained, but not in this file: give the run's folder"
     assert table["decoder.stages.1"].why == "not pre-trained"
 
 
-def test_no_channels_are_refused():
+def test_zero_channels_are_refused():
     with pytest.raises(ValueError, match="channels must be 1 or more, got 0"):
         fit_input_channels(torch.zeros(1, 1, 3, 3), 0)
 
@@ -247,8 +247,8 @@ def test_another_number_of_classes_changes_nothing_else():
     ],
     ids=["one more at the bottom", "one less at the bottom", "one more at the top", "one less at the top"],
 )
-def test_a_stage_more_or_less(kind, theirs, ours, offset, shift):
-    """``offset`` from a target's encoder stage to the source's, ``shift`` from decoder stage to decoder stage."""
+def test_networks_with_one_stage_more_or_less(kind, theirs, ours, offset, shift):
+    """``offset`` leads from the target's encoder stage to the source's, and ``shift`` from decoder stage to decoder stage."""
     fitted, source, before, after = transfer(architecture(kind, features=theirs), architecture(kind, features=ours))
     name = "convs.0" if kind is PlainConvUNet else "blocks.0.conv2"
     inner = f"0.{name}" if kind is PlainConvUNet else name
@@ -274,12 +274,12 @@ def test_a_stage_more_or_less(kind, theirs, ours, offset, shift):
     assert any(row.why == "no such stage there" for row in fitted.rows) == (len(ours) > len(theirs))
 
 
-def test_other_strides_are_told_and_other_kernels_left():
+def test_other_strides_are_reported_and_other_kernels_not_taken():
     strides = [[1, 1], [2, 2], [2, 2], [2, 1]]
     fitted, _, _, _ = transfer(architecture(strides=strides), architecture())
     assert "stride [2, 1] there, [2, 2] here" in rows(fitted)["encoder.stages.3"].why
     assert rows(fitted)["encoder.stages.3"].how == AS_IT_IS
-    # the transposed convolution's kernel is the stride
+    # The kernel of a transposed convolution has the size of the stride.
     assert rows(fitted)["decoder.transpconvs.0"].how == NOT_TAKEN
     assert "[16, 12, 2, 1] there, [16, 12, 2, 2] here" in rows(fitted)["decoder.transpconvs.0"].why
 
@@ -287,7 +287,7 @@ def test_other_strides_are_told_and_other_kernels_left():
     fitted, _, before, after = transfer(architecture(kernels=kernels), architecture())
     row = rows(fitted)["encoder.stages.0"]
     assert row.how == NOT_TAKEN and "[4, 1, 1, 3] there, [4, 1, 3, 3] here" in row.why
-    # a norm without its convolution would be of no use
+    # A norm without its convolution would be useless.
     for rest in ("norm.weight", "conv.bias", "all_modules.1.weight"):
         key = f"encoder.stages.0.0.convs.0.{rest}"
         assert torch.equal(after[key], before[key])
@@ -316,22 +316,22 @@ def test_a_deeper_stage_is_taken_as_far_as_it_goes():
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_first_difference(theirs, ours, first):
-    with pytest.raises(UserError, match=f"macl_encoder.pth are for another network: 0.0% of .*{first}.*Type THIS"):
+def test_weights_that_do_not_fit_are_refused_with_the_first_difference(theirs, ours, first):
+    with pytest.raises(UserError, match=rf"macl_encoder\.pth .* 0\.0% of .*{first}.*Type THIS"):
         transfer(theirs, ours, advice="Type THIS")
 
 
 def test_less_than_a_quarter_of_the_encoder_is_refused():
     """Two of four stages fit, and hold few of the parameters."""
     theirs, ours = architecture(features=[4, 8, 40, 80]), architecture(features=[4, 8, 16, 32])
-    with pytest.raises(UserError, match=r"[1-9]\.\d% of this one's encoder .* less than the 25%"):
+    with pytest.raises(UserError, match=r"[1-9]\.\d% .* 25%"):
         transfer(theirs, ours)
     fitted, *_ = transfer(architecture(features=[4, 8, 16, 80]), architecture(features=[4, 8, 16, 16]))
     assert fitted.count("encoder") == (24, 32)
 
 
 def test_weights_without_an_encoder_are_refused():
-    with pytest.raises(UserError, match=r"0\.0% of .*less than that of an encoder"):
+    with pytest.raises(UserError, match=r" 0\.0% of"):
         transfer(architecture(), architecture(), trained=("decoder.stages.",))
 
 
@@ -350,7 +350,7 @@ DATASET = "Dataset903_Cascade"
 
 @pytest.fixture
 def show(tmp_path, monkeypatch, capsys):
-    """The command on a planned data set with a cascade: one channel, two labels. Returns what it printed."""
+    """Return a function that runs the command on a planned data set with a cascade, and returns its output."""
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(tmp_path / name))
     folder = tmp_path / "nnUNet_preprocessed" / DATASET
@@ -401,11 +401,11 @@ def test_the_command_shows_what_a_cascades_second_stage_takes(show):
     assert "not pre-trained" in out and "trained anew" in out
 
 
-def test_the_command_takes_pre_trainings_default_configuration(show):
+def test_the_command_has_the_default_configuration_of_pre_training(show):
     assert f"for {DATASET}, nnUNetPlans, 3d_fullres: of " in show(architecture(axes=3))
 
 
-def test_the_command_refuses_with_what_to_pre_train(show):
+def test_the_command_refuses_and_names_the_pre_training_that_fits(show):
     with pytest.raises(SystemExit, match=r"nnUNetv2_train_macl_pretrain 903 -c 3d_cascade_fullres$"):
         show(architecture(axes=2), "-c", "3d_cascade_fullres")
     with pytest.raises(SystemExit, match="has no configuration '4d'"):

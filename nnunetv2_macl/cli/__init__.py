@@ -1,1 +1,1 @@
-"""Command lines: arguments in, messages out; what is done lies elsewhere."""
+"""The commands. They parse arguments and print messages; other modules do the work."""

@@ -1,4 +1,4 @@
-"""The user's mistakes, and an output that is full, as sentences."""
+"""Print user errors, and the reason why the output cannot be written, as plain messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nnunetv2_macl.messages import log_to, show_any_character
 
 
 def run(action: Callable[[], object]) -> None:
-    """Show the user his mistakes as sentences, with exit code 1."""
+    """Run a command. Print a user error as a message instead of a traceback, and exit with code 1."""
     show_any_character()
     with exit_where_output_is_full():
         try:
@@ -26,34 +26,34 @@ def run(action: Callable[[], object]) -> None:
 
 @contextmanager
 def exit_where_output_is_full() -> Iterator[None]:
-    """End a command with a sentence and exit code 1 where its output cannot be written: a full disk, a program that ended."""
+    """Exit with a message and code 1 if the output cannot be written, for example because the disk is full."""
     try:
         yield
     except SystemExit as end:
-        # an error that was to be shown anyway says more
+        # Keep an error that the command already reports, because it says more.
         if (reason := _why_unwritable("")) and not end.code:
-            sys.exit(_told(reason))
+            sys.exit(_unwritable(reason))
         raise
     except OSError:
         if reason := _why_unwritable("\n"):
-            sys.exit(_told(reason))
+            sys.exit(_unwritable(reason))
         raise
     if reason := _why_unwritable(""):
-        sys.exit(_told(reason))
+        sys.exit(_unwritable(reason))
 
 
-def _told(reason: str) -> str:
-    return f"\nError: The output of this command cannot be written: {reason}. Make space, or send it somewhere else."
+def _unwritable(reason: str) -> str:
+    return f"\nError: The output of this command cannot be written: {reason}. Make space, or redirect the output."
 
 
 def _why_unwritable(text: str) -> str | None:
-    """Write a text and what is still to be written to the output. Return why that fails, or None."""
+    """Write a text to the output and flush it. Return why that fails, or None."""
     if sys.stdout is None:
         return None
     try:
         print(text, end="", flush=True)
     except OSError as error:
-        # Python tries once more when it ends, and would tell of it in words of its own
+        # Python flushes again at exit and would print a second error, so send the rest to the null device.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return error.strerror or str(error)

@@ -1,4 +1,4 @@
-"""``nnUNetv2_train_macl_pretrain``, ``nnUNetv2_macl_network`` and ``nnUNetv2_macl_demo``."""
+"""The commands ``nnUNetv2_train_macl_pretrain``, ``nnUNetv2_macl_network`` and ``nnUNetv2_macl_demo``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from nnunetv2_macl.errors import UserError
 def _pretrain_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_train_macl_pretrain",
-        description="Pre-train encoder and partial decoder of DATASET's own nnU-Net on unlabelled images (MACL).",
+        description="Pre-train the network that nnU-Net planned for DATASET on unlabelled images: its encoder and part of its "
+        "decoder. Then fine-tune it with nnU-Net's own command.",
         epilog="Example: nnUNetv2_train_macl_pretrain 4 -c 2d, then nnUNetv2_train 4 2d 0 -tr nnUNetTrainerMACL",
     )
     add = parser.add_argument
     add(
         "dataset_name_or_id",
-        help="data set, by name or id; its nnU-Net plan is used. Unlabelled images lie in its imagesUn",
+        help="data set, by name or id. Its nnU-Net plan is used, and its folder imagesUn holds the unlabelled images",
     )
     add(
         "-c",
@@ -33,9 +34,9 @@ def _pretrain_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="DATASET2",
-        help="further raw data sets to take images from",
+        help="further raw data sets whose images are used",
     )
-    add("-recipe", help="a recipe that comes with the package, or a JSON file of your own. Default: restore")
+    add("-recipe", help="name of a recipe of this package, or your own JSON file. Default: restore")
     add(
         "--set",
         dest="settings",
@@ -43,34 +44,35 @@ def _pretrain_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="values of recipe keys, which replace those of the recipe: --set temperature=0.2 optimizer=adamw",
+        help="values that replace those of the recipe: --set temperature=0.2 optimizer=adamw",
     )
-    add("--exclude_fold", type=int, metavar="F", help="leave out the validation images of fold F")
-    add("-num_epochs", type=int, help="recipe key")
-    add("-num_iterations_per_epoch", type=int, help="recipe key")
-    add("-batch_size", type=int, help="recipe key: patches a step, over all GPUs")
+    add("--exclude_fold", type=int, metavar="F", help="do not train on the validation images of fold F")
+    add("-num_epochs", type=int, help="number of epochs. Default: the recipe's")
+    add("-num_iterations_per_epoch", type=int, help="training steps per epoch. Default: the recipe's")
+    add("-batch_size", type=int, help="patches per step, over all GPUs. Default: the recipe's")
     add(
         "-patches_at_once",
         type=int,
-        help="recipe key: fewer than the batch take less memory, and with contrast a third more time",
+        help="patches of a batch that are computed at once. Fewer patches need less memory, and contrastive recipes then "
+        "take a third more time. Default: the recipe's",
     )
-    add("-seed", type=int, help="recipe key")
+    add("-seed", type=int, help="random seed. Default: the recipe's")
     add(
         "-gpu_memory",
         type=float,
         metavar="GB",
-        help="GPU memory that the batch is planned for. Default: what nnU-Net's planner aims at by itself",
+        help="GPU memory for which the batch size is planned. Default: the target of nnU-Net's planner",
     )
     add("-np", dest="processes", type=int, default=8, help="processes for preprocessing. Default: 8")
-    add("-device", default="cuda", help="cuda, cpu or mps. Default: cuda. Which GPU: CUDA_VISIBLE_DEVICES=X")
-    add("-num_gpus", type=int, default=1, help="GPUs to train on. Default: 1")
+    add("-device", default="cuda", help="cuda, cpu or mps. CUDA_VISIBLE_DEVICES=X selects a GPU. Default: cuda")
+    add("-num_gpus", type=int, default=1, help="number of GPUs to train on. Default: 1")
     add(
         "-pretrained_weights",
         metavar="FILE_OR_FOLDER",
-        help="weights to start from, instead of a freshly initialised network: a pre-training run's folder, a file in it, a "
-        "checkpoint of nnU-Net or nnssl, or a file of the MACL authors",
+        help="weights to start from: the folder of a pre-training run, a file in it, a checkpoint of nnU-Net or nnssl, or a "
+        "file that the MACL authors published. Default: a freshly initialised network",
     )
-    add("--c", "--resume", dest="continue_training", action="store_true", help="continue the run that was stopped")
+    add("--c", "--resume", dest="continue_training", action="store_true", help="continue a run that was stopped")
     add("--disable_checkpointing", action="store_true", help="write no checkpoints and no weights")
     add("--skip_unreadable", action="store_true", help="leave out images that cannot be used, instead of stopping")
     add(
@@ -79,12 +81,12 @@ def _pretrain_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=_pair,
         metavar="OURS=THEIRS",
-        help="channel names of DATASET and those of the -u data sets, where they differ",
+        help="name of a channel in DATASET and its name in the -u data sets, where they differ",
     )
-    add("--plan_only", action="store_true", help="print and write the MACL plan, and stop")
+    add("--plan_only", action="store_true", help="write and print the MACL plan, and stop")
     add("--preprocess_only", action="store_true", help="preprocess the unlabelled images, and stop")
-    add("-num_parts", type=int, default=1, help="machines that share the preprocessing. Default: 1")
-    add("-part_id", type=int, default=0, help="which of them this is, from 0")
+    add("-num_parts", type=int, default=1, help="number of machines that share the preprocessing. Default: 1")
+    add("-part_id", type=int, default=0, help="number of this machine, counted from 0. Default: 0")
     return parser
 
 
@@ -96,7 +98,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def pretrain_entry() -> None:
-    """``nnUNetv2_train_macl_pretrain``."""
+    """Run ``nnUNetv2_train_macl_pretrain``."""
     arguments = vars(_pretrain_parser().parse_args())
     settings = arguments.pop("settings")
     for key in ("num_epochs", "num_iterations_per_epoch", "batch_size", "patches_at_once", "seed"):
@@ -104,7 +106,7 @@ def pretrain_entry() -> None:
             settings.append(f"{key}={value}")
 
     def action() -> None:
-        # nnU-Net takes seconds to import, and says so when folders are unset
+        # nnU-Net takes seconds to import, and prints warnings if its folders are not set.
         from nnunetv2_macl.recipe import parse_settings
         from nnunetv2_macl.run import pretrain
 
@@ -117,24 +119,24 @@ def pretrain_entry() -> None:
 
 
 def network_entry() -> None:
-    """``nnUNetv2_macl_network``."""
+    """Run ``nnUNetv2_macl_network``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_network",
-        description="Write a nnU-Net plan of DATASET that is its own but for the network: a variant of the U-Net, the paper's "
-        "network, or one of your own.",
+        description="Copy the nnU-Net plan of DATASET and replace the network: by a variant of the U-Net, the network of the "
+        "MACL paper, or your own.",
         epilog="Example: nnUNetv2_macl_network 27 attention_unet -c 3d_fullres, then nnUNetv2_train_macl_pretrain 27 "
         "-c 3d_fullres -p nnUNetPlans_attention_unet",
     )
     parser.add_argument("dataset_name_or_id", help="data set, by name or id, planned by nnU-Net")
     parser.add_argument(
         "network",
-        help="attention_unet, uctransnet, rolling_unet, ukan, paper, or a JSON file with architecture and batch_size as "
-        "nnU-Net's plans have them",
+        help="attention_unet, uctransnet, rolling_unet, ukan, paper, or a JSON file with the keys architecture and batch_size "
+        "of nnU-Net's plans",
     )
-    parser.add_argument("-c", dest="configuration", default="2d", help="configuration of the plan. Default: 2d")
-    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plan to start from. Default: nnUNetPlans")
+    parser.add_argument("-c", dest="configuration", default="2d", help="configuration to change. Default: 2d")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plan to copy. Default: nnUNetPlans")
     parser.add_argument("-o", dest="plans_name", help="name of the new plan. Default: PLANS_NETWORK")
-    parser.add_argument("-size", help="S, M or L, where the network has these sizes")
+    parser.add_argument("-size", help="S, M or L, if the network comes in these sizes")
     arguments = parser.parse_args()
 
     def action() -> None:
@@ -148,19 +150,19 @@ def network_entry() -> None:
         print("\n".join(f"  {line}" for line in explain_changes(dataset, plans, file.stem, configuration)))
         print(f"Use it with: -p {file.stem}")
         if needs_this_package(file):
-            print("Training and prediction with this network need nnunetv2_macl, wherever they run.")
+            print("Every machine that trains or predicts with this network needs nnunetv2_macl.")
 
     run(action)
 
 
 def demo_entry() -> None:
-    """``nnUNetv2_macl_demo``."""
+    """Run ``nnUNetv2_macl_demo``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_demo",
-        description="Generate a small data set and run it all on a CPU: planning, pre-training, fine-tuning, prediction.",
+        description="Generate a small data set and run every step on a CPU: planning, pre-training, fine-tuning, prediction.",
         epilog="Example: nnUNetv2_macl_demo /tmp/macl_demo",
     )
-    parser.add_argument("folder", nargs="?", default="macl_demo", help="where to write. Default: ./macl_demo")
+    parser.add_argument("folder", nargs="?", default="macl_demo", help="new folder to write to. Default: ./macl_demo")
     folder = Path(parser.parse_args().folder)
 
     from nnunetv2_macl.demo import demo

@@ -1,4 +1,4 @@
-"""``nnUNetv2_macl_report``."""
+"""The command ``nnUNetv2_macl_report``."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from nnunetv2_macl.cli.messages import run
 
 
 def report_entry() -> None:
-    """``nnUNetv2_macl_report``."""
+    """Run ``nnUNetv2_macl_report``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_report",
-        description="Write the report of a pre-training run, a fine-tuned model or a study, finished or not: one HTML file.",
+        description="Write the report of a pre-training run, a fine-tuned model or a study as one HTML file. The run or the "
+        "study need not be finished.",
         epilog="Example: nnUNetv2_macl_report nnUNet_results/Dataset027_ACDC/nnUNetTrainerMACLPretrain__nnUNetPlans__2d/fold_all",
     )
-    parser.add_argument("folder", help="of the run (fold_...), or of the study")
+    parser.add_argument("folder", help="folder of the run (fold_...) or of the study")
     parser.add_argument("-o", dest="output", help="file to write. Default: report.html in the folder")
-    parser.add_argument("-device", default="cpu", help="to compute features on. Default: cpu")
+    parser.add_argument(
+        "-device", default="cpu", help="device that computes the features: cuda, cpu or mps. Default: cpu"
+    )
     arguments = parser.parse_args()
 
     def action() -> None:

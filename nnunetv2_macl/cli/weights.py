@@ -1,4 +1,4 @@
-"""Weights: what they would give, for others, from others, what they are."""
+"""The commands that preview, export, install and inspect weights."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from nnunetv2_macl.cli.messages import run
 
 _WEIGHTS = (
-    "a pre-training run's folder, a file in it, a checkpoint of nnU-Net (checkpoint_final.pth) or of nnssl, or a file that the "
-    "MACL authors published, such as MACL_CHD.pth"
+    "the folder of a pre-training run, a file in it, a checkpoint of nnU-Net (checkpoint_final.pth) or nnssl, or a file that "
+    "the MACL authors published, such as MACL_CHD.pth"
 )
 
 
 def transfer_entry() -> None:
-    """``nnUNetv2_macl_transfer``."""
+    """Run ``nnUNetv2_macl_transfer``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_transfer",
-        description="Show which pre-trained weights the fine-tuning of DATASET would take, and why not the others.",
+        description="Show which pre-trained weights fine-tuning on DATASET would load, and why it would not load the others.",
         epilog="Example: nnUNetv2_macl_transfer macl_encoder.pth 27 -c 3d_fullres, then "
         "nnUNet_macl_weights=macl_encoder.pth nnUNetv2_train 27 3d_fullres 0 -tr nnUNetTrainerMACL",
     )
@@ -42,10 +42,10 @@ def transfer_entry() -> None:
 
 
 def export_entry() -> None:
-    """``nnUNetv2_macl_export``."""
+    """Run ``nnUNetv2_macl_export``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_export",
-        description="Write pre-trained weights for others, or in a format that others fine-tune from.",
+        description="Write pre-trained weights as one file to share, or in the format of nnU-Net or nnssl.",
         epilog="Examples: nnUNetv2_macl_export RUN_FOLDER -o weights.zip; "
         "nnUNetv2_macl_export macl_encoder.pth -o for_nnunet.pth --format nnunet",
     )
@@ -53,11 +53,13 @@ def export_entry() -> None:
     parser.add_argument("-o", dest="output", required=True, help="file to write")
     parser.add_argument(
         "--format",
-        help="zip: one file for others, for nnUNetv2_macl_install (default where the file ends in .zip); "
+        help="zip: one file to share, for nnUNetv2_macl_install (default if the name of the file ends in .zip); "
         "nnunet: for nnUNetv2_train -pretrained_weights; "
         "nnssl: for nnUNetv2_preprocess_like_nnssl and nnUNetv2_train_pretrained of nnU-Net's master branch",
     )
-    parser.add_argument("--license", default="unknown", help="for the model card in a zip, as hubs write it: cc-by-4.0")
+    parser.add_argument(
+        "--license", default="unknown", help="licence that a zip states, such as cc-by-4.0. Default: unknown"
+    )
     arguments = parser.parse_args()
 
     from nnunetv2_macl.formats import export
@@ -73,13 +75,13 @@ def export_entry() -> None:
 
 
 def install_entry() -> None:
-    """``nnUNetv2_macl_install``."""
+    """Run ``nnUNetv2_macl_install``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_install",
-        description="Put weights that others share where nnUNetTrainerMACL finds them. Nothing is overwritten.",
+        description="Install weights that others have shared, so that nnUNetTrainerMACL finds them. Nothing is overwritten.",
         epilog="Example: nnUNetv2_macl_install weights.zip",
     )
-    parser.add_argument("file", help="that nnUNetv2_macl_export wrote")
+    parser.add_argument("file", help="zip file that nnUNetv2_macl_export wrote")
     file = Path(parser.parse_args().file).expanduser()
 
     def action() -> None:
@@ -93,15 +95,15 @@ def install_entry() -> None:
 
 
 def inspect_entry() -> None:
-    """``nnUNetv2_macl_inspect``."""
+    """Run ``nnUNetv2_macl_inspect``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_inspect",
-        description="Say what a file is, what it was trained on and how, and whether it is whole.",
+        description="Show what a file is, on which data and how it was trained, and whether it is damaged.",
         epilog="Example: nnUNetv2_macl_inspect macl_encoder.pth",
     )
     parser.add_argument(
         "file",
-        help="a checkpoint, exported weights, a MACL plan or a package (.zip) of this project, a checkpoint of nnU-Net or of "
+        help="a checkpoint, exported weights, a MACL plan or a package (.zip) of nnunetv2_macl, a checkpoint of nnU-Net or "
         "nnssl, or a file that the MACL authors published",
     )
     file = Path(parser.parse_args().file).expanduser()

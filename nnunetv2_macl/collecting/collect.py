@@ -46,13 +46,13 @@ logger = logging.getLogger(__name__)
 
 NEW_DATA_SET = "Collected"
 DEFAULT_PRIVATE_FOLDER = "~/nnunetv2_macl_private"
-# in imagesUn, which may be a link to another disk, so that an image is moved into place at once
+# A folder in imagesUn, which may be on another disk, so that moving a finished image into place is atomic.
 _WORK_FOLDER = ".collecting"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An image that can be made, as its row in the table says, and its files in their order."""
+    """An image that can be made: its row in the table, and its files in their order."""
 
     row: Row
     files: list[str]
@@ -72,19 +72,19 @@ def collect(
 ) -> Path:
     """Write one image for each DICOM series and NIfTI file of a folder tree into ``imagesUn`` of a raw data set.
 
-    What has been collected already is not written again, so a run that was stopped continues.
+    Images that exist already are not written again, so a run that was stopped continues.
 
     Args:
         source: Folder of the tree. It is only read.
-        dataset: Raw data set with one channel, by its number or name; made where it does not exist.
+        dataset: Raw data set with one channel, by its id or name. It is created if it does not exist.
         modality: DICOM modality to take; None if all series have the same one.
-        link: Make hard links to NIfTI files instead of copies, where they have the ending of the data set.
-        min_slices: Series and volumes of fewer slices are left out.
+        link: Make hard links to NIfTI files instead of copies, if they have the ending of the data set.
+        min_slices: Leave out series and volumes with fewer slices.
         keep_derived: Take series whose image type is derived or secondary, too.
-        patient_regex: What of the path of a NIfTI file is the patient: its first group, or all that it matches. None:
-            the first folder below ``source``, or the file itself.
+        patient_regex: Regular expression whose first group, or whole match, is the patient in the path of a NIfTI file.
+            None: the patient is the first folder below ``source``, or the file name.
         private_folder: Folder of the key of the pseudonyms and of the table. Only its owner may read them.
-        processes: Number of images that are read and written at a time.
+        processes: Number of images that are read and written at the same time.
 
     Returns:
         The table of what was taken and left out, with the reasons.
@@ -117,7 +117,7 @@ def collect(
     try:
         earlier = read_table(table)
         _require_same_key(earlier, pseudonyms.fingerprint, table)
-        # without a last line that a killed run has cut short
+        # This removes a last line that a killed run has cut short.
         write_table(earlier, table)
         taken = {row.series for row in earlier if row.taken == TAKEN}
         slices, files, left_out = _read_tree(source, folder)
@@ -134,21 +134,21 @@ def collect(
         rows += left_out
         write_table([*_still_valid(earlier, rows, images, source), *rows], table)
     except KeyboardInterrupt:
-        raise UserError("Stopped. Type the same command again to continue: what is done stays done.") from None
+        raise UserError("Stopped. Type the same command again to continue. Finished images are kept.") from None
     except OSError as error:
         raise write_error(error, folder) from error
     finally:
         lock.release()
-        with contextlib.suppress(OSError):  # only a folder that is empty
+        with contextlib.suppress(OSError):  # removes only an empty folder
             folder.rmdir()
     _summarise(rows, images, table)
     if not candidates:
-        raise UserError(f"{source} holds no image that can be taken. {table} lists what is there, and why not.")
+        raise UserError(f"{source} holds no image that can be taken. {table} lists its files with the reasons.")
     return table
 
 
 def _describe(folder: Path, modality: str | None, ending: str) -> None:
-    """Write dataset.json where there is none."""
+    """Write dataset.json if it does not exist."""
     if (folder / DESCRIPTION).is_file():
         return
     if modality is None:
@@ -160,7 +160,7 @@ def _describe(folder: Path, modality: str | None, ending: str) -> None:
 
 
 def _still_valid(earlier: list[Row], rows: list[Row], images: Path, source: Path) -> list[Row]:
-    """Return the earlier rows that a new table keeps: images that are there, and what other trees left out."""
+    """Return the earlier rows that a new table keeps: images that exist, and files of other trees that were left out."""
     new = {row.image for row in rows if row.image}
     return [
         row
@@ -313,7 +313,7 @@ def _nifti_candidates(
 
 
 def _patient_of(path: Path, pattern: re.Pattern[str] | None) -> str:
-    """Return what of the path of a NIfTI file below the source is its patient."""
+    """Return the patient in the path of a NIfTI file below the source."""
     if pattern is None:
         return path.parts[0] if len(path.parts) > 1 else re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
     match = pattern.search(path.as_posix())
@@ -334,7 +334,7 @@ def _select(
     if modality is None and len(there) > 1:
         counts = ", ".join(f"{pluralise(number, f'{name} image')}" for name, number in there.most_common())
         raise UserError(
-            f"{source} holds several modalities ({counts}), and a channel has one. Say which: --modality "
+            f"{source} holds several modalities ({counts}), and a channel has one. Choose one, for example: --modality "
             f"{there.most_common(1)[0][0]}"
         )
     modality = modality or next(iter(there), None)
@@ -357,7 +357,7 @@ def _make(
     link: bool,
     processes: int,
 ) -> list[Row]:
-    """Make the images that are not there yet. Return a row for each candidate."""
+    """Make the images that do not exist yet. Return a row for each candidate."""
     made = {row.image: row for row in earlier if row.taken == TAKEN}
     done, todo = [], []
     for candidate in candidates:
@@ -367,7 +367,7 @@ def _make(
         else:
             todo.append(candidate)
     if done:
-        logger.info("%s there already", pluralise(len(done), "image"))
+        logger.info("Already collected: %s", pluralise(len(done), "image"))
     if not todo:
         return done
     image_of = {row.voxels: row.image for row in made.values() if row.voxels and (images / row.image).is_file()}
@@ -375,7 +375,7 @@ def _make(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     rows = list(done)
-    # spawn, as nnU-Net does: forked children inherit locks that are held
+    # Use spawn, as nnU-Net does, because forked processes inherit locks that are held.
     pool = ProcessPoolExecutor(
         min(processes, len(todo), usable_cores()), multiprocessing.get_context("spawn"), initialise_worker
     )
@@ -390,7 +390,7 @@ def _make(
             result, row = future.result(), candidate.row
             target = work / f"{number - 1}{_image_ending(row.image)}"
             if result.failed:
-                hint = " Leave out --link where the images are on another disk." if link else ""
+                hint = " Leave out --link if the images are on another disk." if link else ""
                 raise UserError(
                     f"{images / row.image} could not be written: {result.failed}. Make space or check the "
                     "permissions, and type "
@@ -412,8 +412,8 @@ def _make(
                 logger.info("Read %d of %d images", number, len(todo))
     except BrokenProcessPool:
         raise UserError(
-            "A process was killed, most likely for want of memory or by a damaged image. Type the same command "
-            "again, with -np 1: what is done stays done."
+            "A process was killed, most likely because memory ran out or because of a damaged image. Finished images are "
+            "kept. Type the same command again with -np 1."
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -437,4 +437,4 @@ def _summarise(rows: list[Row], images: Path, table: Path) -> None:
     )
     for (what, reason), number in reasons.most_common():
         logger.info("Left out: %d %s: %s", number, what, reason)
-    logger.info("What was taken, from where and why not: %s (private: it leads back to patients)", table)
+    logger.info("%s lists all sources, and why images were left out. Keep it private: it identifies patients.", table)

@@ -1,4 +1,4 @@
-"""DICOM headers, and which series of them are scans that make one volume.
+"""Read DICOM headers, and find the series that are scans of one volume.
 
 The headers are read by SimpleITK (GDCM), which nnU-Net depends on already. Attribute names and their tags are those of
 the DICOM standard, PS3.3 and PS3.6.
@@ -20,23 +20,23 @@ import SimpleITK as sitk
 
 from nnunetv2_macl.text import pluralise
 
-# endings of files that must be DICOM; files of other names are DICOM if they have the standard's preamble
+# Files with these endings are DICOM. Other files are DICOM if they have the preamble of the standard.
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
-# objects that are no scans: PS3.3, C.7.3.1.1.1
+# Modalities of objects that are no scans: PS3.3, C.7.3.1.1.1
 _NO_SCANS = {"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "DOC", "FID"}
 _LOCALIZER = re.compile(r"locali[sz]er|scout|survey|topogram|surview|scanogram|\b3[ -]?pl(ane)?\b", re.IGNORECASE)
 # (0002,0010) in the file meta information, which is in explicit VR little endian: PS3.10, 7.1
 _TRANSFER_SYNTAX = re.compile(rb"\x02\x00\x10\x00UI..([0-9.]+)", re.DOTALL)
-# largest difference of two direction cosines of slices that are parallel
+# Slices are parallel if their direction cosines differ by no more than this.
 _PARALLEL = 1e-3
-# distances of neighbouring slices may differ from their median by this fraction, which rounding in headers stays below
+# Distances of neighbouring slices may differ from their median by this fraction. Rounding in headers causes less.
 _UNEVEN = 0.05
-# a gantry tilt of half a degree shifts neighbouring slices by 0.9 % of their distance
+# Allowed sideways shift per distance. A gantry tilt of half a degree shifts neighbouring slices by 0.9 % of their distance.
 _TILT = 0.01
 
 
 class Slice(NamedTuple):
-    """What is needed of the header of one DICOM file."""
+    """The values that are needed from the header of one DICOM file."""
 
     file: str  # Path of the file
     image: str  # SOP Instance UID, or the path where the header has none
@@ -64,7 +64,7 @@ class Series:
 def is_dicom(file: Path) -> bool:
     """Return whether a file is a DICOM object by its ending or by the preamble of the standard (PS3.10, 7.1).
 
-    A ``DICOMDIR``, which lists the files of a medium, is none.
+    A ``DICOMDIR`` lists the files of a medium and is no image.
     """
     if file.name.upper() == "DICOMDIR":
         return False
@@ -79,7 +79,7 @@ def read_header(file: Path) -> Slice:
 
     Raises:
         RuntimeError: SimpleITK cannot read the file.
-        ValueError: A number in the header is none.
+        ValueError: A value in the header that must be a number is not a number.
     """
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
@@ -88,7 +88,7 @@ def read_header(file: Path) -> Slice:
     there = set(reader.GetMetaDataKeys())
 
     def text(tag: str) -> str:
-        # one copy of what all slices of a series share: an archive may have millions of them
+        # Keep one copy of texts that all slices of a series share, because an archive may have millions of slices.
         return sys.intern(reader.GetMetaData(tag).strip(" \0")) if tag in there else ""
 
     born = f"{text('0010|0010')} {text('0010|0030')}".strip()
@@ -116,13 +116,13 @@ def _numbers(text: str, count: int) -> tuple[float, ...] | None:
 
 
 def last_line(error: Exception) -> str:
-    """Return what went wrong from an error of SimpleITK, whose message begins with places in its source code."""
+    """Return the reason from an error of SimpleITK, without the places in its source code."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^(?:ITK ERROR: )?(?:\w+\(0x[0-9a-f]+\): )?", "", lines[-1].strip())
 
 
 def why_unreadable(file: str | Path, error: Exception) -> str:
-    """Return what went wrong with a DICOM file, and its transfer syntax: SimpleITK does not decompress each of them."""
+    """Return why a DICOM file cannot be read, with its transfer syntax, because SimpleITK does not decompress all of them."""
     with open(file, "rb") as stream:
         found = _TRANSFER_SYNTAX.search(stream.read(4096))
     if not found:

@@ -1,4 +1,4 @@
-"""Pseudonyms of patients: the same for the same patient and key, and not to be traced back without the key."""
+"""Pseudonyms of patients. The same key gives a patient the same pseudonym. Without the key, it identifies nobody."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Pseudonyms:
     """Names derived from a secret key by HMAC-SHA256.
 
     Attributes:
-        fingerprint: Says which key was used, without giving it away.
+        fingerprint: Identifies the key without revealing it.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -42,7 +42,7 @@ class Pseudonyms:
 
 
 def load_key(folder: Path) -> Pseudonyms:
-    """Load the key in a folder that only its owner may read; make both where they do not exist.
+    """Load the key from a folder that only its owner may read. Make the folder and the key if they do not exist.
 
     Raises:
         UserError: Others may read the key, it is damaged, or it cannot be read or written.
@@ -60,7 +60,7 @@ def load_key(folder: Path) -> Pseudonyms:
         raise write_error(error, file) from error
     if os.name == "posix" and others:
         raise UserError(
-            f"{file} is the key of the pseudonyms, and others than you may read it. Type: chmod 600 "
+            f"{file} is the key of the pseudonyms, and other users may read it. Type: chmod 600 "
             f"{shlex.quote(str(file))}"
         )
     try:
@@ -69,7 +69,7 @@ def load_key(folder: Path) -> Pseudonyms:
         key = b""
     if len(key) != _KEY_BYTES:
         raise UserError(
-            f"{file} is not a key: it should hold {2 * _KEY_BYTES} hexadecimal digits. Put back the key that the "
-            "earlier images were named with, or give another folder: --private_folder FOLDER"
+            f"{file} is not a key: it should hold {2 * _KEY_BYTES} hexadecimal digits. Restore the key of the earlier "
+            "images, or give another folder: --private_folder FOLDER"
         )
     return Pseudonyms(key)

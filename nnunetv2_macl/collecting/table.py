@@ -1,4 +1,4 @@
-"""The table of what was collected and left out, with the reasons. It leads back to patients, so it is private."""
+"""The table of the images that were collected or left out, with the reasons. It is private, because it identifies patients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Row:
     """A DICOM series, a NIfTI file or another file."""
 
     taken: str  # ``yes`` or ``no``
-    reason: str = ""  # Why it was left out; what is worth knowing of an image that was taken
+    reason: str = ""  # Why it was left out, or a remark on an image that was taken
     image: str = ""  # File name of the image that was made
     patient: str = ""  # Pseudonym of the patient
     kind: str = ""  # ``DICOM``, ``NIfTI`` or ``other``
@@ -30,7 +30,7 @@ class Row:
     files: int = 1  # Number of files
     source: str = ""  # Path of the (first) file
     series: str = ""  # Series Instance UID
-    content: str = ""  # SHA-256 of what the image was made from: image UIDs of a series, or size and time of a file
+    content: str = ""  # What the image was made from: SHA-256 of the image UIDs of a series, or size and time of a file
     voxels: str = ""  # SHA-256 of the voxels and their geometry, by which duplicates are found
     key: str = ""  # Fingerprint of the key of the pseudonyms
 
@@ -39,7 +39,7 @@ _COLUMNS = [column.name for column in fields(Row)]
 
 
 def read_table(file: Path) -> list[Row]:
-    """Return the rows of a table; none where there is no table. A last line that was cut short is ignored."""
+    """Return the rows of a table, or none if the file does not exist. A last line that was cut short is ignored."""
     if not file.is_file():
         return []
     with open(file, encoding="utf-8", errors="surrogateescape", newline="") as stream:
@@ -55,7 +55,7 @@ def _as_row(values: dict[str, Any]) -> Row:
 
 
 def append_row(row: Row, file: Path) -> None:
-    """Append a row to a table, so that a run that is killed loses none. Raises UserError if that fails."""
+    """Append a row to a table, so that a killed run loses no row. Raise UserError if that fails."""
     try:
         new = not file.exists()
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -66,7 +66,7 @@ def append_row(row: Row, file: Path) -> None:
 
 
 def write_table(rows: Iterable[Row], file: Path) -> None:
-    """Write a table anew, images that were taken first. Raises UserError if that fails."""
+    """Write a whole table. Images that were taken come first. Raise UserError if that fails."""
     ordered = sorted(rows, key=lambda row: (row.taken != TAKEN, row.image, row.source))
     text = _as_csv(ordered, header=True).encode(errors="surrogateescape")
     atomic_write(file, lambda stream: stream.write(text))

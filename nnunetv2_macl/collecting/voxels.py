@@ -1,4 +1,4 @@
-"""Read a DICOM series or a NIfTI file, check its voxels, and write it as one image without names in its header."""
+"""Read a DICOM series or a NIfTI file, check its voxels, and write it as an image without names in its header."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from nnunetv2_macl.collecting.dicom import last_line, why_unreadable
 from nnunetv2_macl.processes import end_with_parent
 
-# NIfTI files of so few different values, all of them whole numbers, are segmentations rather than images
+# A NIfTI file with no more different values than this, all of them integers, is taken for a segmentation.
 _MAX_LABELS = 16
 # An image is written only if this much disk space stays free.
 _SPARE_BYTES = 64 * 2**20
@@ -23,25 +23,25 @@ NIFTI_ENDINGS = (".nii.gz", ".nii")
 
 
 class Job(NamedTuple):
-    """One image to make."""
+    """An image to make."""
 
     files: list[str]  # Slices of a DICOM series in their order, or one NIfTI file
     target: str  # File to write
     is_dicom: bool  # Whether the files are DICOM
     min_slices: int  # Volumes of fewer slices are left out
-    link: bool  # Make a hard link to a NIfTI file, where it need not be converted
+    link: bool  # Make a hard link to a NIfTI file that need not be converted
 
 
 class Made(NamedTuple):
-    """What came of a job."""
+    """The result of a job."""
 
     left_out: str = ""  # Why no image was made, or ""
     voxels: str = ""  # SHA-256 of voxels and geometry
-    failed: str = ""  # Why the image could not be written although it is a good one, or ""
+    failed: str = ""  # Why a good image could not be written, or ""
 
 
 def initialise_worker() -> None:
-    """Leave Ctrl-C to the main process, and end when that ends."""
+    """Leave Ctrl-C to the main process, and exit when the main process exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     end_with_parent()
@@ -53,22 +53,22 @@ def make_image(job: Job) -> Made:
         image = read_series(job.files) if job.is_dicom else _read_nifti(job.files[0])
         if reason := _why_not(image, job):
             return Made(left_out=reason)
-    except Exception as error:  # SimpleITK, GDCM and nibabel raise of every kind for damaged files
+    except Exception as error:  # SimpleITK, GDCM and nibabel raise many kinds of errors for damaged files
         reason = why_unreadable(job.files[0], error) if job.is_dicom else last_line(error)
         return Made(left_out=f"cannot be read: {reason}")
     try:
         _write(image, job)
-    except Exception as error:  # SimpleITK raises RuntimeError where the disk is full, too
+    except Exception as error:  # SimpleITK raises RuntimeError if the disk is full
         return Made(failed=str(error).strip())
     return Made(voxels=_checksum(image))
 
 
 def read_series(files: list[str]) -> sitk.Image:
-    """Read the slices of a DICOM series, in their order, as int16 where that holds all values, else as float32."""
+    """Return the slices of a DICOM series, in the order of ``files``, as int16 if that holds all values, else float32."""
     reader = sitk.ImageSeriesReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileNames(files)
-    # the type of the first slice would be that of all, and slices of PET have slopes of their own
+    # SimpleITK would use the pixel type of the first slice for all, but each slice of PET has its own slope.
     reader.SetOutputPixelType(sitk.sitkFloat32)
     image = reader.Execute()
     array = sitk.GetArrayViewFromImage(image)
@@ -78,7 +78,7 @@ def read_series(files: list[str]) -> sitk.Image:
 
 
 def _read_nifti(file: str) -> sitk.Image:
-    # nnU-Net takes seconds to import, and DICOM does without
+    # nnU-Net takes seconds to import, and DICOM files do not need it.
     from nnunetv2_macl.preprocessing.cases import check_nifti
 
     check_nifti(file)
@@ -87,7 +87,7 @@ def _read_nifti(file: str) -> sitk.Image:
 
 def _why_not(image: sitk.Image, job: Job) -> str | None:
     if image.GetDimension() > 3 and max(image.GetSize()[3:]) > 1:
-        return f"4D: {image.GetSize()[3]} volumes; take the one that you want out of it and collect that"
+        return f"4D: {image.GetSize()[3]} volumes; extract the volume that you want and collect it"
     if image.GetNumberOfComponentsPerPixel() > 1:
         return f"colour image or vectors: {image.GetNumberOfComponentsPerPixel()} values for each voxel"
     if image.GetDimension() < 3 or min(image.GetSize()) < job.min_slices:
@@ -103,7 +103,7 @@ def _why_not(image: sitk.Image, job: Job) -> str | None:
 
 
 def _is_segmentation(array: np.ndarray) -> bool:
-    # a few voxels first: sorting all of them takes seconds
+    # Check a few voxels first, because sorting all of them takes seconds.
     for part in (array.ravel()[:: max(1, array.size // 10_000)], array):
         values = np.unique(part)
         if len(values) > _MAX_LABELS or not np.array_equal(values, np.rint(values)):
@@ -136,6 +136,6 @@ def _ending(target: Path) -> str:
 def _checksum(image: sitk.Image) -> str:
     geometry = (*image.GetSize(), *np.round([*image.GetSpacing(), *image.GetOrigin(), *image.GetDirection()], 3) + 0.0)
     digest = hashlib.sha256(repr([float(n) for n in geometry]).encode())
-    # as numbers, so that a type of more bytes makes no difference
+    # Convert to one type, so that equal images of different types have the same checksum.
     digest.update(np.ascontiguousarray(sitk.GetArrayViewFromImage(image), dtype=np.float32).data)
     return digest.hexdigest()

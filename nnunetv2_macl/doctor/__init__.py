@@ -1,6 +1,6 @@
-"""What is right on this machine and what is not, each wrong thing with the command that mends it.
+"""Checks of a machine and a data set. Each problem comes with the command that fixes it.
 
-A check is a function that returns a `Result`. None of them raises: a check that fails is a result too.
+A check is a function that returns a `Result`. An error in a check becomes a result, too.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from nnunetv2_macl.doctor.result import NOTE, OK, PROBLEM, Result
 
 __all__ = ["NOTE", "OK", "PROBLEM", "Result", "as_json", "as_lines", "run_checks"]
 
-# each with whether anything is written there
+# Whether something is written into the folder, by its variable.
 _FOLDERS = {"nnUNet_raw": False, "nnUNet_preprocessed": True, "nnUNet_results": True}
 _OTHER_SHELLS = (
-    "The lines are for bash, zsh and other POSIX shells; fish has set -gx NAME VALUE, PowerShell $env:NAME = 'VALUE'. A "
-    "variable holds in this shell alone. To set it in every new shell:"
+    "The lines are for bash, zsh and other POSIX shells. In fish, type set -gx NAME VALUE; in PowerShell, type "
+    "$env:NAME = 'VALUE'. They set a variable only in the current shell. To set it in every new shell:"
 )
 
 
 def run_checks(
     dataset: str | None = None, configuration: str | None = None, plans: str = "nnUNetPlans", device: str = "cuda"
 ) -> Iterator[Result]:
-    """Check this machine, and a data set if one is given by name or id; yield a result at a time."""
+    """Check this machine, and a data set if one is given by name or id. Yield each result as soon as it is known."""
     wrong = set()
     checks: list[tuple[str, Callable[[], Result]]] = [
         ("python", environment.python_version),
@@ -54,11 +54,11 @@ def run_checks(
     if dataset is None:
         return
     if needed := wrong & {"torch", "nnunet", *_FOLDERS}:
-        yield Result("dataset", NOTE, f"{dataset} is looked at when this is mended: {', '.join(sorted(needed))}")
+        yield Result("dataset", NOTE, f"{dataset} is checked once these are fixed: {', '.join(sorted(needed))}")
         return
 
     def of_dataset() -> Iterator[Result]:
-        # needs torch and nnU-Net
+        # This module needs torch and nnU-Net, which may be missing.
         from nnunetv2_macl.doctor.dataset import dataset_checks
 
         yield from dataset_checks(dataset, configuration, plans, device)
@@ -78,7 +78,7 @@ def _in_every_shell() -> str:
 
 
 def _guarded(name: str, check: Callable[[], Iterable[Result]]) -> Iterator[Result]:
-    """The results; what nnU-Net prints meanwhile is kept off the screen, and an error becomes a result."""
+    """Yield the results of a check. Hide what nnU-Net prints, and turn an error into a result."""
     results = None
     while True:
         try:
@@ -94,7 +94,7 @@ def _guarded(name: str, check: Callable[[], Iterable[Result]]) -> Iterator[Resul
 
 
 def as_lines(result: Result) -> str:
-    """A result for the screen."""
+    """Return a result as lines for the screen."""
     mark = {OK: "  ok   ", PROBLEM: "  WRONG", NOTE: "  --   "}[result.status]
     first, *more = result.message.splitlines() or [""]
     lines = [f"{mark} {first}", *(f"        {line}" for line in more)]
@@ -103,7 +103,7 @@ def as_lines(result: Result) -> str:
 
 
 def as_json(results: Iterable[Result]) -> dict[str, Any]:
-    """All results in plain JSON types."""
+    """Return all results as plain JSON types."""
     results = list(results)
     return {
         "nnunetv2_macl": __version__,

@@ -1,4 +1,4 @@
-"""Checks of one data set: what nnU-Net has of it, its images, what a run would take, and what there is to fine-tune from."""
+"""Checks of one data set: its plans, its folds, its images, the time and space of a run, and the weights to fine-tune from."""
 
 from __future__ import annotations
 
@@ -45,15 +45,16 @@ from nnunetv2_macl.training.finetune import load_transfer
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
 _MEASURE_TIMEOUT = 600
-# for reading images that a run would read
+# Time for reading the images that a run would read.
 _READ_SECONDS = 30.0
-_TOLD = 3
+# Number of images that a message names.
+_SHOWN = 3
 
 
 def dataset_checks(
     dataset: str, configuration: str | None, plans: str, device: str, timeout: float = _MEASURE_TIMEOUT
 ) -> Iterator[Result]:
-    """Yield the checks of a data set, of which the measurement may take ``timeout`` seconds."""
+    """Yield the results for a data set. The measurement of a run may take ``timeout`` seconds."""
     from nnunetv2_macl.doctor.measure import plan_in_use
 
     try:
@@ -76,12 +77,13 @@ def dataset_checks(
 
 
 def from_error(check: str, error: UserError) -> Result:
-    """A user's mistake as a result: what the message says to type is what mends it."""
+    """Return a user error as a result. What the message says to type becomes the fix."""
     message, _, fix = str(error).partition("Type:")
     return Result(check, PROBLEM, message.strip(), fix.strip() or None)
 
 
 def plan_is_there(target: DatasetConfiguration) -> Result:
+    """Return which plan of nnU-Net is used."""
     size = "x".join(map(str, target.patch_size))
     message = f"{target.dataset_name}, {target.plans_name}, {target.name}: patch {size}, {len(target.channel_names)} channel(s)"
     others = [c for c in target.plans_manager.available_configurations if c != target.name]
@@ -92,7 +94,7 @@ def plan_is_there(target: DatasetConfiguration) -> Result:
 
 
 def folds(target: DatasetConfiguration, device: str) -> Result:
-    """Return whether nnU-Net can make the folds that it fine-tunes, or read those of the user."""
+    """Return whether nnU-Net can make the folds for fine-tuning, or read the user's own."""
     check, file = "folds", splits_file(target)
     try:
         number = number_of_folds(target)
@@ -104,17 +106,17 @@ def folds(target: DatasetConfiguration, device: str) -> Result:
         message, _, example = too_few_cases(target).partition(": echo ")
         fix = command_to_fine_tune(target, device=device) + (f"\necho {example}" if example else "")
         return Result(check, PROBLEM, message, fix)
-    return Result(check, OK, f"{number} folds, {f'of {file}' if file.is_file() else 'which nnU-Net will make'}")
+    return Result(check, OK, f"{number} folds, {f'from {file}' if file.is_file() else 'which nnU-Net will make'}")
 
 
 def macl_plan(plan: MACLPlan, origin: str) -> Result:
-    """Which MACL plan a run would follow."""
+    """Return which MACL plan a run would use."""
     message = f"MACL plan, {origin}: batch {plan.batch_size}, {plan.decoder_stages} decoder stage(s)"
     return Result("macl_plan", OK, f"{message}, threshold {plan.threshold:g}")
 
 
 def images(target: DatasetConfiguration, labelled: int, sources: list[Source]) -> Result:
-    """How many images there are to learn from."""
+    """Return how many labelled and unlabelled images there are."""
     counts = {source.dataset_name: len(source.cases) + len(source.invalid_cases) for source in sources}
     unlabelled = sum(counts.values())
     check, message = "images", f"{labelled} labelled images, {unlabelled} unlabelled"
@@ -126,23 +128,23 @@ def images(target: DatasetConfiguration, labelled: int, sources: list[Source]) -
         return Result(check, NOTE, message, values=values)
     others = [f"{s.dataset_name}/{name}" for s in sources for name in s.ignored_files]
     if others:
-        message += f"; {len(others)} files are not named as nnU-Net names images, and are left out: {', '.join(others[:_TOLD])}"
+        message += f"; {len(others)} files are not named as nnU-Net names images, and are left out: {', '.join(others[:_SHOWN])}"
         return Result(check, NOTE, message, values=values)
     if unlabelled:
         return Result(check, OK, message, values=values)
     folder = raw_folder(target.dataset_name) / UNLABELLED_FOLDER
     ending = target.dataset_json["file_ending"]
     fix = f"# put unlabelled images into {folder}, named CASE_0000{ending}, or add -u DATASET2"
-    return Result(check, NOTE, f"{message}: pre-training would see the labelled images alone", fix, values)
+    return Result(check, NOTE, f"{message}: pre-training would use only the labelled images", fix, values)
 
 
 def readable(
     target: DatasetConfiguration, sources: list[Source], *, skip_unreadable: bool, seconds: float = _READ_SECONDS
 ) -> Result:
-    """Return which unlabelled images could not be used.
+    """Return which unlabelled images cannot be used.
 
-    Images that are not preprocessed yet are read as a run reads them, as many as the time allows. With
-    ``skip_unreadable`` the run leaves out what it cannot use.
+    Images that are not preprocessed yet are read as a run reads them, as many as ``seconds`` allow. With
+    ``skip_unreadable``, a run leaves out the images that it cannot use.
     """
     check, wrong = "readable", [reason for source in sources for reason in source.invalid_cases.values()]
     flat: list[str] = []
@@ -169,7 +171,7 @@ def readable(
     left_out = [*wrong, *flat] if skip_unreadable else flat
     if not wrong or skip_unreadable:
         return Result(check, NOTE, f"{len(left_out)} unlabelled images are left out:\n{_some(left_out)}", values=values)
-    fix = "# correct or remove them, or go on without\nnnUNetv2_train_macl_pretrain ... --skip_unreadable"
+    fix = "# correct or remove these images, or train without them\nnnUNetv2_train_macl_pretrain ... --skip_unreadable"
     return Result(check, PROBLEM, f"{len(wrong)} unlabelled images cannot be used:\n{_some(wrong)}", fix, values)
 
 
@@ -180,12 +182,12 @@ def _not_done(target: DatasetConfiguration, source: Source) -> list[CaseFiles]:
 
 
 def _some(reasons: list[str]) -> str:
-    more = f"\nand {len(reasons) - _TOLD} more" if len(reasons) > _TOLD else ""
-    return "\n".join(reasons[:_TOLD]) + more
+    more = f"\nand {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
+    return "\n".join(reasons[:_SHOWN]) + more
 
 
 def estimate(target: DatasetConfiguration, sources: list[Source], device: str, timeout: float) -> Result:
-    """Hours, memory and disk of a run, from three real training steps in a process of its own."""
+    """Return the time, memory and disk space of a run, estimated from three training steps in another process."""
     check = "estimate"
     command = [sys.executable, "-m", "nnunetv2_macl.doctor.measure"]
     command += [target.dataset_name, target.name, target.plans_name, device]
@@ -193,12 +195,12 @@ def estimate(target: DatasetConfiguration, sources: list[Source], device: str, t
         process = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
         measured = json.loads(process.stdout.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
-        fix = "# take a GPU (-device cuda) or a smaller configuration (-c 2d)"
+        fix = "# use a GPU (-device cuda) or a smaller configuration (-c 2d)"
         return Result(check, PROBLEM, f"three training steps took more than {timeout:.0f} s on {device}", fix)
     except (IndexError, ValueError):
         said = (process.stderr.strip().splitlines() or ["no message"])[-1]
         measured = {
-            "error": f"the process ended with code {process.returncode}, most likely for want of memory: {said}"
+            "error": f"the process ended with code {process.returncode}, most likely because memory ran out: {said}"
         }
     if "error" in measured:
         reason = measured["error"].strip().removeprefix("Error: ")
@@ -212,8 +214,8 @@ def estimate(target: DatasetConfiguration, sources: list[Source], device: str, t
     disk = number * len(target.channel_names) * 4 * float(np.median(shapes)) / 2**30
     values = measured | {"hours": hours, "preprocessed_gib": disk}
     message = (
-        f"three real steps on {device}: {measured['seconds_per_step']:.3g} s each; {measured['epochs']} epochs of "
-        f"{measured['steps_per_epoch']} take about {_hours(hours)}, {_size(measured['memory_gib'])} of memory, "
+        f"three steps on {device} took {measured['seconds_per_step']:.3g} s each. {measured['epochs']} epochs of "
+        f"{measured['steps_per_epoch']} steps take about {_hours(hours)}, {_size(measured['memory_gib'])} of memory, "
         f"{_size(disk)} on disk for the images still to be preprocessed and {_size(measured['run_gib'])} for the run"
     )
     for variable, needed in (("nnUNet_preprocessed", disk), ("nnUNet_results", measured["run_gib"])):
@@ -236,7 +238,7 @@ def _hours(hours: float) -> str:
 
 
 def weights(target: DatasetConfiguration, device: str) -> Result:
-    """What fine-tuning would start from, and the command for what comes next."""
+    """Return which weights fine-tuning would start from, and the next command."""
     check = "weights"
     if named := os.environ.get(WEIGHTS_VARIABLE):
         try:
@@ -248,7 +250,7 @@ def weights(target: DatasetConfiguration, device: str) -> Result:
         return Result(
             check,
             NOTE,
-            f"fine-tuning takes what {WEIGHTS_VARIABLE} names: {named}: {taken}",
+            f"fine-tuning loads the weights that {WEIGHTS_VARIABLE} names, {named}: {taken}",
             command_to_fine_tune(target, device=device),
         )
     results = Path(os.environ["nnUNet_results"])
@@ -257,16 +259,16 @@ def weights(target: DatasetConfiguration, device: str) -> Result:
     if not folders:
         command = command_to_pretrain(target, device=device)
         return Result(check, NOTE, "no pre-trained weights yet", command, {"found": []})
-    told = []
+    runs = []
     for folder in folders:
         try:
             pretrained = checkpoints.load_weights(folder)
         except UserError as error:
             return from_error(check, error)
         collapsed = ", COLLAPSED" if pretrained.description.get("collapsed") else ""
-        told.append(f"{folder.name} ({pretrained.description.get('epochs')} epochs{collapsed})")
+        runs.append(f"{folder.name} ({pretrained.description.get('epochs')} epochs{collapsed})")
     fold = folders[0].name.removeprefix("fold_")
     return Result(
-        check, OK, f"pre-trained weights in {run}: {', '.join(told)}",
+        check, OK, f"pre-trained weights in {run}: {', '.join(runs)}",
         command_to_fine_tune(target, fold, device), {"found": [str(folder) for folder in folders]},
     )  # fmt: skip

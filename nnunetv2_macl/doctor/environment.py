@@ -1,4 +1,4 @@
-"""Checks of what is installed, and of nnU-Net's variables."""
+"""Checks of the installed packages and of nnU-Net's environment variables."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from nnunetv2_macl.doctor.result import OK, PROBLEM, Result
 TRAINER = "nnUNetTrainerMACL"
 _OLDEST_PYTHON = (3, 10)
 _FIND_TIMEOUT = 180
+_SET_TRAINERS = 'export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"'
 
 
 def python_version() -> Result:
+    """Return whether Python is new enough."""
     message = f"Python {platform.python_version()} in {sys.prefix}"
     if sys.version_info < _OLDEST_PYTHON:
         return Result("python", PROBLEM, f"{message}: 3.10 or newer is needed", "conda create -n macl python=3.12")
@@ -29,19 +31,19 @@ def python_version() -> Result:
 
 
 def torch_and_device(device: str) -> Result:
-    """Whether torch is there and computes on the device."""
+    """Return whether torch is installed and can compute on the device."""
     if device not in ("cuda", "cpu", "mps"):
         return Result(
             "torch", PROBLEM, f"-device must be cuda, cpu or mps, got '{device}'", "nnUNetv2_macl_doctor -device cpu"
         )
-    install = "# the command for your system stands at https://pytorch.org/get-started/locally, for example\n"
+    install = "# https://pytorch.org/get-started/locally shows the command for your system, for example\n"
     install += "pip install --force-reinstall torch"
     try:
         torch = importlib.import_module("torch")
     except Exception as error:
         return Result("torch", PROBLEM, f"torch cannot be imported: {_short(error)}", install)
     message = f"torch {torch.__version__}"
-    without = "# for a first look without a GPU, each command takes: -device cpu"
+    without = "# to try the commands without a GPU, add to each: -device cpu"
     if device == "cpu":
         return Result("torch", OK, f"{message} on the CPU, {usable_cores()} cores", values={"device": "cpu"})
     if device == "mps":
@@ -51,7 +53,7 @@ def torch_and_device(device: str) -> Result:
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
             return Result("torch", PROBLEM, f"{message} is built without CUDA", f"{install}\n{without}")
-        look = "# is there a driver and a GPU? In a container: docker run --gpus all\nnvidia-smi"
+        look = "# check the driver and the GPU. In a container: docker run --gpus all\nnvidia-smi"
         return Result(
             "torch",
             PROBLEM,
@@ -87,14 +89,14 @@ def compiling(device: str) -> Result:
         missing.append(f"a GPU of compute capability 7.0 or newer (this one: {capability[0]}.{capability[1]})")
     if not missing:
         return Result(check, OK, "torch.compile has a C compiler and Python's headers")
-    fix += ["# or train without it: the same result, somewhat slower", "export nnUNet_compile=f"]
+    fix += ["# or train without torch.compile, which is somewhat slower", "export nnUNet_compile=f"]
     return Result(
         check, PROBLEM, f"torch.compile, which nnU-Net uses on GPUs, needs {' and '.join(missing)}", "\n".join(fix)
     )
 
 
 def nnunet_version() -> Result:
-    """Whether nnU-Net is there, and knows nnUNet_extTrainer (2.8.0 on)."""
+    """Return whether nnU-Net is installed and searches nnUNet_extTrainer (since 2.8.0)."""
     fix = 'pip install --upgrade "nnunetv2>=2.8.1"'
     try:
         message = f"nnU-Net {version('nnunetv2')}"
@@ -105,7 +107,7 @@ def nnunet_version() -> Result:
     except Exception as error:
         return Result("nnunet", PROBLEM, f"nnU-Net cannot be imported: {_short(error)}", fix)
     if not hasattr(paths, "nnUNet_extTrainer"):
-        return Result("nnunet", PROBLEM, f"{message} does not know nnUNet_extTrainer, which 2.8.0 brought", fix)
+        return Result("nnunet", PROBLEM, f"{message} does not know nnUNet_extTrainer, which 2.8.0 introduced", fix)
     return Result("nnunet", OK, f"{message}, which finds trainers through nnUNet_extTrainer")
 
 
@@ -129,19 +131,19 @@ def folder_variable(name: str, written: bool = True) -> Result:
 
 
 def trainers_are_found() -> Result:
-    """Whether nnU-Net, asked as its commands ask it, takes our fine-tuning trainer for its name."""
+    """Return whether nnU-Net finds our fine-tuning trainer in the way that its commands search for it."""
     check = "nnUNet_extTrainer"
     value = os.environ.get(check)
     if not value:
-        return Result(check, PROBLEM, f"{check} is not set: nnU-Net does not find {TRAINER}", _set_trainers())
+        return Result(check, PROBLEM, f"{check} is not set: nnU-Net does not find {TRAINER}", _SET_TRAINERS)
     command = [sys.executable, "-m", "nnunetv2_macl.doctor.finder", TRAINER]
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=_FIND_TIMEOUT)
         found = json.loads(process.stdout.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
         return Result(
-            check, PROBLEM, f"nnU-Net searched {value} for {_FIND_TIMEOUT} s and found no {TRAINER}: are these trainers' "
-            "folders only?", _set_trainers(first=True),
+            check, PROBLEM, f"nnU-Net searched {value} for {_FIND_TIMEOUT} s and did not find {TRAINER}. Name only folders "
+            "of trainers", _SET_TRAINERS,
         )  # fmt: skip
     except (IndexError, ValueError):
         last = (process.stderr.strip().splitlines() or ["no message"])[-1]
@@ -149,10 +151,10 @@ def trainers_are_found() -> Result:
     if found.get("ours"):
         return Result(check, OK, f"nnU-Net finds {TRAINER} through {check}")
     if "error" not in found:
-        fix = f"# rename the class {TRAINER} in {found['file']}, or have nnU-Net look in our folder first\n"
-        fix += _set_trainers(first=True)
+        fix = f"# rename the class {TRAINER} in {found['file']}, or let nnU-Net search our folder first\n"
+        fix += _SET_TRAINERS
         return Result(
-            check, PROBLEM, f"{TRAINER} is hidden by another class of that name: {found['file']} won", fix,
+            check, PROBLEM, f"{TRAINER} is hidden by another class with this name in {found['file']}", fix,
             {"file": found["file"]},
         )  # fmt: skip
     if found["file"]:
@@ -161,18 +163,8 @@ def trainers_are_found() -> Result:
             f"# correct that file, or move it out of the folders in {check}", {"file": found["file"]},
         )  # fmt: skip
     if missing := [p for p in value.split(os.pathsep) if p.strip() and not os.path.isdir(p)]:
-        return Result(check, PROBLEM, f"{check} names a folder that is not there: {missing[0]}", _set_trainers())
-    return Result(
-        check, PROBLEM, f"nnU-Net does not find {TRAINER} in {value}: {found['error'][:100]}", _set_trainers()
-    )
-
-
-def _set_trainers(first: bool = False) -> str:
-    """Return the line that adds our folder to nnUNet_extTrainer, before the others if it is to be ``first``."""
-    folders = ["$(nnUNetv2_macl_trainers)"]
-    if os.environ.get("nnUNet_extTrainer"):
-        folders.insert(1 if first else 0, "$nnUNet_extTrainer")
-    return f'export nnUNet_extTrainer="{os.pathsep.join(folders)}"'
+        return Result(check, PROBLEM, f"{check} names a folder that does not exist: {missing[0]}", _SET_TRAINERS)
+    return Result(check, PROBLEM, f"nnU-Net does not find {TRAINER} in {value}: {found['error'][:100]}", _SET_TRAINERS)
 
 
 def _short(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Asks nnU-Net itself for a trainer, in a process of its own: every module in the folders is imported and may do anything.
+"""Ask nnU-Net for a trainer. This runs in another process, because nnU-Net imports every module in the folders.
 
 ``python -m nnunetv2_macl.doctor.finder NAME`` prints one line of JSON last: ``file`` and ``ours``, or ``error`` and ``file``.
 """
@@ -13,10 +13,10 @@ from pathlib import Path
 
 
 def find(name: str) -> dict[str, object]:
-    """Which class nnU-Net's own finder takes for a name of one of our trainers.
+    """Return which class nnU-Net finds by the name of one of our trainers.
 
     Returns:
-        ``file`` that won and whether the class in it is ``ours``; or ``error``, and the ``file`` that it came from, or None.
+        ``file`` with the class, and whether the class is ``ours``; or ``error``, and the ``file`` that raised it, or None.
     """
     folders = [Path(p) for p in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if p.strip()]
     try:
@@ -35,7 +35,7 @@ def find(name: str) -> dict[str, object]:
     if found is getattr(finetune, name):
         return {"ours": True, "file": finetune.__file__}
     module = found.__module__
-    # nnU-Net drops what it imported from a folder in nnUNet_extTrainer
+    # nnU-Net forgets the modules that it imported from these folders, so find the file by its name.
     candidates = [sys.modules[module].__file__] if module in sys.modules else []
     candidates += [str(folder / f"{module.replace('.', os.sep)}.py") for folder in folders]
     candidates += [str(folder / module.replace(".", os.sep) / "__init__.py") for folder in folders]

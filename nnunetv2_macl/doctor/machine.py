@@ -1,4 +1,4 @@
-"""Checks of what the operating system allows: shared memory, disk, open files."""
+"""Checks of the machine's limits: shared memory, disk space and open files."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 
 from nnunetv2_macl.doctor.result import NOTE, OK, PROBLEM, Result
 
-if TYPE_CHECKING:  # it needs torch, which may be what is missing
+if TYPE_CHECKING:  # this module needs torch, which may be missing
     from nnunetv2_macl.data import Reading
 
 _SHARED_MEMORY = Path("/dev/shm")
-# Docker gives 64 MiB. Workers hand over whole batches, nnU-Net's own too; what a plan needs is checked with its data set.
+# Docker's default is 64 MiB. Data workers, nnU-Net's own too, put whole batches there. `shared_memory_of_plan` checks a plan.
 _ENOUGH_SHARED_GIB = 1
-# a run's checkpoints, fine-tuned models and what nnU-Net preprocesses of a small data set
+# Space for the checkpoints of a run, fine-tuned models, and the preprocessed images of a small data set.
 _LEAST_DISK_GIB = 10
 _LEAST_OPEN_FILES = 1024
 
 
 def shared_memory(folder: Path = _SHARED_MEMORY) -> Result:
-    """Return whether there is room in which the workers that load data hand it over."""
+    """Return whether there is enough shared memory for the workers that load data."""
     check = "shared_memory"
     if not folder.is_dir():
         return Result(check, OK, "shared memory: not limited on this system")
@@ -31,7 +31,7 @@ def shared_memory(folder: Path = _SHARED_MEMORY) -> Result:
         return Result(check, OK, message, values=values)
     if os.environ.get("nnUNet_n_proc_DA") == "0":
         return Result(check, NOTE, f"{message}: data are loaded without workers (nnUNet_n_proc_DA=0)", values=values)
-    message += ": enough for small patches alone. nnU-Net's own training hands over its batches in it too"
+    message += ": enough only for small patches. nnU-Net's own training uses it, too"
     return Result(check, NOTE, message, _more_shared_memory(), values)
 
 
@@ -52,11 +52,11 @@ def shared_memory_of_plan(reading: Reading, batch_bytes: int, folder: Path = _SH
 
 def _more_shared_memory() -> str:
     fix = "# in Kubernetes: an emptyDir of medium Memory on /dev/shm\ndocker run --shm-size=8g ...\n"
-    return f"{fix}# or load data without workers, once nnU-Net has planned\nexport nnUNet_n_proc_DA=0"
+    return f"{fix}# or, after nnU-Net has planned, load data without workers\nexport nnUNet_n_proc_DA=0"
 
 
 def free_disk(variable: str) -> Result:
-    """Return whether there is room in the folder that a variable of nnU-Net names."""
+    """Return whether there is enough disk space for the folder that a variable of nnU-Net names."""
     folder = os.environ[variable]
     free = shutil.disk_usage(folder).free / 2**30
     message, check = f"{free:.0f} GiB free in {variable}", f"disk_{variable}"
@@ -67,7 +67,7 @@ def free_disk(variable: str) -> Result:
 
 
 def open_files() -> Result:
-    """Whether a process may open the files of many cases at once."""
+    """Return whether a process may open the files of many cases at once."""
     check = "open_files"
     try:
         import resource

@@ -1,4 +1,4 @@
-"""Three real training steps, in a process of their own and a folder that is thrown away.
+"""Measure three training steps, in another process and a temporary folder.
 
 ``python -m nnunetv2_macl.doctor.measure DATASET CONFIGURATION PLANS DEVICE`` prints one line of JSON last.
 """
@@ -35,15 +35,15 @@ _MOST_STEPS = 16 + MAX_SKIPPED_STEPS + 1 + STEPS
 
 
 def plan_in_use(configuration: DatasetConfiguration) -> tuple[MACLPlan, str]:
-    """The MACL plan that the last start would follow if it were typed again, and where that comes from. Writes nothing."""
+    """Return the MACL plan that repeating the last command would use, and its origin. Write nothing."""
     file = plan_file(configuration)
     if not file.is_file():
-        return derive_plan(configuration, load_recipe(DEFAULT_RECIPE, resource_folder("plans"))), "derived at the start"
+        return derive_plan(configuration, load_recipe(DEFAULT_RECIPE, resource_folder("plans"))), "to be derived"
     plan = read_plan(file)
     if was_edited(file):
         origin = "as edited"
     elif plan.nnunet_plan_checksum == configuration.plan_checksum():
-        origin = "of the last start"
+        origin = "as in the last run"
     else:
         derived = derive_plan(
             configuration,
@@ -52,13 +52,13 @@ def plan_in_use(configuration: DatasetConfiguration) -> tuple[MACLPlan, str]:
             skip_unreadable=plan.skip_unreadable,
             channel_map=plan.channel_map,
         )
-        return derived, "derived anew at the start, since nnU-Net's plan has changed"
+        return derived, "to be derived anew, because nnU-Net's plan has changed"
     check_plan(plan, configuration, file)
     return plan, origin
 
 
 class _Measured(nnUNetTrainerMACLPretrain):
-    """The pre-training as it is, on the training images, which are preprocessed already; leaves nothing."""
+    """Trains as pre-training does, on the training images, which are preprocessed already. Writes no files."""
 
     def _load_plan(self) -> MACLPlan:
         # the weights that a run starts from change neither its speed nor its memory
@@ -68,7 +68,7 @@ class _Measured(nnUNetTrainerMACLPretrain):
         return Preprocessed(training_cases(self.macl_configuration), {})
 
     def get_dataloaders(self) -> tuple[Any, None]:
-        # a plan may be for fewer steps
+        # The plan may have fewer steps than the measurement.
         plan = self.macl_plan
         batches = PretrainingBatches(
             self.data.cases, plan.sampling, (0, plan.batch_size), _MOST_STEPS, draws=self.step.draws
@@ -80,7 +80,7 @@ class _Measured(nnUNetTrainerMACLPretrain):
 
 
 def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[str, Any]:
-    """Seconds a step, memory and the size of what a run leaves, from `STEPS` steps after a first one that warms up."""
+    """Return seconds per step, memory, and disk space of a run, in GiB, measured over `STEPS` steps after a warm-up."""
     target = DatasetConfiguration.load(dataset, plans, configuration)
     plans_content = target.plans_manager.plans | {"continue_training": False}
     trainer = _Measured(plans_content, target.name, "all", target.dataset_json, torch.device(device))
@@ -91,7 +91,7 @@ def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[s
     trainer.on_train_epoch_start()
     batches = trainer.dataloader_train
     trainer.train_step(next(batches))
-    # the first steps in mixed precision may be skipped, before the optimiser has made what it keeps
+    # Mixed precision may skip the first steps. The optimiser allocates its state in the first step that is not skipped.
     while trainer.step.was_skipped:
         trainer.train_step(next(batches))
     began = perf_counter()
@@ -99,7 +99,7 @@ def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[s
         trainer.train_step(next(batches))
     seconds = (perf_counter() - began) / STEPS
     batches.close()
-    # what was read ahead hides how long reading takes
+    # Measure reading on its own, because batches that were read ahead hide its time.
     plan = trainer.macl_plan
     began = perf_counter()
     PretrainingBatches(trainer.data.cases, plan.sampling, (0, plan.batch_size), _MOST_STEPS + 1)[_MOST_STEPS]
@@ -120,7 +120,7 @@ def measure(dataset: str, configuration: str, plans: str, device: str) -> dict[s
 
 
 def _memory(device: str) -> float:
-    """The most that this process held, bytes."""
+    """Return the peak memory of this process in bytes."""
     if device == "cuda":
         return torch.cuda.max_memory_reserved()
     if device == "mps":
@@ -138,7 +138,7 @@ if __name__ == "__main__":
         try:
             measured = measure(*sys.argv[1:5])
         except (Exception, SystemExit) as error:
-            # a trainer's mistakes of the user end in SystemExit
-            told = isinstance(error, (UserError, SystemExit))
-            measured = {"error": str(error) if told else f"{type(error).__name__}: {error}"}
+            # A trainer turns user errors into SystemExit.
+            by_user = isinstance(error, (UserError, SystemExit))
+            measured = {"error": str(error) if by_user else f"{type(error).__name__}: {error}"}
         print("\n" + json.dumps(measured), flush=True)

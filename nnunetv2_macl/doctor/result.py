@@ -1,4 +1,4 @@
-"""What a check found."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ OK, PROBLEM, NOTE = "right", "wrong", "note"
 
 @dataclass(frozen=True)
 class Result:
-    """Of one check."""
+    """What one check found."""
 
-    check: str  # its name, the same at every call
-    status: str  # ``right``; ``wrong``, which something should be done about; or ``note``, which is neither
-    message: str  # what was found, with values
-    fix: str | None = None  # the commands that correct it, or what to type next, one line each
-    values: dict[str, Any] = field(default_factory=dict)  # the numbers in ``message``, for programs
+    check: str  # Name of the check
+    status: str  # ``right``; ``wrong``, a problem to fix; or ``note``, for information
+    message: str  # What was found, with values
+    fix: str | None = None  # Commands that fix the problem, or the next command, one per line
+    values: dict[str, Any] = field(default_factory=dict)  # The numbers in ``message``, for programs

@@ -1,1 +1,1 @@
-"""Unlabelled images -> preprocessed cases, with nnU-Net's own preprocessor and DATASET's plan."""
+"""Preprocessing of unlabelled images with nnU-Net's preprocessor and the plan of the data set to fine-tune on."""

@@ -1,8 +1,8 @@
-"""Preprocessing of unlabelled images, each once.
+"""Preprocess each unlabelled image once.
 
-A case is two files: ``CASE.b2nd`` (C, *volume) float32 and, written last, ``CASE.json``, which says what it was made from. A
-case whose JSON agrees with the images and the plan is done; any other is made again. So that a start need not open each, what
-is done is listed in an index, see `index`. nnU-Net's own folders are only read.
+A case is two files: ``CASE.b2nd`` (C, *volume) float32 and, written last, ``CASE.json``, which records the images and the plan
+that it was made from. A case is made again if its record does not match. The `index` lists the cases that are done, so that a
+new run need not open every record. nnU-Net's own folders are only read.
 """
 
 from __future__ import annotations
@@ -61,19 +61,19 @@ from nnunetv2_macl.processes import end_with_parent
 
 logger = logging.getLogger(__name__)
 
-# gzip makes nothing smaller than by this
+# The highest compression ratio of gzip.
 _MOST_COMPRESSED = 1032
-# 16 GiB, beyond which a spacing is wrong rather than an image large
+# 16 GiB. A larger image most likely has a wrong spacing.
 _MOST_VOXELS = 2**32
 
-# how files begin: with the size of their header, of 348 bytes, or as gzip has it
+# The first bytes of a NIfTI file are the size of its header, 348, in either byte order.
 _NIFTI_STARTS = (b"\x5c\x01\0\0", b"\0\0\x01\x5c")
 _GZIP_START = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
 class Preprocessed:
-    """What there is to pre-train on, and which images were left out."""
+    """The cases to pre-train on, and the images that were left out: the path of the case without ending -> the reason."""
 
     cases: list[Case]
     skipped: dict[Path, str]
@@ -87,9 +87,9 @@ _found: Preprocessed | None = None
 
 @contextmanager
 def images_found(found: Preprocessed | None) -> Iterator[None]:
-    """Meanwhile `found_images` returns what `preprocess_unlabelled` has just found, in this process.
+    """Within this context and process, let `found_images` return what `preprocess_unlabelled` has just found.
 
-    With tens of thousands of images, looking at each once more would take as long as the rest of the start.
+    Checking tens of thousands of images a second time would take as long as the rest of the start.
     """
     global _found
     _found = found
@@ -100,12 +100,12 @@ def images_found(found: Preprocessed | None) -> Iterator[None]:
 
 
 def found_images() -> Preprocessed | None:
-    """Return what is given by `images_found`, or None."""
+    """Return what `images_found` was given, or None outside of its context."""
     return _found
 
 
 def unlabelled_folder(configuration: DatasetConfiguration) -> Path:
-    """Where the preprocessed unlabelled cases lie: beside nnU-Net's own folder, so that its splits never see them."""
+    """Return the folder of the preprocessed unlabelled cases. It is not nnU-Net's, so nnU-Net's splits never contain them."""
     return configuration.folder / f"{configuration.plans_name}_macl_{configuration.name}"
 
 
@@ -121,15 +121,15 @@ def preprocess_unlabelled(
     """Preprocess all unlabelled images that are not done yet.
 
     Args:
-        configuration: Whose plan is used.
+        configuration: Configuration whose plan is used.
         datasets: Further raw data sets, by full name.
-        processes: Number of cases at a time.
-        skip_unreadable: Leave images out that cannot be used, instead of stopping.
+        processes: Number of cases that are preprocessed at the same time.
+        skip_unreadable: Leave out images that cannot be used, instead of stopping.
         channel_map: See `find_sources`.
-        part: Which cases of each data set, in the order of their names, this machine does.
+        part: Cases of each data set, in the order of their names, that this machine preprocesses.
 
     Raises:
-        UserError: An image cannot be used (named), or there is too little space.
+        UserError: An image cannot be used, or there is too little disk space. The message names the image or the folder.
     """
     folder = unlabelled_folder(configuration)
     cases, todo, made, indices = [], [], [], []
@@ -168,10 +168,10 @@ def preprocess_unlabelled(
 def sources_in_use(
     configuration: DatasetConfiguration, datasets: Sequence[str], channel_map: Mapping[str, str] | None = None
 ) -> list[Source]:
-    """Return the sources of `find_sources` without the images that are labelled cases too.
+    """Return the sources of `find_sources` without the images that are labelled cases, too.
 
     Raises:
-        UserError: As `find_sources` does, or the raw images of preprocessed ones are out of reach.
+        UserError: `find_sources` raises it, or the raw images of preprocessed cases are missing.
     """
     sources = find_sources(configuration, datasets, channel_map)
     _require_raw_images(configuration, unlabelled_folder(configuration) / configuration.dataset_name, sources)
@@ -189,7 +189,7 @@ def _counted_once(source: Source, labelled: set[str], used: set[tuple[int, int]]
     if twice := sorted(source.cases.keys() - cases.keys()):
         some = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
         logger.info(
-            "%d images of %s are labelled cases or other images too, and count once: %s",
+            "%d images of %s are also labelled cases or have a second name. Each is used once: %s",
             len(twice), source.dataset_name, some,
         )  # fmt: skip
     return replace(source, cases=cases)
@@ -201,32 +201,32 @@ def index_of(configuration: DatasetConfiguration, source: Source) -> Index:
 
 
 def made_of(source: Source, files: CaseFiles, index: Index) -> dict[str, Any]:
-    """Return what a preprocessed case is made from, as its record and the index have it."""
+    """Return what a case is made from, in the form of its record and of the index."""
     fingerprint = {"files": files.fingerprint, "channels": files.channels, "plan": index.signature}
     return fingerprint | {"reader": source.reader.__name__}
 
 
 def _require_raw_images(configuration: DatasetConfiguration, folder: Path, sources: Sequence[Source]) -> None:
-    """Raises UserError where only preprocessed images are left: whether they are those of now cannot be told."""
+    """Raise UserError if the raw images are missing, because the preprocessed ones then cannot be checked against them."""
     raw = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
     if raw.exists() or any(source.dataset_name == configuration.dataset_name for source in sources):
         return
     if there := len(list(folder.glob("*.b2nd"))):
         raise UserError(
-            f"{raw} does not exist, and {folder} holds {there} images that were preprocessed from it. Bring it back, a link will "
-            f"do; or, to go on without them: rm -r {shlex.quote(str(folder))}"
+            f"{raw} is missing, but {folder} holds {there} images that were preprocessed from it. Restore {UNLABELLED_FOLDER} "
+            f"(a link is enough), or delete the preprocessed images: rm -r {shlex.quote(str(folder))}"
         )
 
 
 def _skip_or_raise(reason: str, target: Path, skipped: dict[Path, str], skip_unreadable: bool) -> None:
     if not skip_unreadable:
-        raise UserError(f"{reason} Correct it, or go on without such images: --skip_unreadable")
+        raise UserError(f"{reason} Correct the image, or leave out such images: --skip_unreadable")
     logger.warning("Left out: %s", reason)
     skipped[target] = reason
 
 
 def _require_space(configuration: DatasetConfiguration, folder: Path, cases: int) -> None:
-    """Compare the free space with what the cases would take uncompressed, at the median size of the training cases."""
+    """Raise UserError if the disk has less space than uncompressed cases of the median size of the training cases need."""
     shape = configuration.manager.median_image_size_in_voxels
     if len(shape) == 2:  # the slices of a volume are not in the configuration
         shape = [configuration.plans_manager.original_median_shape_after_transp[0], *shape]
@@ -248,7 +248,7 @@ def _run(
     skip_unreadable: bool,
 ) -> None:
     require_main_guard()
-    # spawn, as nnU-Net does: forked children inherit locks that are held
+    # Use spawn, as nnU-Net does, because forked processes inherit locks that are held.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         min(processes, len(todo), usable_cores()),
@@ -266,12 +266,12 @@ def _run(
                 if bar.disable and number % max(1, len(todo) // 10) == 0:
                     logger.info("Preprocessed %d of %d", number, len(todo))
         except BrokenProcessPool:
-            # begun in this order
+            # The pool starts the jobs in this order.
             left = [job[0].files[0] for future, job in futures.items() if not future.done() or future.exception()]
             raise UserError(
-                "A preprocessing process was killed, most likely for want of memory, or by an image that its reader cannot "
-                f"stand. It was at one of: {', '.join(left[:processes])}. What is done stays done: start again, with fewer "
-                "processes (-np 1)."
+                "A preprocessing process was killed, most likely because memory ran out or because an image crashed its "
+                f"reader. It read one of: {', '.join(left[:processes])}. Finished cases are kept. Start again with fewer "
+                "processes: -np 1"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -289,21 +289,21 @@ def _initialise(configuration: DatasetConfiguration) -> None:
 
 
 def _preprocess_volume(case: CaseFiles, *how: Any) -> tuple[str | None, bool]:
-    """Preprocess one case. Return the problem, or None, and whether the run leaves the case out without an option."""
+    """Preprocess one case. Return the problem or None, and whether a run leaves out the case even without an option."""
     if flat := whats_flat(_configuration, case):
         return flat, True
     return _preprocess_case(case, *how), False
 
 
 def whats_flat(configuration: DatasetConfiguration, case: CaseFiles) -> str | None:
-    """Return in words that an image of one slice has no place among volumes, or None where it is a volume or 2D is planned.
+    """Return why a single slice cannot be used in 3D. Return None for a volume, and for a 2D configuration.
 
     Scouts and localizers are common in archives. nnU-Net's resampling would repeat the slice into a volume.
     """
     if len(configuration.patch_size) == 2:
         return None
     for file in case.files:
-        # what cannot be read is told when it is read
+        # An image that cannot be read is reported when it is read.
         with contextlib.suppress(Exception):
             size = _voxels(file)
             if 0 not in size and (len(size) == 2 or 1 in size):
@@ -313,7 +313,7 @@ def whats_flat(configuration: DatasetConfiguration, case: CaseFiles) -> str | No
 
 
 def _voxels(file: str) -> list[int]:
-    """Return the number of voxels on each axis, as the header says."""
+    """Return the number of voxels on each axis from the header."""
     if _is_nifti(file):
         return list(nibabel.load(file).shape[:3])  # type: ignore[attr-defined]
     if file.lower().endswith((".tif", ".tiff")):
@@ -330,13 +330,13 @@ def _is_nifti(file: str) -> bool:
 
 
 class UnusableImageError(Exception):
-    """An image that cannot be used; the message names its files and says why."""
+    """Says that an image cannot be used. The message names its files and the reason."""
 
 
 def read_case(
     configuration: DatasetConfiguration, case: CaseFiles, reader: type[BaseReaderWriter]
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Read a case as nnU-Net does, and check what nnU-Net does not. Return voxels, (C, *volume), and nnU-Net's properties.
+    """Read a case as nnU-Net does, and also check it. Return its voxels (C, *volume) and nnU-Net's properties.
 
     Raises:
         UnusableImageError: The case cannot be read, or cannot be used.
@@ -347,7 +347,7 @@ def read_case(
             check_nifti(file)
         if issubclass(reader, Tiff3DIO):
             _check_spacing_file(case.files[0])
-        # nnU-Net prints what is wrong with the channels of a case, and raises an error without words
+        # nnU-Net prints what is wrong with the channels of a case, and raises an error without a message.
         with contextlib.redirect_stdout(said):
             images, properties = reader().read_images(case.files)
     except Exception as error:
@@ -359,14 +359,15 @@ def read_case(
     if case.channels is not None:
         if images.ndim != 4 or len(images) != case.channels_in_file:
             raise UnusableImageError(
-                f"{names} holds {len(images)} channel(s); its data set has {case.channels_in_file}, one a file or all in one."
+                f"{names} holds {len(images)} channel(s); its data set has {case.channels_in_file}. Put each channel into its "
+                "own file, or all into one."
             )
         images = images[case.channels]
     if wrong := _whats_wrong(configuration, images):
         raise UnusableImageError(f"{names} {wrong}")
     if (axes := len(properties["spacing"])) != 3:
         raise UnusableImageError(
-            f"{names} cannot be used: it has the spacing of {axes} axes, and values of other meaning on the third."
+            f"{names} cannot be used: it has a spacing for {axes} axes, so the third axis is not one of space."
         )
     resampled = _resampled_shape(configuration, images.shape[1:], properties["spacing"])
     if not 0 < math.prod(resampled) <= _MOST_VOXELS:
@@ -380,7 +381,7 @@ def read_case(
 def _preprocess_case(
     case: CaseFiles, reader: type[BaseReaderWriter], target: Path, fingerprint: dict[str, Any]
 ) -> str | None:
-    """Preprocess one case. Returns what is wrong with it, or None."""
+    """Preprocess one case. Return what is wrong with it, or None."""
     names = ", ".join(case.files)
     try:
         images, properties = read_case(_configuration, case, reader)
@@ -402,10 +403,10 @@ def _preprocess_case(
 
 
 def _may_be_cut_short(file: str) -> bool:
-    """Return whether a NIfTI file has another size than its header says, of which reading it whole tells the reason.
+    """Return whether the size of a NIfTI file differs from the size in its header, so that it must be read to be sure.
 
-    Reads no more than the header and the last bytes. Compressed files of several parts, as bgzip writes them, and files
-    with bytes after the image have another size and are whole.
+    This reads only the header and the last bytes. The size also differs for intact files: compressed ones of several parts,
+    as bgzip writes them, and ones with bytes after the image.
     """
     wanted = _promised_bytes(nibabel.load(file))
     with open(file, "rb") as stream:
@@ -424,9 +425,9 @@ def _promised_bytes(image: Any) -> int:
 
 
 def check_nifti_header(file: str) -> None:
-    """Raise ValueError for a header that promises what nnU-Net cannot take, or that ITK's NIfTI reader passes over.
+    """Raise ValueError for a header that nnU-Net cannot use, or that ITK's NIfTI reader misreads.
 
-    ITK takes a spacing of 1 in place of 0, and leaves the imaginary part of complex numbers out.
+    ITK replaces a spacing of 0 by 1, and drops the imaginary part of complex numbers.
     """
     _check_compression(file)
     image: Any = nibabel.load(file)
@@ -434,7 +435,7 @@ def check_nifti_header(file: str) -> None:
         raise ValueError("it holds complex numbers")
     if image.get_data_dtype().fields or math.prod(image.shape[4:]) > 1:
         raise ValueError(
-            "it holds several channels in each voxel, as in RGB, and nnU-Net reads one number a voxel from NIfTI files"
+            "it holds several values in each voxel, as RGB does, and nnU-Net reads one value per voxel from NIfTI files"
         )
     with ImageOpener(file) as stream:  # nibabel corrects what it loads
         spacing = np.abs(type(image.header).from_fileobj(stream, check=False)["pixdim"][1:4])
@@ -443,8 +444,9 @@ def check_nifti_header(file: str) -> None:
 
 
 def check_nifti(file: str) -> None:
-    """Raise ValueError for what ITK's NIfTI reader passes over: a header as above; a file cut short, and NaN, for which it
-    fills in 0.
+    """Raise ValueError for a NIfTI file that ITK's reader misreads.
+
+    ITK misreads the headers that `check_nifti_header` refuses, and reads 0 for missing data and for NaN.
     """
     if not _is_nifti(file):
         return
@@ -456,28 +458,28 @@ def check_nifti(file: str) -> None:
         raise ValueError(f"it was cut short: {size:,} bytes of the {promised:,} that its header promises")
     if not _may_be_cut_short(file) and dtype.kind != "f":
         return
-    # read whole: fails where data are missing
+    # Reading the whole file fails if data are missing.
     if not np.isfinite(np.asanyarray(image.dataobj)).all():
         raise ValueError("it holds NaN or infinite values")
 
 
 def _check_compression(file: str) -> None:
-    """Raise ValueError for a NIfTI image that was renamed from .nii to .nii.gz or back, which readers then cannot read."""
+    """Raise ValueError for a NIfTI file that was renamed from .nii to .nii.gz or back, because readers cannot read it."""
     stem, is_gzip = re.sub(r"(?i)(\.nii|\.nii\.gz)$", "", file), file.lower().endswith(".gz")
     with open(file, "rb") as stream:
         start = stream.read(4)
     if is_gzip and start in _NIFTI_STARTS:
         raise ValueError(
-            f"its name says that it is compressed, and it is not. Rename it to {stem}.nii, which is read, too"
+            f"its name says that it is compressed, but it is not. Rename it to {stem}.nii, which is read, too"
         )
     if not is_gzip and start.startswith(_GZIP_START):
         raise ValueError(
-            f"it is compressed, and its name does not say so. Rename it to {stem}.nii.gz, which is read, too"
+            f"it is compressed, but its name does not say so. Rename it to {stem}.nii.gz, which is read, too"
         )
 
 
 def _check_spacing_file(image: str) -> None:
-    """Raise ValueError for a TIFF's spacing file that nnU-Net cannot use; without one nnU-Net takes 1 on each axis."""
+    """Raise ValueError if nnU-Net cannot use the spacing file of a TIFF. Without this file, nnU-Net uses 1 on each axis."""
     file = Path(image).parent / sidecars(os.path.basename(image))[0]
     if not file.exists():
         return
@@ -493,7 +495,7 @@ def _check_spacing_file(image: str) -> None:
 
 
 def _resampled_shape(configuration: DatasetConfiguration, shape: Sequence[int], spacing: Sequence[float]) -> list[int]:
-    """Voxels an axis at the plan's spacing, as nnU-Net will make them; in 2D the slices stay."""
+    """Return the number of voxels per axis after nnU-Net's resampling. In 2D, the number of slices does not change."""
     order, target = configuration.plans_manager.transpose_forward, configuration.manager.spacing
     shape, spacing = [shape[axis] for axis in order], [spacing[axis] for axis in order]
     target = [*spacing[: len(spacing) - len(target)], *target]
@@ -519,9 +521,9 @@ def _write_case(data: np.ndarray, target: Path, fingerprint: dict[str, Any], spa
     file = Path(f"{target}.b2nd")
     Path(f"{target}.json").unlink(missing_ok=True)
     blocks, chunks = comp_blosc2_params(data.shape, tuple(_configuration.patch_size), data.itemsize)
-    # nnU-Net's LZ4HC would take half of the time of a case, for files that are 4 % smaller and read no faster
+    # nnU-Net's LZ4HC would take half of the time of a case. Its files are 4 % smaller and not faster to read.
     cparams = {"codec": blosc2.Codec.LZ4, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1, "clevel": 9}
-    # in memory first: blosc2 does not say why a file could not be written
+    # Compress in memory, because blosc2 does not say why a file could not be written.
     content = blosc2.asarray(data, chunks=chunks, blocks=blocks, cparams=cparams).to_cframe()
     atomic_write(file, lambda stream: stream.write(content), needed=len(content))
     record = {

@@ -1,7 +1,7 @@
-"""``.index`` of a folder of preprocessed cases: what each was made from, so that a start need not open any.
+"""The file ``.index`` of a folder of preprocessed cases lists what each was made from, so that a run need not open each record.
 
-It only makes starts fast. What it lacks, and what was written since, is looked up in the case's own ``CASE.json``. So machines
-that preprocess parts into one folder need not agree about it, and the last to write wins.
+The index only saves time. Cases that it lacks, or that were written later, are looked up in their ``CASE.json``. Several machines
+may therefore write to one folder, and the index that is written last is kept.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import atomic_write, remove_temporary
 from nnunetv2_macl.nnunet import read_json
 
-# no name of a case's file
+# No case has a file with this name.
 INDEX = ".index"
 _ENDING = ".b2nd"
 _FORMAT_VERSION = 2
-# longer than a case takes on any machine: another may be writing into the folder
+# Seconds. No case takes longer, so no other machine is still writing a temporary file that is older.
 _ABANDONED = 6 * 3600.0
 
 
 class Index:
-    """The cases in the folder of a source that are done by the plan of a signature."""
+    """The cases in the folder of a source that were made by the plan with a given signature."""
 
     def __init__(self, folder: Path, signature: str) -> None:
         self.folder, self.signature = folder, signature
@@ -34,7 +34,7 @@ class Index:
         self._there = self._list()
 
     def is_done(self, name: str, fingerprint: dict[str, Any]) -> bool:
-        """Whether the case is there, whole, and made from these files by this plan."""
+        """Return whether the case exists, is complete, and was made from these files by this plan."""
         written = self._there.get(f"{name}{_ENDING}")
         if written is None:
             return False
@@ -52,19 +52,19 @@ class Index:
         return done
 
     def remove_abandoned(self) -> None:
-        """Remove what processes that were killed left in the folder."""
+        """Remove the temporary files that killed processes left in the folder."""
         remove_temporary(self.folder, older_than=_ABANDONED)
 
     def refresh(self) -> None:
-        """After cases were made."""
+        """List the folder again, after cases were made."""
         self._there = self._list()
 
     def write(self) -> None:
-        """Write it where something has changed. A folder that others own goes without."""
+        """Write the index if it has changed. A folder that may not be written gets no index."""
         if not self._changed:
             return
         content = {"format_version": _FORMAT_VERSION, "plan": self.signature, "cases": self._entries}
-        # hundreds of thousands of cases: no indentation
+        # No indentation, because there may be hundreds of thousands of cases.
         text = json.dumps(content, ensure_ascii=False).encode()
         with contextlib.suppress(UserError):
             atomic_write(self.folder / INDEX, lambda stream: stream.write(text), needed=len(text))
@@ -79,7 +79,7 @@ class Index:
         return {}
 
     def _list(self) -> dict[str, list[int]]:
-        """Size and time of the voxels of every case, in one pass. A link is no case: what it points to is not ours to trust."""
+        """Return size and time of change of the file of every case. Links are not followed, because others may change them."""
         try:
             with os.scandir(self.folder) as entries:
                 found = {e.name: e.stat(follow_symlinks=False) for e in entries if e.name.endswith(_ENDING)}

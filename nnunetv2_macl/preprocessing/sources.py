@@ -1,4 +1,4 @@
-"""Where the images to pre-train on lie, and which files make a case."""
+"""Find the images to pre-train on, and the files that make up a case."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from nnunetv2_macl.nnunet import SUPPORTED_CONFIGURATIONS, DatasetConfiguration,
 
 UNLABELLED_FOLDER = "imagesUn"
 _FILES_AT_ONCE = 16
-# endings that name one format: a reader of one reads the other
+# Endings of the same format. A reader of one ending reads the other.
 _SAME_FORMAT = ((".nii.gz", ".nii"), (".tif", ".tiff"))
 
-# in the header of a MetaImage or a NRRD image
+# The line in the header of a MetaImage or NRRD image that names its data file.
 _DATA_FILE = re.compile(rb"^(?:ElementDataFile *=|data ?file:) *(.+?)\s*$", re.MULTILINE)
 _LONGEST_HEADER = 1 << 16
 
@@ -39,11 +39,11 @@ class CaseFiles(NamedTuple):
 
     files: list[str]
     channels: list[int] | None
-    # how many there are in that one file
+    # Number of channels in each file
     channels_in_file: int
-    # name, bytes, time of the last change (ns) of each file, and of those that are read with them
+    # Name, size in bytes and time of change in ns of each file, and of the files that are read with it
     fingerprint: list[list[str | int]]
-    # device and inode of each file: the same for every name that an image has
+    # Device and inode of each file, which are the same for every name of an image
     identities: Sequence[tuple[int, int]] = ()
 
 
@@ -51,8 +51,8 @@ class RawFile(NamedTuple):
     """An image file.
 
     Attributes:
-        problem: Why it cannot be taken; None if it can.
-        beside: The files that are read with it.
+        problem: Why the file cannot be used; None if it can.
+        beside: Fingerprints of the files that are read with it.
     """
 
     path: str
@@ -63,12 +63,12 @@ class RawFile(NamedTuple):
 
     @classmethod
     def inspect(cls, path: str) -> RawFile:
-        """Look at a file without opening it. A link is followed, as nnU-Net follows it."""
+        """Check a file without opening it. Links are followed, as nnU-Net follows them."""
         try:
             path.encode()
         except UnicodeEncodeError:
-            told = os.fsencode(path).decode(errors="replace")
-            return cls(told, problem=f"{told} has a name that is not in UTF-8. Rename it.")
+            printable = os.fsencode(path).decode(errors="replace")
+            return cls(printable, problem=f"{printable} has a name that is not in UTF-8. Rename it.")
         try:
             found = os.stat(path)
         except OSError as error:
@@ -92,7 +92,7 @@ def _beside(folder: str, name: str) -> list[list[str | int]]:
 
 
 def sidecars(name: str) -> list[str]:
-    """Return the names of the files that may be read with an image: a TIFF's spacing, a detached header's voxels."""
+    """Return the names of the files that may be read with an image: the spacing of a TIFF, or the voxels of a header file."""
     stem, ending = os.path.splitext(name)
     if ending.lower() in (".tif", ".tiff"):
         return [f"{re.sub(r'_[0-9]{4}$', '', stem)}.json"]  # as nnU-Net's Tiff3DIO names it
@@ -101,9 +101,9 @@ def sidecars(name: str) -> list[str]:
 
 
 def named_in_header(image: str) -> list[str]:
-    """Return the name of the data file that a detached header names, in a list; none where the image has no such header.
+    """Return a list with the name of the data file that a detached header names; an empty list for other images.
 
-    People rename the header alone, to the name that nnU-Net asks for, and the data file keeps its name.
+    The data file may have another name than the header, because users often rename only the header.
 
     Args:
         image: Path of the image's file.
@@ -121,21 +121,24 @@ def named_in_header(image: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Source:
-    """Unlabelled images of one raw data set, what reads them, the cases that lack something, and files named otherwise."""
+    """The unlabelled images of one raw data set."""
 
-    dataset_name: str
-    cases: dict[str, CaseFiles]
-    invalid_cases: dict[str, str]
-    reader: type[BaseReaderWriter]
-    ignored_files: list[str]
+    dataset_name: str  # Full name of the data set
+    cases: dict[str, CaseFiles]  # Files by case
+    invalid_cases: dict[str, str]  # Why a case cannot be used, by case
+    reader: type[BaseReaderWriter]  # Class that reads the images
+    ignored_files: list[str]  # FOLDER/FILE of files that are not named as images
 
 
 def find_sources(
     configuration: DatasetConfiguration, datasets: Sequence[str], channel_map: Mapping[str, str] | None = None
 ) -> list[Source]:
-    """Return DATASET's ``imagesUn``, and ``imagesTr`` and ``imagesUn`` of further raw data sets, given by full name.
+    """Return DATASET's ``imagesUn``, and ``imagesTr`` and ``imagesUn`` of further raw data sets.
 
-    ``channel_map`` gives DATASET's channel names those of the other data sets, where they have other names.
+    Args:
+        configuration: Configuration of DATASET.
+        datasets: Full names of the further data sets.
+        channel_map: Maps names of DATASET's channels to their names in the other data sets, where they differ.
 
     Raises:
         UserError: A data set is missing, has other channels, or has no image.
@@ -144,7 +147,7 @@ def find_sources(
     own = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
     if own.is_symlink() and not own.is_dir():
         raise UserError(
-            f"{own} is a link to {os.path.realpath(own)}, which is not there. Mount it, or remove the link to go on without."
+            f"{own} is a link to {os.path.realpath(own)}, which does not exist. Mount it, or remove the link."
         )
     ending = configuration.dataset_json["file_ending"]
     files = group_channels(own, ending)
@@ -155,20 +158,20 @@ def find_sources(
         sources.append(Source(configuration.dataset_name, cases, invalid_cases, reader, ignored_files(own, ending)))
     elif left := ignored_files(own, ending):
         raise UserError(
-            f"{own} holds no image named as nnU-Net names them (CASE_0000{ending}); there is "
+            f"{own} holds no file with a name of a nnU-Net image (CASE_0000{ending}), but it holds "
             f"{os.path.basename(left[0])}. {_how_to_name(own / os.path.basename(left[0]), ending)}"
         )
     return sources + [_other_dataset(configuration, name, channel_map or {}) for name in datasets]
 
 
 def _how_to_name(file: Path, ending: str) -> str:
-    """Return how the images of a folder become ones that are read, to judge by one of them."""
+    """Return how to make the images of a folder readable. ``file`` is one of them."""
     if file.name.lower().endswith(_endings(ending)):
-        return f"Rename the files, one a channel: CASE_0000{ending}, CASE_0001{ending}, ..."
+        return f"Rename the files, one per channel: CASE_0000{ending}, CASE_0001{ending}, ..."
     convert = f"import SimpleITK as s; s.WriteImage(s.ReadImage('{file}'), 'CASE_0000{ending}')"
     return (
-        f"Another name would not make it another format, so convert the files, one a channel, to CASE_0000{ending}, "
-        f'CASE_0001{ending}, ..., for example: python -c "{convert}". DICOM becomes NIfTI by dcm2niix.'
+        f"The files have another format. Convert them, one per channel, to CASE_0000{ending}, CASE_0001{ending}, ..., for "
+        f'example: python -c "{convert}". To convert DICOM, type nnUNetv2_macl_collect -h.'
     )
 
 
@@ -185,13 +188,13 @@ def _other_dataset(configuration: DatasetConfiguration, name: str, channel_map: 
     channels = _match_channels(configuration, name, theirs, channel_map)
     ending = dataset_json["file_ending"]
     left = ignored_files(folder / UNLABELLED_FOLDER, ending)
-    if "dataset" in dataset_json:  # nnU-Net's other way to name files
+    if "dataset" in dataset_json:  # nnU-Net's other way to name files is a list
         listed = _listed_images(folder, dataset_json)
         if bad := [
             case for case in listed if case != os.path.basename(case) or case in ("", ".", "..") or "\\" in case
         ]:
             raise UserError(
-                f"{file} lists a case {bad[0]!r}, which is no name for a file. Correct it, or leave out -u."
+                f"{file} lists a case {bad[0]!r}, which cannot be the name of a file. Correct it, or leave out -u."
             )
         files = {
             case: {channel: RawFile.inspect(path) for channel, path in enumerate(entry["images"])}
@@ -215,7 +218,7 @@ def _other_dataset(configuration: DatasetConfiguration, name: str, channel_map: 
 
 
 def _listed_images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Images by case where dataset.json lists them; labels need not be there."""
+    """Return the images that dataset.json lists, by case. The labels need not exist."""
     unlabelled = {case: entry | {"label": ""} for case, entry in dataset_json["dataset"].items()}
     return get_filenames_of_train_images_and_targets(str(folder), dataset_json | {"dataset": unlabelled})
 
@@ -223,25 +226,29 @@ def _listed_images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, dict
 def _reader(
     configuration: DatasetConfiguration, dataset_json: dict[str, Any], cases: dict[str, CaseFiles], folder: Path
 ) -> type[BaseReaderWriter]:
-    """The plan's own, which decides the order of the axes, where it reads such files and none is asked for."""
+    """Return the reader of a data set.
+
+    This is the reader of the plan, because it decides the order of the axes, unless it cannot read the files or the data set
+    asks for another one.
+    """
     ending, own = dataset_json["file_ending"], configuration.plans_manager.image_reader_writer_class
     if not cases or ("overwrite_image_reader_writer" not in dataset_json and ending in own.supported_file_endings):
         return own
     example = next(iter(cases.values())).files[0]
     try:
-        # nnU-Net prints the traceback of every reader that fails
+        # Hide the tracebacks that nnU-Net prints for every reader that fails.
         with contextlib.redirect_stderr(io.StringIO()):
             return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"nnU-Net finds nothing that reads {example}: {error} Correct it, or leave {folder.name} out of -u."
+            f"nnU-Net has no reader for {example}: {error} Correct the file, or leave {folder.name} out of -u."
         ) from None
 
 
 def _match_channels(
     configuration: DatasetConfiguration, name: str, theirs: list[str], channel_map: Mapping[str, str]
 ) -> list[int]:
-    """Which of the other data set's channels is each of DATASET's, by name."""
+    """Return for each channel of DATASET the number of the other data set's channel with the same name."""
     ours = configuration.channel_names
     if unknown := [key for key in channel_map if key not in ours]:
         raise UserError(f"--channel_map: {configuration.dataset_name} has no channel {unknown[0]!r}, it has {ours}.")
@@ -253,12 +260,12 @@ def _match_channels(
     example = " ".join(f"{mine}={their}" for mine, their in zip(ours, theirs, strict=False))
     raise UserError(
         f"{configuration.dataset_name} has the channels {ours}, {name} has {theirs}. "
-        f"Say which is which, ours=theirs, for example: --channel_map {example}; or leave {name} out of -u."
+        f"Give the names that belong together, for example: --channel_map {example}; or leave {name} out of -u."
     )
 
 
 def group_channels(folder: Path, ending: str) -> dict[str, dict[int, RawFile]]:
-    """Files named CASE_0000ENDING, CASE_0001ENDING, ... by case and channel, in one pass over the folder."""
+    """Return the files CASE_0000ENDING, CASE_0001ENDING, ... of a folder by case and channel."""
     if not folder.is_dir():
         return {}
     try:
@@ -273,8 +280,8 @@ def group_channels(folder: Path, ending: str) -> dict[str, dict[int, RawFile]]:
 
 
 def _inspect_all(paths: Sequence[str]) -> list[RawFile]:
-    # The file system of an archive may take milliseconds for each file, and answers many at once. Handing each file to a thread
-    # on its own would take ten times as long as looking at a file of a fast disk, so each thread gets its share of them at once.
+    # A network file system may take milliseconds per file, but answers many requests at once, so use threads. Each thread gets
+    # its share of the files at once, because passing single files to threads takes ten times as long as a fast disk.
     parts = [paths[first::_FILES_AT_ONCE] for first in range(min(_FILES_AT_ONCE, len(paths)))]
     found: list[RawFile] = [RawFile("")] * len(paths)
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
@@ -284,11 +291,11 @@ def _inspect_all(paths: Sequence[str]) -> list[RawFile]:
 
 
 def _images_among(names: Iterable[str], ending: str) -> dict[str, tuple[str, int]]:
-    """Return case and channel of each name of an image; of two files of one image, the one that ends as planned."""
+    """Return case and channel of each name of an image. Of two files of one image, only the one with the planned ending."""
     endings = "|".join(map(re.escape, _endings(ending)))
     pattern = re.compile(rf"(?P<case>.+)_(?P<channel>\d{{4}})(?i:{endings})", re.DOTALL)
     chosen: dict[tuple[str, int], str] = {}
-    # those that end as planned come first
+    # Names with the planned ending come first.
     for name in sorted(names, key=lambda name: (not name.endswith(ending), name)):
         if match := pattern.fullmatch(name):
             chosen.setdefault((match["case"], int(match["channel"])), name)
@@ -296,17 +303,17 @@ def _images_among(names: Iterable[str], ending: str) -> dict[str, tuple[str, int
 
 
 def _endings(ending: str) -> tuple[str, ...]:
-    """Return the endings, in small letters, of the files that hold the format of an ending."""
+    """Return all endings, in lower case, of the format that an ending names."""
     return next((same for same in _SAME_FORMAT if ending.lower() in same), (ending.lower(),))
 
 
 def pick_channels(
     files: dict[str, dict[int, RawFile]], channels: list[int], names: list[str]
 ) -> tuple[dict[str, CaseFiles], dict[str, str]]:
-    """Files of each case in the order of ``channels``; and what is wrong with the cases that cannot be taken."""
+    """Return the files of each case in the order of ``channels``, and the problem of each case that cannot be used."""
     cases: dict[str, CaseFiles] = {}
     invalid_cases: dict[str, str] = {}
-    # all channels in one file, as in RGB images, unless most cases have more files than one
+    # A single file holds all channels, as in RGB images, unless most cases have several files.
     one_file = len(names) > 1 and 2 * sum(len(by_channel) > 1 for by_channel in files.values()) < len(files)
     for case, by_channel in files.items():
         missing = [c for c in channels if c not in by_channel]
@@ -331,7 +338,7 @@ def pick_channels(
 
 def _case_files(files: Sequence[RawFile], channels: list[int] | None, channels_in_file: int) -> CaseFiles:
     fingerprint = [file.fingerprint for file in files]
-    # the channels of a case have one spacing file
+    # The channels of a case share one spacing file.
     for file in files:
         fingerprint += [other for other in file.beside if other not in fingerprint]
     return CaseFiles(
@@ -340,9 +347,9 @@ def _case_files(files: Sequence[RawFile], channels: list[int] | None, channels_i
 
 
 def drop_second_names(cases: dict[str, CaseFiles], used: set[tuple[int, int]]) -> dict[str, CaseFiles]:
-    """Return the cases whose images are not among those ``used`` already, and add theirs to it.
+    """Return the cases whose images are not in ``used``, and add their images to ``used``.
 
-    An image may have a second name by a link, under which it would be learned from twice, or although it is held out.
+    A link gives an image a second name. By this name it could be used twice, or although it is held out.
     """
     kept = {}
     for name, case in cases.items():
@@ -353,7 +360,7 @@ def drop_second_names(cases: dict[str, CaseFiles], used: set[tuple[int, int]]) -
 
 
 def labelled_identities(configuration: DatasetConfiguration) -> set[tuple[int, int]]:
-    """Return device and inode of each raw image of DATASET's labelled cases that is there."""
+    """Return device and inode of each raw image of DATASET's labelled cases."""
     folder, files = raw_folder(configuration.dataset_name), []
     if "dataset" in configuration.dataset_json:
         listed = _listed_images(folder, configuration.dataset_json).values()
@@ -373,17 +380,17 @@ def without_spacing(source: Source) -> list[str]:
 
 
 def no_spacing_told(files: Sequence[str]) -> str:
-    """Return in words which TIFF files have no spacing file."""
+    """Return a message that names the TIFF files without a spacing file."""
     some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     missing = os.path.join(os.path.dirname(files[0]), sidecars(os.path.basename(files[0]))[0])
     return (
-        f"{len(files)} TIFF images have no spacing file, so nnU-Net takes a spacing of 1 on each axis: {some}. To give one, "
-        f'write {missing}, such as {{"spacing": [3, 0.5, 0.5]}}'
+        f"{len(files)} TIFF images have no spacing file, so nnU-Net assumes a spacing of 1 on each axis: {some}. To set the "
+        f'spacing, write {missing} with, for example, {{"spacing": [3, 0.5, 0.5]}}'
     )
 
 
 def ignored_files(folder: Path, ending: str) -> list[str]:
-    """Return FOLDER/FILE of the files in a folder that are neither images, as nnU-Net names them, nor read with one."""
+    """Return FOLDER/FILE of the files in a folder that are not named as nnU-Net images and are not read with one."""
     if not folder.is_dir():
         return []
     names = os.listdir(folder)
@@ -396,10 +403,10 @@ def ignored_files(folder: Path, ending: str) -> list[str]:
 
 
 def training_cases(configuration: DatasetConfiguration) -> list[Case]:
-    """DATASET's own training cases, where nnU-Net's preprocessing put them. Labels are not opened.
+    """Return DATASET's training cases as nnU-Net has preprocessed them. Labels are not opened.
 
     Raises:
-        UserError: nnU-Net has not preprocessed the configuration, or in a format that cannot be read in parts.
+        UserError: nnU-Net has not preprocessed the configuration, or has done so in another format than .b2nd.
     """
     folder = configuration.cases_folder
     fix = f"Type: nnUNetv2_preprocess -d {configuration.id} -plans_name {configuration.plans_name} -c {configuration.name}"
@@ -407,9 +414,9 @@ def training_cases(configuration: DatasetConfiguration) -> list[Case]:
         manager = configuration.plans_manager
         others = [c for c in SUPPORTED_CONFIGURATIONS if c in manager.available_configurations]
         ready = [c for c in others if (configuration.folder / manager.get_configuration(c).data_identifier).is_dir()]
-        fix += f", or take one that is: -c {' or '.join(ready)}" if ready else ""
+        fix += f", or use a preprocessed configuration: -c {' or '.join(ready)}" if ready else ""
         raise UserError(
-            f"nnU-Net has not preprocessed {configuration.dataset_name} for {configuration.name} yet: no {folder}. {fix}"
+            f"nnU-Net has not preprocessed {configuration.dataset_name} for {configuration.name} yet: there is no {folder}. {fix}"
         )
     names = sorted(
         entry.name[: -len(".b2nd")]

@@ -1,4 +1,4 @@
-"""What a file of ours is: checkpoint, weights, MACL plan, package, or an nnssl checkpoint."""
+"""Description of a file: a checkpoint, weights, a MACL plan, a package, or a checkpoint of nnU-Net or nnssl."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ _KINDS = {
     "macl_encoder": "encoder weights, pre-trained by MACL",
     "macl_decoder": "decoder weights, pre-trained by MACL",
     "macl_network": "weights of a whole nnU-Net network, partly pre-trained by MACL, for -pretrained_weights",
-    "macl_checkpoint": "checkpoint of a MACL pre-training run, to go on with (--c)",
+    "macl_checkpoint": "checkpoint of a MACL pre-training run, which --c continues",
 }
 
 
 def inspect(file: Path) -> str:
-    """Return in words what a checkpoint, weights, a MACL plan or a package is, how it was trained, and whether it is whole.
+    """Return a text that says what a file is, how it was trained, and whether it is damaged.
 
     Raises:
-        UserError: The file is none of these, or is damaged; names it.
+        UserError: The file is unknown or damaged. The message names the file.
     """
     if file.is_dir():
         known = sorted(path.name for path in file.iterdir() if path.suffix in (".pth", ".zip") or "macl" in path.name)
-        raise UserError(f"{file} is a folder. Give a file in it: {', '.join(known[:8]) or 'none there is of ours'}.")
+        raise UserError(
+            f"{file} is a folder. Give a file in it: {', '.join(known[:8]) or 'it holds none of nnunetv2_macl'}."
+        )
     if not file.is_file():
         raise UserError(f"There is no file {file}. Check the path.")
     read = _plan if file.suffix == ".json" else _package if _is_package(file) else _checkpoint
     try:
         return read(file)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # it says it is of ours, and is made otherwise
+        # The file names its kind, but its content is not as this kind has it.
         raise UserError(f"{file} is damaged: {type(error).__name__}: {error}. Get it again.") from None
 
 
 def _is_package(file: Path) -> bool:
-    """A checkpoint is a ZIP file too; its members lie in a folder."""
+    """Return whether a file is a package. A checkpoint is a ZIP file too, but its members are in a folder."""
     try:
         with zipfile.ZipFile(file) as archive:
             return file.suffix == ".zip" or MANIFEST in archive.namelist()
@@ -58,17 +60,17 @@ def _package(file: Path) -> str:
         number = len(archive.infolist())
     facts = {"licence": str(manifest.get("license"))} | facts_of(manifest)
     whole = f"yes: {number} files agree with their SHA-256 checksums"
-    return _told(file, "package of MACL weights, for nnUNetv2_macl_install", facts, whole, manifest.get("citations"))
+    return _as_text(file, "package of MACL weights, for nnUNetv2_macl_install", facts, whole, manifest.get("citations"))
 
 
 def _plan(file: Path) -> str:
     content = read_json(file, "Get it again.")
     if not isinstance(content, dict) or "recipe" not in content:
-        raise UserError(f"{file} is no file of nnunetv2_macl: it is not a MACL plan, whose name is P_macl_C.json.")
+        raise UserError(f"{file} is no file of nnunetv2_macl: it is not a MACL plan (PLANS_macl_CONFIGURATION.json).")
     plan = read_plan(file)
     words = "\n".join(map(_printable, describe(plan).splitlines()))
-    whole = "yes, as it was derived" if not was_edited(file) else "yes; edited since it was derived"
-    return _told(file, "MACL plan", {"epochs": str(plan.recipe.get("num_epochs"))}, whole, None) + f"\n\n{words}"
+    whole = "yes, and not edited" if not was_edited(file) else "yes, and edited by a user"
+    return _as_text(file, "MACL plan", {"epochs": str(plan.recipe.get("num_epochs"))}, whole, None) + f"\n\n{words}"
 
 
 def _checkpoint(file: Path) -> str:
@@ -81,7 +83,7 @@ def _checkpoint(file: Path) -> str:
         facts |= {"trainer": str(content["trainer_name"])} if "trainer_name" in content else {}
         facts["tensors"] = str(len(pretrained.weights))
         citations = [c if isinstance(c, str) else json.dumps(c) for c in pretrained.description["citations"]]
-        return _told(file, what, facts, _wholeness(file), citations)
+        return _as_text(file, what, facts, _wholeness(file), citations)
     kind = content.get("kind")
     if kind not in _KINDS:
         raise UserError(f"{file} is no file of nnunetv2_macl: it holds {', '.join(map(str, list(content)[:8]))}.")
@@ -95,9 +97,9 @@ def _checkpoint(file: Path) -> str:
             "final_losses": losses,
             "collapsed": content.get("collapsed"),
         }
-        return _told(file, _KINDS[kind], facts_of(description), _wholeness(file), checkpoints.CITATIONS)
+        return _as_text(file, _KINDS[kind], facts_of(description), _wholeness(file), checkpoints.CITATIONS)
     facts = facts_of(content) | {"tensors": str(len(content["network_weights"]))}
-    return _told(file, _KINDS[kind], facts, _wholeness(file), content.get("citations"))
+    return _as_text(file, _KINDS[kind], facts, _wholeness(file), content.get("citations"))
 
 
 def _kind_of_others(content: dict[str, Any]) -> str | None:
@@ -109,19 +111,19 @@ def _kind_of_others(content: dict[str, Any]) -> str | None:
 
 
 def _wholeness(file: Path) -> str:
-    """Of a checkpoint that was loaded."""
+    """Return whether a checkpoint that could be loaded is intact, and how this is known."""
     if files.verify(file):
         return f"yes: it agrees with {files.checksum_path(file).name}"
-    return f"yes, as far as the checksums in it tell; there is no {files.checksum_path(file).name} beside it"
+    return f"yes, by the checksums inside the file. There is no {files.checksum_path(file).name} next to it"
 
 
-def _told(file: Path, kind: str, facts: dict[str, str], whole: str, citations: Any) -> str:
-    rows = {"what": kind, **facts, "whole": whole}
+def _as_text(file: Path, kind: str, facts: dict[str, str], whole: str, citations: Any) -> str:
+    rows = {"what": kind, **facts, "intact": whole}
     width = max(map(len, rows))
     lines = [(name, value) for name, value in rows.items()] + [("cite", str(citation)) for citation in citations or []]
     return "\n".join([str(file), *(f"  {name.ljust(width)}  {_printable(value)}" for name, value in lines)])
 
 
 def _printable(text: str) -> str:
-    """Without what would steer a terminal: files come from anyone."""
+    """Replace the characters that could control a terminal, because the file may come from anyone."""
     return "".join(c if c.isprintable() else " " for c in text)

@@ -1,4 +1,4 @@
-"""Packages of others, put where fine-tuning finds them: checked first, whole or not at all, nothing overwritten."""
+"""Installation of shared weights where fine-tuning finds them. A package is checked first, and nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def install(file: Path, results: Path) -> Path:
     """Put the weights of a package into nnU-Net's results folder, where ``nnUNetTrainerMACL`` finds them. Return their folder.
 
     Raises:
-        UserError: The package is damaged or no package, the folder exists already, or another data set has the same id.
+        UserError: The file is damaged or no package, the folder exists already, or another data set has the same id.
     """
     with open_package(file) as archive:
         manifest = read_manifest(archive, file)
@@ -52,7 +52,7 @@ def install(file: Path, results: Path) -> Path:
         if folder.exists() or folder.is_symlink():
             there = sorted(path.name for path in folder.iterdir())[:5] if folder.is_dir() else []
             raise UserError(
-                f"{folder} is there already, with {', '.join(there) or 'nothing in it'}; nothing is overwritten. Move it away "
+                f"{folder} exists already, with {', '.join(there) or 'nothing in it'}, and is not overwritten. Move it away "
                 f"first, for example: mv '{folder}' '{folder}_before'"
             )
         _extract(archive, file, folder)
@@ -66,13 +66,13 @@ def install(file: Path, results: Path) -> Path:
 
 
 def _require_own_id(dataset_name: str, file: Path, results: Path) -> None:
-    """Raise UserError if another data set has the id: nnU-Net finds neither of two data sets with the same id by it."""
+    """Raise UserError if another data set has the id, because nnU-Net then finds neither data set by its id."""
     folders = [results, *(Path(os.environ[name]) for name in FOLDER_VARIABLES if os.environ.get(name))]
     others = [path for folder in folders for path in folder.glob(f"{dataset_name[:10]}_*") if path.name != dataset_name]
     if others:
         raise UserError(
-            f"{file} holds weights of {dataset_name}, and id {int(dataset_name[7:10])} is {others[0]} here; nnU-Net would "
-            "find neither by it. Unpack the weights elsewhere and name them when you fine-tune:\n"
+            f"{file} holds weights of {dataset_name}, and here id {int(dataset_name[7:10])} is {others[0]}. nnU-Net finds "
+            "neither of two data sets with the same id. Unpack the weights elsewhere and name them when you fine-tune:\n"
             f"    unzip {shlex.quote(str(file))} -d {shlex.quote(dataset_name + '_weights')}\n"
             f"    nnUNet_macl_weights={shlex.quote(dataset_name + '_weights')} nnUNetv2_train DATASET ... -tr nnUNetTrainerMACL"
         )
@@ -121,7 +121,7 @@ def verify(archive: zipfile.ZipFile, file: Path, into: Path | None = None) -> No
     """Compare every member of a package with its checksum, and write the members ``into`` a folder if one is given.
 
     Raises:
-        UserError: A member is damaged, or has no checksum; names it.
+        UserError: A member is damaged or has no checksum. The message names the member.
     """
     try:
         lines = archive.read(SUMS).decode().splitlines()
@@ -151,7 +151,7 @@ def _copy(source: Any, target: BinaryIO | None) -> str:
 
 
 def _extract(archive: zipfile.ZipFile, file: Path, folder: Path) -> None:
-    """Unpack into a temporary folder, check, and give the folder its name last."""
+    """Unpack into a temporary folder, check the files, and give the folder its name last."""
     made = [path for path in folder.parents if not path.exists()]
     temporary = None
     try:
@@ -171,6 +171,6 @@ def _extract(archive: zipfile.ZipFile, file: Path, folder: Path) -> None:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         for path in made:
-            # what is empty is ours, and of no use
+            # Remove the folders that were made here, if they are empty.
             with contextlib.suppress(OSError):
                 path.rmdir()

@@ -17,7 +17,7 @@ _LOSSES = {f"train_losses/{key}": name.split(",")[0] for key, name in loss_label
 
 
 def model_card(description: dict[str, Any], license_id: str) -> str:
-    """A model card from the description that comes with exported weights."""
+    """Return a model card made from the description in exported weights."""
     facts = "\n".join(f"| {name} | {value} |" for name, value in facts_of(description).items())
     reasons = (description.get("macl_plan") or {}).get("reasons") or {}
     plan = "\n".join(f"- `{key}`: {reason}" for key, reason in reasons.items())
@@ -58,10 +58,10 @@ Weights of a nnU-Net encoder and part of its decoder, pre-trained on images with
 ```bash
 nnUNetv2_macl_install THIS_FILE.zip
 export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"
-nnUNet_macl_weights=FOLDER_THAT_WAS_TOLD nnUNetv2_train YOUR_DATASET {options}
+nnUNet_macl_weights=FOLDER_THAT_INSTALL_PRINTS nnUNetv2_train YOUR_DATASET {options}
 ```
 
-`nnUNetv2_macl_transfer` says which of the weights another network takes.
+`nnUNetv2_macl_transfer` shows which of the weights fit another network.
 
 ## How it was trained
 
@@ -69,8 +69,8 @@ nnUNet_macl_weights=FOLDER_THAT_WAS_TOLD nnUNetv2_train YOUR_DATASET {options}
 {_started_from(start) if start else ""}
 ## Limits
 
-Trained on images of one kind; whether they help on others is to be measured. The weights are made from images of patients:
-names, paths and images are not in this file.
+The weights were trained on images of one kind. Measure whether they help on other images. The images were those of patients.
+This file contains no images, no names and no paths.
 
 ## Citation
 
@@ -90,7 +90,7 @@ The network started from {start_in_short(start)}. The licence of those weights m
 
 
 def facts_of(description: dict[str, Any]) -> dict[str, str]:
-    """What pre-trained weights are, in words: name -> value; only what the description says."""
+    """Return the facts about pre-trained weights as texts, name -> value. Facts that the description lacks are left out."""
     plan = description.get("macl_plan") or {}
     fingerprint = description.get("dataset_fingerprint") or {}
     preprocessing = description.get("preprocessing") or {}
@@ -121,7 +121,7 @@ def facts_of(description: dict[str, Any]) -> dict[str, str]:
     add("patch", plan.get("patch_size") and f"{_by(plan['patch_size'])} voxels, batch {plan.get('batch_size')}")
     add("decoder stages", plan.get("decoder_stages"))
     add("recipe", describe_recipe(plan.get("recipe_name"), plan.get("settings")))
-    add("recipe values", ", ".join(f"{key} {value}" for key, value in _told(recipe).items()))
+    add("recipe values", ", ".join(f"{key} {value}" for key, value in _main_values(recipe).items()))
     add("epochs", description.get("epochs") or recipe.get("num_epochs"))
     losses = description.get("final_losses") or {}
     add("final losses", ", ".join(f"{short} {losses[key]:.3f}" for key, short in _LOSSES.items() if key in losses))
@@ -132,15 +132,15 @@ def facts_of(description: dict[str, Any]) -> dict[str, str]:
 
 
 def _methods(recipe: dict[str, Any]) -> tuple[type[Method], ...]:
-    """Return the methods of a recipe in a file from elsewhere; none where this version does not know it."""
+    """Return the methods of a recipe in a file from elsewhere; none if this version does not know the recipe."""
     try:
         return methods_of(recipe_from_values(recipe, "recipe").method)
     except UserError:
         return ()
 
 
-def _told(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a recipe that say most about a training: those of its methods first."""
+def _main_values(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe values that say most about a training, those of its methods first."""
     own = [key for method in _methods(recipe) for key in method.Config.model_fields]
     keys = ("method", *own, "optimizer", "learning_rate", "num_iterations_per_epoch", "seed")
     return {key: recipe[key] for key in keys if key in recipe}

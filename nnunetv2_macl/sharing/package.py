@@ -1,4 +1,4 @@
-"""The file that is shared: what is in it, and what is left out of it."""
+"""The package file: what it contains, and what is kept out of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MANIFEST, PLAN, FINGERPRINT, CARD, SUMS = (
 )  # fmt: skip
 MEMBERS = (MANIFEST, ENCODER_FILE, DECODER_FILE, PLAN, FINGERPRINT, CARD, SUMS)
 
-# what a description may say; anything else that a file may hold stays at home
+# The keys of a description that are shared. Any other key may hold private data.
 _SHARED_KEYS = (
     "dataset_name", "plans_name", "configuration", "fold", "architecture", "network_input_channels", "preprocessing",
     "dataset_fingerprint", "macl_plan", "recipe", "epochs", "final_losses", "collapsed", "package_versions", "citations",
@@ -37,14 +37,14 @@ _SHARED_KEYS = (
 _FINGERPRINT_KEYS = (
     "foreground_intensity_properties_per_channel", "median_relative_size_after_cropping", "shapes_after_crop", "spacings",
 )  # fmt: skip
-# to the end of the text: a folder's name may have spaces in it
+# A path reaches to the end of the text, because names of folders may contain spaces.
 _A_PATH = re.compile(r"""(?<![\w:/.)\]])(?:file://|~[\w.-]*/|[A-Za-z]:[\\/]|\\\\|/(?=[\w.~]))[^'"<>|\n]*""")
-# every package of the same weights has the same bytes
+# A fixed date gives all packages of the same weights the same bytes.
 _DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def write_package(source: Path, file: Path, license_id: str = "unknown") -> None:
-    """Write a run's weights to one file for others.
+    """Write the weights of a run to one file to share.
 
     Args:
         source: Folder of a finished run, or one that `install` made.
@@ -78,11 +78,12 @@ def write_package(source: Path, file: Path, license_id: str = "unknown") -> None
     ).encode()
     atomic_write(file, lambda stream: _write(stream, members))
     logger.info(
-        "%s: %.1f MiB with %s. No images, no case names, no paths.\nOn another machine: nnUNetv2_macl_install %s",
+        "%s: %.1f MiB with %s. It contains no images, no case names and no paths.\n"
+        "On another machine, type: nnUNetv2_macl_install %s",
         file, file.stat().st_size / 2**20, ", ".join(members), shlex.quote(file.name),
     )  # fmt: skip
     if description.get("collapsed"):
-        logger.warning("These weights are of a run that collapsed; the model card says so.")
+        logger.warning("The run of these weights collapsed. The model card says so.")
 
 
 def _write(stream: BinaryIO, members: dict[str, bytes]) -> None:
@@ -91,13 +92,13 @@ def _write(stream: BinaryIO, members: dict[str, bytes]) -> None:
         for name in sorted(members, key=(CARD, MANIFEST, *MEMBERS).index):
             member = zipfile.ZipInfo(name, _DATE)
             member.external_attr = 0o644 << 16
-            # weights do not get smaller
+            # Compression does not make weights smaller.
             member.compress_type = zipfile.ZIP_STORED if name.endswith(".pth") else zipfile.ZIP_DEFLATED
             archive.writestr(member, members[name])
 
 
 def _shared(pretrained: PretrainedWeights) -> dict[str, Any]:
-    """What of exported weights may leave the house, as a checkpoint's content."""
+    """Return the content of exported weights that is safe to share, as the content of a checkpoint."""
     description = pretrained.description
     shared = {key: without_paths(description[key]) for key in _SHARED_KEYS if key in description}
     if isinstance(fingerprint := shared.get("dataset_fingerprint"), dict):
@@ -106,7 +107,7 @@ def _shared(pretrained: PretrainedWeights) -> dict[str, Any]:
         shared["dataset_fingerprint"] = fingerprint | {"nnunet": kept}
     plan = shared.get("macl_plan") or {}
     for recipe in (shared.get("recipe"), plan.get("recipe"), plan.get("settings")):
-        # whoever wrote a recipe of his own may have written anything into this
+        # The description of a user's own recipe may contain anything.
         if isinstance(recipe, dict) and "description" in recipe:
             recipe["description"] = ""
     return {
@@ -119,7 +120,7 @@ def _shared(pretrained: PretrainedWeights) -> dict[str, Any]:
 
 
 def without_paths(value: Any) -> Any:
-    """Plain JSON content, with whatever looks like a path taken out of its texts."""
+    """Return JSON content in which whatever looks like a path is removed from the texts."""
     if isinstance(value, dict):
         return {without_paths(key): without_paths(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
