@@ -3,12 +3,14 @@
 The student sees two views with hidden voxels, and the teacher sees them whole. The student restores what is hidden, and predicts
 what the teacher finds at hidden locations and in the other view.
 
-Source: Jiang et al., MICCAI 2022, https://arxiv.org/abs/2205.10342; Zhou et al., iBOT, ICLR 2022,
+Source: Jiang et al., MICCAI 2022, https://arxiv.org/abs/2205.10342, with the values of the authors' code,
+https://github.com/The-Veeraraghavan-Lab/SMIT; Zhou et al., iBOT, ICLR 2022,
 https://arxiv.org/abs/2111.07832, Eq. 2 and 3; Caron et al., DINO, ICCV 2021, https://arxiv.org/abs/2104.14294, Algorithm 1. Here
 tokens are locations of the map of a U-Net's encoder, and the image token is the mean of its deepest map. They are standardised
 over the batch before the heads, because instance norm gives all images nearly the same mean. What the teacher finds in the image
 tokens of a batch is spread over all outputs by Sinkhorn and Knopp's algorithm, as in DINOv2 (Oquab et al., TMLR 2024,
-https://arxiv.org/abs/2304.07193, section 4), and not by a centre. Restoration is that of the method `restoration`.
+https://arxiv.org/abs/2304.07193, section 4), and not by a centre. The teacher's temperature stays at 0.04, and the published one
+rises to 0.07. Restoration is that of the method `restoration`: a squared error, where the published one is absolute.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class SMITConfig(RestorationConfig):
         "tokens as this",
     )
     student_temperature: Positive = Field(0.1, description="τ of the student")
-    teacher_temperature: Positive = Field(0.04, description="τ of the teacher")
+    teacher_temperature: Positive = Field(0.04, description="τ of the teacher; the published one rises to 0.07")
     teacher_decay: Fraction = Field(
         0.996, description="weight of the old average in the teacher at the first step; it rises to 1 at the last"
     )
