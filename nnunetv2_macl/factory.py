@@ -102,12 +102,13 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     if recipe.optimizer == "sgd":
         settings["momentum"] = recipe.momentum
-    # The fused optimiser has one kernel for all weights and does not wait for the gradient scaler. Fused SGD exists from torch
-    # 2.3 on. It fails if some weights get their first gradient later than others, as with two training stages.
-    is_possible = "fused" in inspect.signature(kind).parameters and (
-        recipe.optimizer != "sgd" or not recipe.trains_in_stages
-    )
-    if parameters[0].device.type == "cuda" and is_possible:
+    # One kernel for all weights takes a quarter of the time on a CPU. On a GPU it also does not wait for the check of
+    # the gradient scaler. SGD has it from torch 2.3 on, and CPUs from 2.4 on. That of SGD fails if some weights get
+    # their first gradient later than others, as with two training stages.
+    device, torch_version = parameters[0].device.type, tuple(map(int, torch.__version__.split(".")[:2]))
+    has_kernel = device == "cuda" or (device == "cpu" and torch_version >= (2, 4))
+    fails = recipe.optimizer == "sgd" and recipe.trains_in_stages
+    if has_kernel and "fused" in inspect.signature(kind).parameters and not fails:
         settings["fused"] = True
     return kind(groups, **settings)
 

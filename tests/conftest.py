@@ -22,6 +22,8 @@ from nnunetv2_macl.nnunet import FOLDER_VARIABLES
 from nnunetv2_macl.synthetic import generate_dataset
 
 DATASET = "Dataset901_Generated"
+# For nnU-Net's commands on tiny data: each process that they start imports torch, which takes longer than its work.
+FEW_PROCESSES = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
 
 
 def environment_without_nnunet() -> dict[str, str]:

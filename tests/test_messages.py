@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Output shows any name, and a script that cannot work gets an error with the reason."""
-=======
 """Output: any name can be shown, and a script that cannot work gets an explanation."""
->>>>>>> w-p3
 
 import errno
 import io
@@ -23,23 +19,14 @@ from nnunetv2_macl.messages import for_log_file, show_any_character
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 
-<<<<<<< HEAD
-# a letter that no code page of Windows has, and a name with a byte that is not UTF-8
-=======
 # A character that no code page of Windows has, and a name that is not in UTF-8.
->>>>>>> w-p3
 NAMES = ("\u03a9", os.fsdecode(b"M\xfcller"))
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
-<<<<<<< HEAD
-def test_a_name_that_the_encoding_lacks_raises_no_error(monkeypatch, name, encoding):
-    # pytest must not collect the message, because its workers cannot exchange bytes that are not UTF-8
-=======
 def test_a_name_that_the_output_cannot_show_ends_nothing(monkeypatch, name, encoding):
     # Keep the message from pytest, because its workers cannot exchange names that are not in UTF-8.
->>>>>>> w-p3
     monkeypatch.setattr(logging.getLogger("nnunetv2_macl"), "propagate", False)
     streams = {}
     for stream in ("stdout", "stderr"):
@@ -50,19 +37,14 @@ def test_a_name_that_the_output_cannot_show_ends_nothing(monkeypatch, name, enco
     assert b"_0000.nii.gz" in streams["stdout"].getvalue() and streams["stderr"].getvalue()
 
 
-<<<<<<< HEAD
-def test_output_that_is_no_text_stream_does_not_change(monkeypatch):
-    """A notebook has such an output, and some programs have none."""
-=======
 def test_output_that_is_no_text_stream_is_not_changed(monkeypatch):
     """Notebooks have another kind of stream, and some programs have none."""
->>>>>>> w-p3
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     show_any_character()
 
 
-def test_the_log_file_accepts_any_name(workspace, monkeypatch):
+def test_the_log_file_holds_any_name(workspace, monkeypatch):
     monkeypatch.setattr(locale, "getpreferredencoding", lambda *_: "cp1252")
     assert for_log_file("M\u00fcller \u03a9") == "M\u00fcller \\u03a9"
     target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
@@ -84,18 +66,14 @@ def test_the_log_file_accepts_any_name(workspace, monkeypatch):
         ("\x00 not Python", True),
     ],
 )
-<<<<<<< HEAD
-def test_a_script_without_a_main_guard_is_refused(tmp_path, monkeypatch, script, good):
-=======
 def test_a_script_that_would_run_again_in_each_process_is_refused(tmp_path, monkeypatch, script, good):
->>>>>>> w-p3
     file = tmp_path / "my_script.py"
     file.write_text(script)
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=str(file), __spec__=None))
     if good:
         require_main_guard()
         return
-    with pytest.raises(UserError, match=r'my_script\.py .* if __name__ == "__main__":$'):
+    with pytest.raises(UserError, match=r'my_script\.py would run again .* if __name__ == "__main__":$'):
         require_main_guard()
 
 
@@ -158,26 +136,15 @@ def prints_and_fails():
     ],
     ids=["at once", "at the end", "when the buffer is full", "after another mistake"],
 )
-<<<<<<< HEAD
-def test_a_full_output_is_reported_in_one_sentence(monkeypatch, action, reason):
-=======
 def test_a_full_output_is_explained(monkeypatch, action, reason):
->>>>>>> w-p3
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         with pytest.raises(SystemExit) as end:
             run(action)
-<<<<<<< HEAD
-    assert f"Error: {reason}" in end.value.code or f"cannot be written: {reason}" in end.value.code
-
-
-def test_a_closed_pipe_is_reported_in_one_sentence(monkeypatch):
-=======
     assert end.value.code.startswith("\nError: ") and reason in end.value.code
 
 
 def test_a_closed_pipe_is_explained(monkeypatch):
->>>>>>> w-p3
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as pipe:
@@ -186,11 +153,7 @@ def test_a_closed_pipe_is_explained(monkeypatch):
             run(prints("a line", flush=False))
 
 
-<<<<<<< HEAD
-def test_a_full_disk_is_not_reported_as_a_full_output(monkeypatch):
-=======
 def test_a_full_disk_elsewhere_is_not_reported_as_full_output(monkeypatch):
->>>>>>> w-p3
     monkeypatch.setattr(sys, "stdout", io.StringIO())
 
     def fails():
@@ -201,7 +164,7 @@ def test_a_full_disk_elsewhere_is_not_reported_as_full_output(monkeypatch):
 
 
 @needs_full_device
-def test_a_command_with_a_full_output_prints_only_one_sentence():
+def test_a_command_ends_with_one_sentence_where_its_output_is_full():
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", "from nnunetv2_macl.cli.doctor import trainers_entry; trainers_entry()"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)

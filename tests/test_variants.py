@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import DATASET
+from conftest import DATASET, FEW_PROCESSES
 from contract_tools import STEPS_OF_AN_EPOCH, Case, prepare
 from dynamic_network_architectures.architectures.abstract_arch import test_submodules_loadable as check_submodules
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -278,12 +278,11 @@ def test_all_commands_from_planning_to_prediction(workspace, tmp_path, name, con
     assert f"-p {plans}" in out and "need nnunetv2_macl" in out
     if configuration == "3d_fullres":
         workspace.run("nnUNetv2_preprocess", "-d", "901", "-plans_name", plans, "-c", configuration, "-np", "1")
-    workspace.pretrain("901", "-c", configuration, "-p", plans, "-recipe", "macl_restore")
+    workspace.pretrain("901", "-c", configuration, "-p", plans, "-recipe", "macl_restore", **FEW_PROCESSES)
     run = workspace.run_folder("nnUNetTrainerMACLPretrain", plans, configuration)
     trained = checkpoints.load_weights(run)
-    workspace.pretrain(
-        "901", "-c", configuration, "-p", plans, "-recipe", "macl_restore", "-pretrained_weights", run, "-seed", "1"
-    )
+    started = ("-recipe", "macl_restore", "-pretrained_weights", run, "-seed", "1")
+    workspace.pretrain("901", "-c", configuration, "-p", plans, *started, **FEW_PROCESSES)
     again = checkpoints.load_weights(run)
     assert again.weights.keys() == trained.weights.keys()
     changed = {key for key, value in again.weights.items() if not torch.equal(value, trained.weights[key])}
@@ -292,17 +291,19 @@ def test_all_commands_from_planning_to_prediction(workspace, tmp_path, name, con
     mine = workspace.folder / "mine"
     mine.mkdir()
     (mine / f"{QUICK}.py").write_text(TRAINER)
-    found = {"nnUNet_extTrainer": workspace.environment["nnUNet_extTrainer"] + f":{mine}"}
+    found = FEW_PROCESSES | {"nnUNet_extTrainer": workspace.environment["nnUNet_extTrainer"] + f":{mine}"}
     common = ("-p", plans, "-tr", QUICK)
     train = ("nnUNetv2_train", "901", configuration, "0", *common, "-device", "cpu")
     out = workspace.run(*train, "--npz", **found)
     encoder = len([key for key in trained.weights if key.startswith("encoder.")])
     assert f"encoder: {encoder} of {encoder} tensors taken" in out and "Mean Validation Dice" in out
-    assert "Mean Validation Dice" in workspace.run(*train, "--val", **found)
-    assert "Mean Validation Dice" in workspace.run(*train, "--c", **found)
+    # as after a stop: training, validation and their state are taken up from the latest checkpoint
+    fold = workspace.run_folder(QUICK, plans, configuration, fold=0)
+    (fold / "checkpoint_final.pth").rename(fold / "checkpoint_latest.pth")
+    assert "Mean Validation Dice" in workspace.run(*train, "--npz", "--c", **found)
     images = workspace.raw / DATASET / "imagesTs"
     predict = ("nnUNetv2_predict", "-d", "901", "-c", configuration, "-f", "0", "-i", images, "-o", tmp_path / "out")
-    workspace.run(*predict, *common, "-device", "cpu", **found)
+    workspace.run(*predict, *common, "-device", "cpu", "-npp", "1", "-nps", "1", **found)
     assert list((tmp_path / "out").glob("*.nii.gz"))
     workspace.run(
         "nnUNetv2_find_best_configuration", "901", *common, "-c", configuration, "-f", "0", "-np", "1", **found

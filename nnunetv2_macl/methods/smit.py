@@ -3,12 +3,15 @@
 The student sees two masked views, and the teacher sees both views without masks. The student restores the masked voxels. It also
 predicts the teacher's output for the masked locations, and the teacher's output for the other view.
 
-Source: Jiang et al., MICCAI 2022, https://arxiv.org/abs/2205.10342; Zhou et al., iBOT, ICLR 2022,
-https://arxiv.org/abs/2111.07832, Eq. 2 and 3; Caron et al., DINO, ICCV 2021, https://arxiv.org/abs/2104.14294, Algorithm 1.
+Source: Jiang et al., MICCAI 2022, https://arxiv.org/abs/2205.10342, with the values of the authors' code,
+https://github.com/The-Veeraraghavan-Lab/SMIT; Zhou et al., iBOT, ICLR 2022, https://arxiv.org/abs/2111.07832, Eq. 2 and 3; Caron
+et al., DINO, ICCV 2021, https://arxiv.org/abs/2104.14294, Algorithm 1.
+
 Departures: patch tokens are locations of a map of the encoder, and the image token is the mean of its deepest map. Tokens are
 standardised over the batch before the heads, because instance norm gives all images nearly the same mean. Sinkhorn and Knopp's
 algorithm spreads the teacher's image tokens over all outputs, as in DINOv2 (Oquab et al., TMLR 2024,
-https://arxiv.org/abs/2304.07193, section 4), instead of a centre. Restoration is that of the method `restoration`.
+https://arxiv.org/abs/2304.07193, section 4), instead of a centre. The teacher's temperature stays at 0.04, and the published one
+rises to 0.07. Restoration is that of the method `restoration`: a squared error, and the published one is absolute.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class SMITConfig(RestorationConfig):
         description="number of outputs of the token heads; 8192 as published, for a data set of 600,000 images",
     )
     student_temperature: Positive = Field(0.1, description="τ of the student")
-    teacher_temperature: Positive = Field(0.04, description="τ of the teacher")
+    teacher_temperature: Positive = Field(0.04, description="τ of the teacher; the published one rises to 0.07")
     teacher_decay: Fraction = Field(
         0.996,
         description="weight of the old average in the teacher at the first step; it rises to 1 along half a cosine",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATASET, Workspace
+from conftest import DATASET, FEW_PROCESSES, Workspace
 from test_report import Page
 
 from nnunetv2_macl import checkpoints
@@ -174,13 +174,18 @@ def test_continuing_and_validating_need_no_pretrained_weights(pretrained):
     assert load(folder / "checkpoint_final.pth")["macl"]["trainer"] == QUICK
 
 
-def test_prediction_without_this_package(pretrained, tmp_path):
-    """Importing this package raises an error, but nnU-Net predicts, exports and installs."""
+@pytest.fixture
+def bare(tmp_path):
+    """Return variables with which importing this package raises an error."""
     shadow = tmp_path / "shadow"
     (shadow / "nnunetv2_macl").mkdir(parents=True)
     (shadow / "nnunetv2_macl" / "__init__.py").write_text("raise ImportError('not on this machine')")
+    return {"PYTHONPATH": str(shadow), "nnUNet_extTrainer": ""}
+
+
+def test_prediction_without_this_package(pretrained, bare, tmp_path):
+    """Importing this package raises an error, but nnU-Net predicts, exports and installs."""
     images = pretrained.raw / DATASET / "imagesTs"
-    bare = {"PYTHONPATH": str(shadow), "nnUNet_extTrainer": ""}
     predict = ("nnUNetv2_predict", "-d", "901", "-c", "2d", "-tr", QUICK, "-f", "0", "-device", "cpu", "-i", images)
     pretrained.run(*predict, "-o", tmp_path / "here", **bare)
     assert len(list((tmp_path / "here").glob("*.nii.gz"))) == 1
@@ -193,6 +198,26 @@ def test_prediction_without_this_package(pretrained, tmp_path):
     elsewhere.run(*predict, "-o", tmp_path / "there", **bare)
     one, other = (next((tmp_path / folder).glob("*.nii.gz")).read_bytes() for folder in ("here", "there"))
     assert one == other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["desd", "dira"])
+def test_another_method_ends_in_a_checkpoint_that_nnunet_predicts_with_alone(planned, bare, tmp_path, recipe):
+    """The checkpoint holds nothing of averaged networks, heads and adversary."""
+    space = Workspace(tmp_path / "nnunet")
+    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
+    space.pretrain("901", "-c", "2d", "-recipe", recipe, **FEW_PROCESSES)
+    (tmp_path / "trainers").mkdir()
+    (tmp_path / "trainers" / f"{QUICK}.py").write_text(QUICK_TRAINER)
+    both = os.pathsep.join([space.environment["nnUNet_extTrainer"], str(tmp_path / "trainers")])
+    found = FEW_PROCESSES | {"nnUNet_extTrainer": both}
+    out = space.run("nnUNetv2_train", "901", "2d", "0", "-tr", QUICK, "-device", "cpu", **found)
+    assert "encoder: 64 of 64 tensors taken" in out
+    assert load(space.run_folder(QUICK, fold=0) / "checkpoint_final.pth")["trainer_name"] == "nnUNetTrainer"
+    images = space.raw / DATASET / "imagesTs"
+    predict = ("nnUNetv2_predict", "-d", "901", "-c", "2d", "-tr", QUICK, "-f", "0", "-device", "cpu")
+    space.run(*predict, "-npp", "1", "-nps", "1", "-i", images, "-o", tmp_path / "out", **FEW_PROCESSES | bare)
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 1
 
 
 def test_nnunet_finds_the_best_configuration(pretrained):
