@@ -248,7 +248,7 @@ def _write_once(file: Path, write: Callable[[Path], object], work: Path) -> None
 
 
 def _find(source: Path, pattern: str, parent: str | None = None) -> dict[str, Path]:
-    """Return the files below a folder whose names match, by the group ``case``, only from folders named ``parent`` if given."""
+    """Return the files below ``source`` whose names match, by the group ``case``. ``parent`` is the name of their folder."""
     found: dict[str, Path] = {}
     for file in sorted(source.rglob("*")):
         if parent not in (None, file.parent.name):

@@ -379,7 +379,7 @@ def load_batches(
 
 
 def reset_sigchld_handler() -> None:
-    """Restore the default SIGCHLD handler. Otherwise torch raises the error of a killed worker again while it is handled."""
+    """Restore the default SIGCHLD handler, because torch would raise the error again while it is handled."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 

@@ -37,7 +37,7 @@ _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 _UNETS = "dynamic_network_architectures.architectures.unet."
 _PAPER_UNET = "nnunetv2_macl.networks.paper_unet.PaperUNet"
-# The layers that a file may name. The layers that an architecture names are imported and called, so no others are allowed.
+# The layers that a file may name. They are imported and called, so no others are allowed.
 _ALLOWED_LAYERS = re.compile(r"torch\.nn\.(modules\.\w+\.)?[A-Z]\w*")
 
 # The arguments, as in nnU-Net's plans, of the networks for which nnssl stores only a name.
@@ -109,7 +109,7 @@ def is_nnunet_checkpoint(content: dict[str, Any]) -> bool:
 
 
 def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
-    """Return the encoder and the decoder of a trained network, without the segmentation layers, which fit only its labels."""
+    """Return the encoder and the decoder of a trained network. Segmentation layers fit only its labels and are left out."""
     try:
         arguments = content["init_args"]
         plans, dataset_json = PlansManager(arguments["plans"]), arguments["dataset_json"]

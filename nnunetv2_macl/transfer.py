@@ -160,7 +160,7 @@ def fit_input_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def kernel_norms(network: nn.Module) -> dict[str, float]:
-    """Return the L2 norm of each kernel that an instance norm follows, so that its scale does not matter, by its block."""
+    """Return the L2 norm of each kernel whose scale does not matter, because an instance norm follows, by its block."""
     return {name: float(block.conv.weight.detach().norm()) for name, block in _scale_free(network).items()}
 
 
@@ -378,7 +378,7 @@ class _StageMapping:
 
 
 def stem_kernels(family: type[PretrainableNetwork], weights: Mapping[str, Tensor]) -> list[str]:
-    """Return all names of a network's first kernel, which takes images and, in the second stage of a cascade, segmentations."""
+    """Return all names of the first kernel, which takes images and, in a cascade's second stage, segmentations."""
     stem = family.input_weight(weights)
     return [
         key for key, weight in weights.items() if stem and _block_name(key) == _block_name(stem) and weight.ndim > 2

@@ -123,7 +123,7 @@ def test_images_that_cannot_be_used_are_named_and_can_be_skipped(workspace):
         assert str(files[target.name]) in reason
     reasons = {target.name: reason for target, reason in done.skipped.items()}
     assert "NaN" in reasons["NaN"] and "NaN" in reasons["infinite"] and "constant" in reasons["constant"]
-    assert "RGB" in reasons["RGB"] and "channels or time points" in reasons["4D"]
+    assert "in each voxel" in reasons["RGB"] and "channels or time points" in reasons["4D"]
 
 
 def test_other_data_sets(workspace):

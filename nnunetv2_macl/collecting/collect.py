@@ -160,7 +160,7 @@ def _describe(folder: Path, modality: str | None, ending: str) -> None:
 
 
 def _still_valid(earlier: list[Row], rows: list[Row], images: Path, source: Path) -> list[Row]:
-    """Return the earlier rows that a new table keeps: images that exist, and files of other trees that were left out."""
+    """Return the earlier rows to keep: images that exist, and files of other trees that were left out."""
     new = {row.image for row in rows if row.image}
     return [
         row

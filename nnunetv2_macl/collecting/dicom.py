@@ -31,7 +31,7 @@ _TRANSFER_SYNTAX = re.compile(rb"\x02\x00\x10\x00UI..([0-9.]+)", re.DOTALL)
 _PARALLEL = 1e-3
 # Distances of neighbouring slices may differ from their median by this fraction. Rounding in headers causes less.
 _UNEVEN = 0.05
-# Allowed sideways shift per distance. A gantry tilt of half a degree shifts neighbouring slices by 0.9 % of their distance.
+# Allowed sideways shift per distance. A gantry tilt of half a degree shifts slices by 0.9 % of their distance.
 _TILT = 0.01
 
 
@@ -122,7 +122,7 @@ def last_line(error: Exception) -> str:
 
 
 def why_unreadable(file: str | Path, error: Exception) -> str:
-    """Return why a DICOM file cannot be read, with its transfer syntax, because SimpleITK does not decompress all of them."""
+    """Return why a DICOM file cannot be read, with its transfer syntax. SimpleITK does not decompress all syntaxes."""
     with open(file, "rb") as stream:
         found = _TRANSFER_SYNTAX.search(stream.read(4096))
     if not found:

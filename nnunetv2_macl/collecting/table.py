@@ -1,4 +1,4 @@
-"""The table of the images that were collected or left out, with the reasons. It is private, because it identifies patients."""
+"""The table of the images that were collected or left out, with reasons. It is private: it identifies patients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of one data set: its plans, its folds, its images, the time and space of a run, and the weights to fine-tune from."""
+"""Checks of one data set: plans, folds, images, time and space of a run, and weights to fine-tune from."""
 
 from __future__ import annotations
 

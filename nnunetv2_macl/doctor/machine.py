@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # this module needs torch, which may be missing
     from nnunetv2_macl.data import Reading
 
 _SHARED_MEMORY = Path("/dev/shm")
-# Docker's default is 64 MiB. Data workers, nnU-Net's own too, put whole batches there. `shared_memory_of_plan` checks a plan.
+# Docker's default is 64 MiB. Data workers, nnU-Net's own too, put whole batches there.
 _ENOUGH_SHARED_GIB = 1
 # Space for the checkpoints of a run, fine-tuned models, and the preprocessed images of a small data set.
 _LEAST_DISK_GIB = 10

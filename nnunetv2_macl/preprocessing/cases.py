@@ -73,7 +73,7 @@ _GZIP_START = b"\x1f\x8b"
 
 @dataclass(frozen=True)
 class Preprocessed:
-    """The cases to pre-train on, and the images that were left out: the path of the case without ending -> the reason."""
+    """The cases to pre-train on, and the skipped images: path of the case without ending -> reason."""
 
     cases: list[Case]
     skipped: dict[Path, str]
@@ -105,7 +105,7 @@ def found_images() -> Preprocessed | None:
 
 
 def unlabelled_folder(configuration: DatasetConfiguration) -> Path:
-    """Return the folder of the preprocessed unlabelled cases. It is not nnU-Net's, so nnU-Net's splits never contain them."""
+    """Return the folder of the preprocessed unlabelled cases. nnU-Net's splits do not see it."""
     return configuration.folder / f"{configuration.plans_name}_macl_{configuration.name}"
 
 
@@ -207,7 +207,7 @@ def made_of(source: Source, files: CaseFiles, index: Index) -> dict[str, Any]:
 
 
 def _require_raw_images(configuration: DatasetConfiguration, folder: Path, sources: Sequence[Source]) -> None:
-    """Raise UserError if the raw images are missing, because the preprocessed ones then cannot be checked against them."""
+    """Raise UserError if the raw images are missing, because preprocessed ones cannot be checked without them."""
     raw = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
     if raw.exists() or any(source.dataset_name == configuration.dataset_name for source in sources):
         return
@@ -226,7 +226,7 @@ def _skip_or_raise(reason: str, target: Path, skipped: dict[Path, str], skip_unr
 
 
 def _require_space(configuration: DatasetConfiguration, folder: Path, cases: int) -> None:
-    """Raise UserError if the disk has less space than uncompressed cases of the median size of the training cases need."""
+    """Raise UserError if the disk cannot hold the cases uncompressed, at the median size of the training cases."""
     shape = configuration.manager.median_image_size_in_voxels
     if len(shape) == 2:  # the slices of a volume are not in the configuration
         shape = [configuration.plans_manager.original_median_shape_after_transp[0], *shape]

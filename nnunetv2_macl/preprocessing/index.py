@@ -1,7 +1,7 @@
-"""The file ``.index`` of a folder of preprocessed cases lists what each was made from, so that a run need not open each record.
+"""The file ``.index`` of a folder lists what each preprocessed case was made from. A run need not open each record.
 
-The index only saves time. Cases that it lacks, or that were written later, are looked up in their ``CASE.json``. Several machines
-may therefore write to one folder, and the index that is written last is kept.
+The index only saves time. Cases that it lacks, or that were written later, are looked up in their ``CASE.json``. Several
+machines may therefore write to one folder, and the index that is written last is kept.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Index:
         return {}
 
     def _list(self) -> dict[str, list[int]]:
-        """Return size and time of change of the file of every case. Links are not followed, because others may change them."""
+        """Return size and time of change of the file of every case. Links are not followed: others may change them."""
         try:
             with os.scandir(self.folder) as entries:
                 found = {e.name: e.stat(follow_symlinks=False) for e in entries if e.name.endswith(_ENDING)}

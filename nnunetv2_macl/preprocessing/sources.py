@@ -92,7 +92,7 @@ def _beside(folder: str, name: str) -> list[list[str | int]]:
 
 
 def sidecars(name: str) -> list[str]:
-    """Return the names of the files that may be read with an image: the spacing of a TIFF, or the voxels of a header file."""
+    """Return the names of files that may be read with an image: the spacing of a TIFF, or the voxels of a header."""
     stem, ending = os.path.splitext(name)
     if ending.lower() in (".tif", ".tiff"):
         return [f"{re.sub(r'_[0-9]{4}$', '', stem)}.json"]  # as nnU-Net's Tiff3DIO names it

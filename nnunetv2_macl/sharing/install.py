@@ -1,4 +1,4 @@
-"""Installation of shared weights where fine-tuning finds them. A package is checked first, and nothing is overwritten."""
+"""Installation of shared weights where fine-tuning finds them. Packages are checked, and nothing is overwritten."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ The network started from {start_in_short(start)}. The licence of those weights m
 
 
 def facts_of(description: dict[str, Any]) -> dict[str, str]:
-    """Return the facts about pre-trained weights as texts, name -> value. Facts that the description lacks are left out."""
+    """Return the facts in the description of pre-trained weights as texts, name -> value."""
     plan = description.get("macl_plan") or {}
     fingerprint = description.get("dataset_fingerprint") or {}
     preprocessing = description.get("preprocessing") or {}
