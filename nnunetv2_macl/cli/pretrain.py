@@ -120,16 +120,16 @@ def network_entry() -> None:
     """``nnUNetv2_macl_network``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_network",
-        description="Write a nnU-Net plan of DATASET that is its own but for the network: a variant of the U-Net, the paper's "
-        "network, or one of your own.",
+        description="Write a nnU-Net plan of DATASET that is its own but for the network: a variant of the U-Net, a network "
+        "of another library, the paper's network, or one of your own.",
         epilog="Example: nnUNetv2_macl_network 27 attention_unet -c 3d_fullres, then nnUNetv2_train_macl_pretrain 27 "
         "-c 3d_fullres -p nnUNetPlans_attention_unet",
     )
     parser.add_argument("dataset_name_or_id", help="data set, by name or id, planned by nnU-Net")
     parser.add_argument(
         "network",
-        help="attention_unet, uctransnet, rolling_unet, ukan, paper, or a JSON file with architecture and batch_size as "
-        "nnU-Net's plans have them",
+        help="attention_unet, uctransnet, rolling_unet, ukan, primus, primus_v2, primus_v3, swin_unetr, unetr, paper, or a "
+        "JSON file with architecture and batch_size as nnU-Net's plans have them",
     )
     parser.add_argument("-c", dest="configuration", default="2d", help="configuration of the plan. Default: 2d")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plan to start from. Default: nnUNetPlans")
