@@ -160,7 +160,7 @@ def test_a_folder_without_a_study_is_refused(tmp_path):
     [
         (dict(arms=["pretrained"]), "--arms must .*scratch"),
         (dict(arms=["scratch", "magic"]), "no arm 'magic'"),
-        (dict(arms=["scratch", "recipe:nope"]), "No recipe 'nope'"),
+        (dict(arms=["scratch", "recipe:nope"]), "recipe 'nope'"),
         (dict(arms=["scratch", "recipe:macl,temprature=0.2"]), "unknown key 'temprature'. Did you mean 'temperature'?"),
         (dict(arms=["scratch", "recipe:macl,temperature=hot"]), "'temperature' must be a valid number, got 'hot'"),
         (dict(arms=["scratch", "recipe:macl,rotation=270"]), "'rotation' must be less than or equal to 180, got 270"),

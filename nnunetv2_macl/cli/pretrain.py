@@ -122,16 +122,16 @@ def network_entry() -> None:
     """Run ``nnUNetv2_macl_network``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_network",
-        description="Copy the nnU-Net plan of DATASET and replace the network: by a variant of the U-Net, the network of the "
-        "MACL paper, or your own.",
+        description="Copy the nnU-Net plan of DATASET and replace the network: by a variant of the U-Net, a network of "
+        "another library, the network of the MACL paper, or your own.",
         epilog="Example: nnUNetv2_macl_network 27 attention_unet -c 3d_fullres, then nnUNetv2_train_macl_pretrain 27 "
         "-c 3d_fullres -p nnUNetPlans_attention_unet",
     )
     parser.add_argument("dataset_name_or_id", help="data set, by name or id, planned by nnU-Net")
     parser.add_argument(
         "network",
-        help="attention_unet, uctransnet, rolling_unet, ukan, paper, or a JSON file with the keys architecture and batch_size "
-        "of nnU-Net's plans",
+        help="attention_unet, uctransnet, rolling_unet, ukan, primus, primus_v2, primus_v3, swin_unetr, unetr, paper, or a "
+        "JSON file with the keys architecture and batch_size of nnU-Net's plans",
     )
     parser.add_argument("-c", dest="configuration", default="2d", help="configuration to change. Default: 2d")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plan to copy. Default: nnUNetPlans")
