@@ -249,7 +249,7 @@ def test_a_plan_of_another_number_of_channels_is_refused(workspace):
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"channel_names": {"0": "T1", "1": "T2"}}))
     with pytest.raises(
-        UserError, match=r"plans 2d for 1 channels, and .*dataset\.json names 2: T1, T2\..*mv .*Plans\.json"
+        UserError, match=r"plans 2d for 1 channels, .*dataset\.json names 2: T1, T2\..*mv .*Plans\.json"
     ):
         load()
 
