@@ -14,7 +14,7 @@ import torch
 
 from nnunetv2_macl import distributed, nnunet
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import resource_folder
+from nnunetv2_macl.files import trainer_folders
 from nnunetv2_macl.folds import check_fold, number_of_folds
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, plan_in_environment, read_plan, write_plan
@@ -208,11 +208,8 @@ def _plan(
 
 
 def add_trainers_folder() -> None:
-    """Add this package's trainers to ``nnUNet_extTrainer`` for this process and its children, after the user's folders."""
-    ours = str(resource_folder("trainers"))
-    theirs = [folder for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
-    if ours not in theirs:
-        os.environ["nnUNet_extTrainer"] = os.pathsep.join([*theirs, ours])
+    """Let nnU-Net find this package's trainers in this process and its children, besides the user's folders."""
+    os.environ["nnUNet_extTrainer"] = trainer_folders()
 
 
 def check_device(device: str, num_gpus: int = 1) -> None:
