@@ -100,6 +100,7 @@ def test_the_version_is_the_same_everywhere():
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+@pytest.mark.slow
 def test_the_api_reference_can_be_built(tmp_path):
     """pdoc renders each module, and each docstring with its sections."""
     pdoc = pytest.importorskip("pdoc")
