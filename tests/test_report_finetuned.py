@@ -9,7 +9,8 @@ from matplotlib.colors import to_rgb
 
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.report.curves import COLOURS
-from nnunetv2_macl.report.finetuned import _coloured, _epochs, _worst_first, describe_training
+from nnunetv2_macl.report.finetuned import _epochs, _worst_first, describe_training
+from nnunetv2_macl.report.pictures import coloured
 
 ABOUT = """2026-01-01 00:00:00.0: MACL weights from /data/my run/macl_encoder.pth, /data/my run/macl_decoder.pth
   encoder: 64 of 64 tensors taken
@@ -97,6 +98,6 @@ def test_cases_without_a_dice_come_last_and_names_may_have_dots(folder):
 
 def test_the_colour_of_a_label_does_not_depend_on_the_other_labels():
     grey = np.zeros((1, 2))
-    both, alone = _coloured(grey, np.array([[1, 2]])), _coloured(grey, np.array([[0, 2]]))
+    both, alone = coloured(grey, np.array([[1, 2]])), coloured(grey, np.array([[0, 2]]))
     assert (both[0, 1] == alone[0, 1]).all() and (alone[0, 0] == 0).all()
     np.testing.assert_allclose(alone[0, 1], 0.55 * np.asarray(to_rgb(COLOURS[1])))

@@ -402,7 +402,7 @@ def test_the_command_shows_what_a_cascades_second_stage_takes(show):
 
 
 def test_the_command_has_the_default_configuration_of_pre_training(show):
-    assert f"for {DATASET}, nnUNetPlans, 3d_fullres: of " in show(architecture(axes=3))
+    assert f"{DATASET}, nnUNetPlans, 3d_fullres" in show(architecture(axes=3))
 
 
 def test_the_command_refuses_and_names_the_pre_training_that_fits(show):
