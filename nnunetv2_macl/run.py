@@ -23,7 +23,7 @@ from nnunetv2_macl.preprocessing.cases import Preprocessed, images_found, prepro
 from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
     find_sources,
-    no_spacing_told,
+    no_spacing_message,
     training_cases,
     without_spacing,
 )
@@ -198,7 +198,7 @@ def _plan(
                 len(source.ignored_files), source.dataset_name, ", ".join(source.ignored_files[:3]),
             )  # fmt: skip
         if bare := without_spacing(source):
-            logger.warning("WARNING: %s", no_spacing_told(bare))
+            logger.warning("WARNING: %s", no_spacing_message(bare))
     if not sources:
         logger.info(
             "No unlabelled images: pre-training uses only the training images. Put more into %s, or name data sets with -u.",

@@ -221,7 +221,9 @@ def _method(results: Results) -> list[str]:
         "validation cases over the seeds."
     )
     if any(arm.teacher for arm in study.arms):
-        lines.append("An arm self_train-ARM also needs the training of ARM, its teacher, so it takes these steps twice.")
+        lines.append(
+            "An arm self_train-ARM also needs the training of ARM, its teacher, so it takes these steps twice."
+        )
     shares = f"{pluralise(len(split.test), 'case')} for test, {len(split.validation)} for validation"
     lines.append(
         f"The images were split by {'patient' if options.group_regex else 'case'}: {shares}. The labelled cases were drawn "
