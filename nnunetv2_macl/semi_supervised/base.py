@@ -19,7 +19,7 @@ from nnunetv2_macl.training.user_errors import exit_on_user_error
 
 
 class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
-    """nnU-Net's own training on the labelled cases of a fold and on unlabelled images.
+    """Trains as nnU-Net does, on the labelled cases of a fold and on unlabelled images.
 
     The training starts from pre-trained weights, as ``nnUNetTrainerMACL`` does. Its checkpoints are ordinary nnU-Net
     checkpoints.

@@ -25,7 +25,7 @@ from nnunetv2_macl.training.seeded import BatchLoader
 
 
 class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):
-    """nnU-Net's own training on labelled images and on unlabelled images that a trained model has labelled.
+    """Trains as nnU-Net does, on labelled images and on unlabelled images that a trained model has labelled.
 
     The model is the teacher: ``nnUNetTrainerMACL`` of the same plans, configuration and fold, or the trainer or model folder
     that the variable ``nnUNet_macl_teacher`` names. Loss, augmentation, oversampling and schedule are nnU-Net's, and a step

@@ -32,7 +32,7 @@ _MIXING_SEED = 2
 
 
 class nnUNetTrainerMACLSemi(UnlabelledTraining):
-    """nnU-Net's own training that also learns from the unlabelled images of pre-training.
+    """Trains as nnU-Net does, and also learns from the unlabelled images of pre-training.
 
     A teacher, the average of the network over the last steps, labels as many unlabelled patches as there are labelled ones in
     a batch. The network learns these labels, where the teacher is confident, from strongly augmented patches. For labelled
