@@ -178,7 +178,7 @@ def _plan(
     training_cases(target)
     names = _full_names(unlabelled)
     if target.dataset_name in names:
-        raise UserError(f"-u {target.dataset_name} is the data set itself, whose images are used anyway. Leave it out.")
+        raise UserError(f"-u {target.dataset_name} is the data set itself, whose images are always used. Leave it out.")
     sources = find_sources(target, names, channel_map)
     plan = derive_or_load_plan(
         target,
