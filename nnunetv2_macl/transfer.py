@@ -346,7 +346,7 @@ class _StageMapping:
                 f"{theirs} image channels there, {images} here: input weights repeated or added, their sum kept"
             )
         if images != ours:
-            notes.append(f"{ours - images} further input channels start fresh")
+            notes.append(f"{ours - images} further input channels keep their initial weights")
         return "; ".join(notes)
 
     def _stage_notes(self, stage: tuple[str, int], *, has_norm: bool) -> list[str]:
@@ -367,7 +367,7 @@ class _StageMapping:
             is_elsewhere = any(key.startswith(f"{part}.") for key in self.elsewhere)
             return "pre-trained, but not in this file: give the run's folder" if is_elsewhere else "not pre-trained"
         if {_block_name(key) for key in left} <= {_block_name(key) for key in self.without_norm}:
-            return "no norm there: the norms here start fresh"
+            return "no norm there: the norms here keep their initial values"
         absent = [key for key in left if self.source_of(key) not in self.source]
         unequal = [key for key in left if not self._fits(key) and key not in absent]
         if not unequal:
