@@ -58,7 +58,7 @@ def main() -> None:
     axis.text(
         1,
         1,
-        "I: the patch itself.  V: mirrored, turned, scaled, moved.  L_ER is taken at the bottleneck of both.",
+        "I: the patch itself.  V: mirrored, turned, scaled, moved.  L_ER is computed at the bottleneck of both.",
         fontsize=9,
     )
     figure.savefig(Path(__file__).parent / "method.svg", metadata={"Date": None})

@@ -59,9 +59,9 @@ def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         try:
             content = torch.load(file, map_location=device, weights_only=True)
         except Exception as error:
-            raise UserError(f"{file} cannot be loaded: {_why_not(file, error)} Take another file.") from error
+            raise UserError(f"{file} cannot be loaded: {_why_not(file, error)} Use another file.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__}, not a checkpoint. Take another file.")
+        raise UserError(f"{file} holds a {type(content).__name__}, not a checkpoint. Use another file.")
     return content
 
 
@@ -269,7 +269,7 @@ def load_weights(path: Path) -> PretrainedWeights:
                 weights[key] = weights[key][:, : architecture["input_channels"]]
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(
-                f"{file} is damaged: {type(error).__name__}: {error}. Take another copy, or pre-train again."
+                f"{file} is damaged: {type(error).__name__}: {error}. Use another copy, or pre-train again."
             ) from None
     description = {k: v for k, v in content.items() if k not in ("network_weights", "trained_keys", "fresh_inputs")}
     return PretrainedWeights(files, weights, architecture, description, frozenset(trained - weights.keys()))

@@ -102,5 +102,5 @@ def demo(folder: Path) -> dict[str, float]:
 
 _SHOWN = (
     "MACL plan of", "decoder_stages", "batch_size", "threshold", "Pre-training on", "loss ", "COLLAPSED", "Weights:",
-    "tensors taken", "MACL weights", "train_loss", "val_loss", "Pseudo dice", "Validation complete", "Mean Validation Dice",
+    "tensors loaded", "MACL weights", "train_loss", "val_loss", "Pseudo dice", "Validation complete", "Mean Validation Dice",
 )  # fmt: skip

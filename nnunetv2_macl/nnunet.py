@@ -180,7 +180,7 @@ class DatasetConfiguration:
                 )
         if configuration not in available:
             raise UserError(
-                f"{file} has no configuration '{configuration}'. Take one of these with -c: {', '.join(available)}."
+                f"{file} has no configuration '{configuration}'. Use one of these with -c: {', '.join(available)}."
             )
         found = cls(name, plans_name, configuration, PlansManager(plans), dataset_json)
         if not isinstance(found.manager.network_arch_init_kwargs, dict):

@@ -197,11 +197,11 @@ def _check(values: dict[str, Any], where: str, only: str | None = None) -> Recip
     key = str(problem["loc"][0])
     if problem["type"] == "extra_forbidden":
         raise UserError(f"{where}: {_unknown_key(key, values['method'])}")
-    said = [
+    allowed = [
         p["msg"].removeprefix("Input should be ").removeprefix("Value error, ") for p in problems if p["loc"][0] == key
     ]
     raise UserError(
-        f"{where}: '{key}' must be {' or '.join(dict.fromkeys(said))}, got {values.get(key)!r}. Correct it and try again."
+        f"{where}: '{key}' must be {' or '.join(dict.fromkeys(allowed))}, got {values.get(key)!r}. Correct it and try again."
     )
 
 

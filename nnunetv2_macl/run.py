@@ -23,7 +23,7 @@ from nnunetv2_macl.preprocessing.cases import Preprocessed, images_found, prepro
 from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
     find_sources,
-    no_spacing_told,
+    no_spacing_message,
     training_cases,
     without_spacing,
 )
@@ -178,7 +178,7 @@ def _plan(
     training_cases(target)
     names = _full_names(unlabelled)
     if target.dataset_name in names:
-        raise UserError(f"-u {target.dataset_name} is the data set itself, whose images are used anyway. Leave it out.")
+        raise UserError(f"-u {target.dataset_name} is the data set itself, whose images are always used. Leave it out.")
     sources = find_sources(target, names, channel_map)
     plan = derive_or_load_plan(
         target,
@@ -198,7 +198,7 @@ def _plan(
                 len(source.ignored_files), source.dataset_name, ", ".join(source.ignored_files[:3]),
             )  # fmt: skip
         if bare := without_spacing(source):
-            logger.warning("WARNING: %s", no_spacing_told(bare))
+            logger.warning("WARNING: %s", no_spacing_message(bare))
     if not sources:
         logger.info(
             "No unlabelled images: pre-training uses only the training images. Put more into %s, or name data sets with -u.",

@@ -21,10 +21,10 @@ from nnunetv2_macl.transfer import Transfer, kernel_norms, plan_transfer, rescal
 def plan_start(
     weights: Path, configuration: DatasetConfiguration, geometry: Geometry, recipe: Recipe
 ) -> dict[str, Any]:
-    """Return what the MACL plan says about the weights that pre-training starts from.
+    """Return the entry of the MACL plan about the weights that pre-training starts from.
 
     Args:
-        weights: A file or folder that `formats.load_weights` takes.
+        weights: A file or folder that `formats.load_weights` accepts.
         configuration: The configuration that is pre-trained.
         geometry: The decoder stages that are pre-trained.
         recipe: The recipe of the run.
@@ -32,7 +32,7 @@ def plan_start(
     Returns:
         ``path``; ``files``, the SHA-256 checksum of each file by its name; ``origin``, ``dataset_name``, ``fold`` and
         ``citations`` of the weights, None or empty if the files do not contain them; ``encoder`` and ``decoder``, the number of
-        tensors taken; and ``transfer``, lines of text that say what is taken of each stage.
+        loaded tensors; and ``transfer``, lines of text with the loaded tensors of each stage.
 
     Raises:
         UserError: There are no weights, or less than a quarter of the encoder's parameters fits.
@@ -60,7 +60,7 @@ def start_from_weights(
     Args:
         model: The freshly initialised pre-training network.
         configuration: The configuration that is pre-trained.
-        start: What `plan_start` returned.
+        start: The entry of the plan, as `plan_start` returned it.
         rescale: Whether to give kernels the norms of fresh ones, which SGD needs, see `rescale_kernels`.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Transfer of pre-trained weights to another network: what is taken, what is adapted, and what is not taken and why.
+"""Transfer pre-trained weights to another network: load or adapt those that fit, and say why the others do not fit.
 
-It works on state dicts. The family of the network recognises stages by the names of their weights, see `networks.base`.
+The functions work on state dicts. The family of the network recognises stages by the names of their weights, see `networks.base`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from nnunetv2_macl.networks.registry import family_of
 # Smallest share of the encoder's parameters. With less, fine-tuning would start from an almost random network.
 SMALLEST_SHARE = 0.25
 
-AS_IT_IS, ADAPTED, NOT_TAKEN = "as it is", "adapted", "not taken"
+AS_IT_IS, ADAPTED, NOT_TAKEN = "as it is", "adapted", "not loaded"
 
 # The layers that may be between a convolution and its norm, because their output scales with their input.
 _SCALE_WITH_THEIR_INPUT = (_DropoutNd, nn.ReLU, nn.LeakyReLU)
-_ANYWAY = "segmentation layers are always trained anew"
+_ANYWAY = "segmentation layers always start from random weights"
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class TransferRow:
 
     part: str  # Name of the part, such as ``encoder.stages.0``
     is_encoder: bool  # Whether the part belongs to the encoder
-    taken: int  # Number of tensors that are taken
+    taken: int  # Number of tensors that are loaded
     tensors: int  # Number of tensors of the part
     how: str  # `AS_IT_IS`, `ADAPTED` or `NOT_TAKEN`
-    why: str = ""  # Differences, and why tensors are not taken
+    why: str = ""  # Differences, and why tensors are not loaded
 
 
 class TooLittleFitsError(UserError):
-    """Says that pre-trained weights are of a network too unlike the target. ``transfer`` says what could be taken."""
+    """Raised if too few pre-trained weights fit the target. ``transfer`` holds the weights that fit."""
 
     def __init__(self, message: str, transfer: Transfer) -> None:
         super().__init__(message)
@@ -61,13 +61,13 @@ class Transfer:
     difference: str | None  # First difference of the two architectures; None if they are the same
 
     def count(self, part: str) -> tuple[int, int]:
-        """Return the number of tensors that are taken and of all tensors of a part, ``encoder`` or ``decoder``."""
+        """Return the number of loaded tensors and of all tensors of a part, ``encoder`` or ``decoder``."""
         rows = [row for row in self.rows if row.is_encoder == (part == "encoder")]
         return sum(row.taken for row in rows), sum(row.tensors for row in rows)
 
     def table(self) -> str:
         """Return the rows as aligned text, one per line."""
-        lines = [("part", "tensors taken", "how", "why")]
+        lines = [("part", "tensors loaded", "how", "why")]
         lines += [(row.part, f"{row.taken} of {row.tensors}", row.how, row.why) for row in self.rows]
         widths = [max(len(line[column]) for line in lines) for column in range(3)]
         return "\n".join(
@@ -87,10 +87,10 @@ def plan_transfer(
 ) -> Transfer:
     """Fit pre-trained weights to a network.
 
-    A stage takes the weights of the stage at the same depth, or, if more weights fit then, of the stage above or below. A
-    convolution with its bias and norm is taken as a whole, and only if all shapes are equal. Only the first convolution is
-    adapted: to another number of input channels, see `fit_input_channels`, or to another order of channels. If the source
-    network has no norm after a convolution, the target keeps its own norm.
+    A stage gets the weights of the stage at the same depth. If more weights fit from the stage above or below, all stages
+    get those. A convolution with its bias and norm is loaded as a whole, and only if all shapes are equal. Only the first
+    convolution is adapted: to another number of input channels, see `fit_input_channels`, or to another order of channels.
+    If the source network has no norm after a convolution, the target keeps its own norm.
 
     Args:
         pretrained: The weights, and the architecture that they were trained in.
@@ -126,8 +126,8 @@ def plan_transfer(
         # Round down, so that a share just below the limit is not shown as the limit.
         percent = math.floor(1000 * share) / 10
         raise TooLittleFitsError(
-            f"The weights in {files} are for another network: only {percent}% of your network's encoder can be taken from "
-            f"them, and at least {SMALLEST_SHARE:.0%} are required; {why}. {advice}",
+            f"The weights in {files} are for another network: only {percent}% of your network's encoder can be loaded "
+            f"from them, and at least {SMALLEST_SHARE:.0%} are required; {why}. {advice}",
             transfer,
         )
     return transfer
@@ -201,7 +201,7 @@ def _forgets_scale(block: ConvDropoutNormReLU) -> bool:
 
 
 class _StageMapping:
-    """One mapping between the stages of the two networks: target stage s takes source stage s + offset."""
+    """One mapping between the stages of the two networks: target stage s gets the weights of source stage s + offset."""
 
     def __init__(
         self,
@@ -346,7 +346,7 @@ class _StageMapping:
                 f"{theirs} image channels there, {images} here: input weights repeated or added, their sum kept"
             )
         if images != ours:
-            notes.append(f"{ours - images} further input channels start fresh")
+            notes.append(f"{ours - images} further input channels keep their initial weights")
         return "; ".join(notes)
 
     def _stage_notes(self, stage: tuple[str, int], *, has_norm: bool) -> list[str]:
@@ -367,7 +367,7 @@ class _StageMapping:
             is_elsewhere = any(key.startswith(f"{part}.") for key in self.elsewhere)
             return "pre-trained, but not in this file: give the run's folder" if is_elsewhere else "not pre-trained"
         if {_block_name(key) for key in left} <= {_block_name(key) for key in self.without_norm}:
-            return "no norm there: the norms here start fresh"
+            return "no norm there: the norms here keep their initial values"
         absent = [key for key in left if self.source_of(key) not in self.source]
         unequal = [key for key in left if not self._fits(key) and key not in absent]
         if not unequal:

@@ -257,7 +257,7 @@ def test_mistakes_are_explained(tmp_path, raw):
         with pytest.raises(UserError, match="-d"):
             collect(tmp_path / "dicom", folder.name, modality="MR", **options)
         assert (folder / "dataset.json").read_text() == text
-    with pytest.raises(UserError, match="no image that can be taken"):
+    with pytest.raises(UserError, match="holds no image that"):
         collect(tmp_path / "dicom", "28", modality="PT", **options)
     with pytest.raises(UserError, match="not a folder"):
         collect(tmp_path / "none", "28", **options)

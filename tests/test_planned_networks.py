@@ -173,7 +173,7 @@ def test_all_commands_from_planning_to_prediction(workspace, tmp_path, name, con
         train = ("nnUNetv2_train", "901", configuration, "0", "-p", plans, "-tr", trainer, "-device", "cpu")
         out = workspace.run(*train, "--npz", **found)
         assert "Mean Validation Dice" in out
-        assert trainer == "nnUNetTrainerQuick" or f"encoder: {encoder} of {encoder} tensors taken" in out
+        assert trainer == "nnUNetTrainerQuick" or f"encoder: {encoder} of {encoder} tensors" in out
     images = workspace.raw / DATASET / "imagesTs"
     predict = ("nnUNetv2_predict", "-d", "901", "-c", configuration, "-f", "0", "-i", images, "-o", tmp_path / "out")
     workspace.run(*predict, "-p", plans, "-tr", trainer, "-device", "cpu", "-npp", "1", "-nps", "1", **found)

@@ -13,13 +13,13 @@ from nnunetv2_macl.report.finetuned import _epochs, _worst_first, describe_train
 from nnunetv2_macl.report.pictures import coloured
 
 ABOUT = """2026-01-01 00:00:00.0: MACL weights from /data/my run/macl_encoder.pth, /data/my run/macl_decoder.pth
-  encoder: 64 of 64 tensors taken
-  decoder: 8 of 60 tensors taken
+  encoder: 64 of 64 tensors loaded
+  decoder: 8 of 60 tensors loaded
   for SGD, kernels before an instance norm are scaled to their initial norms; the function is the same
-  The weights are of another network: input_channels is 2 there and 1 here
-  part  tensors taken  how  why
+  The weights are from another network: input_channels is 2 there and 1 here
+  part  tensors loaded  how  why
   The images of this fold's validation cases were among the pre-training images, without their labels. To leave them out: X
-2026-01-01 00:00:01.0: WARNING: these weights are of a run that collapsed: L_g
+2026-01-01 00:00:01.0: WARNING: these weights are from a run that collapsed: L_g
 2026-01-01 00:00:02.0: something else
 """
 

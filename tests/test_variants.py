@@ -296,7 +296,7 @@ def test_all_commands_from_planning_to_prediction(workspace, tmp_path, name, con
     train = ("nnUNetv2_train", "901", configuration, "0", *common, "-device", "cpu")
     out = workspace.run(*train, "--npz", **found)
     encoder = len([key for key in trained.weights if key.startswith("encoder.")])
-    assert f"encoder: {encoder} of {encoder} tensors taken" in out and "Mean Validation Dice" in out
+    assert f"encoder: {encoder} of {encoder} tensors" in out and "Mean Validation Dice" in out
     # as after a stop: training, validation and their state are taken up from the latest checkpoint
     fold = workspace.run_folder(QUICK, plans, configuration, fold=0)
     (fold / "checkpoint_final.pth").rename(fold / "checkpoint_latest.pth")

@@ -1,4 +1,4 @@
-"""Self-training, for nnU-Net to find, and its shorter variants and further rounds."""
+"""The self-training trainer, its shorter variants and its further rounds, where nnU-Net finds them."""
 
 from nnunetv2_macl.semi_supervised.self_training import nnUNetTrainerMACLSelfTraining
 

@@ -1,4 +1,4 @@
-"""Semi-supervised training, for nnU-Net to find, and its shorter variants."""
+"""The semi-supervised trainer and its shorter variants, where nnU-Net finds them."""
 
 from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
 

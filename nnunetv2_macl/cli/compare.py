@@ -78,7 +78,7 @@ def _compare_parser() -> argparse.ArgumentParser:
         "--finetuning",
         choices=["sgd", "adamw", "paper"],
         default="sgd",
-        help="sgd: as nnU-Net trains. adamw: the same with AdamW, which gets further in a short training; use it with --rates "
+        help="sgd: as nnU-Net trains. adamw: the same with AdamW, which is better in a short training; use it with --rates "
         "1e-3 3e-3. paper: as the paper fine-tunes; use it with --rates 5e-4. Default: sgd",
     )
     add("--test", default="25%", metavar="N", help=f"number of test {amount}. Default: 25%%")

@@ -1,4 +1,4 @@
-"""``nnUNetv2_macl_self_train``."""
+"""The command ``nnUNetv2_macl_self_train``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from nnunetv2_macl.cli.messages import run
 def _self_train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_self_train",
-        description="Train on the unlabelled images of DATASET too: a trained model labels them, and nnU-Net trains a new "
-        "model on the labelled images and on these. No image of a validation case is used. If you type the command again, it "
-        "continues.",
+        description="Self-training: a trained model labels the unlabelled images of DATASET, and nnU-Net trains a new model on "
+        "these images and on the labelled images. No image of a validation case is used. Start the command again to continue.",
         epilog="Example: nnUNetv2_train 27 2d 0 -tr nnUNetTrainerMACL, then nnUNetv2_macl_self_train 27 -c 2d -f 0, then "
         "nnUNetv2_predict ... -tr nnUNetTrainerMACLSelfTraining",
     )
@@ -33,20 +32,21 @@ def _self_train_parser() -> argparse.ArgumentParser:
         type=int,
         choices=(1, 2, 3),
         default=1,
-        help="how often a model is trained on the labels of the model before it. Default: 1",
+        help="number of models to train. Each model is trained on the labels of the model before it. Default: 1",
     )
     add(
         "--export_labels",
         type=Path,
         metavar="FOLDER",
-        help="also write the labels of the unlabelled images to FOLDER, in the format of the data set, to look at and correct",
+        help="also write the labels of the unlabelled images to FOLDER in the format of the data set, so that you can correct "
+        "them",
     )
-    add("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="where to train. Default: cuda")
+    add("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="cuda, cpu or mps. Default: cuda")
     return parser
 
 
 def self_train_entry() -> None:
-    """``nnUNetv2_macl_self_train``."""
+    """Run ``nnUNetv2_macl_self_train``."""
     arguments = _self_train_parser().parse_args()
 
     from nnunetv2_macl.semi_supervised.rounds import self_train

@@ -143,7 +143,7 @@ def collect(
             folder.rmdir()
     _summarise(rows, images, table)
     if not candidates:
-        raise UserError(f"{source} holds no image that can be taken. {table} lists its files with the reasons.")
+        raise UserError(f"{source} holds no image that can be used. {table} lists its files with the reasons.")
     return table
 
 

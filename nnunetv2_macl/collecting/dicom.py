@@ -161,7 +161,7 @@ def why_not(series: Series, min_slices: int, keep_derived: bool) -> str | None:
     if any("LOCALIZER" in s.image_type for s in slices) or _LOCALIZER.search(first.description):
         return "localizer"
     if not keep_derived and (derived := next((s for s in slices if _is_derived(s)), None)):
-        return f"derived: its image type is {'/'.join(derived.image_type)}; --keep_derived takes such series"
+        return f"derived: its image type is {'/'.join(derived.image_type)}; --keep_derived includes such series"
     if any(s.frames > 1 for s in slices):
         return "multi-frame file: convert it with dcm2niix and collect the NIfTI file"
     if any(s.channels > 1 for s in slices):

@@ -92,7 +92,7 @@ def _require_no_dead_links(folder: Path) -> None:
     for file in folder.iterdir() if folder.is_dir() else ():
         if not file.exists():
             raise UserError(
-                f"{file} is a link to {os.path.realpath(file)}, which is not there. Mount it, or remove the link."
+                f"{file} is a link to {os.path.realpath(file)}, which does not exist. Mount it, or remove the link."
             )
 
 

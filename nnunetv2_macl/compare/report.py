@@ -241,11 +241,11 @@ def _method(results: Results) -> list[str]:
         apart = (
             "and no image of a test or validation patient"
             if options.group_regex
-            else "and no test or validation case; whether some are of the same patients is not known without --group_regex"
+            else "and no test or validation case. Without --group_regex, it is not known whether some show the same patients"
         )
         lines.append(
             f"Pre-training used {share + planned['unlabelled']} images without their labels, {planned['unlabelled']} of them "
-            f"from imagesUn, {apart}. It ran once per recipe, so the intervals do not include the variation between "
+            f"from imagesUn, {apart}. Pre-training ran once per recipe, so the intervals do not include the variation between "
             f"pre-trainings. The times above do not include pre-training ({times})."
         )
     planning = (

@@ -138,7 +138,7 @@ def _check_configuration(options: Options) -> None:
         there = list(nnunet.read_json(Path(options.plan), "Give another to --plan.").get("configurations", {}))
     if options.configuration not in there:
         raise UserError(
-            f"There is no configuration '{options.configuration}'. Take one of these with -c: {', '.join(there)}."
+            f"There is no configuration '{options.configuration}'. Use one of these with -c: {', '.join(there)}."
         )
 
 

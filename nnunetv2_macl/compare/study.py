@@ -149,7 +149,7 @@ def parse_arm(text: str) -> Arm:
         parse_semi_settings(semi, f"Arm {text}")
         start = parse_arm(what)
         if start.semi is not None or start.teacher is not None:
-            raise UserError(f"--arms: {what} in {text} trains on unlabelled images already. Give one of both.")
+            raise UserError(f"--arms: {what} in {text} already trains on unlabelled images. Use only one of the two.")
         return replace(start, name=f"{kind}:{start.name}", slug=f"{_slug(kind)}-{start.slug}", semi=tuple(sorted(semi)))
     if kind == SELF_TRAINING and what:
         start = parse_arm(what)
@@ -169,7 +169,7 @@ def parse_arm(text: str) -> Arm:
         file = Path(what).expanduser().resolve()
         return Arm(f"{kind}:{file}", f"weights-{_slug(file.stem)}", weights=str(file))
     raise UserError(
-        f"--arms: there is no arm '{text}'. Take from: {SCRATCH}, encoder, pretrained, "
+        f"--arms: there is no arm '{text}'. The arms are {SCRATCH}, encoder, pretrained, "
         f"recipe:NAME_OR_FILE, recipe:NAME_OR_FILE,KEY=VALUE,..., weights:FILE, and {SEMI}:ARM and {SELF_TRAINING}:ARM with "
         "one of these."
     )

@@ -128,11 +128,11 @@ class nnUNetTrainerMACLCompareSemiAdamW(nnUNetTrainerMACLCompareSemi):
 
 
 class nnUNetTrainerMACLCompareSelf(_ControlledTrainer, nnUNetTrainerMACLSelfTraining):
-    """Self-training with SGD."""
+    """Trains by self-training with SGD."""
 
 
 class nnUNetTrainerMACLCompareSelfAdamW(nnUNetTrainerMACLCompareSelf):
-    """Self-training with AdamW."""
+    """Trains by self-training with AdamW."""
 
     finetuning_optimizer = "adamw"
 

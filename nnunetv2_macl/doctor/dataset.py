@@ -36,7 +36,7 @@ from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
     CaseFiles,
     Source,
-    no_spacing_told,
+    no_spacing_message,
     training_cases,
     without_spacing,
 )
@@ -124,7 +124,7 @@ def images(target: DatasetConfiguration, labelled: int, sources: list[Source]) -
         message += f" ({', '.join(f'{count} of {name}' for name, count in counts.items())})"
     values = {"labelled": labelled, "unlabelled": unlabelled}
     if bare := [file for source in sources for file in without_spacing(source)]:
-        message += f"; {no_spacing_told(bare)}"
+        message += f"; {no_spacing_message(bare)}"
         return Result(check, NOTE, message, values=values)
     others = [f"{s.dataset_name}/{name}" for s in sources for name in s.ignored_files]
     if others:
@@ -198,9 +198,9 @@ def estimate(target: DatasetConfiguration, sources: list[Source], device: str, t
         fix = "# use a GPU (-device cuda) or a smaller configuration (-c 2d)"
         return Result(check, PROBLEM, f"three training steps took more than {timeout:.0f} s on {device}", fix)
     except (IndexError, ValueError):
-        said = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
         measured = {
-            "error": f"the process ended with code {process.returncode}, most likely because memory ran out: {said}"
+            "error": f"the process ended with code {process.returncode}, most likely because memory ran out: {last_line}"
         }
     if "error" in measured:
         reason = measured["error"].strip().removeprefix("Error: ")
@@ -246,11 +246,11 @@ def weights(target: DatasetConfiguration, device: str) -> Result:
         except UserError as error:
             message = f"{WEIGHTS_VARIABLE} names weights that cannot be used: {error}"
             return Result(check, PROBLEM, message, f"unset {WEIGHTS_VARIABLE}")
-        taken = ", ".join("{} of {} tensors of the {}".format(*transfer.count(p), p) for p in ("encoder", "decoder"))
+        loaded = ", ".join("{} of {} tensors of the {}".format(*transfer.count(p), p) for p in ("encoder", "decoder"))
         return Result(
             check,
             NOTE,
-            f"fine-tuning loads the weights that {WEIGHTS_VARIABLE} names, {named}: {taken}",
+            f"fine-tuning loads the weights that {WEIGHTS_VARIABLE} names, {named}: {loaded}",
             command_to_fine_tune(target, device=device),
         )
     results = Path(os.environ["nnUNet_results"])

@@ -189,7 +189,7 @@ def _asked_levels(total: np.ndarray, recipe: Any) -> tuple[int, int]:
         f"stages and total strides {total.tolist()}. Possible are "
         + "; ".join(f"decoder_stages={k} auxiliary_stage={e} scale={max(s)}" for k, e, s in possible[:12])
         + (
-            ". Take one of these, or leave the keys at 'auto'."
+            ". Use one of these, or leave the keys at 'auto'."
             if possible
             else f"decoder_stages from 0 to {stages - 1}."
         )

@@ -341,21 +341,23 @@ def read_case(
     Raises:
         UnusableImageError: The case cannot be read, or cannot be used.
     """
-    names, said = ", ".join(case.files), io.StringIO()
+    names, printed = ", ".join(case.files), io.StringIO()
     try:
         for file in case.files:
             check_nifti(file)
         if issubclass(reader, Tiff3DIO):
             _check_spacing_file(case.files[0])
         # nnU-Net prints what is wrong with the channels of a case, and raises an error without a message.
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(printed):
             images, properties = reader().read_images(case.files)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [line for line in said.getvalue().splitlines() if "ERROR" in line]
+        reason = str(error).strip().splitlines() or [
+            line for line in printed.getvalue().splitlines() if "ERROR" in line
+        ]
         raise UnusableImageError(
             f"{names} cannot be used: {reason[-1].strip() if reason else type(error).__name__}."
         ) from error
-    print(said.getvalue(), end="")
+    print(printed.getvalue(), end="")
     if case.channels is not None:
         if images.ndim != 4 or len(images) != case.channels_in_file:
             raise UnusableImageError(

@@ -52,14 +52,14 @@ class RawFile(NamedTuple):
 
     Attributes:
         problem: Why the file cannot be used; None if it can.
-        beside: Fingerprints of the files that are read with it.
+        companions: Fingerprints of the other files that are read with the image.
     """
 
     path: str
     fingerprint: list[str | int] = []
     identity: tuple[int, int] = (0, 0)
     problem: str | None = None
-    beside: list[list[str | int]] = []
+    companions: list[list[str | int]] = []
 
     @classmethod
     def inspect(cls, path: str) -> RawFile:
@@ -76,14 +76,14 @@ class RawFile(NamedTuple):
         if not stat.S_ISREG(found.st_mode):
             return cls(path, problem=f"{path} is no file, but a folder or a device.")
         folder, name = os.path.split(path)
-        return cls(path, _as_made_from(name, found), (found.st_dev, found.st_ino), beside=_beside(folder, name))
+        return cls(path, _as_made_from(name, found), (found.st_dev, found.st_ino), companions=_companions(folder, name))
 
 
 def _as_made_from(name: str, status: os.stat_result) -> list[str | int]:
     return [name, status.st_size, status.st_mtime_ns]
 
 
-def _beside(folder: str, name: str) -> list[list[str | int]]:
+def _companions(folder: str, name: str) -> list[list[str | int]]:
     there: list[list[str | int]] = []
     for other in dict.fromkeys((*sidecars(name), *named_in_header(os.path.join(folder, name)))):
         with contextlib.suppress(OSError):
@@ -340,7 +340,7 @@ def _case_files(files: Sequence[RawFile], channels: list[int] | None, channels_i
     fingerprint = [file.fingerprint for file in files]
     # The channels of a case share one spacing file.
     for file in files:
-        fingerprint += [other for other in file.beside if other not in fingerprint]
+        fingerprint += [other for other in file.companions if other not in fingerprint]
     return CaseFiles(
         [file.path for file in files], channels, channels_in_file, fingerprint, [file.identity for file in files]
     )
@@ -379,7 +379,7 @@ def without_spacing(source: Source) -> list[str]:
     ]
 
 
-def no_spacing_told(files: Sequence[str]) -> str:
+def no_spacing_message(files: Sequence[str]) -> str:
     """Return a message that names the TIFF files without a spacing file."""
     some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     missing = os.path.join(os.path.dirname(files[0]), sidecars(os.path.basename(files[0]))[0])

@@ -1,4 +1,4 @@
-"""What the page of a self-trained model shows of the labels that its teacher gave to unlabelled images."""
+"""Collect the part of the page of a self-trained model about the labels that its teacher gave to unlabelled images."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from nnunetv2_macl.semi_supervised.pseudo_labels import PSEUDO_LABELS_FOLDER, TE
 def describe_pseudo_labels(folder: Path) -> dict[str, Any] | None:
     """Return facts and pictures of the pseudo-labels of a training, or None if it had none.
 
-    The pictures are of the images in which the teacher is least, middling and most confident, in the slice with the most
-    foreground.
+    The pictures show the images for which the confidence of the teacher is lowest, in the middle, and highest. Of each
+    image, they show the slice with the most foreground.
 
     Args:
-        folder: Of the training, ``fold_F``.
+        folder: Folder of the training, ``fold_F``.
     """
     labels = folder / PSEUDO_LABELS_FOLDER
     records = []

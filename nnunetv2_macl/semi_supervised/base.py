@@ -1,4 +1,4 @@
-"""What trainings that also learn from unlabelled images have in common: which images they use, and what they refuse."""
+"""Choose the images of trainings that also learn from unlabelled images, and refuse what these trainings do not support."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nnunetv2_macl.training.user_errors import exit_on_user_error
 
 
 class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
-    """nnU-Net's own training on the labelled cases of a fold and on unlabelled images.
+    """Trains as nnU-Net does, on the labelled cases of a fold and on unlabelled images.
 
     The training starts from pre-trained weights, as ``nnUNetTrainerMACL`` does. Its checkpoints are ordinary nnU-Net
     checkpoints.
@@ -40,13 +40,13 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
         super().initialize()
 
     def unlabelled_cases(self) -> list[Case]:
-        """Return the cases to learn from without labels, preprocessed, and log which were kept out.
+        """Return the preprocessed cases to learn from without labels, and log how many cases are left out.
 
         These are the unlabelled images of pre-training, and the labelled cases that are in neither part of the fold, without
         their labels.
 
         Raises:
-            UserError: There are none, or the regular expression of the patients does not match a name.
+            UserError: There is no such case, or the regular expression of the patients does not match a name.
         """
         configuration = self._configuration
         file = plan_file(configuration)
@@ -67,8 +67,9 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
         kept = self._without_patients(cases, held_out)
         if not kept:
             raise UserError(
-                f"There is no unlabelled image to learn from: put images into {UNLABELLED_FOLDER} of "
-                f"{configuration.dataset_name}. {len(cases)} are of patients of the fold's validation cases."
+                f"There is no unlabelled image to learn from. Put images into {UNLABELLED_FOLDER} of "
+                f"{configuration.dataset_name}. {len(cases)} images are left out, because they show patients of the fold's "
+                "validation cases."
             )
         self.print_to_log_file(
             f"Unlabelled images used: {len(kept)} ({len(set(kept) & set(others))} of them labelled cases outside of this fold). "
@@ -76,14 +77,14 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
         )
         if not os.environ.get(GROUP_VARIABLE) and held_out:
             self.print_to_log_file(
-                "Each case counts as a patient of its own. If several images are of one patient, say which part of a case's "
-                f"name is the patient, for example: export {GROUP_VARIABLE}='^[^_]+'",
+                "Each case counts as a separate patient. If a patient has several images, set the part of a case's name that "
+                f"is the patient, for example: export {GROUP_VARIABLE}='^[^_]+'",
                 add_timestamp=False,
             )
         return kept
 
     def _without_patients(self, cases: list[Case], held_out: set[str]) -> list[Case]:
-        """Return the cases that are of none of the patients of the held-out cases."""
+        """Return the cases whose patient has no held-out case."""
         names = [case.name for case in cases]
         group_regex = os.environ.get(GROUP_VARIABLE) or None
         patients = patients_of([*names, *sorted(held_out)], group_regex, f"The variable {GROUP_VARIABLE}")

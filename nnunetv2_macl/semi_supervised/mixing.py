@@ -1,4 +1,4 @@
-"""How labelled and unlabelled patches become what the student learns from."""
+"""Combine labelled and unlabelled patches for a training step of the student."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnunetv2_macl.semi_supervised.targets import Targets
 
-# edge of the pasted box as a share of the patch's (Bai et al. 2023, beta)
+# edge of the pasted box, as a fraction of the edge of the patch (Bai et al. 2023, beta)
 _BOX = 2 / 3
 
 
@@ -23,9 +23,9 @@ class Patches(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """Images for one forward pass of the student, with two targets: labels, and what the teacher predicted.
+    """Images for one forward pass of the student, with two targets: the labels, and the predictions of the teacher.
 
-    A target is None where the images have no such voxel. ``share`` is the weight of the lesson's losses.
+    A target is None if the images have no voxel with it. ``share`` is the weight of the lesson's losses.
     """
 
     images: Tensor
@@ -40,7 +40,7 @@ Mixing = Callable[[Patches, Patches, Targets, np.random.Generator], Sequence[Les
 def consistency(
     labelled: Patches, unlabelled: Patches, targets: Targets, generator: np.random.Generator
 ) -> list[Lesson]:
-    """Return the labelled and the unlabelled patches as they are.
+    """Return the labelled and the unlabelled patches unchanged.
 
     Source: Sohn et al., FixMatch, NeurIPS 2020, with the averaged teacher of Tarvainen and Valpola, NIPS 2017.
     """
@@ -52,7 +52,7 @@ def copy_paste(
 ) -> list[Lesson]:
     """Return unlabelled patches with a box from the labelled ones, and labelled patches with a box from the unlabelled ones.
 
-    Each labelled voxel is used in one of the two, so the lessons count half.
+    Each labelled voxel is used in one of the two lessons, so each lesson has half of the weight.
 
     Source: Bai et al., Bidirectional Copy-Paste for Semi-Supervised Medical Image Segmentation, CVPR 2023.
     """

@@ -22,9 +22,9 @@ from nnunetv2_macl.files import atomic_write, sha256, write_json
 from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 
 CHECKPOINT = "checkpoint_final.pth"
-# in the folder of a training
+# folder of the segmentations, in the folder of a training
 PSEUDO_LABELS_FOLDER = "pseudo_labels"
-# in that folder: which model made the labels
+# file in that folder that says which model made the labels
 TEACHER_FILE = "teacher.json"
 
 
@@ -34,10 +34,10 @@ class PseudoLabel:
 
     Attributes:
         case: The preprocessed image.
-        file: Its segmentation, ``.b2nd``, (1, *volume). ``.npz`` beside it has the places of the classes, and ``.json``
-            how confident the teacher is.
-        confidence: Mean probability of the predicted class over the voxels that are foreground; 0 if there are none.
-        foreground: Share of the voxels that are foreground.
+        file: Its segmentation, ``.b2nd``, (1, *volume). The ``.npz`` file of the same name holds
+            the locations of the classes, and the ``.json`` file holds the confidence of the teacher.
+        confidence: Mean probability of the predicted class over the foreground voxels; 0 if there are none.
+        foreground: Fraction of the voxels that are foreground.
     """
 
     case: Case
@@ -61,7 +61,7 @@ class Teacher:
         """Return nnU-Net's predictor with the teacher's weights.
 
         Raises:
-            UserError: The teacher has other labels, channels or another preprocessing than the target.
+            UserError: The labels, channels or preprocessing of the teacher differ from those of the target.
         """
         predictor = nnUNetPredictor(device=device, allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(self.folder), (self.fold,), CHECKPOINT)
@@ -94,10 +94,10 @@ def label_cases(
     Args:
         teacher: The trained model.
         cases: Preprocessed images.
-        folder: For the segmentations.
+        folder: Folder for the segmentations.
         target: The configuration that the images were preprocessed for.
-        device: For the prediction.
-        log: Gets a line about the progress.
+        device: Device for the prediction.
+        log: Function that logs a line about the progress.
 
     Raises:
         UserError: The teacher does not fit the target, or no case has foreground.
@@ -120,15 +120,15 @@ def label_cases(
         found.append(PseudoLabel(case, file, record["confidence"], record["foreground"]))
     if not any(label.foreground for label in found):
         raise UserError(
-            f"{teacher.checkpoint} finds no foreground in {len(found)} unlabelled images, so they teach nothing. Train it for "
-            "longer, or check that the unlabelled images show the same structures."
+            f"{teacher.checkpoint} finds no foreground in {len(found)} unlabelled images, so training cannot use them. Train "
+            "this model for longer, or check that the unlabelled images show the same structures."
         )
     write_json({"fold_folder": str(teacher.checkpoint.parent), "sha256": checksum}, folder / TEACHER_FILE)
     return found
 
 
 def _record(file: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what is known about a segmentation that was made before, or None if it has to be made."""
+    """Return the record of an existing segmentation, or None if the segmentation has to be made."""
     if not (file.is_file() and file.with_suffix(".json").is_file()):
         return None
     try:
@@ -181,7 +181,7 @@ def _label(
 
 
 def _classes(labels: LabelManager) -> list[Any]:
-    """Return the classes and regions whose places nnU-Net's preprocessing notes, for its oversampling."""
+    """Return the classes and regions whose voxel locations nnU-Net's preprocessing stores for oversampling."""
     classes = list(labels.foreground_regions if labels.has_regions else labels.foreground_labels)
     return [*classes, (-1, *labels.all_labels)] if labels.has_ignore_label else classes
 
@@ -202,7 +202,7 @@ class WithPseudoLabels:
         self.identifiers = [*labelled.identifiers, *self.pseudo]
 
     def load_case(self, identifier: str) -> tuple[Any, Any, Any, dict[str, Any]]:
-        """Return image (C, *volume), segmentation (1, *volume), None and properties with the places of the classes."""
+        """Return image (C, *volume), segmentation (1, *volume), None and properties with the locations of the classes."""
         if identifier not in self.pseudo:
             return self.labelled.load_case(identifier)
         label = self.pseudo[identifier]

@@ -34,7 +34,7 @@ def self_train(
     export_labels: Path | None = None,
     device: str = "cuda",
 ) -> Path:
-    """Train models on the labelled images and on unlabelled images that the model before has labelled.
+    """Train models on the labelled images and on unlabelled images that the previous model has labelled.
 
     A round that was stopped continues, and a round that is finished is not repeated.
 
@@ -89,7 +89,7 @@ def self_train(
 def write_labels(teacher: Teacher, target: DatasetConfiguration, folder: Path, device: str) -> None:
     """Write a model's segmentations of the unlabelled images in the format of the data set.
 
-    A file that is there already is kept, because somebody may have corrected it.
+    Existing files are kept, because somebody may have corrected them.
     """
     file = plan_file(target)
     plan = read_plan(file) if file.is_file() else None

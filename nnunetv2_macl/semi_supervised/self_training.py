@@ -25,7 +25,7 @@ from nnunetv2_macl.training.seeded import BatchLoader
 
 
 class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):
-    """nnU-Net's own training on labelled images and on unlabelled images that a trained model has labelled.
+    """Trains as nnU-Net does, on labelled images and on unlabelled images that a trained model has labelled.
 
     The model is the teacher: ``nnUNetTrainerMACL`` of the same plans, configuration and fold, or the trainer or model folder
     that the variable ``nnUNet_macl_teacher`` names. Loss, augmentation, oversampling and schedule are nnU-Net's, and a step
@@ -34,7 +34,7 @@ class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):
     Source: Lee, Pseudo-Label, ICML workshop 2013; Xie et al., Noisy Student, CVPR 2020.
     """
 
-    # share of the patches that are of labelled images
+    # fraction of the patches that come from labelled images
     labelled_share: float = 0.5
     default_teacher: str = "nnUNetTrainerMACL"
 
@@ -43,12 +43,12 @@ class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):
         labelled = len(loader._data.identifiers)
         pseudo = len(dataset.identifiers) - labelled
         shares = np.repeat([self.labelled_share / labelled, (1 - self.labelled_share) / pseudo], [labelled, pseudo])
-        # nnU-Net's loader takes both from its data set when it is made.
+        # nnU-Net's loader copies the names and their probabilities from its data set when it is created.
         loader._data, loader.indices, loader.sampling_probabilities = dataset, dataset.identifiers, shares
         return loader
 
     def pseudo_labels(self) -> list[PseudoLabel]:
-        """Return the unlabelled images of this fold with the teacher's segmentations, made now unless they are on disk."""
+        """Return the unlabelled images of this fold with the teacher's segmentations. Make those that are missing."""
         teacher = self.find_teacher()
         folder = Path(self.output_folder) / PSEUDO_LABELS_FOLDER
         cases = self.unlabelled_cases()
@@ -64,7 +64,7 @@ class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):
         teacher = Teacher(folder, self.fold)
         if folder.resolve() == Path(self.output_folder_base).resolve():
             raise UserError(
-                f"{folder} is the model that is being trained. Name another: export {TEACHER_VARIABLE}=TRAINER"
+                f"{folder} is the model that is being trained. Name another model: export {TEACHER_VARIABLE}=TRAINER"
             )
         if not teacher.checkpoint.is_file():
             models = folder.parent.glob(f"*__{plans}__{configuration}/fold_{self.fold}/{CHECKPOINT}")
@@ -72,7 +72,7 @@ class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):
             name = named if "/" not in named else self.default_teacher
             fix = f"Train it:\n    {command_to_fine_tune(self._configuration, self.fold, self.device.type, name)}"
             if trained:
-                fix += f"\nor take a trained one: export {TEACHER_VARIABLE}={trained[0]}"
+                fix += f"\nor use a trained model: export {TEACHER_VARIABLE}={trained[0]}"
             raise UserError(
                 f"There is no model to label the unlabelled images: {teacher.checkpoint} does not exist. {fix}"
             )

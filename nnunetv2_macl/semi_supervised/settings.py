@@ -12,13 +12,13 @@ from nnunetv2_macl.semi_supervised.mixing import MIXINGS
 
 @dataclass(frozen=True)
 class SemiSettings:
-    """How much the predictions of the teacher count.
+    """Settings of the loss on the predictions of the teacher.
 
     Attributes:
         mixing: How labelled and unlabelled patches are combined: consistency or copy_paste.
-        confidence: The loss ignores voxels whose probability, by the teacher, is lower. 0 keeps all voxels.
+        confidence: The loss ignores voxels to which the teacher gives a lower probability. 0 keeps all voxels.
         weight: Weight of the unlabelled loss after the ramp.
-        ramp: Share of the training's steps over which the weight rises from about 0.
+        ramp: Fraction of the training's steps over which the weight rises from about 0.
     """
 
     mixing: str = "consistency"
@@ -27,7 +27,7 @@ class SemiSettings:
     ramp: float = 0.3
 
     def check(self, source: str) -> None:
-        """Raise UserError for a value that is out of range. ``source`` is how the message names the settings."""
+        """Raise UserError for a value that is out of range. The message calls the settings ``source``."""
         if self.mixing not in MIXINGS:
             raise UserError(f"{source}: mixing must be one of {', '.join(MIXINGS)}, got {self.mixing!r}.")
         for key, top in (("confidence", 1), ("weight", math.inf), ("ramp", 1)):
@@ -40,7 +40,7 @@ class SemiSettings:
         """Return the weight of the unlabelled loss.
 
         Args:
-            progress: Share of the training's steps that are done, 0 to 1.
+            progress: Fraction of the training's steps that are done, 0 to 1.
 
         Source: Laine and Aila, Temporal Ensembling, ICLR 2017, section 2.1.
         """
@@ -50,13 +50,13 @@ class SemiSettings:
 
 
 def parse_semi_settings(texts: Iterable[str], source: str) -> SemiSettings:
-    """Return settings from KEY=VALUE texts. Raises UserError for an unknown key or a wrong value; names it."""
+    """Return settings from KEY=VALUE texts. Raises UserError, which names the key, if the key or its value is wrong."""
     types = {field.name: field.type for field in fields(SemiSettings)}
     values: dict[str, str | float] = {}
     for text in texts:
         key, _, value = text.partition("=")
         if key not in types:
-            raise UserError(f"{source}: there is no setting {key!r}. Take from: {', '.join(types)}.")
+            raise UserError(f"{source}: there is no setting {key!r}. The settings are: {', '.join(types)}.")
         try:
             values[key] = float(value) if types[key] == "float" else value
         except ValueError:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Targets(Protocol):
-    """How nnU-Net's loss with an ignore label wants its target, (B, T, *patch)."""
+    """Makes targets in the form that nnU-Net's loss with an ignore label requires, (B, T, *patch)."""
 
     def from_labels(self, target: Tensor) -> Tensor:
         """Return the target of labelled patches, given nnU-Net's target at full resolution."""
@@ -26,7 +26,7 @@ class Targets(Protocol):
 
 
 class LabelTargets:
-    """One label for each voxel: the target has one channel, and ignored voxels have a label of their own."""
+    """One label for each voxel: the target has one channel, and ignored voxels have a separate label."""
 
     def __init__(self, ignore_label: int) -> None:
         self.ignore_label = ignore_label
@@ -55,7 +55,7 @@ class RegionTargets:
         self.regions = regions
 
     def from_labels(self, target: Tensor) -> Tensor:
-        if target.shape[1] > self.regions:  # the data set has an ignore label of its own
+        if target.shape[1] > self.regions:  # the data set itself has an ignore label
             return target.bool()
         return torch.cat([target.bool(), torch.zeros_like(target[:, :1], dtype=torch.bool)], 1)
 
@@ -72,12 +72,12 @@ class RegionTargets:
 
 
 def targets_of(labels: LabelManager) -> Targets:
-    """Return how targets are made for the labels of a data set."""
+    """Return the object that makes targets for the labels of a data set."""
     if labels.has_regions:
         return RegionTargets(len(labels.foreground_regions))
     return LabelTargets(ignore_label_of(labels))
 
 
 def ignore_label_of(labels: LabelManager) -> int:
-    """Return the ignore label of a data set, or the one that nnU-Net would want it to have: the next after the others."""
+    """Return the ignore label of a data set, or the one that nnU-Net would require: the number after the largest label."""
     return int(max(labels.all_labels)) + 1

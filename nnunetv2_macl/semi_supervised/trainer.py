@@ -27,12 +27,12 @@ from nnunetv2_macl.training.user_errors import exit_on_user_error
 # window would keep the first steps of a short training, and a window without a limit would lag behind in a long one.
 _HORIZON = 0.05
 _LONGEST_HORIZON = 1000
-# random draws that are not the data loader's
+# separates the random numbers of mixing from those of the data loader
 _MIXING_SEED = 2
 
 
 class nnUNetTrainerMACLSemi(UnlabelledTraining):
-    """nnU-Net's own training that also learns from the unlabelled images of pre-training.
+    """Trains as nnU-Net does, and also learns from the unlabelled images of pre-training.
 
     A teacher, the average of the network over the last steps, labels as many unlabelled patches as there are labelled ones in
     a batch. The network learns these labels, where the teacher is confident, from strongly augmented patches. For labelled
@@ -106,7 +106,7 @@ class nnUNetTrainerMACLSemi(UnlabelledTraining):
         """Run one optimisation step on a labelled and an unlabelled batch.
 
         Returns:
-            ``loss`` of the labels, ``unlabelled_loss`` before its weight, and ``confident``, the share of voxels that the
+            ``loss`` of the labels, ``unlabelled_loss`` before its weight, and ``confident``, the fraction of voxels that the
             teacher labelled.
         """
         labelled, weak, strong = (batch[key].to(self.device, non_blocking=True) for key in ("data", "weak", "strong"))
@@ -123,7 +123,7 @@ class nnUNetTrainerMACLSemi(UnlabelledTraining):
 
         self.optimizer.zero_grad(set_to_none=True)
         losses = {"loss": torch.zeros((), device=self.device), "unlabelled_loss": torch.zeros((), device=self.device)}
-        # One pass after the other, so that the memory of a step is that of nnU-Net's step.
+        # The passes run one after the other, so that a step needs as much memory as nnU-Net's step.
         for lesson in mix(Patches(labelled, target), Patches(strong, pseudo), self.targets, generator):
             total = torch.zeros((), device=self.device)
             with self._autocast():

@@ -27,16 +27,16 @@ class UnlabelledDataset:
         self.identifiers = [case.file for case in cases]
 
     def load_case(self, identifier: str) -> tuple[Any, np.ndarray, None, dict[str, Any]]:
-        """Return image (C, *volume), segmentation (1, *volume), None and properties without places of classes."""
+        """Return image (C, *volume), segmentation (1, *volume), None and properties without locations of classes."""
         data = open_unchanged(identifier)
         return data, np.broadcast_to(np.zeros((), np.int8), (1, *data.shape[1:])), None, {"class_locations": {}}
 
 
 class WeakAndStrong:
-    """nnU-Net's training augmentation in two views with the same geometry, one after the other in the channels (2C, *patch).
+    """Applies nnU-Net's training augmentation in two views with the same geometry. The result is (2C, *patch).
 
-    The weak view has only the geometric transforms. The strong view also has the intensity transforms, with twice the
-    probability.
+    The first C channels are the weak view, which has only the geometric transforms. The others are the strong view, which
+    also has the intensity transforms, with twice the probability.
     """
 
     def __init__(self, transforms: ComposeTransforms) -> None:
@@ -90,7 +90,7 @@ class PairedLoader:
             labels,
             transforms=WeakAndStrong(labelled.transforms),
         )
-        # With an ignore label nnU-Net places patches around annotated voxels, of which there are none here.
+        # With an ignore label, nnU-Net places patches around annotated voxels, and unlabelled images have none.
         self.unlabelled.has_ignore = False
 
     def generate_train_batch(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def install(file: Path, results: Path) -> Path:
         names = {key: str(manifest.get(key)) for key in _FOLDER_NAMES}
         for key, name in names.items():
             if not _FOLDER_NAMES[key].fullmatch(name):
-                raise UserError(f"{file} names a {key} that no folder can have: {name!r}. Take another file.")
+                raise UserError(f"{file} names a {key} that no folder can have: {name!r}. Use another file.")
         _require_own_id(names["dataset_name"], file, results)
         folder = pretraining_folder(results, **names) / "fold_all"
         if folder.exists() or folder.is_symlink():
@@ -95,7 +95,7 @@ def open_package(file: Path) -> Iterator[zipfile.ZipFile]:
         names = archive.namelist()
         # a path in a name could lead out of the folder
         if others := sorted(set(names) - set(MEMBERS)):
-            raise UserError(f"{file} holds {others[0]!r}, which does not belong in a package. Take another file.")
+            raise UserError(f"{file} holds {others[0]!r}, which does not belong in a package. Use another file.")
         if missing := sorted(set(MEMBERS) - set(names)):
             raise UserError(f"{file} is not a complete package of nnunetv2_macl: {', '.join(missing)} is missing.")
         yield archive
@@ -108,7 +108,7 @@ def read_manifest(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, zipfile.BadZipFile, OSError, EOFError) as error:
         raise UserError(f"{file}: {MANIFEST} cannot be read: {error}. Get the file again.") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{file} is no package of nnunetv2_macl. Take another file.")
+        raise UserError(f"{file} is no package of nnunetv2_macl. Use another file.")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{file} has format version {manifest.get('format_version')!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "

@@ -118,7 +118,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         )
 
     def load_macl_weights(self, pretrained: checkpoints.PretrainedWeights) -> None:
-        """Copy the pre-trained weights into the network, scale them to initial norms for SGD, and log what was taken.
+        """Copy the pre-trained weights into the network, scale them to initial norms for SGD, and log which weights were loaded.
 
         Raises:
             UserError: The network of the weights differs too much. The message names the first difference.
@@ -161,15 +161,15 @@ class nnUNetTrainerMACL(nnUNetTrainer):
     def _report(self, pretrained: checkpoints.PretrainedWeights, transfer: Transfer, rescaled: bool) -> None:
         lines = [f"{pretrained.origin} weights from {', '.join(str(file) for file in pretrained.files)}"]
         for part in ("encoder", "decoder"):
-            taken, tensors = transfer.count(part)
-            lines.append(f"  {part}: {taken} of {tensors} tensors taken")
+            loaded, tensors = transfer.count(part)
+            lines.append(f"  {part}: {loaded} of {tensors} tensors loaded")
         if rescaled:
             lines.append(
                 "  for SGD, kernels before an instance norm are scaled to their initial norms; the function is the same"
             )
         self.print_to_log_file("\n".join(lines))
         if transfer.difference:
-            lines = [f"  The weights are of another network: {transfer.difference}", *transfer.table().splitlines()]
+            lines = [f"  The weights are from another network: {transfer.difference}", *transfer.table().splitlines()]
         else:
             lines = [f"{row.how}: {row.part} ({row.why})" for row in transfer.rows if row.why]
         self.print_to_log_file("\n  ".join(["", *lines])[1:], add_timestamp=False)
@@ -177,7 +177,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             self.print_to_log_file(f"  WARNING: {seen}", add_timestamp=False)
         description = pretrained.description
         if description.get("collapsed"):
-            self.print_to_log_file(f"WARNING: these weights are of a run that collapsed: {description['collapsed']}")
+            self.print_to_log_file(f"WARNING: these weights are from a run that collapsed: {description['collapsed']}")
         start = (description.get("macl_plan") or {}).get("pretrained_weights") or {}
         is_other_fold = self.fold != "all" and str(start.get("fold")) != str(self.fold)
         if start.get("dataset_name") == self.plans_manager.dataset_name and is_other_fold:
@@ -211,9 +211,9 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         other_fold = is_own and str(description.get("fold")) != str(self.fold)
         if description.get("kind") == "nnunet":
             return (
-                f"These weights were trained with the labels of {own}, fold {description.get('fold')}. By the numbers of the "
-                "folds, the validation cases of this fold were among the training cases of that one, so their Dice will be "
-                f"too high. Take a checkpoint of fold {self.fold}."
+                f"These weights were trained with the labels of {own}, fold {description.get('fold')}. If both "
+                "trainings use the same folds, the validation cases of this fold were training cases there, and their Dice "
+                f"will be too high. Use a checkpoint of fold {self.fold}."
             ) if other_fold else None  # fmt: skip
         leave_out = f"To leave them out: {command_to_pretrain(self._configuration, self.fold, self.device.type)}"
         seen = cases_seen(pretrained.files[0].parent)
@@ -261,7 +261,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             self.load_checkpoint_content(content)
 
     def load_checkpoint_content(self, checkpoint: dict[str, Any]) -> None:
-        """Read what `checkpoint_content` wrote. A checkpoint of another trainer lacks it."""
+        """Read the content that `checkpoint_content` returned. Checkpoints of other trainers do not have it."""
         self.macl_origin = checkpoint.get("macl")
 
 
@@ -302,7 +302,7 @@ def transfer_to(
 
 
 def show_transfer(weights: Path, dataset: str | int, plans: str, configuration: str | None) -> Transfer:
-    """Log what fine-tuning would take from pre-trained weights, without training.
+    """Log which pre-trained weights fine-tuning would load, without training.
 
     Args:
         weights: Folder or file, as for ``nnUNet_macl_weights``.
@@ -332,7 +332,7 @@ def show_transfer(weights: Path, dataset: str | int, plans: str, configuration: 
 
 
 def load_transfer(weights: Path, target: DatasetConfiguration) -> tuple[checkpoints.PretrainedWeights, Transfer]:
-    """Load pre-trained weights, and return them and what a configuration's U-Net takes from them.
+    """Return pre-trained weights, and their transfer to the U-Net of a configuration.
 
     Args:
         weights: Folder or file, as for ``nnUNet_macl_weights``.

@@ -135,7 +135,7 @@ class Checkpoints(Callback):
         if distributed.rank() != 0:
             return
         if trainer.disable_checkpointing:
-            trainer.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            trainer.print_to_log_file("No checkpoint was written: checkpointing is disabled.")
             return
         if file.name == resume.LATEST:
             resume.rotate_checkpoint(file)
