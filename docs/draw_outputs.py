@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     PICTURES.mkdir(exist_ok=True)
     (PICTURES / "doctor.svg").write_text(terminal(doctor, folder))
     (PICTURES / "doctor_wrong.svg").write_text(terminal(wrong, folder))
-    verdict = (folder / "study" / "compare.md").read_text()
+    verdict = (folder / "study" / "compare.md").read_text(encoding="utf-8")
     (PICTURES / "verdict.svg").write_text(terminal(f"$ head compare.md\n{upper_part(verdict)}", folder))
     shrink(fold / "progress.png", "progress.png")
     shrink(fold / "views.png", "views.png", width=700, upper=0.53)
@@ -91,7 +91,7 @@ def run(folder: Path, command: str, result: Path, code: int = 0, **variables: st
         if process.returncode != code:
             raise SystemExit(f"{command}\n{process.stdout[-3000:]}{process.stderr[-3000:]}")
         printed.write_text(f"$ {command}\n{process.stdout}")
-    return printed.read_text()
+    return printed.read_text(encoding="utf-8")
 
 
 def upper_part(page: str, tables: int = 2) -> str:

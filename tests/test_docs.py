@@ -34,25 +34,27 @@ over_written_pages = pytest.mark.parametrize("page", [page for page in PAGES if 
 
 
 def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
 @over_pages
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", page.read_text()):
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target.partition("#")[0]).exists(), target
 
 
 def test_every_page_is_in_the_index():
     index = DOCS / "README.md"
-    linked = {(DOCS / target).resolve() for target in re.findall(r"\]\((?!http|#)([^)#]+)", index.read_text())}
+    linked = {
+        (DOCS / target).resolve() for target in re.findall(r"\]\((?!http|#)([^)#]+)", index.read_text(encoding="utf-8"))
+    }
     assert set(DOCS.rglob("*.md")) - {index} <= linked
 
 
 @over_written_pages
 def test_pages_are_short(page):
     """A page has at most 1,200 words, and README at most 150 lines. Bars of tables and signs are no words."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert len([word for word in text.split() if re.search(r"\w", word)]) <= 1200
     if page == ROOT / "README.md":
         assert len(text.splitlines()) <= 150
@@ -61,7 +63,7 @@ def test_pages_are_short(page):
 @over_written_pages
 def test_lines_are_short(page):
     """Only code, rows of tables, and words that cannot be broken are longer than 130 characters."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     for line in text.splitlines():
         assert len(line) <= 130 or line.startswith("|") or len(line.split()) <= 3, line
 
@@ -87,7 +89,7 @@ def test_recipes_in_the_text_load(page, tmp_path):
 @over_pages
 def test_every_option_in_the_text_is_one_of_its_command(page):
     """The options of our commands exist, wherever the commands are in the text."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     for name, known in COMMANDS.items():
         for line in re.findall(rf"{name} ([^\n`|&;#)]*)", text):
             options = set(re.findall(OPTION, line))
@@ -97,7 +99,7 @@ def test_every_option_in_the_text_is_one_of_its_command(page):
 
 
 def test_the_version_is_the_same_everywhere():
-    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ quick() {
   arguments=()
   local argument
   for argument in "$@"; do
-    [[ "$argument" =~ ^(nnUNetTrainer(MACL|MACLPaper|MACLSemi)?)(_([0-9]+epochs?|short))?$ ]] &&
+    [[ "$argument" =~ ^(nnUNetTrainer(MACL|MACLPaper|MACLSemi|MACLSelfTraining)?)(_([0-9]+epochs?|short))?$ ]] &&
       argument="${BASH_REMATCH[1]}_quick"
     arguments+=("$argument")
   done
@@ -51,6 +51,8 @@ nnUNetv2_train() {
   quick "$@"
   nnUNet_extTrainer="$nnUNet_extTrainer:$QUICK" command nnUNetv2_train "${arguments[@]}" -device cpu
 }
+# the command with its default options: DATASET -c CONFIGURATION -f FOLD
+nnUNetv2_macl_self_train() { nnUNetv2_train "$1" "$3" "$5" -tr nnUNetTrainerMACLSelfTraining; }
 nnUNetv2_find_best_configuration() {
   quick "$@"
   nnUNet_extTrainer="$nnUNet_extTrainer:$QUICK" command nnUNetv2_find_best_configuration "${arguments[@]}" -np 1
@@ -66,6 +68,7 @@ nnUNetv2_predict() { quick "$@" && command nnUNetv2_predict "${arguments[@]}" -d
 QUICK = """
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_macl.semi_supervised.self_training import nnUNetTrainerMACLSelfTraining
 from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper
@@ -85,6 +88,16 @@ class nnUNetTrainerMACL_quick(nnUNetTrainerMACL):
 
 
 class nnUNetTrainerMACLSemi_quick(nnUNetTrainerMACLSemi):
+    finetuning_epochs = 1
+
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_iterations_per_epoch = 1
+        self.num_val_iterations_per_epoch = 1
+
+
+class nnUNetTrainerMACLSelfTraining_quick(nnUNetTrainerMACLSelfTraining):
+    default_teacher = "nnUNetTrainerMACL_quick"
     finetuning_epochs = 1
 
     def __init__(self, plans, configuration, fold, dataset_json, device):
