@@ -339,7 +339,7 @@ def test_the_table_has_a_line_for_every_part():
     fitted, *_ = transfer(architecture(channels=1), architecture(channels=2))
     lines = fitted.table().splitlines()
     assert len(lines) == 1 + 4 + 3 + 3 + 1
-    assert lines[0].split() == ["part", "tensors", "taken", "how", "why"]
+    assert lines[0].split() == ["part", "tensors", "loaded", "how", "why"]
     assert lines[1].startswith("encoder.stages.0") and "8 of 8" in lines[1] and "adapted" in lines[1]
 
 
