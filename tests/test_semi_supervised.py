@@ -411,6 +411,16 @@ def test_a_teacher_of_other_labels_or_channels_is_refused(trainer_of, teacher, e
         trainer_of(Student, **entry).run_training()
 
 
+def test_a_teacher_that_cannot_be_loaded_is_named(trainer_of, teacher):
+    file = Path(teacher.output_folder, "checkpoint_final.pth")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match=r"(?s)Teaches__nnUNetPlans__2d.*nnUNet_macl_teacher"):
+        trainer_of(Student).run_training()
+    Path(teacher.output_folder_base, "plans.json").unlink()
+    with pytest.raises(SystemExit, match=r"plans\.json"):
+        trainer_of(Student).run_training()
+
+
 def test_a_teacher_that_finds_nothing_is_refused(trainer_of, teacher):
     file = f"{teacher.output_folder}/checkpoint_final.pth"
     content = torch.load(file, weights_only=False)

@@ -15,6 +15,7 @@ class nnUNetTrainerMACLSelfTraining_round3(nnUNetTrainerMACLSelfTraining):
 
 class nnUNetTrainerMACLSelfTraining_scratch(nnUNetTrainerMACLSelfTraining):
     from_scratch = True
+    default_teacher = "nnUNetTrainer"
 
 
 class nnUNetTrainerMACLSelfTraining_short(nnUNetTrainerMACLSelfTraining):

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import blosc2
@@ -19,7 +20,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2_macl.data import Case, open_unchanged
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import atomic_write, sha256, write_json
-from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
+from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration, read_json
 
 CHECKPOINT = "checkpoint_final.pth"
 # folder of the segmentations, in the folder of a training
@@ -61,12 +62,22 @@ class Teacher:
         """Return nnU-Net's predictor with the teacher's weights.
 
         Raises:
-            UserError: The labels, channels or preprocessing of the teacher differ from those of the target.
+            UserError: The folder is incomplete or damaged, or the labels, channels or preprocessing of the teacher differ from
+                those of the target.
         """
         predictor = nnUNetPredictor(device=device, allow_tqdm=False)
-        predictor.initialize_from_trained_model_folder(str(self.folder), (self.fold,), CHECKPOINT)
-        name = Path(self.folder).name.split("__")[-1]
-        plans = predictor.plans_manager
+        try:
+            predictor.initialize_from_trained_model_folder(str(self.folder), (self.fold,), CHECKPOINT)
+        except (OSError, EOFError, RuntimeError, KeyError, ValueError, UnpicklingError) as error:
+            raise UserError(
+                f"The model in {self.folder}, fold {self.fold}, cannot be loaded: {error}. Train it again, or name another "
+                f"model: export {TEACHER_VARIABLE}=TRAINER"
+            ) from error
+        name, plans = self.folder.name.split("__")[-1], predictor.plans_manager
+        if name not in plans.available_configurations:
+            raise UserError(
+                f"{self.folder} is not called TRAINER__PLANS__CONFIGURATION, as nnU-Net calls a model's folder."
+            )
         own = DatasetConfiguration(target.dataset_name, plans.plans_name, name, plans, predictor.dataset_json)
         for what, theirs, ours in (
             ("labels", own.dataset_json["labels"], target.dataset_json["labels"]),
