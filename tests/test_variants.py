@@ -275,7 +275,7 @@ def test_all_commands_from_planning_to_prediction(workspace, tmp_path, name, con
     """Run planning, pre-training, fine-tuning, validation, prediction, and transfer to another plan."""
     out = workspace.run("nnUNetv2_macl_network", "901", name, "-c", configuration)
     plans = f"nnUNetPlans_{name}"
-    assert f"-p {plans}" in out and "need nnunetv2_macl" in out
+    assert f"-p {plans}" in out and "nnunetv2_macl" in out
     if configuration == "3d_fullres":
         workspace.run("nnUNetv2_preprocess", "-d", "901", "-plans_name", plans, "-c", configuration, "-np", "1")
     workspace.pretrain("901", "-c", configuration, "-p", plans, "-recipe", "macl_restore", **FEW_PROCESSES)

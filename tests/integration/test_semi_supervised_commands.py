@@ -32,7 +32,7 @@ def test_semi_supervised_training_and_prediction_without_this_package(workspace,
     both = os.pathsep.join([workspace.environment["nnUNet_extTrainer"], str(trainers)])
     train = ("nnUNetv2_train", "901", "2d", "0", "-tr", QUICK, "-device", "cpu")
     out = workspace.run(*train, nnUNet_extTrainer=both)
-    assert "encoder: 64 of 64 tensors" in out and "Unlabelled images: 4" in out
+    assert "encoder: 64 of 64 tensors" in out and "Unlabelled images used: 4" in out
     assert "voxels that the teacher labelled" in out and "Mean Validation Dice" in out
     folder = workspace.run_folder(QUICK, fold=0)
     checkpoint = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)
