@@ -24,7 +24,7 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def atomic_write(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | None = None) -> None:
-    """Write a file completely or not at all, whatever happens meanwhile.
+    """Write a file completely or not at all, even if the process is killed.
 
     Args:
         file: File to write. An existing file is replaced in one step.

@@ -19,7 +19,7 @@ ENTRY_POINTS = "nnunetv2_macl.networks"
 
 
 def families() -> tuple[type[PretrainableNetwork], ...]:
-    """Return the adapters of this package and of installed packages, each of which stands for a family of networks."""
+    """Return the adapters of this package and of installed packages, one for each family of networks."""
     return tuple(dict.fromkeys(_adapters("")))
 
 

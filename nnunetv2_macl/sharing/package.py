@@ -120,7 +120,7 @@ def _shared(pretrained: PretrainedWeights) -> dict[str, Any]:
 
 
 def without_paths(value: Any) -> Any:
-    """Return JSON content in which whatever looks like a path is removed from the texts."""
+    """Return JSON content without the paths in its texts."""
     if isinstance(value, dict):
         return {without_paths(key): without_paths(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
