@@ -31,11 +31,14 @@ from nnunetv2_macl.semi_supervised.targets import LabelTargets, RegionTargets
 from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
 from nnunetv2_macl.semi_supervised.unlabelled import WeakAndStrong
 from nnunetv2_macl.synthetic import generate_dataset
+from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 
 REGIONS = {"labels": {"background": 0, "organ": [1, 2], "vessel": 2}, "regions_class_order": [1, 2]}
 
 
-class Short(nnUNetTrainerMACLSemi):
+class TwoSteps(nnUNetTrainerMACL):
+    """Two epochs of two steps, with a checkpoint after each epoch."""
+
     from_scratch = True
     finetuning_epochs = 2
 
@@ -44,6 +47,10 @@ class Short(nnUNetTrainerMACLSemi):
         self.num_iterations_per_epoch = 2
         self.num_val_iterations_per_epoch = 1
         self.save_every = 1
+
+
+class Short(TwoSteps, nnUNetTrainerMACLSemi):
+    """Semi-supervised training."""
 
 
 @pytest.fixture
@@ -285,15 +292,8 @@ def test_a_cascade_is_refused(trainer_of):
 # --- self-training ---------------------------------------------------------------------------------------------------------
 
 
-class Student(nnUNetTrainerMACLSelfTraining):
-    from_scratch = True
-    finetuning_epochs = 2
-
-    def initialize(self):
-        super().initialize()
-        self.num_iterations_per_epoch = 2
-        self.num_val_iterations_per_epoch = 1
-        self.save_every = 1
+class Student(TwoSteps, nnUNetTrainerMACLSelfTraining):
+    """Self-training."""
 
 
 class Teaches(Student):
@@ -310,14 +310,14 @@ class Teaches(Student):
 
 @pytest.fixture(scope="module")
 def trained_model():
-    """Where the model of the first test's teacher is kept, since it is the same in each test."""
+    """Return the folder that keeps the model of the teacher, because it is the same in each test."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder) / "model"
 
 
 @pytest.fixture
 def teacher(trainer_of, trained_model, monkeypatch):
-    """A trained model that the students of this test learn from."""
+    """Train the model that the students of a test learn from, or copy it from an earlier test."""
     trainer = trainer_of(Teaches)
     if trained_model.is_dir():
         shutil.copytree(trained_model, trainer.output_folder_base, dirs_exist_ok=True)

@@ -69,7 +69,7 @@ class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):
         if not teacher.checkpoint.is_file():
             models = folder.parent.glob(f"*__{plans}__{configuration}/fold_{self.fold}/{CHECKPOINT}")
             trained = sorted({model.parents[1].name.partition("__")[0] for model in models} - {type(self).__name__})
-            name = named if "/" not in named else self.default_teacher
+            name = named if Path(named).name == named else self.default_teacher
             fix = f"Train it:\n    {command_to_fine_tune(self._configuration, self.fold, self.device.type, name)}"
             if trained:
                 fix += f"\nor use a trained model: export {TEACHER_VARIABLE}={trained[0]}"

@@ -21,7 +21,6 @@ from benchmarks.step import training_step
 
 LIBRARY = ctypes.CDLL(os.environ["STAND_IN"])
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_long)
-IMPLEMENTATIONS = operators.Library("aten", "IMPL")
 
 
 def check(*tensors):
@@ -79,9 +78,9 @@ def waits_of(run):
 def main(shape, recipes):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    IMPLEMENTATIONS.impl("cudnn_convolution", convolution, "CUDA")
-    IMPLEMENTATIONS.impl("cudnn_convolution_transpose", transposed_convolution, "CUDA")
-    IMPLEMENTATIONS.impl("convolution_backward", convolution_backward, "CUDA")
+    operators.impl("aten::cudnn_convolution", "CUDA", convolution)
+    operators.impl("aten::cudnn_convolution_transpose", "CUDA", transposed_convolution)
+    operators.impl("aten::convolution_backward", "CUDA", convolution_backward)
     device = torch.device("cuda", 0)
     fingerprint, name = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder, planned(fingerprint, name, Path(folder)) as configuration:

@@ -79,31 +79,16 @@ class nnUNetTrainerMACLPaper_quick(nnUNetTrainerMACLPaper):
 
 
 class nnUNetTrainerMACL_quick(nnUNetTrainerMACL):
-    finetuning_epochs = 1
-
-    def __init__(self, plans, configuration, fold, dataset_json, device):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_iterations_per_epoch = 1
-        self.num_val_iterations_per_epoch = 1
+    finetuning_epochs = finetuning_iterations = 1
 
 
 class nnUNetTrainerMACLSemi_quick(nnUNetTrainerMACLSemi):
-    finetuning_epochs = 1
-
-    def __init__(self, plans, configuration, fold, dataset_json, device):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_iterations_per_epoch = 1
-        self.num_val_iterations_per_epoch = 1
+    finetuning_epochs = finetuning_iterations = 1
 
 
 class nnUNetTrainerMACLSelfTraining_quick(nnUNetTrainerMACLSelfTraining):
     default_teacher = "nnUNetTrainerMACL_quick"
-    finetuning_epochs = 1
-
-    def __init__(self, plans, configuration, fold, dataset_json, device):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_iterations_per_epoch = 1
-        self.num_val_iterations_per_epoch = 1
+    finetuning_epochs = finetuning_iterations = 1
 
 
 class nnUNetTrainer_quick(nnUNetTrainer):
