@@ -458,6 +458,23 @@ def test_an_arm_of_self_training_needs_the_arm_of_its_teacher():
         options.check()
 
 
+def test_the_command_names_a_missing_teacher_before_it_trains(teacher, workspace, monkeypatch):
+    monkeypatch.delenv(TEACHER_VARIABLE)
+    with pytest.raises(UserError, match=r"(?s)-tr nnUNetTrainerMACL\b.*-tr Teaches"):
+        self_train(DATASET, "2d", "0", device="cpu")
+    assert not list((workspace.results / DATASET).glob("nnUNetTrainerMACLSelfTraining*"))
+
+
+def test_a_command_that_is_stopped_says_how_to_continue(teacher, monkeypatch):
+    def stop(trainer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("nnUNet_extTrainer", "")
+    monkeypatch.setattr(nnUNetTrainerMACLSelfTraining, "on_train_start", stop)
+    with pytest.raises(UserError, match="nnUNetTrainerMACLSelfTraining was stopped"):
+        self_train(DATASET, "2d", "0", teacher=teacher.output_folder_base, device="cpu")
+
+
 @pytest.mark.slow
 def test_two_rounds_by_the_command_and_the_labels_as_images(trainer_of, teacher, workspace, monkeypatch, tmp_path):
     for key, value in {"from_scratch": True, "finetuning_epochs": 1, "finetuning_iterations": 2}.items():

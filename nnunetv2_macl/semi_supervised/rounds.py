@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import torch
-from nnunetv2.paths import nnUNet_results
 from nnunetv2.run.run_training import run_training
 
 from nnunetv2_macl import nnunet
@@ -18,7 +17,7 @@ from nnunetv2_macl.planning.plan import plan_file, read_plan
 from nnunetv2_macl.preprocessing.cases import sources_in_use
 from nnunetv2_macl.run import add_trainers_folder, check_device
 from nnunetv2_macl.semi_supervised.pseudo_labels import CHECKPOINT, Teacher
-from nnunetv2_macl.semi_supervised.self_training import nnUNetTrainerMACLSelfTraining
+from nnunetv2_macl.semi_supervised.self_training import find_teacher, model_folder, nnUNetTrainerMACLSelfTraining
 
 logger = logging.getLogger(__name__)
 
@@ -64,24 +63,29 @@ def self_train(
         fold = int(fold)
         check_fold(target, fold)
     teacher = teacher or os.environ.get(TEACHER_VARIABLE) or nnUNetTrainerMACLSelfTraining.default_teacher
+    find_teacher(teacher, target, fold, device)
     for number in range(1, rounds + 1):
         student = nnUNetTrainerMACLSelfTraining.__name__ + (f"_round{number}" if number > 1 else "")
-        run = _model_folder(target, student) / f"fold_{fold}"
+        run = model_folder(target, student) / f"fold_{fold}"
         if (run / CHECKPOINT).is_file():
             logger.info("%s is trained already: %s. To train it again, remove this folder.", student, run)
         else:
             os.environ[TEACHER_VARIABLE] = teacher
-            run_training(
-                target.dataset_name,
-                target.name,
-                fold,
-                student,
-                target.plans_name,
-                continue_training=(run / "checkpoint_latest.pth").is_file(),
-                device=torch.device(device),
-            )
+            try:
+                run_training(
+                    target.dataset_name,
+                    target.name,
+                    fold,
+                    student,
+                    target.plans_name,
+                    continue_training=(run / "checkpoint_latest.pth").is_file(),
+                    device=torch.device(device),
+                )
+            except KeyboardInterrupt:
+                # nnU-Net saves a checkpoint from time to time, and the labels that are made are kept.
+                raise UserError(f"{student} was stopped. To continue, repeat the command.") from None
         if export_labels is not None and number == rounds:
-            write_labels(Teacher(_model_folder(target, teacher), fold), target, export_labels.expanduser(), device)
+            write_labels(find_teacher(teacher, target, fold, device), target, export_labels.expanduser(), device)
         teacher = student
     return run
 
@@ -104,10 +108,3 @@ def write_labels(teacher: Teacher, target: DatasetConfiguration, folder: Path, d
     predictor = teacher.load(target, torch.device(device))
     predictor.predict_from_files_sequential(images, targets, overwrite=False)
     logger.info("The labels of %d unlabelled images are in %s", len(images), folder)
-
-
-def _model_folder(target: DatasetConfiguration, trainer: str) -> Path:
-    folder = Path(trainer).expanduser()
-    if folder.is_dir():
-        return folder
-    return Path(str(nnUNet_results)) / target.dataset_name / f"{trainer}__{target.plans_name}__{target.name}"

@@ -10,7 +10,7 @@ import numpy as np
 from nnunetv2.paths import nnUNet_results
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import TEACHER_VARIABLE
+from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration
 from nnunetv2_macl.semi_supervised.base import UnlabelledTraining
 from nnunetv2_macl.semi_supervised.pseudo_labels import (
     CHECKPOINT,
@@ -55,25 +55,47 @@ class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):
         return label_cases(teacher, cases, folder, self._configuration, self.device, self.print_to_log_file)
 
     def find_teacher(self) -> Teacher:
-        """Return the teacher. Raises UserError if it has not been trained, and names the command."""
+        """Return the teacher. Raises UserError if it is this model, or is not trained."""
         named = os.environ.get(TEACHER_VARIABLE) or self.default_teacher
-        plans, configuration = self.plans_manager.plans_name, self.configuration_name
-        folder = Path(named).expanduser()
-        if not folder.is_dir():
-            folder = Path(str(nnUNet_results)) / self.plans_manager.dataset_name / f"{named}__{plans}__{configuration}"
-        teacher = Teacher(folder, self.fold)
+        folder = model_folder(self._configuration, named)
         if folder.resolve() == Path(self.output_folder_base).resolve():
             raise UserError(
                 f"{folder} is the model that is being trained. Name another model: export {TEACHER_VARIABLE}=TRAINER"
             )
-        if not teacher.checkpoint.is_file():
-            models = folder.parent.glob(f"*__{plans}__{configuration}/fold_{self.fold}/{CHECKPOINT}")
-            trained = sorted({model.parents[1].name.partition("__")[0] for model in models} - {type(self).__name__})
-            name = named if Path(named).name == named else self.default_teacher
-            fix = f"Train it:\n    {command_to_fine_tune(self._configuration, self.fold, self.device.type, name)}"
-            if trained:
-                fix += f"\nor use a trained model: export {TEACHER_VARIABLE}={trained[0]}"
-            raise UserError(
-                f"There is no model to label the unlabelled images: {teacher.checkpoint} does not exist. {fix}"
+        return find_teacher(named, self._configuration, self.fold, self.device.type)
+
+
+def find_teacher(named: str, target: DatasetConfiguration, fold: int | str, device: str) -> Teacher:
+    """Return a trained model.
+
+    Args:
+        named: Its trainer, or the folder of the model.
+        target: The configuration that it was trained for.
+        fold: Number of the fold, or ``all``.
+        device: Device for the command in the message.
+
+    Raises:
+        UserError: It is not trained. The message names the command, and the trainers whose model exists.
+    """
+    teacher = Teacher(model_folder(target, named), fold)
+    if not teacher.checkpoint.is_file():
+        models = Path(str(nnUNet_results)) / target.dataset_name
+        found = models.glob(f"*__{target.plans_name}__{target.name}/fold_{fold}/{CHECKPOINT}")
+        trained = sorted({model.parents[1].name.partition("__")[0] for model in found})
+        name = named if Path(named).name == named else nnUNetTrainerMACLSelfTraining.default_teacher
+        fix = f"Train it:\n    {command_to_fine_tune(target, fold, device, name)}"
+        if trained:
+            fix += (
+                f"\nor use a trained model: {', '.join(trained)}. Type nnUNetv2_macl_self_train ... -tr {trained[0]}, or for "
+                f"nnU-Net's command: export {TEACHER_VARIABLE}={trained[0]}"
             )
-        return teacher
+        raise UserError(f"There is no model to label the unlabelled images: {teacher.checkpoint} does not exist. {fix}")
+    return teacher
+
+
+def model_folder(target: DatasetConfiguration, named: str) -> Path:
+    """Return the folder of a model, given this folder or the name of its trainer."""
+    folder = Path(named).expanduser()
+    if folder.is_dir():
+        return folder
+    return Path(str(nnUNet_results)) / target.dataset_name / f"{named}__{target.plans_name}__{target.name}"
