@@ -340,6 +340,27 @@ def test_pool_workers_keep_the_default_sigterm_handler(tmp_path):
     assert _on_sigterm(0) == signal.SIG_DFL
 
 
+FORKING = """
+import os, signal
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+from nnunetv2_macl.compare.stopping import ended_by_sigterm
+
+with ended_by_sigterm():
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_signal_that_arrives_during_a_fork_ends_the_child():
+    """Otherwise a pool would wait for ever for a worker that it ended right after its start."""
+    out = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=60).stdout
+    assert out.split() == [str(-signal.SIGTERM), "set()"]
+
+
 def test_a_message_names_the_machine_whose_step_is_waited_for(tmp_path, caplog):
     work = Work(tmp_path)
     file = claim(tmp_path / "theirs", "another-machine", 4242)

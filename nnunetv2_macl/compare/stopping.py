@@ -13,6 +13,8 @@ import psutil
 
 # id of this process while it handles SIGTERM, else empty
 _listening: set[int] = set()
+# signal mask of each thread that is forking
+_forking = threading.local()
 
 
 @contextlib.contextmanager
@@ -33,6 +35,18 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _hold_sigterm() -> None:
+    """Block SIGTERM in this thread while it forks, so that the child receives the signal only after `_forget`."""
+    if _listening:
+        _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _release_sigterm() -> None:
+    mask = _forking.__dict__.pop("mask", None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _forget() -> None:
     """Restore the default handler in a forked process.
 
@@ -41,10 +55,11 @@ def _forget() -> None:
     if _listening:
         _listening.clear()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _release_sigterm()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(before=_hold_sigterm, after_in_parent=_release_sigterm, after_in_child=_forget)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
