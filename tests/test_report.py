@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Workspace
-from steps import recipe_of
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES
 from nnunetv2_macl.report import page, write_report, write_report_after_run
 from nnunetv2_macl.report.features import nearest, pca_colours
-from nnunetv2_macl.report.run import _curves_in_log, read_run
-from nnunetv2_macl.training.epoch_log import Epoch, EpochSums
+from nnunetv2_macl.report.run import read_run
 
 
 @pytest.fixture(scope="module")
@@ -124,40 +122,20 @@ def test_the_report_names_the_users_trainer_and_leaves_out_the_time_before_a_res
     assert "nnUNetv2_train 901 2d all -tr MyTrainer -device cpu --c" in words
 
 
-def test_the_report_needs_only_a_log(run):
-    """The curves from the log equal those of the checkpoint, up to rounding."""
+def test_the_report_needs_no_checkpoint(run):
     there = read_run(run).log
     (run / "checkpoint_final.pth").unlink()
     (run / "views.png").unlink()
     here = read_run(run)
     assert here.images == 9 and here.epochs == 3
-    for key in ("train_losses", "train_losses/global", "train_losses/dense", "train_losses/restoration"):
-        assert here.log[key] == pytest.approx(there[key], abs=1e-4)
-    assert here.log["references/collapse"] == pytest.approx(there["references/collapse"], abs=1e-3)
-    assert here.log["positives"] == pytest.approx(there["positives"], abs=0.051)
+    np.testing.assert_array_equal(here.log["train_losses"], there["train_losses"])
+    assert {"train_losses/global", "references/collapse", "positives", "lrs"} <= set(here.log)
+    for key, values in here.log.items():
+        np.testing.assert_array_equal(values, there[key])
     words = Page(write_report(run).read_text()).words
     assert "There is no checkpoint yet" in words and "no views.png" in words and "L_d, pixel level" in words
-    for log in run.glob("training_log_*.txt"):
-        log.unlink()
+    (run / "epochs.csv").unlink()
     assert "No epoch is finished" in Page(write_report(run).read_text()).words
-
-
-@pytest.mark.parametrize("losses", [("global", "dense", "equivariance"), ("restoration",)])
-@pytest.mark.parametrize("skipped", [False, True])
-def test_every_form_of_the_line_of_an_epoch_is_read(losses, skipped):
-    recipe = recipe_of(method="restoration" if losses == ("restoration",) else "macl")
-    sums = EpochSums(seconds=2.0)
-    sums.add(
-        {name: 1.5 for name in losses} | {"total": 3.0} | ({"positives": 2.5} if "global" in losses else {}),
-        skipped=False,
-    )
-    if skipped:
-        sums.add({}, skipped=True)
-    log = _curves_in_log([Epoch(7, 10, 4, sums, recipe).line()])
-    assert {key for key in log if key.startswith("train_losses/")} == {f"train_losses/{name}" for name in losses}
-    assert log["train_losses"] == [3.0] and log["seconds"] == [2.0]
-    assert log.get("positives") == (None if losses == ("restoration",) else [2.5])
-    assert log["patches_per_second"] == [4.0 if skipped else 2.0]
 
 
 def test_the_report_without_access_to_the_images(run, monkeypatch, tmp_path):

@@ -13,20 +13,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.methods.registry import loss_labels
 from nnunetv2_macl.nnunet import DatasetConfiguration, read_dataset_json, read_json
 from nnunetv2_macl.planning.plan import MACLPlan, read_plan
 from nnunetv2_macl.preprocessing.cases import unlabelled_folder
 from nnunetv2_macl.training import resume
+from nnunetv2_macl.training.epoch_log import CURVES_FILE, read_curves
 from nnunetv2_macl.training.run_folder import PLAN_COPY, RunLock
 
 FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"
-_NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?|nan|inf)"
-_EPOCH = re.compile(
-    rf"Epoch (?P<epoch>\d+)  loss {_NUMBER}(?P<losses>(?:  L_\w+ {_NUMBER})+)  "
-    rf"(?:\(collapse {_NUMBER}\)  positives {_NUMBER}  )?(?:skipped \d+ steps [a-z ]+  )?{_NUMBER} s  {_NUMBER} patches/s"
-)
-_IN_LOG = {name.split(",")[0]: f"train_losses/{key}" for key, name in loss_labels().items()}
 _IMAGES = re.compile(r"Pre-training on (\d+) images.*left out as unreadable: (\d+)")
 STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?: ")
 
@@ -39,7 +33,7 @@ class Run:
     configuration: DatasetConfiguration  # nnU-Net's configuration, from the copies in the run's folder
     plan: MACLPlan  # plan of the run
     state: str  # ``finished``, ``running`` or ``stopped``
-    # one value per epoch, by the keys of nnU-Net's logger; from a checkpoint, else from the log file
+    # one value per epoch, by the keys of nnU-Net's logger; from a checkpoint, else from ``epochs.csv``
     log: dict[str, list[float]]
     device: str  # type of the device of the training
     weights: dict[str, Any] | None  # of the pre-training network; None before the first checkpoint
@@ -94,7 +88,7 @@ def read_run(folder: Path) -> Run:
     file, checkpoint = _newest_checkpoint(folder)
     log = checkpoint.get("logging") or {}
     if not log.get("train_losses"):
-        log = _curves_in_log(lines)
+        log = read_curves(folder / CURVES_FILE)
     state = RUNNING if RunLock(folder).holder() else STOPPED
     if file == resume.FINAL:
         state = FINISHED
@@ -147,28 +141,6 @@ def log_lines(folder: Path) -> list[str]:
     """Return the lines of all log files in their order, because a continued run has several log files."""
     files = sorted(folder.glob("training_log_*.txt"), key=lambda file: file.stat().st_mtime)
     return [line.rstrip() for file in files for line in file.read_text(errors="replace").splitlines()]
-
-
-def _curves_in_log(lines: list[str]) -> dict[str, list[float]]:
-    """Return losses, collapse line, positives and speed of each epoch from the log, for a run without a checkpoint."""
-    epochs: dict[int, dict[str, float]] = {}
-    for line in lines:
-        if match := _EPOCH.search(line):
-            losses = re.findall(rf"(L_\w+) {_NUMBER}", match["losses"])
-            numbers = match.groups()
-            epochs[int(match["epoch"])] = {
-                "train_losses": float(numbers[1]),
-                **{_IN_LOG[name]: float(value) for name, value in losses if name in _IN_LOG},
-                "seconds": float(numbers[-2]),
-                "patches_per_second": float(numbers[-1]),
-            }
-            if numbers[-3]:
-                epochs[int(match["epoch"])] |= {
-                    "references/collapse": float(numbers[-4]),
-                    "positives": float(numbers[-3]),
-                }
-    ordered = [epochs[epoch] for epoch in sorted(epochs)]
-    return {key: [epoch[key] for epoch in ordered] for key in (ordered[0] if ordered else {})}
 
 
 def unlabelled_folders(run: Run) -> list[Path]:

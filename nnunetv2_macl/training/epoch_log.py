@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from nnunetv2_macl import monitoring
+from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.methods.registry import loss_labels, methods_of
 from nnunetv2_macl.probes import PROBE
 from nnunetv2_macl.recipe import Recipe
 
 SKIPPED = "skipped_steps"
+# file in the folder of a run with the values of each epoch
+CURVES_FILE = "epochs.csv"
 # statistics of methods that compare embeddings
 _OF_EMBEDDINGS = ("embedding_variance", "embedding_rank")
 
@@ -37,6 +43,33 @@ def log_keys(recipe: Recipe, probes: Iterable[str]) -> list[str]:
     keys += probes
     keys += [f"references/{key}" for method in methods_of(recipe.method) for key in method.reference_labels]
     return keys + _statistics(recipe)
+
+
+def write_curves(log: dict[str, list[float]], file: Path) -> None:
+    """Write the values of each epoch as a table, with one row for each epoch.
+
+    Args:
+        log: Nonempty lists with one value for each epoch, by key. The epochs of the shortest list are written.
+        file: The file to write.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    table = io.StringIO()
+    rows = csv.writer(table)
+    rows.writerow(["epoch", *log])
+    rows.writerows([number, *values] for number, values in enumerate(zip(*log.values(), strict=False)))
+    content = table.getvalue().encode()
+    atomic_write(file, lambda stream: stream.write(content))
+
+
+def read_curves(file: Path) -> dict[str, list[float]]:
+    """Return what `write_curves` wrote, or nothing if there is no such file."""
+    if not file.is_file():
+        return {}
+    with file.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    return {key: [float(row[key]) for row in rows] for key in (rows[0] if rows else {}) if key != "epoch"}
 
 
 @dataclass

@@ -14,6 +14,7 @@ from nnunetv2_macl.report import write_report_after_run
 from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.callbacks.base import Callback
 from nnunetv2_macl.training.commands import command_to_fine_tune
+from nnunetv2_macl.training.epoch_log import CURVES_FILE, write_curves
 from nnunetv2_macl.training.export import export_run
 from nnunetv2_macl.training.progress_picture import ProgressPicture
 from nnunetv2_macl.training.run_folder import PRETRAINER
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Pictures(Callback):
-    """Draws ``views.png`` before the first step, and ``progress.png`` during the run."""
+    """Writes ``epochs.csv`` and ``progress.png`` after each epoch, and ``views.png`` before the first step."""
 
     def __init__(self, trainer: nnUNetTrainerMACLPretrain) -> None:
         super().__init__(trainer)
@@ -56,7 +57,11 @@ class Pictures(Callback):
 
     def on_epoch_end(self, *, is_last: bool) -> None:
         if distributed.rank() == 0:
-            self._progress.update(self.trainer.log_of_epochs, is_last=is_last)
+            log = self.trainer.log_of_epochs
+            # A table that cannot be written does not end the run.
+            with contextlib.suppress(UserError):
+                write_curves({key: values for key, values in log.items() if values}, self.folder / CURVES_FILE)
+            self._progress.update(log, is_last=is_last)
 
     def on_exit(self) -> None:
         self._progress.wait()
