@@ -62,7 +62,7 @@ def test_with_json_the_output_is_only_json(bare, monkeypatch, capsys):
     assert code == 1 and content["right"] is False
     wrong = [r["check"] for r in content["results"] if r["status"] == "wrong"]
     assert wrong == [*FOLDER_VARIABLES, "nnUNet_extTrainer"]
-    assert all(r["mend"] for r in content["results"] if r["status"] == "wrong")
+    assert all(r["fix"] for r in content["results"] if r["status"] == "wrong")
 
 
 def test_a_fresh_process_without_variables_has_no_traceback(bare, tmp_path):

@@ -200,7 +200,12 @@ def weights_after(trainer, *, confidence=0.5, weight=1.0, mixing="consistency"):
 @pytest.mark.parametrize("labels", [{}, REGIONS])
 def test_pseudo_labels_change_the_training_and_no_confident_voxel_leaves_it_as_it_is(trainer_of, labels):
     plain = weights_after(trainer_of(**labels), weight=0)
-    empty = weights_after(trainer_of(**labels), confidence=1)
+    unsure = trainer_of(**labels)
+    losses = []
+    end_of_epoch = unsure.on_train_epoch_end
+    unsure.on_train_epoch_end = lambda outputs: (losses.extend(outputs), end_of_epoch(outputs))
+    empty = weights_after(unsure, confidence=1)
+    assert losses and all(np.isnan(step["unlabelled_loss"]) and np.isfinite(step["loss"]) for step in losses)
     taught = weights_after(trainer_of(**labels))
     for key, value in plain.items():
         torch.testing.assert_close(empty[key], value, rtol=1e-4, atol=1e-5)
@@ -437,6 +442,12 @@ def test_the_report_shows_the_labels_of_the_teacher(trainer_of, teacher):
     student.run_training()
     shown = describe_pseudo_labels(Path(student.output_folder))
     assert dict(shown["facts"])["Images"] == str(len(pseudo_label_files(student)))
+    # The labels of an image that a later training did not use do not count.
+    teacher_file = Path(student.output_folder) / "pseudo_labels" / "teacher.json"
+    made_by = json.loads(teacher_file.read_text())
+    teacher_file.write_text(json.dumps(made_by | {"labels": made_by["labels"][1:]}))
+    fewer = describe_pseudo_labels(Path(student.output_folder))
+    assert dict(fewer["facts"])["Images"] == str(len(pseudo_label_files(student)) - 1)
     assert len(shown["pictures"]) == 3 and all(
         row["predicted"].startswith("data:image/png") for row in shown["pictures"]
     )

@@ -110,7 +110,7 @@ def as_json(results: Iterable[Result]) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "right": all(result.status != PROBLEM for result in results),
         "results": [
-            {"check": r.check, "status": r.status, "words": r.message, "mend": r.fix, "values": r.values}
+            {"check": r.check, "status": r.status, "message": r.message, "fix": r.fix, "values": r.values}
             for r in results
         ],
     }

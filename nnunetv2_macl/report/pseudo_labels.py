@@ -24,21 +24,20 @@ def describe_pseudo_labels(folder: Path) -> dict[str, Any] | None:
         folder: Folder of the training, ``fold_F``.
     """
     labels = folder / PSEUDO_LABELS_FOLDER
-    records = []
-    for file in sorted(labels.glob("*/*.json")):
-        try:
-            record = read_json(file, "")
-            records.append((float(record["confidence"]), file.with_suffix(".b2nd"), Path(record["image"])))
-        except (UserError, KeyError, TypeError, ValueError):
-            continue
-    if not records:
+    try:
+        made_by = read_json(labels / TEACHER_FILE, "")
+        records = []
+        for file in (labels / name for name in made_by["labels"]):
+            record = read_json(file.with_suffix(".json"), "")
+            records.append((float(record["confidence"]), file, Path(record["image"])))
+    except (UserError, KeyError, TypeError, ValueError):
         return None
     records.sort(key=lambda record: record[0])
     facts = [
         ("Images", str(len(records))),
         ("Confidence", f"{np.mean([record[0] for record in records]):.3f}, mean probability of the foreground voxels"),
     ]
-    if dice := _teacher_dice(labels):
+    if dice := _teacher_dice(made_by):
         facts.append(("Dice of the teacher", f"{dice:.3f}, mean of the classes on the validation cases"))
     shown = {len(records) // 2: "middle", len(records) - 1: "most confident", 0: "least confident"}
     pictures = []
@@ -60,9 +59,9 @@ def describe_pseudo_labels(folder: Path) -> dict[str, Any] | None:
     return {"facts": facts, "pictures": pictures}
 
 
-def _teacher_dice(labels: Path) -> float | None:
+def _teacher_dice(made_by: dict[str, Any]) -> float | None:
     try:
-        summary = Path(read_json(labels / TEACHER_FILE, "")["fold_folder"]) / "validation" / "summary.json"
+        summary = Path(made_by["fold_folder"]) / "validation" / "summary.json"
         return float(read_json(summary, "")["foreground_mean"]["Dice"])
     except (UserError, KeyError, TypeError, ValueError):
         return None

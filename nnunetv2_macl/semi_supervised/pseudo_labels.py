@@ -25,7 +25,7 @@ from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration, read_js
 CHECKPOINT = "checkpoint_final.pth"
 # folder of the segmentations, in the folder of a training
 PSEUDO_LABELS_FOLDER = "pseudo_labels"
-# file in that folder that says which model made the labels
+# file in that folder that names the model that made the labels, and the labels that the training uses
 TEACHER_FILE = "teacher.json"
 
 
@@ -134,7 +134,10 @@ def label_cases(
             f"{teacher.checkpoint} finds no foreground in {len(found)} unlabelled images, so training cannot use them. Train "
             "this model for longer, or check that the unlabelled images show the same structures."
         )
-    write_json({"fold_folder": str(teacher.checkpoint.parent), "sha256": checksum}, folder / TEACHER_FILE)
+    files = [label.file.relative_to(folder).as_posix() for label in found]
+    write_json(
+        {"fold_folder": str(teacher.checkpoint.parent), "sha256": checksum, "labels": files}, folder / TEACHER_FILE
+    )
     return found
 
 

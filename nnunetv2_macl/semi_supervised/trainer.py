@@ -107,7 +107,7 @@ class nnUNetTrainerMACLSemi(UnlabelledTraining):
 
         Returns:
             ``loss`` of the labels, ``unlabelled_loss`` before its weight, and ``confident``, the fraction of voxels that the
-            teacher labelled.
+            teacher labelled. ``unlabelled_loss`` is NaN if the teacher labelled no voxel.
         """
         labelled, weak, strong = (batch[key].to(self.device, non_blocking=True) for key in ("data", "weak", "strong"))
         target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
@@ -139,6 +139,8 @@ class nnUNetTrainerMACLSemi(UnlabelledTraining):
             (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
         self._update_weights()
         confident = 1 - self.targets.ignored(pseudo).float().mean()
+        # Without any labelled voxel nnU-Net's Dice loss has its best value, -1.
+        losses["unlabelled_loss"] = losses["unlabelled_loss"].where(confident > 0, torch.nan)
         return {key: value.cpu().numpy() for key, value in (losses | {"confident": confident}).items()}
 
     def _partial_loss_of(self, output: Tensor | list[Tensor], target: Tensor) -> Tensor:
@@ -171,10 +173,11 @@ class nnUNetTrainerMACLSemi(UnlabelledTraining):
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end(train_outputs)
         outputs = collate_outputs(train_outputs)
+        unlabelled = outputs["unlabelled_loss"][~np.isnan(outputs["unlabelled_loss"])]
         weight = self.semi.weight_at(self.steps_done / (self.num_epochs * self.num_iterations_per_epoch))
         self.print_to_log_file(
-            f"unlabelled_loss {np.mean(outputs['unlabelled_loss']):.4f}, weight {weight:.3f}, voxels that the teacher labelled "
-            f"{np.mean(outputs['confident']):.1%}"
+            f"unlabelled_loss {unlabelled.mean() if unlabelled.size else np.nan:.4f}, weight {weight:.3f}, voxels that the "
+            f"teacher labelled {np.mean(outputs['confident']):.1%}"
         )
 
     def on_train_end(self) -> None:
