@@ -14,5 +14,16 @@ def test_a_process_bound_to_one_core_uses_one():
         "from nnunetv2_macl.training.launch import prepare_process; prepare_process('cpu'); "
         "import torch; from nnunetv2_macl.cpu import usable_cores; print(usable_cores(), torch.get_num_threads())"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.split()[-2:] == ["1", "1"]
+
+
+def test_the_variable_of_the_threads_is_respected():
+    script = (
+        "from nnunetv2_macl.training.launch import prepare_process; prepare_process('cpu'); "
+        "import torch; print(torch.get_num_threads())"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split()[-1] == "1"

@@ -230,7 +230,7 @@ def _steps(
         arm.recipe_and_settings: Task(
             f"pre-training, recipe {','.join([Path(str(arm.recipe)).stem, *arm.settings])}",
             study.pretraining_folder(arm),
-            functools.partial(_pretrain, study, images, arm, device, processes, skip_unreadable),
+            functools.partial(_pretrain, study, images, arm, device, processes, jobs, skip_unreadable),
             needs=(ready,),
         )
         for arm in study.pretrainings
@@ -254,7 +254,7 @@ def _steps(
 
 
 def _pretrain(
-    study: Study, images: RawImages, arm: Arm, device: str, processes: int, skip_unreadable: bool
+    study: Study, images: RawImages, arm: Arm, device: str, processes: int, jobs: int, skip_unreadable: bool
 ) -> dict[str, Any]:
     options, folder, run = study.options, study.pretraining_folder(arm), study.pretraining_run(arm)
     # a run writes this file of weights last
@@ -274,7 +274,8 @@ def _pretrain(
         command += ["--c"]
     else:
         command += ["-recipe", str(arm.recipe), *(["--set", *settings] if settings else [])]
-    run_command(command, study.environment(folder / "nnUNet_results"), folder / "log.txt")
+    environment = study.environment(folder / "nnUNet_results") | _share_of_cores(device, jobs)
+    run_command(command, environment, folder / "log.txt")
     if not weights.is_file():  # Ctrl-C reaches all processes, and a pre-training that it stops exits without an error
         raise UserError(f"Pre-training in {run} was stopped. To continue, run the same command again.")
     return {}
@@ -307,13 +308,19 @@ def _run_cell(study: Study, cell: Trial, device: str, processes: int, jobs: int)
     folder = study.cell_folder(cell)
     # The variable of the user's shell may be meant for another training, so the study replaces it.
     environment = study.environment(folder) | {GROUP_VARIABLE: study.options.group_regex or ""}
+    environment |= _share_of_cores(device, jobs)
     if weights := study.weights(study.arm(cell.arm)):
         environment[WEIGHTS_VARIABLE] = str(weights)
     if teacher := study.teacher(cell):
         results = study.cell_folder(teacher) / study.options.dataset
         environment[TEACHER_VARIABLE] = str(next(results.glob("*__*__*")))
-    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // jobs))
     command = [sys.executable, "-m", "nnunetv2_macl.compare.cell", str(study.folder), cell.name]
     run_command([*command, "-device", device, "-np", str(processes)], environment, folder / "log.txt")
     return {}
+
+
+def _share_of_cores(device: str, jobs: int) -> dict[str, str]:
+    """Return the variable that limits the threads of one of several trainings at the same time on a CPU."""
+    if device != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))}

@@ -122,4 +122,6 @@ def prepare_process(device: str) -> None:
             os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     elif device == "cpu":
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, usable_cores() // ranks_here))
+        # torch has read this variable, with which a user or a study shares the cores among several runs.
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, usable_cores() // ranks_here))
