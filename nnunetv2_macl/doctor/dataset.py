@@ -40,6 +40,7 @@ from nnunetv2_macl.preprocessing.sources import (
     training_cases,
     without_spacing,
 )
+from nnunetv2_macl.text import size_text
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
 from nnunetv2_macl.training.finetune import load_transfer
 from nnunetv2_macl.training.run_folder import pretraining_folder
@@ -215,20 +216,20 @@ def estimate(target: DatasetConfiguration, sources: list[Source], device: str, t
     values = measured | {"hours": hours, "preprocessed_gib": disk}
     message = (
         f"three steps on {device} took {measured['seconds_per_step']:.3g} s each. {measured['epochs']} epochs of "
-        f"{measured['steps_per_epoch']} steps take about {_hours(hours)}, {_size(measured['memory_gib'])} of memory, "
-        f"{_size(disk)} on disk for the images still to be preprocessed and {_size(measured['run_gib'])} for the run"
+        f"{measured['steps_per_epoch']} steps take about {_hours(hours)}, {size_text(measured['memory_gib'])} of memory, "
+        f"{size_text(disk)} on disk for the images still to be preprocessed and {size_text(measured['run_gib'])} for the run"
     )
     for variable, needed in (("nnUNet_preprocessed", disk), ("nnUNet_results", measured["run_gib"])):
         free = shutil.disk_usage(os.environ[variable]).free / 2**30
         if free < needed:
             return Result(
-                check, PROBLEM, f"{message}; {variable} has {_size(free)} free", f"# make space in {variable}", values
+                check,
+                PROBLEM,
+                f"{message}; {variable} has {size_text(free)} free",
+                f"# make space in {variable}",
+                values,
             )
     return Result(check, NOTE, message, values=values)
-
-
-def _size(gib: float) -> str:
-    return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
 
 
 def _hours(hours: float) -> str:

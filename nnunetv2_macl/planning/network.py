@@ -20,6 +20,7 @@ from nnunetv2_macl.networks.registry import family_of, network_types
 from nnunetv2_macl.networks.unet import UNet
 from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 from nnunetv2_macl.planning.memory import training_memory
+from nnunetv2_macl.text import size_text
 
 # nnU-Net's planner does not plan a smaller batch.
 _SMALLEST_BATCH = 2
@@ -113,7 +114,7 @@ def explain_changes(dataset: str | int, plans: str, new_plans: str, configuratio
     lines = [
         f"network: {type(networks[0]).__name__} -> {type(networks[1]).__name__}",
         f"parameters: {numbers[0]:.1f} -> {numbers[1]:.1f} million",
-        f"memory of the maps of a training step in float32: {memory[0]:.1f} -> {memory[1]:.1f} GiB",
+        f"memory of the maps of a training step in float32: {size_text(memory[0])} -> {size_text(memory[1])}",
     ]
     compared = [
         ("patch_size", before.patch_size, after.patch_size),
