@@ -111,6 +111,10 @@ CITATIONS = [
 ]
 
 
+# who trained weights, by their kind
+ORIGINS = {"macl": "MACL", "nnssl": "nnssl", "nnunet": "nnU-Net", "macl_authors": "the MACL authors'"}
+
+
 @dataclass(frozen=True)
 class PretrainedWeights:
     """Weights for a U-Net and their origin."""
@@ -129,8 +133,7 @@ class PretrainedWeights:
     @property
     def origin(self) -> str:
         """Return who trained the weights: MACL, nnssl, nnU-Net or the MACL authors."""
-        known = {"nnssl": "nnssl", "nnunet": "nnU-Net", "macl_authors": "the MACL authors'"}
-        return known.get(str(self.description.get("kind")), "MACL")
+        return ORIGINS.get(str(self.description.get("kind")), ORIGINS["macl"])
 
 
 def export_weights(

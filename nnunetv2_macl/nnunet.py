@@ -291,8 +291,12 @@ class DatasetConfiguration:
         content = {key: configuration.get(key) for key in _PREPROCESSING} | {key: plans.get(key) for key in _OF_PLAN}
         return json.loads(json.dumps(content))
 
-    def preprocessing_checksum(self) -> str:
-        """Return a checksum that changes if and only if nnU-Net would preprocess or store an image differently."""
+    def preprocessing_checksum(self, *, of_storage: bool = True) -> str:
+        """Return a checksum that changes if and only if nnU-Net would preprocess or store an image differently.
+
+        Args:
+            of_storage: Whether the way of storing counts, which depends on the patch size.
+        """
         configuration, plans = self.manager.configuration, self.plans_manager.plans
         schemes = self.manager.normalization_schemes
         # only of schemes that use them, because intensities change a little with every new case
@@ -301,7 +305,7 @@ class DatasetConfiguration:
             for channel, properties in self.plans_manager.foreground_intensity_properties_per_channel.items()
             if schemes[int(channel)] not in _OF_THE_IMAGE_ALONE
         }
-        settings = {key: configuration.get(key) for key in _OF_IMAGES}
+        settings = {key: configuration.get(key) for key in _OF_IMAGES if of_storage or key != "patch_size"}
         return checksum([settings, plans.get("transpose_forward"), intensities])
 
     def plan_checksum(self) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,13 @@ from test_compare_study import OPTIONS, PATIENTS, SPLIT
 
 from nnunetv2_macl.compare.report import differences
 from nnunetv2_macl.compare.results import Results
+from nnunetv2_macl.compare.run import _check_labels
 from nnunetv2_macl.compare.splits import Spread, spreads, write_report_over_splits
 from nnunetv2_macl.compare.statistics import student_interval
 from nnunetv2_macl.compare.study import Study
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.report import write_report
+from nnunetv2_macl.report.study import describe_study
 
 
 @pytest.fixture
@@ -42,6 +47,23 @@ def test_the_report_has_a_row_for_each_arm_and_number_of_labels(studies, tmp_pat
     above = {(arm, str(labels)) for arm in arms - {"scratch"} for labels in SPLIT.labels}
     assert sorted(rows) == sorted([*above, *((arm, str(n)) for arm in arms for n in SPLIT.labels)])
     assert sentence.splitlines()[0] in text
+
+
+def test_fractions_that_are_other_numbers_in_another_split_are_refused(studies):
+    _check_labels(studies)
+    other = replace(SPLIT, subsets=[{n + 1: cases for n, cases in subset.items()} for subset in SPLIT.subsets])
+    with pytest.raises(UserError, match=f"--labels {min(SPLIT.labels)}"):
+        _check_labels([*studies, replace(studies[0], split=other)])
+
+
+def test_the_report_of_all_splits_is_one_page(studies, tmp_path):
+    write_report_over_splits(studies, tmp_path)
+    (studies[1].cell_folder(studies[1].cells[0]) / "done.json").unlink(missing_ok=True)
+    values = describe_study(tmp_path)
+    assert values["splits"] == 3 and values["cells"] == 3 * len(studies[0].cells)
+    assert values["done"] + len(values["left"]) == values["cells"]
+    assert any(cell.startswith("split_1/") for cell in values["left"])
+    assert "split_2" in write_report(tmp_path).read_text()
 
 
 def test_the_interval_over_splits_is_students():

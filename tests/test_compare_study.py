@@ -181,6 +181,24 @@ def test_invalid_values_are_refused(change, words):
         replace(OPTIONS, **change).check()
 
 
+def test_two_recipe_files_of_one_name_are_refused(tmp_path):
+    files = [tmp_path / name / "mine.json" for name in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text('{"inherits_from": "macl"}')
+    one_twice = [f"recipe:{files[0]}", f"semi:recipe:{files[0]}"]
+    replace(OPTIONS, arms=["scratch", *one_twice]).check()
+    with pytest.raises(UserError, match=r"(?s)a/mine\.json.*b/mine\.json"):
+        replace(OPTIONS, arms=["scratch", f"recipe:{files[0]}", f"semi:recipe:{files[1]}"]).check()
+
+
+def test_teachers_are_trained_before_their_students(tmp_path):
+    arms = ["self_train:self_train:scratch", "self_train:scratch", "scratch"]
+    study = Study(tmp_path, replace(OPTIONS, arms=arms), SPLIT, PATIENTS)
+    order = [cell.arm for cell in sorted(study.cells, key=study.generation)]
+    assert list(dict.fromkeys(order)) == [parse_arm(text).slug for text in arms[::-1]]
+
+
 def test_arms_define_the_initial_weights(tmp_path, monkeypatch):
     study = Study(tmp_path, OPTIONS, SPLIT, PATIENTS)
     weights = {arm.slug: study.weights(arm) for arm in study.arms}

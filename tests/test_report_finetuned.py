@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
+from nnunetv2_macl.checkpoints import ORIGINS
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.report.curves import COLOURS
 from nnunetv2_macl.report.finetuned import _epochs, _worst_first, describe_training
@@ -65,6 +66,25 @@ def test_all_messages_about_the_weights_are_shown(folder):
     shown = describe_training(folder)["origin"]
     assert shown[0] == "MACL weights, macl_encoder.pth, macl_decoder.pth" and len(shown) == 8
     assert "input_channels is 2" in shown[4] and shown[-1].startswith("WARNING: these weights")
+
+
+@pytest.mark.parametrize("kind", ORIGINS)
+def test_the_origin_of_the_weights_is_named(folder, kind):
+    warning = (
+        "2026-01-01 00:00:01.0: WARNING: the pre-training started from nnU-Net weights that may have seen the cases"
+    )
+    about = ABOUT.replace("MACL weights from", f"{ORIGINS[kind]} weights from").replace(
+        "\n2026-01-01 00:00:02.0", f"\n{warning}\n"
+    )
+    write_log(folder, 2, about)
+    shown = describe_training(folder)["origin"]
+    assert shown[0].startswith(f"{ORIGINS[kind]} weights, macl_encoder.pth") and shown[-1].endswith("seen the cases")
+
+
+def test_commands_name_device_and_plans(folder):
+    (folder / "debug.json").write_text('{"device": "cpu"}')
+    commands = [command for command, _ in describe_training(folder)["commands"]]
+    assert len(commands) == 3 and all("-device cpu" in command for command in commands)
 
 
 def test_only_the_last_training_in_a_folder_is_shown(folder):

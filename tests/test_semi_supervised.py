@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,10 +22,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_macl.compare.study import Options, parse_arm
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, GROUP_VARIABLE, TEACHER_VARIABLE
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, GROUP_VARIABLE, TEACHER_VARIABLE, DatasetConfiguration
 from nnunetv2_macl.report.pseudo_labels import describe_pseudo_labels
 from nnunetv2_macl.semi_supervised.mixing import Patches, consistency, copy_paste
-from nnunetv2_macl.semi_supervised.rounds import self_train
+from nnunetv2_macl.semi_supervised.pseudo_labels import Teacher
+from nnunetv2_macl.semi_supervised.rounds import self_train, write_labels
 from nnunetv2_macl.semi_supervised.self_training import nnUNetTrainerMACLSelfTraining
 from nnunetv2_macl.semi_supervised.settings import SemiSettings, parse_semi_settings
 from nnunetv2_macl.semi_supervised.targets import LabelTargets, RegionTargets
@@ -407,6 +409,55 @@ def test_a_missing_teacher_is_named_with_the_command_and_the_models_that_exist(t
         trainer_of(Student).run_training()
 
 
+def test_a_pretraining_run_is_no_teacher(trainer_of, teacher, monkeypatch):
+    fold = Path(teacher.output_folder)
+    (fold / "macl_plan.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"(?s)does not segment.*nnUNetv2_train 901 2d 0 -tr nnUNetTrainerMACL"):
+        trainer_of(Student).run_training()
+    monkeypatch.delenv(TEACHER_VARIABLE)
+    with pytest.raises(SystemExit) as error:
+        trainer_of(Student).run_training()
+    assert "Teaches" not in str(error.value)
+
+
+def test_a_teacher_may_have_another_patch_size(teacher):
+    target = DatasetConfiguration.load(DATASET, "nnUNetPlans", "2d")
+    target.plans_manager.plans["configurations"]["2d"]["patch_size"] = [32, 32]
+    assert Teacher(Path(teacher.output_folder_base), 0).load(target, torch.device("cpu"))
+
+
+def test_labels_are_exported_for_readable_images_and_nothing_else_is_written(teacher, workspace, tmp_path):
+    target = DatasetConfiguration.load(DATASET, "nnUNetPlans", "2d")
+    (workspace.raw / DATASET / "imagesUn" / "case_006_0000.nii.gz").write_bytes(b"damaged")
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    (labels / "case_005.nii.gz").write_text("corrected")
+    write_labels(Teacher(Path(teacher.output_folder_base), 0), target, labels, "cpu")
+    assert sorted(path.name for path in labels.iterdir()) == [f"case_00{n}.nii.gz" for n in (5, 7, 8)]
+    assert (labels / "case_005.nii.gz").read_text() == "corrected"
+
+
+def test_no_image_to_export_is_reported_before_the_training(teacher, workspace, tmp_path):
+    shutil.rmtree(workspace.raw / DATASET / "imagesUn")
+    shutil.rmtree(workspace.preprocessed / DATASET / "nnUNetPlans_macl_2d")
+    with pytest.raises(UserError, match="--export_labels"):
+        self_train(
+            DATASET, "2d", "0", teacher=teacher.output_folder_base, export_labels=tmp_path / "labels", device="cpu"
+        )
+
+
+def test_an_error_that_the_user_can_correct_ends_a_training_without_a_traceback(trainer_of):
+    class Full(Student):
+        def on_epoch_end(self):
+            raise UserError("the disk is full")
+
+        def training_loader(self, loader):
+            return loader
+
+    with pytest.raises(SystemExit, match="the disk is full"):
+        trainer_of(Full).run_training()
+
+
 @pytest.mark.parametrize(
     "entry, what",
     [({"labels": {"background": 0, "other": 1}}, "labels"), ({"channel_names": {"0": "T2"}}, "channels")],
@@ -448,6 +499,13 @@ def test_the_report_shows_the_labels_of_the_teacher(trainer_of, teacher):
     teacher_file.write_text(json.dumps(made_by | {"labels": made_by["labels"][1:]}))
     fewer = describe_pseudo_labels(Path(student.output_folder))
     assert dict(fewer["facts"])["Images"] == str(len(pseudo_label_files(student)) - 1)
+    # An image without any label has no confidence.
+    records = [file.with_suffix(".json") for file in pseudo_label_files(student)[1:]]
+    for number, file in enumerate(records):
+        values = {"foreground": 0.0, "confidence": 0.0} if number else {"foreground": 0.1, "confidence": 0.75}
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    facts = dict(describe_pseudo_labels(Path(student.output_folder))["facts"])
+    assert facts["Without any label"] == str(len(records) - 1) and facts["Confidence"].startswith("0.750")
     assert len(shown["pictures"]) == 3 and all(
         row["predicted"].startswith("data:image/png") for row in shown["pictures"]
     )
@@ -484,6 +542,7 @@ def test_a_command_that_is_stopped_says_how_to_continue(teacher, monkeypatch):
     monkeypatch.setattr(nnUNetTrainerMACLSelfTraining, "on_train_start", stop)
     with pytest.raises(UserError, match="nnUNetTrainerMACLSelfTraining was stopped"):
         self_train(DATASET, "2d", "0", teacher=teacher.output_folder_base, device="cpu")
+    assert os.environ[TEACHER_VARIABLE] == teacher.output_folder_base
 
 
 @pytest.mark.slow
@@ -519,3 +578,7 @@ def test_two_rounds_by_the_command_and_the_labels_as_images(trainer_of, teacher,
     assert sitk.ReadImage(labels / "case_006.nii.gz").GetSize() == image.GetSize()
     done = (fold / "checkpoint_final.pth").stat().st_mtime_ns
     assert two_rounds() == fold and (fold / "checkpoint_final.pth").stat().st_mtime_ns == done
+    # A training that was stopped in its validation is only validated.
+    summary = fold / "validation" / "summary.json"
+    summary.unlink()
+    assert two_rounds() == fold and summary.is_file() and (fold / "checkpoint_final.pth").stat().st_mtime_ns == done

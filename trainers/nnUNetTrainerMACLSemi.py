@@ -9,6 +9,15 @@ class nnUNetTrainerMACLSemi_scratch(nnUNetTrainerMACLSemi):
     from_scratch = True
 
 
+class nnUNetTrainerMACLSemi_short(nnUNetTrainerMACLSemi):
+    """The short training of the studies in the documentation: 800 steps of AdamW."""
+
+    finetuning_epochs = 8
+    finetuning_iterations = 100
+    finetuning_optimizer = "adamw"
+    finetuning_lr = 3e-3
+
+
 class nnUNetTrainerMACLSemi_1epoch(nnUNetTrainerMACLSemi):
     finetuning_epochs = 1
 

@@ -25,7 +25,9 @@ def report_entry() -> None:
 
     def action() -> None:
         from nnunetv2_macl.report import write_report
+        from nnunetv2_macl.run import check_device
 
+        check_device(arguments.device)
         output = Path(arguments.output).expanduser() if arguments.output else None
         print(write_report(Path(arguments.folder).expanduser(), output, arguments.device))
 

@@ -215,12 +215,15 @@ def _method(results: Results) -> list[str]:
     lines = [f"{arm.slug} starts from {_start(arm)}." for arm in study.arms]
     budget = f"{pluralise(options.epochs, 'epoch')} of {pluralise(options.iterations, 'step')}"
     rates = ", ".join(f"{rate:g}" for rate in options.rates)
+    teachers = any(arm.teacher for arm in study.arms)
+    patches = ". All arms but self_train see" if teachers else ", and they see"
+    patches += " the same labelled patches in the same order"
     lines.append(
-        f"Each arm trains for {budget}, with the same labelled cases, seeds and patches in the same order. For each arm and "
+        f"Each arm trains for {budget}, with the same labelled cases and seeds{patches}. For each arm and "
         f"number of labels, the best of the learning rates {rates} is used: the one with the highest mean Dice on the "
         "validation cases over the seeds."
     )
-    if any(arm.teacher for arm in study.arms):
+    if teachers:
         lines.append(
             "An arm self_train-ARM also needs the training of ARM, its teacher, so it takes these steps twice."
         )

@@ -33,10 +33,12 @@ from nnunetv2_macl.compare.study import STUDY_FILE, Arm, Options, Study, Trial, 
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import GROUP_VARIABLE, TEACHER_VARIABLE, WEIGHTS_VARIABLE
+from nnunetv2_macl.planning.plan import read_plan
 from nnunetv2_macl.run import check_device
 from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training import resume
-from nnunetv2_macl.training.run_folder import RunLock
+from nnunetv2_macl.training.epoch_log import CURVES_FILE, read_curves
+from nnunetv2_macl.training.run_folder import PLAN_COPY, RunLock
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ def compare(
     studies = [_study(replace(options, split=n), images, folder / f"split_{n}") for n in range(splits)]
     if splits == 1:
         studies = [replace(studies[0], folder=folder)]
+    _check_labels(studies)
     for study in studies:
         logger.info("%s", describe(study, images))
     if dry_run:
@@ -115,6 +118,17 @@ def compare(
     if splits > 1:
         logger.info("\n%s", write_report_over_splits(studies, folder))
     return folder
+
+
+def _check_labels(studies: list[Study]) -> None:
+    """Raise UserError if fractions of labelled cases are other numbers in another split: a report has one row for each number."""
+    for study in studies[1:]:
+        if study.split.labels != studies[0].split.labels:
+            first, other = (" ".join(map(str, s.split.labels)) for s in (studies[0], study))
+            raise UserError(
+                f"--labels {' '.join(study.options.labels)} are {first} cases in split 0 and {other} in split "
+                f"{study.options.split}, because whole patients are drawn. Give numbers of cases: --labels {first}"
+            )
 
 
 def _study(options: Options, images: RawImages, folder: Path) -> Study:
@@ -238,7 +252,7 @@ def _steps(
     steps += pretrained.values()
     trained: dict[Trial, Task] = {}
     # A teacher is trained before its students.
-    for cell in sorted(study.cells, key=lambda cell: study.teacher(cell) is not None):
+    for cell in sorted(study.cells, key=study.generation):
         arm, teacher = study.arm(cell.arm), study.teacher(cell)
         trained[cell] = Task(
             cell.name,
@@ -265,7 +279,7 @@ def _pretrain(
         lock = RunLock(run)
         lock.acquire()
         lock.release()
-        return {}
+        return _training_seconds(run)
     command = _pretraining_command(study, images, processes, skip_unreadable)
     # all folds of the study have the same validation cases
     command += ["--exclude_fold", "0", "-device", device]
@@ -278,7 +292,17 @@ def _pretrain(
     run_command(command, environment, folder / "log.txt")
     if not weights.is_file():  # Ctrl-C reaches all processes, and a pre-training that it stops exits without an error
         raise UserError(f"Pre-training in {run} was stopped. To continue, run the same command again.")
-    return {}
+    return _training_seconds(run)
+
+
+def _training_seconds(run: Path) -> dict[str, float]:
+    """Return the duration of all steps of a pre-training, also of one that was stopped and continued; nothing if unknown."""
+    speeds = read_curves(run / CURVES_FILE).get("patches_per_second")
+    if not speeds:
+        return {}
+    plan = read_plan(run / PLAN_COPY)
+    patches = plan.get_recipe().num_iterations_per_epoch * plan.batch_size
+    return {"seconds": sum(patches / speed for speed in speeds)}
 
 
 def _preprocess_unlabelled(study: Study, images: RawImages, processes: int, skip_unreadable: bool) -> dict[str, Any]:

@@ -100,6 +100,17 @@ class Options:
                 raise UserError(
                     f"--arms: two arms would be called {arm.slug}. Give each arm once, and give files different names."
                 )
+            for other in arms[:number]:
+                if (
+                    arm.recipe is not None
+                    and other.recipe is not None
+                    and arm.pretraining_name == other.pretraining_name
+                    and arm.recipe_and_settings != other.recipe_and_settings
+                ):
+                    raise UserError(
+                        f"--arms: {other.recipe_and_settings} and {arm.recipe_and_settings} would share the folder "
+                        f"{arm.pretraining_name}. Give the files different names."
+                    )
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,12 @@ class Arm:
     def recipe_slug(self) -> str:
         """Return the recipe and its settings as file names contain them."""
         return "-".join([_slug(Path(str(self.recipe)).stem), *(_slug(text).strip("-") for text in self.settings)])
+
+    @property
+    def pretraining_name(self) -> str:
+        """Return the name of the pre-training's folder."""
+        # a user's recipe file may have the name of a recipe of the package
+        return ("file-" if Path(str(self.recipe)).is_absolute() else "") + self.recipe_slug
 
     def check(self, further_settings: Sequence[str] = ()) -> None:
         """Raise UserError unless the recipe, with its settings and further ones, or the weights can be loaded."""
@@ -351,9 +368,7 @@ class Study:
         return self.folder / "planning"
 
     def pretraining_folder(self, arm: Arm) -> Path:
-        # a user's recipe file may have the name of a recipe of the package
-        kind = "file-" if Path(str(arm.recipe)).is_absolute() else ""
-        return self.folder / "pretraining" / f"{kind}{arm.recipe_slug}"
+        return self.folder / "pretraining" / arm.pretraining_name
 
     def pretraining_run(self, arm: Arm) -> Path:
         """Return the folder of the pre-training's run, which nnU-Net names after the excluded fold."""
@@ -369,6 +384,11 @@ class Study:
         """Return the cell whose model labels the unlabelled images for a cell, if any."""
         arm = self.arm(cell.arm).teacher
         return None if arm is None else replace(cell, arm=arm)
+
+    def generation(self, cell: Trial) -> int:
+        """Return the number of teachers that are trained one after the other before a cell."""
+        teacher = self.teacher(cell)
+        return 0 if teacher is None else 1 + self.generation(teacher)
 
     def weights(self, arm: Arm) -> Path | None:
         """Return the weights that fine-tuning starts from, as a value of ``nnUNet_macl_weights``."""

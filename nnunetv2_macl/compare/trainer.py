@@ -24,7 +24,10 @@ CURVE_FILE = "curve.json"
 
 
 class _ControlledTrainer(SeededTraining, nnUNetTrainerMACL):
-    """A trainer with a fixed budget. Batch n has the same labelled patches, with the same augmentation, in all arms.
+    """A trainer with a fixed budget.
+
+    Batch n has the same labelled patches, with the same augmentation, in all arms except self-training, whose loader draws
+    labelled and pseudo-labelled patches.
 
     Call ``configure_trial`` before the training. ``nnUNet_macl_weights`` names the initial weights.
     """

@@ -12,10 +12,9 @@ from torch import Tensor
 from nnunetv2_macl.data import Case, PretrainingBatches
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.factory import build_model
-from nnunetv2_macl.folds import read_splits
 from nnunetv2_macl.networks.base import PretrainableNetwork
 from nnunetv2_macl.preprocessing.sources import training_cases
-from nnunetv2_macl.report.run import Run, unlabelled_folders
+from nnunetv2_macl.report.run import Run, has_seen, unlabelled_records
 
 # number of voxels of all patches, which take at most minutes on a CPU
 _VOXELS = 2**24
@@ -92,12 +91,9 @@ def _cases(run: Run) -> list[Case]:
         cases = training_cases(run.configuration)
     except KeyError:
         raise UserError("nnUNet_preprocessed is not set, so there are no images to show.") from None
-    if run.fold.isdigit():
-        excluded = read_splits(run.configuration)[int(run.fold)]["val"]
-        cases = [case for case in cases if case.name not in excluded]
-    # cases with a record are complete, because the record is written last
-    records = sorted(record for folder in unlabelled_folders(run) for record in folder.glob("*.json"))
-    return cases + [Case(record.stem, str(record.with_suffix(".b2nd"))) for record in records]
+    own = run.plan.dataset_name
+    cases = [case for case in cases if has_seen(run, own, case.name)]
+    return cases + [Case(record.stem, str(record.with_suffix(".b2nd"))) for record in unlabelled_records(run)]
 
 
 def _diverse_order(positions: np.ndarray, names: np.ndarray) -> list[int]:

@@ -12,19 +12,20 @@ from markupsafe import Markup
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunetv2_macl.checkpoints import ORIGINS
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import DatasetConfiguration, raw_folder, read_dataset_json, read_json
 from nnunetv2_macl.report.curves import BLUE, COLOURS, GREEN, ORANGE, draw_curves
 from nnunetv2_macl.report.pictures import coloured, png, window_intensity
 from nnunetv2_macl.report.pseudo_labels import describe_pseudo_labels
-from nnunetv2_macl.report.run import FINISHED, STAMP, STOPPED, log_lines
+from nnunetv2_macl.report.run import FINISHED, STAMP, STOPPED, device_of, log_lines
 from nnunetv2_macl.text import pluralise
-from nnunetv2_macl.training.commands import plans_option
+from nnunetv2_macl.training.commands import device_option, plans_option
 from nnunetv2_macl.training.run_folder import PLAN_COPY
 
 TEMPLATE = "finetuned.html.jinja"
-_ORIGIN = re.compile(r"(MACL|nnssl) weights from ")
-_ABOUT_WEIGHTS = re.compile(r"  |WARNING: these weights")
+_ORIGIN = re.compile(rf"({'|'.join(map(re.escape, ORIGINS.values()))}) weights from ")
+_ABOUT_WEIGHTS = re.compile(r"  |WARNING: (these weights|the pre-training)")
 # lines of nnU-Net's log, one per epoch
 _VALUES = {
     "rate": re.compile(r"Current learning rate: (\S+)"),
@@ -84,7 +85,7 @@ def describe_training(folder: Path) -> dict[str, Any]:
         "classes": list(classes.values()),
         "pictures": _pictures(folder, configuration, validation, classes),
         "pseudo_labels": describe_pseudo_labels(folder),
-        "commands": _commands(configuration, trainer, fold, is_finished, validation is not None),
+        "commands": _commands(folder, configuration, trainer, is_finished, validation is not None),
     }
 
 
@@ -140,7 +141,8 @@ def _origin(lines: list[str]) -> list[str]:
     others = [number for number, line in enumerate(about) if number and not _ABOUT_WEIGHTS.match(line)]
     end = others[0] if others else len(about)
     names = ", ".join(Path(part.strip()).name for part in _ORIGIN.sub("", about[0]).split(","))
-    return [f"{about[0].split()[0]} weights, {names}", *(line.removeprefix("  ") for line in about[1:end])]
+    origin = _ORIGIN.match(about[0])
+    return [f"{origin[1] if origin else ''} weights, {names}", *(line.removeprefix("  ") for line in about[1:end])]
 
 
 def _curves(epochs: dict[int, dict[str, Any]], classes: dict[str, str]) -> dict[str, Markup]:
@@ -246,15 +248,16 @@ def _pictures(
 
 
 def _commands(
-    configuration: DatasetConfiguration, trainer: str, fold: str, is_finished: bool, is_validated: bool
+    folder: Path, configuration: DatasetConfiguration, trainer: str, is_finished: bool, is_validated: bool
 ) -> list[tuple[str, str]]:
+    fold, device = folder.name.removeprefix("fold_"), device_option(device_of(folder))
     plans = plans_option(configuration.plans_name)
-    train = f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr {trainer}{plans}"
+    train = f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr {trainer}{plans}{device}"
     if not is_finished:
         return [(f"{train} --c", "continue this training, if it was stopped")]
-    predict = f"nnUNetv2_predict -d {configuration.id} -c {configuration.name} -f {fold} -tr {trainer}{plans}"
+    predict = f"nnUNetv2_predict -d {configuration.id} -c {configuration.name} -f {fold} -tr {trainer}{plans}{device}"
     commands = [(f"{predict} -i IMAGES -o PREDICTIONS", "segment images, on any machine with nnU-Net")]
     if not is_validated:
         commands.append((f"{train} --val", "predict and measure the validation cases"))
-    compare = f"nnUNetv2_macl_compare {configuration.id} -c {configuration.name}"
+    compare = f"nnUNetv2_macl_compare {configuration.id} -c {configuration.name}{plans}{device}"
     return [*commands, (compare, "measure on separate test cases whether pre-training helps")]

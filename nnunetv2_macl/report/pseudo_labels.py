@@ -29,12 +29,14 @@ def describe_pseudo_labels(folder: Path) -> dict[str, Any] | None:
         records = []
         for file in (labels / name for name in made_by["labels"]):
             record = read_json(file.with_suffix(".json"), "")
-            records.append((float(record["confidence"]), file, Path(record["image"])))
+            if float(record["foreground"]):
+                records.append((float(record["confidence"]), file, Path(record["image"])))
     except (UserError, KeyError, TypeError, ValueError):
         return None
     records.sort(key=lambda record: record[0])
     facts = [
-        ("Images", str(len(records))),
+        ("Images", str(len(made_by["labels"]))),
+        ("Without any label", str(len(made_by["labels"]) - len(records))),
         ("Confidence", f"{np.mean([record[0] for record in records]):.3f}, mean probability of the foreground voxels"),
     ]
     if dice := _teacher_dice(made_by):

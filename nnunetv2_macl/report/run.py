@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from nnunetv2_macl.planning.plan import MACLPlan, read_plan
 from nnunetv2_macl.preprocessing.cases import unlabelled_folder
 from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.epoch_log import CURVES_FILE, read_curves
-from nnunetv2_macl.training.run_folder import PLAN_COPY, RunLock
+from nnunetv2_macl.training.run_folder import PLAN_COPY, RunLock, cases_seen
 
 FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"
 _IMAGES = re.compile(r"Pre-training on (\d+) images.*left out as unreadable: (\d+)")
@@ -39,6 +40,9 @@ class Run:
     weights: dict[str, Any] | None  # of the pre-training network; None before the first checkpoint
     images: int | None  # number of images; None if the log does not name it
     skipped: int  # number of images that were left out
+    seen: (
+        dict[str, set[str]] | None
+    )  # names of the cases that the run has seen, by data set; None if its folder does not say
     collapsed: str | None  # why the run counts as collapsed, or None
     warnings: list[str]  # warnings in the log
     versions: dict[str, str]  # versions of the packages that made the run
@@ -102,10 +106,11 @@ def read_run(folder: Path) -> Run:
         plan=plan,
         state=state,
         log={key: values for key, values in log.items() if isinstance(values, list)},
-        device=_device(folder),
+        device=device_of(folder),
         weights=resume.weights_of(checkpoint) if "network_weights" in checkpoint else None,
         images=images,
         skipped=skipped,
+        seen=cases_seen(folder),
         collapsed=checkpoint.get("collapsed"),
         warnings=list(dict.fromkeys(STAMP.sub("", line).strip() for line in lines if "WARNING" in line)),
         versions=versions,
@@ -130,7 +135,7 @@ def _newest_checkpoint(folder: Path) -> tuple[str | None, dict[str, Any]]:
     return None, {}
 
 
-def _device(folder: Path) -> str:
+def device_of(folder: Path) -> str:
     """Return the type of the device from nnU-Net's debug.json, or ``cuda`` if the file is missing."""
     file = folder / "debug.json"
     content = read_json(file, f"Remove {file}, which is only for debugging.") if file.is_file() else {}
@@ -143,14 +148,23 @@ def log_lines(folder: Path) -> list[str]:
     return [line.rstrip() for file in files for line in file.read_text(errors="replace").splitlines()]
 
 
-def unlabelled_folders(run: Run) -> list[Path]:
-    """Return the folders of the run's preprocessed unlabelled images, one per source; none without nnUNet_preprocessed."""
+def has_seen(run: Run, dataset: str, case: str) -> bool:
+    """Return whether a run has seen a case, or True if its folder does not say."""
+    return run.seen is None or case in run.seen.get(dataset, set())
+
+
+def unlabelled_records(run: Run) -> list[Path]:
+    """Return the records of the unlabelled images that a run has seen, by source; none without nnUNet_preprocessed.
+
+    Cases with a record are complete, because the record is written last.
+    """
     try:
         folder = unlabelled_folder(run.configuration)
     except KeyError:
         return []
     names = sorted({run.plan.dataset_name, *run.plan.unlabelled_datasets})
-    return [folder / name for name in names if (folder / name).is_dir()]
+    records = (record for name in names for record in sorted((folder / name).glob("*.json")))
+    return [record for record in records if has_seen(run, record.parent.name, record.stem)]
 
 
 def image_sources(run: Run) -> list[dict[str, Any]]:
@@ -171,14 +185,14 @@ def image_sources(run: Run) -> list[dict[str, Any]]:
                     "spacing": np.asarray(content["spacings"], dtype=float),
                 }
             )
-    for folder in unlabelled_folders(run):
-        records = []
-        for file in sorted(folder.glob("*.json")):
-            record = json.loads(file.read_text(encoding="utf-8"))
-            records.append((record["shape"][1:], record["original_spacing"]))
-        if records:
-            sizes, spacings = (np.asarray(column, dtype=float) for column in zip(*records, strict=True))
-            sources.append(
-                {"name": f"{folder.name}, unlabelled", "images": len(records), "size": sizes, "spacing": spacings}
-            )
+    for folder, files in itertools.groupby(unlabelled_records(run), key=lambda file: file.parent):
+        records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        sources.append(
+            {
+                "name": f"{folder.name}, unlabelled",
+                "images": len(records),
+                "size": np.asarray([record["shape"][1:] for record in records], dtype=float),
+                "spacing": np.asarray([record["original_spacing"] for record in records], dtype=float),
+            }
+        )
     return sources

@@ -17,18 +17,31 @@ TEMPLATE = "study.html.jinja"
 
 
 def is_study(folder: Path) -> bool:
-    return (folder / STUDY_FILE).is_file()
+    return bool(_studies(folder))
+
+
+def _studies(folder: Path) -> list[Path]:
+    """Return the folder of a study, or the folders of its splits."""
+    if (folder / STUDY_FILE).is_file():
+        return [folder]
+    return sorted(file.parent for file in folder.glob(f"split_*/{STUDY_FILE}"))
 
 
 def describe_study(folder: Path) -> dict[str, Any]:
     """Return the values of the template for a study, finished or not. Raises UserError if the study is damaged."""
-    study = Study.read(folder)
-    done = [cell.name for cell in study.cells if (study.cell_folder(cell) / DONE_FILE).is_file()]
+    studies = [Study.read(part) for part in _studies(folder)]
+    cells = [
+        (f"{study.folder.relative_to(folder)}/{cell.name}", (study.cell_folder(cell) / DONE_FILE).is_file())
+        for study in studies
+        for cell in study.cells
+    ]
     written = folder / "compare.md"
     return {
-        "study": study,
-        "done": len(done),
-        "left": [cell.name for cell in study.cells if cell.name not in done],
+        "study": studies[0],
+        "splits": len(studies),
+        "done": sum(is_done for _, is_done in cells),
+        "cells": len(cells),
+        "left": [name.removeprefix("./") for name, is_done in cells if not is_done],
         "results": _as_html(written) if written.is_file() else None,
     }
 

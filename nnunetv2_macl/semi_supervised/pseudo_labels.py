@@ -82,7 +82,7 @@ class Teacher:
         for what, theirs, ours in (
             ("labels", own.dataset_json["labels"], target.dataset_json["labels"]),
             ("channels", own.channel_names, target.channel_names),
-            ("spacing and normalisation", own.preprocessing_checksum(), target.preprocessing_checksum()),
+            ("spacing and normalisation", *(c.preprocessing_checksum(of_storage=False) for c in (own, target))),
         ):
             if theirs != ours:
                 raise UserError(

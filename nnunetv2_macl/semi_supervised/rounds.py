@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from nnunetv2_macl.folds import check_fold
 from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration
 from nnunetv2_macl.planning.plan import plan_file, read_plan
 from nnunetv2_macl.preprocessing.cases import sources_in_use
+from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, CaseFiles
 from nnunetv2_macl.run import add_trainers_folder, check_device
 from nnunetv2_macl.semi_supervised.pseudo_labels import CHECKPOINT, Teacher
 from nnunetv2_macl.semi_supervised.self_training import find_teacher, model_folder, nnUNetTrainerMACLSelfTraining
@@ -64,47 +66,107 @@ def self_train(
         check_fold(target, fold)
     teacher = teacher or os.environ.get(TEACHER_VARIABLE) or nnUNetTrainerMACLSelfTraining.default_teacher
     find_teacher(teacher, target, fold, device)
+    if export_labels is not None:
+        # a mistake shows before the training
+        _images_to_export(target)
     for number in range(1, rounds + 1):
         student = nnUNetTrainerMACLSelfTraining.__name__ + (f"_round{number}" if number > 1 else "")
         run = model_folder(target, student) / f"fold_{fold}"
-        if (run / CHECKPOINT).is_file():
-            logger.info("%s is trained already: %s. To train it again, remove this folder.", student, run)
-        else:
-            os.environ[TEACHER_VARIABLE] = teacher
-            try:
-                run_training(
-                    target.dataset_name,
-                    target.name,
-                    fold,
-                    student,
-                    target.plans_name,
-                    continue_training=(run / "checkpoint_latest.pth").is_file(),
-                    device=torch.device(device),
-                )
-            except KeyboardInterrupt:
-                # nnU-Net saves a checkpoint from time to time, and the labels that are made are kept.
-                raise UserError(f"{student} was stopped. To continue, repeat the command.") from None
+        _train(target, fold, student, teacher, run, device)
         if export_labels is not None and number == rounds:
             write_labels(find_teacher(teacher, target, fold, device), target, export_labels.expanduser(), device)
         teacher = student
     return run
 
 
-def write_labels(teacher: Teacher, target: DatasetConfiguration, folder: Path, device: str) -> None:
-    """Write a model's segmentations of the unlabelled images in the format of the data set.
+def _train(target: DatasetConfiguration, fold: int | str, student: str, teacher: str, run: Path, device: str) -> None:
+    """Train a model, continue its training, or only validate it, whatever is missing."""
+    is_trained = (run / CHECKPOINT).is_file()
+    if is_trained and (run / "validation" / "summary.json").is_file():
+        logger.info("%s is trained already: %s. To train it again, remove this folder.", student, run)
+        return
+    before = os.environ.get(TEACHER_VARIABLE)
+    os.environ[TEACHER_VARIABLE] = teacher
+    try:
+        run_training(
+            target.dataset_name,
+            target.name,
+            fold,
+            student,
+            target.plans_name,
+            continue_training=not is_trained and (run / "checkpoint_latest.pth").is_file(),
+            only_run_validation=is_trained,
+            device=torch.device(device),
+        )
+    except KeyboardInterrupt:
+        # nnU-Net saves a checkpoint from time to time, and the labels that are made are kept.
+        raise UserError(f"{student} was stopped. To continue, repeat the command.") from None
+    finally:
+        if before is None:
+            del os.environ[TEACHER_VARIABLE]
+        else:
+            os.environ[TEACHER_VARIABLE] = before
 
-    Existing files are kept, because somebody may have corrected them.
+
+def _images_to_export(target: DatasetConfiguration) -> dict[str, CaseFiles]:
+    """Return the files of each unlabelled image whose labels nnU-Net can write, by name.
+
+    The name of an image of another data set begins with the name of that data set. Images in another format than DATASET's, and
+    images of which only some channels are used, are left out.
+
+    Raises:
+        UserError: There is no such image.
     """
     file = plan_file(target)
     plan = read_plan(file) if file.is_file() else None
     reader = target.plans_manager.image_reader_writer_class
-    images, targets = [], []
+    found, left_out = {}, 0
     for source in sources_in_use(target, plan.unlabelled_datasets if plan else [], plan.channel_map if plan else None):
         for name, case in source.cases.items():
-            if case.channels is None and source.reader is reader:
-                images.append(case.files)
-                targets.append(str(folder / name))
-    folder.mkdir(parents=True, exist_ok=True)
+            if source.reader is reader and case.channels in (None, list(range(case.channels_in_file))):
+                is_own = source.dataset_name == target.dataset_name
+                found[name if is_own else f"{source.dataset_name}/{name}"] = case
+            else:
+                left_out += 1
+    if left_out:
+        logger.info(
+            "The labels of %d unlabelled images cannot be exported, because these images have another file format than %s or "
+            "further channels",
+            left_out, target.dataset_name,
+        )  # fmt: skip
+    if not found:
+        raise UserError(
+            f"There is no unlabelled image whose labels can be exported. Put images into {UNLABELLED_FOLDER} of "
+            f"{target.dataset_name}, or leave out --export_labels."
+        )
+    return found
+
+
+def write_labels(teacher: Teacher, target: DatasetConfiguration, folder: Path, device: str) -> None:
+    """Write a model's segmentations of the unlabelled images in the format of the data set.
+
+    Existing files are kept, because somebody may have corrected them. The labels of images of another data set are written
+    into a folder with its name.
+    """
     predictor = teacher.load(target, torch.device(device))
-    predictor.predict_from_files_sequential(images, targets, overwrite=False)
-    logger.info("The labels of %d unlabelled images are in %s", len(images), folder)
+    ending = target.dataset_json["file_ending"]
+    images = _images_to_export(target)
+    unreadable = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, case in images.items():
+        written = folder / f"{name}{ending}"
+        if written.is_file():
+            continue
+        # nnU-Net writes further files next to its predictions, and an interrupted prediction must not look like a whole one.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+            try:
+                predictor.predict_from_files_sequential([case.files], [str(Path(scratch) / "label")])
+            except (OSError, RuntimeError, ValueError) as error:
+                unreadable.append(name)
+                logger.info("%s was left out: %s", name, error)
+                continue
+            written.parent.mkdir(exist_ok=True)
+            os.replace(Path(scratch) / f"label{ending}", written)
+            for companion in Path(scratch).glob("label.*"):
+                os.replace(companion, written.with_name(f"{Path(name).name}{companion.name.removeprefix('label')}"))
+    logger.info("The labels of %d unlabelled images are in %s", len(images) - len(unreadable), folder)

@@ -21,6 +21,7 @@ from nnunetv2_macl.semi_supervised.pseudo_labels import (
     label_cases,
 )
 from nnunetv2_macl.training.commands import command_to_fine_tune
+from nnunetv2_macl.training.run_folder import PLAN_COPY
 from nnunetv2_macl.training.seeded import BatchLoader
 
 
@@ -79,9 +80,7 @@ def find_teacher(named: str, target: DatasetConfiguration, fold: int | str, devi
     """
     teacher = Teacher(model_folder(target, named), fold)
     if not teacher.checkpoint.is_file():
-        models = Path(str(nnUNet_results)) / target.dataset_name
-        found = models.glob(f"*__{target.plans_name}__{target.name}/fold_{fold}/{CHECKPOINT}")
-        trained = sorted({model.parents[1].name.partition("__")[0] for model in found})
+        trained = _trained_models(target, fold)
         name = named if Path(named).name == named else nnUNetTrainerMACLSelfTraining.default_teacher
         fix = f"Train it:\n    {command_to_fine_tune(target, fold, device, name)}"
         if trained:
@@ -90,7 +89,20 @@ def find_teacher(named: str, target: DatasetConfiguration, fold: int | str, devi
                 f"nnU-Net's command: export {TEACHER_VARIABLE}={trained[0]}"
             )
         raise UserError(f"There is no model to label the unlabelled images: {teacher.checkpoint} does not exist. {fix}")
+    if (teacher.checkpoint.parent / PLAN_COPY).is_file():
+        raise UserError(
+            f"{teacher.checkpoint.parent} is a pre-training run, and its network does not segment. Fine-tune it first:\n"
+            f"    {command_to_fine_tune(target, fold, device)}"
+        )
     return teacher
+
+
+def _trained_models(target: DatasetConfiguration, fold: int | str) -> list[str]:
+    """Return the trainers of the models that can label images, without those that are trained on such labels."""
+    models = Path(str(nnUNet_results)) / target.dataset_name
+    found = models.glob(f"*__{target.plans_name}__{target.name}/fold_{fold}/{CHECKPOINT}")
+    trainers = {file.parents[1].name.partition("__")[0] for file in found if not (file.parent / PLAN_COPY).is_file()}
+    return sorted(name for name in trainers if not name.startswith(nnUNetTrainerMACLSelfTraining.__name__))
 
 
 def model_folder(target: DatasetConfiguration, named: str) -> Path:

@@ -19,7 +19,7 @@ FINETUNER = "nnUNetTrainerMACL"
 def command_to_pretrain(configuration: DatasetConfiguration, fold: int | str = "all", device: str = "cuda") -> str:
     """Return the command that pre-trains without the validation images of a fold, or on all images for ``all``."""
     left_out = "" if fold == "all" else f" --exclude_fold {fold}"
-    options = f"{plans_option(configuration.plans_name)}{left_out}{_device(device)}"
+    options = f"{plans_option(configuration.plans_name)}{left_out}{device_option(device)}"
     return f"nnUNetv2_train_macl_pretrain {configuration.id} -c {configuration.name}{options}"
 
 
@@ -41,7 +41,7 @@ def command_to_go_on(
         trainer: Name of the run's trainer class. nnU-Net's command starts a class of the user's own.
     """
     if trainer != PRETRAINER:
-        options = f"{plans_option(configuration.plans_name)}{_device(device)}"
+        options = f"{plans_option(configuration.plans_name)}{device_option(device)}"
         return f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr {trainer}{options} --c"
     ranks = distributed.world_size()
     gpus = f" -num_gpus {ranks}" if ranks > 1 and not distributed.started_by_torchrun() else ""
@@ -52,7 +52,7 @@ def command_to_fine_tune(
     configuration: DatasetConfiguration, fold: int | str = "all", device: str = "cuda", trainer: str = FINETUNER
 ) -> str:
     """Return the command that fine-tunes from a run. After a run on ``all`` images it trains fold 0, or ``all`` without folds."""
-    options = f"{plans_option(configuration.plans_name)}{_device(device)}"
+    options = f"{plans_option(configuration.plans_name)}{device_option(device)}"
     if fold == "all":
         folds = 1
         with contextlib.suppress(UserError, KeyError):  # the data set of a report may be on another machine
@@ -66,5 +66,6 @@ def plans_option(plans_name: str) -> str:
     return "" if plans_name == "nnUNetPlans" else f" -p {plans_name}"
 
 
-def _device(device: str) -> str:
+def device_option(device: str) -> str:
+    """Return the option -device, or an empty text for nnU-Net's default."""
     return "" if device == "cuda" else f" -device {device}"

@@ -87,6 +87,10 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         return optimizer, scheduler
 
     @exit_on_user_error
+    def run_training(self) -> None:
+        super().run_training()
+
+    @exit_on_user_error
     def on_train_start(self) -> None:
         # if already initialised, the weights were loaded by --c, --val or -pretrained_weights
         if not self.was_initialized and not self.from_scratch:

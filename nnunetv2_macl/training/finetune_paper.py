@@ -64,7 +64,8 @@ class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
             )
         dataset, _ = self.get_tr_and_val_datasets()
         slices = sum(dataset.load_case(case)[0].shape[1] for case in dataset.identifiers)
-        self.num_iterations_per_epoch = max(1, round(slices / self.batch_size))
+        # With several GPUs `batch_size` is the part of one GPU, which differs between GPUs if the batch is odd.
+        self.num_iterations_per_epoch = max(1, round(slices / self.configuration_manager.batch_size))
         self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)
 
 

@@ -191,6 +191,14 @@ def test_each_split_has_a_report_and_all_splits_together_have_one(workspace, tmp
         file.parts[-6]: json.loads(file.read_text())
         for file in folder.glob("split_0/pretraining/*/nnUNet_results/**/macl_plan.json")
     }
+    # The duration of a pre-training is that of its steps.
+    for file in folder.glob("split_0/pretraining/*/done.json"):
+        curves = read_curves(next(file.parent.glob("nnUNet_results/**/epochs.csv")))
+        run = next(file.parent.glob("nnUNet_results/**/macl_plan.json"))
+        patches = json.loads(run.read_text())["batch_size"] * options.pretrain_iterations
+        assert json.loads(file.read_text())["seconds"] == pytest.approx(
+            sum(patches / speed for speed in curves["patches_per_second"])
+        )
     methods = {plan["recipe"]["method"] for plan in plans.values()}
     assert methods == {"restoration", "simclr"}
     with pytest.raises(UserError, match="one split"):
