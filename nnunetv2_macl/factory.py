@@ -48,7 +48,8 @@ def build_model(
         )
     geometry = replace(geometry, channels_without_zscore=configuration.channels_without_zscore)
     network = pretrainable(unet, geometry.decoder_stages)
-    for size in (geometry.patch_size, geometry.dominant_patch_size):
+    model = PretrainingModel(network, geometry, recipe)
+    for size in (size for method in model for size in method.shown_sizes):
         if network.only_patch_size not in (None, tuple(size)):
             name = type(unet).__name__
             raise UserError(
@@ -56,7 +57,6 @@ def build_model(
                 f"{_by(network.only_patch_size)}, because its position embeddings are learned for this size. Use a method with "
                 "patches of nnU-Net's own size: -recipe restore"
             )
-    model = PretrainingModel(network, geometry, recipe)
     if recipe.padding_mode != "zeros":
         _set_padding_mode(model, recipe.padding_mode)
     return model

@@ -28,7 +28,9 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 class Recipe(MethodConfig):
     """The keys of all recipes. `recipe_from_values` adds the keys of the method and checks every value."""
 
-    method: str = Field(description="pre-training method; several methods are joined by +, and their losses are added")
+    method: str = Field(
+        description="pre-training method; `restoration` and another method can be joined by +, and their losses are added"
+    )
     description: str = Field("", description="description of the recipe")
     decoder_stages: Annotated[int, Field(ge=0)] | Auto = Field(
         AUTO, description="K, number of trained decoder stages, counted from the bottleneck"
@@ -211,7 +213,7 @@ def _unknown_key(key: str, method: str | None) -> str:
     if others:
         return (
             f"'{key}' is a key of method {' and '.join(others)}, and the method is {method}. Leave out the key, or set "
-            f'"method" to "{others[0]}", or to several methods joined by +.'
+            f'"method" to "{others[0]}".'
         )
     types = _known_types() if method is None else [recipe_type(method)]
     keys = list(dict.fromkeys(key for known in types for key in known.model_fields))
@@ -236,7 +238,10 @@ def check_values(values: Any, where: str) -> None:
     if "method" in values:
         if not isinstance(values["method"], str):
             raise UserError(f"{where}: 'method' must be text, got {values['method']!r}. Correct it and try again.")
-        recipe_type(values["method"])
+        try:
+            recipe_type(values["method"])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     for key in values:
         own = values.get("method")
         if own is not None and key in recipe_type(own).model_fields:

@@ -206,6 +206,19 @@ def test_nifti_files(tmp_path, raw):
     )
 
 
+def test_a_copy_does_not_contain_the_name_of_its_source(tmp_path, raw):
+    tree = tmp_path / "tree"
+    write_nifti(tree / "image.nii.gz", volume(1))
+    content = gzip.decompress((tree / "image.nii.gz").read_bytes())
+    (tree / "image.nii.gz").unlink()
+    with gzip.open(tree / "Doe_Jane.nii.gz", "wb") as named:
+        named.write(content)
+    assert b"Doe_Jane" in (tree / "Doe_Jane.nii.gz").read_bytes()
+    collect(tree, "Dataset028_Archive", modality="MR", private_folder=tmp_path / "private", processes=1)
+    (copy,) = (raw / "Dataset028_Archive" / "imagesUn").iterdir()
+    assert b"Doe_Jane" not in copy.read_bytes() and gzip.decompress(copy.read_bytes()) == content
+
+
 def test_images_get_the_ending_of_the_data_set(tmp_path, raw):
     write_series(tmp_path / "tree" / "dicom", volume(1), "1.1")
     write_nifti(tmp_path / "tree" / "Doe.nii.gz", volume(2))

@@ -134,6 +134,15 @@ def test_patches_of_another_size_than_the_position_embeddings_are_rejected(works
         derive_plan(DatasetConfiguration.load("901", file.stem, "2d"), recipe_of(method="macl"))
 
 
+def test_methods_that_unetr_cannot_show_are_rejected(workspace):
+    target = DatasetConfiguration.load("901", plan_network("901", "unetr").stem, "2d")
+    with pytest.raises(UserError, match=r"swav .*UNETR "):
+        derive_plan(target, recipe_of(method="swav"))
+    assert derive_plan(target, recipe_of(method="swav", small_views=0)).patch_size == target.patch_size
+    with pytest.raises(UserError, match="gcl_image"):
+        derive_plan(target, recipe_of(method="gcl"))
+
+
 def test_they_cannot_be_exported_in_the_format_of_nnssl():
     kwargs = {"strides": [[1, 1], [2, 2], [8, 8]], "img_size": [32, 32], "hidden_size": 12, "mlp_dim": 12}
     architecture = {"network_class_name": class_name(UNETR), "arch_kwargs": kwargs, "input_channels": 1}

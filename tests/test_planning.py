@@ -14,6 +14,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.nnunet import DatasetConfiguration, checksum
+from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.planning.plan import check_plan, describe, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.planning.positives import plan_position_groups, plan_threshold
@@ -66,6 +67,18 @@ def test_a_recipe_that_does_not_fit_the_network_is_rejected():
         plan_branches([64, 64], pooled(3), recipe_of(decoder_stages=9))
     with pytest.raises(UserError, match=r"scale=3.*decoder_stages=1 auxiliary_stage=4 scale=2"):
         plan_branches([64, 64], pooled(3), recipe_of(scale=3))
+
+
+@pytest.mark.parametrize("method", ["simclr", "gcl", "voxel"])
+def test_the_order_of_joined_methods_does_not_change_the_plan(workspace, method):
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+    plans = {
+        name: derive_plan(configuration, recipe_of(method=name))
+        for name in (method, "restoration", f"{method}+restoration", f"restoration+{method}")
+    }
+    stages = {name: plan.decoder_stages for name, plan in plans.items()}
+    assert stages[f"{method}+restoration"] == stages[f"restoration+{method}"]
+    assert stages[f"{method}+restoration"] == max(stages[method], stages["restoration"]) >= 1
 
 
 strides_of = st.integers(2, 3).flatmap(

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from dynamic_network_architectures.building_blocks.regularization import DropPath
 from steps import batch, model_of, recipe_of, training_step, unet
 from torch import nn
 
@@ -150,6 +151,13 @@ def test_the_heads_of_averaged_networks_pass_no_gradient(name, kept):
 
 
 # --- averages ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_averaged_copy_drops_nothing():
+    module = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Dropout2d(0.5), DropPath(0.5)).train()
+    copy, images = averaged_copy(module), torch.randn(8, 1, 4, 4)
+    assert copy.training and module[1].p == 0.5 and module[2].drop_prob == 0.5
+    torch.testing.assert_close(copy(images), module[0](images))
 
 
 @pytest.mark.parametrize(

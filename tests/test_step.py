@@ -53,6 +53,14 @@ def test_the_second_training_stage_does_not_change_the_encoder():
     assert not [n for n, p in step.model.named_parameters() if "encoder" in n and not torch.equal(p, before[n])]
 
 
+@pytest.mark.parametrize("weight", ["weight_global", "weight_dense"])
+def test_one_level_alone_has_one_training_stage(weight):
+    recipe = recipe_of(training_stages=2, num_epochs=2, num_iterations_per_epoch=1, **{weight: 0.0})
+    step = training_step(PATCHES, PATCHES, recipe)
+    step(batch(PATCHES), 1)
+    assert any(name.startswith("network.encoder.") and gradient.any() for name, gradient in gradients(step).items())
+
+
 @pytest.mark.parametrize("at_once", [PATCHES, 3])
 def test_a_first_stage_without_downsampling_shows_full_views_and_trains_the_global_loss(at_once):
     recipe = recipe_of(training_stages=2, downsample_first_stage=False, num_epochs=2, num_iterations_per_epoch=1)

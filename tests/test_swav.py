@@ -45,6 +45,13 @@ def test_codes_use_all_prototypes_equally():
     assert not sinkhorn(many.requires_grad_()).requires_grad
 
 
+def test_codes_are_finite_if_no_vector_is_near_a_prototype():
+    scores = torch.full((8, 4), 0.9)
+    scores[:, 0] = -0.9
+    codes = sinkhorn(scores, 0.001)
+    torch.testing.assert_close(codes, torch.full_like(codes, 0.25))
+
+
 def test_codes_equal_those_of_the_equation():
     values = scores(1)[0].numpy()
     plan = np.exp(values.T / 0.05)

@@ -1,7 +1,11 @@
-"""Read a DICOM series or a NIfTI file, check its voxels, and write it as an image without names in its header."""
+"""Read a DICOM series or a NIfTI file, check its voxels, and write it as an image.
+
+The header of an image that is made from DICOM holds only the geometry. A NIfTI file keeps its header.
+"""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import shutil
@@ -122,11 +126,21 @@ def _write(image: sitk.Image, job: Job) -> None:
     if free < needed + _SPARE_BYTES:
         raise OSError(f"up to {needed:,} bytes are needed, and {free:,} are free")
     if same_format:
-        shutil.copyfile(source, target)
+        _copy(source, target)
         return
     for key in image.GetMetaDataKeys():
         image.EraseMetaData(key)
     sitk.WriteImage(image, str(target), useCompression=True)
+
+
+def _copy(source: str, target: Path) -> None:
+    """Copy a NIfTI file. The header of a compressed file may hold the original file name, so the file is compressed again."""
+    if not target.name.endswith(".gz"):
+        shutil.copyfile(source, target)
+        return
+    # without a file name and a time
+    with gzip.open(source) as content, target.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, 0) as compressed:
+        shutil.copyfileobj(content, compressed, 2**20)
 
 
 def _ending(target: Path) -> str:

@@ -27,12 +27,12 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
     Returns:
         (N, K). Each row sums to 1.
     """
-    # Subtract the largest score, because large exponents would overflow. The factor cancels in the codes.
-    codes = ((scores - scores.max()) / epsilon).exp()
+    # Logarithms, because a prototype that is far from all vectors would have the sum 0.
+    codes = scores / epsilon
     for _ in range(iterations):
-        codes = codes / codes.sum(0)
-        codes = codes / codes.sum(1, keepdim=True)
-    return codes
+        codes = codes.log_softmax(0)
+        codes = codes.log_softmax(1)
+    return codes.exp()
 
 
 def swapped_prediction(

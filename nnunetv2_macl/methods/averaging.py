@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_macl.methods.base import Progress
+from nnunetv2_macl.networks.base import disable_dropout
 
 # Number of voxels that an averaged network encodes at once. This keeps a GPU busy and needs little memory besides the batch.
 _VOXELS_AT_ONCE = 2**22
@@ -19,11 +20,14 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def averaged_copy(module: Module) -> Module:
-    """Return a copy of a module without gradient. `update_average` moves the copy towards the module.
+    """Return a copy of a module without gradient and without dropout. `update_average` moves the copy towards the module.
 
     The copy of a `PretrainableNetwork` can encode and decode, too.
     """
-    return deepcopy(module).requires_grad_(False)
+    copy = deepcopy(module).requires_grad_(False)
+    for part in copy.modules():
+        disable_dropout(part)
+    return copy
 
 
 @torch.no_grad()

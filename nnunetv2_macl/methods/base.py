@@ -214,6 +214,11 @@ class Method(nn.Module, ABC):
             UserError: The recipe does not fit this network.
         """
 
+    @property
+    def shown_sizes(self) -> list[Sequence[int]]:
+        """Return the sizes of the images that the network sees, voxels per axis."""
+        return [self.geometry.patch_size]
+
     @classmethod
     def weights(cls, recipe: Any) -> dict[str, float]:
         """Return the weight in the total of each loss that a recipe trains, by the name of the loss."""

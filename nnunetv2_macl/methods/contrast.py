@@ -51,7 +51,7 @@ class ContrastiveMethod(Method):
 
     def threshold(self) -> float:
         """Return the current t: patches closer than this fraction of the volume are positives."""
-        return self.geometry.threshold
+        return self.geometry.threshold if self.compares_positions else 0.0
 
     def measure(self, embeddings: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
         """Return the mean number of positives of an anchor, its own other view included."""

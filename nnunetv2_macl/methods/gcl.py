@@ -173,7 +173,8 @@ def _region_edge(grid: Sequence[int]) -> tuple[int, int]:
 class GCL(GCLImage):
     """Contrasts images by partitions of volumes to train the encoder, then regions of an image to train the decoder.
 
-    The first half of the epochs trains the encoder. The second half trains the decoder stages while the encoder is frozen.
+    The first half of the epochs trains the encoder. The second half trains the decoder stages while the encoder is frozen. One
+    schedule of the learning rate covers both halves, whereas the paper trains each level with a schedule of its own.
     """
 
     name = "gcl"
@@ -209,6 +210,11 @@ class GCL(GCLImage):
             )
         if recipe.decoder_stages != AUTO:
             return geometry
+        if len(strides) == 1:
+            raise UserError(
+                "This network has no decoder stage that can be pre-trained, and the region level of the method gcl trains "
+                "decoder stages. Use the method gcl_image, which has no region level: -recipe gcl_image"
+            )
         stages = max(1, round(_TRAINED_DECODER * (len(strides) - 1)))
         reason = f"{geometry.reason}; regions are compared after {stages} decoder stages, three fifths of them as in the paper"
         return replace(geometry, decoder_stages=stages, reason=reason)

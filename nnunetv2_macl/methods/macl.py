@@ -130,7 +130,7 @@ class _MACLViews(Views):
         self.intensity = RandomIntensity(recipe.intensity)
         changed = _INTENSITY_GROUPS[recipe.intensity_on] if recipe.intensity else ()
         self.changed = [group for group in shown if group in changed]
-        self.full_size_first = recipe.training_stages == 2 and not recipe.downsample_first_stage
+        self.full_size_first = MACL.trains_in_stages(recipe) and not recipe.downsample_first_stage
 
     def draw(self, random: StepRandom) -> _Numbers:
         spatial = None
@@ -239,7 +239,8 @@ class MACL(ContrastiveMethod):
 
     @classmethod
     def trains_in_stages(cls, recipe: Any) -> bool:
-        return recipe.training_stages == 2
+        # The first stage trains the image level, and the second one the pixel level.
+        return bool(recipe.training_stages == 2 and recipe.weight_global and recipe.weight_dense)
 
     def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         small = [views[group] for group in GROUPS[::2] if group in views]
@@ -264,6 +265,10 @@ class MACL(ContrastiveMethod):
             features["bottleneck_dominant"] = passes[0][0][:patches]
             features["bottleneck_auxiliary"] = deepest[:patches]
         return features
+
+    @property
+    def shown_sizes(self) -> list[Sequence[int]]:
+        return [self.geometry.patch_size, self.geometry.dominant_patch_size]
 
     def _auxiliary(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the dense map and the deepest map of the auxiliary branch."""
@@ -294,7 +299,7 @@ class MACL(ContrastiveMethod):
         warmup = self.recipe.threshold_warmup * progress.steps
         self.loss.threshold = self.geometry.threshold * min(1.0, progress.step / warmup if warmup else 1.0)
         losses = self.loss(embeddings, positions)
-        if self.recipe.training_stages == 2 and self.recipe.weight_global and self.recipe.weight_dense:
+        if self.trains_in_stages(self.recipe):
             if progress.is_second_half:
                 trained = ["dense", "locations"]
             else:
@@ -310,7 +315,7 @@ class MACL(ContrastiveMethod):
 
     def withhold_gradients(self, progress: Progress) -> None:
         """Freeze the encoder in the second of two training stages."""
-        if self.recipe.training_stages == 2 and progress.is_second_half:
+        if self.trains_in_stages(self.recipe) and progress.is_second_half:
             for encoder in (self.network.encoder, self.auxiliary_encoder):
                 for parameter in encoder.parameters() if encoder is not None else ():
                     parameter.grad = None

@@ -33,8 +33,10 @@ def _order(method: type[Method]) -> str:
 def methods_of(name: str) -> tuple[type[Method], ...]:
     """Return the methods that a recipe's ``method`` names. Several names are joined by +, and their losses are added.
 
+    At most one of them may compare embeddings, because their curves, their collapse lines and their views would be confused.
+
     Raises:
-        UserError: There is no such method, or a method or a name of a loss occurs twice.
+        UserError: There is no such method, a method or a name of a loss occurs twice, or two methods compare embeddings.
     """
     found = []
     for part in name.split("+"):
@@ -46,6 +48,11 @@ def methods_of(name: str) -> tuple[type[Method], ...]:
     for names in ([m.name for m in found], [loss for m in found for loss in m.loss_labels]):
         if twice := {n for n in names if names.count(n) > 1}:
             raise UserError(f"The method '{name}' has {', '.join(sorted(twice))} twice. Name each method once.")
+    if len(comparing := [m.name for m in found if m.couples_samples]) > 1:
+        raise UserError(
+            f"The method '{name}' joins {' and '.join(comparing)}, which all compare embeddings. Name one of them, alone or "
+            f"with restoration: {comparing[0]}+restoration"
+        )
     return tuple(found)
 
 

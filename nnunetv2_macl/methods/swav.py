@@ -33,7 +33,8 @@ _ASSIGNED = ("first", "second")
 # A small view has this fraction of the patch's edge: 96 of 224 voxels as published.
 _SMALL_EDGE = 96 / 224
 # Magnification of a small view, and its largest distance from the centre of the patch (fraction of the edge).
-# A small view covers 9 to 25 % of a patch. The published 5 to 14 % are of an image, and a patch is only a part of an image.
+# A small view covers 9 to 25 % of a 2D patch and 3 to 13 % of a 3D patch. The published 5 to 14 % are of an image, and a patch is
+# only a part of an image.
 _SMALL_SCALING, _SMALL_TRANSLATION = (2.0, 3.3), 0.25
 # Small and large views draw from separate random streams.
 _SMALL_STREAM = 7
@@ -118,6 +119,8 @@ class SwAV(ImageLevelMethod):
     summary = "by SwAV, prediction of online clusters between views,"
     tag = "clustering"
 
+    views: _LargeAndSmallViews
+
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__(network, geometry, recipe)
         if recipe.head == "light":
@@ -136,6 +139,10 @@ class SwAV(ImageLevelMethod):
     @classmethod
     def trains_in_stages(cls, recipe: Any) -> bool:
         return recipe.frozen_prototype_epochs > 0
+
+    @property
+    def shown_sizes(self) -> list[Sequence[int]]:
+        return [self.geometry.patch_size, self.views.size] if self.views.count else [self.geometry.patch_size]
 
     @torch.no_grad()
     def normalise_prototypes(self) -> None:

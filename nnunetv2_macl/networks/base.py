@@ -245,6 +245,16 @@ def _mixes_samples(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or rate > 0 or patches > 0
 
 
+def disable_dropout(module: nn.Module) -> None:
+    """Set the rates of dropout and stochastic depth of a module to 0. The modules inside of it keep theirs."""
+    if isinstance(module, _DropoutNd):
+        module.p = 0.0
+    elif getattr(module, "drop_prob", None):
+        module.drop_prob = 0.0  # type: ignore[assignment]
+    elif type(module).__name__ == "PatchDropout":
+        module.prob = 0.0  # type: ignore[assignment]
+
+
 def _divided(size: list[int], stride: tuple[int, ...]) -> list[int]:
     return [length // step for length, step in zip(size, stride, strict=True)]
 

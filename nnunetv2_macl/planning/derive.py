@@ -38,10 +38,10 @@ def derive_plan(
     Raises:
         UserError: The recipe does not fit the network, the network cannot be pre-trained, or nnU-Net's fingerprint is missing.
     """
-    # A method with two branches needs its own patch size. Otherwise the first method determines the geometry.
-    methods = methods_of(recipe.method)
-    method = next((m for m in methods if m.has_two_branches), methods[0])
-    geometry = method.plan_geometry(configuration.patch_size, configuration.strides, recipe)
+    # A method with two branches needs its own patch size. Otherwise all methods read the largest number of decoder stages.
+    methods = sorted(methods_of(recipe.method), key=lambda method: not method.has_two_branches)
+    geometries = [m.plan_geometry(configuration.patch_size, configuration.strides, recipe) for m in methods]
+    geometry = geometries[0] if methods[0].has_two_branches else max(geometries, key=lambda g: g.decoder_stages)
     patch = geometry.patch_size
     axes = len(patch)
     stride = np.prod(np.asarray(configuration.strides)[: geometry.auxiliary_stage], axis=0)

@@ -246,10 +246,9 @@ def plan_batch(memory: MemoryEstimate, recipe: Recipe, target: float) -> BatchSi
         reason = f"the largest of up to {_BATCH_SIZES[0]} that fits gpu_memory_gb in mixed precision"
         if not fits(size):
             reason = "the smallest possible"
-        if recipe.couples_samples and size < _FEW_NEGATIVES and not memory.model.network.mixes_samples:
-            reason += (
-                f"; it has few negatives. -batch_size {_FEW_NEGATIVES} would be computed in parts and fit into memory"
-            )
+        has_few_negatives = recipe.couples_samples and size < _FEW_NEGATIVES
+        if has_few_negatives and not memory.model.network.mixes_samples and fits(_FEW_NEGATIVES, 1):
+            reason += f"; a contrast has few negatives. -batch_size {_FEW_NEGATIVES} would be computed in parts and fit"
     else:
         size, reason = int(recipe.batch_size), "set by the recipe"
     if recipe.patches_at_once != AUTO:

@@ -82,8 +82,8 @@ class TrainingStep:
                 the random numbers of `StepDraws` for this step.
             step: Number of the step.
         """
-        # For networks with dropout, because everything else that is random has its own generator.
-        torch.manual_seed(derive_seed(self.recipe.seed, step))
+        # For networks with dropout, because everything else that is random has its own generator. Ranks draw other numbers.
+        torch.manual_seed(derive_seed(self.recipe.seed, step, self.first))
         progress = self.progress(step)
         numbers = to_device(batch["numbers"] if "numbers" in batch else self.draws(step), self.device)
         patches = batch["data"].to(self.device, non_blocking=True)

@@ -40,7 +40,7 @@ class RandomIntensity:
     GAMMA = 0.5  # largest logarithm of the exponent
     CONTRAST = 0.4  # largest logarithm of the factor
     BRIGHTNESS = 0.3  # largest shift, standard deviations
-    BIAS = 0.5  # largest logarithm of the field
+    BIAS = 0.5  # two standard deviations of the logarithm of the field, which is at most 1
     NOISE = 0.3  # largest standard deviation
     # The probability of each change: gamma, inverted gamma, contrast and brightness, bias field, noise, blur.
     PROBABILITIES = (0.8, 0.3, 0.8, 0.5, 0.3, 0.3)

@@ -26,6 +26,7 @@ from nnunetv2_macl.compare.study import Options
 from nnunetv2_macl.compare.trainer import nnUNetTrainerMACLCompare
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.report import write_report
+from nnunetv2_macl.training.epoch_log import read_curves
 from nnunetv2_macl.training.seeded import SeededBatches
 
 OPTIONS = Options(
