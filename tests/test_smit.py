@@ -107,6 +107,13 @@ def test_the_loss_of_patch_tokens_equals_that_of_lightly():
     assert found["tokens"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_the_reference_line_is_the_loss_of_equal_image_tokens():
+    _, method, embeddings = smit()
+    embeddings = embeddings | {"student_image": torch.zeros_like(embeddings["student_image"])}
+    found = method.losses(embeddings, torch.rand(4, 3), Progress(0, 4, 5))["image_token"]
+    assert found.item() == pytest.approx(method.reference_lines(method.recipe, 4, {})["uniform"])
+
+
 def test_no_gradient_passes_through_the_teacher():
     model, method, _ = smit()
     numbers = method.views.draw(StepRandom(0, 0, 4, slice(None), 1, (32, 32)))

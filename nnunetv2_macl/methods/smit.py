@@ -17,7 +17,7 @@ rises to 0.07. Restoration is that of the method `restoration`: a squared error,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -142,6 +142,8 @@ class SMIT(Restoration):
         "image_token": "L_ITD, image token",
     }
     view_titles = {"target_0": "restoration target", "masked_0": "student", "whole_1": "teacher: other view"}
+    reference_labels = {"uniform": "image token: all images have equal outputs"}
+    referenced_losses = ("image_token",)
     couples_samples = True
     summary = "by SMIT, restoration of masked voxels and self-distillation,"
     tag = "masked-image-modelling"
@@ -207,7 +209,8 @@ class SMIT(Restoration):
         temperature, hidden = self.recipe.teacher_temperature, embeddings["hidden"]
         targets = self.token_loss.targets(embeddings["teacher_tokens"], temperature)
         tokens = self.token_loss(embeddings["student_tokens"], targets)
-        # A running centre adapts too slowly with the few images of a batch: all outputs became equal.
+        # A running centre adapts too slowly with the few images of a batch: all outputs became equal. Sinkhorn's targets use all
+        # outputs equally, so a student that cannot tell images apart has the loss ln K.
         teacher = embeddings["teacher_image"]
         targets = sinkhorn(teacher.detach().flatten(0, 1), temperature).view_as(teacher).flip(1)
         losses = {
@@ -233,6 +236,10 @@ class SMIT(Restoration):
         """Return the student's image tokens of the two views."""
         first, second = embeddings["student_image"].unbind(1)
         return first, second
+
+    @classmethod
+    def reference_lines(cls, recipe: Any, batch_size: int, means: Mapping[str, float]) -> dict[str, float]:
+        return {"uniform": math.log(recipe.token_dim)}
 
     @classmethod
     def collapse_advice(cls, recipe: Any) -> list[str]:
