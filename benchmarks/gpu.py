@@ -42,25 +42,25 @@ SHAPES = {
 # Shape, recipe, -gpu_memory (None is the planner's own) and compiled or not, the most important rows first.
 ROWS = (
     ("3D", "restore", None, False),
-    ("3D", "macl", None, False),
+    ("3D", "macl_0.1", None, False),
     ("2D, 512x512", "restore", None, False),
-    ("2D, 512x512", "macl", None, False),
+    ("2D, 512x512", "macl_0.1", None, False),
     ("3D, ResEnc M", "restore", None, False),
     ("3D", "restore", 24.0, False),
-    ("3D", "macl", 24.0, False),
+    ("3D", "macl_0.1", 24.0, False),
     ("2D, 64x64", "restore", None, False),
-    ("2D, 64x64", "macl", None, False),
+    ("2D, 64x64", "macl_0.1", None, False),
     ("3D", "restore", 24.0, True),
-    ("2D, 512x512", "macl", None, True),
+    ("2D, 512x512", "macl_0.1", None, True),
     ("3D", "restore", None, True),
     ("2D, 512x512", "restore", None, True),
-    ("3D", "macl", 24.0, True),
-    ("3D", "macl_restore", 24.0, False),
+    ("3D", "macl_0.1", 24.0, True),
+    ("3D", "macl", 24.0, False),
     ("3D", "restore", 80.0, False),
     ("3D, ResEnc L", "restore", 80.0, False),
     ("3D", "table6_ema_encoder_one_stage", None, False),
     ("3D, anisotropic", "restore", None, False),
-    ("3D, ResEnc M", "macl", 24.0, True),
+    ("3D, ResEnc M", "macl_0.1", 24.0, True),
 )
 
 

@@ -32,7 +32,7 @@ class Case(NamedTuple):
     fingerprint: Fingerprint
     configuration: str
     batch_size: int
-    recipe: str = "macl"
+    recipe: str = "macl_0.1"
     settings: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -79,7 +79,7 @@ CASES = (
         settings=_SGD | {"training_stages": 2, "downsample_first_stage": False},
     ),
     Case(Fingerprint("2D plain, restoration", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)), "2d", 4, "restore"),
-    Case(Fingerprint("2D plain, both methods", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)), "2d", 4, "macl_restore"),
+    Case(Fingerprint("2D plain, both methods", _MR, (1, 64, 64), (FLAT, 1.0, 1.0)), "2d", 4, "macl"),
 )
 
 

@@ -37,7 +37,7 @@ def recipes() -> list[str]:
 def training_step(
     configuration: DatasetConfiguration,
     device: torch.device,
-    recipe: str = "macl",
+    recipe: str = "macl_0.1",
     *,
     gpu_memory_gb: float | None = None,
     compiled: bool = False,

@@ -144,7 +144,7 @@ def label(arm: Arm) -> str:
     """Return the words of the legend for an arm."""
     if arm.recipe is not None:
         part = "encoder pre-trained" if arm.encoder_only else "pre-trained"
-        start = f"{part}, {','.join([Path(arm.recipe).stem, *arm.settings])}"
+        start = f"{part}, {','.join([arm.recipe_name, *arm.settings])}"
     else:
         start = f"weights of {Path(arm.weights).stem}" if arm.weights else "from scratch"
     if arm.semi is None:

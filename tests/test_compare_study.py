@@ -214,7 +214,7 @@ def test_an_arm_may_set_keys_of_its_recipe(tmp_path, monkeypatch):
     assert (arm.recipe, arm.settings) == ("macl", ("optimizer=sgd", "scaling=[0.8, 1.2]", "temperature=0.2"))
     # order and spelling of the settings do not matter
     assert parse_arm("recipe:macl,optimizer=sgd,scaling=[0.80, 1.2],temperature=0.2") == parse_arm(arm.name) == arm
-    arms = ["recipe:macl", "recipe:macl,temperature=0.2", "recipe:macl,temperature=0.25"]
+    arms = ["recipe:macl_0.1", "recipe:macl_0.1,temperature=0.2", "recipe:macl_0.1,temperature=0.25"]
     study = Study(tmp_path, replace(OPTIONS, arms=["scratch", "pretrained", "encoder", *arms]), SPLIT, PATIENTS)
     assert len({arm.slug for arm in study.arms}) == 6 and len(study.pretrainings) == 4
     assert len({study.pretraining_folder(arm) for arm in study.pretrainings}) == 4
@@ -314,10 +314,10 @@ def test_the_lock_of_a_pretraining_that_was_killed_at_its_end_is_removed(tmp_pat
     lock = claim(run, socket.gethostname(), sleeper.pid)
     (run / NETWORK_FILE).touch()
     with pytest.raises(UserError, match=f"process {sleeper.pid}"):  # the process still runs
-        _pretrain(study, IMAGES, parse_arm("recipe:pcl"), "cpu", 1, False)
+        _pretrain(study, IMAGES, parse_arm("recipe:pcl"), "cpu", 1, 1, skip_unreadable=False)
     sleeper.kill()
     sleeper.wait()
-    assert _pretrain(study, IMAGES, parse_arm("recipe:pcl"), "cpu", 1, False) == {} and not lock.exists()
+    assert _pretrain(study, IMAGES, parse_arm("recipe:pcl"), "cpu", 1, 1, skip_unreadable=False) == {} and not lock.exists()
 
 
 SLEEPING = """

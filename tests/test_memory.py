@@ -33,7 +33,7 @@ def test_prediction_agrees_with_a_real_step(case, tmp_path):
 
 
 @pytest.mark.parametrize("mixed_precision", [False, True], ids=["float32", "mixed precision"])
-@pytest.mark.parametrize("recipe, size, at_once", [("restore", 8, 8), ("macl_restore", 4, 2)])
+@pytest.mark.parametrize("recipe, size, at_once", [("restore", 8, 8), ("macl", 4, 2)])
 def test_prediction_agrees_with_a_step_in_mixed_precision_and_in_parts(
     recipe, size, at_once, mixed_precision, tmp_path
 ):

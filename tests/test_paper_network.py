@@ -174,7 +174,7 @@ def test_weights_that_do_not_fit_are_rejected_with_a_table_of_all_stages(small_f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["restore", "macl", "paper"])
+@pytest.mark.parametrize("recipe", ["restore", "macl_0.1", "paper"])
 def test_all_commands_with_deep_supervision(workspace, tmp_path, recipe):
     """Run pre-training, export, fine-tuning with deep supervision, and prediction."""
     out = workspace.run("nnUNetv2_macl_network", "901", "paper")

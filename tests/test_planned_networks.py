@@ -156,7 +156,7 @@ def test_they_cannot_be_exported_in_the_format_of_nnssl():
     [
         ("primus", "3d_fullres", "simclr", {"embed_dim": 72, "eva_depth": 2, "eva_numheads": 2}),
         ("unetr", "2d", "restore", {"hidden_size": 24, "mlp_dim": 24}),
-        ("swin_unetr", "2d", "macl_restore", {"feature_size": 12}),
+        ("swin_unetr", "2d", "macl", {"feature_size": 12}),
     ],
 )
 def test_all_commands_from_planning_to_prediction(workspace, tmp_path, name, configuration, recipe, smaller):

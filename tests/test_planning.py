@@ -136,7 +136,7 @@ def test_the_written_plan_can_be_read_and_explains_its_values(workspace):
         assert key in words
     (unused,) = [line for line in words.splitlines() if "restoration does not use" in line]
     assert all(key in unused for key in ("dominant_patch_size", "grid", "threshold"))
-    assert "does not use" not in describe(derive_or_load_plan(configuration, recipe="macl_restore"))
+    assert "does not use" not in describe(derive_or_load_plan(configuration, recipe="macl"))
     derive_or_load_plan(configuration, values={"batch_size": 8})
     content = json.loads(file.read_text())
     explained = ", ".join(content["reasons"])
@@ -234,9 +234,9 @@ def test_options_replace_values_of_an_edited_plan(workspace):
 def test_batches_in_3d_are_drawn_in_groups_if_the_method_compares_positions():
     groups = {
         name: plan_position_groups(3, 32, load_recipe(name, resource_folder("plans")))[0]
-        for name in ("macl", "macl_restore", "restore", "simclr")
+        for name in ("macl", "macl_0.1", "restore", "simclr")
     }
-    assert groups == {"macl": 3, "macl_restore": 3, "restore": 1, "simclr": 1}
+    assert groups == {"macl": 3, "macl_0.1": 3, "restore": 1, "simclr": 1}
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_a_patch_at_the_edge_is_padded_with_zeros():
 
 def test_probes_do_not_change_the_training(workspace, tmp_path):
     recipe = tmp_path / "probed.json"
-    recipe.write_text('{"inherits_from": "macl_restore", "probe_every": 2}')
+    recipe.write_text('{"inherits_from": "macl", "probe_every": 2}')
     out = workspace.pretrain("901", "-c", "2d", "-recipe", recipe, epochs=3)
     assert out.count("Probe: linear Dice ") == 2
     folder = workspace.run_folder("nnUNetTrainerMACLPretrain")
@@ -108,6 +108,6 @@ def test_probes_do_not_change_the_training(workspace, tmp_path):
     assert log[probes.UNIFORMITY][1] < 0 and log[probes.ALIGNMENT][1] > 0
     assert "Dice of a linear probe" in (folder / "report.html").read_text()
     weights = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
-    workspace.pretrain("901", "-c", "2d", "-recipe", "macl_restore", epochs=3)
+    workspace.pretrain("901", "-c", "2d", "-recipe", "macl", epochs=3)
     without = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
     assert all(torch.equal(weights[key], without[key]) for key in weights)

@@ -24,7 +24,7 @@ def finished(planned, tmp_path_factory):
     """Return a workspace of its own with a run of three epochs."""
     space = Workspace(tmp_path_factory.mktemp("report") / "nnunet")
     shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
-    space.pretrain("901", "-c", "2d", "-recipe", "macl_restore", epochs=3, steps=2)
+    space.pretrain("901", "-c", "2d", "-recipe", "macl", epochs=3, steps=2)
     return space
 
 

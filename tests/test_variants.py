@@ -278,10 +278,10 @@ def test_all_commands_from_planning_to_prediction(workspace, tmp_path, name, con
     assert f"-p {plans}" in out and "nnunetv2_macl" in out
     if configuration == "3d_fullres":
         workspace.run("nnUNetv2_preprocess", "-d", "901", "-plans_name", plans, "-c", configuration, "-np", "1")
-    workspace.pretrain("901", "-c", configuration, "-p", plans, "-recipe", "macl_restore", **FEW_PROCESSES)
+    workspace.pretrain("901", "-c", configuration, "-p", plans, "-recipe", "macl", **FEW_PROCESSES)
     run = workspace.run_folder("nnUNetTrainerMACLPretrain", plans, configuration)
     trained = checkpoints.load_weights(run)
-    started = ("-recipe", "macl_restore", "-pretrained_weights", run, "-seed", "1")
+    started = ("-recipe", "macl", "-pretrained_weights", run, "-seed", "1")
     workspace.pretrain("901", "-c", configuration, "-p", plans, *started, **FEW_PROCESSES)
     again = checkpoints.load_weights(run)
     assert again.weights.keys() == trained.weights.keys()

@@ -36,7 +36,7 @@ def _pretrain_parser() -> argparse.ArgumentParser:
         metavar="DATASET2",
         help="further raw data sets whose images are used",
     )
-    add("-recipe", help="name of a recipe of this package, or your own JSON file. Default: restore")
+    add("-recipe", help="name of a recipe of this package, or your own JSON file. Default: macl")
     add(
         "--set",
         dest="settings",

@@ -242,7 +242,7 @@ def _steps(
     steps = list(dict.fromkeys((planning, ready)))
     pretrained = {
         arm.recipe_and_settings: Task(
-            f"pre-training, recipe {','.join([Path(str(arm.recipe)).stem, *arm.settings])}",
+            f"pre-training, recipe {','.join([arm.recipe_name, *arm.settings])}",
             study.pretraining_folder(arm),
             functools.partial(_pretrain, study, images, arm, device, processes, jobs, skip_unreadable),
             needs=(ready,),

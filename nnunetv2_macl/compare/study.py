@@ -134,9 +134,14 @@ class Arm:
         return ",".join([str(self.recipe), *self.settings])
 
     @property
+    def recipe_name(self) -> str:
+        """Return the name of the recipe, without the folder and the ending of a file."""
+        return Path(str(self.recipe)).name.removesuffix(".json")
+
+    @property
     def recipe_slug(self) -> str:
         """Return the recipe and its settings as file names contain them."""
-        return "-".join([_slug(Path(str(self.recipe)).stem), *(_slug(text).strip("-") for text in self.settings)])
+        return "-".join([_slug(self.recipe_name), *(_slug(text).strip("-") for text in self.settings)])
 
     @property
     def pretraining_name(self) -> str:

@@ -19,7 +19,7 @@ from nnunetv2_macl.start import plan_start
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_RECIPE = "restore"
+DEFAULT_RECIPE = "macl"
 # `derive_plan` derives other values of the plan from these recipe keys. An edited plan can still get a new batch_size or
 # patches_at_once, because nothing else depends on them.
 _DERIVED_FROM = ("decoder_stages", "auxiliary_stage", "scale", "threshold", "limit_positives")

@@ -126,7 +126,7 @@ def test_a_run_whose_disk_was_full_can_be_continued(workspace, small_disk):
     small_disk(workspace.results, "size=45m")  # space for one checkpoint, but not for two
     folder = workspace.run_folder("nnUNetTrainerMACLPretrain")
     with pytest.raises(UserError, match=rf"checkpoint_final.pth {FULL} and try again.*type:\n +nnUNetv2.* --c"):
-        run(recipe="macl_restore", **SHORT)
+        run(recipe="macl", **SHORT)
     assert checkpoints.load(folder / resume.LATEST)["current_epoch"] == 1
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")] and not (folder / resume.FINAL).exists()
     subprocess.run(["mount", "-o", "remount,size=200m", str(workspace.results)], check=True)

@@ -28,7 +28,7 @@ PRETRAIN = "nnUNetTrainerMACLPretrain"
 
 def run(**options):
     size = {} if options.get("continue_training") else dict(
-        num_epochs=EPOCHS, num_iterations_per_epoch=STEPS, batch_size=4, recipe="macl_restore"
+        num_epochs=EPOCHS, num_iterations_per_epoch=STEPS, batch_size=4, recipe="macl"
     )  # fmt: skip
     return pretrain(DATASET, "2d", device="cpu", processes=1, **size, **options)
 

@@ -35,7 +35,7 @@ def test_3d_fullres_is_the_default(tmp_path, planner, plans):
     (tmp_path / "trainers" / f"{QUICK}.py").write_text(TRAINER)
     mine = {"nnUNet_extTrainer": f"{space.environment['nnUNet_extTrainer']}:{tmp_path / 'trainers'}"}
     space.run("nnUNetv2_plan_and_preprocess", "-d", "905", "-pl", planner, "-c", "3d_fullres", "-npfp", "1", "-np", "1")
-    out = space.pretrain("905", "-p", plans, "-recipe", "macl_restore")
+    out = space.pretrain("905", "-p", plans, "-recipe", "macl")
     assert "Configuration 3d_fullres" in out and "Pre-training on 7 images" in out
     assert float(re.search(r"positives ([\d.]+)", out)[1]) >= 1
     folder = space.results / dataset / f"{PRETRAIN}__{plans}__3d_fullres" / "fold_all"

@@ -88,7 +88,7 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     # users of containers with little shared memory train without workers
     command, without = ["nnUNetv2_macl_compare", *SHORT, "-o", folder], {"nnUNet_n_proc_DA": "0"}
     command, options = [*command, "--pretrain_iterations", "100"], replace(OPTIONS, pretrain_iterations=100)
-    log = folder / "pretraining" / "restore" / "log.txt"
+    log = folder / "pretraining" / "macl" / "log.txt"
     interrupt(command, workspace.environment | without, log, "Pre-training on")
     assert "Stopped as asked" in log.read_text() and len(list(folder.rglob("done.json"))) == 2
     out = workspace.run(*command, **without)

@@ -52,7 +52,7 @@ def test_the_command_from_beginning_to_end(workspace):
     generate_dataset(workspace.raw / "Dataset902_Other", labelled=2, unlabelled=0, test=0, shape=(6, 40, 48), seed=3)
     shutil.rmtree(workspace.raw / DATASET / "labelsTr")  # pre-training never opens labels
     before = hashes(workspace.preprocessed)
-    out = workspace.pretrain("901", "-c", "2d", "-u", "902", "-recipe", "macl_restore", epochs=2, steps=3)
+    out = workspace.pretrain("901", "-c", "2d", "-u", "902", "-recipe", "macl", epochs=2, steps=3)
 
     assert hashes(workspace.preprocessed) == before, "nnU-Net's own files changed"
     assert "Pre-training on 11 images" in out  # 5 in imagesTr, 4 in imagesUn, 2 in the other data set
