@@ -1,6 +1,6 @@
 """Draw docs/restoration.png: a generated image, what is hidden of it, and what the network restores.
 
-Generate the data with the demonstration, export its folders as it prints them, and pre-train by the default recipe:
+Generate the data with the demonstration, export its folders as it prints them, and pre-train by the recipe restore:
 
     nnUNetv2_macl_demo
     nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -num_epochs 16 -num_iterations_per_epoch 50 -batch_size 16

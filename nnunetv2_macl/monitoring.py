@@ -71,8 +71,8 @@ def collapse_advice(recipe: Recipe) -> str:
     tries = [advice for method in methods_of(recipe.method) for advice in method.collapse_advice(recipe)]
     tries.append(f"another learning_rate (now {recipe.learning_rate:g}) or optimizer (now {recipe.optimizer})")
     return (
-        f"Recipe keys to try with --set KEY=VALUE, in this order: {'; '.join(tries)}. -recipe macl has settings that do not "
-        "collapse."
+        f"Recipe keys to try with --set KEY=VALUE, in this order: {'; '.join(tries)}. -recipe restore compares no embeddings and "
+        "cannot collapse."
     )
 
 

@@ -317,7 +317,10 @@ def test_the_lock_of_a_pretraining_that_was_killed_at_its_end_is_removed(tmp_pat
         _pretrain(study, IMAGES, parse_arm("recipe:pcl"), "cpu", 1, 1, skip_unreadable=False)
     sleeper.kill()
     sleeper.wait()
-    assert _pretrain(study, IMAGES, parse_arm("recipe:pcl"), "cpu", 1, 1, skip_unreadable=False) == {} and not lock.exists()
+    assert (
+        _pretrain(study, IMAGES, parse_arm("recipe:pcl"), "cpu", 1, 1, skip_unreadable=False) == {}
+        and not lock.exists()
+    )
 
 
 SLEEPING = """

@@ -361,5 +361,6 @@ class MACL(ContrastiveMethod):
             tries.append("limit_positives=true")
         if recipe.threshold > 0:
             tries.append(f"a smaller threshold (now {recipe.threshold:g}), or threshold_warmup=0.2")
-        tries.append(f"a smaller weight_equivariance (now {recipe.weight_equivariance:g})")
+        if recipe.weight_equivariance > 0:
+            tries.append(f"a smaller weight_equivariance (now {recipe.weight_equivariance:g})")
         return tries

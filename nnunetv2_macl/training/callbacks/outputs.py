@@ -95,6 +95,8 @@ class Export(Callback):
         collapsed = no_folds = folder = ""
         if trainer.collapse.watch.reason:
             collapsed = "The run ended COLLAPSED, so fine-tuning from its weights is unlikely to help.\n"
+            if len(trainer.step.methods) > 1:
+                collapsed = "The contrast ended COLLAPSED, so only restoration has trained the network.\n"
         # Pre-training does not need the splits file, so only fine-tuning reports a file that cannot be read.
         with contextlib.suppress(UserError, KeyError):
             if not number_of_folds(trainer.macl_configuration):
