@@ -3,7 +3,7 @@
 Generate the data with the demonstration, export its folders as it prints them, and pre-train by the recipe restore:
 
     nnUNetv2_macl_demo
-    nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -num_epochs 16 -num_iterations_per_epoch 50 -batch_size 16
+    nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -recipe restore -num_epochs 16 -num_iterations_per_epoch 50 -batch_size 16
     python docs/draw_restoration.py
 
 The pre-training may also have been stopped. The images are test images, which the pre-training has not seen.
