@@ -114,7 +114,7 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     trained_on = {path.name.rpartition("_")[0] for path in (raw / "imagesTr").iterdir()}
     assert trained_on.isdisjoint(split["test"]) and len(trained_on) == 3
     assert all(path.stat().st_nlink > 1 for path in raw.rglob("*.nii.gz"))  # named again, not copied
-    (encoder,) = folder.glob("pretraining/restore/**/macl_encoder.pth")
+    (encoder,) = folder.glob("pretraining/macl/**/macl_encoder.pth")
     # two labelled and four unlabelled images, no test or validation case
     assert checkpoints.load(encoder)["dataset_fingerprint"]["images"] == 6
     taken = next((folder / "cells").glob("pretrained*/**/training_log*")).read_text()
