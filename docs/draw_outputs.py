@@ -30,7 +30,7 @@ from nnunetv2_macl.synthetic import generate_dataset
 
 PICTURES = Path(__file__).parent / "pictures"
 PRETRAIN = (
-    "nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -np 2 -batch_size 8 -num_epochs 12 -num_iterations_per_epoch 6"
+    "nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -np 2 -batch_size 8 -num_epochs 12 -num_iterations_per_epoch 25"
 )
 COMPARE = (
     "nnUNetv2_macl_compare 900 -c 2d --arms scratch pretrained --labels 2 --seeds 1 --rates 1e-2 --test 2 --validation 1 "

@@ -44,7 +44,8 @@ def collapse_reason(
     """Return why the run counts as collapsed, or None.
 
     With every method, collapsed embeddings do not vary between images, or vary in one direction only. Some methods also
-    recognise collapse by their losses.
+    recognise collapse by their losses, unless they are joined with restoration: their weights are then small, so that their
+    losses fall slowly, and restoration trains the network meanwhile.
 
     Args:
         recipe: Recipe of the run.
@@ -56,8 +57,9 @@ def collapse_reason(
     if steps_done < _MIN_STEPS:
         return None
     reasons = []
-    for method in methods_of(recipe.method):
-        reasons += method.collapse_reasons(means, before, method.reference_lines(recipe, batch_size, means))
+    if len(methods := methods_of(recipe.method)) == 1:
+        references = methods[0].reference_lines(recipe, batch_size, means)
+        reasons += methods[0].collapse_reasons(means, before, references)
     variance, rank = means.get("embedding_variance", 1.0), means.get("embedding_rank", math.inf)
     if variance < _SMALLEST_VARIANCE:
         reasons.append(f"embeddings do not vary between images (variance {variance:.4f} of 1)")
