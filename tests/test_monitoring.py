@@ -44,11 +44,11 @@ def test_a_loss_near_the_collapse_value_with_many_positives_is_no_collapse():
 
 def test_a_contrast_that_learns_slowly_beside_restoration_is_no_collapse():
     line = references(positives=1).collapse
-    means = {"global": line, "dense": line, "restoration": 0.5, "embedding_variance": 0.4, "embedding_rank": 5.0}
+    means = {"global": line, "dense": line, "positives": 1.0, "embedding_variance": 0.4, "embedding_rank": 5.0}
     alone, joined = (recipe_of(method=method) for method in ("macl", "macl+restoration"))
-    assert monitoring.collapse_reason(alone, PATCHES, means | {"positives": 1}, {}, 100)
-    assert monitoring.collapse_reason(joined, PATCHES, means | {"positives": 1}, {}, 100) is None
-    assert monitoring.collapse_reason(joined, PATCHES, means | {"embedding_variance": 1e-4}, {}, 100)
+    assert monitoring.collapse_reason(alone, PATCHES, means, means, 100)
+    assert monitoring.collapse_reason(joined, PATCHES, means, means, 100) is None
+    assert monitoring.collapse_reason(joined, PATCHES, means | {"embedding_variance": 1e-4}, means, 100)
 
 
 def test_embeddings_that_do_not_vary_are_a_collapse():
