@@ -64,6 +64,8 @@ RECIPE_FILES["simclr"] = RECIPE_FILES["pcl"] | {"threshold": 0.0, "own_view_weig
 # The decay is small, so that five steps show the effect of the averaged encoder.
 EMA = {"auxiliary_encoder": "ema", "ema_decay": 0.5}
 TWO_STAGES = {"training_stages": 2}
+# The committed values have the names that the recipes had in version 0.1.
+PRESENT_NAMES = {"macl": "macl_0.1", "macl_restore": "macl"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ema": ("macl", EMA),
     "two_stages": ("macl", TWO_STAGES),
@@ -108,7 +110,7 @@ def make_case(recipe: str, configuration: str, network: str = "plain", whole: bo
         + ([f"{processes} processes"] if processes > 1 else [])
     )
     recipe, settings = VARIANTS.get(recipe, (recipe, {}))
-    return Case(name, recipe, settings, configuration, network, whole, processes)
+    return Case(name, PRESENT_NAMES.get(recipe, recipe), settings, configuration, network, whole, processes)
 
 
 NAMES = ("macl", "restore", "macl_restore", "paper", "simclr")

@@ -257,7 +257,7 @@ def test_a_plan_with_another_network_is_refused_before_anything_is_done(workspac
     (plan,) = [result for result in json.loads(out)["results"] if result["check"] == "plan"]
     message, _ = refusal(pretrain.pretrain_entry)
     assert code == 1 and plan["status"] == "wrong"
-    for words in (plan["words"], message):
+    for words in (plan["message"], message):
         assert f"{file}, 2d: The network {name} cannot be pre-trained" in words
         assert all(known.rpartition(".")[2] in words for known in network_types())
     # nnU-Net's own command reads the plan without the check of this package.

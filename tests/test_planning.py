@@ -118,7 +118,7 @@ def test_threshold_is_lowered_until_positives_are_few():
 
 def test_the_written_plan_can_be_read_and_explains_its_values(workspace):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
-    plan = derive_or_load_plan(configuration, values={"batch_size": 8})
+    plan = derive_or_load_plan(configuration, recipe="restore", values={"batch_size": 8})
     file = plan_file(configuration)
     assert file == workspace.preprocessed / configuration.dataset_name / "nnUNetPlans_macl_2d.json"
     assert read_plan(file) == plan and not was_edited(file)
@@ -137,7 +137,7 @@ def test_the_written_plan_can_be_read_and_explains_its_values(workspace):
     (unused,) = [line for line in words.splitlines() if "restoration does not use" in line]
     assert all(key in unused for key in ("dominant_patch_size", "grid", "threshold"))
     assert "does not use" not in describe(derive_or_load_plan(configuration, recipe="macl"))
-    derive_or_load_plan(configuration, values={"batch_size": 8})
+    derive_or_load_plan(configuration, recipe="macl", values={"batch_size": 8})
     content = json.loads(file.read_text())
     explained = ", ".join(content["reasons"])
     assert all(key in explained for key in ("scale", "patch_size", "threshold", "batch_size", "memory_gib"))
@@ -155,11 +155,11 @@ def test_an_unedited_plan_of_an_older_version_is_derived_again(workspace):
 def test_a_plan_records_the_options_of_its_recipe_and_plans_of_earlier_versions_load(workspace):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     settings = {"temperature": 0.2, "scaling": [0.8, 1.2], "optimizer": "adamw"}
-    plan = derive_or_load_plan(configuration, recipe="macl", values=settings)
+    plan = derive_or_load_plan(configuration, recipe="macl_0.1", values=settings)
     file = plan_file(configuration)
-    assert read_plan(file) == plan and (plan.recipe_name, plan.settings) == ("macl", settings)
+    assert read_plan(file) == plan and (plan.recipe_name, plan.settings) == ("macl_0.1", settings)
     assert plan.recipe.items() >= settings.items()
-    assert "-recipe macl --set temperature=0.2 'scaling=[0.8, 1.2]' optimizer=adamw" in describe(plan)
+    assert "-recipe macl_0.1 --set temperature=0.2 'scaling=[0.8, 1.2]' optimizer=adamw" in describe(plan)
     # The plan as the earlier version wrote it.
     content = json.loads(file.read_text())
     old = {key: value for key, value in content.items() if key not in ("recipe_name", "settings", "checksum")}

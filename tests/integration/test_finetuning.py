@@ -345,4 +345,4 @@ def test_the_report_of_a_fine_tuned_model(pretrained, tmp_path):
     (copy / "checkpoint_final.pth").unlink()
     shutil.rmtree(copy / "validation")
     words = Page(write_report(copy).read_text()).words
-    assert "not finished" in words and f"nnUNetv2_train 901 2d 0 -tr {QUICK} --c" in words
+    assert "not finished" in words and f"nnUNetv2_train 901 2d 0 -tr {QUICK} -device cpu --c" in words

@@ -70,11 +70,11 @@ def test_a_plan_that_another_command_writes_during_the_start_is_not_used(workspa
     script.write_text(MEANWHILE)
     workspace.run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script)
     trained_by = workspace.run_folder(PRETRAIN) / "macl_plan.json"
-    assert json.loads(trained_by.read_text())["recipe"]["method"] == "restoration"
+    assert json.loads(trained_by.read_text())["recipe"]["method"] == "macl+restoration"
     # a script may call the function several times, for example for several folds
     assert (workspace.run_folder(PRETRAIN, fold=0) / checkpoints.ENCODER_FILE).is_file()
     trained = json.loads((workspace.run_folder(PRETRAIN) / "macl_plan.json").read_text())["recipe"]
-    assert trained["method"] == "restoration"
+    assert trained["method"] == "macl+restoration"
 
 
 def test_a_mistake_is_reported_once_and_ends_all_processes(workspace):
