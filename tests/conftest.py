@@ -12,7 +12,9 @@ import pytest
 # few processes, because test machines have few cores
 os.environ.setdefault("nnUNet_n_proc_DA", "1")
 os.environ.setdefault("nnUNet_def_n_proc", "2")
-# waiting threads must not occupy the cores, because two pytest processes share them
+# Two pytest processes share the cores, and small tensors are faster in one thread. Waiting threads must not occupy the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # this environment's commands come first, because the environment may not be activated
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
