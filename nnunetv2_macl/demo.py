@@ -71,7 +71,7 @@ def demo(folder: Path) -> dict[str, float]:
     run("2. nnU-Net plans and preprocesses.", "nnUNetv2_plan_and_preprocess -d 900 -c 2d -npfp 2 -np 2")
     run(
         "3. This package pre-trains encoder and decoder on all images, without labels, in a short run of the default recipe.",
-        "nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -np 2 -batch_size 16 -num_epochs 8 -num_iterations_per_epoch 20",
+        "nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -np 2 -batch_size 16 -num_epochs 5 -num_iterations_per_epoch 20",
     )
     run(
         "4. nnU-Net fine-tunes from the pre-trained weights.",

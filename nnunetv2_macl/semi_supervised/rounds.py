@@ -80,7 +80,7 @@ def self_train(
 
 
 def _train(target: DatasetConfiguration, fold: int | str, student: str, teacher: str, run: Path, device: str) -> None:
-    """Train a model, continue its training, or only validate it, whatever is missing."""
+    """Train a model, or continue its training. A model that is trained but not validated is only validated."""
     is_trained = (run / CHECKPOINT).is_file()
     if is_trained and (run / "validation" / "summary.json").is_file():
         logger.info("%s is trained already: %s. To train it again, remove this folder.", student, run)
