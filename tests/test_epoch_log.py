@@ -3,7 +3,8 @@
 import pytest
 from steps import recipe_of
 
-from nnunetv2_macl.training.epoch_log import Epoch, EpochSums
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.training.epoch_log import Epoch, EpochSums, read_curves, write_curves
 from nnunetv2_macl.training.progress_picture import ProgressPicture
 
 LOG = {"lrs": [0.1], "patches_per_second": [5.0], "train_losses/restoration": [0.5]}
@@ -57,3 +58,17 @@ def test_skipped_steps_count_for_the_time_but_not_for_the_means():
     made.add({"total": float("nan")}, skipped=True)
     made.add_time(1, is_warm=True)
     assert made.means() == {"total": 1.0} and made.seconds_per_step == pytest.approx(1.0)
+
+
+def test_the_curves_are_read_as_they_were_written_and_damage_is_named(tmp_path):
+    file = tmp_path / "epochs.csv"
+    assert read_curves(file) == {}
+    log = {"train_losses": [1.5, 0.1 + 0.2], "lrs": [1e-3, 1e-9]}
+    write_curves(log | {"epoch_end_timestamps": [1.0]}, file)
+    assert read_curves(file)["train_losses"] == [1.5]  # only whole epochs
+    write_curves(log, file)
+    assert read_curves(file) == log
+    for damage in ("epoch,lrs\n0,abc\n", "epoch,lrs\n0\n"):
+        file.write_text(damage)
+        with pytest.raises(UserError, match=r"epochs\.csv"):
+            read_curves(file)

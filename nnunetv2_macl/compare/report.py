@@ -216,7 +216,7 @@ def _method(results: Results) -> list[str]:
     budget = f"{pluralise(options.epochs, 'epoch')} of {pluralise(options.iterations, 'step')}"
     rates = ", ".join(f"{rate:g}" for rate in options.rates)
     teachers = any(arm.teacher for arm in study.arms)
-    patches = ". All arms but self_train see" if teachers else ", and they see"
+    patches = ". All arms but self_train see" if teachers else ", and sees"
     patches += " the same labelled patches in the same order"
     lines.append(
         f"Each arm trains for {budget}, with the same labelled cases and seeds{patches}. For each arm and "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_macl import monitoring
+from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.methods.registry import loss_labels, methods_of
 from nnunetv2_macl.probes import PROBE
@@ -64,12 +65,19 @@ def write_curves(log: dict[str, list[float]], file: Path) -> None:
 
 
 def read_curves(file: Path) -> dict[str, list[float]]:
-    """Return what `write_curves` wrote, or nothing if there is no such file."""
+    """Return what `write_curves` wrote, or nothing if there is no such file.
+
+    Raises:
+        UserError: The file was changed and is no longer such a table.
+    """
     if not file.is_file():
         return {}
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    return {key: [float(row[key]) for row in rows] for key in (rows[0] if rows else {}) if key != "epoch"}
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        return {key: [float(row[key]) for row in rows] for key in (rows[0] if rows else {}) if key != "epoch"}
+    except (ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{file} is no table of the values of each epoch: {error}. Remove it.") from None
 
 
 @dataclass
