@@ -33,8 +33,8 @@ PRETRAIN = (
     "nnUNetv2_train_macl_pretrain 900 -c 2d -device cpu -np 2 -batch_size 8 -num_epochs 12 -num_iterations_per_epoch 25"
 )
 COMPARE = (
-    "nnUNetv2_macl_compare 900 -c 2d --arms scratch pretrained --labels 2 --seeds 1 --rates 1e-2 --test 2 --validation 1 "
-    "--epochs 3 --iterations 8 -batch_size 4 --pretrain_epochs 1 --pretrain_iterations 5 --pretrain_batch_size 4 "
+    "nnUNetv2_macl_compare 900 -c 2d --arms scratch pretrained --labels 2 --seeds 1 --finetuning sgd --rates 1e-2 --test 2 "
+    "--validation 1 --epochs 3 --iterations 8 -batch_size 4 --pretrain_epochs 1 --pretrain_iterations 5 --pretrain_batch_size 4 "
     "--disable_tta -device cpu -np 1 -o study"
 )
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")

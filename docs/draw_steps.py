@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from nnunetv2_macl.compare.results import Results
 from nnunetv2_macl.compare.statistics import Resampling
 from nnunetv2_macl.compare.steps import DONE_FILE
-from nnunetv2_macl.compare.study import SCRATCH, STUDY_FILE, Arm, Study
+from nnunetv2_macl.compare.study import SCRATCH, Arm, Study, study_folders
 from nnunetv2_macl.text import pluralise
 
 # These are the colours of Okabe and Ito, because colour-blind people can tell them apart.
@@ -63,11 +63,10 @@ def read(folder: Path, arms: Sequence[str] | None = None) -> list[Curves]:
     """Return the finished trainings of a study, for each number of labelled cases.
 
     Args:
-        folder: Folder of a study with one split or several splits.
+        folder: Folder of a study with one kind of fine-tuning, on one split or several.
         arms: Arms to read. None reads all arms. Arms that the study does not have are left out.
     """
-    folders = [folder] if (folder / STUDY_FILE).is_file() else sorted(folder.glob("split_*"))
-    studies = [study for split in folders if (study := finished(Study.read(split), arms)).options.seeds]
+    studies = [study for split in study_folders(folder) if (study := finished(Study.read(split), arms)).options.seeds]
     if not studies:
         return []
     results = [Results.read(study) for study in studies]

@@ -44,7 +44,7 @@ def check_dataset_json(content: Any, file: Path, *, labels: bool = False) -> dic
         _refuse(file, "'file_ending'", 'a file ending, such as ".nii.gz"', ending)
     reader = content.get("overwrite_image_reader_writer", "")
     if not isinstance(reader, str):
-        _refuse(file, "'overwrite_image_reader_writer'", 'the name of a nnU-Net reader, such as "SimpleITKIO"', reader)
+        _refuse(file, "'overwrite_image_reader_writer'", 'the name of an nnU-Net reader, such as "SimpleITKIO"', reader)
     if "dataset" in content:
         _check_list(content["dataset"], file, labels)
     if labels:

@@ -10,7 +10,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -20,6 +22,18 @@ from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.networks.registry import pretrainable
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.recipe import PaddingMode, Recipe
+
+
+def build_segmentation_network(configuration: DatasetConfiguration) -> nn.Module:
+    """Return the network that nnU-Net's trainer builds for a configuration, with the inputs of a cascade's second stage."""
+    plans, dataset_json = configuration.plans_manager, configuration.dataset_json
+    return nnUNetTrainer.build_network_architecture(
+        plans,
+        configuration.manager,
+        determine_num_input_channels(plans, configuration.manager, dataset_json),
+        plans.get_label_manager(dataset_json).num_segmentation_heads,
+        True,
+    )
 
 
 def build_model(

@@ -90,7 +90,7 @@ def load_weights(path: Path) -> PretrainedWeights:
 
 
 def _refuse_nnunet_v1(file: Path) -> None:
-    """Raise UserError for one of the two files of a nnU-Net v1 checkpoint, which are recognised by their names."""
+    """Raise UserError for one of the two files of an nnU-Net v1 checkpoint, which are recognised by their names."""
     if file.is_file() and (file.name.endswith(".model.pkl") or Path(f"{file}.pkl").is_file()):
         raise _of_nnunet_v1(file)
 
@@ -143,7 +143,7 @@ def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
         "epochs": content.get("current_epoch"),
         "preprocessing": preprocessing,
         "dataset_fingerprint": {"channel_names": trained_for.channel_names},
-        "citations": checkpoints.CITATIONS if content.get("macl") else checkpoints.CITATIONS[1:],
+        "citations": checkpoints.CITATIONS if (content.get("macl") or {}).get("weights") else checkpoints.CITATIONS[1:],
     }
     if stem and trained_for.is_cascaded:
         description["network_input_channels"] = weights[stem[0]].shape[1]

@@ -38,7 +38,8 @@ TEACHER_VARIABLE = "nnUNet_macl_teacher"
 SUPPORTED_CONFIGURATIONS = ("3d_fullres", "3d_lowres", "2d")
 # target of nnU-Net's default planner
 DEFAULT_GPU_MEMORY_GB = 8.0
-# schemes that do not give an image zero mean, and schemes that do not use the intensities of the whole data set
+# schemes after which 0 is no mean of the image or of the labelled foreground, and
+# schemes that do not use the intensities of the whole data set
 _NO_ZERO_MEAN = tuple(s.__name__ for s in (NoNormalization, RescaleTo01Normalization, RGBTo01Normalization))
 _OF_THE_IMAGE_ALONE = (*_NO_ZERO_MEAN, ZScoreNormalization.__name__)
 
@@ -247,7 +248,7 @@ class DatasetConfiguration:
 
     @property
     def channels_without_zscore(self) -> list[int]:
-        """Return the indices of the image channels that nnU-Net does not normalise to zero mean.
+        """Return the indices of the image channels that nnU-Net does not normalise by a mean.
 
         These have ``noNorm``, ``rescale_to_0_1`` or ``rgb_to_0_1`` in dataset.json.
         """

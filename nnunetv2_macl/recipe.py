@@ -50,7 +50,7 @@ class Recipe(MethodConfig):
     learning_rate_warmup: Fraction = Field(
         0.0, description="fraction of the steps over which the learning rate rises linearly from 0"
     )
-    num_epochs: Count = Field(250, description="number of epochs")
+    num_epochs: Count = Field(16, description="number of epochs")
     num_iterations_per_epoch: Count = Field(250, description="number of steps per epoch")
     batch_size: Annotated[int, Field(ge=2)] | Auto = Field(
         AUTO, description="N, number of patches of a step over all GPUs"
@@ -82,7 +82,7 @@ class Recipe(MethodConfig):
 
     @property
     def compares_positions(self) -> bool:
-        """Return whether patches of near positions are positives of each other."""
+        """Return whether patches at nearby positions are positives of each other."""
         return any(method.compares_positions for method in methods_of(self.method))
 
     @property
@@ -127,6 +127,7 @@ _WEIGHTS_OF_0_1 = {
     "macl": {"weight_global": 1.0, "weight_dense": 0.5, "weight_equivariance": 1.0},
     "restoration": {"weight_restoration": 0.0},
 }
+_EPOCHS_OF_0_1 = 250
 
 
 def _with_method(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -359,6 +360,8 @@ def _inherited_values(name_or_file: str | Path, folder: Path, visited: tuple[Pat
         if not isinstance(parent, str):
             raise UserError(f"{where}: 'inherits_from' must be the name or file of a recipe, got {parent!r}.")
         values = with_settings(_inherited_values(parent, folder, (*visited, path))[0], values)
+    elif isinstance(values, dict) and "method" not in values:
+        values = {"num_epochs": _EPOCHS_OF_0_1, **values}
     check_values(values, where)
     return values, where
 

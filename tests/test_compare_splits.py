@@ -40,7 +40,7 @@ def test_the_spread_has_the_difference_of_each_split(studies):
 
 
 def test_the_report_has_a_row_for_each_arm_and_number_of_labels(studies, tmp_path):
-    sentence = write_report_over_splits(studies, tmp_path)
+    sentence = write_report_over_splits(studies, tmp_path / "compare.md")
     text = (tmp_path / "compare.md").read_text()
     arms = {arm.slug for arm in studies[0].arms}
     rows = re.findall(r"^\| (\S+) \| (\d+) \|", text, re.M)
@@ -57,7 +57,7 @@ def test_fractions_that_are_other_numbers_in_another_split_are_refused(studies):
 
 
 def test_the_report_of_all_splits_is_one_page(studies, tmp_path):
-    write_report_over_splits(studies, tmp_path)
+    write_report_over_splits(studies, tmp_path / "compare.md")
     (studies[1].cell_folder(studies[1].cells[0]) / "done.json").unlink(missing_ok=True)
     values = describe_study(tmp_path)
     assert values["splits"] == 3 and values["cells"] == 3 * len(studies[0].cells)

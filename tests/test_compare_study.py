@@ -3,13 +3,14 @@
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import psutil
@@ -18,12 +19,13 @@ import pytest
 from nnunetv2_macl.checkpoints import NETWORK_FILE
 from nnunetv2_macl.cli.compare import _compare_parser
 from nnunetv2_macl.compare.folders import RawImages, _link, link_unlabelled
-from nnunetv2_macl.compare.run import _pretrain
+from nnunetv2_macl.compare.run import _check_folder, _pretrain
 from nnunetv2_macl.compare.split import split_cases
 from nnunetv2_macl.compare.steps import DONE_FILE, Task, run_steps
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
-from nnunetv2_macl.compare.study import Options, Study, parse_arm
+from nnunetv2_macl.compare.study import Options, Study, options_by_finetuning, parse_arm, study_folders
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import resource_folder
 
 PATIENTS = {f"c{n:02d}": f"c{n:02d}" for n in range(40)}
 OPTIONS = Options(
@@ -75,6 +77,48 @@ def test_the_error_names_options_that_changed(tmp_path, change, words):
     with pytest.raises(UserError) as error:
         Study.open(tmp_path, replace(OPTIONS, **change), SPLIT, PATIENTS)
     assert words in str(error.value) and "-o FOLDER" in str(error.value)
+
+
+def test_kinds_of_fine_tuning_differ_only_in_their_length_and_rates():
+    others = {k: v for k, v in asdict(OPTIONS).items() if k not in ("finetuning", "epochs", "iterations", "rates")}
+    short, long = options_by_finetuning(["adamw", "sgd"], **others)
+    assert replace(short, finetuning="sgd", epochs=100, iterations=250, rates=[1e-2, 1e-3]) == long
+    trainers = runpy.run_path(str(resource_folder("trainers") / "nnUNetTrainerMACL.py"))
+    trainer = trainers["nnUNetTrainerMACL_short"]
+    assert (short.finetuning, short.rates) == (trainer.finetuning_optimizer, [trainer.finetuning_lr])
+    assert (short.epochs, short.iterations) == (trainer.finetuning_epochs, trainer.finetuning_iterations)
+    long, short = options_by_finetuning(["sgd", "adamw"], epochs=[4, 2], iterations=[3, 1], **others)
+    assert (long.epochs, long.iterations, short.epochs, short.iterations) == (4, 3, 2, 1)
+    for wrong in (dict(epochs=[1]), dict(iterations=[1, 2, 3]), dict(rates=[1e-2])):
+        with pytest.raises(UserError, match=f"--{next(iter(wrong))}.*--finetuning sgd"):
+            options_by_finetuning(["sgd", "adamw"], **wrong, **others)
+    with pytest.raises(UserError, match="twice"):
+        options_by_finetuning(["sgd", "sgd"], **others)
+
+
+def test_kinds_of_fine_tuning_share_images_and_pre_trainings(tmp_path):
+    studies = [
+        Study.open(tmp_path / kind, replace(OPTIONS, finetuning=kind), SPLIT, PATIENTS, shares=True)
+        for kind in ("adamw", "sgd")
+    ]
+    assert [Study.read(tmp_path / kind) for kind in ("adamw", "sgd")] == studies
+    assert study_folders(tmp_path) == [tmp_path / "adamw", tmp_path / "sgd"]
+    for shared in ("raw", "preprocessed", "planning_folder"):
+        assert getattr(studies[0], shared) == getattr(studies[1], shared)
+    arm = studies[0].pretrainings[0]
+    assert studies[0].pretraining_run(arm) == studies[1].pretraining_run(arm)
+    assert studies[0].cell_folder(studies[0].cells[0]) != studies[1].cell_folder(studies[1].cells[0])
+
+
+@pytest.mark.parametrize("splits, kinds", [(2, ["sgd"]), (1, ["adamw", "sgd"])])
+def test_a_folder_with_another_kind_of_study_is_refused(tmp_path, splits, kinds):
+    _check_folder(tmp_path, splits, kinds)
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(UserError, match="not empty"):
+        _check_folder(tmp_path, splits, kinds)
+    Study.open(tmp_path / "one", OPTIONS, SPLIT, PATIENTS)
+    with pytest.raises(UserError, match="--finetuning sgd"):
+        _check_folder(tmp_path / "one", splits, kinds)
 
 
 def test_processes_that_begin_a_study_at_once_share_it(tmp_path):

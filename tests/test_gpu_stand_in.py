@@ -39,7 +39,10 @@ def run(library, shape, recipes):
 
 @pytest.mark.parametrize(
     "shape, recipes",
-    [("2D, 64x64", RECIPES), ("3D", ["restore", "macl", "macl_0.1", "table6_ema_encoder_one_stage"])],
+    [
+        ("2D, 64x64", RECIPES),
+        pytest.param("3D", ["restore", "macl", "macl_0.1", "table6_ema_encoder_one_stage"], marks=pytest.mark.slow),
+    ],
     ids=["2D", "3D"],
 )
 def test_a_step_waits_once_and_takes_the_planned_memory(stand_in, shape, recipes):

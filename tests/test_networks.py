@@ -238,7 +238,7 @@ def test_weights_of_another_kind_of_network_are_refused():
         )
 
 
-@pytest.mark.parametrize("name", [class_name(PrimusS), class_name(Gated)])
+@pytest.mark.parametrize("name", [pytest.param(class_name(PrimusS), marks=pytest.mark.slow), class_name(Gated)])
 def test_a_plan_with_another_network_is_refused_before_anything_is_done(workspace, monkeypatch, capsys, name):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     file = workspace.preprocessed / DATASET / "nnUNetPlans.json"

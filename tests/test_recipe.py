@@ -27,7 +27,8 @@ def test_recipes_have_the_settings_of_their_methods():
     assert (paper.weight_global, paper.weight_dense, paper.weight_equivariance) == (1.0, 0.5, 1.0)
     assert (paper.optimizer, paper.momentum, paper.weight_decay, paper.schedule) == ("sgd", 0.9, 1e-5, "cosine")
     assert paper.own_view_weight == 0 and not paper.limit_positives and paper.batch_size == 16
-    assert load_recipe("macl", FOLDER).num_epochs == load_recipe("macl", FOLDER).num_iterations_per_epoch == 250
+    epochs = {name: load_recipe(name, FOLDER).num_epochs for name in ("macl", "restore", "simclr", "macl_0.1", "paper")}
+    assert epochs == {"macl": 16, "restore": 16, "simclr": 16, "macl_0.1": 250, "paper": 100}
 
 
 def write(folder, content):

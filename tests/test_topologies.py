@@ -165,7 +165,7 @@ _ANY_FOLDER = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # Eac
 
 
 @given(fingerprints())
-@settings(max_examples=4, deadline=None, suppress_health_check=_ANY_FOLDER)
+@settings(max_examples=2, deadline=None, suppress_health_check=_ANY_FOLDER)
 def test_networks_for_random_fingerprints(folders, fingerprint):
     check_all_configurations(fingerprint, folders)
 

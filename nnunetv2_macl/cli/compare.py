@@ -70,16 +70,17 @@ def _compare_parser() -> argparse.ArgumentParser:
         "--rates",
         nargs="+",
         type=float,
-        default=[1e-2, 1e-3],
         metavar="RATE",
-        help="learning rates of fine-tuning; each arm uses its best one on the validation cases. Default: 1e-2 1e-3",
+        help="learning rates of one kind of fine-tuning; each arm uses its best one on the validation cases. Default: 3e-3 for "
+        "adamw, 1e-2 and 1e-3 for sgd, 5e-4 for paper",
     )
     add(
         "--finetuning",
-        choices=["sgd", "adamw", "paper"],
-        default="sgd",
-        help="sgd: as nnU-Net trains. adamw: the same with AdamW, which is better in a short training; use it with --rates "
-        "1e-3 3e-3. paper: as the paper fine-tunes; use it with --rates 5e-4. Default: sgd",
+        nargs="+",
+        choices=["adamw", "sgd", "paper"],
+        default=["adamw", "sgd"],
+        help="kinds of fine-tuning, which share the pre-trainings. adamw: as nnUNetTrainerMACL_short, 800 steps with AdamW. "
+        "sgd: as nnU-Net trains, 25,000 steps. paper: as the paper fine-tunes. Default: adamw sgd",
     )
     add("--test", default="25%", metavar="N", help=f"number of test {amount}. Default: 25%%")
     add(
@@ -94,8 +95,17 @@ def _compare_parser() -> argparse.ArgumentParser:
         help="regular expression that finds the patient in the name of a case. Cases of one patient stay on the same side of "
         "each split. Default: each case is a patient",
     )
-    add("--epochs", type=int, default=100, help="epochs of fine-tuning. Default: 100")
-    add("--iterations", type=int, default=250, help="steps of fine-tuning per epoch. Default: 250")
+    for key, what, default in (
+        ("epochs", "epochs", "8, 100 and 100"),
+        ("iterations", "steps per epoch", "100, 250 and 250"),
+    ):
+        add(
+            f"--{key}",
+            nargs="+",
+            type=int,
+            metavar="N",
+            help=f"{what} of fine-tuning, one number for each kind. Default: {default} for adamw, sgd and paper",
+        )
     add("-batch_size", type=int, help="batch size of fine-tuning. Default: nnU-Net's")
     for key, what in (("epochs", "epochs"), ("iterations", "steps per epoch"), ("batch_size", "batch size")):
         add(f"--pretrain_{key}", type=int, metavar="N", help=f"{what} of pre-training. Default: the recipe's")
@@ -119,12 +129,12 @@ def compare_entry() -> None:
 
     def action() -> None:
         from nnunetv2_macl.compare.run import compare
-        from nnunetv2_macl.compare.study import Options
+        from nnunetv2_macl.compare.study import options_by_finetuning
 
         how = {
             key: arguments.pop(key)
             for key in ("splits", "folder", "device", "processes", "jobs", "dry_run", "skip_unreadable")
         }
-        compare(Options(**arguments), **how)
+        compare(options_by_finetuning(arguments.pop("finetuning"), **arguments), **how)
 
     run(action)

@@ -13,7 +13,7 @@ def collect_entry() -> None:
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_collect",
         description="Collect the DICOM series and NIfTI files in a folder and its subfolders as the unlabelled images "
-        "(imagesUn) of a nnU-Net raw data set, one image for each series. File names contain pseudonyms instead of patient "
+        "(imagesUn) of an nnU-Net raw data set, one image for each series. File names contain pseudonyms instead of patient "
         "names. Localizers, single slices, derived and duplicate series are left out. Start the command again to continue, or "
         "to add new images.",
         epilog="Example: nnUNetv2_macl_collect /data/export -d 28 --modality MR",

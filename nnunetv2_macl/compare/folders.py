@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,8 @@ from nnunetv2_macl.text import pluralise
 logger = logging.getLogger(__name__)
 
 DEFAULT_PLANS, DEFAULT_PLANNER = "nnUNetPlans", "ExperimentPlanner"
+# exit codes of a command that a signal has stopped, also without a handler
+_STOPPED = {code for number in (signal.SIGINT, signal.SIGTERM) for code in (128 + number, -number)}
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,9 @@ def plans_name(plan: Path) -> str:
     """Return the name of the plans that a file holds.
 
     Raises:
-        UserError: The file is not a nnU-Net plan.
+        UserError: The file is not an nnU-Net plan.
     """
-    content = read_json(plan, "Give a nnU-Net plan: --plan FILE.json")
+    content = read_json(plan, "Give an nnU-Net plan: --plan FILE.json")
     if not isinstance(content, dict) or not {"plans_name", "configurations"} <= content.keys():
         raise UserError(f"{plan} is no nnU-Net plan. Give one: --plan FILE.json")
     return str(content["plans_name"])
@@ -171,7 +174,7 @@ def plan(study: Study, images: RawImages, planner_name: str | None, processes: i
     processes_asked = ["-np", str(processes)]
     number, log = options.dataset[7:10], study.planning_folder / "log.txt"
     # the user may train with nnUNet_n_proc_DA=0, but nnU-Net's planner needs a worker
-    environment = study.environment(study.folder / "nnUNet_results") | {"nnUNet_n_proc_DA": "1"}
+    environment = study.environment(study.base / "nnUNet_results") | {"nnUNet_n_proc_DA": "1"}
     run = functools.partial(run_command, environment=environment, log=log)
     if options.plan is None:
         command = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", options.configuration, "-pl", str(planner_name)]
@@ -205,7 +208,6 @@ def plan(study: Study, images: RawImages, planner_name: str | None, processes: i
         configurations[options.configuration]["batch_size"] = options.batch_size
         write_json(content, study.plan_file)
     study.write_splits()
-    check_arms(study, images)
     kept = pretraining_images(study, list(images.unlabelled))
     return {"planner": planner_name, "unlabelled": len(kept), "unlabelled_left_out": len(images.unlabelled) - len(kept)}
 
@@ -229,7 +231,7 @@ def check_arms(study: Study, images: RawImages) -> None:
                 f"{options.dataset} has overlapping regions, and the paper's cross-entropy needs one label per voxel. Give "
                 f"--finetuning sgd, {fix}"
             )
-    environment = study.environment(study.folder / "nnUNet_results")
+    environment = study.environment(study.base / "nnUNet_results")
     for arm in study.arms:
         if arm.weights is None:
             continue
@@ -313,6 +315,10 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], log: Pat
     with log.open("a") as stream:
         process = subprocess.run(
             command, env={**os.environ, **ours, **environment}, stdout=stream, stderr=subprocess.STDOUT
+        )
+    if process.returncode in _STOPPED:
+        raise UserError(
+            f"'{shlex.join(command)}' was stopped. To continue, run the command that started the study again."
         )
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])

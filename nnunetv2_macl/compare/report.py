@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -12,11 +14,14 @@ from nnunetv2_macl.compare.figure import draw
 from nnunetv2_macl.compare.results import Results, write_csv
 from nnunetv2_macl.compare.statistics import Estimate, Resampling, estimate, estimate_first_reached
 from nnunetv2_macl.compare.steps import DONE_FILE
-from nnunetv2_macl.compare.study import SCRATCH, Arm, Study
+from nnunetv2_macl.compare.study import SCRATCH, Arm, Options, Study
 from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.text import duration, join_words, pluralise
 
+REPORT_FILE, PICTURE_FILE = "compare.md", "compare.png"
+# names of the kinds of fine-tuning in the report
+FINETUNING_NAMES = {"sgd": "SGD", "adamw": "AdamW", "paper": "Adam, as in the paper"}
 # with fewer, all differences have the same sign by chance more often than once in 20: 2 ** (1 - 5) > 0.05
 FEWEST_PATIENTS = 6
 # arms are not compared if none reaches this mean Dice
@@ -27,14 +32,38 @@ def write_report(study: Study) -> str:
     """Write ``compare.csv``, ``compare.md`` and ``compare.png`` of a study whose cells are done, and return the verdict."""
     results = Results.read(study)
     write_csv(results)
-    draw(results, study.folder / "compare.png")
+    draw(results, study.folder / PICTURE_FILE)
     whole = Resampling.whole(study.options.seeds, len(study.split.test))
     reached = [float(whole.mean(group.measures["dice"])[0]) for group in results.groups.values()]
     best = max((value for value in reached if not math.isnan(value)), default=0.0)
     sentence = verdict(differences(results), patients=_patients_with_defined_dice(results), best=best)
     text = "\n".join(_lines(results, sentence)) + "\n"
-    atomic_write(study.folder / "compare.md", lambda file: file.write(text.encode()))
-    return f"{sentence}\n\nTables and figure: {study.folder / 'compare.md'}"
+    atomic_write(study.folder / REPORT_FILE, lambda file: file.write(text.encode()))
+    return sentence
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of the studies with one kind of fine-tuning, in one sentence."""
+
+    options: Options  # options of the studies
+    sentence: str  # the verdict
+    file: Path  # the report
+
+
+def write_overview(verdicts: Sequence[Verdict], file: Path) -> None:
+    """Write a page with the verdict and the figure of each kind of fine-tuning, and links to their reports."""
+    options = verdicts[0].options
+    lines = [f"# Does pre-training help? {options.dataset}, {options.configuration}", ""]
+    for verdict in verdicts:
+        report = verdict.file.relative_to(file.parent)
+        lines += [f"## Fine-tuning with {FINETUNING_NAMES[verdict.options.finetuning]}: {_budget(verdict.options)}", ""]
+        lines += [f"**{verdict.sentence}**", ""]
+        if (verdict.file.parent / PICTURE_FILE).is_file():
+            lines += [f"![Dice]({report.with_name(PICTURE_FILE)})", ""]
+        lines += [f"Tables: [{report}]({report})", ""]
+    text = "\n".join(lines)
+    atomic_write(file, lambda stream: stream.write(text.encode()))
 
 
 def differences(results: Results) -> dict[str, dict[int, Estimate]]:
@@ -198,6 +227,10 @@ def _patients_with_defined_dice(results: Results) -> int:
     return min(numbers)
 
 
+def _budget(options: Options) -> str:
+    return f"{pluralise(options.epochs, 'epoch')} of {pluralise(options.iterations, 'step')}"
+
+
 def _start(arm: Arm) -> str:
     if arm.weights:
         return f"{arm.weights}. It is not known whether these weights were trained on the test cases"
@@ -213,13 +246,12 @@ def _method(results: Results) -> list[str]:
     planned = read_json(study.planning_folder / DONE_FILE, "")
     share = len(study.patients) - len(split.test) - len(split.validation)
     lines = [f"{arm.slug} starts from {_start(arm)}." for arm in study.arms]
-    budget = f"{pluralise(options.epochs, 'epoch')} of {pluralise(options.iterations, 'step')}"
     rates = ", ".join(f"{rate:g}" for rate in options.rates)
     teachers = any(arm.teacher for arm in study.arms)
     patches = ". All arms but self_train see" if teachers else ", and sees"
     patches += " the same labelled patches in the same order"
     lines.append(
-        f"Each arm trains for {budget}, with the same labelled cases and seeds{patches}. For each arm and "
+        f"Each arm trains for {_budget(options)}, with the same labelled cases and seeds{patches}. For each arm and "
         f"number of labels, the best of the learning rates {rates} is used: the one with the highest mean Dice on the "
         "validation cases over the seeds."
     )

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from nnunetv2_macl.compare.folders import (
     pretraining_images,
     run_command,
 )
-from nnunetv2_macl.compare.report import FEWEST_PATIENTS, write_report
+from nnunetv2_macl.compare.report import FEWEST_PATIENTS, REPORT_FILE, Verdict, write_overview, write_report
 from nnunetv2_macl.compare.split import patients_of, split_cases
 from nnunetv2_macl.compare.splits import write_report_over_splits
 from nnunetv2_macl.compare.steps import DONE_FILE, Task, run_steps
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def compare(
-    options: Options,
+    options: Options | Sequence[Options],
     *,
     splits: int = 1,
     folder: Path | None = None,
@@ -56,13 +56,15 @@ def compare(
 ) -> Path:
     """Run or continue a label-efficiency study and return its folder: plan, pre-train, fine-tune each cell, report.
 
-    With several splits, the whole study runs on each split in a folder ``split_K``, and a report over the splits is written.
+    With several kinds of fine-tuning, the cells and the report of each kind are in a folder with its name, and all kinds share
+    the pre-trainings. With several splits, the whole study runs on each split in a folder ``split_K``, and a report over the
+    splits is written. ``compare.md`` in ``folder`` always begins with the verdict.
 
     The user's nnU-Net folders are only read. Several processes, on one machine or on several that share ``folder``, divide
     the cells among themselves.
 
     Args:
-        options: The options that define the study.
+        options: The options that define the study, one for each kind of fine-tuning; see `options_by_finetuning`.
         splits: Number of random draws of test, validation and training patients.
         folder: Folder of the study. None: ``macl_compare_DATASET_C`` in the working directory.
         device: ``cuda``, ``cpu`` or ``mps``.
@@ -75,6 +77,59 @@ def compare(
         UserError: A mistake that the user can correct.
     """
     nnunet.require_folders()
+    kinds = [_checked(each) for each in ([options] if isinstance(options, Options) else options)]
+    options = kinds[0]
+    for name, value in (("--jobs", jobs), ("-np", processes), ("--splits", splits)):
+        if value < 1:
+            raise UserError(f"{name} must be 1 or more, got {value}.")
+    if not dry_run:
+        check_device(device)
+    images = RawImages.find(options.dataset, skip_unreadable=skip_unreadable)
+    planner_name = planner(options) if options.plan is None else None
+    folder = (folder or Path(_default_name(options))).expanduser().resolve()
+    _check_folder(folder, splits, [kind.finetuning for kind in kinds])
+    # studies[k][n] is the study of kind k and split n
+    studies = [[_study(kind, images, folder, n, splits, len(kinds) > 1) for n in range(splits)] for kind in kinds]
+    _check_labels(studies[0])
+    for number, of_kind in enumerate(studies):
+        for study in of_kind:
+            logger.info("%s", describe(study, images) if number == 0 else describe_cells(study))
+    if dry_run:
+        return folder
+    for study in itertools.chain.from_iterable(studies):
+        if (study.planning_folder / DONE_FILE).is_file():
+            # check before the new arms are stored in the study
+            check_arms(study, images)
+    studies = [[Study.open(s.folder, s.options, s.split, s.patients, s.shares) for s in of_kind] for of_kind in studies]
+    logger.info("Study in %s", folder)
+    prepared = [
+        _preparation(list(of_split), images, planner_name, device, processes, jobs, skip_unreadable)
+        for of_split in zip(*studies, strict=True)
+    ]
+    verdicts: list[Verdict] = []
+    for of_kind in studies:
+        # in the order of the splits, so that the first split is complete early
+        steps = [
+            _steps(study, preparation, device, processes, jobs)
+            for study, preparation in zip(of_kind, prepared, strict=True)
+        ]
+        with ended_by_sigterm():
+            run_steps(list(itertools.chain.from_iterable(steps)), jobs)
+        found = [Verdict(study.options, write_report(study), study.folder / REPORT_FILE) for study in of_kind]
+        if splits > 1:
+            file = folder / (REPORT_FILE if len(kinds) == 1 else f"compare_{of_kind[0].options.finetuning}.md")
+            found.append(Verdict(of_kind[0].options, write_report_over_splits(of_kind, file), file))
+        for verdict in found:
+            logger.info("\n%s\n\nTables and figure: %s", verdict.sentence, verdict.file)
+        verdicts.append(found[-1])
+        if len(kinds) > 1:
+            # also before the next kind is trained, which may take days
+            write_overview(verdicts, folder / REPORT_FILE)
+    return folder
+
+
+def _checked(options: Options) -> Options:
+    """Return the options with the full name of the data set and absolute paths. Raise UserError if they cannot be used."""
     options = replace(options, dataset=nnunet.dataset_name(options.dataset))
     options.check()
     if options.plan is not None:
@@ -82,42 +137,28 @@ def compare(
         options = replace(options, plan=str(file), plans=plans_name(file))
     # store absolute paths, because the study may be continued from another working directory
     options = replace(options, arms=[parse_arm(text).name for text in options.arms])
-    for name, value in (("--jobs", jobs), ("-np", processes), ("--splits", splits)):
-        if value < 1:
-            raise UserError(f"{name} must be 1 or more, got {value}.")
     if options.configuration == "3d_cascade_fullres":
         raise UserError("-c 3d_cascade_fullres needs a first stage for each cell. Compare its stages: -c 3d_lowres")
     _check_configuration(options)
-    if not dry_run:
-        check_device(device)
-    images = RawImages.find(options.dataset, skip_unreadable=skip_unreadable)
-    planner_name = planner(options) if options.plan is None else None
-    folder = (folder or Path(_default_name(options))).expanduser().resolve()
-    if splits > 1 and (folder / STUDY_FILE).is_file():
-        raise UserError(f"{folder} holds a study of one split. Leave out --splits, or give another folder: -o FOLDER")
-    studies = [_study(replace(options, split=n), images, folder / f"split_{n}") for n in range(splits)]
-    if splits == 1:
-        studies = [replace(studies[0], folder=folder)]
-    _check_labels(studies)
-    for study in studies:
-        logger.info("%s", describe(study, images))
-    if dry_run:
-        return folder
-    for study in studies:
-        if (study.planning_folder / DONE_FILE).is_file():
-            # check before the new arms are stored in the study
-            check_arms(study, images)
-    studies = [Study.open(study.folder, study.options, study.split, study.patients) for study in studies]
-    logger.info("Study in %s", folder)
-    steps = [_steps(study, images, planner_name, device, processes, jobs, skip_unreadable) for study in studies]
-    with ended_by_sigterm():
-        # in the order of the splits, so that the first split is complete early
-        run_steps(list(itertools.chain.from_iterable(steps)), jobs)
-    for study in studies:
-        logger.info("\n%s", write_report(study))
-    if splits > 1:
-        logger.info("\n%s", write_report_over_splits(studies, folder))
-    return folder
+    return options
+
+
+def _check_folder(folder: Path, splits: int, kinds: list[str]) -> None:
+    """Raise UserError if a study of several splits or kinds of fine-tuning cannot begin or continue in a folder."""
+    if splits == 1 and len(kinds) == 1:
+        return  # `Study.open` checks the folder of a single study
+    if (folder / STUDY_FILE).is_file():
+        there = Study.read(folder).options
+        raise UserError(
+            f"{folder} holds a study of one split with one kind of fine-tuning, --finetuning {there.finetuning}. Give this "
+            "option, and leave out --splits, or give another folder: -o FOLDER"
+        )
+    expected = [f"split_{n}" for n in range(splits)] if splits > 1 else kinds
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if names and not set(names) & set(expected):
+        raise UserError(
+            f"{folder} is not empty and holds no study with these --splits and --finetuning. Give another folder: -o FOLDER"
+        )
 
 
 def _check_labels(studies: list[Study]) -> None:
@@ -131,8 +172,19 @@ def _check_labels(studies: list[Study]) -> None:
             )
 
 
-def _study(options: Options, images: RawImages, folder: Path) -> Study:
-    """Return the study of a split without writing anything to disk."""
+def _study(options: Options, images: RawImages, folder: Path, number: int, splits: int, shares: bool) -> Study:
+    """Return the study of a split and a kind of fine-tuning without writing anything to disk.
+
+    Args:
+        options: Options of the kind of fine-tuning.
+        images: The raw images.
+        folder: Folder of all splits and kinds.
+        number: Index of the split.
+        splits: Number of splits.
+        shares: Whether it shares its pre-trainings with other kinds of fine-tuning.
+    """
+    options = replace(options, split=number)
+    folder = folder / f"split_{number}" if splits > 1 else folder
     patients = patients_of(images.labelled, options.group_regex)
     split = split_cases(
         patients,
@@ -142,7 +194,7 @@ def _study(options: Options, images: RawImages, folder: Path) -> Study:
         seeds=options.seeds,
         number=options.split,
     )
-    return Study(folder, options, split, patients)
+    return Study(folder / options.finetuning if shares else folder, options, split, patients, shares=shares)
 
 
 def _check_configuration(options: Options) -> None:
@@ -202,44 +254,62 @@ def describe(study: Study, images: RawImages) -> str:
     for seed, subset in enumerate(split.subsets):
         for labels, cases in subset.items():
             lines.append(f"labelled, seed {seed}, {labels}: {patients(cases)}: {_names(cases)}")
-    lines.append(
-        f"{pluralise(len(study.cells), 'cell')}: {pluralise(len(study.arms), 'arm')} x "
+    return "\n".join([*lines, describe_cells(study)])
+
+
+def describe_cells(study: Study) -> str:
+    """Return the number, the length and the names of the cells as text."""
+    options, split = study.options, study.split
+    line = (
+        f"fine-tuning by {options.finetuning}: {pluralise(len(study.cells), 'cell')}: {pluralise(len(study.arms), 'arm')} x "
         f"{pluralise(len(split.labels), 'number')} of labels x {pluralise(options.seeds, 'seed')} x "
         f"{pluralise(len(options.rates), 'rate')}, each {pluralise(options.epochs, 'epoch')} of "
         f"{pluralise(options.iterations, 'step')}: {len(study.cells) * options.epochs * options.iterations:,} steps in all, "
-        f"plus {pluralise(len(study.pretrainings), 'pre-training')}"
+        f"after {pluralise(len(study.pretrainings), 'pre-training')}"
     )
-    lines += [f"    {cell.name}" for cell in study.cells]
-    return "\n".join(lines)
+    return "\n".join([line, *(f"    {cell.name}" for cell in study.cells)])
 
 
 def _names(cases: list[str], shown: int = 6) -> str:
     return ", ".join(sorted(cases)[:shown]) + (", ..." if len(cases) > shown else "")
 
 
-def _steps(
-    study: Study,
+@dataclass(frozen=True)
+class _Preparation:
+    """The steps before the cells of a split."""
+
+    planning: Task
+    steps: list[Task]  # planning, preprocessing and pre-trainings
+    pretrained: dict[str, Task]  # pre-trainings, by recipe with its settings
+
+
+def _preparation(
+    studies: list[Study],
     images: RawImages,
     planner_name: str | None,
     device: str,
     processes: int,
     jobs: int,
     skip_unreadable: bool,
-) -> list[Task]:
-    planning = Task(
-        "planning and preprocessing",
-        study.planning_folder,
-        functools.partial(plan, study, images, planner_name, processes),
-    )
+) -> _Preparation:
+    """Return the steps that the studies of one split share, one study for each kind of fine-tuning."""
+    study = studies[0]
+
+    def plan_and_check() -> dict[str, Any]:
+        done = plan(study, images, planner_name, processes)
+        for other in studies:
+            check_arms(other, images)
+        return done
+
+    planning = Task("planning and preprocessing", study.planning_folder, plan_and_check)
     preprocessing = Task(
         "preprocessing of the unlabelled images",
-        study.folder / "preprocessing_unlabelled",
+        study.base / "preprocessing_unlabelled",
         functools.partial(_preprocess_unlabelled, study, images, processes, skip_unreadable),
         needs=(planning,),
     )
     # preprocess once for all recipes, because their pre-trainings may run at the same time
     ready = preprocessing if pretraining_images(study, list(images.unlabelled)) and study.pretrainings else planning
-    steps = list(dict.fromkeys((planning, ready)))
     pretrained = {
         arm.recipe_and_settings: Task(
             f"pre-training, recipe {','.join([arm.recipe_name, *arm.settings])}",
@@ -249,7 +319,11 @@ def _steps(
         )
         for arm in study.pretrainings
     }
-    steps += pretrained.values()
+    return _Preparation(planning, [*dict.fromkeys((planning, ready)), *pretrained.values()], pretrained)
+
+
+def _steps(study: Study, preparation: _Preparation, device: str, processes: int, jobs: int) -> list[Task]:
+    """Return all steps of a study, in the order in which they start."""
     trained: dict[Trial, Task] = {}
     # A teacher is trained before its students.
     for cell in sorted(study.cells, key=study.generation):
@@ -259,12 +333,11 @@ def _steps(
             study.cell_folder(cell),
             functools.partial(_run_cell, study, cell, device, processes, jobs),
             needs=(
-                pretrained[arm.recipe_and_settings] if arm.recipe else planning,
+                preparation.pretrained[arm.recipe_and_settings] if arm.recipe else preparation.planning,
                 *([trained[teacher]] if teacher else []),
             ),
         )
-    steps += [trained[cell] for cell in study.cells]
-    return steps
+    return [*preparation.steps, *(trained[cell] for cell in study.cells)]
 
 
 def _pretrain(
@@ -290,8 +363,6 @@ def _pretrain(
         command += ["-recipe", str(arm.recipe), *(["--set", *settings] if settings else [])]
     environment = study.environment(folder / "nnUNet_results") | _share_of_cores(device, jobs)
     run_command(command, environment, folder / "log.txt")
-    if not weights.is_file():  # Ctrl-C reaches all processes, and a pre-training that it stops exits without an error
-        raise UserError(f"Pre-training in {run} was stopped. To continue, run the same command again.")
     return _training_seconds(run)
 
 
@@ -307,7 +378,7 @@ def _training_seconds(run: Path) -> dict[str, float]:
 
 def _preprocess_unlabelled(study: Study, images: RawImages, processes: int, skip_unreadable: bool) -> dict[str, Any]:
     command = _pretraining_command(study, images, processes, skip_unreadable)
-    results, log = study.folder / "nnUNet_results", study.planning_folder / "log.txt"
+    results, log = study.base / "nnUNet_results", study.planning_folder / "log.txt"
     run_command([*command, "--preprocess_only"], study.environment(results), log)
     return {}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunetv2_macl.compare.report import differences
+from nnunetv2_macl.compare.report import REPORT_FILE, differences
 from nnunetv2_macl.compare.results import Results
 from nnunetv2_macl.compare.statistics import Resampling, student_interval
 from nnunetv2_macl.compare.study import SCRATCH, Study
@@ -51,12 +51,12 @@ def spreads(results: Sequence[Results]) -> dict[tuple[str, int], Spread]:
     }
 
 
-def write_report_over_splits(studies: Sequence[Study], folder: Path) -> str:
-    """Write ``compare.md`` for studies that differ only in their split, and return the verdict.
+def write_report_over_splits(studies: Sequence[Study], file: Path) -> str:
+    """Write the report of studies that differ only in their split, and return the verdict.
 
     Args:
         studies: One study for each split. Their cells must be done.
-        folder: Folder of the report.
+        file: File of the report, in a folder that contains the studies' folders.
     """
     results = [Results.read(study) for study in studies]
     options = studies[0].options
@@ -77,14 +77,15 @@ def write_report_over_splits(studies: Sequence[Study], folder: Path) -> str:
         mean = f"{spread.mean:+.3f} ({spread.low:+.3f} to {spread.high:+.3f})"
         lines.append(_row(slug, labels, mean, [f"{value:+.3f}" for value in spread.by_split]))
     lines += ["", "## How this was measured", ""]
+    reports = [(study.options.split, (study.folder / REPORT_FILE).relative_to(file.parent)) for study in studies]
     lines += [
         f"- Each split draws other test, validation and training patients, and has {pluralise(options.seeds, 'seed')}.",
         "- The interval is Student's, over the splits. It is too narrow, because the splits' training patients overlap.",
-        f"- Each split has its own report: {join_words(f'[{n}](split_{n}/compare.md)' for n in range(len(studies)))}.",
+        f"- Each split has its own report: {join_words(f'[{n}]({report})' for n, report in reports)}.",
     ]
     text = "\n".join(lines) + "\n"
-    atomic_write(folder / "compare.md", lambda file: file.write(text.encode()))
-    return f"{sentence}\n\nTables over all splits: {folder / 'compare.md'}"
+    atomic_write(file, lambda stream: stream.write(text.encode()))
+    return sentence
 
 
 def _row(arm: str, labels: int, mean: str, values: list[str]) -> str:

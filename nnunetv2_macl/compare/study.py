@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,6 +19,7 @@ from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
 from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
 from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text
 from nnunetv2_macl.semi_supervised.settings import parse_semi_settings
+from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
 SCRATCH = "scratch"
@@ -28,6 +30,12 @@ SELF_TRAINING = "self_train"
 STUDY_FILE = "study.json"
 # scores of a cell
 RESULT_FILE = "result.json"
+# default epochs, steps per epoch and learning rates of each kind of fine-tuning; adamw is the training of nnUNetTrainerMACL_short
+FINETUNINGS: dict[str, tuple[int, int, list[float]]] = {
+    "adamw": (8, 100, [3e-3]),
+    "sgd": (100, 250, [1e-2, 1e-3]),
+    "paper": (100, 250, [5e-4]),
+}
 # names of options in studies of version 0.1, and their present names
 _OLDER_NAMES = {"c": "configuration", "p": "plans"}
 
@@ -111,6 +119,52 @@ class Options:
                         f"--arms: {other.recipe_and_settings} and {arm.recipe_and_settings} would share the folder "
                         f"{arm.pretraining_name}. Give the files different names."
                     )
+
+
+def options_by_finetuning(
+    kinds: Sequence[str],
+    *,
+    epochs: Sequence[int] | None = None,
+    iterations: Sequence[int] | None = None,
+    rates: list[float] | None = None,
+    **others: Any,
+) -> list[Options]:
+    """Return the options of one study for each kind of fine-tuning. The studies differ only in their fine-tuning.
+
+    Args:
+        kinds: Keys of `FINETUNINGS`.
+        epochs: Epochs of each kind. None: the defaults.
+        iterations: Steps per epoch of each kind. None: the defaults.
+        rates: Learning rates, for a single kind. None: the defaults.
+        others: The other fields of `Options`.
+
+    Raises:
+        UserError: A kind is named twice, or the numbers of values and of kinds differ.
+    """
+    if len(set(kinds)) < len(kinds):
+        raise UserError(f"--finetuning names a kind twice: {' '.join(kinds)}. Give each kind once.")
+    one_kind = f"Or give one kind: --finetuning {kinds[0]}"
+    for key, values in (("epochs", epochs), ("iterations", iterations)):
+        if values is not None and len(values) != len(kinds):
+            raise UserError(
+                f"{option(key)} {_typed(list(values))} has {pluralise(len(values), 'value')}, and --finetuning "
+                f"{' '.join(kinds)} has {pluralise(len(kinds), 'kind')}. Give one value for each kind. {one_kind}"
+            )
+    if rates is not None and len(kinds) > 1:
+        raise UserError(
+            f"--rates {_typed(rates)} cannot be used with several kinds of fine-tuning ({' '.join(kinds)}). Leave out --rates. "
+            f"{one_kind}"
+        )
+    return [
+        Options(
+            finetuning=kind,
+            epochs=epochs[number] if epochs else FINETUNINGS[kind][0],
+            iterations=iterations[number] if iterations else FINETUNINGS[kind][1],
+            rates=rates or FINETUNINGS[kind][2],
+            **others,
+        )
+        for number, kind in enumerate(kinds)
+    ]
 
 
 @dataclass(frozen=True)
@@ -236,15 +290,19 @@ class Study:
     split: Split  # use of each case
     patients: dict[str, str]  # patient of each case, by case
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the weights of the arms weights:FILE, by file
+    # whether images, plan and pre-trainings are in the parent folder, for studies that differ only in their fine-tuning
+    shares: bool = False
 
     @classmethod
-    def open(cls, folder: Path, options: Options, split: Split, patients: dict[str, str]) -> Study:
+    def open(
+        cls, folder: Path, options: Options, split: Split, patients: dict[str, str], shares: bool = False
+    ) -> Study:
         """Return the study of a folder, after creating the study or adding arms and seeds to it.
 
         Raises:
             UserError: The folder holds something else, or a study with other options or other cases. The message names them.
         """
-        study = cls(folder, options, split, patients, _checksums(options))
+        study = cls(folder, options, split, patients, _checksums(options), shares)
         file = folder / STUDY_FILE
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file. Give a folder: -o FOLDER")
@@ -300,6 +358,7 @@ class Study:
                 Split(split["test"], split["validation"], subsets),
                 content["patients"],
                 content.get("files", {}),
+                content.get("shares", False),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{file} is no study of this nnunetv2_macl: {error}. {fix}") from None
@@ -310,6 +369,7 @@ class Study:
             "split": asdict(self.split),
             "patients": self.patients,
             "files": self.files,
+            "shares": self.shares,
         }
 
     @cached_property
@@ -353,12 +413,17 @@ class Study:
     # --- paths -----------------------------------------------------------------------------------------------------------
 
     @property
+    def base(self) -> Path:
+        """Return the folder of the images, the plan and the pre-trainings."""
+        return self.folder.parent if self.shares else self.folder
+
+    @property
     def raw(self) -> Path:
-        return self.folder / "nnUNet_raw" / self.options.dataset
+        return self.base / "nnUNet_raw" / self.options.dataset
 
     @property
     def preprocessed(self) -> Path:
-        return self.folder / "nnUNet_preprocessed" / self.options.dataset
+        return self.base / "nnUNet_preprocessed" / self.options.dataset
 
     @property
     def splits_file(self) -> Path:
@@ -370,10 +435,10 @@ class Study:
 
     @property
     def planning_folder(self) -> Path:
-        return self.folder / "planning"
+        return self.base / "planning"
 
     def pretraining_folder(self, arm: Arm) -> Path:
-        return self.folder / "pretraining" / arm.pretraining_name
+        return self.base / "pretraining" / arm.pretraining_name
 
     def pretraining_run(self, arm: Arm) -> Path:
         """Return the folder of the pre-training's run, which nnU-Net names after the excluded fold."""
@@ -406,6 +471,13 @@ class Study:
         """Return nnU-Net's three folder variables, which point into the study."""
         places = (self.raw.parent, self.preprocessed.parent, results)
         return {name: str(place) for name, place in zip(FOLDER_VARIABLES, places, strict=True)}
+
+
+def study_folders(folder: Path) -> list[Path]:
+    """Return the folders of the studies in a folder: itself, or those of its splits and kinds of fine-tuning."""
+    # three levels: the folder, its splits, their kinds of fine-tuning
+    files = itertools.chain.from_iterable(sorted(folder.glob(f"{'*/' * depth}{STUDY_FILE}")) for depth in range(3))
+    return [file.parent for file in files]
 
 
 def _checksums(options: Options) -> dict[str, str]:

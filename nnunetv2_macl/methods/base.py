@@ -1,6 +1,6 @@
 """The interface of a pre-training method: the views it makes, the modules it adds, and the losses it minimises.
 
-A method is one file in this folder. It uses torch only, and no folders, plans or processes. The training step, gradient caching,
+A method is one file in this folder. It uses no folders, plans or processes. The training step, gradient caching,
 training on several GPUs, the memory plan, the log, the curves, the report, the model card and the detection of collapse use only
 this interface.
 """
@@ -162,7 +162,7 @@ class Method(nn.Module, ABC):
         referenced_losses: Names of the losses that the reference lines belong to.
         couples_samples: Whether the loss of a patch depends on the other patches. If False, parts of a batch need no gradient
             caching, and `losses` returns one value for each patch.
-        compares_positions: Whether patches of near positions are positives, so that the plan needs a threshold.
+        compares_positions: Whether patches at nearby positions are positives, so that the plan needs a threshold.
         has_two_branches: Whether a second branch sees the patch at another size and both compare maps on one grid, so that the
             scale in the plan follows from the stages.
         uses_neighbours: Whether the views also show a neighbour of each patch. See `Sampling.neighbours`.

@@ -11,6 +11,7 @@ import numpy as np
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.methods.base import Geometry
 from nnunetv2_macl.methods.config import AUTO
+from nnunetv2_macl.networks.planned import nearest_multiple
 
 # The paper reads its dense map at this stride.
 _AUXILIARY_STRIDE = 16
@@ -44,7 +45,7 @@ def plan_branches(patch_size: Sequence[int], strides: Sequence[Sequence[int]], r
         """Return the scale, and nnU-Net's patch rounded to the nearest multiple of s·T_L (halves up)."""
         scale = total[auxiliary_stage - 1] // total[stages - decoder_stages - 1]
         step = scale * total[-1]
-        return scale, np.maximum(np.floor(patch / step + 0.5), 1).astype(int) * step
+        return scale, nearest_multiple(patch, step)
 
     if recipe.decoder_stages != AUTO or recipe.auxiliary_stage != AUTO or recipe.scale != AUTO:
         decoder_stages, auxiliary_stage = _asked_levels(total, recipe)
@@ -126,7 +127,7 @@ def own_patch(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> tu
     nnU-Net's own patches are such multiples. They are enlarged only if the bottleneck would be too small for instance norm.
     """
     patch, deepest = np.asarray(patch_size), np.prod(np.asarray(strides), axis=0)
-    size = np.maximum(np.floor(patch / deepest + 0.5), 1).astype(int) * deepest
+    size = nearest_multiple(patch, deepest)
     _enlarge(size, deepest, patch)
     return size.tolist(), deepest
 
@@ -140,7 +141,7 @@ def smaller_patch(patch_size: Sequence[int], multiple: Sequence[int], fraction: 
         fraction: Desired fraction of the patch's edge.
     """
     patch, step = np.asarray(patch_size), np.asarray(multiple)
-    size = np.maximum(np.floor(patch * fraction / step + 0.5), 1).astype(int) * step
+    size = nearest_multiple(patch * fraction, step)
     _enlarge(size, step, patch)
     return size.tolist()
 
@@ -169,7 +170,7 @@ def _asked_levels(total: np.ndarray, recipe: Any) -> tuple[int, int]:
     elif recipe.auxiliary_stage != AUTO:
         auxiliary = [int(recipe.auxiliary_stage)]
     else:
-        # Try the stage of the rule first, then deeper ones.
+        # Try the stage of the rule first, then deeper ones, then shallower ones.
         first = _auxiliary_stage(total)
         auxiliary = [first, *range(first + 1, stages + 1), *range(first - 1, 0, -1)]
     possible = []

@@ -10,6 +10,7 @@ Source: Zeng et al., IEEE JBHI 2026, https://arxiv.org/abs/2309.11876, Figure 2 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -212,7 +213,7 @@ class MACL(ContrastiveMethod):
         if recipe.auxiliary_encoder == "ema":
             self.auxiliary_encoder = averaged_copy(network.encoder)
         elif recipe.auxiliary_encoder == "independent":
-            self.auxiliary_encoder = averaged_copy(network.encoder).requires_grad_(True)
+            self.auxiliary_encoder = deepcopy(network.encoder)
         dominant = [network.encoder_levels[-1], *network.decoder_levels][-1].channels
         if recipe.weight_global:
             settings = {"embedding_dim": recipe.embedding_dim, "batch_norm": recipe.standardise_projector}

@@ -104,7 +104,8 @@ class MaskedViews(Views):
     def make(self, patches: Tensor, numbers: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return the masked patches ``masked``, the restoration target ``target``, and ``mask``, True at masked voxels.
 
-        Masked voxels are set to 0, which is the mean of an image under z-score normalisation. In other channels they are set to
+        Masked voxels are set to 0: the mean of an image under z-score normalisation, and of the labelled foreground under CT
+        normalisation. In other channels they are set to
         the channel's mean, and the target is standardised.
         """
         mask = enlarge_mask(numbers, patches.shape[2:])

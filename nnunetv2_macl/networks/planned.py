@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor, nn
 
 _AVERAGE_POOL = {2: nn.functional.avg_pool2d, 3: nn.functional.avg_pool3d}
@@ -96,4 +97,9 @@ class PlannedNetwork(nn.Module):
 
 def whole_multiples(patch_size: Sequence[int], total: Sequence[int]) -> list[int]:
     """Return a patch size rounded to the nearest multiples of a total stride, voxels per axis."""
-    return [int(max(1, round(length / stride)) * stride) for length, stride in zip(patch_size, total, strict=True)]
+    return nearest_multiple(np.asarray(patch_size), np.asarray(total)).tolist()
+
+
+def nearest_multiple(size: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Return the multiple of a step, and not 0, that is nearest to a size on each axis (halves up)."""
+    return np.maximum(np.floor(size / step + 0.5), 1).astype(int) * step

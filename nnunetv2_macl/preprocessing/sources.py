@@ -158,7 +158,7 @@ def find_sources(
         sources.append(Source(configuration.dataset_name, cases, invalid_cases, reader, ignored_files(own, ending)))
     elif left := ignored_files(own, ending):
         raise UserError(
-            f"{own} holds no file with a name of a nnU-Net image (CASE_0000{ending}), but it holds "
+            f"{own} holds no file with a name of an nnU-Net image (CASE_0000{ending}), but it holds "
             f"{os.path.basename(left[0])}. {_how_to_name(own / os.path.basename(left[0]), ending)}"
         )
     return sources + [_other_dataset(configuration, name, channel_map or {}) for name in datasets]

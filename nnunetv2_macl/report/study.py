@@ -9,36 +9,30 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from nnunetv2_macl.compare.report import REPORT_FILE
 from nnunetv2_macl.compare.steps import DONE_FILE
-from nnunetv2_macl.compare.study import STUDY_FILE, Study
+from nnunetv2_macl.compare.study import Study, study_folders
 from nnunetv2_macl.report.pictures import data_uri
 
 TEMPLATE = "study.html.jinja"
 
 
 def is_study(folder: Path) -> bool:
-    return bool(_studies(folder))
-
-
-def _studies(folder: Path) -> list[Path]:
-    """Return the folder of a study, or the folders of its splits."""
-    if (folder / STUDY_FILE).is_file():
-        return [folder]
-    return sorted(file.parent for file in folder.glob(f"split_*/{STUDY_FILE}"))
+    return bool(study_folders(folder))
 
 
 def describe_study(folder: Path) -> dict[str, Any]:
     """Return the values of the template for a study, finished or not. Raises UserError if the study is damaged."""
-    studies = [Study.read(part) for part in _studies(folder)]
+    studies = [Study.read(part) for part in study_folders(folder)]
     cells = [
         (f"{study.folder.relative_to(folder)}/{cell.name}", (study.cell_folder(cell) / DONE_FILE).is_file())
         for study in studies
         for cell in study.cells
     ]
-    written = folder / "compare.md"
+    written = folder / REPORT_FILE
     return {
         "study": studies[0],
-        "splits": len(studies),
+        "splits": len(studies) // len({study.options.finetuning for study in studies}),
         "done": sum(is_done for _, is_done in cells),
         "cells": len(cells),
         "left": [name.removeprefix("./") for name, is_done in cells if not is_done],
@@ -56,4 +50,4 @@ def _as_html(file: Path) -> Markup:
         picture = data_uri((file.parent / match[1]).read_bytes(), "png")
         return f'<img class="views" src="{picture}" alt="Dice of the arms"'
 
-    return Markup(re.sub(r'<img src="(\w+\.png)" alt="[^"]*"', inside, html))
+    return Markup(re.sub(r'<img src="([\w/]+\.png)" alt="[^"]*"', inside, html))

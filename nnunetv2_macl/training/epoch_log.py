@@ -15,7 +15,6 @@ from nnunetv2_macl import monitoring
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.methods.registry import loss_labels, methods_of
-from nnunetv2_macl.probes import PROBE
 from nnunetv2_macl.recipe import Recipe
 
 SKIPPED = "skipped_steps"
@@ -77,7 +76,7 @@ def read_curves(file: Path) -> dict[str, list[float]]:
             rows = list(csv.DictReader(stream))
         return {key: [float(row[key]) for row in rows] for key in (rows[0] if rows else {}) if key != "epoch"}
     except (ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{file} is no table of the values of each epoch: {error}. Remove it.") from None
+        raise UserError(f"{file} is not a table of the values of each epoch: {error}. Remove it.") from None
 
 
 @dataclass
@@ -156,12 +155,11 @@ class Epoch:
     def patches_per_second(self) -> float:
         return self.batch_size / self.sums.seconds_per_step
 
-    def log_values(self, keys: Iterable[str], probed: dict[str, float]) -> dict[str, float]:
+    def log_values(self, keys: Iterable[str]) -> dict[str, float]:
         """Return the values of an epoch for the keys of the log. A loss is NaN if all steps were skipped.
 
         Args:
             keys: Keys of the log, see `log_keys`.
-            probed: Values of the probes; NaN in epochs without a probe.
         """
         means = self.sums.means()
         known = {f"train_losses/{name}": means.get(name, math.nan) for name in self.recipe.losses}
@@ -169,7 +167,6 @@ class Epoch:
         known |= {key: means.get(key, math.nan) for key in _statistics(self.recipe)}
         known |= {"train_losses": means.get("total", math.nan), "patches_per_second": self.patches_per_second}
         known |= {SKIPPED: self.sums.skipped}
-        known |= {key: probed.get(key, math.nan) for key in keys if key.startswith(PROBE)}
         return {key: float(known[key]) for key in keys if key in known}
 
     def line(self, between_epochs: float = 0.0) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
 from nnunetv2_macl import checkpoints
+from nnunetv2_macl.factory import build_segmentation_network
 from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 from nnunetv2_macl.planning.plan import MACLPlan
@@ -32,15 +32,7 @@ def export_run(
     """
     encoder, decoder = model.network.trained_weights()
     torch.manual_seed(plan.get_recipe().seed)
-    plans, manager, dataset_json = configuration.plans_manager, configuration.manager, configuration.dataset_json
-    inputs = determine_num_input_channels(plans, manager, dataset_json)
-    fresh = nnUNetTrainer.build_network_architecture(
-        plans,
-        manager,
-        inputs,
-        plans.get_label_manager(dataset_json).num_segmentation_heads,
-        True,
-    )
+    fresh = build_segmentation_network(configuration)
     checkpoints.export_weights(
         folder,
         encoder=encoder,
@@ -48,7 +40,9 @@ def export_run(
         unet_weights=fresh.state_dict(),
         description={
             "architecture": configuration.architecture(),
-            "network_input_channels": inputs,
+            "network_input_channels": determine_num_input_channels(
+                configuration.plans_manager, configuration.manager, configuration.dataset_json
+            ),
             "preprocessing": configuration.preprocessing(),
             "dataset_name": configuration.dataset_name,
             "plans_name": configuration.plans_name,

@@ -21,6 +21,7 @@ from torch._dynamo import OptimizedModule
 
 from nnunetv2_macl import __version__, checkpoints, formats
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.factory import build_segmentation_network
 from nnunetv2_macl.folds import check_fold, number_of_folds, too_few_cases
 from nnunetv2_macl.messages import for_log_file, show_any_character
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, DatasetConfiguration
@@ -40,7 +41,8 @@ class nnUNetTrainerMACL(nnUNetTrainer):
 
     The weights are those of the data set's own pre-training: ``fold_F`` if it exists, else ``fold_all``. The variable
     ``nnUNet_macl_weights`` names another folder or file, and nnU-Net's ``-pretrained_weights`` takes precedence over both.
-    The checkpoints are ordinary nnU-Net checkpoints, so prediction does not need this package.
+    The checkpoints are ordinary nnU-Net checkpoints, so prediction does not need this package, unless the plan names one of its
+    networks.
     """
 
     finetuning_epochs: int = 1000
@@ -49,7 +51,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
     finetuning_lr: float = 1e-2
     # sgd as in nnU-Net, or adamw, which is better in a short training, with a rate of 1e-3 to 3e-3
     finetuning_optimizer: str = "sgd"
-    # number of epochs in which the learning rate rises from 0, before nnU-Net's schedule
+    # number of epochs in which the learning rate rises linearly, before nnU-Net's schedule
     warmup_epochs: int = 0
     # whether to keep nnU-Net's initial weights
     from_scratch: bool = False
@@ -68,7 +70,9 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         self.num_iterations_per_epoch = self.finetuning_iterations
         self.num_val_iterations_per_epoch = max(1, self.finetuning_iterations // 5)
         self.initial_lr = self.finetuning_lr
-        self.macl_origin: dict[str, Any] | None = None
+        # what a checkpoint says about the trainer and the weights that it started from
+        self.macl_origin: dict[str, Any] = {"trainer": type(self).__name__, "nnunetv2_macl": __version__}
+        self._continues = False
         self._split: tuple[list[str], list[str]] | None = None
 
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
@@ -78,6 +82,10 @@ class nnUNetTrainerMACL(nnUNetTrainer):
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         optimizer, scheduler = super().configure_optimizers()
+        if self.finetuning_optimizer not in ("sgd", "adamw"):
+            raise UserError(
+                f"{type(self).__name__}.finetuning_optimizer is {self.finetuning_optimizer!r}. Set it to 'sgd' or 'adamw'."
+            )
         if self.finetuning_optimizer == "adamw":
             optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
             scheduler = PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
@@ -92,11 +100,16 @@ class nnUNetTrainerMACL(nnUNetTrainer):
 
     @exit_on_user_error
     def on_train_start(self) -> None:
-        # if already initialised, the weights were loaded by --c, --val or -pretrained_weights
         if not self.was_initialized and not self.from_scratch:
             pretrained = self._find_weights()
             self.initialize()
             self.load_macl_weights(pretrained)
+        elif not self._continues and not self.from_scratch:
+            # nnU-Net's -pretrained_weights, or code that has called `initialize`
+            self.print_to_log_file(
+                "The network was initialised before the training, for example by -pretrained_weights. It keeps its weights, and "
+                "no others are loaded."
+            )
         super().on_train_start()
 
     def _find_weights(self) -> checkpoints.PretrainedWeights:
@@ -137,9 +150,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         if rescaled:
             rescale_kernels(module, fresh)
         self._report(pretrained, transfer, rescaled)
-        self.macl_origin = {
-            "trainer": type(self).__name__,
-            "nnunetv2_macl": __version__,
+        self.macl_origin |= {
             "weights": [file.name for file in pretrained.files],
             "recipe": pretrained.description.get("recipe"),
             "pretrained_epochs": pretrained.description.get("epochs"),
@@ -169,7 +180,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             lines.append(f"  {part}: {loaded} of {tensors} tensors loaded")
         if rescaled:
             lines.append(
-                "  for SGD, kernels before an instance norm are scaled to their initial norms; the function is the same"
+                "  for SGD, kernels before an instance norm are scaled to their initial norms; the output stays the same"
             )
         self.print_to_log_file("\n".join(lines))
         if transfer.difference:
@@ -260,13 +271,14 @@ class nnUNetTrainerMACL(nnUNetTrainer):
     @exit_on_user_error
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         super().load_checkpoint(filename_or_checkpoint)
+        self._continues = True
         if isinstance(filename_or_checkpoint, str):
             content = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
             self.load_checkpoint_content(content)
 
     def load_checkpoint_content(self, checkpoint: dict[str, Any]) -> None:
         """Read the content that `checkpoint_content` returned. Checkpoints of other trainers do not have it."""
-        self.macl_origin = checkpoint.get("macl")
+        self.macl_origin = checkpoint.get("macl") or self.macl_origin
 
 
 @contextmanager
@@ -346,14 +358,7 @@ def load_transfer(weights: Path, target: DatasetConfiguration) -> tuple[checkpoi
         UserError: There are no weights, or their network differs too much.
     """
     pretrained = formats.load_weights(weights.expanduser())
-    network = nnUNetTrainer.build_network_architecture(
-        target.plans_manager,
-        target.manager,
-        determine_num_input_channels(target.plans_manager, target.manager, target.dataset_json),
-        target.plans_manager.get_label_manager(target.dataset_json).num_segmentation_heads,
-        True,
-    )
-    return pretrained, transfer_to(target, network.state_dict(), pretrained)
+    return pretrained, transfer_to(target, build_segmentation_network(target).state_dict(), pretrained)
 
 
 class _WarmupPolyLR:

@@ -21,7 +21,7 @@ _LAST_SHARE = 0.01
 class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
     """Fine-tunes as in the paper: Adam with a cosine from 5e-4 to 5e-6, cross-entropy, no augmentation, 100 epochs.
 
-    An epoch is one pass over the training slices. The paper's network: ``nnUNetv2_macl_network DATASET paper``.
+    An epoch has as many patches as there are training slices. The paper's network: ``nnUNetv2_macl_network DATASET paper``.
 
     Source: MACL, the fine-tuning of its experiments.
     """

@@ -6,7 +6,6 @@ import atexit
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from nnunetv2.run.run_training import run_training
+from nnunetv2.run.run_training import find_free_network_port, run_training
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch._inductor import config as inductor
 
@@ -44,20 +43,25 @@ def train(*, device: str, num_gpus: int, **arguments: Any) -> None:
     if num_gpus == 1:
         run_training(device=torch.device(device), **arguments)
         return
-    ranks = mp.spawn(_run_rank, (num_gpus, _free_port(), device, arguments), nprocs=num_gpus, join=False)
+    ranks = mp.spawn(_run_rank, (num_gpus, find_free_network_port(), device, arguments), nprocs=num_gpus, join=False)
     try:
-        with _signals_passed_on(ranks.processes):
+        with _signals_passed_on(ranks.processes) as stopped_by:
             while not ranks.join():
                 pass
     except mp.ProcessExitedException as error:
         raise SystemExit(error.exit_code or 1) from None
+    if stopped_by:
+        raise SystemExit(128 + stopped_by[0])
 
 
 @contextmanager
-def _signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[None]:
-    """Within the context, forward signals to the ranks, which write a checkpoint before they end."""
+def _signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
+    """Within the context, forward signals to the ranks, which write a checkpoint, and list those that asked to stop."""
+    stopped_by: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            stopped_by.append(number)
         for process in processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
@@ -65,7 +69,7 @@ def _signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[None]:
     names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
     before = {getattr(signal, name): signal.signal(getattr(signal, name), pass_on) for name in names}
     try:
-        yield
+        yield stopped_by
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -102,14 +106,8 @@ def _run_rank(rank: int, ranks: int, port: int, device: str, arguments: dict[str
     _leave()
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def prepare_process(device: str) -> None:
-    """Set the number of threads as nnU-Net's training command does, and the GPU allocator. Ranks on a machine share its cores."""
+    """Set the number of threads, on a GPU as nnU-Net's training command does, and the GPU allocator. Ranks share the cores."""
     if device == "cuda":
         torch.set_num_threads(1)
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

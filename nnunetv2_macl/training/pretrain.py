@@ -1,4 +1,4 @@
-"""The pre-training stage as a nnU-Net trainer: nnU-Net runs the training and calls the methods of this class.
+"""The pre-training stage as an nnU-Net trainer: nnU-Net runs the training and calls the methods of this class.
 
 The other tasks of a run (checkpoints, log, pictures, signals ...) are in `nnunetv2_macl.training.callbacks`.
 """
@@ -47,7 +47,7 @@ from nnunetv2_macl.training.user_errors import (
 
 
 class nnUNetTrainerMACLPretrain(nnUNetTrainer):
-    """Pre-trains encoder and partial decoder on unlabelled images with MACL.
+    """Pre-trains encoder and partial decoder on images without their labels, with the method of a recipe.
 
     All settings are read from the MACL plan, which is derived if it is missing. ``fold`` selects the validation cases that are
     left out: those of fold F, or none for ``all``. With ``--c`` the run keeps the plan that it began with.
@@ -218,7 +218,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         """nnU-Net switches the outputs of its decoder; the pre-training network has no segmentation layers."""
 
     def plot_network_architecture(self) -> None:
-        """nnU-Net draws the network; it can draw only networks with one input."""
+        """nnU-Net draws the network; it needs a `forward` pass from one image to outputs, which the pre-training model lacks."""
 
     # --- nnU-Net trains ----------------------------------------------------------------------------------------------------
 
@@ -283,7 +283,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     def on_epoch_start(self) -> None:
         """nnU-Net logs the start of the epoch; we leave that out when a stopped epoch continues."""
-        if not self.epoch_log.sums.steps:
+        if len(self.log_of_epochs["epoch_start_timestamps"]) <= self.current_epoch:
             super().on_epoch_start()
 
     def on_train_epoch_start(self) -> None:

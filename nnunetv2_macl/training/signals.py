@@ -35,6 +35,7 @@ class Signals:
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
         self._stop_since: float | None = None
+        self.stopped_by: int | None = None  # number of the signal that asked this process to stop
         self._save = False
         self._is_waiting = False
 
@@ -77,7 +78,7 @@ class Signals:
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         if self._stop_since is None:
-            self._stop_since = monotonic()
+            self._stop_since, self.stopped_by = monotonic(), number
             if self._is_waiting:
                 raise StoppedWhileWaiting
         elif monotonic() - self._stop_since >= (_REPEATS if world_size() > 1 else 0):

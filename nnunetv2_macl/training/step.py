@@ -21,6 +21,7 @@ from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.training.draws import StepDraws
 
 _MAX_GRADIENT_NORM = 12  # as in nnU-Net
+_DROPOUT = 2**32 - 1  # a stream of random numbers that no method draws from
 
 Tensors = dict[str, Tensor]
 
@@ -83,7 +84,7 @@ class TrainingStep:
             step: Number of the step.
         """
         # For networks with dropout, because everything else that is random has its own generator. Ranks draw other numbers.
-        torch.manual_seed(derive_seed(self.recipe.seed, step, self.first))
+        torch.manual_seed(derive_seed(self.recipe.seed, step, _DROPOUT, self.first))
         progress = self.progress(step)
         numbers = to_device(batch["numbers"] if "numbers" in batch else self.draws(step), self.device)
         patches = batch["data"].to(self.device, non_blocking=True)

@@ -46,7 +46,7 @@ def started_worker(cases, **options):
     return loader, worker
 
 
-@pytest.mark.parametrize("time_to_live", [0, 0.001, 0.003, 0.01])
+@pytest.mark.parametrize("time_to_live", [0, 0.003, *(pytest.param(t, marks=pytest.mark.slow) for t in (0.001, 0.01))])
 def test_a_killed_worker_is_recognised(cases, time_to_live):
     """The worker is killed at different stages of its work."""
     script = Path(__file__).with_name("kill_worker.py")

@@ -205,7 +205,7 @@ def test_inaccessible_unlabelled_images_are_reported(workspace, link):
     assert cases.preprocess_unlabelled(target, (), processes=1).cases == []
 
 
-@pytest.mark.parametrize("content", [b"", b"\0\5\26\7"])
+@pytest.mark.parametrize("content", [b"", pytest.param(b"\0\5\26\7", marks=pytest.mark.slow)])
 def test_another_data_sets_first_file_need_not_be_an_image(workspace, content):
     """macOS writes further files, whose names come first."""
     other = workspace.raw / "Dataset906_Mac"

@@ -79,6 +79,7 @@ def test_temporary_files_of_a_killed_process_are_removed_and_others_kept(tmp_pat
     assert os.listdir(tmp_path) == ["notes.tmp"]
 
 
+@pytest.mark.slow
 def test_preprocessing_workers_end_with_a_killed_command(workspace):
     folder = workspace.raw / DATASET / "imagesUn"
     image = next(folder.iterdir())

@@ -115,6 +115,7 @@ def test_cases_that_are_newer_than_the_index_are_checked(configuration, workspac
     assert len(opened) == 2
 
 
+@pytest.mark.slow
 def test_machines_that_divide_the_work_lose_no_case(configuration, workspace, opened):
     """The index may lack the cases of another machine. They are then checked, but not preprocessed again."""
     target = folder(configuration)

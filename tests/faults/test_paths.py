@@ -2,12 +2,14 @@
 
 import shutil
 
+import pytest
 from conftest import DATASET, Workspace
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.files import verify
 
 
+@pytest.mark.slow
 def test_paths_may_contain_spaces_and_any_letters(planned, tmp_path):
     space = Workspace(tmp_path / "Männer & Frauen, 日本" / "nn unet")
     shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)

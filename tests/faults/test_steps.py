@@ -43,10 +43,10 @@ def test_an_epoch_counts_skipped_steps_and_leaves_them_out_of_the_means():
     sums.add({"total": math.nan, "global": math.nan, "positives": 1.0}, skipped=True)
     sums.add(measured | {"total": 5.0}, skipped=False)
     epoch = Epoch(0, 2, 4, sums, recipe_of())
-    values = epoch.log_values(log_keys(recipe_of(), []), {})
+    values = epoch.log_values(log_keys(recipe_of(), []))
     assert values["train_losses"] == 4.0 and values["skipped_steps"] == 1 and values["patches_per_second"] == 6
     assert "loss 4.0000" in epoch.line() and "skipped 1 steps" in epoch.line()
     none = EpochSums(seconds=1.0)
     none.add({"total": math.nan}, skipped=True)
     epoch = Epoch(0, 2, 4, none, recipe_of())
-    assert math.isnan(epoch.log_values(log_keys(recipe_of(), []), {})["train_losses"]) and "skipped 1" in epoch.line()
+    assert math.isnan(epoch.log_values(log_keys(recipe_of(), []))["train_losses"]) and "skipped 1" in epoch.line()

@@ -71,9 +71,16 @@ def whole(planned, tmp_path_factory):
         return result(run())
 
 
-@pytest.mark.parametrize("step, number", [(1, signal.SIGTERM), (STEPS - 1, signal.SIGINT), (STEPS + 2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "step, number",
+    [
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
+        (STEPS - 1, signal.SIGINT),
+        pytest.param(STEPS + 2, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_a_continued_run_has_bit_identical_results(workspace, monkeypatch, capfd, whole, step, number):
-    assert stopped_run(monkeypatch, step, number) == 0
+    assert stopped_run(monkeypatch, step, number) == 128 + number
     folder = workspace.run_folder(PRETRAIN)
     out = capfd.readouterr().out
     assert f"Stopped as asked, after {step + 1} of {EPOCHS * STEPS} steps" in out
@@ -109,7 +116,7 @@ def test_a_signal_to_all_processes_stops_the_command(workspace):
             os.sched_yield()
         os.killpg(process.pid, signal.SIGTERM)  # like a cluster, which also signals the data worker
         lines += process.stdout.readlines()
-        assert process.wait(60) == 0, "".join(lines[-30:])
+        assert process.wait(60) == 128 + signal.SIGTERM, "".join(lines[-30:])
     finally:
         process.kill()
     assert "Stopped as asked" in "".join(lines) and "Traceback" not in "".join(lines)

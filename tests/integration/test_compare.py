@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.compare.run import compare
-from nnunetv2_macl.compare.study import Options
+from nnunetv2_macl.compare.study import Options, options_by_finetuning
 from nnunetv2_macl.compare.trainer import nnUNetTrainerMACLCompare
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.report import write_report
@@ -47,6 +47,8 @@ SHORT = [
         "2",
         "--seeds",
         "1",
+        "--finetuning",
+        "sgd",
         "--rates",
         "1e-2",
         "--test",
@@ -220,19 +222,28 @@ def test_the_users_plan_is_used_unchanged(workspace, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("finetuning, words", [("adamw", "AdamW"), ("paper", "paper")])
-def test_every_kind_of_fine_tuning(workspace, tmp_path, finetuning, words):
+def test_kinds_of_fine_tuning_share_pre_trainings_and_each_has_a_report(workspace, tmp_path, caplog):
     folder = tmp_path / "study"
-    arms = ["scratch", "recipe:restore,restoration_share=0.5"]
-    compare(replace(OPTIONS, arms=arms, finetuning=finetuning, rates=[5e-4]), folder=folder, device="cpu")
-    assert re.search(rf"Fine-tuning .*{words}", (folder / "compare.md").read_text())
-    (plan,) = folder.glob("pretraining/*/nnUNet_results/**/macl_plan.json")
+    others = {
+        key: value
+        for key, value in asdict(OPTIONS).items()
+        if key not in ("finetuning", "epochs", "iterations", "rates")
+    }
+    others["arms"] = ["scratch", "recipe:restore,restoration_share=0.5"]
+    kinds = options_by_finetuning(["adamw", "paper"], epochs=[1, 2], iterations=[2, 1], **others)
+    caplog.set_level("INFO", logger="nnunetv2_macl")
+    compare(kinds, folder=folder, device="cpu")
+    for kind, words in (("adamw", "AdamW"), ("paper", "paper")):
+        assert re.search(rf"Fine-tuning .*{words}", (folder / kind / "compare.md").read_text())
+        assert len(list((folder / kind).glob("cells/*/result.json"))) == 2
+    (plan,) = folder.rglob("macl_plan.json")
     assert json.loads(plan.read_text())["settings"]["restoration_share"] == 0.5
-    for cell in ("scratch", "recipe-restore-restoration_share-0-5"):
-        (checkpoint,) = (folder / "cells").glob(f"{cell}_*/**/checkpoint_final.pth")
-        state = torch.load(checkpoint, map_location="cpu", weights_only=False)["optimizer_state"]
-        # both optimisers are variants of Adam and have the learning rate of the options
-        assert "exp_avg" in state["state"][0] and state["param_groups"][0]["lr"] <= 5e-4
+    overview = (folder / "compare.md").read_text()
+    assert "AdamW: 1 epoch of 2 steps" in overview and "(paper/compare.md)" in overview
+    page = Page(write_report(folder).read_text())
+    assert "4 of 4 cells done" in page.words and [r[:14] for r in page.references] == ["data:image/png"] * 2
+    with pytest.raises(UserError, match=r"--epochs 3 \(was 1\)"):
+        compare([replace(kinds[0], epochs=3), kinds[1]], folder=folder, device="cpu")
 
 
 def test_a_case_without_label_is_refused(workspace, tmp_path):

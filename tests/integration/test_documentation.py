@@ -58,8 +58,9 @@ nnUNetv2_find_best_configuration() {
   nnUNet_extTrainer="$nnUNet_extTrainer:$QUICK" command nnUNetv2_find_best_configuration "${arguments[@]}" -np 1
 }
 nnUNetv2_macl_compare() {
-  command nnUNetv2_macl_compare "$@" --group_regex '.*' --labels 2 --seeds 1 --rates 1e-2 --test 1 --validation 1 \
-    --epochs 1 --iterations 1 -batch_size 2 --pretrain_epochs 1 --pretrain_iterations 1 --pretrain_batch_size 4 \
+  command nnUNetv2_macl_compare "$@" --group_regex '.*' --labels 2 --seeds 1 --test 1 --validation 1 \
+    --finetuning sgd --rates 1e-2 --epochs 1 --iterations 1 -batch_size 2 \
+    --pretrain_epochs 1 --pretrain_iterations 1 --pretrain_batch_size 4 \
     --disable_tta -device cpu -np 1
 }
 nnUNetv2_macl_collect() { command nnUNetv2_macl_collect "$@" --private_folder private -np 1; }

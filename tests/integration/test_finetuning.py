@@ -227,6 +227,7 @@ def test_nnunet_finds_the_best_configuration(pretrained):
     assert "nnUNetv2_predict" in out and QUICK in out
 
 
+@pytest.mark.slow
 def test_nnunets_option_takes_precedence_over_the_variable(pretrained):
     network = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_network.pth"
     out = pretrained.train("0", "-tr", QUICK, "-pretrained_weights", network, nnUNet_macl_weights="/nowhere")
@@ -261,6 +262,7 @@ def test_weights_of_another_network_are_refused(pretrained, tmp_path):
     assert "nnUNetv2_train_macl_pretrain 901 -c 2d" in str(shown.value)
 
 
+@pytest.mark.slow
 def test_nnssl_weights_of_a_network_with_other_channels(pretrained, tmp_path):
     """The command shows the same table as the log of the training."""
     content = checkpoints.load(pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth")
@@ -286,6 +288,7 @@ def test_nnssl_weights_of_a_network_with_other_channels(pretrained, tmp_path):
     assert load(pretrained.run_folder(QUICK, fold=3) / "checkpoint_final.pth")["macl"]["citations"] == ["cite me"]
 
 
+@pytest.mark.slow
 def test_an_encoder_exported_for_nnunets_own_option(pretrained, tmp_path):
     """The export completes the encoder to a whole network."""
     encoder = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"

@@ -115,6 +115,7 @@ def test_the_seed_determines_the_weights(workspace):
     assert not same(one, {k: v for k, v in stock_network(workspace).state_dict().items() if k in one})
 
 
+@pytest.mark.slow
 def test_nnunets_command_with_a_fold_equals_ours_with_an_excluded_fold(workspace, monkeypatch):
     # nnU-Net's command does not respect this variable, and another number of threads adds numbers in another order.
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -130,7 +131,7 @@ def test_nnunets_command_with_a_fold_equals_ours_with_an_excluded_fold(workspace
 
 
 def test_nnunets_command_derives_a_missing_plan(workspace):
-    """The test ends at the first log line of the training, because 250 epochs would take too long."""
+    """The test ends at the first log line of the training, because the default length would take too long."""
     command = ["nnUNetv2_train", "901", "2d", "all", "-tr", PRETRAIN, "-device", "cpu"]
     process = subprocess.Popen(
         command, env=workspace.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -142,7 +143,7 @@ def test_nnunets_command_derives_a_missing_plan(workspace):
     finally:
         process.kill()
         process.wait()
-    assert "on 9 images, 250 epochs of 250 steps" in line
+    assert "on 9 images, 16 epochs of 250 steps" in line
     assert (workspace.preprocessed / DATASET / "nnUNetPlans_macl_2d.json").is_file()
 
 
@@ -164,6 +165,7 @@ def test_the_commands_that_a_users_trainer_prints(workspace):
     assert resume == " ".join([*command, "--c"])
 
 
+@pytest.mark.slow
 def test_a_killed_run_reaches_the_same_weights(workspace):
     arguments = ["nnUNetv2_train_macl_pretrain", "901", "-c", "2d", "-device", "cpu", "-num_epochs", "3"]
     arguments += ["-num_iterations_per_epoch", "3", "-batch_size", "4"]
@@ -239,6 +241,7 @@ def test_collapse_is_reported_and_logged_and_stops_the_run(workspace, tmp_path):
     assert not list(folder.glob(".macl_running*"))
 
 
+@pytest.mark.slow
 def test_a_plan_with_a_residual_encoder(workspace):
     workspace.run("nnUNetv2_plan_experiment", "-d", "901", "-pl", "nnUNetPlannerResEncM")
     plans = "nnUNetResEncUNetMPlans"
@@ -251,6 +254,7 @@ def test_a_plan_with_a_residual_encoder(workspace):
     assert encoder.keys() == {key for key in own if key.startswith("encoder.")}
 
 
+@pytest.mark.slow
 def test_2d_files_with_all_channels_in_one_file(workspace):
     """nnU-Net's own reader reads PNG files, which have no slice axis and all channels in one file."""
     import numpy as np
@@ -361,6 +365,7 @@ def test_a_run_continues_without_an_image_that_became_unreadable(workspace):
         pretrain("901", "2d", device="cpu", continue_training=True, channel_map={"MR0": "CT"})
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_in_smaller_parts_reaches_nearly_the_same_weights(workspace):
     options = dict(device="cpu", batch_size=4, recipe="paper")
     folder = pretrain("901", "2d", num_epochs=2, num_iterations_per_epoch=1, **options)

@@ -57,10 +57,10 @@ def test_a_study_with_semi_supervised_arms(workspace, tmp_path):
     """Labelled cases that are not drawn count as unlabelled images."""
     arms = ["scratch", "semi:scratch", "semi,mixing=copy_paste,confidence=0.5:pretrained"]
     out = workspace.run(
-        "nnUNetv2_macl_compare", "901", "-c", "2d", "--arms", *arms, "--labels", "1", "--seeds", "1", "--rates", "1e-2",
-        "--test", "1", "--validation", "1", "--epochs", "1", "--iterations", "2", "-batch_size", "2", "--disable_tta",
-        "--pretrain_epochs", "1", "--pretrain_iterations", "1", "--pretrain_batch_size", "4", "-device", "cpu", "-np", "1",
-        "-o", tmp_path / "study",
+        "nnUNetv2_macl_compare", "901", "-c", "2d", "--arms", *arms, "--labels", "1", "--seeds", "1", "--finetuning", "sgd",
+        "--rates", "1e-2", "--test", "1", "--validation", "1", "--epochs", "1", "--iterations", "2", "-batch_size", "2",
+        "--disable_tta", "--pretrain_epochs", "1", "--pretrain_iterations", "1", "--pretrain_batch_size", "4", "-device", "cpu",
+        "-np", "1", "-o", tmp_path / "study",
     )  # fmt: skip
     assert "Too few to tell" in out
     table = (tmp_path / "study" / "compare.csv").read_text()

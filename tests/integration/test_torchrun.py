@@ -65,6 +65,7 @@ run.pretrain(901, "2d", device="cpu", exclude_fold=0, **short)
 """
 
 
+@pytest.mark.slow
 def test_a_plan_that_another_command_writes_during_the_start_is_not_used(workspace, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(MEANWHILE)

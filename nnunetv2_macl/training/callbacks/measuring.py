@@ -52,7 +52,7 @@ class EpochLog(Callback):
 
     def on_epoch_start(self) -> None:
         trainer, now = self.trainer, perf_counter()
-        if not self.sums.steps:
+        if len(trainer.log_of_epochs["lrs"]) <= trainer.current_epoch:  # else a stopped epoch continues
             trainer.logger.log("lrs", trainer.optimizer.param_groups[0]["lr"], trainer.current_epoch)
         if self._timed_until is not None:
             self._between_epochs.append(now - self._timed_until)
@@ -80,7 +80,7 @@ class EpochLog(Callback):
         self.close_bar()
         probed = self.trainer.probes.keys
         keys = [key for key in self.trainer.log_of_epochs if key not in probed]
-        for key, value in epoch.log_values(keys, {}).items():
+        for key, value in epoch.log_values(keys).items():
             self.trainer.logger.log(key, value, epoch.number)
         between = sum(self._between_epochs) / len(self._between_epochs) if self._between_epochs else 0.0
         self.trainer.print_to_log_file(epoch.line(between))

@@ -65,14 +65,18 @@ class StopAndSave(Callback):
             self.stop()
 
     def stop(self) -> NoReturn:
-        """Print the command that continues the run, and exit with code 0."""
+        """Print the command that continues the run, and exit with the code of the signal, so that no next command starts.
+
+        Of several ranks each exits with code 0, because their launcher would report another code as a failure.
+        """
         trainer = self.trainer
         trainer.epoch_log.close_bar()
         kept = "No checkpoint was written: checkpointing is disabled."
         if not trainer.disable_checkpointing:
             kept = f"To continue, type:\n    {trainer.command_to_go_on()}"
         trainer.print_to_log_file(f"Stopped as asked, after {trainer.steps_done} of {trainer.step.steps} steps. {kept}")
-        raise SystemExit(0)
+        stopped_by = self.signals.stopped_by
+        raise SystemExit(0 if distributed.world_size() > 1 or stopped_by is None else 128 + stopped_by)
 
     def on_exit(self) -> None:
         self.signals.restore()
