@@ -232,7 +232,7 @@ def test_kinds_of_fine_tuning_share_pre_trainings_and_each_has_a_report(workspac
     others["arms"] = ["scratch", "recipe:restore,restoration_share=0.5"]
     kinds = options_by_finetuning(["adamw", "paper"], epochs=[1, 2], iterations=[2, 1], **others)
     caplog.set_level("INFO", logger="nnunetv2_macl")
-    compare(kinds, folder=folder, device="cpu")
+    compare(kinds, folder=folder, device="cpu", processes=1)
     for kind, words in (("adamw", "AdamW"), ("paper", "paper")):
         assert re.search(rf"Fine-tuning .*{words}", (folder / kind / "compare.md").read_text())
         assert len(list((folder / kind).glob("cells/*/result.json"))) == 2
@@ -241,7 +241,8 @@ def test_kinds_of_fine_tuning_share_pre_trainings_and_each_has_a_report(workspac
     overview = (folder / "compare.md").read_text()
     assert "AdamW: 1 epoch of 2 steps" in overview and "(paper/compare.md)" in overview
     page = Page(write_report(folder).read_text())
-    assert "4 of 4 cells done" in page.words and [r[:14] for r in page.references] == ["data:image/png"] * 2
+    assert "4 of 4 cells done" in page.words
+    assert [r[:14] for r in page.references if not r.endswith(".md")] == ["data:image/png"] * 2
     with pytest.raises(UserError, match=r"--epochs 3 \(was 1\)"):
         compare([replace(kinds[0], epochs=3), kinds[1]], folder=folder, device="cpu")
 
