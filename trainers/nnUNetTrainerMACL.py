@@ -3,7 +3,7 @@
 To subclass, add a folder of your own to ``nnUNet_extTrainer``.
 """
 
-from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
+from nnunetv2_macl.training.finetune import ShortFineTuning, nnUNetTrainerMACL
 
 __all__ = ["nnUNetTrainerMACL"]
 
@@ -40,10 +40,5 @@ class nnUNetTrainerMACL_500epochs(nnUNetTrainerMACL):
     finetuning_epochs = 500
 
 
-class nnUNetTrainerMACL_short(nnUNetTrainerMACL):
-    """The short training of the studies in the documentation: 800 steps of AdamW."""
-
-    finetuning_epochs = 8
-    finetuning_iterations = 100
-    finetuning_optimizer = "adamw"
-    finetuning_lr = 3e-3
+class nnUNetTrainerMACL_short(ShortFineTuning, nnUNetTrainerMACL):
+    pass

@@ -1,6 +1,7 @@
 """The self-training trainer, its shorter variants and its further rounds, where nnU-Net finds them."""
 
 from nnunetv2_macl.semi_supervised.self_training import nnUNetTrainerMACLSelfTraining
+from nnunetv2_macl.training.finetune import ShortFineTuning
 
 __all__ = ["nnUNetTrainerMACLSelfTraining"]
 
@@ -18,14 +19,8 @@ class nnUNetTrainerMACLSelfTraining_scratch(nnUNetTrainerMACLSelfTraining):
     default_teacher = "nnUNetTrainer"
 
 
-class nnUNetTrainerMACLSelfTraining_short(nnUNetTrainerMACLSelfTraining):
-    """The short training of the studies in the documentation: 800 steps of AdamW."""
-
+class nnUNetTrainerMACLSelfTraining_short(ShortFineTuning, nnUNetTrainerMACLSelfTraining):
     default_teacher = "nnUNetTrainerMACL_short"
-    finetuning_epochs = 8
-    finetuning_iterations = 100
-    finetuning_optimizer = "adamw"
-    finetuning_lr = 3e-3
 
 
 class nnUNetTrainerMACLSelfTraining_1epoch(nnUNetTrainerMACLSelfTraining):

@@ -1,6 +1,7 @@
 """The semi-supervised trainer and its shorter variants, where nnU-Net finds them."""
 
 from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
+from nnunetv2_macl.training.finetune import ShortFineTuning
 
 __all__ = ["nnUNetTrainerMACLSemi"]
 
@@ -9,13 +10,8 @@ class nnUNetTrainerMACLSemi_scratch(nnUNetTrainerMACLSemi):
     from_scratch = True
 
 
-class nnUNetTrainerMACLSemi_short(nnUNetTrainerMACLSemi):
-    """The short training of the studies in the documentation: 800 steps of AdamW."""
-
-    finetuning_epochs = 8
-    finetuning_iterations = 100
-    finetuning_optimizer = "adamw"
-    finetuning_lr = 3e-3
+class nnUNetTrainerMACLSemi_short(ShortFineTuning, nnUNetTrainerMACLSemi):
+    pass
 
 
 class nnUNetTrainerMACLSemi_1epoch(nnUNetTrainerMACLSemi):

@@ -281,6 +281,15 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         self.macl_origin = checkpoint.get("macl") or self.macl_origin
 
 
+class ShortFineTuning:
+    """The length and the optimiser of the short training in the documentation: 800 steps of AdamW."""
+
+    finetuning_epochs = 8
+    finetuning_iterations = 100
+    finetuning_optimizer = "adamw"
+    finetuning_lr = 3e-3
+
+
 @contextmanager
 def _instead_of_torch_save() -> Iterator[list[dict]]:
     """Within the context, collect saved objects in a list, because nnU-Net returns its checkpoint in no other way."""
