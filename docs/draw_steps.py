@@ -29,6 +29,9 @@ from nnunetv2_macl.text import pluralise
 # These are the colours of Okabe and Ito, because colour-blind people can tell them apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY, TEXT = "#6b6b6b", "#1c2128"
+STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9} | dict.fromkeys(
+    ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT
+)
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,7 @@ def by_seed(curve: np.ndarray) -> np.ndarray:
 
 def draw(rows: Sequence[Curves], file: Path) -> None:
     """Draw the figure. Its ground is white, so that it is readable on a light and on a dark page."""
-    style = {"svg.fonttype": "none", "svg.hashsalt": "steps", "font.family": "sans-serif", "font.size": 9}
-    style |= {name: TEXT for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "steps"}):
         figure = Figure(figsize=(9, 0.5 + 3.1 * len(rows)), facecolor="white", layout="constrained")
         names = list(dict.fromkeys(label(arm) for row in rows for arm in row.dice))
         colours = dict(zip(names, (GREY, *COLOURS), strict=False))
