@@ -49,6 +49,12 @@ def test_the_report_has_a_row_for_each_arm_and_number_of_labels(studies, tmp_pat
     assert sentence.splitlines()[0] in text
 
 
+def test_splits_in_which_no_arm_learned_have_no_conclusion(studies, tmp_path):
+    for study in studies:
+        fill_study(study, gains=dict.fromkeys(("scratch", "encoder", "pretrained", "recipe-pcl"), -0.65))
+    assert "No conclusion" in write_report_over_splits(studies, tmp_path / "compare.md")
+
+
 def test_fractions_that_are_other_numbers_in_another_split_are_refused(studies):
     _check_labels(studies)
     other = replace(SPLIT, subsets=[{n + 1: cases for n, cases in subset.items()} for subset in SPLIT.subsets])

@@ -110,15 +110,39 @@ def test_kinds_of_fine_tuning_share_images_and_pre_trainings(tmp_path):
     assert studies[0].cell_folder(studies[0].cells[0]) != studies[1].cell_folder(studies[1].cells[0])
 
 
-@pytest.mark.parametrize("splits, kinds", [(2, ["sgd"]), (1, ["adamw", "sgd"])])
-def test_a_folder_with_another_kind_of_study_is_refused(tmp_path, splits, kinds):
-    _check_folder(tmp_path, splits, kinds)
+@pytest.mark.parametrize("splits, shares", [(2, False), (1, True), (2, True)])
+def test_a_folder_with_another_kind_of_study_is_refused(tmp_path, splits, shares):
+    def check(folder):
+        _check_folder(folder, [folder / f"split_{n}" for n in range(splits)] if splits > 1 else [folder], shares)
+
+    check(tmp_path)
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(UserError, match="not empty"):
-        _check_folder(tmp_path, splits, kinds)
+        check(tmp_path)
     Study.open(tmp_path / "one", OPTIONS, SPLIT, PATIENTS)
     with pytest.raises(UserError, match="--finetuning sgd"):
-        _check_folder(tmp_path / "one", splits, kinds)
+        check(tmp_path / "one")
+    Study.open(tmp_path / "splits" / "split_0", OPTIONS, SPLIT, PATIENTS)
+    if shares and splits > 1:
+        with pytest.raises(UserError, match="--finetuning sgd"):
+            check(tmp_path / "splits")
+
+
+def test_a_further_kind_of_fine_tuning_needs_the_options_of_the_pre_trainings(tmp_path):
+    short, long = replace(OPTIONS, finetuning="adamw"), replace(OPTIONS, epochs=9)
+    Study.open(tmp_path / "adamw", short, SPLIT, PATIENTS, shares=True)
+    with pytest.raises(UserError, match=r"--pretrain_epochs 7 \(was None\)"):
+        Study.open(tmp_path / "sgd", replace(long, pretrain_epochs=7), SPLIT, PATIENTS, shares=True)
+    Study.open(tmp_path / "sgd", long, SPLIT, PATIENTS, shares=True, check_only=True)
+    assert not (tmp_path / "sgd").exists()
+    Study.open(tmp_path / "sgd", long, SPLIT, PATIENTS, shares=True)
+    more = replace(short, seeds=4), split_cases(PATIENTS, test="25%", validation="10%", labels=["3", "6"], seeds=4)
+    Study.open(tmp_path / "adamw", *more, PATIENTS, shares=True, check_only=True)
+    assert Study.read(tmp_path / "adamw").options.seeds == 2
+    grown = Study.open(tmp_path / "adamw", *more, PATIENTS, shares=True)
+    grown.write_splits()
+    Study.read(tmp_path / "sgd").write_splits()
+    assert json.loads(grown.splits_file.read_text()) == grown.splits
 
 
 def test_processes_that_begin_a_study_at_once_share_it(tmp_path):

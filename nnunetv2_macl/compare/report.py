@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,26 +41,22 @@ def write_report(study: Study) -> str:
     return sentence
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The result of the studies with one kind of fine-tuning, in one sentence."""
+def write_overview(reports: Sequence[tuple[Options, Path]], file: Path) -> None:
+    """Write a page with the verdict and the figure of each kind of fine-tuning, and links to their reports.
 
-    options: Options  # options of the studies
-    sentence: str  # the verdict
-    file: Path  # the report
-
-
-def write_overview(verdicts: Sequence[Verdict], file: Path) -> None:
-    """Write a page with the verdict and the figure of each kind of fine-tuning, and links to their reports."""
-    options = verdicts[0].options
-    lines = [f"# Does pre-training help? {options.dataset}, {options.configuration}", ""]
-    for verdict in verdicts:
-        report = verdict.file.relative_to(file.parent)
-        lines += [f"## Fine-tuning with {FINETUNING_NAMES[verdict.options.finetuning]}: {_budget(verdict.options)}", ""]
-        lines += [f"**{verdict.sentence}**", ""]
-        if (verdict.file.parent / PICTURE_FILE).is_file():
-            lines += [f"![Dice]({report.with_name(PICTURE_FILE)})", ""]
-        lines += [f"Tables: [{report}]({report})", ""]
+    Args:
+        reports: Options and report of the studies of each kind.
+        file: The page, in a folder that contains the reports.
+    """
+    lines = [f"# Does pre-training help? {reports[0][0].dataset}, {reports[0][0].configuration}", ""]
+    for options, report in reports:
+        # the verdict is the first bold line
+        verdict = next(line for line in report.read_text(encoding="utf-8").splitlines() if line.startswith("**"))
+        link = report.relative_to(file.parent)
+        lines += [f"## Fine-tuning with {FINETUNING_NAMES[options.finetuning]}: {_budget(options)}", "", verdict, ""]
+        if report.with_name(PICTURE_FILE).is_file():
+            lines += [f"![Dice]({link.with_name(PICTURE_FILE)})", ""]
+        lines += [f"Tables: [{link}]({link})", ""]
     text = "\n".join(lines)
     atomic_write(file, lambda stream: stream.write(text.encode()))
 
@@ -102,10 +97,7 @@ def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float
             f"nor label), but at least {FEWEST_PATIENTS} are needed to distinguish a difference from chance."
         )
     if best < MIN_MEANINGFUL_DICE:
-        return (
-            f"No conclusion: no arm has learned to segment (best Dice {best:.2f}), so train longer, with more --epochs or "
-            "--iterations."
-        )
+        return no_conclusion(best)
     clauses = []
     for arm, by_labels in found.items():
         parts = []
@@ -125,6 +117,14 @@ def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float
             f"{join_words(labels)} labelled cases."
         )
     return f"{'; '.join(clauses)}."
+
+
+def no_conclusion(best: float) -> str:
+    """Return the verdict if the best mean Dice is below `MIN_MEANINGFUL_DICE`."""
+    return (
+        f"No conclusion: no arm has learned to segment (best Dice {best:.2f}), so train longer, with more --epochs or "
+        "--iterations."
+    )
 
 
 def _lines(results: Results, sentence: str) -> list[str]:

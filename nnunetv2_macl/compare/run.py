@@ -24,12 +24,12 @@ from nnunetv2_macl.compare.folders import (
     pretraining_images,
     run_command,
 )
-from nnunetv2_macl.compare.report import FEWEST_PATIENTS, REPORT_FILE, Verdict, write_overview, write_report
+from nnunetv2_macl.compare.report import FEWEST_PATIENTS, REPORT_FILE, write_overview, write_report
 from nnunetv2_macl.compare.split import patients_of, split_cases
 from nnunetv2_macl.compare.splits import write_report_over_splits
 from nnunetv2_macl.compare.steps import DONE_FILE, Task, run_steps
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
-from nnunetv2_macl.compare.study import STUDY_FILE, Arm, Options, Study, Trial, parse_arm
+from nnunetv2_macl.compare.study import FINETUNINGS, STUDY_FILE, Arm, Options, Study, Trial, parse_arm
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import GROUP_VARIABLE, TEACHER_VARIABLE, WEIGHTS_VARIABLE
@@ -87,9 +87,12 @@ def compare(
     images = RawImages.find(options.dataset, skip_unreadable=skip_unreadable)
     planner_name = planner(options) if options.plan is None else None
     folder = (folder or Path(_default_name(options))).expanduser().resolve()
-    _check_folder(folder, splits, [kind.finetuning for kind in kinds])
+    bases = [folder / f"split_{n}" for n in range(splits)] if splits > 1 else [folder]
+    # one kind alone continues a study of several kinds
+    shares = len(kinds) > 1 or any((base / kind / STUDY_FILE).is_file() for base in bases for kind in FINETUNINGS)
+    _check_folder(folder, bases, shares)
     # studies[k][n] is the study of kind k and split n
-    studies = [[_study(kind, images, folder, n, splits, len(kinds) > 1) for n in range(splits)] for kind in kinds]
+    studies = [[_study(kind, images, base, n, shares) for n, base in enumerate(bases)] for kind in kinds]
     _check_labels(studies[0])
     for number, of_kind in enumerate(studies):
         for study in of_kind:
@@ -100,13 +103,17 @@ def compare(
         if (study.planning_folder / DONE_FILE).is_file():
             # check before the new arms are stored in the study
             check_arms(study, images)
-    studies = [[Study.open(s.folder, s.options, s.split, s.patients, s.shares) for s in of_kind] for of_kind in studies]
+    for check_only in (True, False):
+        # nothing is written unless all studies can begin or continue
+        studies = [
+            [Study.open(s.folder, s.options, s.split, s.patients, s.shares, check_only) for s in of_kind]
+            for of_kind in studies
+        ]
     logger.info("Study in %s", folder)
     prepared = [
         _preparation(list(of_split), images, planner_name, device, processes, jobs, skip_unreadable)
         for of_split in zip(*studies, strict=True)
     ]
-    verdicts: list[Verdict] = []
     for of_kind in studies:
         # in the order of the splits, so that the first split is complete early
         steps = [
@@ -115,16 +122,25 @@ def compare(
         ]
         with ended_by_sigterm():
             run_steps(list(itertools.chain.from_iterable(steps)), jobs)
-        found = [Verdict(study.options, write_report(study), study.folder / REPORT_FILE) for study in of_kind]
+        found = {study.folder / REPORT_FILE: write_report(study) for study in of_kind}
         if splits > 1:
-            file = folder / (REPORT_FILE if len(kinds) == 1 else f"compare_{of_kind[0].options.finetuning}.md")
-            found.append(Verdict(of_kind[0].options, write_report_over_splits(of_kind, file), file))
-        for verdict in found:
-            logger.info("\n%s\n\nTables and figure: %s", verdict.sentence, verdict.file)
-        verdicts.append(found[-1])
-        if len(kinds) > 1:
+            file = folder / (f"compare_{of_kind[0].options.finetuning}.md" if shares else REPORT_FILE)
+            found[file] = write_report_over_splits(of_kind, file)
+        for file, sentence in found.items():
+            logger.info("\n%s\n\nTables and figure: %s", sentence, file)
+        if shares:
             # also before the next kind is trained, which may take days
-            write_overview(verdicts, folder / REPORT_FILE)
+            reports = {kind: bases[0] / kind / REPORT_FILE for kind in FINETUNINGS}
+            if splits > 1:
+                reports = {kind: folder / f"compare_{kind}.md" for kind in FINETUNINGS}
+            write_overview(
+                [
+                    (Study.read(bases[0] / kind).options, report)
+                    for kind, report in reports.items()
+                    if report.is_file() and (bases[0] / kind / STUDY_FILE).is_file()
+                ],
+                folder / REPORT_FILE,
+            )
     return folder
 
 
@@ -143,19 +159,25 @@ def _checked(options: Options) -> Options:
     return options
 
 
-def _check_folder(folder: Path, splits: int, kinds: list[str]) -> None:
-    """Raise UserError if a study of several splits or kinds of fine-tuning cannot begin or continue in a folder."""
-    if splits == 1 and len(kinds) == 1:
+def _check_folder(folder: Path, bases: Sequence[Path], shares: bool) -> None:
+    """Raise UserError if a study of several splits or kinds of fine-tuning cannot begin or continue in a folder.
+
+    Args:
+        folder: Folder of the study.
+        bases: Folder of each split, or ``folder`` alone.
+        shares: Whether the study has a folder for each kind of fine-tuning.
+    """
+    if len(bases) == 1 and not shares:
         return  # `Study.open` checks the folder of a single study
-    if (folder / STUDY_FILE).is_file():
-        there = Study.read(folder).options
-        raise UserError(
-            f"{folder} holds a study of one split with one kind of fine-tuning, --finetuning {there.finetuning}. Give this "
-            "option, and leave out --splits, or give another folder: -o FOLDER"
-        )
-    expected = [f"split_{n}" for n in range(splits)] if splits > 1 else kinds
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if names and not set(names) & set(expected):
+    for there in dict.fromkeys([folder, *bases]):
+        if (there / STUDY_FILE).is_file() and (shares or there == folder):
+            kind = Study.read(there).options.finetuning
+            raise UserError(
+                f"{there} holds a study of one split with one kind of fine-tuning, --finetuning {kind}. Give the options that it "
+                "began with, or another folder: -o FOLDER"
+            )
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names and not names & ({base.name for base in bases} if len(bases) > 1 else FINETUNINGS.keys()):
         raise UserError(
             f"{folder} is not empty and holds no study with these --splits and --finetuning. Give another folder: -o FOLDER"
         )
@@ -172,19 +194,17 @@ def _check_labels(studies: list[Study]) -> None:
             )
 
 
-def _study(options: Options, images: RawImages, folder: Path, number: int, splits: int, shares: bool) -> Study:
+def _study(options: Options, images: RawImages, base: Path, number: int, shares: bool) -> Study:
     """Return the study of a split and a kind of fine-tuning without writing anything to disk.
 
     Args:
         options: Options of the kind of fine-tuning.
         images: The raw images.
-        folder: Folder of all splits and kinds.
+        base: Folder of the split.
         number: Index of the split.
-        splits: Number of splits.
         shares: Whether it shares its pre-trainings with other kinds of fine-tuning.
     """
     options = replace(options, split=number)
-    folder = folder / f"split_{number}" if splits > 1 else folder
     patients = patients_of(images.labelled, options.group_regex)
     split = split_cases(
         patients,
@@ -194,7 +214,7 @@ def _study(options: Options, images: RawImages, folder: Path, number: int, split
         seeds=options.seeds,
         number=options.split,
     )
-    return Study(folder / options.finetuning if shares else folder, options, split, patients, shares=shares)
+    return Study(base / options.finetuning if shares else base, options, split, patients, shares=shares)
 
 
 def _check_configuration(options: Options) -> None:

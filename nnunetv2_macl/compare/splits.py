@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunetv2_macl.compare.report import REPORT_FILE, differences
+from nnunetv2_macl.compare.report import MIN_MEANINGFUL_DICE, REPORT_FILE, differences, no_conclusion
 from nnunetv2_macl.compare.results import Results
 from nnunetv2_macl.compare.statistics import Resampling, student_interval
 from nnunetv2_macl.compare.study import SCRATCH, Study
@@ -61,7 +61,9 @@ def write_report_over_splits(studies: Sequence[Study], file: Path) -> str:
     results = [Results.read(study) for study in studies]
     options = studies[0].options
     found = spreads(results)
-    sentence = _verdict(found, len(studies))
+    means = [_mean_dice(result, *group) for result in results for group in result.groups]
+    best = max((value for value in means if not np.isnan(value)), default=0.0)
+    sentence = no_conclusion(best) if best < MIN_MEANINGFUL_DICE else _verdict(found, len(studies))
     lines = [f"# Does pre-training help? {options.dataset}, {options.configuration}, {len(studies)} splits", ""]
     lines += [f"**{sentence}**", ""]
     header = "".join(f" split {study.options.split} |" for study in studies)

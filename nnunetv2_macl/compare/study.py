@@ -295,9 +295,15 @@ class Study:
 
     @classmethod
     def open(
-        cls, folder: Path, options: Options, split: Split, patients: dict[str, str], shares: bool = False
+        cls,
+        folder: Path,
+        options: Options,
+        split: Split,
+        patients: dict[str, str],
+        shares: bool = False,
+        check_only: bool = False,
     ) -> Study:
-        """Return the study of a folder, after creating the study or adding arms and seeds to it.
+        """Return the study of a folder, after creating the study or adding arms and seeds to it, unless ``check_only``.
 
         Raises:
             UserError: The folder holds something else, or a study with other options or other cases. The message names them.
@@ -311,6 +317,9 @@ class Study:
         if not file.is_file():
             if others:
                 raise UserError(f"{folder} is not empty and holds no study. Give another folder: -o FOLDER")
+            study._check_siblings()
+            if check_only:
+                return study
             write_if_absent(study._as_json(), file)
         there = cls.read(folder)
         changed = [
@@ -334,7 +343,7 @@ class Study:
                 f"{folder} holds a study of other cases: the images of {options.dataset} have changed since the study began. "
                 "Put the images back, or give another folder: -o FOLDER"
             )
-        if options != there.options:
+        if options != there.options and not check_only:
             # finished cells are kept; only the new arms and seeds are trained
             write_json(study._as_json(), file)
         return study
@@ -362,6 +371,24 @@ class Study:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{file} is no study of this nnunetv2_macl: {error}. {fix}") from None
+
+    def _check_siblings(self) -> None:
+        """Raise UserError if studies that share the pre-trainings have other options for them, or other cases."""
+        own = ("arms", "seeds", "finetuning", "epochs", "iterations", "rates")
+        for file in sorted(self.base.glob(f"*/{STUDY_FILE}")) if self.shares else ():
+            there = Study.read(file.parent)
+            changed = [
+                f"{option(f.name)} {_typed(getattr(self.options, f.name))} (was {_typed(getattr(there.options, f.name))})"
+                for f in fields(Options)
+                if f.name not in own and getattr(self.options, f.name) != getattr(there.options, f.name)
+            ]
+            if there.patients != self.patients or there.split.test != self.split.test:
+                changed.append(f"the images of {self.options.dataset}")
+            if changed:
+                raise UserError(
+                    f"{file.parent} holds a study with the same pre-trainings and other options. Changed: {', '.join(changed)}. "
+                    "Give its options, or another folder: -o FOLDER"
+                )
 
     def _as_json(self) -> dict[str, Any]:
         return {
@@ -406,8 +433,12 @@ class Study:
         ]
 
     def write_splits(self) -> None:
-        """Write ``splits_final.json`` unless it is current, because the study may have more seeds than before."""
-        if not self.splits_file.is_file() or read_json(self.splits_file, "") != self.splits:
+        """Write ``splits_final.json`` unless it has all splits, because the study may have more seeds than before.
+
+        A file with more splits stays, because a study with another kind of fine-tuning may have more seeds.
+        """
+        there = read_json(self.splits_file, "") if self.splits_file.is_file() else []
+        if there[: len(self.splits)] != self.splits:
             write_json(self.splits, self.splits_file)
 
     # --- paths -----------------------------------------------------------------------------------------------------------
