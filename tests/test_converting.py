@@ -223,13 +223,18 @@ def test_another_layout_is_explained(tmp_path, name):
         getattr(converting, name)(tmp_path / "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, options",
-    [("hvsmr", []), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in [
-        ("mmwhs", []), ("chaos", ["--sequences", "t2spir", "t1in"]), ("isic2018", []), ("isic2018", ["--grey"]),
+    [
+        ("hvsmr", []),
+        ("mmwhs", []),
+        ("chaos", ["--sequences", "t2spir", "t1in"]),
+        ("isic2018", []),
+        ("isic2018", ["--grey"]),
         ("imagechd", ["--labelled"]),
-    ])],
-)  # fmt: skip
+    ],
+)
 def test_nnunet_plans_what_is_converted(tmp_path, name, options):
     LAYOUTS[name](tmp_path / "data")
     space = Workspace(tmp_path / "nnunet")

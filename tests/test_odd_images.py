@@ -200,6 +200,7 @@ def test_single_slices_among_volumes_are_left_out(target, tmp_path, monkeypatch,
     assert whats_flat(target, CaseFiles([str(tmp_path / "scout.nii.gz")], None, 1, [])) is None
 
 
+@pytest.mark.slow
 def test_the_doctor_accepts_what_the_run_accepts(target, workspace):
     """Images are compressed in parts, followed by other bytes, constant, labelled cases, or hold NaN."""
     folder = workspace.raw / DATASET / "imagesUn"

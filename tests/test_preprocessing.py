@@ -201,6 +201,7 @@ def test_labelled_images_among_the_unlabelled_count_once(workspace, caplog):
     assert "case_000, case_001, case_002, ..." in caplog.text
 
 
+@pytest.mark.slow
 def test_the_plans_reader_reads_other_data_sets_too(workspace):
     """The reader decides the order of the axes."""
     file = load().folder / "nnUNetPlans.json"

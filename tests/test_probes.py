@@ -95,6 +95,7 @@ def test_a_patch_at_the_edge_is_padded_with_zeros():
     np.testing.assert_array_equal(patch[0, 0], [[0, 0, 0], [3, 4, 0], [7, 8, 0]])
 
 
+@pytest.mark.slow
 def test_probes_do_not_change_the_training(workspace, tmp_path):
     recipe = tmp_path / "probed.json"
     recipe.write_text('{"inherits_from": "macl", "probe_every": 2}')

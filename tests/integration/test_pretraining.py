@@ -350,6 +350,7 @@ def test_changed_options_are_named_when_a_run_continues(workspace):
     assert "-u" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_continues_without_an_image_that_became_unreadable(workspace):
     options = dict(device="cpu", num_iterations_per_epoch=1, batch_size=4)
     folder = pretrain("901", "2d", num_epochs=1, **options)

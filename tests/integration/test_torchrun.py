@@ -83,6 +83,7 @@ def test_a_mistake_is_reported_once_and_ends_all_processes(workspace):
     assert out.count("recipe 'nope'") == 1
 
 
+@pytest.mark.slow
 def test_the_job_ends_if_one_process_dies(workspace):
     command = torchrun("-num_epochs", "100", "-num_iterations_per_epoch", "100")
     log = workspace.folder / "torchrun.txt"
