@@ -90,6 +90,16 @@ def test_the_unet_itself_is_trained_and_its_names_are_kept():
     assert {key.split(".")[2] for key in decoder} == {"0", "1"}
 
 
+def test_only_an_averaged_encoder_has_no_dropout():
+    rates = {}
+    for kind in ("independent", "ema"):
+        whole = unet()
+        whole.encoder.stages[0].append(nn.Dropout2d(0.3))
+        _, method, _ = macl(whole, auxiliary_encoder=kind)
+        rates[kind] = [part.p for part in method.auxiliary_encoder.modules() if isinstance(part, nn.Dropout2d)]
+    assert rates == {"independent": [0.3], "ema": [0.0]}
+
+
 def test_an_independent_encoder_gets_gradients_and_an_averaged_one_follows():
     _, independent, loss = macl(auxiliary_encoder="independent")
     loss.backward()

@@ -31,6 +31,15 @@ def test_recipes_have_the_settings_of_their_methods():
     assert epochs == {"macl": 16, "restore": 16, "simclr": 16, "macl_0.1": 250, "paper": 100}
 
 
+def test_recipes_of_version_0_1_keep_their_number_of_epochs(tmp_path):
+    old = {"weight_global": 0.0, "weight_dense": 0.0, "weight_equivariance": 0.0, "weight_restoration": 1.0}
+    recipe = load_recipe(write(tmp_path, old), FOLDER)
+    assert (recipe.method, recipe.num_epochs) == ("restoration", 250)
+    assert load_recipe(write(tmp_path, old | {"num_epochs": 7}), FOLDER).num_epochs == 7
+    assert load_recipe(write(tmp_path, {"method": "restoration"}), FOLDER).num_epochs == 16
+    assert load_recipe("macl", FOLDER, {"weight_restoration": 0}).num_epochs == 16
+
+
 def write(folder, content):
     file = folder / "mine.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))

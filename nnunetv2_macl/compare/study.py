@@ -322,11 +322,7 @@ class Study:
                 return study
             write_if_absent(study._as_json(), file)
         there = cls.read(folder)
-        changed = [
-            f"{option(f.name)} {_typed(getattr(options, f.name))} (was {_typed(getattr(there.options, f.name))})"
-            for f in fields(Options)
-            if f.name not in ("arms", "seeds") and getattr(options, f.name) != getattr(there.options, f.name)
-        ]
+        changed = study._changed_options(there, besides=("arms", "seeds"))
         if options.seeds < there.options.seeds:
             changed.append(f"--seeds {options.seeds} (was {there.options.seeds})")
         if missing := [arm for arm in there.options.arms if arm not in options.arms]:
@@ -372,16 +368,20 @@ class Study:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{file} is no study of this nnunetv2_macl: {error}. {fix}") from None
 
+    def _changed_options(self, there: Study, besides: Sequence[str]) -> list[str]:
+        """Return the options whose values differ from those of a study on disk, as words, without the fields ``besides``."""
+        return [
+            f"{option(f.name)} {_typed(getattr(self.options, f.name))} (was {_typed(getattr(there.options, f.name))})"
+            for f in fields(Options)
+            if f.name not in besides and getattr(self.options, f.name) != getattr(there.options, f.name)
+        ]
+
     def _check_siblings(self) -> None:
         """Raise UserError if studies that share the pre-trainings have other options for them, or other cases."""
-        own = ("arms", "seeds", "finetuning", "epochs", "iterations", "rates")
+        of_finetuning = ("arms", "seeds", "finetuning", "epochs", "iterations", "rates")
         for file in sorted(self.base.glob(f"*/{STUDY_FILE}")) if self.shares else ():
             there = Study.read(file.parent)
-            changed = [
-                f"{option(f.name)} {_typed(getattr(self.options, f.name))} (was {_typed(getattr(there.options, f.name))})"
-                for f in fields(Options)
-                if f.name not in own and getattr(self.options, f.name) != getattr(there.options, f.name)
-            ]
+            changed = self._changed_options(there, besides=of_finetuning)
             if there.patients != self.patients or there.split.test != self.split.test:
                 changed.append(f"the images of {self.options.dataset}")
             if changed:

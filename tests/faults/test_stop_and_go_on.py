@@ -19,6 +19,7 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.training import resume
+from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
 from nnunetv2_macl.training.signals import Signals
 
 pytestmark = [pytest.mark.usefixtures("own_signals"), pytest.mark.skipif(sys.platform == "win32", reason="signals")]
@@ -97,6 +98,27 @@ def test_a_continued_run_has_bit_identical_results(workspace, monkeypatch, capfd
     assert not any(
         name.startswith(("checkpoint_latest", "checkpoint_previous", "previous_")) for name in os.listdir(folder)
     )
+
+
+@pytest.mark.slow
+def test_an_epoch_that_stops_before_its_first_step_is_logged_once(workspace, monkeypatch):
+    original = nnUNetTrainerMACLPretrain.on_train_epoch_start
+
+    def stop(self):
+        original(self)
+        if self.current_epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(nnUNetTrainerMACLPretrain, "on_train_epoch_start", stop)
+        run()
+    assert stopped.value.code == 128 + signal.SIGTERM
+    folder = workspace.run_folder(PRETRAIN)
+    assert checkpoints.load(folder / resume.LATEST)["step"] == STEPS
+    run(continue_training=True)
+    log = checkpoints.load(folder / resume.FINAL)["logging"]
+    assert len(log["lrs"]) == len(log["epoch_start_timestamps"]) == EPOCHS
+    assert "logging issue" not in text_log(folder)
 
 
 def test_a_signal_to_all_processes_stops_the_command(workspace):

@@ -13,6 +13,7 @@ from test_report import Page
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
+from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.report import write_report
@@ -77,13 +78,38 @@ def test_training_starts_from_the_weights(pretrained):
     assert 0 < moved < 0.2
 
 
-@pytest.mark.parametrize("optimizer, size", [("sgd", 1), ("adamw", 3)])
-def test_only_for_sgd_are_kernels_scaled_to_their_initial_norms(workspace, monkeypatch, optimizer, size):
-    monkeypatch.setattr(nnUNetTrainerMACL, "finetuning_optimizer", optimizer)
+def new_trainer(workspace):
     folder = workspace.preprocessed / DATASET
     plans, dataset_json = (json.loads((folder / name).read_text()) for name in ("nnUNetPlans.json", "dataset.json"))
     plans["continue_training"] = False
-    trainer = nnUNetTrainerMACL(plans, "2d", 0, dataset_json, torch.device("cpu"))
+    return nnUNetTrainerMACL(plans, "2d", 0, dataset_json, torch.device("cpu"))
+
+
+def test_an_unknown_optimiser_is_refused(workspace, monkeypatch):
+    monkeypatch.setattr(nnUNetTrainerMACL, "finetuning_optimizer", "AdamW")
+    with pytest.raises(UserError, match=r"'AdamW'.*'adamw'"):
+        new_trainer(workspace).initialize()
+
+
+def test_a_network_that_is_initialised_before_the_training_keeps_its_weights_and_the_log_says_so(
+    workspace, monkeypatch
+):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    trainer = new_trainer(workspace)
+    trainer.initialize()
+    before = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    trainer.on_train_start()
+    assert all(torch.equal(before[key], value) for key, value in trainer.network.state_dict().items())
+    assert "-pretrained_weights" in next(Path(trainer.output_folder).glob("training_log*")).read_text()
+    trainer.save_checkpoint(str(workspace.folder / "checkpoint.pth"))
+    origin = load(workspace.folder / "checkpoint.pth")["macl"]
+    assert origin["trainer"] == "nnUNetTrainerMACL" and "weights" not in origin
+
+
+@pytest.mark.parametrize("optimizer, size", [("sgd", 1), ("adamw", 3)])
+def test_only_for_sgd_are_kernels_scaled_to_their_initial_norms(workspace, monkeypatch, optimizer, size):
+    monkeypatch.setattr(nnUNetTrainerMACL, "finetuning_optimizer", optimizer)
+    trainer = new_trainer(workspace)
     trainer.initialize()
     fresh = {key: value.clone() for key, value in trainer.network.state_dict().items()}
     kernels = [key for key, value in fresh.items() if key.startswith("encoder.") and value.ndim > 2]
