@@ -255,7 +255,8 @@ def describe(study: Study, images: RawImages) -> str:
         + (f", split {options.split}" if options.split else ""),
         f"test:        {patients(split.test)}: {_names(split.test)}",
         f"validation:  {patients(split.validation)}: {_names(split.validation)}",
-        f"pre-training: {share + len(kept)} images, {len(kept)} of them from imagesUn"
+        f"pre-training: {pluralise(len(study.pretrainings), 'run')} on {share + len(kept)} images, {len(kept)} of them from "
+        "imagesUn"
         + (
             f" (the other {len(images.unlabelled) - len(kept)} are of test or validation patients)"
             * (len(kept) < len(images.unlabelled))
@@ -284,8 +285,7 @@ def describe_cells(study: Study) -> str:
         f"fine-tuning by {options.finetuning}: {pluralise(len(study.cells), 'cell')}: {pluralise(len(study.arms), 'arm')} x "
         f"{pluralise(len(split.labels), 'number')} of labels x {pluralise(options.seeds, 'seed')} x "
         f"{pluralise(len(options.rates), 'rate')}, each {pluralise(options.epochs, 'epoch')} of "
-        f"{pluralise(options.iterations, 'step')}: {len(study.cells) * options.epochs * options.iterations:,} steps in all, "
-        f"after {pluralise(len(study.pretrainings), 'pre-training')}"
+        f"{pluralise(options.iterations, 'step')}: {len(study.cells) * options.epochs * options.iterations:,} steps in all"
     )
     return "\n".join([line, *(f"    {cell.name}" for cell in study.cells)])
 
