@@ -21,7 +21,7 @@ from nnunetv2_macl.cli.compare import _compare_parser
 from nnunetv2_macl.compare.folders import RawImages, _link, link_unlabelled
 from nnunetv2_macl.compare.run import _check_folder, _pretrain
 from nnunetv2_macl.compare.split import split_cases
-from nnunetv2_macl.compare.steps import DONE_FILE, Task, run_steps
+from nnunetv2_macl.compare.steps import DONE_FILE, StepError, Task, run_steps
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
 from nnunetv2_macl.compare.study import Options, Study, options_by_finetuning, parse_arm, study_folders
 from nnunetv2_macl.errors import UserError
@@ -62,13 +62,24 @@ def test_adding_arms_and_seeds_keeps_the_earlier_draws(tmp_path):
         Study.open(tmp_path, replace(more, seeds=2), SPLIT, PATIENTS)
 
 
+def test_arms_that_a_command_leaves_out_stay_in_the_folder(tmp_path):
+    Study.open(tmp_path, OPTIONS, SPLIT, PATIENTS)
+    fewer = Study.open(tmp_path, replace(OPTIONS, arms=["scratch", "recipe:paper", "encoder"]), SPLIT, PATIENTS)
+    assert {cell.arm for cell in fewer.cells} == {"scratch", "recipe-paper", "encoder"}
+    assert fewer.arms_left_out == ["pretrained", "recipe:pcl"]
+    assert Study.read(tmp_path).options.arms == [*OPTIONS.arms, "recipe:paper"]
+    # a file with the name of an arm in the folder would overwrite its cells
+    (tmp_path / "pcl.json").write_text('{"inherits_from": "macl"}')
+    with pytest.raises(UserError, match="two arms would be called recipe-pcl"):
+        Study.open(tmp_path, replace(OPTIONS, arms=["scratch", f"recipe:{tmp_path / 'pcl.json'}"]), SPLIT, PATIENTS)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
         (dict(epochs=9), "--epochs 9 (was 5)"),
         (dict(batch_size=4), "-batch_size 4 (was None)"),
         (dict(rates=[1e-2]), "--rates 0.01 (was 0.01 0.001)"),
-        (dict(arms=["scratch", "pretrained"]), "--arms without encoder recipe:pcl"),
         (dict(configuration="3d_fullres", seeds=1), "-c 3d_fullres (was 2d), --seeds 1 (was 2)"),
     ],
 )
@@ -304,13 +315,13 @@ class Work:
         self.folder = folder
         self.done = []
 
-    def step(self, name, *needs, action=lambda: None):
+    def step(self, name, *needs, action=lambda: None, part=None):
         def run():
             action()
             self.done.append(name)
             return {"name": name}
 
-        return Task(name, self.folder / name, run, needs)
+        return Task(name, self.folder / name, run, needs, part)
 
 
 def test_steps_run_once_and_after_the_steps_that_they_need(tmp_path):
@@ -350,6 +361,33 @@ def test_a_failed_step_stops_the_study_and_runs_again_later(tmp_path):
     broken.clear()
     run_steps(steps, jobs=1, poll_seconds=0.01)
     assert work.done == ["first", "second", "third"]
+
+
+def test_other_arms_are_trained_if_one_arm_fails(tmp_path):
+    work = Work(tmp_path)
+    broken = [True]
+
+    def fail():
+        if broken:
+            raise StepError("the embeddings have collapsed")
+
+    plan = work.step("plan")
+    pretrain = work.step("pretrain", plan, action=fail, part="recipe")
+    first = work.step("pretrained 0", pretrain, part="pretrained")
+    student = work.step("student", first, part="student")
+    steps = [plan, pretrain, first, student, work.step("scratch 0", plan), work.step("scratch 1", plan)]
+    # this arm fails in its second training, so it is not trained a third time
+    steps += [work.step(f"other {n}", plan, action=fail if n == 1 else lambda: None, part="other") for n in range(3)]
+    left_out = {}
+    run_steps(steps, jobs=1, poll_seconds=0.01, left_out=left_out)
+    assert work.done == ["plan", "scratch 0", "scratch 1", "other 0"]
+    assert {step.name for step in left_out.values()} == {"pretrain", "pretrained 0", "student", "other 1", "other 2"}
+    # what failed is not tried again for another kind of fine-tuning
+    run_steps([plan, pretrain, work.step("long", pretrain, part="long")], 1, poll_seconds=0.01, left_out=left_out)
+    assert len(work.done) == 4
+    broken.clear()
+    run_steps(steps, jobs=2, poll_seconds=0.01)
+    assert all(step.is_done for step in steps)
 
 
 @pytest.fixture

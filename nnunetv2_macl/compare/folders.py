@@ -19,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_macl.compare.split import patients_of
+from nnunetv2_macl.compare.steps import StepError
 from nnunetv2_macl.compare.study import Options, Study
 from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
@@ -305,7 +306,8 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], log: Pat
     """Run a command and append its output to a file.
 
     Raises:
-        UserError: The command failed. The message shows the end of the file.
+        StepError: The command failed. The message shows the end of the file.
+        UserError: A signal has stopped the command.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     # this environment's scripts come first, because the environment may not be activated
@@ -322,7 +324,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], log: Pat
         )
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise UserError(
+        raise StepError(
             f"'{shlex.join(command)}' failed with exit code {process.returncode}. Finished steps are kept. Fix the cause, then "
             f"repeat the command that started the study. Do not run the commands in {log}, which work only inside of the "
             f"study. The log ends with:\n{tail}"

@@ -246,6 +246,11 @@ def _method(results: Results) -> list[str]:
     planned = read_json(study.planning_folder / DONE_FILE, "")
     share = len(study.patients) - len(split.test) - len(split.validation)
     lines = [f"{arm.slug} starts from {_start(arm)}." for arm in study.arms]
+    if study.arms_left_out:
+        lines.append(
+            f"The study has further arms, which failed or which its last command did not name: "
+            f"{join_words(study.arms_left_out)}."
+        )
     rates = ", ".join(f"{rate:g}" for rate in options.rates)
     teachers = any(arm.teacher for arm in study.arms)
     patches = ". All arms but self_train see" if teachers else ", and sees"

@@ -29,7 +29,7 @@ from nnunetv2_macl.compare.split import patients_of, split_cases
 from nnunetv2_macl.compare.splits import write_report_over_splits
 from nnunetv2_macl.compare.steps import DONE_FILE, Task, run_steps
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
-from nnunetv2_macl.compare.study import FINETUNINGS, STUDY_FILE, Arm, Options, Study, Trial, parse_arm
+from nnunetv2_macl.compare.study import FINETUNINGS, SCRATCH, STUDY_FILE, Arm, Options, Study, Trial, parse_arm
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import GROUP_VARIABLE, TEACHER_VARIABLE, WEIGHTS_VARIABLE
@@ -58,7 +58,8 @@ def compare(
 
     With several kinds of fine-tuning, the cells and the report of each kind are in a folder with its name, and all kinds share
     the pre-trainings. With several splits, the whole study runs on each split in a folder ``split_K``, and a report over the
-    splits is written. ``compare.md`` in ``folder`` always begins with the verdict.
+    splits is written. ``compare.md`` in ``folder`` always begins with the verdict. An arm whose pre-training or fine-tuning
+    fails is left out, and the reports compare the other arms.
 
     The user's nnU-Net folders are only read. Several processes, on one machine or on several that share ``folder``, divide
     the cells among themselves.
@@ -74,7 +75,7 @@ def compare(
         skip_unreadable: Leave out unlabelled images that cannot be used.
 
     Raises:
-        UserError: A mistake that the user can correct.
+        UserError: A mistake that the user can correct, or an arm failed.
     """
     nnunet.require_folders()
     kinds = [_checked(each) for each in ([options] if isinstance(options, Options) else options)]
@@ -114,6 +115,8 @@ def compare(
         _preparation(list(of_split), images, planner_name, device, processes, jobs, skip_unreadable)
         for of_split in zip(*studies, strict=True)
     ]
+    left_out: dict[Path, Task] = {}
+    failed: list[str] = []
     for of_kind in studies:
         # in the order of the splits, so that the first split is complete early
         steps = [
@@ -121,7 +124,9 @@ def compare(
             for study, preparation in zip(of_kind, prepared, strict=True)
         ]
         with ended_by_sigterm():
-            run_steps(list(itertools.chain.from_iterable(steps)), jobs)
+            run_steps(list(itertools.chain.from_iterable(steps)), jobs, left_out=left_out)
+        of_kind, unfinished = _finished(of_kind)
+        failed += unfinished
         found = {study.folder / REPORT_FILE: write_report(study) for study in of_kind}
         if splits > 1:
             file = folder / (f"compare_{of_kind[0].options.finetuning}.md" if shares else REPORT_FILE)
@@ -141,7 +146,24 @@ def compare(
                 ],
                 folder / REPORT_FILE,
             )
+    if failed:
+        raise UserError(
+            f"These arms are not in the report, because one of their steps failed: {', '.join(dict.fromkeys(failed))}. "
+            "The messages are above. To try again, repeat the command. To go on without these arms, leave them out of --arms."
+        )
     return folder
+
+
+def _finished(studies: Sequence[Study]) -> tuple[list[Study], list[str]]:
+    """Return the studies of all splits with the arms that are trained in all of them, and the names of the other arms."""
+
+    def is_finished(arm: Arm) -> bool:
+        cells = [(study, cell) for study in studies for cell in study.cells if cell.arm == arm.slug]
+        return all((study.cell_folder(cell) / DONE_FILE).is_file() for study, cell in cells)
+
+    arms = {arm.name: is_finished(arm) for arm in studies[0].arms}
+    kept = [name for name, is_done in arms.items() if is_done]
+    return [replace(s, options=replace(s.options, arms=kept)) for s in studies], [n for n in arms if n not in kept]
 
 
 def _checked(options: Options) -> Options:
@@ -336,6 +358,7 @@ def _preparation(
             study.pretraining_folder(arm),
             functools.partial(_pretrain, study, images, arm, device, processes, jobs, skip_unreadable),
             needs=(ready,),
+            part=arm.pretraining_name,
         )
         for arm in study.pretrainings
     }
@@ -356,6 +379,8 @@ def _steps(study: Study, preparation: _Preparation, device: str, processes: int,
                 preparation.pretrained[arm.recipe_and_settings] if arm.recipe else preparation.planning,
                 *([trained[teacher]] if teacher else []),
             ),
+            # without scratch, there is nothing to compare with
+            part=None if arm.name == SCRATCH else f"{arm.slug}, {study.options.finetuning}",
         )
     return [*preparation.steps, *(trained[cell] for cell in study.cells)]
 
@@ -405,18 +430,12 @@ def _preprocess_unlabelled(study: Study, images: RawImages, processes: int, skip
 
 def _pretraining_command(study: Study, images: RawImages, processes: int, skip_unreadable: bool) -> list[str]:
     """Link the user's unlabelled images, and return the arguments that all commands of the pre-training share."""
-    if not any(_has_begun(study, other) for other in study.arms if other.recipe is not None):
+    if not any(resume.has_checkpoint(run) or (run / NETWORK_FILE).is_file() for run in study.pretraining_runs):
         # the images stay as they are once the first pre-training has begun, so that all recipes see the same ones
         link_unlabelled(study, images)
     options = study.options
     command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.configuration, "-p", options.plans]
     return [*command, "-np", str(processes), *(["--skip_unreadable"] if skip_unreadable else [])]
-
-
-def _has_begun(study: Study, arm: Arm) -> bool:
-    """Return whether the pre-training of an arm has saved a checkpoint or weights."""
-    run = study.pretraining_run(arm)
-    return resume.has_checkpoint(run) or (run / NETWORK_FILE).is_file()
 
 
 def _run_cell(study: Study, cell: Trial, device: str, processes: int, jobs: int) -> dict[str, Any]:

@@ -85,6 +85,11 @@ def write_report_over_splits(studies: Sequence[Study], file: Path) -> str:
         "- The interval is Student's, over the splits. It is too narrow, because the splits' training patients overlap.",
         f"- Each split has its own report: {join_words(f'[{n}]({report})' for n, report in reports)}.",
     ]
+    if studies[0].arms_left_out:
+        lines.append(
+            f"- The study has further arms, which failed or which its last command did not name: "
+            f"{join_words(studies[0].arms_left_out)}."
+        )
     text = "\n".join(lines) + "\n"
     atomic_write(file, lambda stream: stream.write(text.encode()))
     return sentence

@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 DONE_FILE = "done.json"
 
 
+class StepError(UserError):
+    """A step failed, for a reason that may not concern the other steps."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A step: a function that writes its results to a folder of its own."""
@@ -33,24 +37,31 @@ class Task:
     folder: Path
     run: Callable[[], dict[str, Any]]  # returns the content of ``done.json``
     needs: tuple[Task, ...] = ()  # tasks that must be done first
+    # what is left out if this step raises `StepError`, for example an arm; None: all steps stop
+    part: str | None = None
 
     @property
     def is_done(self) -> bool:
         return (self.folder / DONE_FILE).is_file()
 
 
-def run_steps(steps: Sequence[Task], jobs: int, poll_seconds: float = 5.0) -> None:
+def run_steps(
+    steps: Sequence[Task], jobs: int, poll_seconds: float = 5.0, left_out: dict[Path, Task] | None = None
+) -> None:
     """Run all steps that are not done, and wait for steps that other processes run.
+
+    If a step raises `StepError`, the other steps of its part and the steps that need it are left out.
 
     Args:
         steps: The steps, in the order in which they start.
         jobs: Number of steps that run at the same time.
         poll_seconds: Time in s between two looks at the steps of other processes.
+        left_out: Steps that an earlier call left out, by folder. This call adds its own.
 
     Raises:
-        UserError: A step failed, or a folder cannot be written. Steps that are running finish first.
+        UserError: A step without a part failed, or a folder cannot be written. Steps that are running finish first.
     """
-    work = _TaskQueue(steps, poll_seconds)
+    work = _TaskQueue(steps, poll_seconds, {} if left_out is None else left_out)
     with ThreadPoolExecutor(jobs) as pool:
         workers = [pool.submit(work.run) for _ in range(jobs)]
         try:
@@ -62,10 +73,11 @@ def run_steps(steps: Sequence[Task], jobs: int, poll_seconds: float = 5.0) -> No
 
 
 class _TaskQueue:
-    def __init__(self, steps: Sequence[Task], poll_seconds: float) -> None:
+    def __init__(self, steps: Sequence[Task], poll_seconds: float, left_out: dict[Path, Task]) -> None:
         self._todo = [step for step in steps if not step.is_done]
         self._total, self._done = len(steps), len(steps) - len(self._todo)
         self._poll_seconds = poll_seconds
+        self._left_out = left_out
         self._guard = threading.Lock()
         self._stop = threading.Event()
         self._reported: set[str] = set()
@@ -87,6 +99,12 @@ class _TaskQueue:
                 step, lock = claimed
                 try:
                     self._do(step)
+                except StepError as error:
+                    if step.part is None:
+                        raise
+                    with self._guard:
+                        self._left_out[step.folder] = step
+                    logger.error("%s\nThe study goes on without the steps that depend on %s.", error, step.name)
                 finally:
                     lock.release()
         except BaseException:
@@ -100,6 +118,10 @@ class _TaskQueue:
                 if step.is_done:
                     self._todo.remove(step)
                     self._done += 1
+                    continue
+                if self._is_left_out(step):
+                    self._todo.remove(step)
+                    self._left_out[step.folder] = step
                     continue
                 if not all(need.is_done for need in step.needs):
                     continue
@@ -122,6 +144,11 @@ class _TaskQueue:
                 self._todo.remove(step)
                 return step, lock
         return None
+
+    def _is_left_out(self, step: Task) -> bool:
+        """Return whether a step needs a step that is left out, or is of the same part as such a step."""
+        others = [other for other in self._left_out.values() if not other.is_done]
+        return any(other.part == step.part or other in step.needs for other in others)
 
     def _do(self, step: Task) -> None:
         began = perf_counter()

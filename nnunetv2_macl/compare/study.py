@@ -103,22 +103,27 @@ class Options:
             raise UserError(
                 f"--arms must contain {SCRATCH}, because the other arms are compared with it, got {self.arms}."
             )
-        for number, arm in enumerate(arms):
-            if arm.slug in [other.slug for other in arms[:number]]:
+        _check_names(arms)
+
+
+def _check_names(arms: Sequence[Arm]) -> None:
+    """Raise UserError if two arms would share a folder."""
+    for number, arm in enumerate(arms):
+        if arm.slug in [other.slug for other in arms[:number]]:
+            raise UserError(
+                f"--arms: two arms would be called {arm.slug}. Give each arm once, and give files different names."
+            )
+        for other in arms[:number]:
+            if (
+                arm.recipe is not None
+                and other.recipe is not None
+                and arm.pretraining_name == other.pretraining_name
+                and arm.recipe_and_settings != other.recipe_and_settings
+            ):
                 raise UserError(
-                    f"--arms: two arms would be called {arm.slug}. Give each arm once, and give files different names."
+                    f"--arms: {other.recipe_and_settings} and {arm.recipe_and_settings} would share the folder "
+                    f"{arm.pretraining_name}. Give the files different names."
                 )
-            for other in arms[:number]:
-                if (
-                    arm.recipe is not None
-                    and other.recipe is not None
-                    and arm.pretraining_name == other.pretraining_name
-                    and arm.recipe_and_settings != other.recipe_and_settings
-                ):
-                    raise UserError(
-                        f"--arms: {other.recipe_and_settings} and {arm.recipe_and_settings} would share the folder "
-                        f"{arm.pretraining_name}. Give the files different names."
-                    )
 
 
 def options_by_finetuning(
@@ -305,6 +310,8 @@ class Study:
     ) -> Study:
         """Return the study of a folder, after creating the study or adding arms and seeds to it, unless ``check_only``.
 
+        The study that is returned has only the arms of ``options``. Further ones stay in the folder.
+
         Raises:
             UserError: The folder holds something else, or a study with other options or other cases. The message names them.
         """
@@ -325,8 +332,6 @@ class Study:
         changed = study._changed_options(there, besides=("arms", "seeds"))
         if options.seeds < there.options.seeds:
             changed.append(f"--seeds {options.seeds} (was {there.options.seeds})")
-        if missing := [arm for arm in there.options.arms if arm not in options.arms]:
-            changed.append(f"--arms without {_typed(missing)}")
         changed += [f"the weights {name}" for name, was in there.files.items() if study.files.get(name, was) != was]
         if changed:
             raise UserError(
@@ -339,9 +344,12 @@ class Study:
                 f"{folder} holds a study of other cases: the images of {options.dataset} have changed since the study began. "
                 "Put the images back, or give another folder: -o FOLDER"
             )
-        if options != there.options and not check_only:
-            # finished cells are kept; only the new arms and seeds are trained
-            write_json(study._as_json(), file)
+        arms = [*there.options.arms, *(arm for arm in options.arms if arm not in there.options.arms)]
+        _check_names([parse_arm(arm) for arm in arms])
+        # finished cells are kept; only the new arms and seeds are trained
+        grown = replace(study, options=replace(options, arms=arms), files=there.files | study.files)
+        if grown != there and not check_only:
+            write_json(grown._as_json(), file)
         return study
 
     @classmethod
@@ -413,6 +421,11 @@ class Study:
             for arm in self.arms
         ]
 
+    @property
+    def arms_left_out(self) -> list[str]:
+        """Return the names of the arms in the study's folder that this study does not have."""
+        return [arm for arm in Study.read(self.folder).options.arms if arm not in self.options.arms]
+
     def arm(self, slug: str) -> Arm:
         return next(arm for arm in self.arms if arm.slug == slug)
 
@@ -477,6 +490,11 @@ class Study:
         return (
             pretraining_folder(results, self.options.dataset, self.options.plans, self.options.configuration) / "fold_0"
         )
+
+    @property
+    def pretraining_runs(self) -> list[Path]:
+        """Return the folders of the pre-trainings that have begun, also of arms that this study does not have."""
+        return list((self.base / "pretraining").glob("*/nnUNet_results/*/*/fold_0"))
 
     def cell_folder(self, cell: Trial) -> Path:
         return self.folder / "cells" / cell.name

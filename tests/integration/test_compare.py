@@ -151,9 +151,15 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     log = "planning/log.txt"
     assert {**hashes(folder), log: ""} == {**done, log: ""}
 
-    # an added arm runs, and finished cells do not run again
+    # an added arm runs although another one fails, and finished cells do not run again
+    arms = [*options.arms, "recipe:restore,decoder_stages=9", "encoder"]
+    with pytest.raises(UserError, match=r"restore,decoder_stages=9"):
+        compare(replace(options, arms=arms), folder=folder, device="cpu")
+    assert "restore-decoder_stages-9/log.txt" in caplog.text and "[6/8]" in caplog.text
+    text = (folder / "compare.md").read_text()
+    assert "| encoder |" in text and re.search(r"further arms.*decoder_stages=9", text)
+    # without the arm that failed, the study is complete
     compare(replace(options, arms=[*options.arms, "encoder"]), folder=folder, device="cpu")
-    assert "[6/6]" in caplog.text and "| encoder |" in (folder / "compare.md").read_text()
     now = hashes(folder)
     assert all(now[file] == done[file] for file in done if file.startswith(("cells", "pretraining")))
 
