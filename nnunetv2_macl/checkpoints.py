@@ -103,12 +103,14 @@ ENCODER_FILE, DECODER_FILE, NETWORK_FILE = "macl_encoder.pth", "macl_decoder.pth
 # nnU-Net writes this file at the end of a training
 NNUNET_FILE = "checkpoint_final.pth"
 
-CITATIONS = [
+MACL_CITATION = (
     "Zeng et al. Multi-level Asymmetric Contrastive Learning for Medical Image Segmentation Pre-training. IEEE JBHI 2026. "
-    "doi:10.1109/JBHI.2026.3669549",
+    "doi:10.1109/JBHI.2026.3669549"
+)
+NNUNET_CITATION = (
     "Isensee et al. nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation. "
-    "Nature Methods 18, 203-211 (2021). doi:10.1038/s41592-020-01008-z",
-]
+    "Nature Methods 18, 203-211 (2021). doi:10.1038/s41592-020-01008-z"
+)
 
 
 # who trained weights, by their kind
@@ -172,7 +174,6 @@ def export_weights(
             "network_weights": _detached(weights),
             "trained_keys": sorted(trained),
             "package_versions": package_versions(),
-            "citations": CITATIONS,
             **description,
         }
         if kind == "macl_network":

@@ -143,7 +143,10 @@ def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
         "epochs": content.get("current_epoch"),
         "preprocessing": preprocessing,
         "dataset_fingerprint": {"channel_names": trained_for.channel_names},
-        "citations": checkpoints.CITATIONS if (content.get("macl") or {}).get("weights") else checkpoints.CITATIONS[1:],
+        # a training of this package names the sources of its pre-trained weights
+        "citations": list(
+            dict.fromkeys([*((content.get("macl") or {}).get("citations") or []), checkpoints.NNUNET_CITATION])
+        ),
     }
     if stem and trained_for.is_cascaded:
         description["network_input_channels"] = weights[stem[0]].shape[1]
@@ -211,7 +214,7 @@ def _from_authors(content: dict[str, Any], file: Path) -> PretrainedWeights:
         [file],
         weights,
         {"network_class_name": _PAPER_UNET, "arch_kwargs": kwargs, "input_channels": first[0].shape[1]},
-        {"kind": "macl_authors", "citations": checkpoints.CITATIONS[:1]},
+        {"kind": "macl_authors", "citations": [checkpoints.MACL_CITATION]},
     )
 
 
@@ -353,7 +356,7 @@ def as_nnssl(pretrained: PretrainedWeights) -> dict[str, Any]:
         "network_weights": dict(pretrained.weights),
         ADAPTATION_PLAN: _adaptation_plan(pretrained, preprocessing, network),
         "trainer_name": PRETRAINER,
-        "citations": _citations(pretrained.architecture),
+        "citations": _citations(pretrained),
     }
 
 
@@ -398,12 +401,14 @@ def _adaptation_plan(pretrained: PretrainedWeights, preprocessing: dict[str, Any
     }
 
 
-def _citations(architecture: dict[str, Any]) -> list[dict[str, Any]]:
-    method, framework = checkpoints.CITATIONS
-    network = architecture["network_class_name"].rpartition(".")[2]
+def _citations(pretrained: PretrainedWeights) -> list[dict[str, Any]]:
+    network = pretrained.architecture["network_class_name"].rpartition(".")[2]
+    # recipes of version 0.1 name no method
+    method = (pretrained.description.get("recipe") or {}).get("method", "macl")
+    others = [text for text in pretrained.description.get("citations", []) if text != checkpoints.NNUNET_CITATION]
     return [
-        {"type": "Architecture", "name": network, "apa_citations": [framework]},
-        {"type": "Pretraining Method", "name": "MACL", "apa_citations": [method]},
+        {"type": "Architecture", "name": network, "apa_citations": [checkpoints.NNUNET_CITATION]},
+        {"type": "Pretraining Method", "name": method, "apa_citations": others},
     ]
 
 

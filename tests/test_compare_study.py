@@ -419,8 +419,10 @@ def test_the_lock_of_a_pretraining_that_was_killed_at_its_end_is_removed(tmp_pat
     run = study.pretraining_run(parse_arm("recipe:pcl"))
     lock = claim(run, socket.gethostname(), sleeper.pid)
     (run / NETWORK_FILE).touch()
-    with pytest.raises(UserError, match=f"process {sleeper.pid}"):  # the process still runs
+    # The process still runs, so the study stops and does not leave the arm out.
+    with pytest.raises(UserError, match=f"process {sleeper.pid}") as error:
         _pretrain(study, IMAGES, parse_arm("recipe:pcl"), "cpu", 1, 1, skip_unreadable=False)
+    assert not isinstance(error.value, StepError)
     sleeper.kill()
     sleeper.wait()
     assert (
@@ -535,12 +537,15 @@ def test_two_processes_divide_the_steps(tmp_path):
     assert sorted((tmp_path / "log").read_text().split()) == sorted(f"cell{n}" for n in range(20))
 
 
-def test_weights_that_changed_after_the_study_began_are_refused(tmp_path, monkeypatch):
-    file = tmp_path / "weights.pth"
+@pytest.mark.parametrize("kind", ["weights", "recipe", "plan"])
+def test_files_that_changed_after_the_study_began_are_refused(tmp_path, monkeypatch, kind):
+    file = tmp_path / f"mine.{'pth' if kind == 'weights' else 'json'}"
     monkeypatch.setattr("nnunetv2_macl.formats.load_weights", lambda path: SimpleNamespace(files=[path]))
     file.write_bytes(b"first")
-    options = replace(OPTIONS, arms=["scratch", f"weights:{file}"])
+    options = (
+        replace(OPTIONS, plan=str(file)) if kind == "plan" else replace(OPTIONS, arms=["scratch", f"{kind}:{file}"])
+    )
     Study.open(tmp_path / "study", options, SPLIT, PATIENTS)
     file.write_bytes(b"second")
-    with pytest.raises(UserError, match=f"weights {file}"):
+    with pytest.raises(UserError, match=f"the file {file}"):
         Study.open(tmp_path / "study", options, SPLIT, PATIENTS)

@@ -61,6 +61,7 @@ def run(tmp_path):
                 "plans_name": "nnUNetPlans",
                 "configuration": "3d_fullres",
                 "preprocessing": preprocessing(axes),
+                "citations": [checkpoints.MACL_CITATION, checkpoints.NNUNET_CITATION],
             }
             | changes,
         )
@@ -108,6 +109,7 @@ def read_as_nnunet_master(file, classes):
     json.dumps([plan, content["citations"]])
     for citation in content["citations"]:
         assert citation["type"] and citation["name"] and citation["apa_citations"]
+    assert content["citations"][1]["apa_citations"] == [checkpoints.MACL_CITATION]
     assert all(isinstance(arch["arch_kwargs"][key], str) for key in arch["arch_kwargs_requiring_import"])
     network = unet(
         {

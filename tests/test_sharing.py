@@ -52,6 +52,7 @@ def run(tmp_path_factory):
             "plans_name": "nnUNetPlans",
             "configuration": "3d_fullres",
             "fold": "all",
+            "citations": [checkpoints.MACL_CITATION, checkpoints.NNUNET_CITATION],
             "dataset_fingerprint": {
                 "images": 7,
                 "unlabelled_datasets": [],

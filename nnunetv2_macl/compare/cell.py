@@ -119,7 +119,12 @@ def main() -> None:
     parser.add_argument("-np", dest="processes", type=int, required=True)
     arguments = parser.parse_args()
     study = Study.read(arguments.study)
-    cell = next(cell for cell in study.cells if cell.name == arguments.cell)
+    cell = next((cell for cell in study.cells if cell.name == arguments.cell), None)
+    if cell is None:
+        sys.exit(
+            f"Error: {arguments.study} holds no cell {arguments.cell}. Another command has added arms to the study at the same "
+            "moment. Repeat the command that has this arm."
+        )
     try:
         with ended_by_sigterm():
             run_cell(study, cell, arguments.device, arguments.processes)

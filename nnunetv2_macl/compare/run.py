@@ -38,7 +38,7 @@ from nnunetv2_macl.run import check_device
 from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.epoch_log import CURVES_FILE, read_curves
-from nnunetv2_macl.training.run_folder import PLAN_COPY, RunLock
+from nnunetv2_macl.training.run_folder import LOCK_FILE, PLAN_COPY, RunLock
 
 logger = logging.getLogger(__name__)
 
@@ -100,16 +100,13 @@ def compare(
             logger.info("%s", describe(study, images) if number == 0 else describe_cells(study))
     if dry_run:
         return folder
+    # nothing is written unless all studies can begin or continue
+    studies = _open(studies, check_only=True)
     for study in itertools.chain.from_iterable(studies):
         if (study.planning_folder / DONE_FILE).is_file():
             # check before the new arms are stored in the study
             check_arms(study, images)
-    for check_only in (True, False):
-        # nothing is written unless all studies can begin or continue
-        studies = [
-            [Study.open(s.folder, s.options, s.split, s.patients, s.shares, check_only) for s in of_kind]
-            for of_kind in studies
-        ]
+    studies = _open(studies)
     logger.info("Study in %s", folder)
     prepared = [
         _preparation(list(of_split), images, planner_name, device, processes, jobs, skip_unreadable)
@@ -164,6 +161,13 @@ def _finished(studies: Sequence[Study]) -> tuple[list[Study], list[str]]:
     arms = {arm.name: is_finished(arm) for arm in studies[0].arms}
     kept = [name for name, is_done in arms.items() if is_done]
     return [replace(s, options=replace(s.options, arms=kept)) for s in studies], [n for n in arms if n not in kept]
+
+
+def _open(studies: Sequence[Sequence[Study]], check_only: bool = False) -> list[list[Study]]:
+    return [
+        [Study.open(s.folder, s.options, s.split, s.patients, s.shares, check_only) for s in of_kind]
+        for of_kind in studies
+    ]
 
 
 def _checked(options: Options) -> Options:
@@ -321,6 +325,7 @@ class _Preparation:
     """The steps before the cells of a split."""
 
     planning: Task
+    unlabelled: Task  # the step after which the unlabelled images are preprocessed
     steps: list[Task]  # planning, preprocessing and pre-trainings
     pretrained: dict[str, Task]  # pre-trainings, by recipe with its settings
 
@@ -350,8 +355,9 @@ def _preparation(
         functools.partial(_preprocess_unlabelled, study, images, processes, skip_unreadable),
         needs=(planning,),
     )
-    # preprocess once for all recipes, because their pre-trainings may run at the same time
-    ready = preprocessing if pretraining_images(study, list(images.unlabelled)) and study.pretrainings else planning
+    # preprocess once for all arms, because their trainings may run at the same time
+    uses_unlabelled = any(arm.recipe or arm.trains_on_unlabelled for other in studies for arm in other.arms)
+    ready = preprocessing if pretraining_images(study, list(images.unlabelled)) and uses_unlabelled else planning
     pretrained = {
         arm.recipe_and_settings: Task(
             f"pre-training, recipe {','.join([arm.recipe_name, *arm.settings])}",
@@ -362,7 +368,7 @@ def _preparation(
         )
         for arm in study.pretrainings
     }
-    return _Preparation(planning, [*dict.fromkeys((planning, ready)), *pretrained.values()], pretrained)
+    return _Preparation(planning, ready, [*dict.fromkeys((planning, ready)), *pretrained.values()], pretrained)
 
 
 def _steps(study: Study, preparation: _Preparation, device: str, processes: int, jobs: int) -> list[Task]:
@@ -376,7 +382,8 @@ def _steps(study: Study, preparation: _Preparation, device: str, processes: int,
             study.cell_folder(cell),
             functools.partial(_run_cell, study, cell, device, processes, jobs),
             needs=(
-                preparation.pretrained[arm.recipe_and_settings] if arm.recipe else preparation.planning,
+                preparation.unlabelled if arm.trains_on_unlabelled else preparation.planning,
+                *([preparation.pretrained[arm.recipe_and_settings]] if arm.recipe else []),
                 *([trained[teacher]] if teacher else []),
             ),
             # without scratch, there is nothing to compare with
@@ -391,12 +398,9 @@ def _pretrain(
     options, folder, run = study.options, study.pretraining_folder(arm), study.pretraining_run(arm)
     # a run writes this file of weights last
     weights, resumes = run / NETWORK_FILE, resume.has_checkpoint(run)
+    _require_no_other_run(folder)
     if weights.is_file() and not (run / resume.LATEST).is_file():
-        # The pre-training finished, but was interrupted before this was recorded. Acquiring the lock removes a stale one, and
-        # fails if the process is still running.
-        lock = RunLock(run)
-        lock.acquire()
-        lock.release()
+        # the pre-training finished, but was interrupted before this was recorded
         return _training_seconds(run)
     command = _pretraining_command(study, images, processes, skip_unreadable)
     # all folds of the study have the same validation cases
@@ -409,6 +413,15 @@ def _pretrain(
     environment = study.environment(folder / "nnUNet_results") | _share_of_cores(device, jobs)
     run_command(command, environment, folder / "log.txt")
     return _training_seconds(run)
+
+
+def _require_no_other_run(folder: Path) -> None:
+    """Raise UserError if a process whose study was killed still trains in the folder of a step, and remove stale locks."""
+    for file in folder.rglob(LOCK_FILE):
+        if file.parent != folder:
+            lock = RunLock(file.parent)
+            lock.acquire()
+            lock.release()
 
 
 def _training_seconds(run: Path) -> dict[str, float]:
@@ -440,6 +453,7 @@ def _pretraining_command(study: Study, images: RawImages, processes: int, skip_u
 
 def _run_cell(study: Study, cell: Trial, device: str, processes: int, jobs: int) -> dict[str, Any]:
     folder = study.cell_folder(cell)
+    _require_no_other_run(folder)
     # The variable of the user's shell may be meant for another training, so the study replaces it.
     environment = study.environment(folder) | {GROUP_VARIABLE: study.options.group_regex or ""}
     environment |= _share_of_cores(device, jobs)

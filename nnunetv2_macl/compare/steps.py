@@ -104,7 +104,7 @@ class _TaskQueue:
                         raise
                     with self._guard:
                         self._left_out[step.folder] = step
-                    logger.error("%s\nThe study goes on without the steps that depend on %s.", error, step.name)
+                    logger.error("%s\nThe study goes on with the other arms.", error)
                 finally:
                     lock.release()
         except BaseException:

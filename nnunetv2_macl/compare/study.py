@@ -89,7 +89,7 @@ class Options:
         arms = [parse_arm(text) for text in self.arms]
         for arm in arms:
             arm.check(self.pretrain_settings)
-        unlabelled = [arm.name for arm in arms if arm.semi is not None or arm.teacher is not None]
+        unlabelled = [arm.name for arm in arms if arm.trains_on_unlabelled]
         if self.finetuning == "paper" and unlabelled:
             raise UserError(
                 f"--arms: {unlabelled[0]} cannot be trained with --finetuning paper. Give --finetuning sgd or adamw, or "
@@ -111,7 +111,8 @@ def _check_names(arms: Sequence[Arm]) -> None:
     for number, arm in enumerate(arms):
         if arm.slug in [other.slug for other in arms[:number]]:
             raise UserError(
-                f"--arms: two arms would be called {arm.slug}. Give each arm once, and give files different names."
+                f"--arms: two arms would be called {arm.slug}. Give each arm once. Copy or rename a file or folder that has the "
+                "name of another one."
             )
         for other in arms[:number]:
             if (
@@ -188,6 +189,11 @@ class Arm:
     teacher: str | None = None  # slug of the arm whose models label the unlabelled images, or None
 
     @property
+    def trains_on_unlabelled(self) -> bool:
+        """Return whether the fine-tuning uses unlabelled images too."""
+        return self.semi is not None or self.teacher is not None
+
+    @property
     def recipe_and_settings(self) -> str:
         """Return the recipe and its settings as an arm names them: NAME,KEY=VALUE,..."""
         return ",".join([str(self.recipe), *self.settings])
@@ -229,7 +235,7 @@ def parse_arm(text: str) -> Arm:
     if name == SEMI and what:
         parse_semi_settings(semi, f"Arm {text}")
         start = parse_arm(what)
-        if start.semi is not None or start.teacher is not None:
+        if start.trains_on_unlabelled:
             raise UserError(f"--arms: {what} in {text} already trains on unlabelled images. Use only one of the two.")
         return replace(start, name=f"{kind}:{start.name}", slug=f"{_slug(kind)}-{start.slug}", semi=tuple(sorted(semi)))
     if kind == SELF_TRAINING and what:
@@ -294,7 +300,8 @@ class Study:
     options: Options  # options that the user gave
     split: Split  # use of each case
     patients: dict[str, str]  # patient of each case, by case
-    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the weights of the arms weights:FILE, by file
+    # SHA-256 of the files that the options name (weights, recipes and the plan), by file
+    files: dict[str, str] = field(default_factory=dict)
     # whether images, plan and pre-trainings are in the parent folder, for studies that differ only in their fine-tuning
     shares: bool = False
 
@@ -332,7 +339,7 @@ class Study:
         changed = study._changed_options(there, besides=("arms", "seeds"))
         if options.seeds < there.options.seeds:
             changed.append(f"--seeds {options.seeds} (was {there.options.seeds})")
-        changed += [f"the weights {name}" for name, was in there.files.items() if study.files.get(name, was) != was]
+        changed += [f"the file {name}" for name, was in there.files.items() if study.files.get(name, was) != was]
         if changed:
             raise UserError(
                 f"{folder} holds a study that began with other options or files. Changed: {', '.join(changed)}. "
@@ -530,9 +537,12 @@ def study_folders(folder: Path) -> list[Path]:
 
 
 def _checksums(options: Options) -> dict[str, str]:
-    """Return the SHA-256 of the weights that arms name."""
-    weights = [arm.weights for arm in map(parse_arm, options.arms) if arm.weights is not None]
-    return {name: " ".join(map(sha256, formats.load_weights(Path(name)).files)) for name in weights}
+    """Return the SHA-256 of the files that the options name: weights, recipes and the plan."""
+    arms = [parse_arm(text) for text in options.arms]
+    weights = [arm.weights for arm in arms if arm.weights is not None]
+    files = [arm.recipe for arm in arms if arm.recipe is not None and Path(arm.recipe).is_absolute()]
+    sums = {name: " ".join(map(sha256, formats.load_weights(Path(name)).files)) for name in weights}
+    return sums | {name: sha256(Path(name)) for name in [*files, *filter(None, [options.plan])]}
 
 
 def _typed(value: Any) -> str:

@@ -170,6 +170,7 @@ class Method(nn.Module, ABC):
         plan_keys: Keys of the MACL plan that only some methods use, this one among them.
         summary: Description for the model card: "by MACL, multi-level contrastive learning,".
         tag: Tag in the model card.
+        citations: References to cite.
     """
 
     name: ClassVar[str]
@@ -186,6 +187,7 @@ class Method(nn.Module, ABC):
     plan_keys: ClassVar[Sequence[str]] = ()
     summary: ClassVar[str]
     tag: ClassVar[str]
+    citations: ClassVar[Sequence[str]] = ()
 
     views: Views
 

@@ -44,6 +44,9 @@ class BYOL(ImageLevelMethod):
     Config = BYOLConfig
     loss_labels = {"bootstrap": "L_b, image level"}
     summary = "by BYOL, prediction of the embeddings of an averaged network,"
+    citations = (
+        "Grill et al. Bootstrap your own latent: A new approach to self-supervised learning. NeurIPS 2020. arXiv:2006.07733",
+    )
     tag = "self-distillation"
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:

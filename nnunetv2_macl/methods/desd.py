@@ -62,6 +62,9 @@ class DeSD(ImageLevelMethod):
     reference_labels = {"output_collapse": "collapse: all outputs alike"}
     referenced_losses = ("distillation",)
     summary = "by DeSD, self-distillation at several depths,"
+    citations = (
+        "Ye et al. DeSD: Self-Supervised Learning with Deep Self-Distillation for 3D Medical Image Segmentation. MICCAI 2022",
+    )
     tag = "self-distillation"
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:

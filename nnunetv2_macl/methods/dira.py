@@ -193,6 +193,10 @@ class DiRA(MoCo):
     view_titles = {"first": "input and query", "second": "key", "target": "restoration target"}
     constant_rate_modules = ("adversary",)
     summary = "by DiRA, contrastive, restorative and adversarial learning,"
+    citations = (
+        "Haghighi et al. DiRA: Discriminative, Restorative, and Adversarial Learning for Self-supervised "
+        "Medical Image Analysis. CVPR 2022. arXiv:2204.10437",
+    )
     tag = "contrastive-learning"
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:

@@ -57,6 +57,10 @@ class GCLImage(SimCLR):
     loss_labels = {"partition": "L_part, image level"}
     referenced_losses = ("partition",)
     summary = "by the image level of GCL, contrastive learning with partitions of a volume,"
+    citations = (
+        "Chaitanya et al. Contrastive learning of global and local features for medical image segmentation "
+        "with limited annotations. NeurIPS 2020. arXiv:2006.10511",
+    )
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__(network, geometry, recipe)

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from nnunetv2_macl.checkpoints import MACL_CITATION
 from nnunetv2_macl.losses import MultiLevelContrastiveLoss, downsample
 from nnunetv2_macl.methods.averaging import averaged_copy, encode_without_gradient, update_average
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
@@ -201,6 +202,7 @@ class MACL(ContrastiveMethod):
     has_two_branches = True
     plan_keys = ("dominant_patch_size", "grid", "threshold", "expected_positives", "out_of_plane_rotation")
     summary = "by MACL, multi-level contrastive learning,"
+    citations = (MACL_CITATION,)
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__(network, geometry, recipe)

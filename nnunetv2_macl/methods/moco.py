@@ -7,7 +7,7 @@ norm gives all images nearly the same mean. Batch norm uses the batch of all ran
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import log
 from typing import Any, ClassVar
 
@@ -50,6 +50,10 @@ class MoCo(ImageLevelMethod):
     reference_labels = {"queue_collapse": "collapse: one embedding for every image"}
     referenced_losses = ("queue",)
     summary = "by MoCo, contrastive learning of whole images with a momentum encoder,"
+    citations: ClassVar[Sequence[str]] = (
+        "He et al. Momentum Contrast for Unsupervised Visual Representation Learning. CVPR 2020. arXiv:1911.05722",
+        "Chen et al. Improved Baselines with Momentum Contrastive Learning. 2020. arXiv:2003.04297",
+    )
     tag = "contrastive-learning"
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:

@@ -40,3 +40,6 @@ class PCL(SimCLR):
     compares_positions = True
     plan_keys = ("threshold", "expected_positives", "out_of_plane_rotation")
     summary = "by PCL, contrastive learning with positives by position,"
+    citations = (
+        "Zeng et al. Positional Contrastive Learning for Volumetric Medical Image Segmentation. MICCAI 2021. arXiv:2106.09157",
+    )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from functools import cache
 from inspect import isabstract
 
 from nnunetv2_macl import methods
+from nnunetv2_macl.checkpoints import NNUNET_CITATION
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.extensions import announced
 from nnunetv2_macl.methods.base import Method
@@ -54,6 +56,11 @@ def methods_of(name: str) -> tuple[type[Method], ...]:
             f"with restoration: {comparing[0]}+restoration"
         )
     return tuple(found)
+
+
+def citations_of(found: Sequence[type[Method]]) -> list[str]:
+    """Return the references to cite for methods, and the one of nnU-Net."""
+    return list(dict.fromkeys([*(citation for method in found for citation in method.citations), NNUNET_CITATION]))
 
 
 def loss_labels() -> dict[str, str]:

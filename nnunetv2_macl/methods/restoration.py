@@ -122,6 +122,7 @@ class Restoration(Method):
     view_titles = {"target": "restoration target", "masked": "masked input"}
     couples_samples = False
     summary = "by restoration of masked voxels,"
+    citations = ("Xie et al. SimMIM: A Simple Framework for Masked Image Modeling. CVPR 2022. arXiv:2111.09886",)
     tag = "masked-image-modelling"
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:

@@ -40,6 +40,9 @@ class SimCLR(ImageLevelMethod, ContrastiveMethod):
     loss_labels = {"contrast": "L_c, image level"}
     referenced_losses = ("contrast",)
     summary = "by SimCLR, contrastive learning of whole images,"
+    citations = (
+        "Chen et al. A Simple Framework for Contrastive Learning of Visual Representations. ICML 2020. arXiv:2002.05709",
+    )
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__(network, geometry, recipe)

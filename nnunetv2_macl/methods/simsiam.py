@@ -40,6 +40,7 @@ class SimSiam(ImageLevelMethod):
     Config: ClassVar[type[MethodConfig]] = SimSiamConfig
     loss_labels = {"similarity": "L_s, two views of a patch"}
     summary = "by SimSiam, prediction of the embedding of another view,"
+    citations = ("Chen and He. Exploring Simple Siamese Representation Learning. CVPR 2021. arXiv:2011.10566",)
     tag = "self-distillation"
     constant_rate_modules = ("predictor",)
     pairs: ClassVar[dict[str, tuple[str, str]]] = {"similarity": ("first", "second")}

@@ -43,6 +43,9 @@ class SimTriplet(SimSiam):
     view_titles = {**SimSiam.view_titles, "neighbour": "view of the neighbour"}
     uses_neighbours = True
     summary = "by SimTriplet, prediction of the embedding of another view and of a neighbour,"
+    citations = (
+        "Liu et al. SimTriplet: Simple Triplet Representation Learning with a Single GPU. MICCAI 2021. arXiv:2103.05585",
+    )
     pairs = {"similarity": ("first", "second"), "neighbour": ("first", "neighbour")}
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:

@@ -146,6 +146,10 @@ class SMIT(Restoration):
     referenced_losses = ("image_token",)
     couples_samples = True
     summary = "by SMIT, restoration of masked voxels and self-distillation,"
+    citations = (
+        "Jiang et al. Self-supervised 3D anatomy segmentation using self-distilled masked image transformer "
+        "(SMIT). MICCAI 2022. arXiv:2205.10342",
+    )
     tag = "masked-image-modelling"
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:

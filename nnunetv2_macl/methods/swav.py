@@ -117,6 +117,10 @@ class SwAV(ImageLevelMethod):
     reference_labels = {"code_collapse": "collapse: one embedding for every image"}
     referenced_losses = ("swapped",)
     summary = "by SwAV, prediction of online clusters between views,"
+    citations = (
+        "Caron et al. Unsupervised Learning of Visual Features by Contrasting Cluster Assignments. NeurIPS "
+        "2020. arXiv:2006.09882",
+    )
     tag = "clustering"
 
     views: _LargeAndSmallViews

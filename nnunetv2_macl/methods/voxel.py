@@ -128,6 +128,10 @@ class Voxel(ContrastiveMethod):
     referenced_losses = ("voxel",)
     view_titles = {"first": "first crop", "second": "second crop"}
     summary = "by contrastive learning of voxels,"
+    citations = (
+        "Goncharov et al. vox2vec: A Framework for Self-supervised Contrastive Learning of Voxel-Level "
+        "Representations in Medical Images. MICCAI 2023. arXiv:2307.14725",
+    )
 
     def __init__(self, network: PretrainableNetwork, geometry: Geometry, recipe: Any) -> None:
         super().__init__(network, geometry, recipe)

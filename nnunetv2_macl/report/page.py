@@ -15,6 +15,10 @@ from nnunetv2_macl.report import finetuned, pretraining, study
 
 FILE = "report.html"
 MOST_BYTES = 5 * 2**20
+# for pages that do not name their own citations
+_CITATIONS = {
+    "citations": [checkpoints.NNUNET_CITATION, "The sources of the pre-training, which the report of its run names."]
+}
 
 
 def write_report(folder: Path, file: Path | None = None, device: str = "cpu") -> Path:
@@ -56,7 +60,7 @@ def _render(folder: Path, device: str) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    text = environment.get_template(template).render(**values, citations=checkpoints.CITATIONS, version=__version__)
+    text = environment.get_template(template).render(**_CITATIONS | values, version=__version__)
     content = text.encode()
     if len(content) > MOST_BYTES:
         raise UserError(f"The report would take {len(content):,} bytes, more than the limit of {MOST_BYTES:,}.")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from nnunetv2_macl import monitoring
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.methods.registry import loss_labels
+from nnunetv2_macl.methods.registry import citations_of, loss_labels, methods_of
 from nnunetv2_macl.monitoring import lines_of
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE
 from nnunetv2_macl.planning.plan import start_in_short
@@ -56,6 +56,7 @@ def describe_run(folder: Path, device: str) -> dict[str, Any]:
         "no_features": no_features,
         "advice": monitoring.collapse_advice(recipe) if run.collapsed else None,
         "commands": _commands(run),
+        "citations": citations_of(methods_of(recipe.method)),
     }
 
 

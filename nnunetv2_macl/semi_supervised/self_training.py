@@ -20,7 +20,7 @@ from nnunetv2_macl.semi_supervised.pseudo_labels import (
     WithPseudoLabels,
     label_cases,
 )
-from nnunetv2_macl.training.commands import command_to_fine_tune
+from nnunetv2_macl.training.commands import FINETUNER, command_to_train
 from nnunetv2_macl.training.run_folder import PLAN_COPY
 from nnunetv2_macl.training.seeded import BatchLoader
 
@@ -82,7 +82,7 @@ def find_teacher(named: str, target: DatasetConfiguration, fold: int | str, devi
     if not teacher.checkpoint.is_file():
         trained = _trained_models(target, fold)
         name = named if Path(named).name == named else nnUNetTrainerMACLSelfTraining.default_teacher
-        fix = f"Train it:\n    {command_to_fine_tune(target, fold, device, name)}"
+        fix = f"Train it:\n    {command_to_train(target, fold, device, name)}"
         if trained:
             fix += (
                 f"\nor use a trained model: {', '.join(trained)}. Type nnUNetv2_macl_self_train ... -tr {trained[0]}, or for "
@@ -92,7 +92,7 @@ def find_teacher(named: str, target: DatasetConfiguration, fold: int | str, devi
     if (teacher.checkpoint.parent / PLAN_COPY).is_file():
         raise UserError(
             f"{teacher.checkpoint.parent} is a pre-training run, and its network does not segment. Fine-tune it first:\n"
-            f"    {command_to_fine_tune(target, fold, device)}"
+            f"    {command_to_train(target, fold, device, FINETUNER)}"
         )
     return teacher
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from nnunetv2_macl import checkpoints, files, formats
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.methods.registry import citations_of
 from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.planning.plan import describe, read_plan, was_edited
 from nnunetv2_macl.sharing.install import open_package, read_manifest, verify
-from nnunetv2_macl.sharing.model_card import facts_of
+from nnunetv2_macl.sharing.model_card import facts_of, recipe_methods
 from nnunetv2_macl.sharing.package import MANIFEST
 
 _KINDS = {
@@ -97,7 +98,8 @@ def _checkpoint(file: Path) -> str:
             "final_losses": losses,
             "collapsed": content.get("collapsed"),
         }
-        return _as_text(file, _KINDS[kind], facts_of(description), _wholeness(file), checkpoints.CITATIONS)
+        citations = citations_of(recipe_methods(plan["recipe"]))
+        return _as_text(file, _KINDS[kind], facts_of(description), _wholeness(file), citations)
     facts = facts_of(content) | {"tensors": str(len(content["network_weights"]))}
     return _as_text(file, _KINDS[kind], facts, _wholeness(file), content.get("citations"))
 

@@ -26,7 +26,7 @@ def model_card(description: dict[str, Any], license_id: str) -> str:
     configuration = description.get("configuration")
     collapsed = description.get("collapsed")
     recipe = description.get("recipe") or (description.get("macl_plan") or {}).get("recipe") or {}
-    methods = _methods(recipe)
+    methods = recipe_methods(recipe)
     by = " and ".join(method.summary for method in methods) or "by another version of the package,"
     tags = "\n".join(f"- {tag}" for tag in dict.fromkeys(method.tag for method in methods))
     options = f"{configuration} 0 -tr nnUNetTrainerMACL{plans_option(description.get('plans_name') or 'nnUNetPlans')}"
@@ -131,7 +131,7 @@ def facts_of(description: dict[str, Any]) -> dict[str, str]:
     return facts
 
 
-def _methods(recipe: dict[str, Any]) -> tuple[type[Method], ...]:
+def recipe_methods(recipe: dict[str, Any]) -> tuple[type[Method], ...]:
     """Return the methods of a recipe in a file from elsewhere; none if this version does not know the recipe."""
     try:
         return methods_of(recipe_from_values(recipe, "recipe").method)
@@ -141,7 +141,7 @@ def _methods(recipe: dict[str, Any]) -> tuple[type[Method], ...]:
 
 def _main_values(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the recipe values that say most about a training, those of its methods first."""
-    own = [key for method in _methods(recipe) for key in method.Config.model_fields]
+    own = [key for method in recipe_methods(recipe) for key in method.Config.model_fields]
     keys = ("method", *own, "optimizer", "learning_rate", "num_iterations_per_epoch", "seed")
     return {key: recipe[key] for key in keys if key in recipe}
 

@@ -52,12 +52,17 @@ def command_to_fine_tune(
     configuration: DatasetConfiguration, fold: int | str = "all", device: str = "cuda", trainer: str = FINETUNER
 ) -> str:
     """Return the command that fine-tunes from a run. After a run on ``all`` images it trains fold 0, or ``all`` without folds."""
-    options = f"{plans_option(configuration.plans_name)}{device_option(device)}"
     if fold == "all":
         folds = 1
         with contextlib.suppress(UserError, KeyError):  # the data set of a report may be on another machine
             folds = number_of_folds(configuration)
         fold = 0 if folds else "all"
+    return command_to_train(configuration, fold, device, trainer)
+
+
+def command_to_train(configuration: DatasetConfiguration, fold: int | str, device: str, trainer: str) -> str:
+    """Return nnU-Net's command that trains a fold."""
+    options = f"{plans_option(configuration.plans_name)}{device_option(device)}"
     return f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr {trainer}{options}"
 
 

@@ -11,6 +11,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.factory import build_segmentation_network
 from nnunetv2_macl.methods.model import PretrainingModel
+from nnunetv2_macl.methods.registry import citations_of, methods_of
 from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 from nnunetv2_macl.planning.plan import MACLPlan
 
@@ -60,7 +61,12 @@ def export_run(
             "final_losses": outcome["final_losses"],
             "collapsed": outcome["collapsed"],
             "citations": list(
-                dict.fromkeys([*checkpoints.CITATIONS, *(plan.pretrained_weights or {}).get("citations", ())])
+                dict.fromkeys(
+                    [
+                        *citations_of(methods_of(plan.get_recipe().method)),
+                        *(plan.pretrained_weights or {}).get("citations", ()),
+                    ]
+                )
             ),
         },
     )

@@ -127,11 +127,14 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             for fold in dict.fromkeys((f"fold_{self.fold}", "fold_all")):
                 if (folder / fold / checkpoints.ENCODER_FILE).is_file():
                     return checkpoints.load_weights(folder / fold)
+        earlier = sorted(
+            run.glob(f"fold_*/previous_*/{checkpoints.ENCODER_FILE}"), key=lambda file: file.stat().st_mtime
+        )
         raise UserError(
             f"No pre-trained weights for {self.plans_manager.dataset_name}, {plans}, {configuration}: neither fold_{self.fold} "
             f"nor fold_all in {run} holds {checkpoints.ENCODER_FILE}. Type:\n"
             f"    {command_to_pretrain(self._configuration, device=self.device.type)}\n"
-            f"or name weights: export {WEIGHTS_VARIABLE}=/path/to/folder_or_file"
+            f"or name weights: export {WEIGHTS_VARIABLE}={earlier[-1].parent if earlier else '/path/to/folder_or_file'}"
         )
 
     def load_macl_weights(self, pretrained: checkpoints.PretrainedWeights) -> None:
@@ -154,7 +157,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             "weights": [file.name for file in pretrained.files],
             "recipe": pretrained.description.get("recipe"),
             "pretrained_epochs": pretrained.description.get("epochs"),
-            "citations": pretrained.description.get("citations", checkpoints.CITATIONS),
+            "citations": pretrained.description.get("citations", []),
         }
 
     @property

@@ -247,10 +247,11 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         with distributed.rank_zero_first() as first:
             if first:
                 if not self.checkpoints.is_resumed:
-                    # The weights may be those of the earlier run in this folder, so they are read before it is moved.
                     load_start_weights(self)
-                    archive_previous_run(Path(self.output_folder), keep=Path(self.log_file), log=self.print_to_log_file)
                 data = self._prepare_data()
+                if not self.checkpoints.is_resumed:
+                    # last, because the initial weights may be those of the earlier run, and a run without data must not move it
+                    archive_previous_run(Path(self.output_folder), keep=Path(self.log_file), log=self.print_to_log_file)
         # Only rank 0 looks for images, because other ranks might find other images readable.
         self.data = distributed.broadcast_object(data)
         if distributed.rank() == 0:

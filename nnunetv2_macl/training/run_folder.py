@@ -20,6 +20,7 @@ from nnunetv2_macl.files import write_error, write_json
 PRETRAINER = "nnUNetTrainerMACLPretrain"
 # The file in the folder of a run with the plan that the run began with.
 PLAN_COPY = "macl_plan.json"
+LOCK_FILE = ".macl_running.json"
 # Names of the cases that a run has seen, by data set. This file stays here when the weights are shared.
 _CASES = "macl_cases.json"
 
@@ -73,7 +74,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.file = folder / ".macl_running.json"
+        self.file = folder / LOCK_FILE
         self._held = False
 
     def acquire(self) -> None:
