@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def dataset_name(name_or_id: str | int) -> str:
         UserError: There is no such data set, or there are several with this id.
     """
     try:
-        name = str(maybe_convert_to_dataset_name(name_or_id))
+        # a shell adds a slash if it completes the name of a folder
+        name = str(maybe_convert_to_dataset_name(str(name_or_id).rstrip("/\\")))
         if raw_folder(name).is_dir() or preprocessed_folder(name).is_dir():
             if not re.match(r"Dataset\d{3}_", name):
                 raise UserError(
@@ -196,7 +198,8 @@ class DatasetConfiguration:
             raise UserError(
                 f"{file} plans {configuration} for {planned} channels, but {described} names {len(channels)}: "
                 f"{', '.join(channels) or 'none'}. The data set has changed, and nnU-Net keeps those parts of an older plan that "
-                f"it does not plan again. Rename the plan, then plan again: mv {file} {file}.old. {fix}"
+                f"it does not plan again. Rename the plan, then plan again: "
+                f"{shlex.join(['mv', str(file), f'{file}.old'])}\n{fix}"
             )
         return found
 

@@ -80,6 +80,11 @@ def test_a_missing_folder_and_a_file_are_problems(value, tmp_path, monkeypatch):
     assert result.status == doctor.PROBLEM and str(tmp_path / value) in result.message and result.fix
 
 
+def test_no_folder_with_the_name_of_the_home_sign_is_proposed(monkeypatch):
+    monkeypatch.setenv("nnUNet_raw", "~/not there")
+    assert environment.folder_variable("nnUNet_raw").fix == 'export nnUNet_raw="$HOME/not there"'
+
+
 def test_a_check_that_fails_is_a_result(monkeypatch):
     def broken():
         raise RuntimeError("no such machine")

@@ -10,6 +10,7 @@ from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
 from torch import nn
 
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.network import plan_network
 from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper
@@ -52,24 +53,36 @@ def test_a_configuration_that_inherits_is_planned(workspace):
     assert alone.strides == [[1, 1]] + [[2, 2]] * 4 and alone.cases_folder.name == "nnUNetPlans_2d"
 
 
+PAPER = json.loads((resource_folder("plans") / "networks" / "paper.json").read_text())
+
+
+def paper_with(**kwargs):
+    """Return the JSON of the paper's network with other arguments."""
+    architecture = PAPER["architecture"]
+    return PAPER | {"architecture": architecture | {"arch_kwargs": architecture["arch_kwargs"] | kwargs}}
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
         (None, "nothing.*attention_unet.*paper"),
-        ("{}", "mine.json.*'architecture'"),
-        (
-            '{"batch_size": 2, "architecture": {"arch_kwargs": {"strides": [[1, 1, 1], [2, 2, 2]]}}}',
-            "mine.json.*2 axes of 2d",
-        ),
+        ({}, "mine.json.*'architecture'"),
+        (PAPER | {"batch_size": "2"}, "mine.json.*'batch_size'"),
+        (PAPER | {"architecture": {"arch_kwargs": PAPER["architecture"]["arch_kwargs"]}}, "network_class_name"),
+        (paper_with(strides=2), "mine.json.*'strides'"),
+        (paper_with(strides=[[1, 1, 1], [2, 2, 2]]), "mine.json.*2 axes of 2d"),
+        (paper_with(n_stages=3), "mine.json cannot be built"),
     ],
 )
 def test_an_invalid_network_is_rejected(workspace, tmp_path, content, words):
     network = "nothing"
     if content is not None:
-        (tmp_path / "mine.json").write_text(content)
+        (tmp_path / "mine.json").write_text(json.dumps(content))
         network = str(tmp_path / "mine.json")
     with pytest.raises(UserError, match=words):
         plan_network("901", network)
+    # a plan that was written would refuse the corrected network
+    assert not list(workspace.preprocessed.glob("*/*mine*"))
 
 
 def test_fine_tuning_has_the_settings_of_the_paper(workspace):

@@ -45,6 +45,18 @@ def test_the_same_numbers_as_nnunet(workspace):
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_unlabelled_images_with_the_name_of_a_labelled_case_are_named(workspace, caplog):
+    raw = workspace.raw / DATASET / "imagesUn"
+    first, second, *others = sorted(raw.iterdir())
+    first.rename(raw / "case_000_0000.nii.gz")
+    # macOS writes such files beside the images on foreign disks
+    second.rename(raw / "._case_007_0000.nii.gz")
+    cases = run().cases
+    assert [case.name for case in cases] == [file.name.removesuffix("_0000.nii.gz") for file in others]
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "1 unlabelled image" in warning and "case_000" in warning
+
+
 def test_cases_are_made_again_only_after_a_change(workspace):
     configuration = load()
     cases = run(configuration).cases

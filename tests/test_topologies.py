@@ -20,6 +20,7 @@ from torch import nn
 
 from benchmarks.planned import FLAT, Fingerprint, plan_with_nnunet
 from nnunetv2_macl.factory import build_model
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.methods.base import Geometry
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.methods.model import PretrainingModel
@@ -27,7 +28,7 @@ from nnunetv2_macl.networks.registry import pretrainable
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, DatasetConfiguration
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited, write_plan
-from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.recipe import Recipe, load_recipe
 
 PLANNERS = (ExperimentPlanner, nnUNetPlannerResEncM, nnUNetPlannerResEncL, nnUNetPlannerResEncXL)
 
@@ -142,6 +143,21 @@ def check_all_configurations(fingerprint: Fingerprint, folder) -> list[MACLPlan]
 @pytest.mark.parametrize("fingerprint", QUICK, ids=lambda f: f.name)
 def test_networks_of_nnunets_planners(fingerprint, folders):
     check_all_configurations(fingerprint, folders)
+
+
+RECIPES = sorted(file.stem for file in resource_folder("plans").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=() if name == "simclr" else pytest.mark.slow) for name in RECIPES]
+)
+def test_every_recipe_gets_a_legal_plan_for_a_deep_network(recipe, folders):
+    """A total stride of 32 is usual. Methods with one branch have no second stage that they could compare with."""
+    dataset, plans_name = plan_with_nnunet(QUICK[2], folders)
+    configuration = DatasetConfiguration.load(dataset, plans_name, "2d")
+    assert np.prod(configuration.strides, axis=0).min() >= 32
+    plan = derive_plan(configuration, load_recipe(recipe, resource_folder("plans")))
+    check_plan(plan, configuration, plan_file(configuration))
 
 
 @pytest.mark.slow

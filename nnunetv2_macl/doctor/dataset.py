@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
@@ -162,6 +163,8 @@ def readable(
             read_case(target, case, source.reader)
         except UnusableImageError as error:
             wrong.append(str(error))
+        except MemoryError as error:
+            raise UserError(f"The memory of this machine is too small to read {error}. Close other programs.") from None
     number = sum(len(case.files) for source in sources for case in source.cases.values())
     values = {"files": number, "skipped": len(wrong) + len(flat), "read": read}
     done = sum(len(source.cases) for source in sources) - len(todo)
@@ -192,7 +195,10 @@ def estimate(target: DatasetConfiguration, sources: list[Source], device: str, t
     command = [sys.executable, "-m", "nnunetv2_macl.doctor.measure"]
     command += [target.dataset_name, target.name, target.plans_name, device]
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        # made here, because a measurement that takes too long is killed; its workers may still write for a moment
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            environment = os.environ | {"nnUNet_results": folder, "nnUNet_wandb_enabled": "0"}
+            process = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
         measured = json.loads(process.stdout.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
         fix = "# use a GPU (-device cuda) or a smaller configuration (-c 2d)"

@@ -122,6 +122,9 @@ def folder_variable(name: str, written: bool = True) -> Result:
         return Result(name, PROBLEM, f"{name} names a file: {value}", example)
     if not folder.is_dir():
         fix = f'mkdir -p "{value}"\n# or, if it is elsewhere\n{example}'
+        if value.startswith("~"):
+            # shells keep this sign in quotes, and nnU-Net does not replace it
+            fix = f'export {name}="$HOME{value[1:]}"'
         return Result(name, PROBLEM, f"{name} names a folder that does not exist: {value}", fix)
     if not os.access(folder, os.R_OK | os.X_OK | (os.W_OK if written else 0)):
         return Result(

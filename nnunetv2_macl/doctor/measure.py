@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
+import psutil
 import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
@@ -128,17 +127,15 @@ def _memory(device: str) -> float:
     try:
         import resource
     except ImportError:  # Windows
-        return float("nan")
+        return psutil.Process().memory_info().peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"nnUNet_results": folder, "nnUNet_wandb_enabled": "0"}
-        try:
-            measured = measure(*sys.argv[1:5])
-        except (Exception, SystemExit) as error:
-            # A trainer turns user errors into SystemExit.
-            by_user = isinstance(error, (UserError, SystemExit))
-            measured = {"error": str(error) if by_user else f"{type(error).__name__}: {error}"}
-        print("\n" + json.dumps(measured), flush=True)
+    try:
+        measured = measure(*sys.argv[1:5])
+    except (Exception, SystemExit) as error:
+        # A trainer turns user errors into SystemExit.
+        by_user = isinstance(error, (UserError, SystemExit))
+        measured = {"error": str(error) if by_user else f"{type(error).__name__}: {error}"}
+    print("\n" + json.dumps(measured), flush=True)

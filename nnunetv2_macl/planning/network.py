@@ -206,20 +206,29 @@ def _read(network: str, start: DatasetConfiguration) -> dict[str, Any]:
         raise UserError(f"There is no network '{network}'. Give a JSON file, or one of {names}.")
     values = read_json(file, "Correct it and try again.")
     try:
-        strides = values["architecture"]["arch_kwargs"]["strides"]
-        batch_size = values["batch_size"]
-    except (TypeError, KeyError):
+        architecture, batch_size = values["architecture"], values["batch_size"]
+        strides = architecture["arch_kwargs"]["strides"]
+        is_complete = {"network_class_name", "_kw_requires_import"} <= architecture.keys() and isinstance(strides, list)
+    except (TypeError, KeyError, AttributeError):
+        is_complete = False
+    if not is_complete or not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(
-            f"{file} must have the keys 'batch_size' and 'architecture', with 'strides' in its 'arch_kwargs', as in nnU-Net's "
-            "plans. Correct the file."
-        ) from None
+            f"{file} must have 'batch_size', a number, and 'architecture' with 'network_class_name', '_kw_requires_import' and "
+            "'arch_kwargs' with a list of 'strides', as in nnU-Net's plans. Correct the file."
+        )
     axes = len(start.patch_size)
     if any(len(np.atleast_1d(stride)) not in (1, axes) for stride in strides):
         raise UserError(
             f"The strides in {file} do not have the {axes} axes of {start.name}. Give another configuration with -c."
         )
+    try:
+        _on_meta(start, architecture)
+    except Exception as error:  # of the network's own code
+        raise UserError(
+            f"The network in {file} cannot be built: {type(error).__name__}: {error}. Correct the file."
+        ) from error
     return {
-        "architecture": values["architecture"],
+        "architecture": architecture,
         "batch_size": batch_size,
         "patch_size": _rounded(start.patch_size, strides),
     }

@@ -258,19 +258,19 @@ def check_plan(plan: MACLPlan, configuration: DatasetConfiguration, file: Path, 
         require(
             whole(getattr(plan, key), low) and getattr(plan, key) <= high, key, f"a whole number from {low} to {high}"
         )
-    require(
-        stages - plan.decoder_stages <= plan.auxiliary_stage, "auxiliary_stage", f"at least {stages} - decoder_stages"
+    # A single branch has scale 1. Version 0.1 planned another scale for restoration, which is still valid.
+    one_branch = plan.scale == [1] * axes and not any(
+        method.has_two_branches for method in methods_of(plan.get_recipe().method)
     )
+    # only a second branch compares maps of the two stages
+    reaches = stages - plan.decoder_stages <= plan.auxiliary_stage
+    require(one_branch or reaches, "auxiliary_stage", f"at least {stages} - decoder_stages")
     for key in ("scale", "patch_size", "dominant_patch_size", "grid"):
         value = getattr(plan, key)
         good = isinstance(value, list) and len(value) == axes and all(whole(n, 1) for n in value)
         require(good, key, f"a list of {axes} whole numbers above 0")
     total = np.cumprod(np.asarray(configuration.strides), axis=0)
     scale = total[plan.auxiliary_stage - 1] // total[stages - plan.decoder_stages - 1]
-    # A single branch has scale 1. Version 0.1 planned another scale for restoration, which is still valid.
-    one_branch = plan.scale == [1] * axes and not any(
-        method.has_two_branches for method in methods_of(plan.get_recipe().method)
-    )
     if one_branch:
         scale = np.ones_like(scale)
     require(plan.scale == scale.tolist(), "scale", f"{scale.tolist()}, from decoder_stages and auxiliary_stage")

@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -58,6 +59,8 @@ from nnunetv2_macl.preprocessing.sources import (
     training_cases,
 )
 from nnunetv2_macl.processes import end_with_parent
+from nnunetv2_macl.text import pluralise
+from nnunetv2_macl.training.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -186,13 +189,22 @@ def sources_in_use(
 def _counted_once(source: Source, labelled: set[str], used: set[tuple[int, int]]) -> Source:
     named_otherwise = {name: files for name, files in source.cases.items() if name not in labelled}
     cases = drop_second_names(named_otherwise, used)
-    if twice := sorted(source.cases.keys() - cases.keys()):
-        some = ", ".join(twice[:3]) + (", ..." if len(twice) > 3 else "")
+    if twice := sorted(named_otherwise.keys() - cases.keys()):
         logger.info(
             "%d images of %s are also labelled cases or have a second name. Each is used once: %s",
-            len(twice), source.dataset_name, some,
+            len(twice), source.dataset_name, _some(twice),
+        )  # fmt: skip
+    if same_name := sorted(source.cases.keys() - named_otherwise.keys()):
+        logger.warning(
+            "%s of %s have the name of a labelled case and are NOT used, because they may be the same images. "
+            "If they are other images, rename them: %s",
+            pluralise(len(same_name), "unlabelled image"), source.dataset_name, _some(same_name),
         )  # fmt: skip
     return replace(source, cases=cases)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def index_of(configuration: DatasetConfiguration, source: Source) -> Index:
@@ -273,6 +285,13 @@ def _run(
                 f"reader. It read one of: {', '.join(left[:processes])}. Finished cases are kept. Start again with fewer "
                 "processes: -np 1"
             ) from None
+        except MemoryError as error:
+            raise UserError(
+                f"The memory of this machine is too small to preprocess {error} with {processes} processes. Finished cases are "
+                "kept. Start again with fewer processes: -np 1"
+            ) from None
+        except KeyboardInterrupt:
+            raise UserError("Stopped. Type the same command again to continue. Finished cases are kept.") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -283,6 +302,7 @@ _configuration: DatasetConfiguration
 def _initialise(configuration: DatasetConfiguration) -> None:
     global _configuration
     _configuration = configuration
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes, and the parent ends this one
     show_any_character()
     blosc2.set_nthreads(1)
     end_with_parent()
@@ -340,6 +360,7 @@ def read_case(
 
     Raises:
         UnusableImageError: The case cannot be read, or cannot be used.
+        MemoryError: The memory of the machine is too small.
     """
     names, printed = ", ".join(case.files), io.StringIO()
     try:
@@ -351,6 +372,8 @@ def read_case(
         with contextlib.redirect_stdout(printed):
             images, properties = reader().read_images(case.files)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(names) from error
         reason = str(error).strip().splitlines() or [
             line for line in printed.getvalue().splitlines() if "ERROR" in line
         ]
@@ -383,7 +406,7 @@ def read_case(
 def _preprocess_case(
     case: CaseFiles, reader: type[BaseReaderWriter], target: Path, fingerprint: dict[str, Any]
 ) -> str | None:
-    """Preprocess one case. Return what is wrong with it, or None."""
+    """Preprocess one case. Return what is wrong with it, or None. Raise MemoryError if the memory is too small."""
     names = ", ".join(case.files)
     try:
         images, properties = read_case(_configuration, case, reader)
@@ -395,6 +418,8 @@ def _preprocess_case(
             images, None, properties, _configuration.plans_manager, manager, _configuration.dataset_json
         )
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(names) from error
         return f"{names} cannot be preprocessed: {type(error).__name__}: {error}."
     data = np.ascontiguousarray(data, dtype=np.float32)
     if not np.isfinite(data).all() or not np.ptp(data.reshape(len(data), -1), axis=1).any():

@@ -165,10 +165,12 @@ def find_sources(
 
 
 def _how_to_name(file: Path, ending: str) -> str:
-    """Return how to make the images of a folder readable. ``file`` is one of them."""
+    """Return how to make the images of a folder readable. ``file`` is one of them, or a folder of images."""
+    if file.is_dir():
+        return f"Folders in it are not searched. Move their images into it, with names like CASE_0000{ending}."
     if file.name.lower().endswith(_endings(ending)):
         return f"Rename the files, one per channel: CASE_0000{ending}, CASE_0001{ending}, ..."
-    convert = f"import SimpleITK as s; s.WriteImage(s.ReadImage('{file}'), 'CASE_0000{ending}')"
+    convert = f"import SimpleITK as s; s.WriteImage(s.ReadImage('{file.as_posix()}'), 'CASE_0000{ending}')"
     return (
         f"The files have another format. Convert them, one per channel, to CASE_0000{ending}, CASE_0001{ending}, ..., for "
         f'example: python -c "{convert}". To convert DICOM, type nnUNetv2_macl_collect -h.'
@@ -297,7 +299,8 @@ def _images_among(names: Iterable[str], ending: str) -> dict[str, tuple[str, int
     chosen: dict[tuple[str, int], str] = {}
     # Names with the planned ending come first.
     for name in sorted(names, key=lambda name: (not name.endswith(ending), name)):
-        if match := pattern.fullmatch(name):
+        # macOS writes ._FILE beside FILE on foreign disks
+        if not name.startswith("._") and (match := pattern.fullmatch(name)):
             chosen.setdefault((match["case"], int(match["channel"])), name)
     return {name: image for image, name in sorted(chosen.items(), key=lambda item: item[1])}
 

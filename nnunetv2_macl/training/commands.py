@@ -68,7 +68,7 @@ def command_to_train(configuration: DatasetConfiguration, fold: int | str, devic
 
 def plans_option(plans_name: str) -> str:
     """Return the option -p for a plans identifier, or an empty text for nnU-Net's default."""
-    return "" if plans_name == "nnUNetPlans" else f" -p {plans_name}"
+    return "" if plans_name == "nnUNetPlans" else f" -p {shlex.quote(plans_name)}"
 
 
 def device_option(device: str) -> str:

@@ -16,8 +16,9 @@ _WORDS = (
     "out of memory",
     "alloc_failed",
     "not enough memory",
-    "can't allocate memory",
+    "allocate memory",
     "bad_alloc",
+    "bad allocation",
     "could not create a memory",
 )
 

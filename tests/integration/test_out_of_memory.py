@@ -51,6 +51,8 @@ def test_only_errors_for_lack_of_memory_are_recognised():
     with pytest.raises(RuntimeError) as too_large:
         torch.empty(2**59)
     assert is_out_of_memory(too_large.value)
+    # as ITK says it
+    assert is_out_of_memory(RuntimeError("Failed to allocate memory for image."))
     with pytest.raises(RuntimeError) as wrong_shape:
         torch.zeros(2) @ torch.zeros(3)
     assert not is_out_of_memory(wrong_shape.value)
