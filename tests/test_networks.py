@@ -229,15 +229,6 @@ def test_a_subclass_of_an_adapted_network_is_rejected():
         check_adapter(UNet, network)
 
 
-def test_weights_of_another_kind_of_network_are_refused():
-    network = unet()
-    theirs, ours = ({"network_class_name": class_name(kind)} for kind in (PrimusS, PlainConvUNet))
-    with pytest.raises(UserError, match=r"PrimusS\b.*PlainConvUNet\b.*Type THIS"):
-        plan_transfer(
-            PretrainedWeights([], network.state_dict(), theirs, {}), network.state_dict(), ours, advice="Type THIS"
-        )
-
-
 @pytest.mark.parametrize("name", [pytest.param(class_name(PrimusS), marks=pytest.mark.slow), class_name(Gated)])
 def test_a_plan_with_another_network_is_refused_before_anything_is_done(workspace, monkeypatch, capsys, name):
     configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
