@@ -386,17 +386,6 @@ def test_nnssl_checkpoints_of_other_networks_and_damaged_ones_are_named(tmp_path
     assert formats.load_weights(file).weights
 
 
-def test_an_nnssl_checkpoint_becomes_one_of_nnunet(tmp_path):
-    own = architecture(ResidualEncoderUNet, 3, features=[4, 8, 12])
-    network = unet(own, seed=5)
-    checkpoints.save(nnssl_checkpoint(own, network.state_dict()), tmp_path / "nnssl.pth")
-    formats.export(tmp_path / "nnssl.pth", tmp_path / "nnunet.pth", "nnunet")
-    fresh = unet(own, classes=4)
-    load_pretrained_weights(fresh, tmp_path / "nnunet.pth")
-    image = torch.randn(1, 1, 16, 16, 16)
-    assert torch.equal(fresh.encoder(image)[-1], network.encoder(image)[-1])
-
-
 # --- nnU-Net's own checkpoints, as nnU-Net writes them ------------------------------------------------------------------------
 
 

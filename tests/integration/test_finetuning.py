@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATASET, FEW_PROCESSES, Workspace
+from conftest import DATASET, Workspace
 from test_report import Page
 
 from nnunetv2_macl import checkpoints
@@ -226,26 +226,6 @@ def test_prediction_without_this_package(pretrained, bare, tmp_path):
     assert one == other
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["desd", "dira"])
-def test_another_method_ends_in_a_checkpoint_that_nnunet_predicts_with_alone(planned, bare, tmp_path, recipe):
-    """The checkpoint holds nothing of averaged networks, heads and adversary."""
-    space = Workspace(tmp_path / "nnunet")
-    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
-    space.pretrain("901", "-c", "2d", "-recipe", recipe, **FEW_PROCESSES)
-    (tmp_path / "trainers").mkdir()
-    (tmp_path / "trainers" / f"{QUICK}.py").write_text(QUICK_TRAINER)
-    both = os.pathsep.join([space.environment["nnUNet_extTrainer"], str(tmp_path / "trainers")])
-    found = FEW_PROCESSES | {"nnUNet_extTrainer": both}
-    out = space.run("nnUNetv2_train", "901", "2d", "0", "-tr", QUICK, "-device", "cpu", **found)
-    assert "encoder: 64 of 64 tensors" in out
-    assert load(space.run_folder(QUICK, fold=0) / "checkpoint_final.pth")["trainer_name"] == "nnUNetTrainer"
-    images = space.raw / DATASET / "imagesTs"
-    predict = ("nnUNetv2_predict", "-d", "901", "-c", "2d", "-tr", QUICK, "-f", "0", "-device", "cpu")
-    space.run(*predict, "-npp", "1", "-nps", "1", "-i", images, "-o", tmp_path / "out", **FEW_PROCESSES | bare)
-    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 1
-
-
 def test_nnunet_finds_the_best_configuration(pretrained):
     out = pretrained.run(
         "nnUNetv2_find_best_configuration", "901", "-c", "2d", "-tr", QUICK, "-f", "0", "--disable_ensembling"
@@ -260,32 +240,10 @@ def test_nnunets_option_takes_precedence_over_the_variable(pretrained):
     assert "Loading pretrained weights from file" in out and "MACL weights from" not in out
 
 
-@pytest.mark.slow
-def test_nnunets_own_trainer_loads_the_whole_network(pretrained):
-    network = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_network.pth"
-    out = pretrained.train("1", "-tr", "nnUNetTrainer_1epoch", "-pretrained_weights", network, nnUNet_extTrainer="")
-    assert "Loading pretrained weights from file" in out and "Training done" in out
-
-
 def test_the_variable_names_the_weights(pretrained):
     encoder = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"
     out = pretrained.train("2", "-tr", QUICK, nnUNet_macl_weights=str(encoder))
     assert "encoder: 64 of 64" in out and "decoder: 0 of 60" in out
-
-
-def test_weights_of_another_network_are_refused(pretrained, tmp_path):
-    content = checkpoints.load(pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth")
-    content["architecture"]["arch_kwargs"]["features_per_stage"][0] = 999
-    # add an output channel to every convolution
-    content["network_weights"] = {
-        key: torch.cat([value, value[:1]]) for key, value in content["network_weights"].items()
-    }
-    checkpoints.save(content, tmp_path / "other.pth")
-    with pytest.raises(AssertionError) as shown:
-        pretrained.train("3", "-tr", QUICK, nnUNet_macl_weights=str(tmp_path / "other.pth"))
-    assert "exited with 1" in str(shown.value) and "Traceback" not in str(shown.value)
-    assert "arch_kwargs.features_per_stage is [999" in str(shown.value)
-    assert "nnUNetv2_train_macl_pretrain 901 -c 2d" in str(shown.value)
 
 
 @pytest.mark.slow
@@ -314,15 +272,6 @@ def test_nnssl_weights_of_a_network_with_other_channels(pretrained, tmp_path):
     assert load(pretrained.run_folder(QUICK, fold=3) / "checkpoint_final.pth")["macl"]["citations"] == ["cite me"]
 
 
-@pytest.mark.slow
-def test_an_encoder_exported_for_nnunets_own_option(pretrained, tmp_path):
-    """The export completes the encoder to a whole network."""
-    encoder = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"
-    pretrained.run("nnUNetv2_macl_export", encoder, "-o", tmp_path / "whole.pth", "--format", "nnunet")
-    out = pretrained.train("3", "-tr", QUICK, "-pretrained_weights", tmp_path / "whole.pth")
-    assert "Loading pretrained weights from file" in out and "Training done" in out
-
-
 def test_fine_tuning_before_pre_training_names_the_command(planned, tmp_path):
     space = Workspace(tmp_path / "nnunet")
     shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
@@ -340,20 +289,6 @@ def test_nnunet_finds_the_variants_of_the_trainer(epochs, monkeypatch):
     monkeypatch.setenv("nnUNet_extTrainer", str(resource_folder("trainers")))
     name = f"nnUNetTrainerMACL_{epochs}epoch{'s' if epochs > 1 else ''}"
     assert recursive_find_trainer_class_by_name(name).finetuning_epochs == epochs
-
-
-@pytest.mark.slow
-def test_fine_tuning_from_an_installed_package_of_weights(pretrained, tmp_path):
-    run, package = pretrained.run_folder("nnUNetTrainerMACLPretrain"), tmp_path / "weights.zip"
-    pretrained.run("nnUNetv2_macl_export", run, "-o", package)
-    elsewhere = {"nnUNet_results": str(tmp_path / "results")}
-    (tmp_path / "results").mkdir()
-    out = pretrained.run("nnUNetv2_macl_install", package, **elsewhere)
-    assert "nnUNetv2_train" in out
-    installed = next((tmp_path / "results").rglob("macl_encoder.pth"))
-    out = pretrained.train("1", "-tr", QUICK, **elsewhere)
-    assert f"MACL weights from {installed}" in out and "encoder: 64 of 64 tensors" in out
-    assert "Mean Validation Dice" in out
 
 
 def test_the_report_of_a_fine_tuned_model(pretrained, tmp_path):

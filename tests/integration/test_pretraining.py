@@ -5,10 +5,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -167,35 +165,6 @@ def test_the_commands_that_a_users_trainer_prints(workspace):
     assert resume == " ".join([*command, "--c"])
 
 
-@pytest.mark.slow
-def test_a_killed_run_reaches_the_same_weights(workspace):
-    arguments = ["nnUNetv2_train_macl_pretrain", "901", "-c", "2d", "-device", "cpu", "-num_epochs", "3"]
-    arguments += ["-num_iterations_per_epoch", "3", "-batch_size", "4"]
-    folder = workspace.run_folder(PRETRAIN)
-    workspace.run(*arguments)
-    whole = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
-    shutil.rmtree(folder)
-
-    process = subprocess.Popen(
-        arguments,
-        env=workspace.environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 300
-    while not (folder / "checkpoint_latest.pth").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if not (folder / "checkpoint_final.pth").exists():
-        out = workspace.pretrain("901", "-c", "2d", "--c", epochs=0)
-        assert "Epoch 2" in out and "Epoch 0 " not in out
-    resumed = checkpoints.load(folder / "macl_encoder.pth")["network_weights"]
-    assert same(whole, resumed)
-
-
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -241,19 +210,6 @@ def test_collapse_is_reported_and_logged_and_stops_the_run(workspace, tmp_path):
     assert checkpoints.load(folder / "checkpoint_final.pth")["collapsed"]
     assert "COLLAPSED" in next(folder.glob("training_log_*")).read_text()
     assert not list(folder.glob(".macl_running*"))
-
-
-@pytest.mark.slow
-def test_a_plan_with_a_residual_encoder(workspace):
-    workspace.run("nnUNetv2_plan_experiment", "-d", "901", "-pl", "nnUNetPlannerResEncM")
-    plans = "nnUNetResEncUNetMPlans"
-    workspace.run("nnUNetv2_preprocess", "-d", "901", "-plans_name", plans, "-c", "2d", "-np", "2")
-    out = workspace.pretrain("901", "-c", "2d", "-p", plans)
-    assert f"-tr nnUNetTrainerMACL -p {plans}" in out
-    encoder = checkpoints.load(workspace.run_folder(PRETRAIN, plans) / "macl_encoder.pth")["network_weights"]
-    assert any(key.startswith("encoder.stem.") for key in encoder)
-    own = stock_network(workspace, plans).state_dict()
-    assert encoder.keys() == {key for key in own if key.startswith("encoder.")}
 
 
 @pytest.mark.slow
