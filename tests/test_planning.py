@@ -4,8 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from steps import recipe_of
 
 from nnunetv2_macl.cli.pretrain import pretrain_entry
@@ -15,7 +13,6 @@ from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.nnunet import DatasetConfiguration, checksum
 from nnunetv2_macl.planning.derive import derive_plan
-from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.planning.plan import check_plan, describe, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.planning.positives import plan_position_groups, plan_threshold
 from nnunetv2_macl.planning.prepare import derive_or_load_plan
@@ -79,30 +76,6 @@ def test_the_order_of_joined_methods_does_not_change_the_plan(workspace, method)
     stages = {name: plan.decoder_stages for name, plan in plans.items()}
     assert stages[f"{method}+restoration"] == stages[f"restoration+{method}"]
     assert stages[f"{method}+restoration"] == max(stages[method], stages["restoration"]) >= 1
-
-
-strides_of = st.integers(2, 3).flatmap(
-    lambda axes: st.lists(
-        st.lists(st.sampled_from([1, 2]), min_size=axes, max_size=axes).filter(lambda s: max(s) > 1),
-        min_size=2,
-        max_size=7,
-    ).map(lambda rest: [[1] * axes, *rest])
-)
-
-
-@given(strides_of, st.data())
-@settings(max_examples=200, deadline=None)
-def test_any_topology_gets_a_legal_plan(strides, data):
-    """Both dense maps have one grid, the patch is a multiple, and the dominant bottleneck is large enough."""
-    total = np.cumprod(strides, axis=0)
-    patch = [int(n) * data.draw(st.integers(4, 9)) for n in total[-1]]
-    levels = plan_branches(patch, strides, recipe_of())
-    scale, size = np.array(levels.scale), np.array(levels.patch_size)
-    m = len(strides) - levels.decoder_stages
-    assert 1 <= m <= levels.auxiliary_stage <= len(strides)
-    assert (scale * total[m - 1] == total[levels.auxiliary_stage - 1]).all()
-    assert not (size % (scale * total[-1])).any()
-    assert np.prod(size // (scale * total[-1])) >= (4 if len(patch) == 2 else 8)
 
 
 def test_threshold_is_lowered_until_positives_are_few():
@@ -273,12 +246,3 @@ def test_a_plan_derived_from_another_nnunet_plan_is_rejected(workspace):
     plans.write_text(json.dumps(content))
     with pytest.raises(UserError, match=str(file)):
         check_plan(plan, DatasetConfiguration.load("901", "nnUNetPlans", "2d"), file)
-
-
-def test_memory_grows_with_the_batch(workspace):
-    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
-    levels = plan_branches(configuration.patch_size, configuration.strides, recipe_of())
-    memory = MemoryEstimate(configuration, levels, recipe_of())
-    assert memory.gib(16) > memory.gib(8) > memory.gib(2) > 0
-    growth = (memory.gib(16) - memory.gib(8)) / (memory.gib(8) - memory.gib(4))
-    assert growth == pytest.approx(2, rel=0.1)

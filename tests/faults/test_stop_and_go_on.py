@@ -161,21 +161,6 @@ def test_sigusr1_writes_a_checkpoint(workspace, monkeypatch, whole):
     assert all(same(a, b) for a, b in zip(result(folder)[:2], whole[:2], strict=True))
 
 
-def test_a_run_with_a_damaged_checkpoint_continues_from_the_previous_one(workspace, monkeypatch, capfd, whole):
-    stopped_run(monkeypatch, STEPS + 1)
-    folder = workspace.run_folder(PRETRAIN)
-    latest = folder / resume.LATEST
-    content = bytearray(latest.read_bytes())
-    content[len(content) // 2] ^= 1
-    latest.unlink()
-    latest.write_bytes(content)
-    run(continue_training=True)
-    out = capfd.readouterr().out
-    assert re.search(rf"{resume.LATEST} is damaged.*continues from checkpoint_previous\.pth", out)
-    assert (folder / f"{resume.LATEST}.corrupt").read_bytes() == content
-    assert same(result(folder)[0], whole[0])
-
-
 def test_a_run_continues_from_the_previous_checkpoint_alone(workspace, monkeypatch, whole):
     """nnU-Net does not know the name of this checkpoint, and would start a new run."""
     stopped_run(monkeypatch, STEPS + 1)

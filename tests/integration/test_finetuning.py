@@ -226,6 +226,7 @@ def test_prediction_without_this_package(pretrained, bare, tmp_path):
     assert one == other
 
 
+@pytest.mark.slow
 def test_nnunet_finds_the_best_configuration(pretrained):
     out = pretrained.run(
         "nnUNetv2_find_best_configuration", "901", "-c", "2d", "-tr", QUICK, "-f", "0", "--disable_ensembling"

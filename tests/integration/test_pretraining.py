@@ -169,10 +169,13 @@ def test_the_commands_that_a_users_trainer_prints(workspace):
     "recipe",
     [
         "pcl",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("simclr", "moco", "byol", "simsiam", "simtriplet")),
-        "table6_ema_encoder_one_stage",
-        pytest.param("table6_independent_encoder_one_stage", marks=pytest.mark.slow),
-        pytest.param("table6_two_stages_no_downsampling", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                *("simclr", "moco", "byol", "simsiam", "simtriplet", "table6_ema_encoder_one_stage"),
+                *("table6_independent_encoder_one_stage", "table6_two_stages_no_downsampling"),
+            )
+        ),
     ],
 )
 def test_recipes_run(workspace, recipe):
