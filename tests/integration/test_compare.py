@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -35,28 +36,11 @@ OPTIONS = Options(
     validation="1", group_regex=None, epochs=1, iterations=2, batch_size=2, pretrain_epochs=1, pretrain_iterations=1,
     pretrain_batch_size=4, disable_tta=True,
 )  # fmt: skip
-SHORT = [
-    *(
-        "901",
-        "-c",
-        "2d",
-        "--arms",
-        "scratch",
-        "pretrained",
-        "--labels",
-        "2",
-        "--seeds",
-        "1",
-        "--finetuning",
-        "sgd",
-        "--rates",
-        "1e-2",
-        "--test",
-        "2",
-    ),
-    *("--validation", "1", "--epochs", "1", "--iterations", "2", "-batch_size", "2", "--disable_tta", "-np", "1"),
-    *("--pretrain_epochs", "1", "--pretrain_iterations", "1", "--pretrain_batch_size", "4", "-device", "cpu"),
-]
+SHORT = shlex.split(
+    "901 -c 2d --arms scratch pretrained --labels 2 --seeds 1 --finetuning sgd --rates 1e-2 --test 2 --validation 1"
+    " --epochs 1 --iterations 2 -batch_size 2 --disable_tta -np 1"
+    " --pretrain_epochs 1 --pretrain_iterations 1 --pretrain_batch_size 4 -device cpu"
+)
 
 
 def hashes(folder):

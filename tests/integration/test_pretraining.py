@@ -169,12 +169,10 @@ def test_the_commands_that_a_users_trainer_prints(workspace):
     "recipe",
     [
         "pcl",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("simclr", "moco", "byol", "simsiam", "simtriplet")),
         *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in (
-                *("simclr", "moco", "byol", "simsiam", "simtriplet", "table6_ema_encoder_one_stage"),
-                *("table6_independent_encoder_one_stage", "table6_two_stages_no_downsampling"),
-            )
+            pytest.param(f"table6_{name}", marks=pytest.mark.slow)
+            for name in ("ema_encoder_one_stage", "independent_encoder_one_stage", "two_stages_no_downsampling")
         ),
     ],
 )

@@ -19,19 +19,8 @@ PRETRAIN = "nnUNetTrainerMACLPretrain"
 
 
 def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
-    return [
-        *command,
-        "nnUNetv2_train_macl_pretrain",
-        "901",
-        "-c",
-        "2d",
-        "-device",
-        "cpu",
-        "-batch_size",
-        "5",
-        *arguments,
-    ]
+    launcher = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2 --no-python"
+    return [*f"{launcher} nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu -batch_size 5".split(), *arguments]
 
 
 def test_two_processes_make_the_weights_of_one(workspace, tmp_path):
