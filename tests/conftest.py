@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 from nnunetv2_macl.files import resource_folder
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, DatasetConfiguration
 from nnunetv2_macl.synthetic import generate_dataset
 
 DATASET = "Dataset901_Generated"
@@ -107,3 +107,9 @@ def workspace(planned, tmp_path, monkeypatch):
     for name in FOLDER_VARIABLES:
         monkeypatch.setenv(name, str(space.folder / name))
     return space
+
+
+@pytest.fixture
+def target(workspace):
+    """Return nnU-Net's 2D configuration of the data set in ``workspace``."""
+    return DatasetConfiguration.load("901", "nnUNetPlans", "2d")

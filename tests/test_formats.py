@@ -15,7 +15,6 @@ from test_transfer import KINDS, architecture, unet
 from nnunetv2_macl import checkpoints, formats
 from nnunetv2_macl.cli.weights import export_entry, inspect_entry
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.training.finetune import load_transfer
 from nnunetv2_macl.transfer import ADAPTED, plan_transfer
 
@@ -378,7 +377,7 @@ def nnunet_trainer(folder, fold=0):
     return trainer
 
 
-def test_a_checkpoint_of_nnunet_is_taken_as_weights(workspace, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_of_nnunet_is_taken_as_weights(workspace, target, tmp_path, monkeypatch, capsys):
     trainer = nnunet_trainer(workspace.preprocessed / DATASET)
     # nnU-Net's log and its best Dice are numbers of NumPy.
     trainer._best_ema = np.float64(0.5)
@@ -389,7 +388,6 @@ def test_a_checkpoint_of_nnunet_is_taken_as_weights(workspace, tmp_path, monkeyp
     state = trainer.network.state_dict()
 
     found = formats.load_weights(file)
-    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     assert found.architecture == target.architecture() and found.description["fold"] == 0
     _, fitted = load_transfer(file, target)
     assert fitted.difference is None

@@ -18,7 +18,7 @@ from test_transfer import architecture, unet
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.cli.weights import export_entry, inspect_entry, install_entry
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, DatasetConfiguration, dataset_name
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, dataset_name
 from nnunetv2_macl.planning.plan import plan_file
 from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.sharing import install as installing
@@ -345,8 +345,7 @@ def test_each_kind_of_file_is_described(package, run, monkeypatch, capsys):
             assert word in out, (file, word)
 
 
-def test_a_plan_from_elsewhere_does_not_control_the_terminal(workspace):
-    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+def test_a_plan_from_elsewhere_does_not_control_the_terminal(workspace, target):
     derive_or_load_plan(target)
     file = plan_file(target)
     content = json.loads(file.read_text())

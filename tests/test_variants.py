@@ -157,8 +157,8 @@ def test_a_2d_network_is_rejected_for_volumes(workspace, name):
         plan_network("901", name, configuration="3d_fullres")
 
 
-def test_a_plan_with_a_residual_encoder_can_be_converted(workspace):
-    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d").manager.configuration
+def test_a_plan_with_a_residual_encoder_can_be_converted(workspace, target):
+    configuration = target.manager.configuration
     architecture = configuration["architecture"]
     kwargs = dict(architecture["arch_kwargs"])
     kwargs["n_blocks_per_stage"] = kwargs.pop("n_conv_per_stage")

@@ -14,7 +14,6 @@ from test_report import Page
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.report import write_report
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
@@ -107,7 +106,7 @@ def test_a_network_that_is_initialised_before_the_training_keeps_its_weights_and
 
 
 @pytest.mark.parametrize("optimizer, size", [("sgd", 1), ("adamw", 3)])
-def test_only_for_sgd_are_kernels_scaled_to_their_initial_norms(workspace, monkeypatch, optimizer, size):
+def test_only_for_sgd_are_kernels_scaled_to_their_initial_norms(workspace, target, monkeypatch, optimizer, size):
     monkeypatch.setattr(nnUNetTrainerMACL, "finetuning_optimizer", optimizer)
     trainer = new_trainer(workspace)
     trainer.initialize()
@@ -115,7 +114,7 @@ def test_only_for_sgd_are_kernels_scaled_to_their_initial_norms(workspace, monke
     kernels = [key for key, value in fresh.items() if key.startswith("encoder.") and value.ndim > 2]
     grown = {key: -3 * fresh[key] for key in kernels}
     encoder = {key: value for key, value in fresh.items() if key.startswith("encoder.")} | grown
-    architecture = DatasetConfiguration.load("901", "nnUNetPlans", "2d").architecture()
+    architecture = target.architecture()
     trainer.load_macl_weights(PretrainedWeights([Path("macl_encoder.pth")], encoder, architecture, {}))
     after = trainer.network.state_dict()
     assert len(kernels) > 8
@@ -125,10 +124,9 @@ def test_only_for_sgd_are_kernels_scaled_to_their_initial_norms(workspace, monke
     assert ("kernels before an instance norm are scaled" in log) == (optimizer == "sgd")
 
 
-def test_a_warning_names_validation_images_that_pretraining_saw(workspace):
-    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
-    plans = configuration.plans_manager.plans | {"continue_training": False}
-    trainer = nnUNetTrainerMACL(plans, "2d", 1, configuration.dataset_json, torch.device("cpu"))
+def test_a_warning_names_validation_images_that_pretraining_saw(target):
+    plans = target.plans_manager.plans | {"continue_training": False}
+    trainer = nnUNetTrainerMACL(plans, "2d", 1, target.dataset_json, torch.device("cpu"))
     trainer.initialize()
     encoder = {key: value for key, value in trainer.network.state_dict().items() if key.startswith("encoder.")}
     log = Path(trainer.log_file)
@@ -142,20 +140,19 @@ def test_a_warning_names_validation_images_that_pretraining_saw(workspace):
         # the weights are not in the folder of their run
         before = len(log.read_text())
         files = [Path("macl_encoder.pth")]
-        trainer.load_macl_weights(PretrainedWeights(files, encoder, configuration.architecture(), description))
+        trainer.load_macl_weights(PretrainedWeights(files, encoder, target.architecture(), description))
         logged = log.read_text()[before:]
         assert ("were among the pre-training images" in logged) == seen
         assert ("nnUNetv2_train_macl_pretrain 901 -c 2d --exclude_fold 1 -device cpu" in logged) == seen
 
 
-def test_validation_cases_that_a_run_saw_are_named_for_any_fold(workspace, tmp_path):
+def test_validation_cases_that_a_run_saw_are_named_for_any_fold(target, tmp_path):
     """The split may have changed since the pre-training, and another data set may contain the same cases."""
-    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
-    names = [case.name for case in training_cases(configuration)]
+    names = [case.name for case in training_cases(target)]
     splits = [{"train": names[2:], "val": names[:2]}, {"train": names[:3], "val": names[3:]}]
-    (configuration.folder / "splits_final.json").write_text(json.dumps(splits))
-    plans = configuration.plans_manager.plans | {"continue_training": False}
-    trainer = nnUNetTrainerMACL(plans, "2d", 0, configuration.dataset_json, torch.device("cpu"))
+    (target.folder / "splits_final.json").write_text(json.dumps(splits))
+    plans = target.plans_manager.plans | {"continue_training": False}
+    trainer = nnUNetTrainerMACL(plans, "2d", 0, target.dataset_json, torch.device("cpu"))
     trainer.initialize()
     encoder = {key: value for key, value in trainer.network.state_dict().items() if key.startswith("encoder.")}
 
@@ -163,7 +160,7 @@ def test_validation_cases_that_a_run_saw_are_named_for_any_fold(workspace, tmp_p
         before = Path(trainer.log_file).read_text()
         write_cases(tmp_path, seen, resumed=False)
         files = [tmp_path / "macl_encoder.pth"]
-        trainer.load_macl_weights(PretrainedWeights(files, encoder, configuration.architecture(), description))
+        trainer.load_macl_weights(PretrainedWeights(files, encoder, target.architecture(), description))
         return Path(trainer.log_file).read_text()[len(before) :]
 
     other = {"dataset_name": "Dataset902_Archive", "fold": "all"}

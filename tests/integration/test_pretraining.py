@@ -17,7 +17,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.synthetic import generate_dataset
 from nnunetv2_macl.training.commands import command_to_go_on
@@ -148,7 +147,7 @@ def test_nnunets_command_derives_a_missing_plan(workspace):
 
 
 @pytest.mark.slow
-def test_the_commands_that_a_users_trainer_prints(workspace):
+def test_the_commands_that_a_users_trainer_prints(workspace, target):
     mine = workspace.folder / "mine"
     mine.mkdir()
     (mine / f"{PRETRAIN}_mine.py").write_text(
@@ -161,7 +160,7 @@ def test_the_commands_that_a_users_trainer_prints(workspace):
     out = workspace.run(*command, nnUNet_extTrainer=both)
     folder = workspace.run_folder(f"{PRETRAIN}_mine")
     assert (folder / "macl_encoder.pth").is_file() and f"export nnUNet_macl_weights={folder}" in out
-    resume = command_to_go_on(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), "all", "cpu", f"{PRETRAIN}_mine")
+    resume = command_to_go_on(target, "all", "cpu", f"{PRETRAIN}_mine")
     assert resume == " ".join([*command, "--c"])
 
 
