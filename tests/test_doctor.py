@@ -1,6 +1,5 @@
 """The doctor finds real problems, names the commands that fix them, and never ends in a traceback."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -9,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DATASET, environment_without_nnunet
+from conftest import DATASET, environment_without_nnunet, hashes
 
 from nnunetv2_macl import doctor
 from nnunetv2_macl.cli.doctor import doctor_entry, trainers_entry
@@ -197,9 +196,9 @@ def test_a_data_set_is_checked_and_measured_without_writing(workspace, target):
     cut, empty = sorted(images.iterdir())[:2]
     cut.write_bytes(cut.read_bytes()[:-4] + b"\0\0\0\1")
     empty.write_bytes(b"")
-    before = _hashes(workspace.folder)
+    before = hashes(workspace.folder)
     results = {r.check: r for r in dataset.dataset_checks("901", "2d", "nnUNetPlans", "cpu")}
-    assert _hashes(workspace.folder) == before
+    assert hashes(workspace.folder) == before
     assert results["images"].values == {"labelled": 5, "unlabelled": 4}
     assert (
         results["readable"].values == {"files": 4, "skipped": 2, "read": 2}
@@ -243,10 +242,6 @@ def test_a_name_that_nnunet_does_not_accept_is_a_problem(workspace):
     (workspace.raw / "Dataset4_Heart").mkdir()
     (result,) = dataset.dataset_checks("Dataset4_Heart", "2d", "nnUNetPlans", "cpu")
     assert result.status == doctor.PROBLEM and "DatasetXXX_NAME" in result.message
-
-
-def _hashes(folder):
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_user_errors_about_the_data_set_are_results(workspace, target, monkeypatch):

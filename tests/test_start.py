@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import DATASET
-from faults.tools import after_step, same
+from conftest import DATASET, same
+from faults.tools import after_step
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from steps import recipe_of
 from torch import nn

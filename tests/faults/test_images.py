@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import DATASET
+from conftest import DATASET, set_folders
 
 from nnunetv2_macl.compare.folders import RawImages
 from nnunetv2_macl.errors import UserError
@@ -124,8 +124,7 @@ FILES = {
 @pytest.fixture(scope="module")
 def configuration(planned):
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("raw", "preprocessed", "results"):
-            patch.setenv(f"nnUNet_{name}", str(planned.folder / f"nnUNet_{name}"))
+        set_folders(patch, planned.folder)
         loaded = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
         cases._initialise(loaded)
         yield loaded

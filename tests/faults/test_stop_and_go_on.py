@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import DATASET
+from conftest import DATASET, same, set_folders
 
-from faults.tools import after_step, same
+from faults.tools import after_step
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.run import pretrain
@@ -62,13 +62,9 @@ def text_log(folder):
 @pytest.fixture(scope="module")
 def whole(planned, tmp_path_factory):
     """Return the result of a run without a stop."""
-    import shutil
-
-    space = type(planned)(tmp_path_factory.mktemp("whole") / "nnunet")
-    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
+    space = planned.copy(tmp_path_factory.mktemp("whole") / "nnunet")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            patch.setenv(name, str(space.folder / name))
+        set_folders(patch, space.folder)
         return result(run())
 
 

@@ -39,8 +39,7 @@ class {QUICK}(nnUNetTrainerMACL):
 @pytest.fixture(scope="module")
 def pretrained(planned, tmp_path_factory):
     """Return a workspace with a pre-trained data set, a user's own trainer, and a training with this trainer."""
-    space = Workspace(tmp_path_factory.mktemp("pretrained") / "nnunet")
-    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
+    space = planned.copy(tmp_path_factory.mktemp("pretrained") / "nnunet")
     space.pretrain("901", "-c", "2d")
     trainers = space.folder / "my_trainers"
     trainers.mkdir()
@@ -271,8 +270,7 @@ def test_nnssl_weights_of_a_network_with_other_channels(pretrained, tmp_path):
 
 
 def test_fine_tuning_before_pre_training_names_the_command(planned, tmp_path):
-    space = Workspace(tmp_path / "nnunet")
-    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
+    space = planned.copy(tmp_path / "nnunet")
     out = space.run("nnUNetv2_train", "901", "2d", "0", "-tr", "nnUNetTrainerMACL_5epochs", "-device", "cpu", code=1)
     assert "nnUNetv2_train_macl_pretrain 901 -c 2d" in out and "Traceback" not in out
     assert not list(space.results.rglob("*.*")), "something was written"

@@ -1,6 +1,5 @@
 """Pre-training on small volumes, with nnU-Net's real planning, preprocessing and training loop."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATASET
+from conftest import DATASET, hashes, same
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -26,12 +25,8 @@ PRETRAIN = "nnUNetTrainerMACLPretrain"
 EXPORTED = ("macl_encoder.pth", "macl_decoder.pth", "macl_network.pth")
 
 
-def hashes(folder):
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and "_macl_" not in str(path)
-    }
+def files_of_nnunet(folder):
+    return {path: value for path, value in hashes(folder).items() if "_macl_" not in path}
 
 
 def stock_network(workspace, plans="nnUNetPlans"):
@@ -41,17 +36,13 @@ def stock_network(workspace, plans="nnUNetPlans"):
     return nnUNetTrainer.build_network_architecture(manager, manager.get_configuration("2d"), 1, 3, True)
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
 def test_the_command_from_beginning_to_end(workspace):
     generate_dataset(workspace.raw / "Dataset902_Other", labelled=2, unlabelled=0, test=0, shape=(6, 40, 48), seed=3)
     shutil.rmtree(workspace.raw / DATASET / "labelsTr")  # pre-training never opens labels
-    before = hashes(workspace.preprocessed)
+    before = files_of_nnunet(workspace.preprocessed)
     out = workspace.pretrain("901", "-c", "2d", "-u", "902", "-recipe", "macl", epochs=2, steps=3)
 
-    assert hashes(workspace.preprocessed) == before, "nnU-Net's own files changed"
+    assert files_of_nnunet(workspace.preprocessed) == before, "nnU-Net's own files changed"
     assert "Pre-training on 11 images" in out  # 5 in imagesTr, 4 in imagesUn, 2 in the other data set
     lines = re.findall(r"Epoch \d+ .*L_g [\d.]+  L_d [\d.]+  L_R [\d.]+ .*patches/s .* left", out)
     assert len(lines) == 2
@@ -276,12 +267,12 @@ def test_a_second_run_in_a_folder_is_refused(workspace):
     ],
 )
 def test_mistakes_are_explained_and_nothing_is_written(workspace, arguments, words):
-    before = hashes(workspace.folder)
+    before = files_of_nnunet(workspace.folder)
     options = dict(dataset="901", configuration="2d", device="cpu", num_epochs=1) | arguments
     with pytest.raises(UserError) as error:
         pretrain(options.pop("dataset"), options.pop("configuration"), **options)
     assert all(word in str(error.value) for word in words), error.value
-    assert hashes(workspace.folder) == before
+    assert files_of_nnunet(workspace.folder) == before
     assert not list(workspace.results.rglob("*"))
 
 
