@@ -1,5 +1,6 @@
 """Generated data sets that nnU-Net plans and preprocesses once per session."""
 
+import hashlib
 import locale
 import os
 import shutil
@@ -19,8 +20,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # this environment's commands come first, because the environment may not be activated
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
+import torch
+
 from nnunetv2_macl.files import resource_folder
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, DatasetConfiguration
 from nnunetv2_macl.synthetic import generate_dataset
 
 DATASET = "Dataset901_Generated"
@@ -34,6 +37,23 @@ def environment_without_nnunet() -> dict[str, str]:
     return kept | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
+def set_folders(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Set nnU-Net's variables to its three folders in a folder."""
+    for name in FOLDER_VARIABLES:
+        monkeypatch.setenv(name, str(folder / name))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Return the hash of each file in a folder, by its path in the folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Return whether two state dicts have the same names and bit-identical values."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
 class Workspace:
     """nnU-Net's three folders, and commands run in them."""
 
@@ -42,6 +62,11 @@ class Workspace:
         self.raw, self.preprocessed, self.results = (folder / name for name in FOLDER_VARIABLES)
         for path in (self.raw, self.preprocessed, self.results):
             path.mkdir(parents=True, exist_ok=True)
+
+    def copy(self, folder: Path) -> "Workspace":
+        """Return a workspace in another folder with a copy of all files."""
+        shutil.copytree(self.folder, folder)
+        return Workspace(folder)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -102,8 +127,11 @@ def planned(tmp_path_factory):
 @pytest.fixture
 def workspace(planned, tmp_path, monkeypatch):
     """Return a copy of ``planned`` for one test, and set nnU-Net's variables."""
-    space = Workspace(tmp_path / "nnunet")
-    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
-    for name in FOLDER_VARIABLES:
-        monkeypatch.setenv(name, str(space.folder / name))
-    return space
+    set_folders(monkeypatch, tmp_path / "nnunet")
+    return planned.copy(tmp_path / "nnunet")
+
+
+@pytest.fixture
+def target(workspace):
+    """Return nnU-Net's 2D configuration of the data set in ``workspace``."""
+    return DatasetConfiguration.load("901", "nnUNetPlans", "2d")

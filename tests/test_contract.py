@@ -14,7 +14,7 @@ from steps import gradients
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.factory import load_optimizer
+from nnunetv2_macl.factory import build_model, load_optimizer
 from nnunetv2_macl.methods.registry import loss_labels, methods_of
 from nnunetv2_macl.planning.memory import MemoryEstimate, _LiveMemory
 from nnunetv2_macl.training.resume import weights_of
@@ -210,6 +210,17 @@ def test_exported_weights_are_those_of_the_network(case, volumes, tmp_path):
     whole = checkpoints.load(tmp_path / checkpoints.NETWORK_FILE)["network_weights"]
     assert {name: values.shape for name, values in whole.items()} == {n: values.shape for n, values in own.items()}
     network.load_state_dict(whole)
+
+
+@over_families
+def test_loaded_weights_reach_all_copies_of_the_network(case):
+    step, network, configuration = prepare(case, torch.float32)
+    encoder, decoder = step.model.network.trained_weights()
+    step.model.load_weights({name: values + 1 for name, values in (encoder | decoder).items()})
+    # A model that is built now copies the loaded weights. Its heads have the same weights as in `prepare`.
+    torch.manual_seed(1)
+    expected = build_model(configuration, step.plan.geometry, step.recipe, network)
+    assert_close(step.model.state_dict(), expected.state_dict())
 
 
 @over_families

@@ -82,9 +82,8 @@ def test_a_key_that_is_missing_is_named(key):
         check_dataset_json({k: v for k, v in GOOD.items() if k != key}, FILE, labels=True)
 
 
-def test_every_way_to_a_data_set_checks_it(workspace):
+def test_every_way_to_a_data_set_checks_it(workspace, target):
     """The ways are the planned data set, another one of -u, and the raw data set of a study."""
-    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     other = workspace.raw / "Dataset902_Other"
     for file, read in (
         (
@@ -102,19 +101,19 @@ def test_every_way_to_a_data_set_checks_it(workspace):
 
 
 @pytest.mark.parametrize("label", [None, 3, "labelsTr/case_000.nii.gz"])
-def test_the_labels_of_listed_images_are_not_checked(workspace, label):
+def test_the_labels_of_listed_images_are_not_checked(workspace, target, label):
     (workspace.raw / DATASET).rename(workspace.raw / "Dataset902_Other")
     file = workspace.raw / "Dataset902_Other" / "dataset.json"
     listed = {"listed": {"images": ["imagesTr/case_000_0000.nii.gz"], "label": label}}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dataset": listed}))
-    (source,) = find_sources(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), ["Dataset902_Other"])
+    (source,) = find_sources(target, ["Dataset902_Other"])
     assert "listed" in source.cases and not source.invalid_cases
 
 
-def test_a_byte_order_mark_is_accepted(workspace):
+def test_a_byte_order_mark_is_accepted(workspace, target):
     """Editors on Windows write it."""
     (workspace.raw / DATASET).rename(workspace.raw / "Dataset902_Other")
     file = workspace.raw / "Dataset902_Other" / "dataset.json"
     file.write_text("\ufeff" + file.read_text(), encoding="utf-8")
-    (source,) = find_sources(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), ["Dataset902_Other"])
+    (source,) = find_sources(target, ["Dataset902_Other"])
     assert len(source.cases) == 9

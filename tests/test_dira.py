@@ -4,7 +4,6 @@ import pytest
 import torch
 from steps import batch, recipe_of, training_step
 
-from nnunetv2_macl.factory import build_optimizer, build_schedule
 from nnunetv2_macl.losses import queue_contrast
 from nnunetv2_macl.methods.base import Progress
 from nnunetv2_macl.methods.dira import DiRA, PatchAdversary, _DistortedViews
@@ -87,21 +86,6 @@ def test_the_losses_equal_their_equations():
     }
     for name, value in expected.items():
         assert found[name].item() == pytest.approx(value.item(), rel=1e-9), name
-
-
-def test_the_learning_rate_of_the_adversary_does_not_decay():
-    step, method = step_of(num_epochs=10)
-    optimizer = build_optimizer(step.model, step.recipe)
-    schedule = build_schedule(optimizer, step.recipe)
-    for _ in range(5):
-        optimizer.step()
-        schedule.step()
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert {rates[id(p)] for p in method.adversary.parameters()} == {0.01}
-    others = {
-        rates[id(p)] for module in (method.network, method.head, method.restoration_head) for p in module.parameters()
-    }
-    assert list(others) == [pytest.approx(0.005)]
 
 
 def test_the_whole_decoder_is_trained():

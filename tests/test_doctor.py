@@ -1,6 +1,5 @@
 """The doctor finds real problems, names the commands that fix them, and never ends in a traceback."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -9,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DATASET, environment_without_nnunet
+from conftest import DATASET, environment_without_nnunet, hashes
 
 from nnunetv2_macl import doctor
 from nnunetv2_macl.cli.doctor import doctor_entry, trainers_entry
@@ -195,17 +194,16 @@ def test_the_open_file_limit():
 # --- a data set -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_data_set_is_checked_and_measured_without_writing(workspace):
+def test_a_data_set_is_checked_and_measured_without_writing(workspace, target):
     """The three steps are more than the plan has. One image is cut short, and one is empty."""
-    target = dataset.DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     derive_or_load_plan(target, values={"num_epochs": 1, "num_iterations_per_epoch": 2, "batch_size": 4})
     images = workspace.raw / DATASET / "imagesUn"
     cut, empty = sorted(images.iterdir())[:2]
     cut.write_bytes(cut.read_bytes()[:-4] + b"\0\0\0\1")
     empty.write_bytes(b"")
-    before = _hashes(workspace.folder)
+    before = hashes(workspace.folder)
     results = {r.check: r for r in dataset.dataset_checks("901", "2d", "nnUNetPlans", "cpu")}
-    assert _hashes(workspace.folder) == before
+    assert hashes(workspace.folder) == before
     assert results["images"].values == {"labelled": 5, "unlabelled": 4}
     assert (
         results["readable"].values == {"files": 4, "skipped": 2, "read": 2}
@@ -224,8 +222,7 @@ def test_a_data_set_is_checked_and_measured_without_writing(workspace):
     assert results["weights"].fix == "nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu"
 
 
-def test_a_plan_of_an_older_nnunet_plan_is_derived_anew_as_in_a_run(workspace):
-    target = dataset.DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+def test_a_plan_of_an_older_nnunet_plan_is_derived_anew_as_in_a_run(workspace, target):
     derive_or_load_plan(target, values={"batch_size": 4, "num_epochs": 7}, skip_unreadable=True)
     file = workspace.preprocessed / DATASET / "nnUNetPlans.json"
     content = json.loads(file.read_text())
@@ -237,10 +234,9 @@ def test_a_plan_of_an_older_nnunet_plan_is_derived_anew_as_in_a_run(workspace):
     assert plan.skip_unreadable and "derived anew" in dataset.macl_plan(plan, origin).message
 
 
-def test_images_that_a_run_leaves_out_are_no_problem(workspace):
+def test_images_that_a_run_leaves_out_are_no_problem(workspace, target):
     file = next((workspace.raw / DATASET / "imagesUn").iterdir())
     file.write_bytes(b"")
-    target = dataset.DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     sources = dataset.sources_in_use(target, ())
     assert dataset.readable(target, sources, skip_unreadable=False).status == doctor.PROBLEM
     left_out = dataset.readable(target, sources, skip_unreadable=True)
@@ -253,11 +249,7 @@ def test_a_name_that_nnunet_does_not_accept_is_a_problem(workspace):
     assert result.status == doctor.PROBLEM and "DatasetXXX_NAME" in result.message
 
 
-def _hashes(folder):
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def test_user_errors_about_the_data_set_are_results(workspace, monkeypatch):
+def test_user_errors_about_the_data_set_are_results(workspace, target, monkeypatch):
     def only(*arguments):
         (*_, last) = dataset.dataset_checks(*arguments, "cpu")
         return last
@@ -265,7 +257,6 @@ def test_user_errors_about_the_data_set_are_results(workspace, monkeypatch):
     assert "no data set '555'" in only("555", "2d", "nnUNetPlans").message
     assert "no configuration '3d_lowres'" in only("901", "3d_lowres", "nnUNetPlans").message
     monkeypatch.setenv("nnUNet_macl_weights", "/nowhere")
-    target = dataset.DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     assert dataset.weights(target, "cpu").fix.endswith("nnUNet_macl_weights")
     # Weights that exist and cannot be used.
     for name, words in (("", "no macl_encoder.pth"), ("cut.pth", "cannot be loaded")):
@@ -279,8 +270,7 @@ def test_user_errors_about_the_data_set_are_results(workspace, monkeypatch):
     assert only("901", "2d", "nnUNetPlans").fix.startswith("nnUNetv2_preprocess -d 901")
 
 
-def test_a_measurement_that_takes_too_long_is_stopped(workspace):
-    target = dataset.DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+def test_a_measurement_that_takes_too_long_is_stopped(target):
     result = dataset.estimate(target, [], "cpu", timeout=0.5)
     assert result.status == doctor.PROBLEM and "cpu" in result.message and "-c 2d" in result.fix
 

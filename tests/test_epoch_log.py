@@ -53,13 +53,6 @@ def test_a_picture_that_cannot_be_written_raises_no_error(tmp_path):
     picture.update(LOG, is_last=True)
 
 
-def test_skipped_steps_count_for_the_time_but_not_for_the_means():
-    made = sums((1, True))
-    made.add({"total": float("nan")}, skipped=True)
-    made.add_time(1, is_warm=True)
-    assert made.means() == {"total": 1.0} and made.seconds_per_step == pytest.approx(1.0)
-
-
 def test_the_curves_are_read_as_they_were_written_and_damage_is_named(tmp_path):
     file = tmp_path / "epochs.csv"
     assert read_curves(file) == {}

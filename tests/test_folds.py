@@ -10,14 +10,8 @@ from nnunetv2_macl import doctor
 from nnunetv2_macl.doctor.dataset import folds
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import check_fold, number_of_folds, splits_file, too_few_cases
-from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.training.commands import command_to_fine_tune
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
-
-
-@pytest.fixture
-def target(workspace):
-    return DatasetConfiguration.load("901", "nnUNetPlans", "2d")
 
 
 def leave(target, cases):

@@ -1,11 +1,9 @@
 """Five steps of pre-training give the losses and norms of weights in tests/data/golden.json."""
 
 import json
-import shutil
 
 import golden
 import pytest
-from conftest import Workspace
 
 VALUES = json.loads(golden.COMMITTED.read_text())
 
@@ -13,10 +11,9 @@ VALUES = json.loads(golden.COMMITTED.read_text())
 @pytest.fixture(scope="module")
 def prepared(planned, tmp_path_factory):
     """Return a workspace with the generated data set, plans of small networks and recipe files."""
-    folder = tmp_path_factory.mktemp("golden") / "nnunet"
-    shutil.copytree(planned.folder, folder)
-    golden.add_plans(folder)
-    return Workspace(folder)
+    space = planned.copy(tmp_path_factory.mktemp("golden") / "nnunet")
+    golden.add_plans(space.folder)
+    return space
 
 
 @pytest.mark.parametrize("case", golden.committed_cases(), ids=lambda case: case.name)

@@ -65,29 +65,12 @@ def test_both_branches_have_dense_maps_on_one_grid(kind, axes, decoder_stages, a
     assert outputs["bottleneck_auxiliary"].shape[2:] == (8,) * axes
 
 
-def test_every_parameter_is_trained():
-    """DDP requires that every parameter gets a gradient."""
-    model, _, loss = macl()
-    loss.backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
-
-
 def test_with_only_the_image_level_no_other_modules_are_built():
     model, method, loss = macl(decoder_stages=0, scale=1, weight_dense=0.0, weight_equivariance=0.0)
     assert not method.views.has_invariance
     assert set(embeddings_of(model, images())) == {"global_dominant", "global_auxiliary"}
     loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
-
-
-def test_the_unet_itself_is_trained_and_its_names_are_kept():
-    whole = unet()
-    model, _, _ = macl(whole)
-    encoder, decoder = model.network.trained_weights()
-    own = whole.state_dict()
-    assert all(own[key].data_ptr() == value.data_ptr() for key, value in {**encoder, **decoder}.items())
-    assert set(encoder) == {key for key in own if key.startswith("encoder.")}
-    assert {key.split(".")[2] for key in decoder} == {"0", "1"}
 
 
 def test_only_an_averaged_encoder_has_no_dropout():
@@ -115,14 +98,6 @@ def test_an_independent_encoder_gets_gradients_and_an_averaged_one_follows():
     torch.testing.assert_close(next(ema.auxiliary_encoder.parameters()), before + 0.1)
 
 
-def test_loaded_weights_are_copied_into_the_auxiliary_encoder():
-    model, method, _ = macl(auxiliary_encoder="ema")
-    weights = {key: value + 1 for key, value in model.network.trained_weights()[0].items()}
-    model.load_weights(weights)
-    for key, value in method.auxiliary_encoder.state_dict().items():
-        torch.testing.assert_close(value, weights[f"encoder.{key}"])
-
-
 def test_standardising_separates_embeddings_that_instance_norm_made_similar():
     torch.manual_seed(0)
     features = torch.nn.functional.instance_norm(torch.randn(16, 32, 8, 8)).relu()
@@ -137,11 +112,6 @@ def test_standardising_separates_embeddings_that_instance_norm_made_similar():
 def test_stages_that_the_network_lacks_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         macl(**wrong)
-
-
-def test_other_networks_are_refused():
-    with pytest.raises(UserError, match="Linear"):
-        macl(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("negatives, shares", [("location", (1, 0)), ("image", (0, 1)), ("both", (0.5, 0.5))])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import set_folders
 from steps import recipe_of
 
 from benchmarks.memory import CASES, compare, measure
@@ -11,7 +12,7 @@ from benchmarks.planned import FLAT, Fingerprint, plan_with_nnunet, planned
 from benchmarks.step import training_step
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.methods.branches import plan_branches
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, DatasetConfiguration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.planning.plan import plan_file
@@ -53,8 +54,7 @@ def test_prediction_agrees_with_a_step_in_mixed_precision_and_in_parts(
 @pytest.fixture
 def configuration(tmp_path, monkeypatch):
     """Return a 3D configuration of nnU-Net's default planner whose batch size is limited by memory."""
-    for name in FOLDER_VARIABLES:
-        monkeypatch.setenv(name, str(tmp_path / name))
+    set_folders(monkeypatch, tmp_path)
     dataset, plans = plan_with_nnunet(Fingerprint("limited", ("CT",), (96, 96, 96), (1.0, 1.0, 1.0)), tmp_path)
     return DatasetConfiguration.load(dataset, plans, "3d_fullres")
 

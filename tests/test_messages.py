@@ -16,7 +16,6 @@ from nnunetv2_macl.cli.messages import run
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.main_guard import require_main_guard
 from nnunetv2_macl.messages import for_log_file, show_any_character
-from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 
 # A character that no code page of Windows has, and a name that is not in UTF-8.
@@ -44,10 +43,9 @@ def test_output_that_is_no_text_stream_is_not_changed(monkeypatch):
     show_any_character()
 
 
-def test_the_log_file_holds_any_name(workspace, monkeypatch):
+def test_the_log_file_holds_any_name(target, monkeypatch):
     monkeypatch.setattr(locale, "getpreferredencoding", lambda *_: "cp1252")
     assert for_log_file("M\u00fcller \u03a9") == "M\u00fcller \\u03a9"
-    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     plans = target.plans_manager.plans | {"continue_training": False}
     trainer = nnUNetTrainerMACL(plans, "2d", 0, target.dataset_json, torch.device("cpu"))
     trainer.print_to_log_file(*NAMES)

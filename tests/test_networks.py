@@ -21,7 +21,6 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.networks.base import Level, check_adapter, class_name
 from nnunetv2_macl.networks.registry import families, family_of, network_types, pretrainable
 from nnunetv2_macl.networks.unet import UNet
-from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.transfer import plan_transfer
 
@@ -229,18 +228,8 @@ def test_a_subclass_of_an_adapted_network_is_rejected():
         check_adapter(UNet, network)
 
 
-def test_weights_of_another_kind_of_network_are_refused():
-    network = unet()
-    theirs, ours = ({"network_class_name": class_name(kind)} for kind in (PrimusS, PlainConvUNet))
-    with pytest.raises(UserError, match=r"PrimusS\b.*PlainConvUNet\b.*Type THIS"):
-        plan_transfer(
-            PretrainedWeights([], network.state_dict(), theirs, {}), network.state_dict(), ours, advice="Type THIS"
-        )
-
-
 @pytest.mark.parametrize("name", [pytest.param(class_name(PrimusS), marks=pytest.mark.slow), class_name(Gated)])
-def test_a_plan_with_another_network_is_refused_before_anything_is_done(workspace, monkeypatch, capsys, name):
-    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+def test_a_plan_with_another_network_is_refused_before_anything_is_done(workspace, target, monkeypatch, capsys, name):
     file = workspace.preprocessed / DATASET / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     plans["configurations"]["2d"]["architecture"]["network_class_name"] = name
@@ -262,5 +251,5 @@ def test_a_plan_with_another_network_is_refused_before_anything_is_done(workspac
         assert all(known.rpartition(".")[2] in words for known in network_types())
     # nnU-Net's own command reads the plan without the check of this package.
     with pytest.raises(UserError, match="cannot be pre-trained"):
-        derive_or_load_plan(replace(configuration, plans_manager=PlansManager(plans)))
+        derive_or_load_plan(replace(target, plans_manager=PlansManager(plans)))
     assert sorted(workspace.folder.rglob("*")) == before

@@ -15,7 +15,6 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2_macl import doctor
 from nnunetv2_macl.doctor.dataset import readable
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing import cases as preprocessing
 from nnunetv2_macl.preprocessing.cases import UnusableImageError, read_case, whats_flat
 from nnunetv2_macl.preprocessing.sources import (
@@ -30,11 +29,6 @@ from nnunetv2_macl.preprocessing.sources import (
 )
 
 VOLUME = np.random.default_rng(0).normal(100, 20, (8, 40, 48)).astype(np.float32)
-
-
-@pytest.fixture
-def target(workspace):
-    return DatasetConfiguration.load("901", "nnUNetPlans", "2d")
 
 
 class Volumes:

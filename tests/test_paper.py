@@ -107,22 +107,3 @@ def test_fine_tuning_has_the_settings_of_the_paper(workspace):
     values = np.unique(np.concatenate([volume.ravel() for volume in volumes]))
     assert np.isin(batch[batch != 0], values).all()
     loader._finish()
-
-
-@pytest.mark.slow
-def test_all_commands_with_the_settings_of_the_paper(workspace):
-    """Pre-train and fine-tune the paper's network with the paper's settings."""
-    workspace.run("nnUNetv2_macl_network", "901", "paper")
-    workspace.pretrain("901", "-c", "2d", "-p", "nnUNetPlans_paper", "-recipe", "paper")
-    mine = workspace.folder / "mine"
-    mine.mkdir()
-    (mine / "nnUNetTrainerMACLPaper_quick.py").write_text(
-        "from nnunetv2_macl.training.finetune_paper import nnUNetTrainerMACLPaper\n\n"
-        "class nnUNetTrainerMACLPaper_quick(nnUNetTrainerMACLPaper):\n    finetuning_epochs = 1\n"
-    )
-    both = workspace.environment["nnUNet_extTrainer"] + f":{mine}"
-    out = workspace.run(
-        "nnUNetv2_train", "901", "2d", "0", "-p", "nnUNetPlans_paper", "-tr", "nnUNetTrainerMACLPaper_quick",
-        "-device", "cpu", nnUNet_extTrainer=both,
-    )  # fmt: skip
-    assert "Mean Validation Dice" in out and "MACL weights from" in out

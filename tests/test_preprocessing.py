@@ -98,46 +98,6 @@ def test_cases_are_made_again_only_after_a_change(workspace):
     assert after(lambda: of_2d.update(spacing=[2.0, 2.0])) == every
 
 
-def bad_image(kind, file):
-    good = np.random.default_rng(0).normal(size=(8, 40, 48)).astype(np.float32)
-    if kind == "corrupt":
-        file.write_bytes(os.urandom(500))
-    elif kind == "empty":
-        file.write_bytes(b"")
-    elif kind == "cut short":
-        sitk.WriteImage(sitk.GetImageFromArray(good), str(file))
-        file.write_bytes(file.read_bytes()[:2000])
-    elif kind == "4D":
-        sitk.WriteImage(sitk.JoinSeries([sitk.GetImageFromArray(good)] * 3), str(file))
-    elif kind == "RGB":
-        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((8, 40, 48, 3), np.uint8), isVector=True), str(file))
-    else:
-        good[3, 4, 5] = {"NaN": np.nan, "infinite": np.inf}.get(kind, 0)
-        if kind == "constant":
-            good[:] = 7
-        sitk.WriteImage(sitk.GetImageFromArray(good), str(file))
-
-
-KINDS = ("corrupt", "empty", "cut short", "4D", "RGB", "NaN", "infinite", "constant")
-
-
-def test_images_that_cannot_be_used_are_named_and_can_be_skipped(workspace):
-    files = {kind: workspace.raw / DATASET / "imagesUn" / f"{kind}_0000.nii.gz" for kind in KINDS}
-    for kind, file in files.items():
-        bad_image(kind, file)
-    with pytest.raises(UserError) as error:
-        run()
-    assert any(str(file) in str(error.value) for file in files.values()) and "--skip_unreadable" in str(error.value)
-    done = run(skip_unreadable=True)
-    assert [case.name for case in done.cases] == ["case_005", "case_006", "case_007", "case_008"]
-    assert {target.name for target in done.skipped} == set(KINDS)
-    for target, reason in done.skipped.items():
-        assert str(files[target.name]) in reason
-    reasons = {target.name: reason for target, reason in done.skipped.items()}
-    assert "NaN" in reasons["NaN"] and "NaN" in reasons["infinite"] and "constant" in reasons["constant"]
-    assert "in each voxel" in reasons["RGB"] and "channels or time points" in reasons["4D"]
-
-
 def test_other_data_sets(workspace):
     other = workspace.raw / "Dataset902_Other"
     generate_dataset(other, labelled=2, unlabelled=1, test=1, shape=(6, 30, 30), seed=5)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from nnunetv2_macl import checkpoints, probes
-from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing.sources import training_cases
 
 
@@ -50,10 +49,9 @@ class _Linear(torch.nn.Module):
         return [torch.cat((pooled, noise), 1)]
 
 
-def test_a_linear_probe_finds_only_classes_that_the_features_contain(workspace):
-    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
-    cases = training_cases(configuration)
-    probe = probes.Probe(configuration, cases, [], [32, 32], 0)
+def test_a_linear_probe_finds_only_classes_that_the_features_contain(target):
+    cases = training_cases(target)
+    probe = probes.Probe(target, cases, [], [32, 32], 0)
     assert len(probe.fitted) == 3 and len(probe.measured) == 2 and probe.classes == [1, 2]
     images, labels = probe.fitted[0]
     assert images.shape == (12, 1, 32, 32) and labels.shape == (12, 32, 32)
@@ -77,15 +75,14 @@ def test_a_linear_probe_finds_only_classes_that_the_features_contain(workspace):
     assert math.isnan(probe._linear_dice(_Linear(), torch.device("cpu"), 5))
 
 
-def test_a_case_without_classes_and_with_voxels_outside_nnunets_mask(workspace):
-    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
-    name = training_cases(configuration)[0].name
-    file = configuration.cases_folder / f"{name}_seg.b2nd"
+def test_a_case_without_classes_and_with_voxels_outside_nnunets_mask(target):
+    name = training_cases(target)[0].name
+    file = target.cases_folder / f"{name}_seg.b2nd"
     labels = np.full_like(blosc2.open(str(file))[:], 3)
     labels[:, :, :20] = -1
     file.unlink()
     blosc2.asarray(labels, urlpath=str(file))
-    images, patches = probes._labelled_patches(configuration, name, [1, 2], [32, 32], (0, 0))
+    images, patches = probes._labelled_patches(target, name, [1, 2], [32, 32], (0, 0))
     assert images.shape == (12, 1, 32, 32) and set(patches.unique().tolist()) == {0, 3}
 
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from steps import recipe_of
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder
@@ -83,10 +82,6 @@ def test_mistakes_are_named(tmp_path, content, words):
         assert word in str(error.value)
 
 
-def test_a_recipe_has_all_keys():
-    assert len(recipe_of().as_dict()) > 30
-
-
 @pytest.mark.parametrize(
     "text, value",
     [
@@ -115,20 +110,7 @@ def test_settings_as_text_can_be_parsed_again(name):
 
 
 @pytest.mark.parametrize(
-    "key, value",
-    [
-        ("temprature", 0.1),
-        ("qqq", 1),
-        ("inherits", "macl"),
-        ("temperature", "hot"),
-        ("temperature", 0),
-        ("temperature", True),
-        ("num_epochs", 2.5),
-        ("num_epochs", 0),
-        ("rotation", 270),
-        ("optimizer", "lion"),
-        ("scaling", [1.3, 0.7]),
-    ],
+    "key, value", [("temprature", 0.1), ("inherits", "macl"), ("rotation", 270), ("scaling", [1.3, 0.7])]
 )
 def test_a_wrong_setting_has_the_message_of_a_recipe_file(tmp_path, key, value):
     file = write(tmp_path, {key: value})

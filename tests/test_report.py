@@ -9,11 +9,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import Workspace
+from conftest import set_folders
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES
 from nnunetv2_macl.report import page, write_report, write_report_after_run
 from nnunetv2_macl.report.features import nearest, pca_colours
 from nnunetv2_macl.report.run import read_run
@@ -22,8 +21,7 @@ from nnunetv2_macl.report.run import read_run
 @pytest.fixture(scope="module")
 def finished(planned, tmp_path_factory):
     """Return a workspace of its own with a run of three epochs."""
-    space = Workspace(tmp_path_factory.mktemp("report") / "nnunet")
-    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
+    space = planned.copy(tmp_path_factory.mktemp("report") / "nnunet")
     space.pretrain("901", "-c", "2d", "-recipe", "macl", epochs=3, steps=2)
     return space
 
@@ -31,8 +29,7 @@ def finished(planned, tmp_path_factory):
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch):
     """Return a copy of the run's folder that a test may change, and set nnU-Net's variables."""
-    for name in FOLDER_VARIABLES:
-        monkeypatch.setenv(name, str(finished.folder / name))
+    set_folders(monkeypatch, finished.folder)
     folder = finished.run_folder("nnUNetTrainerMACLPretrain")
     shutil.copytree(folder.parent, tmp_path / folder.parent.name)
     return tmp_path / folder.parent.name / "fold_all"

@@ -8,7 +8,6 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from nnunetv2_macl.checkpoints import ORIGINS
-from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.report.curves import COLOURS
 from nnunetv2_macl.report.finetuned import _epochs, _worst_first, describe_training
 from nnunetv2_macl.report.pictures import coloured
@@ -34,9 +33,8 @@ def log(epochs, complete=True, rate=0.01):
 
 
 @pytest.fixture
-def folder(workspace):
+def folder(workspace, target):
     """Return the folder of a finished training without a validation."""
-    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     folder = workspace.run_folder("nnUNetTrainerMACL", fold=0)
     folder.mkdir(parents=True)
     (folder.parent / "plans.json").write_text(json.dumps(target.plans_manager.plans))

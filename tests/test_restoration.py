@@ -5,10 +5,7 @@ import torch
 from steps import batch, gradients, recipe_of, training_step
 
 from nnunetv2_macl import checkpoints
-from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.methods.restoration import ReconstructionHead, restoration_loss
-from nnunetv2_macl.nnunet import DatasetConfiguration
-from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.views import enlarge_mask, mask_block_sizes, sample_mask, standardise
 
 ALONE = dict(weight_global=0.0, weight_dense=0.0, weight_equivariance=0.0, weight_restoration=1.0)
@@ -27,13 +24,6 @@ def test_a_mask_covers_the_given_fraction_of_blocks(size, block, share, hidden):
     assert set(shares.unique().tolist()) == {0.0, 1.0}
     assert (shares.flatten(1).sum(1) == wanted).all()
     assert len({tuple(row.tolist()) for row in shares.flatten(1)}) > 1 or wanted in (0, blocks)
-
-
-def test_masks_do_not_depend_on_the_part():
-    def masks(**part):
-        return sample_mask(6, (8, 16, 16), [(2, 4, 4), (4, 8, 8)], 0.6, torch.Generator().manual_seed(0), **part)
-
-    assert torch.equal(masks(part=slice(2, 5)), masks()[2:5])
 
 
 def test_each_patch_has_one_of_the_block_sizes():
@@ -141,19 +131,6 @@ def test_the_loss_is_the_mean_over_masked_voxels():
     assert restoration_loss(restored, images, mask).tolist() == [5, 4]
 
 
-@pytest.mark.parametrize("recipe", [recipe_of(weight_restoration=2.0), recipe_of(**ALONE)], ids=["with_macl", "alone"])
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_a_batch_in_parts_has_the_gradient_of_the_whole(recipe, at_once):
-    whole, cut = training_step(7, 7, recipe), training_step(7, at_once, recipe)
-    measured = whole(batch(7), 0), cut(batch(7), 0)
-    assert measured[0] == pytest.approx(measured[1], rel=1e-9)
-    assert measured[0]["restoration"] > 0
-    got = gradients(cut)
-    for name, gradient in gradients(whole).items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
-    assert got["methods.restoration.restoration_head.predict.weight"].any()
-
-
 def test_with_macl_the_gradient_is_the_sum_of_both():
     plain, both = training_step(5, 5, recipe_of()), training_step(5, 5, recipe_of(weight_restoration=1.0))
     alone = training_step(5, 5, recipe_of(**ALONE))
@@ -168,25 +145,6 @@ def test_with_macl_the_gradient_is_the_sum_of_both():
     basis = torch.stack((one, three), 1)
     left = two - basis @ torch.linalg.lstsq(basis, two[:, None]).solution[:, 0]
     assert left.norm() < 1e-6 * two.norm()
-
-
-def test_it_learns_to_restore():
-    step = training_step(8, 8, recipe_of(**ALONE, optimizer="adamw", learning_rate=3e-3), dtype=torch.float32)
-    ramp = torch.linspace(-1, 1, 32).expand(8, 1, 32, 32).clone()
-    losses = [step({"data": ramp, "positions": torch.rand(8, 3)}, number)["restoration"] for number in range(60)]
-    assert losses[-1] < 0.3 * losses[0]
-
-
-def test_two_methods_need_about_the_memory_of_the_larger_one(workspace):
-    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
-    levels = plan_branches(configuration.patch_size, configuration.strides, recipe_of())
-    alone, plain, both = (
-        MemoryEstimate(configuration, levels, recipe)
-        for recipe in (recipe_of(**ALONE), recipe_of(), recipe_of(weight_restoration=1.0))
-    )
-    assert 0 < alone.gib(8) < plain.gib(8) <= both.gib(8) < plain.gib(8) * 1.1
-    assert alone.gib(8, 2) < alone.gib(8)
-    assert recipe_of(**ALONE).losses == {"restoration": 1.0}
 
 
 def test_a_run_with_only_restoration(workspace):

@@ -182,15 +182,6 @@ def test_averages_follow_network_and_head(name, network, head):
         assert all(torch.equal(a, b) for a, b in zip(average.buffers(), trained.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("name, network", [("moco", "momentum_network"), ("byol", "target_network")])
-def test_loaded_weights_are_copied_into_averaged_networks(name, network):
-    model = model_of(unet(), [32, 32], recipe_of(method=name, head="light"), **ENCODER_ALONE)
-    model.load_weights({key: values + 1 for key, values in model.network.trained_weights()[0].items()})
-    (method,) = model
-    found, expected = getattr(method, network).state_dict(), model.network.state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
-
-
 def test_the_momentum_of_byol_rises_to_1():
     assert rising_decay(0.996, START) == pytest.approx(0.996)
     assert rising_decay(0.996, Progress(10, 4, 5)) == pytest.approx(0.998)
@@ -222,13 +213,6 @@ def test_the_queue_drops_the_oldest_and_keeps_the_order():
     torch.testing.assert_close(queue.vectors, expected)
     queue.push(unit_vectors(50, 9))
     torch.testing.assert_close(queue.vectors, unit_vectors(50, 7))
-
-
-def test_the_queue_is_part_of_the_state_dict():
-    queue, resumed = EmbeddingQueue(7, 2), EmbeddingQueue(7, 2)
-    queue.push(unit_vectors(0, 3))
-    resumed.load_state_dict(queue.state_dict())
-    assert torch.equal(resumed.vectors, queue.vectors)
 
 
 def test_a_step_of_moco_compares_with_earlier_keys_and_then_adds_its_own_to_the_queue():
@@ -281,11 +265,11 @@ def test_heads_have_the_published_layers(name, head, projector, predictor):
         assert isinstance(method.head[-1], nn.BatchNorm1d) and not method.head[-1].affine
 
 
-@pytest.mark.parametrize("name", ["simsiam", "simtriplet"])
-def test_the_rate_of_the_predictor_does_not_decay(name):
+@pytest.mark.parametrize("name, part", [("simsiam", "predictor"), ("simtriplet", "predictor"), ("dira", "adversary")])
+def test_the_rate_of_a_predictor_and_of_an_adversary_does_not_decay(name, part):
     values = dict(method=name, head="light", num_epochs=10, num_iterations_per_epoch=10, learning_rate_warmup=0.1)
     recipe = recipe_of(**values)
-    model = model_of(unet(), [32, 32], recipe, **ENCODER_ALONE)
+    model = model_of(unet(), [32, 32], recipe, decoder_stages=3, scale=[1, 1])
     optimizer = build_optimizer(model, recipe)
     schedule = build_schedule(optimizer, recipe)
     rates = []
@@ -297,7 +281,7 @@ def test_the_rate_of_the_predictor_does_not_decay(name):
     assert (constant[10:] == recipe.learning_rate).all() and (constant[:10] == decaying[:10]).all()
     assert (np.diff(decaying[10:]) < 0).all() and decaying[-1] < 0.01 * recipe.learning_rate
     (method,) = model
-    assert {id(p) for p in optimizer.param_groups[1]["params"]} == {id(p) for p in method.predictor.parameters()}
+    assert {id(p) for p in optimizer.param_groups[1]["params"]} == {id(p) for p in getattr(method, part).parameters()}
 
 
 def test_other_methods_have_one_learning_rate():

@@ -16,13 +16,13 @@ from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrig
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
-from conftest import DATASET, Workspace
+from conftest import DATASET, Workspace, set_folders
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_macl.compare.study import Options, parse_arm
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, GROUP_VARIABLE, TEACHER_VARIABLE, DatasetConfiguration
+from nnunetv2_macl.nnunet import GROUP_VARIABLE, TEACHER_VARIABLE, DatasetConfiguration
 from nnunetv2_macl.report.pseudo_labels import describe_pseudo_labels
 from nnunetv2_macl.semi_supervised.mixing import Patches, consistency, copy_paste
 from nnunetv2_macl.semi_supervised.pseudo_labels import Teacher
@@ -223,8 +223,7 @@ def test_a_data_set_with_an_ignore_label_of_its_own_and_two_channels(tmp_path, m
     file.write_text(json.dumps(content))
     command = ("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "-npfp", "1", "-np", "1")
     space.run(*command, nnUNet_n_proc_DA="1")  # nnU-Net cannot plan without a worker
-    for name in FOLDER_VARIABLES:
-        monkeypatch.setenv(name, str(space.folder / name))
+    set_folders(monkeypatch, space.folder)
     plain, taught = (
         weights_after(trainer_of(folder=space.preprocessed / DATASET), weight=weight, mixing="copy_paste")
         for weight in (0, 1)

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import set_folders
 from test_formats import preprocessing
 from test_transfer import architecture, unet
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.cli.weights import export_entry, inspect_entry, install_entry
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, DatasetConfiguration, dataset_name
+from nnunetv2_macl.nnunet import dataset_name
 from nnunetv2_macl.planning.plan import plan_file
 from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.sharing import install as installing
@@ -197,12 +198,11 @@ def test_the_ending_gives_the_format_and_mistakes_are_explained(run, tmp_path, m
 
 
 def test_the_same_weights_are_installed_where_fine_tuning_finds_them(package, run, tmp_path, monkeypatch, capsys):
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(name, str(tmp_path))
+    set_folders(monkeypatch, tmp_path)
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_macl_install", str(package)])
     install_entry()
     assert "nnUNetv2_train 901 3d_fullres 0 -tr nnUNetTrainerMACL" in capsys.readouterr().out
-    folder = tmp_path / INSTALLED
+    folder = tmp_path / "nnUNet_results" / INSTALLED
     here, there = checkpoints.load_weights(run), checkpoints.load_weights(folder)
     assert here.weights.keys() == there.weights.keys() and here.architecture == there.architecture
     assert all(torch.equal(here.weights[key], there.weights[key]) for key in here.weights)
@@ -216,8 +216,7 @@ def test_the_same_weights_are_installed_where_fine_tuning_finds_them(package, ru
 
 
 def test_an_id_of_another_data_set_is_refused_with_another_way(package, tmp_path, monkeypatch):
-    for name in FOLDER_VARIABLES:
-        monkeypatch.setenv(name, str(tmp_path / name))
+    set_folders(monkeypatch, tmp_path)
     (tmp_path / "nnUNet_preprocessed" / "Dataset901_Ours").mkdir(parents=True)
     with pytest.raises(UserError, match=r"901.*Dataset901_Ours") as error:
         install(package, tmp_path / "nnUNet_results")
@@ -345,8 +344,7 @@ def test_each_kind_of_file_is_described(package, run, monkeypatch, capsys):
             assert word in out, (file, word)
 
 
-def test_a_plan_from_elsewhere_does_not_control_the_terminal(workspace):
-    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+def test_a_plan_from_elsewhere_does_not_control_the_terminal(workspace, target):
     derive_or_load_plan(target)
     file = plan_file(target)
     content = json.loads(file.read_text())

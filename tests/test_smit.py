@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from steps import batch, embeddings_of, gradients, model_of, recipe_of, training_step, unet
+from steps import batch, embeddings_of, model_of, recipe_of, training_step, unet
 
 from nnunetv2_macl.methods.base import Progress, StepRandom
 from nnunetv2_macl.views import enlarge_mask
@@ -30,15 +30,6 @@ def test_tokens_are_the_most_masked_locations():
             others = share[[n for n in range(16) if n not in row.tolist()]]
             assert chosen.min() >= others.max() - 1e-3 and chosen.max() > 0
     assert not torch.equal(numbers.masks[0], numbers.masks[1])
-
-
-def test_a_rank_draws_its_part_of_what_one_process_draws():
-    _, method, _ = smit()
-    whole, part = (
-        method.views.make(batch(4)["data"][rows], method.views.draw(StepRandom(0, 3, 4, rows, 1, (32, 32))), None)
-        for rows in (slice(None), slice(1, 3))
-    )
-    assert all(torch.equal(values[1:3], part[name]) for name, values in whole.items())
 
 
 def test_the_teacher_sees_the_views_without_the_mask():
@@ -159,19 +150,3 @@ def test_the_centre_moves_once_a_step_towards_the_mean_of_the_teacher():
         centre = method.token_loss.centre
         torch.testing.assert_close(centre, 0.1 * embeddings["teacher_tokens"].flatten(0, -2).mean(0))
         assert centre.abs().max() > 1e-3
-
-
-def test_loaded_weights_are_copied_into_the_teacher():
-    model, method, _ = smit()
-    weights = {key: value + 1 for key, value in model.network.trained_weights()[0].items()}
-    model.load_weights(weights)
-    for key, value in method.teacher.state_dict().items():
-        torch.testing.assert_close(value, weights[f"encoder.{key}"])
-
-
-def test_all_parts_are_trained():
-    step = training_step(4, 4, recipe_of(**SMIT))
-    step(batch(4), 0)
-    trained = gradients(step)
-    for part in ("restoration_head.predict", "token_head.directions", "image_head.directions"):
-        assert trained[f"methods.smit.{part}.weight"].any()

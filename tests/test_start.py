@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import DATASET
-from faults.tools import after_step, same
+from conftest import DATASET, same
+from faults.tools import after_step
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from steps import recipe_of
 from torch import nn
@@ -18,7 +18,6 @@ from nnunetv2_macl import checkpoints, formats
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.factory import build_model
 from nnunetv2_macl.files import sha256
-from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.plan import describe, plan_file, read_plan
 from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.run import pretrain
@@ -44,11 +43,6 @@ def nnunet_file(workspace):
     file = workspace.folder / "checkpoint_final.pth"
     trainer.save_checkpoint(str(file))
     return file
-
-
-@pytest.fixture
-def target(workspace):
-    return DatasetConfiguration.load("901", "nnUNetPlans", "2d")
 
 
 def network_of(target, plan):

@@ -14,11 +14,10 @@ from nnunetv2_macl.training.step import TrainingStep
 PATCHES = 7
 
 
-@pytest.mark.parametrize("auxiliary_encoder", ["shared", "ema", "independent"])
-@pytest.mark.parametrize("at_once", [1, 3, 6])
-def test_a_batch_in_parts_has_the_gradient_of_the_whole(at_once, auxiliary_encoder):
-    recipe = recipe_of(own_view_weight=0.5, auxiliary_encoder=auxiliary_encoder)
-    whole, cut = training_step(PATCHES, PATCHES, recipe), training_step(PATCHES, at_once, recipe)
+def test_a_batch_in_parts_has_the_gradient_of_the_whole_with_an_independent_encoder():
+    """The recipes of tests/test_contract.py do not include this encoder."""
+    recipe = recipe_of(own_view_weight=0.5, auxiliary_encoder="independent")
+    whole, cut = (training_step(PATCHES, at_once, recipe) for at_once in (PATCHES, 3))
     measured = whole(batch(PATCHES), 0), cut(batch(PATCHES), 0)
     assert measured[0] == pytest.approx(measured[1], rel=1e-9)
     wanted, got = gradients(whole), gradients(cut)

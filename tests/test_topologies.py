@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import set_folders
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ from nnunetv2_macl.methods.base import Geometry
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.methods.model import PretrainingModel
 from nnunetv2_macl.networks.registry import pretrainable
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, DatasetConfiguration
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.recipe import Recipe, load_recipe
@@ -120,8 +121,7 @@ def check_legal(plan: MACLPlan, configuration: DatasetConfiguration) -> None:
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    for name in FOLDER_VARIABLES:
-        monkeypatch.setenv(name, str(tmp_path / name))
+    set_folders(monkeypatch, tmp_path)
     return tmp_path
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import set_folders
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from hypothesis import given
 from hypothesis import strategies as st
@@ -351,8 +352,7 @@ DATASET = "Dataset903_Cascade"
 @pytest.fixture
 def show(tmp_path, monkeypatch, capsys):
     """Return a function that runs the command on a planned data set with a cascade, and returns its output."""
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(name, str(tmp_path / name))
+    set_folders(monkeypatch, tmp_path)
     folder = tmp_path / "nnUNet_preprocessed" / DATASET
     folder.mkdir(parents=True)
     labels = {"background": 0, "liver": 1, "tumour": 2}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from steps import batch, embeddings_of, gradients, model_of, recipe_of, training_step, unet
+from steps import batch, embeddings_of, model_of, recipe_of, unet
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.methods.base import Progress, StepRandom
@@ -116,12 +116,3 @@ def test_by_default_all_decoder_stages_but_the_last_are_trained():
     assert Voxel.plan_geometry([64, 48], strides, recipe_of(**VOXEL, decoder_stages=1)).decoder_stages == 1
     with pytest.raises(UserError, match="at most 4"):
         Voxel.plan_geometry([64, 48], strides, recipe_of(**VOXEL, decoder_stages=5))
-
-
-def test_the_losses_of_voxel_and_restoration_are_added():
-    step = training_step(4, 4, recipe_of(method="voxel+restoration", voxels=32, weight_voxel=0.1))
-    measured = step(batch(4), 0)
-    assert measured["total"] == pytest.approx(0.1 * measured["voxel"] + measured["restoration"])
-    assert {"methods.voxel.voxel_head.1.weight", "methods.restoration.restoration_head.predict.weight"} <= set(
-        gradients(step)
-    )

@@ -102,13 +102,6 @@ def test_a_case_that_is_damaged_from_the_start_is_named(cases, kind):
         list(load(cases, workers=0, steps=5))
 
 
-def test_a_resumed_loader_continues_with_the_same_batches(cases):
-    whole = list(load(cases, workers=0, steps=6))
-    rest = list(load(cases, first=4, workers=1, steps=6))
-    assert [b["cases"] for b in rest] == [b["cases"] for b in whole[4:]]
-    assert all((a["data"] == b["data"]).all() for a, b in zip(rest, whole[4:], strict=True))
-
-
 SMALL_SHARED_MEMORY = """
 import sys
 from nnunetv2_macl.data import Case, PretrainingBatches, Sampling, load_batches

@@ -61,21 +61,6 @@ def test_a_checkpoint_on_a_full_disk_leaves_the_previous_one(tmp_path, small_dis
     assert load(folder)["step"] == 2
 
 
-def test_other_files_of_a_run_on_a_full_disk_are_named(tmp_path, small_disk):
-    folder = tmp_path / "results"
-    small_disk(folder, "size=64k")
-    with pytest.raises(UserError, match=f"plan.json {FULL}"):
-        write_json({"text": "x" * 100_000}, folder / "plan.json")
-    weights = {"encoder.a": torch.zeros(100_000)}
-    with pytest.raises(UserError, match=f"macl_encoder.pth {FULL}"):
-        checkpoints.export_weights(folder, encoder=weights, decoder={}, unet_weights=weights, description={})
-    log = {key: [1.0] for key in ("lrs", "embedding_variance", "patches_per_second", "train_losses/equivariance")}
-    (folder / "filled").write_bytes(bytes(60_000))
-    with pytest.raises(UserError, match=r"progress\.png could not be written: the disk is full"):
-        monitoring.plot_progress(log, folder / "progress.png", "a")
-    assert os.listdir(folder) == ["filled"]
-
-
 def test_a_preprocessed_case_on_a_full_disk_is_named(tmp_path, small_disk, monkeypatch):
     from types import SimpleNamespace
 

@@ -4,6 +4,7 @@ import json
 from copy import deepcopy
 
 import pytest
+from conftest import set_folders
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from steps import plan as make_plan
@@ -46,8 +47,7 @@ def test_random_recipes_are_valid_or_refused(folder, content):
 @pytest.fixture(scope="module")
 def configuration(planned):
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("raw", "preprocessed", "results"):
-            patch.setenv(f"nnUNet_{name}", str(planned.folder / f"nnUNet_{name}"))
+        set_folders(patch, planned.folder)
         yield DatasetConfiguration.load("901", "nnUNetPlans", "2d")
 
 

@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import DATASET
+from conftest import DATASET, set_folders
 
 from nnunetv2_macl.compare.folders import RawImages
 from nnunetv2_macl.errors import UserError
@@ -124,8 +124,7 @@ FILES = {
 @pytest.fixture(scope="module")
 def configuration(planned):
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("raw", "preprocessed", "results"):
-            patch.setenv(f"nnUNet_{name}", str(planned.folder / f"nnUNet_{name}"))
+        set_folders(patch, planned.folder)
         loaded = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
         cases._initialise(loaded)
         yield loaded
@@ -151,35 +150,34 @@ def test_a_file_is_read_or_refused_with_the_reason(kind, configuration, tmp_path
         assert "\n" not in wrong and not made.exists()
 
 
-def test_links_are_followed_as_in_nnunet_and_special_files_are_refused(workspace, tmp_path):
+def test_links_are_followed_as_in_nnunet_and_special_files_are_refused(workspace, target, tmp_path):
     folder = workspace.raw / DATASET / "imagesUn"
     write(tmp_path / "archive.nii.gz")
     (folder / "out_0000.nii.gz").symlink_to(tmp_path / "archive.nii.gz")
     (folder / "gone_0000.nii.gz").symlink_to(tmp_path / "nothing")
     os.mkfifo(folder / "pipe_0000.nii.gz")  # reading a pipe would wait for ever
     (folder / "folder_0000.nii.gz").mkdir()
-    (source,) = find_sources(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), [])
+    (source,) = find_sources(target, [])
     assert set(source.invalid_cases) == {"gone", "pipe", "folder"} and "out" in source.cases
     for case, words in {"gone": "cannot be read", "pipe": "no file", "folder": "no file"}.items():
         assert f"{case}_0000.nii.gz" in source.invalid_cases[case] and words in source.invalid_cases[case]
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_an_image_with_two_names_counts_once(workspace, link):
+def test_an_image_with_two_names_counts_once(workspace, target, link):
     raw = workspace.raw / DATASET
-    names = {case.name for case in training_cases(DatasetConfiguration.load("901", "nnUNetPlans", "2d"))}
+    names = {case.name for case in training_cases(target)}
     link(raw / "imagesTr" / f"{min(names)}_0000.nii.gz", raw / "imagesUn" / "held_out_0000.nii.gz")
     link(raw / "imagesUn" / "case_005_0000.nii.gz", raw / "imagesUn" / "twice_0000.nii.gz")
-    (source,) = cases.sources_in_use(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), [])
+    (source,) = cases.sources_in_use(target, [])
     assert set(source.cases) == {f"case_00{number}" for number in (5, 6, 7, 8)}
     images = RawImages.find(DATASET)
     assert set(images.unlabelled) == set(source.cases) and set(images.labelled) == names
 
 
-def test_a_name_that_is_not_in_utf8_is_refused(workspace):
+def test_a_name_that_is_not_in_utf8_is_refused(workspace, target):
     folder = os.fsencode(workspace.raw / DATASET / "imagesUn")
     os.rename(folder + b"/case_005_0000.nii.gz", folder + b"/M\xfcller_0000.nii.gz")
-    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     with pytest.raises(UserError, match=r"ller_0000\.nii\.gz has a name that is not in UTF-8"):
         cases.preprocess_unlabelled(target, (), processes=1)
     done = cases.preprocess_unlabelled(target, (), processes=1, skip_unreadable=True)
@@ -187,9 +185,8 @@ def test_a_name_that_is_not_in_utf8_is_refused(workspace):
 
 
 @pytest.mark.parametrize("link", [True, False])
-def test_inaccessible_unlabelled_images_are_reported(workspace, link):
+def test_inaccessible_unlabelled_images_are_reported(workspace, target, link):
     """The folder is a link to an unmounted disk, or missing although its preprocessed images are here."""
-    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     folder = workspace.raw / DATASET / "imagesUn"
     folder.rename(workspace.folder / "archive")
     if link:
@@ -206,12 +203,11 @@ def test_inaccessible_unlabelled_images_are_reported(workspace, link):
 
 
 @pytest.mark.parametrize("content", [b"", pytest.param(b"\0\5\26\7", marks=pytest.mark.slow)])
-def test_another_data_sets_first_file_need_not_be_an_image(workspace, content):
+def test_another_data_sets_first_file_need_not_be_an_image(workspace, target, content):
     """macOS writes further files, whose names come first."""
     other = workspace.raw / "Dataset906_Mac"
     shutil.copytree(workspace.raw / DATASET, other)
     (other / "imagesTr" / "._case_000_0000.nii.gz").write_bytes(content)
-    target = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
     with pytest.raises(UserError, match=r"\._case_000_0000"):
         cases.preprocess_unlabelled(target, ["Dataset906_Mac"], processes=1)
     done = cases.preprocess_unlabelled(target, ["Dataset906_Mac"], processes=1, skip_unreadable=True)
@@ -219,7 +215,7 @@ def test_another_data_sets_first_file_need_not_be_an_image(workspace, content):
 
 
 @pytest.mark.parametrize("case", ["../../x", "a/b", "..", "", "a\\b"])
-def test_case_names_that_lead_out_of_the_folder_are_refused(workspace, case):
+def test_case_names_that_lead_out_of_the_folder_are_refused(workspace, target, case):
     other = workspace.raw / "Dataset905_Hostile"
     other.mkdir()
     description = {"channel_names": {"0": "MR0"}, "file_ending": ".nii.gz", "labels": {"background": 0}}
@@ -227,15 +223,14 @@ def test_case_names_that_lead_out_of_the_folder_are_refused(workspace, case):
     (other / "dataset.json").write_text(json.dumps(description))
     write(other / "x.nii.gz")
     with pytest.raises(UserError, match=r"Dataset905_Hostile/dataset\.json lists a case"):
-        find_sources(DatasetConfiguration.load("901", "nnUNetPlans", "2d"), ["Dataset905_Hostile"])
+        find_sources(target, ["Dataset905_Hostile"])
 
 
-def test_a_link_in_place_of_a_preprocessed_case_is_replaced_and_not_followed(workspace, tmp_path):
-    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
-    (case, *_) = cases.preprocess_unlabelled(configuration, [], processes=1).cases
+def test_a_link_in_place_of_a_preprocessed_case_is_replaced_and_not_followed(target, tmp_path):
+    (case, *_) = cases.preprocess_unlabelled(target, [], processes=1).cases
     precious = tmp_path / "precious"
     os.replace(case.file, precious)
     before = precious.read_bytes()
     os.symlink(precious, case.file)
-    cases.preprocess_unlabelled(configuration, [], processes=1)
+    cases.preprocess_unlabelled(target, [], processes=1)
     assert not os.path.islink(case.file) and precious.read_bytes() == before

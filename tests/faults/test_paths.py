@@ -1,9 +1,7 @@
 """Spaces and non-ASCII letters in every path, in a locale that supports only ASCII."""
 
-import shutil
-
 import pytest
-from conftest import DATASET, Workspace
+from conftest import DATASET
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.files import verify
@@ -11,8 +9,7 @@ from nnunetv2_macl.files import verify
 
 @pytest.mark.slow
 def test_paths_may_contain_spaces_and_any_letters(planned, tmp_path):
-    space = Workspace(tmp_path / "Männer & Frauen, 日本" / "nn unet")
-    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
+    space = planned.copy(tmp_path / "Männer & Frauen, 日本" / "nn unet")
     images = space.raw / DATASET / "imagesUn"
     for number, file in enumerate(sorted(images.iterdir())):
         file.rename(images / f"Fall {number} größer_0000.nii.gz")

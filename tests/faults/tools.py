@@ -6,7 +6,6 @@ import os
 import signal
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 
@@ -26,10 +25,6 @@ def after_step(monkeypatch, number, do):
     with monkeypatch.context() as patch:
         patch.setattr(TrainingStep, "__call__", call)
         yield
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def ask_rank(rank, ranks, folder):

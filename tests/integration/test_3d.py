@@ -43,21 +43,7 @@ def test_3d_fullres_is_the_default(tmp_path, planner, plans):
     out = space.run("nnUNetv2_train", "905", "3d_fullres", "all", "-tr", QUICK, "-p", plans, "-device", "cpu", **mine)
     taken, tensors = map(int, re.search(r"encoder: (\d+) of (\d+) tensors", out).groups())
     assert taken == tensors > 0
-    options = (
-        "-d",
-        "905",
-        "-c",
-        "3d_fullres",
-        "-tr",
-        QUICK,
-        "-p",
-        plans,
-        "-f",
-        "all",
-        "-device",
-        "cpu",
-        "--disable_tta",
-    )
+    options = f"-d 905 -c 3d_fullres -tr {QUICK} -p {plans} -f all -device cpu --disable_tta".split()
     bare = {"nnUNet_extTrainer": ""}
     space.run("nnUNetv2_predict", *options, "-i", space.raw / dataset / "imagesTs", "-o", tmp_path / "out", **bare)
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 1

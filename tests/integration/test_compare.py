@@ -1,10 +1,10 @@
 """A real study with planning, pre-training, fine-tuning and prediction; its errors; and what a second start repeats."""
 
 import csv
-import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from conftest import DATASET
+from conftest import DATASET, hashes
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -35,36 +35,11 @@ OPTIONS = Options(
     validation="1", group_regex=None, epochs=1, iterations=2, batch_size=2, pretrain_epochs=1, pretrain_iterations=1,
     pretrain_batch_size=4, disable_tta=True,
 )  # fmt: skip
-SHORT = [
-    *(
-        "901",
-        "-c",
-        "2d",
-        "--arms",
-        "scratch",
-        "pretrained",
-        "--labels",
-        "2",
-        "--seeds",
-        "1",
-        "--finetuning",
-        "sgd",
-        "--rates",
-        "1e-2",
-        "--test",
-        "2",
-    ),
-    *("--validation", "1", "--epochs", "1", "--iterations", "2", "-batch_size", "2", "--disable_tta", "-np", "1"),
-    *("--pretrain_epochs", "1", "--pretrain_iterations", "1", "--pretrain_batch_size", "4", "-device", "cpu"),
-]
-
-
-def hashes(folder):
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+SHORT = shlex.split(
+    "901 -c 2d --arms scratch pretrained --labels 2 --seeds 1 --finetuning sgd --rates 1e-2 --test 2 --validation 1"
+    " --epochs 1 --iterations 2 -batch_size 2 --disable_tta -np 1"
+    " --pretrain_epochs 1 --pretrain_iterations 1 --pretrain_batch_size 4 -device cpu"
+)
 
 
 def interrupt(command, environment, log, word):

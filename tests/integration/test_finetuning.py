@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATASET, FEW_PROCESSES, Workspace
+from conftest import DATASET, Workspace
 from test_report import Page
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.report import write_report
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
@@ -40,8 +39,7 @@ class {QUICK}(nnUNetTrainerMACL):
 @pytest.fixture(scope="module")
 def pretrained(planned, tmp_path_factory):
     """Return a workspace with a pre-trained data set, a user's own trainer, and a training with this trainer."""
-    space = Workspace(tmp_path_factory.mktemp("pretrained") / "nnunet")
-    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
+    space = planned.copy(tmp_path_factory.mktemp("pretrained") / "nnunet")
     space.pretrain("901", "-c", "2d")
     trainers = space.folder / "my_trainers"
     trainers.mkdir()
@@ -107,7 +105,7 @@ def test_a_network_that_is_initialised_before_the_training_keeps_its_weights_and
 
 
 @pytest.mark.parametrize("optimizer, size", [("sgd", 1), ("adamw", 3)])
-def test_only_for_sgd_are_kernels_scaled_to_their_initial_norms(workspace, monkeypatch, optimizer, size):
+def test_only_for_sgd_are_kernels_scaled_to_their_initial_norms(workspace, target, monkeypatch, optimizer, size):
     monkeypatch.setattr(nnUNetTrainerMACL, "finetuning_optimizer", optimizer)
     trainer = new_trainer(workspace)
     trainer.initialize()
@@ -115,7 +113,7 @@ def test_only_for_sgd_are_kernels_scaled_to_their_initial_norms(workspace, monke
     kernels = [key for key, value in fresh.items() if key.startswith("encoder.") and value.ndim > 2]
     grown = {key: -3 * fresh[key] for key in kernels}
     encoder = {key: value for key, value in fresh.items() if key.startswith("encoder.")} | grown
-    architecture = DatasetConfiguration.load("901", "nnUNetPlans", "2d").architecture()
+    architecture = target.architecture()
     trainer.load_macl_weights(PretrainedWeights([Path("macl_encoder.pth")], encoder, architecture, {}))
     after = trainer.network.state_dict()
     assert len(kernels) > 8
@@ -125,10 +123,9 @@ def test_only_for_sgd_are_kernels_scaled_to_their_initial_norms(workspace, monke
     assert ("kernels before an instance norm are scaled" in log) == (optimizer == "sgd")
 
 
-def test_a_warning_names_validation_images_that_pretraining_saw(workspace):
-    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
-    plans = configuration.plans_manager.plans | {"continue_training": False}
-    trainer = nnUNetTrainerMACL(plans, "2d", 1, configuration.dataset_json, torch.device("cpu"))
+def test_a_warning_names_validation_images_that_pretraining_saw(target):
+    plans = target.plans_manager.plans | {"continue_training": False}
+    trainer = nnUNetTrainerMACL(plans, "2d", 1, target.dataset_json, torch.device("cpu"))
     trainer.initialize()
     encoder = {key: value for key, value in trainer.network.state_dict().items() if key.startswith("encoder.")}
     log = Path(trainer.log_file)
@@ -142,20 +139,19 @@ def test_a_warning_names_validation_images_that_pretraining_saw(workspace):
         # the weights are not in the folder of their run
         before = len(log.read_text())
         files = [Path("macl_encoder.pth")]
-        trainer.load_macl_weights(PretrainedWeights(files, encoder, configuration.architecture(), description))
+        trainer.load_macl_weights(PretrainedWeights(files, encoder, target.architecture(), description))
         logged = log.read_text()[before:]
         assert ("were among the pre-training images" in logged) == seen
         assert ("nnUNetv2_train_macl_pretrain 901 -c 2d --exclude_fold 1 -device cpu" in logged) == seen
 
 
-def test_validation_cases_that_a_run_saw_are_named_for_any_fold(workspace, tmp_path):
+def test_validation_cases_that_a_run_saw_are_named_for_any_fold(target, tmp_path):
     """The split may have changed since the pre-training, and another data set may contain the same cases."""
-    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
-    names = [case.name for case in training_cases(configuration)]
+    names = [case.name for case in training_cases(target)]
     splits = [{"train": names[2:], "val": names[:2]}, {"train": names[:3], "val": names[3:]}]
-    (configuration.folder / "splits_final.json").write_text(json.dumps(splits))
-    plans = configuration.plans_manager.plans | {"continue_training": False}
-    trainer = nnUNetTrainerMACL(plans, "2d", 0, configuration.dataset_json, torch.device("cpu"))
+    (target.folder / "splits_final.json").write_text(json.dumps(splits))
+    plans = target.plans_manager.plans | {"continue_training": False}
+    trainer = nnUNetTrainerMACL(plans, "2d", 0, target.dataset_json, torch.device("cpu"))
     trainer.initialize()
     encoder = {key: value for key, value in trainer.network.state_dict().items() if key.startswith("encoder.")}
 
@@ -163,7 +159,7 @@ def test_validation_cases_that_a_run_saw_are_named_for_any_fold(workspace, tmp_p
         before = Path(trainer.log_file).read_text()
         write_cases(tmp_path, seen, resumed=False)
         files = [tmp_path / "macl_encoder.pth"]
-        trainer.load_macl_weights(PretrainedWeights(files, encoder, configuration.architecture(), description))
+        trainer.load_macl_weights(PretrainedWeights(files, encoder, target.architecture(), description))
         return Path(trainer.log_file).read_text()[len(before) :]
 
     other = {"dataset_name": "Dataset902_Archive", "fold": "all"}
@@ -227,25 +223,6 @@ def test_prediction_without_this_package(pretrained, bare, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["desd", "dira"])
-def test_another_method_ends_in_a_checkpoint_that_nnunet_predicts_with_alone(planned, bare, tmp_path, recipe):
-    """The checkpoint holds nothing of averaged networks, heads and adversary."""
-    space = Workspace(tmp_path / "nnunet")
-    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
-    space.pretrain("901", "-c", "2d", "-recipe", recipe, **FEW_PROCESSES)
-    (tmp_path / "trainers").mkdir()
-    (tmp_path / "trainers" / f"{QUICK}.py").write_text(QUICK_TRAINER)
-    both = os.pathsep.join([space.environment["nnUNet_extTrainer"], str(tmp_path / "trainers")])
-    found = FEW_PROCESSES | {"nnUNet_extTrainer": both}
-    out = space.run("nnUNetv2_train", "901", "2d", "0", "-tr", QUICK, "-device", "cpu", **found)
-    assert "encoder: 64 of 64 tensors" in out
-    assert load(space.run_folder(QUICK, fold=0) / "checkpoint_final.pth")["trainer_name"] == "nnUNetTrainer"
-    images = space.raw / DATASET / "imagesTs"
-    predict = ("nnUNetv2_predict", "-d", "901", "-c", "2d", "-tr", QUICK, "-f", "0", "-device", "cpu")
-    space.run(*predict, "-npp", "1", "-nps", "1", "-i", images, "-o", tmp_path / "out", **FEW_PROCESSES | bare)
-    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 1
-
-
 def test_nnunet_finds_the_best_configuration(pretrained):
     out = pretrained.run(
         "nnUNetv2_find_best_configuration", "901", "-c", "2d", "-tr", QUICK, "-f", "0", "--disable_ensembling"
@@ -260,32 +237,10 @@ def test_nnunets_option_takes_precedence_over_the_variable(pretrained):
     assert "Loading pretrained weights from file" in out and "MACL weights from" not in out
 
 
-@pytest.mark.slow
-def test_nnunets_own_trainer_loads_the_whole_network(pretrained):
-    network = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_network.pth"
-    out = pretrained.train("1", "-tr", "nnUNetTrainer_1epoch", "-pretrained_weights", network, nnUNet_extTrainer="")
-    assert "Loading pretrained weights from file" in out and "Training done" in out
-
-
 def test_the_variable_names_the_weights(pretrained):
     encoder = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"
     out = pretrained.train("2", "-tr", QUICK, nnUNet_macl_weights=str(encoder))
     assert "encoder: 64 of 64" in out and "decoder: 0 of 60" in out
-
-
-def test_weights_of_another_network_are_refused(pretrained, tmp_path):
-    content = checkpoints.load(pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth")
-    content["architecture"]["arch_kwargs"]["features_per_stage"][0] = 999
-    # add an output channel to every convolution
-    content["network_weights"] = {
-        key: torch.cat([value, value[:1]]) for key, value in content["network_weights"].items()
-    }
-    checkpoints.save(content, tmp_path / "other.pth")
-    with pytest.raises(AssertionError) as shown:
-        pretrained.train("3", "-tr", QUICK, nnUNet_macl_weights=str(tmp_path / "other.pth"))
-    assert "exited with 1" in str(shown.value) and "Traceback" not in str(shown.value)
-    assert "arch_kwargs.features_per_stage is [999" in str(shown.value)
-    assert "nnUNetv2_train_macl_pretrain 901 -c 2d" in str(shown.value)
 
 
 @pytest.mark.slow
@@ -314,18 +269,8 @@ def test_nnssl_weights_of_a_network_with_other_channels(pretrained, tmp_path):
     assert load(pretrained.run_folder(QUICK, fold=3) / "checkpoint_final.pth")["macl"]["citations"] == ["cite me"]
 
 
-@pytest.mark.slow
-def test_an_encoder_exported_for_nnunets_own_option(pretrained, tmp_path):
-    """The export completes the encoder to a whole network."""
-    encoder = pretrained.run_folder("nnUNetTrainerMACLPretrain") / "macl_encoder.pth"
-    pretrained.run("nnUNetv2_macl_export", encoder, "-o", tmp_path / "whole.pth", "--format", "nnunet")
-    out = pretrained.train("3", "-tr", QUICK, "-pretrained_weights", tmp_path / "whole.pth")
-    assert "Loading pretrained weights from file" in out and "Training done" in out
-
-
 def test_fine_tuning_before_pre_training_names_the_command(planned, tmp_path):
-    space = Workspace(tmp_path / "nnunet")
-    shutil.copytree(planned.folder, space.folder, dirs_exist_ok=True)
+    space = planned.copy(tmp_path / "nnunet")
     out = space.run("nnUNetv2_train", "901", "2d", "0", "-tr", "nnUNetTrainerMACL_5epochs", "-device", "cpu", code=1)
     assert "nnUNetv2_train_macl_pretrain 901 -c 2d" in out and "Traceback" not in out
     assert not list(space.results.rglob("*.*")), "something was written"
@@ -340,20 +285,6 @@ def test_nnunet_finds_the_variants_of_the_trainer(epochs, monkeypatch):
     monkeypatch.setenv("nnUNet_extTrainer", str(resource_folder("trainers")))
     name = f"nnUNetTrainerMACL_{epochs}epoch{'s' if epochs > 1 else ''}"
     assert recursive_find_trainer_class_by_name(name).finetuning_epochs == epochs
-
-
-@pytest.mark.slow
-def test_fine_tuning_from_an_installed_package_of_weights(pretrained, tmp_path):
-    run, package = pretrained.run_folder("nnUNetTrainerMACLPretrain"), tmp_path / "weights.zip"
-    pretrained.run("nnUNetv2_macl_export", run, "-o", package)
-    elsewhere = {"nnUNet_results": str(tmp_path / "results")}
-    (tmp_path / "results").mkdir()
-    out = pretrained.run("nnUNetv2_macl_install", package, **elsewhere)
-    assert "nnUNetv2_train" in out
-    installed = next((tmp_path / "results").rglob("macl_encoder.pth"))
-    out = pretrained.train("1", "-tr", QUICK, **elsewhere)
-    assert f"MACL weights from {installed}" in out and "encoder: 64 of 64 tensors" in out
-    assert "Mean Validation Dice" in out
 
 
 def test_the_report_of_a_fine_tuned_model(pretrained, tmp_path):

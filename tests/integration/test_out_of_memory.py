@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 
-from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice, smaller_batch
 
@@ -29,15 +28,13 @@ def test_the_advice_of_a_smaller_batch_helps(workspace):
     assert "Fine-tune from them" in workspace.run("bash", "-c", f"{command} 600 -patches_at_once 20 {short}")
 
 
-def test_the_advice_for_a_planned_batch_names_the_memory(workspace):
-    plan = derive_or_load_plan(DatasetConfiguration.load("901", "nnUNetPlans", "2d"))
+def test_the_advice_for_a_planned_batch_names_the_memory(workspace, target):
+    plan = derive_or_load_plan(target)
     message = out_of_memory_advice(plan, "cuda", True, 1, workspace.folder, in_parts=True)
     assert f"a batch of {plan.batch_size}." in message and f"-batch_size {smaller_batch(plan.batch_size)}" in message
     assert "-gpu_memory 5.6" in message and "The last checkpoint is in" in message and "--c -patches_at_once" in message
     assert "patches_at_once" not in out_of_memory_advice(plan, "cuda", False, 1, workspace.folder, in_parts=False)
-    smallest = derive_or_load_plan(
-        DatasetConfiguration.load("901", "nnUNetPlans", "2d"), values={"batch_size": 2, "patches_at_once": 1}
-    )
+    smallest = derive_or_load_plan(target, values={"batch_size": 2, "patches_at_once": 1})
     message = out_of_memory_advice(smallest, "cuda", False, 1, workspace.folder, in_parts=True)
     assert "-batch_size" not in message and "-c 2d" in message
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,19 +20,8 @@ PRETRAIN = "nnUNetTrainerMACLPretrain"
 
 
 def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
-    return [
-        *command,
-        "nnUNetv2_train_macl_pretrain",
-        "901",
-        "-c",
-        "2d",
-        "-device",
-        "cpu",
-        "-batch_size",
-        "5",
-        *arguments,
-    ]
+    command = "-m torch.distributed.run --standalone --nproc_per_node 2 --no-python nnUNetv2_train_macl_pretrain"
+    return [sys.executable, *shlex.split(f"{command} 901 -c 2d -device cpu -batch_size 5"), *arguments]
 
 
 def test_two_processes_make_the_weights_of_one(workspace, tmp_path):
