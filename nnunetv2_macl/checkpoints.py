@@ -264,7 +264,7 @@ def load_weights(path: Path) -> PretrainedWeights:
         if content.get("format_version") != FORMAT_VERSION:
             raise UserError(
                 f"{file} has format version {content.get('format_version')!r}, but this nnunetv2_macl reads {FORMAT_VERSION}. "
-                "Type: pip install --upgrade nnunetv2-macl"
+                "Update nnunetv2_macl in the way you installed it."
             )
         try:
             trained, architecture = set(content["trained_keys"]), content["architecture"]

@@ -289,8 +289,9 @@ def _plan_to_go_on(
     began = (plan.pretrained_weights or {}).get("path")
     if start is not None and str(start.resolve()) != began:
         changed.append(f"-pretrained_weights {start} (was {began})")
-    if recipe is not None:
-        changed.append(f"-recipe {recipe}")
+    # the plan has the name of its recipe only
+    if recipe is not None and Path(str(recipe)).name != plan.recipe_name:
+        changed.append(f"-recipe {recipe} (was {plan.recipe_name})")
     if changed:
         raise UserError(
             f"The run in {folder} must continue with the settings that it began with. These cannot change: "

@@ -51,7 +51,7 @@ def test_amounts_are_numbers_or_parts_of_all_cases(amount, number):
     assert number_of_cases(amount, 40, "--labels") == number
 
 
-@pytest.mark.parametrize("amount", ["0", "-3", "1.5", "0%", "101%", "150%", "many", "", "nan", "inf"])
+@pytest.mark.parametrize("amount", ["0", "-3", "1.0", "1.5", "0%", "101%", "150%", "many", "", "nan", "inf"])
 def test_invalid_amounts_are_refused(amount):
     with pytest.raises(UserError, match=f"--labels .*got '{amount}'"):
         number_of_cases(amount, 40, "--labels")

@@ -5,6 +5,7 @@ import io
 import locale
 import logging
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -168,3 +169,10 @@ def test_a_command_ends_with_one_sentence_where_its_output_is_full():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     lines = [line for line in done.stderr.splitlines() if line]
     assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("Error: ")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+def test_ctrl_c_ends_a_command_by_the_signal_so_that_a_loop_of_a_shell_ends_too():
+    code = "import sys; from nnunetv2_macl.cli.messages import run; run(lambda: sys.exit(130))"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGINT and not process.stderr

@@ -155,6 +155,14 @@ def test_collapse_and_warnings_are_shown_as_escaped_text(run):
     assert "WARNING: <script>alert(1)</script>" in words
 
 
+def test_an_earlier_run_has_a_report(run):
+    earlier = run / "previous_20260101_100000"
+    earlier.mkdir()
+    for file in [file for file in run.iterdir() if file != earlier]:
+        file.rename(earlier / file.name)
+    assert read_run(earlier).configuration.dataset_name == read_run(earlier).plan.dataset_name
+
+
 def test_the_report_reads_the_newest_good_checkpoint(run):
     (run / "checkpoint_final.pth").rename(run / "checkpoint_previous.pth")
     assert read_run(run).weights and read_run(run).state == "stopped"

@@ -365,6 +365,14 @@ def test_the_teacher_labels_the_unlabelled_images_once(trainer_of, teacher):
     assert all(file.stat().st_mtime_ns > time for file, time in zip(files, before, strict=True))
 
 
+def test_a_model_with_the_labels_of_another_teacher_is_not_continued(trainer_of, teacher):
+    labels = Path(trainer_of(nnUNetTrainerMACLSelfTraining).output_folder) / "pseudo_labels"
+    labels.mkdir(parents=True)
+    (labels / "teacher.json").write_text(json.dumps({"fold_folder": "/models/other", "sha256": "0", "labels": []}))
+    with pytest.raises(UserError, match="/models/other"):
+        self_train(DATASET, "2d", "0", teacher=teacher.output_folder_base, device="cpu")
+
+
 def test_half_of_the_patches_are_of_labelled_images(trainer_of, teacher):
     student = trainer_of(Student)
     student.initialize()

@@ -20,7 +20,7 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.cli.weights import export_entry, inspect_entry, install_entry
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import dataset_name
-from nnunetv2_macl.planning.plan import plan_file
+from nnunetv2_macl.planning.plan import is_edited, plan_file, with_checksum
 from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.sharing import install as installing
 from nnunetv2_macl.sharing.inspect import inspect
@@ -64,12 +64,14 @@ def run(tmp_path_factory):
                     "cases": [NAME],
                 },
             },
-            "macl_plan": {
-                "patch_size": [16, 24, 32],
-                "batch_size": 2,
-                "recipe": dict(recipe),
-                "reasons": {"threshold": f"as in {HOME}/{NAME}.json, asked for", "batch_size": "it fits"},
-            },
+            "macl_plan": with_checksum(
+                {
+                    "patch_size": [16, 24, 32],
+                    "batch_size": 2,
+                    "recipe": dict(recipe),
+                    "reasons": {"threshold": f"as in {HOME}/{NAME}.json, asked for", "batch_size": "it fits"},
+                }
+            ),
             "recipe": recipe,
             "epochs": 3,
             "final_losses": {"train_losses/global": 1.25},
@@ -389,3 +391,8 @@ def test_a_damaged_package_is_refused(package, tmp_path):
     content = members(package)
     with pytest.raises(UserError, match=r"a\.zip is damaged.*README\.md"):
         inspect(write(tmp_path / "a.zip", content | {"README.md": b"mine"}))
+
+
+def test_what_a_package_leaves_out_is_no_edit_of_its_plan(package):
+    plan = json.loads(members(package)["macl_plan.json"])
+    assert plan["recipe"]["description"] == "" and not is_edited(plan)

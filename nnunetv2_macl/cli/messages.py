@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +17,19 @@ from nnunetv2_macl.messages import log_to, show_any_character
 def run(action: Callable[[], object]) -> None:
     """Run a command. Print a user error as a message instead of a traceback, and exit with code 1."""
     show_any_character()
-    with exit_where_output_is_full():
-        try:
-            with log_to(partial(print, flush=True)):
-                action()
-        except (UserError, NotImplementedError) as error:
-            sys.exit(f"\nError: {error}")
+    try:
+        with exit_where_output_is_full():
+            try:
+                with log_to(partial(print, flush=True)):
+                    action()
+            except (UserError, NotImplementedError) as error:
+                sys.exit(f"\nError: {error}")
+    except SystemExit as end:
+        if end.code != 128 + signal.SIGINT:
+            raise
+        # Python then ends by the signal. A shell ends a loop of commands only if one of them ends so.
+        sys.excepthook = lambda *about: None
+        raise KeyboardInterrupt from None
 
 
 @contextmanager

@@ -79,7 +79,8 @@ def number_of_cases(amount: str, total: int, option: str) -> int:
         whole = False
     else:
         fraction = 0 < value < 1
-        whole = value >= 1 and value.is_integer()
+        # 1.0 may be meant as all cases, so it is refused
+        whole = value >= 1 and value.is_integer() and "." not in text
     if not (fraction or whole):
         raise UserError(
             f"{option} must be a number of cases from 1, a fraction between 0 and 1, or a percentage up to 100%, got '{amount}'."

@@ -140,7 +140,7 @@ class MACLPlan:
         content = {"format_version": FORMAT_VERSION} | asdict(self)
         # Omit None, so that plans of earlier versions keep their checksum.
         content = {key: value for key, value in content.items() if value is not None}
-        return content | {"checksum": "edited" if edited else checksum(content)}
+        return content | {"checksum": "edited"} if edited else with_checksum(content)
 
 
 def volume_patch(patch_size: Sequence[int]) -> tuple[int, ...]:
@@ -158,13 +158,20 @@ _PLAN_ADVICE = "Correct the file, or move it away to derive the plan again."
 
 def was_edited(file: Path) -> bool:
     """Return whether a MACL plan was changed since it was written. Raise UserError if it is not a JSON file."""
-    return _is_edited(read_json(file, _PLAN_ADVICE))
+    return is_edited(read_json(file, _PLAN_ADVICE))
 
 
-def _is_edited(content: Any) -> bool:
+def is_edited(content: Any) -> bool:
+    """Return whether the content of a MACL plan was changed since it was written."""
     if not isinstance(content, dict):
         return True
-    return content.get("checksum") != checksum({key: value for key, value in content.items() if key != "checksum"})
+    return content.get("checksum") != with_checksum(content)["checksum"]
+
+
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a MACL plan with the checksum that shows whether a user has edited it."""
+    content = {key: value for key, value in content.items() if key != "checksum"}
+    return content | {"checksum": checksum(content)}
 
 
 def read_plan(file: Path) -> MACLPlan:
@@ -199,7 +206,7 @@ def _plan_in(content: Any, file: Path) -> MACLPlan:
         )
     recipe_from_values(plan.recipe, f"{file}, 'recipe'")
     # The recorded options do not describe a plan that was edited later.
-    return replace(plan, recipe_name=None, settings=None) if _is_edited(content) else plan
+    return replace(plan, recipe_name=None, settings=None) if is_edited(content) else plan
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the folder of a run, or a folder that `nnunetv2_macl.sharing` installed.
+    """Read the folder of a run, or of an earlier run in it (``previous_DATE``).
 
     Raises:
         UserError: The folder holds no run, or a damaged one. The message names the file.
@@ -76,13 +76,17 @@ def read_run(folder: Path) -> Run:
         where = f"Give one of: {', '.join(inner[:5])}" if inner else "Give a pre-training run's folder: .../fold_all"
         raise UserError(f"{folder} holds no {PLAN_COPY}, so no pre-training has begun in it. {where}")
     plan = read_plan(folder / PLAN_COPY)
-    fix = "nnU-Net copied this file from nnUNet_preprocessed. Copy it again."
+    above = folder.parent.parent if folder.name.startswith("previous_") else folder.parent
+    fix = (
+        "nnU-Net copies this file from nnUNet_preprocessed, so copy it again. Weights that nnUNetv2_macl_install has installed "
+        "have no such file and no report. nnUNetv2_macl_inspect describes them."
+    )
     configuration = DatasetConfiguration(
         plan.dataset_name,
         plan.plans_name,
         plan.configuration,
-        PlansManager(read_json(folder.parent / "plans.json", fix)),
-        read_dataset_json(folder.parent / "dataset.json", fix),
+        PlansManager(read_json(above / "plans.json", fix)),
+        read_dataset_json(above / "dataset.json", fix),
     )
     lines = log_lines(folder)
     images, skipped = None, 0

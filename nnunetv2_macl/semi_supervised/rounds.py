@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from nnunetv2.run.run_training import run_training
 
 from nnunetv2_macl import nnunet
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import sha256
 from nnunetv2_macl.folds import check_fold
-from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration
+from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration, read_json
 from nnunetv2_macl.planning.plan import plan_file, read_plan
 from nnunetv2_macl.preprocessing.cases import sources_in_use
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, CaseFiles
 from nnunetv2_macl.run import add_trainers_folder, check_device
-from nnunetv2_macl.semi_supervised.pseudo_labels import CHECKPOINT, Teacher
+from nnunetv2_macl.semi_supervised.pseudo_labels import CHECKPOINT, PSEUDO_LABELS_FOLDER, TEACHER_FILE, Teacher
 from nnunetv2_macl.semi_supervised.self_training import find_teacher, model_folder, nnUNetTrainerMACLSelfTraining
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,20 @@ def self_train(
 
 
 def _train(target: DatasetConfiguration, fold: int | str, student: str, teacher: str, run: Path, device: str) -> None:
-    """Train a model, or continue its training. A model that is trained but not validated is only validated."""
+    """Train a model, or continue its training. A model that is trained but not validated is only validated.
+
+    Raises:
+        UserError: The model has begun with the labels of another teacher, or is stopped.
+    """
+    labels = run / PSEUDO_LABELS_FOLDER / TEACHER_FILE
+    if labels.is_file():
+        there = read_json(labels, f"Move {run} away.")
+        checkpoint = find_teacher(teacher, target, fold, device).checkpoint
+        if there["sha256"] != sha256(checkpoint):
+            raise UserError(
+                f"{run} is trained with the labels of another model ({there['fold_folder']}) than {checkpoint}. To train with "
+                f"new labels, move it away: {shlex.join(['mv', str(run), f'{run}_before'])}"
+            )
     is_trained = (run / CHECKPOINT).is_file()
     if is_trained and (run / "validation" / "summary.json").is_file():
         logger.info("%s is trained already: %s. To train it again, remove this folder.", student, run)

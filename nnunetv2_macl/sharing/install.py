@@ -112,7 +112,7 @@ def read_manifest(archive: zipfile.ZipFile, file: Path) -> dict[str, Any]:
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{file} has format version {manifest.get('format_version')!r}, this nnunetv2_macl reads {FORMAT_VERSION}. "
-            "Type: pip install --upgrade nnunetv2-macl"
+            "Update nnunetv2_macl in the way you installed it."
         )
     return manifest
 

@@ -47,7 +47,7 @@ tags:
 # {description.get("dataset_name")}, {configuration}: pre-training for nnU-Net
 
 Weights of an nnU-Net encoder and part of its decoder, pre-trained on images without labels, {by} with
-[nnunetv2_macl](https://pypi.org/project/nnunetv2-macl). They segment nothing yet: fine-tune them on labelled images.
+nnunetv2_macl. They segment nothing yet: fine-tune them on labelled images.
 {warning}
 | | |
 |---|---|

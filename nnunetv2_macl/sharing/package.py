@@ -18,6 +18,7 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import DECODER_FILE, ENCODER_FILE, PretrainedWeights
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import atomic_write
+from nnunetv2_macl.planning.plan import is_edited, with_checksum
 from nnunetv2_macl.sharing.model_card import model_card
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,9 @@ def _shared(pretrained: PretrainedWeights) -> dict[str, Any]:
         # The description of a user's own recipe may contain anything.
         if isinstance(recipe, dict) and "description" in recipe:
             recipe["description"] = ""
+    if plan and not is_edited(description["macl_plan"]):
+        # what was removed above is no edit of a user
+        shared["macl_plan"] = with_checksum(plan)
     return {
         "format_version": description["format_version"],
         "kind": description["kind"],

@@ -133,7 +133,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         raise UserError(
             f"No pre-trained weights for {self.plans_manager.dataset_name}, {plans}, {configuration}: neither fold_{self.fold} "
             f"nor fold_all in {run} holds {checkpoints.ENCODER_FILE}. Type:\n"
-            f"    {command_to_pretrain(self._configuration, device=self.device.type)}\n"
+            f"    {command_to_pretrain(self._configuration, self.fold, self.device.type)}\n"
             f"or name weights: export {WEIGHTS_VARIABLE}={earlier[-1].parent if earlier else '/path/to/folder_or_file'}"
         )
 
@@ -177,6 +177,8 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         )
 
     def _report(self, pretrained: checkpoints.PretrainedWeights, transfer: Transfer, rescaled: bool) -> None:
+        # first, because nnU-Net logs its split, and a report reads the lines about the weights together
+        seen = None if self.fold == "all" else self._seen_before(pretrained)
         lines = [f"{pretrained.origin} weights from {', '.join(str(file) for file in pretrained.files)}"]
         for part in ("encoder", "decoder"):
             loaded, tensors = transfer.count(part)
@@ -191,7 +193,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         else:
             lines = [f"{row.how}: {row.part} ({row.why})" for row in transfer.rows if row.why]
         self.print_to_log_file("\n  ".join(["", *lines])[1:], add_timestamp=False)
-        if self.fold != "all" and (seen := self._seen_before(pretrained)):
+        if seen:
             self.print_to_log_file(f"  WARNING: {seen}", add_timestamp=False)
         description = pretrained.description
         if description.get("collapsed"):

@@ -49,7 +49,15 @@ def train(*, device: str, num_gpus: int, **arguments: Any) -> None:
             while not ranks.join():
                 pass
     except mp.ProcessExitedException as error:
-        raise SystemExit(error.exit_code or 1) from None
+        if error.exit_code < 0 and not stopped_by:
+            print(
+                f"\nError: {error.signal_name} has ended a training process, most likely because memory ran out. To continue, "
+                "type the same command with --c.",
+                file=sys.stderr,
+            )
+            raise SystemExit(128 - error.exit_code) from None
+        if not stopped_by:
+            raise SystemExit(error.exit_code or 1) from None
     if stopped_by:
         raise SystemExit(128 + stopped_by[0])
 

@@ -249,6 +249,11 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 if not self.checkpoints.is_resumed:
                     load_start_weights(self)
                 data = self._prepare_data()
+                if self.disable_checkpointing and list(Path(self.output_folder).glob("*.pth")):
+                    raise UserError(
+                        f"{self.output_folder} holds checkpoints or weights, and a run with --disable_checkpointing would take "
+                        "them away without writing new ones. Leave out --disable_checkpointing."
+                    )
                 if not self.checkpoints.is_resumed:
                     # last, because the initial weights may be those of the earlier run, and a run without data must not move it
                     archive_previous_run(Path(self.output_folder), keep=Path(self.log_file), log=self.print_to_log_file)

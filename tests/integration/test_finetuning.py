@@ -294,7 +294,7 @@ def test_the_report_of_a_fine_tuned_model(pretrained, tmp_path):
     case = next((folder / "validation").glob("*.nii.gz")).name.partition(".")[0]
     for words in (
         "finished", "2 epochs", "4 training and 1 validation cases", "encoder: 64 of 64 tensors", case, "liver",
-        f"nnUNetv2_predict -d 901 -c 2d -f 0 -tr {QUICK}",
+        f"nnUNetv2_predict -d 901 -c 2d -f 0 -tr {QUICK}", "were among the pre-training images",
     ):  # fmt: skip
         assert words in page.words, words
     assert all(r.startswith(("data:image/", "#")) for r in page.references)

@@ -295,8 +295,14 @@ def test_changed_options_are_named_when_a_run_continues(workspace):
     options = dict(device="cpu", unlabelled=[902, "902"])
     pretrain("901", "2d", num_epochs=1, num_iterations_per_epoch=1, batch_size=4, **options)
     with pytest.raises(UserError, match=r"batch_size=8 \(was 4\)") as error:
-        pretrain("901", "2d", batch_size=8, continue_training=True, **options)
-    assert "-u" not in str(error.value)
+        pretrain("901", "2d", batch_size=8, recipe="macl", continue_training=True, **options)
+    assert "-u" not in str(error.value) and "-recipe" not in str(error.value)
+    with pytest.raises(UserError, match=r"-recipe restore \(was macl\)"):
+        pretrain("901", "2d", recipe="restore", continue_training=True, **options)
+    # a run that writes no weights takes none away
+    with pytest.raises(SystemExit, match="--disable_checkpointing"):
+        pretrain("901", "2d", num_epochs=1, num_iterations_per_epoch=1, disable_checkpointing=True, **options)
+    assert len(list(workspace.run_folder(PRETRAIN).glob("macl_*.pth"))) == 3
 
 
 @pytest.mark.slow
