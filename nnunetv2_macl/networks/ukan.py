@@ -146,8 +146,8 @@ class UKAN(EncoderDecoder):
         num_classes: Number of segmentation outputs.
         features_per_stage: Number of channels of each of the six encoder stages.
         strides: Stride of each encoder stage, per axis.
-        norm_op, norm_op_kwargs, nonlin, nonlin_kwargs: Layers after each convolution.
         deep_supervision: Whether the decoder returns a segmentation per stage.
+        **layers: Norm and nonlinearity after each convolution, as `StackedConvBlocks` takes them. The default is a ReLU.
 
     Source: Li et al., Figure 2
     """
@@ -160,25 +160,17 @@ class UKAN(EncoderDecoder):
         num_classes: int,
         features_per_stage: Sequence[int],
         strides: Sequence[Any],
-        norm_op: Any = None,
-        norm_op_kwargs: Mapping[str, Any] | None = None,
-        nonlin: Any = nn.ReLU,
-        nonlin_kwargs: Mapping[str, Any] | None = None,
         deep_supervision: bool = False,
+        **layers: Any,
     ) -> None:
-        layers = {
-            "norm_op": norm_op,
-            "norm_op_kwargs": norm_op_kwargs,
-            "nonlin": nonlin,
-            "nonlin_kwargs": nonlin_kwargs,
-        }
+        layers = {"nonlin": nn.ReLU} | layers
         steps, widths = per_axis(strides, 2), list(features_per_stage)
 
         def convolutions(below: int, *channels: int) -> nn.Module:
             return StackedConvBlocks(2, nn.Conv2d, below, list(channels), 3, 1, True, **layers)
 
         def block(channels: int) -> nn.Module:
-            return KANBlock(channels, norm_op, norm_op_kwargs)
+            return KANBlock(channels, layers.get("norm_op"), layers.get("norm_op_kwargs"))
 
         encoder_stages = [
             convolutions(input_channels, widths[0], widths[0]),
