@@ -112,9 +112,8 @@ def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
     """Return the encoder and the decoder of a trained network. Segmentation layers fit only its labels and are left out."""
     try:
         arguments = content["init_args"]
-        plans, dataset_json = PlansManager(arguments["plans"]), arguments["dataset_json"]
-        trained_for = DatasetConfiguration(
-            plans.dataset_name, plans.plans_name, arguments["configuration"], plans, dataset_json
+        trained_for = DatasetConfiguration.from_plans(
+            PlansManager(arguments["plans"]), arguments["configuration"], arguments["dataset_json"]
         )
         architecture, preprocessing = trained_for.architecture(), trained_for.preprocessing()
         family = family_of(architecture["network_class_name"])

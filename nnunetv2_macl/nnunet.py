@@ -144,6 +144,11 @@ class DatasetConfiguration:
     dataset_json: dict[str, Any]
 
     @classmethod
+    def from_plans(cls, plans: PlansManager, configuration: str, dataset_json: dict[str, Any]) -> DatasetConfiguration:
+        """Return a configuration of a plan. The plan names itself and its data set."""
+        return cls(plans.dataset_name, plans.plans_name, configuration, plans, dataset_json)
+
+    @classmethod
     def load(cls, dataset: str | int, plans_name: str, configuration: str | None = None) -> DatasetConfiguration:
         """Read the plan and dataset.json of a data set from nnU-Net's preprocessed folder.
 

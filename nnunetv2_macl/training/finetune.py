@@ -168,13 +168,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
 
     @property
     def _configuration(self) -> DatasetConfiguration:
-        return DatasetConfiguration(
-            self.plans_manager.dataset_name,
-            self.plans_manager.plans_name,
-            self.configuration_name,
-            self.plans_manager,
-            self.dataset_json,
-        )
+        return DatasetConfiguration.from_plans(self.plans_manager, self.configuration_name, self.dataset_json)
 
     def _report(self, pretrained: checkpoints.PretrainedWeights, transfer: Transfer, rescaled: bool) -> None:
         lines = [f"{pretrained.origin} weights from {', '.join(str(file) for file in pretrained.files)}"]
