@@ -343,12 +343,9 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self.checkpoints.save(Path(filename))
 
     @exit_on_user_error
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """nnU-Net loads the named checkpoint; we load the newest good checkpoint of the run's folder."""
         if not self.was_initialized:
             self.initialize()
         with self._release_lock_on_error():
-            if isinstance(filename_or_checkpoint, dict):
-                self.checkpoints.restore(filename_or_checkpoint)
-            else:
-                self.checkpoints.continue_run()
+            self.checkpoints.continue_run()
