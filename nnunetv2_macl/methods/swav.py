@@ -90,8 +90,7 @@ class _LargeAndSmallViews(Views):
             generator = random.generator(_SMALL_STREAM, number)
             spatial.append(self.small.draw(random.batch_size, generator)[random.part])
             if changed.strength:
-                values, seeds = changed.draw(random.batch_size, random.channels, len(random.patch_size), generator)
-                intensity.append(IntensityNumbers(values[random.part], seeds[random.part]))
+                intensity.append(random.draw_intensity(changed, generator))
         return _Numbers(self.large.draw(random), spatial, intensity)
 
     def make(self, patches: Tensor, numbers: _Numbers, progress: Progress) -> dict[str, Tensor]:

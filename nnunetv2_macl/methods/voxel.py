@@ -81,12 +81,10 @@ class TwoCrops(Views):
         generator, axes = random.generator(_CROPS), len(random.patch_size)
         first, second = (self.crops.draw(random.batch_size, axes, generator) for _ in range(2))
         points = self.crops.draw_shared_points(first, second, self.voxels_per_patch(random.batch_size), generator)
-        intensity = []
-        for number in range(2 if self.intensity.strength else 0):
-            values, seeds = self.intensity.draw(
-                random.batch_size, random.channels, axes, random.generator(_CROPS, number + 1)
-            )
-            intensity.append(IntensityNumbers(values[random.part], seeds[random.part]))
+        intensity = [
+            random.draw_intensity(self.intensity, random.generator(_CROPS, number + 1))
+            for number in range(2 if self.intensity.strength else 0)
+        ]
         first, second = (Crops(crops.centres[random.part], crops.reaches[random.part]) for crops in (first, second))
         return _Numbers(first, second, points[random.part], intensity)
 
