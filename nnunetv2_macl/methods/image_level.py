@@ -81,3 +81,6 @@ class ImageLevelMethod(Method):
     def last_map(network: PretrainableNetwork, images: Tensor) -> Tensor:
         """Return the compared map of images, (N, channels, *size / stride), from the trained network or a copy of it."""
         return network.decode(network.encode(images))[-1]
+
+    def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return embeddings["first"], embeddings["second"]

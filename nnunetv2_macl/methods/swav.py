@@ -206,9 +206,6 @@ class SwAV(ImageLevelMethod):
         for queue, name in zip(self.queues, _ASSIGNED, strict=False):
             queue.push(embeddings[name])  # type: ignore[operator]
 
-    def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return embeddings["first"], embeddings["second"]
-
     @classmethod
     def reference_lines(cls, recipe: Any, batch_size: int, means: Mapping[str, float]) -> dict[str, float]:
         return {"code_collapse": log(recipe.prototypes)}
