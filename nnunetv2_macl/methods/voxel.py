@@ -13,13 +13,13 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from nnunetv2_macl.losses import PositionalContrastiveLoss, reference_values
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.branches import plan_one_branch
-from nnunetv2_macl.methods.config import Count, MethodConfig, Positive
+from nnunetv2_macl.methods.config import Count, FactorRange, MethodConfig, Positive
 from nnunetv2_macl.methods.contrast import ContrastiveMethod
 from nnunetv2_macl.methods.heads import GlobalProjectionHead
 from nnunetv2_macl.networks.base import PretrainableNetwork
@@ -38,20 +38,13 @@ class VoxelConfig(MethodConfig):
     voxels: Count = Field(
         1024, description="number of compared voxels in a batch: the same number in each patch, and at least one"
     )
-    zoom: Annotated[list[Annotated[float, Field(ge=1, le=2)]], Field(min_length=2, max_length=2)] = Field(
+    zoom: FactorRange[Annotated[float, Field(ge=1, le=2)]] = Field(
         [1.0, 1.6], description="smallest and largest factor by which a crop is enlarged; the smaller one comes first"
     )
     mirroring: bool = Field(True, description="whether to mirror crops at random")
     intensity: Annotated[float, Field(ge=0, le=2)] = Field(
         1.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0` disables them"
     )
-
-    @field_validator("zoom")
-    @classmethod
-    def _smaller_first(cls, zoom: list[float]) -> list[float]:
-        if zoom[0] > zoom[1]:
-            raise ValueError("a list with the smaller factor first")
-        return zoom
 
 
 class _Numbers(NamedTuple):
