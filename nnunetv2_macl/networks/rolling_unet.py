@@ -18,6 +18,7 @@ from nnunetv2_macl.networks.encoder_decoder import (
     Encoder,
     EncoderDecoder,
     EncoderDecoderAdapter,
+    at_each_location,
     first_strides,
     layers_of,
     per_axis,
@@ -49,7 +50,7 @@ class RollingMLP(nn.Module):
         shifts = torch.arange(maps.shape[1], device=maps.device)[:, None] * self.direction
         source = (torch.arange(length, device=maps.device) - shifts) % length
         index = source.unsqueeze(2 if self.axis == 2 else 1).expand(maps.shape)
-        return _at_each_location(self.linear, maps.gather(self.axis, index))
+        return at_each_location(self.linear, maps.gather(self.axis, index))
 
 
 class Lo2Block(nn.Module):
@@ -82,10 +83,10 @@ class Lo2Block(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the mixed maps: (N, C, H, W) -> (N, C, H, W)."""
-        rolled = _at_each_location(self.rolled_norm, torch.cat([maps + roll(maps) for roll in self.rolling], 1))
-        far = maps + _at_each_location(self.rolled_mix, rolled)
-        mixed = _at_each_location(self.mix, torch.cat((far, self.convolution(maps)), 1))
-        return _at_each_location(self.norm, mixed)
+        rolled = at_each_location(self.rolled_norm, torch.cat([maps + roll(maps) for roll in self.rolling], 1))
+        far = maps + at_each_location(self.rolled_mix, rolled)
+        mixed = at_each_location(self.mix, torch.cat((far, self.convolution(maps)), 1))
+        return at_each_location(self.norm, mixed)
 
 
 class FeatureIncentiveBlock(nn.Module):
@@ -102,11 +103,7 @@ class FeatureIncentiveBlock(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the normalised maps: (N, below, H, W) -> (N, channels, H, W)."""
-        return _at_each_location(self.norm, nn.functional.gelu(self.projection(maps)))
-
-
-def _at_each_location(layer: nn.Module, maps: Tensor) -> Tensor:
-    return layer(maps.movedim(1, -1)).movedim(-1, 1)
+        return at_each_location(self.norm, nn.functional.gelu(self.projection(maps)))
 
 
 class _DecoderStage(nn.Module):

@@ -19,6 +19,7 @@ from nnunetv2_macl.networks.encoder_decoder import (
     Encoder,
     EncoderDecoder,
     EncoderDecoderAdapter,
+    at_each_location,
     first_strides,
     layers_of,
     per_axis,
@@ -99,14 +100,10 @@ class KANBlock(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the maps after the block: (N, C, H, W) -> (N, C, H, W)."""
-        values = _at_each_location(self.norm, maps)
+        values = at_each_location(self.norm, maps)
         for linear, convolution in zip(self.linears, self.convolutions, strict=True):
-            values = convolution(_at_each_location(linear, values))
-        return _at_each_location(self.last_norm, maps + values)
-
-
-def _at_each_location(layer: nn.Module, maps: Tensor) -> Tensor:
-    return layer(maps.movedim(1, -1)).movedim(-1, 1)
+            values = convolution(at_each_location(linear, values))
+        return at_each_location(self.last_norm, maps + values)
 
 
 class _PatchEmbedding(nn.Module):
@@ -118,7 +115,7 @@ class _PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, maps: Tensor) -> Tensor:
-        return _at_each_location(self.norm, self.projection(maps))
+        return at_each_location(self.norm, self.projection(maps))
 
 
 class _DecoderStage(nn.Module):
