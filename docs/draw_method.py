@@ -1,4 +1,4 @@
-"""Draws docs/method.svg: ``python docs/draw_method.py``."""
+"""Draws docs/explanation/method.svg: ``python docs/draw_method.py``."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def main() -> None:
         "I: the patch itself.  V: mirrored, turned, scaled, moved.  L_ER is computed at the bottleneck of both.",
         fontsize=9,
     )
-    figure.savefig(Path(__file__).parent / "method.svg", metadata={"Date": None})
+    figure.savefig(Path(__file__).parent / "explanation" / "method.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

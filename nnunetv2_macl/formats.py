@@ -20,7 +20,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.networks.planned import PlannedNetwork
 from nnunetv2_macl.networks.registry import family_of, network_types
-from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
+from nnunetv2_macl.nnunet import PLAN_KEYS, PREPROCESSING_KEYS, DatasetConfiguration, read_json
 from nnunetv2_macl.sharing.package import write_package
 from nnunetv2_macl.training.run_folder import PRETRAINER
 from nnunetv2_macl.transfer import stem_kernels
@@ -112,9 +112,8 @@ def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
     """Return the encoder and the decoder of a trained network. Segmentation layers fit only its labels and are left out."""
     try:
         arguments = content["init_args"]
-        plans, dataset_json = PlansManager(arguments["plans"]), arguments["dataset_json"]
-        trained_for = DatasetConfiguration(
-            plans.dataset_name, plans.plans_name, arguments["configuration"], plans, dataset_json
+        trained_for = DatasetConfiguration.from_plans(
+            PlansManager(arguments["plans"]), arguments["configuration"], arguments["dataset_json"]
         )
         architecture, preprocessing = trained_for.architecture(), trained_for.preprocessing()
         family = family_of(architecture["network_class_name"])
@@ -363,22 +362,10 @@ def as_nnssl(pretrained: PretrainedWeights) -> dict[str, Any]:
 def _adaptation_plan(pretrained: PretrainedWeights, preprocessing: dict[str, Any], network: Any) -> dict[str, Any]:
     architecture, description = pretrained.architecture, pretrained.description
     kwargs = architecture["arch_kwargs"]
-    plan_keys: tuple[str, ...] = ("original_median_spacing_after_transp", "image_reader_writer", "transpose_forward")
-    plan_keys += ("transpose_backward", "experiment_planner_used")
-    own_keys: tuple[str, ...] = (
-        "data_identifier",
-        "preprocessor_name",
-        "normalization_schemes",
-        "use_mask_for_norm",
-        "spacing",
-    )
-    own_keys += ("patch_size", "resampling_fn_data", "resampling_fn_data_kwargs")
-    configuration = {key: preprocessing[key] for key in own_keys} | {
-        # nnU-Net plans the median spacing of the data set.
-        "spacing_style": "median",
-        "resampling_fn_mask": preprocessing["resampling_fn_seg"],
-        "resampling_fn_mask_kwargs": preprocessing["resampling_fn_seg_kwargs"],
-    }
+    # nnssl calls segmentations masks.
+    configuration = {key.replace("fn_seg", "fn_mask"): preprocessing[key] for key in PREPROCESSING_KEYS}
+    # nnU-Net plans the median spacing of the data set.
+    configuration["spacing_style"] = "median"
     return {
         "architecture_plans": {
             # Both nnssl and nnU-Net find these networks by the name without the module.
@@ -389,7 +376,7 @@ def _adaptation_plan(pretrained: PretrainedWeights, preprocessing: dict[str, Any
         "pretrain_plan": {
             "dataset_name": description["dataset_name"],
             "plans_name": description["plans_name"],
-            **{key: preprocessing[key] for key in plan_keys},
+            **{key: preprocessing[key] for key in PLAN_KEYS},
             "configurations": {configuration["spacing_style"]: configuration},
         },
         "pretrain_num_input_channels": architecture["input_channels"],

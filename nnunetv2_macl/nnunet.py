@@ -50,11 +50,11 @@ _OF_IMAGES = (
     "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name", "resampling_fn_data",
     "resampling_fn_data_kwargs",
 )  # fmt: skip
-_PREPROCESSING = (
+PREPROCESSING_KEYS = (
     "data_identifier", "preprocessor_name", "spacing", "patch_size", "normalization_schemes", "use_mask_for_norm",
     "resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs",
 )  # fmt: skip
-_OF_PLAN = (
+PLAN_KEYS = (
     "original_median_spacing_after_transp", "image_reader_writer", "transpose_forward", "transpose_backward",
     "experiment_planner_used",
 )  # fmt: skip
@@ -144,6 +144,11 @@ class DatasetConfiguration:
     name: str
     plans_manager: PlansManager
     dataset_json: dict[str, Any]
+
+    @classmethod
+    def from_plans(cls, plans: PlansManager, configuration: str, dataset_json: dict[str, Any]) -> DatasetConfiguration:
+        """Return a configuration of a plan. The plan names itself and its data set."""
+        return cls(plans.dataset_name, plans.plans_name, configuration, plans, dataset_json)
 
     @classmethod
     def load(cls, dataset: str | int, plans_name: str, configuration: str | None = None) -> DatasetConfiguration:
@@ -292,7 +297,8 @@ class DatasetConfiguration:
     def preprocessing(self) -> dict[str, Any]:
         """Return how nnU-Net preprocesses images for this network, in plain JSON types."""
         configuration, plans = self.manager.configuration, self.plans_manager.plans
-        content = {key: configuration.get(key) for key in _PREPROCESSING} | {key: plans.get(key) for key in _OF_PLAN}
+        content = {key: configuration.get(key) for key in PREPROCESSING_KEYS}
+        content |= {key: plans.get(key) for key in PLAN_KEYS}
         return json.loads(json.dumps(content))
 
     def preprocessing_checksum(self, *, of_storage: bool = True) -> str:

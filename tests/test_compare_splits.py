@@ -12,8 +12,8 @@ from test_compare_study import OPTIONS, PATIENTS, SPLIT
 from nnunetv2_macl.compare.report import differences
 from nnunetv2_macl.compare.results import Results
 from nnunetv2_macl.compare.run import _check_labels
-from nnunetv2_macl.compare.splits import Spread, spreads, write_report_over_splits
-from nnunetv2_macl.compare.statistics import student_interval
+from nnunetv2_macl.compare.splits import spreads, write_report_over_splits
+from nnunetv2_macl.compare.statistics import Estimate, student_interval
 from nnunetv2_macl.compare.study import Study
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.report import write_report
@@ -34,9 +34,9 @@ def test_the_spread_has_the_difference_of_each_split(studies):
     results = [Results.read(study) for study in studies]
     found = spreads(results)
     for (arm, labels), spread in found.items():
-        assert spread.by_split == tuple(differences(result)[arm][labels].value for result in results)
+        assert spread.repeats == tuple(differences(result)[arm][labels].value for result in results)
     pretrained = found["pretrained", SPLIT.labels[0]]
-    assert np.allclose(np.diff(pretrained.by_split), 0.03, atol=1e-6)
+    assert np.allclose(np.diff(pretrained.repeats), 0.03, atol=1e-6)
 
 
 def test_the_report_has_a_row_for_each_arm_and_number_of_labels(studies, tmp_path):
@@ -76,7 +76,6 @@ def test_the_interval_over_splits_is_students():
     # by hand: mean 2, standard deviation 1, t with two degrees of freedom 4.3027
     low, high = student_interval([1.0, 2.0, 3.0])
     assert math.isclose(low, 2 - 4.302652729 / math.sqrt(3)) and math.isclose(high, 2 + 4.302652729 / math.sqrt(3))
-    assert Spread((1.0, 2.0, 3.0), low, high).sign == 0
-    values = (0.9, 1.0, 1.1)
-    assert Spread(values, *student_interval(values)).sign == 1
-    assert Spread((0.3,), *student_interval((0.3,))).sign == 0
+    assert Estimate(2.0, low, high).sign == 0
+    assert Estimate(1.0, *student_interval((0.9, 1.0, 1.1))).sign == 1
+    assert Estimate(0.3, *student_interval((0.3,))).sign == 0

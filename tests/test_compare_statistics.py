@@ -89,12 +89,12 @@ def test_the_first_epoch_that_reaches_a_goal():
     assert estimate_first_reached(flat, np.full((2, 5, 1), 0.9), [1, 2, 3], resampling).value == np.inf
 
 
-def test_by_seed_has_the_difference_of_each_seed():
+def test_repeats_have_the_difference_of_each_seed():
     rng = np.random.default_rng(3)
     base, values = rng.uniform(size=(2, 4, 9, 2))
     values[rng.uniform(size=values.shape) < 0.2] = NAN
     e = estimate(values, Resampling.draw(names(9), 4), base)
-    assert e.by_seed == pytest.approx(np.nanmean(np.nanmean(values, 1), -1) - base.mean((1, 2)))
+    assert e.repeats == pytest.approx(np.nanmean(np.nanmean(values, 1), -1) - base.mean((1, 2)))
 
 
 def test_three_seeds_that_agree_by_chance_are_not_significant():

@@ -43,15 +43,12 @@ def read_table(file: Path) -> list[Row]:
     if not file.is_file():
         return []
     with open(file, encoding="utf-8", errors="surrogateescape", newline="") as stream:
-        return [_as_row(values) for values in csv.DictReader(stream) if _is_whole(values)]
-
-
-def _is_whole(values: dict[str, Any]) -> bool:
-    return set(values) == set(_COLUMNS) and None not in values.values() and values["files"].isdecimal()
-
-
-def _as_row(values: dict[str, Any]) -> Row:
-    return Row(**values | {"files": int(values["files"])})
+        lines: Iterable[dict[str, Any]] = csv.DictReader(stream)
+        return [
+            Row(**values | {"files": int(values["files"])})
+            for values in lines
+            if set(values) == set(_COLUMNS) and None not in values.values() and values["files"].isdecimal()
+        ]
 
 
 def append_row(row: Row, file: Path) -> None:

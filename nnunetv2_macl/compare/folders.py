@@ -171,7 +171,9 @@ def plan(study: Study, images: RawImages, planner_name: str | None, processes: i
     """
     options = study.options
     _link_images(study, images)
-    _remove_unfinished_planning(study)
+    if study.preprocessed.is_dir():
+        # nnU-Net would take the files of an interrupted planning for complete
+        shutil.rmtree(study.preprocessed)
     processes_asked = ["-np", str(processes)]
     number, log = options.dataset[7:10], study.planning_folder / "log.txt"
     # the user may train with nnUNet_n_proc_DA=0, but nnU-Net's planner needs a worker
@@ -249,12 +251,6 @@ def check_arms(study: Study, images: RawImages) -> None:
             run_command(command, environment, study.planning_folder / "log.txt")
         except UserError as error:
             raise UserError(f"{error}\n\nThe study cannot use the arm {arm.name}. Give other arms, {fix}") from None
-
-
-def _remove_unfinished_planning(study: Study) -> None:
-    """Delete the files of an interrupted planning, because nnU-Net would take them for complete."""
-    if study.preprocessed.is_dir():
-        shutil.rmtree(study.preprocessed)
 
 
 def _link_images(study: Study, images: RawImages) -> None:

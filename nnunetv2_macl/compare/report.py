@@ -188,7 +188,7 @@ def _with_interval(e: Estimate, sign: str = "", digits: int = 3) -> str:
 
 
 def _by_seed(e: Estimate) -> str:
-    return f"; by seed {', '.join(_number(value, '+') for value in e.by_seed)}" if len(e.by_seed) > 1 else ""
+    return f"; by seed {', '.join(_number(value, '+') for value in e.repeats)}" if len(e.repeats) > 1 else ""
 
 
 def _distance(values: np.ndarray, resampling: Resampling) -> str:

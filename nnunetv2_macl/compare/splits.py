@@ -3,48 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from nnunetv2_macl.compare.report import MIN_MEANINGFUL_DICE, REPORT_FILE, differences, no_conclusion
 from nnunetv2_macl.compare.results import Results
-from nnunetv2_macl.compare.statistics import Resampling, student_interval
+from nnunetv2_macl.compare.statistics import Estimate, Resampling, student_interval
 from nnunetv2_macl.compare.study import SCRATCH, Study
 from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.text import join_words, pluralise
 
 
-@dataclass(frozen=True)
-class Spread:
-    """The gain in Dice over scratch in each split.
-
-    Attributes:
-        by_split: One value for each split.
-        low, high: Student's 95 % interval of their mean; NaN for a single split.
-    """
-
-    by_split: tuple[float, ...]
-    low: float
-    high: float
-
-    @property
-    def mean(self) -> float:
-        """Return the mean over the splits."""
-        return float(np.mean(self.by_split))
-
-    @property
-    def sign(self) -> int:
-        """Return 1 or -1 if the whole interval is above or below 0, else 0."""
-        return int(self.low > 0) - int(self.high < 0)
-
-
-def spreads(results: Sequence[Results]) -> dict[tuple[str, int], Spread]:
+def spreads(results: Sequence[Results]) -> dict[tuple[str, int], Estimate]:
     """Return the gain in Dice over scratch, by arm and number of labelled cases, for the studies of several splits."""
     found = [differences(result) for result in results]
     return {
-        (arm, labels): Spread(values, *student_interval(values))
+        (arm, labels): Estimate(float(np.mean(values)), *student_interval(values), values)
         for arm, by_labels in found[0].items()
         for labels in by_labels
         for values in [tuple(difference[arm][labels].value for difference in found)]
@@ -76,8 +51,8 @@ def write_report_over_splits(studies: Sequence[Study], file: Path) -> str:
     lines += ["", "## Dice above scratch, on the same cases and seeds", ""]
     lines += [f"| arm | labelled cases | mean, 95 % interval |{header}", f"|---|---|---|{'---|' * len(studies)}"]
     for (slug, labels), spread in found.items():
-        mean = f"{spread.mean:+.3f} ({spread.low:+.3f} to {spread.high:+.3f})"
-        lines.append(_row(slug, labels, mean, [f"{value:+.3f}" for value in spread.by_split]))
+        mean = f"{spread.value:+.3f} ({spread.low:+.3f} to {spread.high:+.3f})"
+        lines.append(_row(slug, labels, mean, [f"{value:+.3f}" for value in spread.repeats]))
     lines += ["", "## How this was measured", ""]
     reports = [(study.options.split, (study.folder / REPORT_FILE).relative_to(file.parent)) for study in studies]
     lines += [
@@ -104,12 +79,12 @@ def _mean_dice(results: Results, arm: str, labels: int) -> float:
     return float(Resampling.whole(*values.shape[:2]).mean(values)[0])
 
 
-def _verdict(found: dict[tuple[str, int], Spread], splits: int) -> str:
+def _verdict(found: dict[tuple[str, int], Estimate], splits: int) -> str:
     if not found:
         return f"Only {SCRATCH} was trained, so there is nothing to compare it with."
     words = {1: "better than scratch", -1: "worse than scratch", 0: "not distinguishable from scratch"}
     clauses = [
-        f"{arm} with {labels} labelled cases is {words[spread.sign]} ({spread.mean:+.3f} Dice)"
+        f"{arm} with {labels} labelled cases is {words[spread.sign]} ({spread.value:+.3f} Dice)"
         for (arm, labels), spread in found.items()
     ]
     return f"Over {splits} splits, {'; '.join(clauses)}."

@@ -71,13 +71,12 @@ class Resampling:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval."""
+    """A value and its 95 % interval, over patients and seeds or over splits."""
 
-    # value and interval are over patients and seeds
     value: float
     low: float
     high: float
-    by_seed: tuple[float, ...] = ()  # value of each seed, (S,); may be empty
+    repeats: tuple[float, ...] = ()  # value of each seed or of each split, (S,); may be empty
 
     @property
     def sign(self) -> int:
@@ -86,12 +85,12 @@ class Estimate:
 
     @property
     def significant_across_seeds(self) -> bool:
-        """Return whether Student's 95 % interval of `by_seed` excludes 0.
+        """Return whether Student's 95 % interval of `repeats` excludes 0.
 
         This guards against too few seeds, which the bootstrap underestimates: if three seeds have the same sign by chance,
         so has every resample.
         """
-        low, high = student_interval(self.by_seed)
+        low, high = student_interval(self.repeats)
         return low > 0 or high < 0
 
 

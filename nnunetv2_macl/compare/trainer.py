@@ -140,29 +140,22 @@ class nnUNetTrainerMACLCompareSelfAdamW(nnUNetTrainerMACLCompareSelf):
     finetuning_optimizer = "adamw"
 
 
-# trainers by the value of --finetuning
-TRAINERS: dict[str, type[_ControlledTrainer]] = {
-    "sgd": nnUNetTrainerMACLCompare,
-    "adamw": nnUNetTrainerMACLCompareAdamW,
-    "paper": nnUNetTrainerMACLComparePaper,
-}
-# trainers of the arms semi:ARM, by the value of --finetuning
-SEMI_TRAINERS: dict[str, type[nnUNetTrainerMACLCompareSemi]] = {
-    "sgd": nnUNetTrainerMACLCompareSemi,
-    "adamw": nnUNetTrainerMACLCompareSemiAdamW,
-}
-# of the arms self_train:ARM
-SELF_TRAINERS: dict[str, type[nnUNetTrainerMACLCompareSelf]] = {
-    "sgd": nnUNetTrainerMACLCompareSelf,
-    "adamw": nnUNetTrainerMACLCompareSelfAdamW,
+# trainers by the kind of training and the value of --finetuning
+_TRAINERS: dict[tuple[str, str], type[_ControlledTrainer]] = {
+    ("labelled", "sgd"): nnUNetTrainerMACLCompare,
+    ("labelled", "adamw"): nnUNetTrainerMACLCompareAdamW,
+    ("labelled", "paper"): nnUNetTrainerMACLComparePaper,
+    ("semi", "sgd"): nnUNetTrainerMACLCompareSemi,
+    ("semi", "adamw"): nnUNetTrainerMACLCompareSemiAdamW,
+    ("self_train", "sgd"): nnUNetTrainerMACLCompareSelf,
+    ("self_train", "adamw"): nnUNetTrainerMACLCompareSelfAdamW,
 }
 
 
 def trainer_class(arm: Arm, finetuning: str) -> type[_ControlledTrainer]:
     """Return what trains the cells of an arm, by --finetuning."""
-    if arm.teacher is not None:
-        return SELF_TRAINERS[finetuning]
-    return TRAINERS[finetuning] if arm.semi is None else SEMI_TRAINERS[finetuning]
+    kind = "self_train" if arm.teacher is not None else "labelled" if arm.semi is None else "semi"
+    return _TRAINERS[kind, finetuning]
 
 
 def _dice(reference: np.ndarray, predicted: np.ndarray, ignored: np.ndarray | None) -> float | None:

@@ -46,7 +46,7 @@ def run_checks(
     for name, check in checks:
         if name.removeprefix("disk_") in wrong:
             continue
-        for result in _guarded(name, partial(_as_list, check)):
+        for result in _guarded(name, (run() for run in (check,))):
             wrong |= {result.check} if result.status == PROBLEM else set()
             yield result
     if wrong & {*_FOLDERS, "nnUNet_extTrainer"}:
@@ -63,11 +63,7 @@ def run_checks(
 
         yield from dataset_checks(dataset, configuration, plans, device)
 
-    yield from _guarded("dataset", of_dataset)
-
-
-def _as_list(check: Callable[[], Result]) -> list[Result]:
-    return [check()]
+    yield from _guarded("dataset", of_dataset())
 
 
 def _in_every_shell() -> str:
@@ -77,13 +73,11 @@ def _in_every_shell() -> str:
     return "# put these lines into ~/.bashrc, or ~/.zshrc in zsh"
 
 
-def _guarded(name: str, check: Callable[[], Iterable[Result]]) -> Iterator[Result]:
-    """Yield the results of a check. Hide what nnU-Net prints, and turn an error into a result."""
-    results = None
+def _guarded(name: str, results: Iterator[Result]) -> Iterator[Result]:
+    """Yield the results of checks. Hide what nnU-Net prints, and turn an error into a result."""
     while True:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                results = iter(check()) if results is None else results
                 result = next(results)
         except StopIteration:
             return

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nnunetv2_macl.methods.config import MethodConfig
 from nnunetv2_macl.networks.base import PretrainableNetwork
+from nnunetv2_macl.views import IntensityNumbers, RandomIntensity
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,11 @@ class StepRandom(NamedTuple):
         A stream and the same stream followed by zeros are equal, so two streams must differ in more than trailing zeros.
         """
         return torch.Generator().manual_seed(derive_seed(self.seed, self.step, *stream))
+
+    def draw_intensity(self, views: RandomIntensity, generator: torch.Generator) -> IntensityNumbers:
+        """Return the random numbers of intensity views for the patches of this process."""
+        numbers = views.draw(self.batch_size, self.channels, len(self.patch_size), generator)
+        return IntensityNumbers(numbers.values[self.part], numbers.noise_seeds[self.part])
 
 
 def to_device(numbers: Any, device: torch.device) -> Any:

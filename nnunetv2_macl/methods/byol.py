@@ -96,9 +96,6 @@ class BYOL(ImageLevelMethod):
         update_average(self.target_network, self.network, decay)
         update_average(self.target_head, self.head, decay)
 
-    def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return embeddings["first"], embeddings["second"]
-
     @classmethod
     def collapse_advice(cls, recipe: Any) -> list[str]:
         return [f"a momentum_decay nearer to 1 (now {recipe.momentum_decay:g})", "a larger batch_size"]

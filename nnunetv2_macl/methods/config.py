@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 AUTO: Literal["auto"] = "auto"
 
@@ -13,6 +13,16 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _smaller_first(factors: list[float]) -> list[float]:
+    if factors[0] > factors[1]:
+        raise ValueError("a list with the smaller factor first")
+    return factors
+
+
+_Factor = TypeVar("_Factor", bound=float)
+FactorRange = Annotated[list[_Factor], Field(min_length=2, max_length=2), AfterValidator(_smaller_first)]
 
 
 class MethodConfig(BaseModel):
@@ -30,17 +40,10 @@ class SpatialViewKeys(MethodConfig):
 
     mirroring: bool = Field(True, description="whether to mirror spatial views at random")
     rotation: Annotated[float, Field(ge=0, le=180)] = Field(180.0, description="largest in-plane angle, degrees")
-    scaling: Annotated[list[Positive], Field(min_length=2, max_length=2)] = Field(
+    scaling: FactorRange[Positive] = Field(
         [0.7, 1.3], description="smallest and largest scaling factor; the smaller one comes first"
     )
     translation: Fraction = Field(0.1, description="largest shift, as a fraction of the patch's edge")
-
-    @field_validator("scaling")
-    @classmethod
-    def _smaller_first(cls, scaling: list[float]) -> list[float]:
-        if scaling[0] > scaling[1]:
-            raise ValueError("a list with the smaller factor first")
-        return scaling
 
 
 class ImageViewKeys(SpatialViewKeys):

@@ -18,16 +18,11 @@ _LEARNED_FRACTION = 0.05
 _FALLING_FRACTION = 0.005
 
 
-def spatial_views(geometry: Geometry, recipe: Any) -> RandomAffine:
-    """Return the random spatial views of a recipe that has the keys of `SpatialViewKeys`."""
-    return RandomAffine(
-        geometry.patch_size,
-        mirroring=recipe.mirroring,
-        rotation=recipe.rotation,
-        out_of_plane_rotation=geometry.out_of_plane_rotation,
-        scaling=(recipe.scaling[0], recipe.scaling[1]),
-        translation=recipe.translation,
-    )
+def spatial_views(geometry: Geometry, recipe: Any, **changed: Any) -> RandomAffine:
+    """Return the random spatial views of a recipe that has the keys of `SpatialViewKeys`, with some arguments changed."""
+    settings = {key: getattr(recipe, key) for key in ("mirroring", "rotation", "scaling", "translation")}
+    settings["out_of_plane_rotation"] = geometry.out_of_plane_rotation
+    return RandomAffine(geometry.patch_size, **settings | changed)
 
 
 class ContrastiveMethod(Method):

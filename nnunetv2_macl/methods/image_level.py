@@ -40,12 +40,10 @@ class TwoViews(Views):
     def draw(self, random: StepRandom) -> _Numbers:
         generator = random.generator()
         spatial = [self.spatial.draw(random.batch_size, generator)[random.part] for _ in self.names]
-        intensity = []
-        for number in range(len(self.names) if self.intensity.strength else 0):
-            values, seeds = self.intensity.draw(
-                random.batch_size, random.channels, len(random.patch_size), random.generator(number + 1)
-            )
-            intensity.append(IntensityNumbers(values[random.part], seeds[random.part]))
+        intensity = [
+            random.draw_intensity(self.intensity, random.generator(number + 1))
+            for number in range(len(self.names) if self.intensity.strength else 0)
+        ]
         return _Numbers(torch.stack(spatial), intensity)
 
     def make(self, patches: Tensor, numbers: _Numbers, progress: Progress) -> dict[str, Tensor]:
@@ -83,3 +81,6 @@ class ImageLevelMethod(Method):
     def last_map(network: PretrainableNetwork, images: Tensor) -> Tensor:
         """Return the compared map of images, (N, channels, *size / stride), from the trained network or a copy of it."""
         return network.decode(network.encode(images))[-1]
+
+    def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return embeddings["first"], embeddings["second"]

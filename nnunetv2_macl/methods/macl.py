@@ -140,15 +140,10 @@ class _MACLViews(Views):
             generator = random.generator()
             both = [self.spatial.draw(random.batch_size, generator)[random.part] for _ in range(2)]
             spatial = torch.stack(both)
-        intensity = {}
-        for group in self.changed:
-            values, seeds = self.intensity.draw(
-                random.batch_size,
-                random.channels,
-                len(random.patch_size),
-                random.generator(GROUPS.index(group) + 1),
-            )
-            intensity[group] = IntensityNumbers(values[random.part], seeds[random.part])
+        intensity = {
+            group: random.draw_intensity(self.intensity, random.generator(GROUPS.index(group) + 1))
+            for group in self.changed
+        }
         return _Numbers(spatial, intensity)
 
     def make(self, patches: Tensor, numbers: _Numbers, progress: Progress) -> dict[str, Tensor]:

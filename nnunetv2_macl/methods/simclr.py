@@ -63,9 +63,6 @@ class SimCLR(ImageLevelMethod, ContrastiveMethod):
         (name,) = self.referenced_losses
         return {name: loss, "total": loss}
 
-    def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return embeddings["first"], embeddings["second"]
-
     @classmethod
     def collapse_advice(cls, recipe: Any) -> list[str]:
         return [f"another temperature (now {recipe.temperature:g})"]

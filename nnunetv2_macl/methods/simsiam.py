@@ -78,9 +78,6 @@ class SimSiam(ImageLevelMethod):
         }
         return losses | {"total": torch.stack(list(losses.values())).sum()}
 
-    def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return embeddings["first"], embeddings["second"]
-
     @classmethod
     def collapse_advice(cls, recipe: Any) -> list[str]:
         return ["a larger batch_size"]

@@ -84,12 +84,11 @@ class _SMITViews(Views):
         self.crops, self.intensity = RandomCrops(_CROP_ZOOM), RandomIntensity(recipe.intensity)
 
     def draw(self, random: StepRandom) -> _Numbers:
-        axes = len(random.patch_size)
         count = min(math.prod(self.grid), max(1, self.tokens // random.batch_size))
         numbers = _Numbers([], [], [], [], [])
         for view in range(2):
             generator = random.generator(_CROPS, view)
-            crops = self.crops.draw(random.batch_size, axes, generator)
+            crops = self.crops.draw(random.batch_size, len(random.patch_size), generator)
             order = torch.rand(random.batch_size, math.prod(self.grid), generator=generator)
             mask = self.masked.draw(random, view + 1)
             hidden = _share_at(mask, self.grid)
@@ -100,10 +99,8 @@ class _SMITViews(Views):
             numbers.tokens.append(tokens)
             numbers.hidden.append(hidden.gather(1, tokens))
             if self.intensity.strength:
-                values, seeds = self.intensity.draw(
-                    random.batch_size, random.channels, axes, random.generator(_CROPS, view + 3)
-                )
-                numbers.intensity.append(IntensityNumbers(values[random.part], seeds[random.part]))
+                generator = random.generator(_CROPS, view + 3)
+                numbers.intensity.append(random.draw_intensity(self.intensity, generator))
         return numbers
 
     def make(self, patches: Tensor, numbers: _Numbers, progress: Progress) -> dict[str, Tensor]:

@@ -21,11 +21,12 @@ from nnunetv2_macl.losses import autocast_disabled, swapped_prediction
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.branches import smaller_patch
 from nnunetv2_macl.methods.config import Fraction, HeadKey, ImageViewKeys, Positive
+from nnunetv2_macl.methods.contrast import spatial_views
 from nnunetv2_macl.methods.heads import GlobalProjectionHead, pool
 from nnunetv2_macl.methods.image_level import ImageLevelMethod, TwoViews
 from nnunetv2_macl.methods.queue import EmbeddingQueue
 from nnunetv2_macl.networks.base import PretrainableNetwork
-from nnunetv2_macl.views import IntensityNumbers, RandomAffine
+from nnunetv2_macl.views import IntensityNumbers
 
 _HIDDEN, _EMBEDDING_DIM = 2048, 128
 _EPSILON, _SINKHORN_ITERATIONS = 0.05, 3
@@ -74,14 +75,7 @@ class _LargeAndSmallViews(Views):
 
     def __init__(self, geometry: Geometry, recipe: Any, size: Sequence[int]) -> None:
         self.large = TwoViews(geometry, recipe)
-        self.small = RandomAffine(
-            geometry.patch_size,
-            mirroring=recipe.mirroring,
-            rotation=recipe.rotation,
-            out_of_plane_rotation=geometry.out_of_plane_rotation,
-            scaling=_SMALL_SCALING,
-            translation=_SMALL_TRANSLATION,
-        )
+        self.small = spatial_views(geometry, recipe, scaling=_SMALL_SCALING, translation=_SMALL_TRANSLATION)
         self.size, self.count = size, recipe.small_views
 
     def draw(self, random: StepRandom) -> _Numbers:
@@ -90,8 +84,7 @@ class _LargeAndSmallViews(Views):
             generator = random.generator(_SMALL_STREAM, number)
             spatial.append(self.small.draw(random.batch_size, generator)[random.part])
             if changed.strength:
-                values, seeds = changed.draw(random.batch_size, random.channels, len(random.patch_size), generator)
-                intensity.append(IntensityNumbers(values[random.part], seeds[random.part]))
+                intensity.append(random.draw_intensity(changed, generator))
         return _Numbers(self.large.draw(random), spatial, intensity)
 
     def make(self, patches: Tensor, numbers: _Numbers, progress: Progress) -> dict[str, Tensor]:
@@ -206,9 +199,6 @@ class SwAV(ImageLevelMethod):
             self.normalise_prototypes()
         for queue, name in zip(self.queues, _ASSIGNED, strict=False):
             queue.push(embeddings[name])  # type: ignore[operator]
-
-    def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return embeddings["first"], embeddings["second"]
 
     @classmethod
     def reference_lines(cls, recipe: Any, batch_size: int, means: Mapping[str, float]) -> dict[str, float]:

@@ -13,13 +13,13 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from nnunetv2_macl.losses import PositionalContrastiveLoss, reference_values
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.branches import plan_one_branch
-from nnunetv2_macl.methods.config import Count, MethodConfig, Positive
+from nnunetv2_macl.methods.config import Count, FactorRange, MethodConfig, Positive
 from nnunetv2_macl.methods.contrast import ContrastiveMethod
 from nnunetv2_macl.methods.heads import GlobalProjectionHead
 from nnunetv2_macl.networks.base import PretrainableNetwork
@@ -38,20 +38,13 @@ class VoxelConfig(MethodConfig):
     voxels: Count = Field(
         1024, description="number of compared voxels in a batch: the same number in each patch, and at least one"
     )
-    zoom: Annotated[list[Annotated[float, Field(ge=1, le=2)]], Field(min_length=2, max_length=2)] = Field(
+    zoom: FactorRange[Annotated[float, Field(ge=1, le=2)]] = Field(
         [1.0, 1.6], description="smallest and largest factor by which a crop is enlarged; the smaller one comes first"
     )
     mirroring: bool = Field(True, description="whether to mirror crops at random")
     intensity: Annotated[float, Field(ge=0, le=2)] = Field(
         1.0, description="strength of random gamma, contrast, brightness, bias field, noise and blur; `0` disables them"
     )
-
-    @field_validator("zoom")
-    @classmethod
-    def _smaller_first(cls, zoom: list[float]) -> list[float]:
-        if zoom[0] > zoom[1]:
-            raise ValueError("a list with the smaller factor first")
-        return zoom
 
 
 class _Numbers(NamedTuple):
@@ -81,12 +74,10 @@ class TwoCrops(Views):
         generator, axes = random.generator(_CROPS), len(random.patch_size)
         first, second = (self.crops.draw(random.batch_size, axes, generator) for _ in range(2))
         points = self.crops.draw_shared_points(first, second, self.voxels_per_patch(random.batch_size), generator)
-        intensity = []
-        for number in range(2 if self.intensity.strength else 0):
-            values, seeds = self.intensity.draw(
-                random.batch_size, random.channels, axes, random.generator(_CROPS, number + 1)
-            )
-            intensity.append(IntensityNumbers(values[random.part], seeds[random.part]))
+        intensity = [
+            random.draw_intensity(self.intensity, random.generator(_CROPS, number + 1))
+            for number in range(2 if self.intensity.strength else 0)
+        ]
         first, second = (Crops(crops.centres[random.part], crops.reaches[random.part]) for crops in (first, second))
         return _Numbers(first, second, points[random.part], intensity)
 

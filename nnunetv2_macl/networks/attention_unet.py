@@ -59,14 +59,14 @@ class _DecoderStage(nn.Module):
         kernel_size: Sequence[int],
         stride: Sequence[int],
         convolutions: int,
-        conv: Mapping[str, Any],
+        layers: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.upsampling = nn.Upsample(scale_factor=tuple(map(float, stride)))
-        self.convolution = ConvDropoutNormReLU(conv_op, channels_below, channels, kernel_size, 1, **conv)
-        norm = {key: conv[key] for key in ("conv_bias", "norm_op", "norm_op_kwargs")}
+        self.convolution = ConvDropoutNormReLU(conv_op, channels_below, channels, kernel_size, 1, **layers)
+        norm = {key: layers[key] for key in ("conv_bias", "norm_op", "norm_op_kwargs") if key in layers}
         self.gate = AttentionGate(conv_op, channels, **norm)
-        self.convolutions = StackedConvBlocks(convolutions, conv_op, 2 * channels, channels, kernel_size, 1, **conv)
+        self.convolutions = StackedConvBlocks(convolutions, conv_op, 2 * channels, channels, kernel_size, 1, **layers)
 
     def forward(self, below: Tensor, skip: Tensor) -> Tensor:
         upsampled = self.convolution(self.upsampling(below))
@@ -89,9 +89,9 @@ class AttentionUNet(EncoderDecoder):
         strides: Stride of each encoder stage, per axis: kernel size and stride of the max-pooling before the stage.
         n_conv_per_stage: Number of convolutions of each encoder stage.
         n_conv_per_stage_decoder: Number of convolutions of each decoder stage, after the concatenation.
-        conv_bias: Whether convolutions have a bias.
-        norm_op, norm_op_kwargs, dropout_op, dropout_op_kwargs, nonlin, nonlin_kwargs: Layers after each convolution.
         deep_supervision: Whether the decoder returns a segmentation per stage.
+        **layers: Bias of the convolutions, and norm, dropout and nonlinearity after each, as `StackedConvBlocks` takes them.
+            The default is a bias and a ReLU.
 
     Source: Oktay et al., Figure 1
     """
@@ -109,37 +109,23 @@ class AttentionUNet(EncoderDecoder):
         strides: Sequence[Any],
         n_conv_per_stage: Sequence[int],
         n_conv_per_stage_decoder: Sequence[int],
-        conv_bias: bool = True,
-        norm_op: Any = None,
-        norm_op_kwargs: Mapping[str, Any] | None = None,
-        dropout_op: Any = None,
-        dropout_op_kwargs: Mapping[str, Any] | None = None,
-        nonlin: Any = nn.ReLU,
-        nonlin_kwargs: Mapping[str, Any] | None = None,
         deep_supervision: bool = False,
+        **layers: Any,
     ) -> None:
         axes = convert_conv_op_to_dim(conv_op)
         steps, kernels = per_axis(strides, axes), per_axis(kernel_sizes, axes)
-        conv = {
-            "conv_bias": conv_bias,
-            "norm_op": norm_op,
-            "norm_op_kwargs": norm_op_kwargs,
-            "dropout_op": dropout_op,
-            "dropout_op_kwargs": dropout_op_kwargs,
-            "nonlin": nonlin,
-            "nonlin_kwargs": nonlin_kwargs,
-        }
+        layers = {"conv_bias": True, "nonlin": nn.ReLU} | layers
         widths = [input_channels, *features_per_stage]
         pool = get_matching_pool_op(conv_op, pool_type="max")
         encoder_stages = [
             nn.Sequential(
                 pool(steps[n], steps[n]) if max(steps[n]) > 1 else nn.Identity(),
-                StackedConvBlocks(n_conv_per_stage[n], conv_op, widths[n], widths[n + 1], kernels[n], 1, **conv),
+                StackedConvBlocks(n_conv_per_stage[n], conv_op, widths[n], widths[n + 1], kernels[n], 1, **layers),
             )
             for n in range(n_stages)
         ]
         decoder_stages = [
-            _DecoderStage(conv_op, widths[n + 2], widths[n + 1], kernels[n], steps[n + 1], convolutions, conv)
+            _DecoderStage(conv_op, widths[n + 2], widths[n + 1], kernels[n], steps[n + 1], convolutions, layers)
             for n, convolutions in zip(reversed(range(n_stages - 1)), n_conv_per_stage_decoder, strict=True)
         ]
         super().__init__(

@@ -55,7 +55,7 @@ class Decoder(nn.Module):
         deep_supervision: bool,
     ) -> None:
         super().__init__()
-        self.deep_supervision, self.output_channels = deep_supervision, list(channels)
+        self.deep_supervision = deep_supervision
         self.stages = nn.ModuleList(stages)
         # Every stage has a segmentation layer, so that networks with and without deep supervision have the same weights.
         self.seg_layers = nn.ModuleList(conv_op(width, num_classes, 1) for width in channels)
@@ -119,10 +119,17 @@ class EncoderDecoder(AbstractDynamicNetworkArchitectures):
 
 
 class EncoderDecoderAdapter(PretrainableNetwork):
-    """Adapter of an `EncoderDecoder` whose decoder stages read the map of the stage before and a map of the encoder."""
+    """Adapter of a network with an encoder and a decoder, whose stages read the map of the stage before and one of the encoder.
+
+    Attributes:
+        stage_lists: Names of the lists of modules in the decoder, with one item for each stage.
+    """
 
     names = {"encoder": "encoder", "stages": "decoder.stages"}
     encoder_stages = "encoder.stages"
+    stage_lists: ClassVar[tuple[str, ...]] = ("stages",)
+
+    stages: nn.ModuleList
 
     def __init__(self, network: nn.Module, decoder_stages: int) -> None:
         super().__init__(network, decoder_stages)
@@ -137,13 +144,15 @@ class EncoderDecoderAdapter(PretrainableNetwork):
         if not 0 <= decoder_stages <= stages:
             raise ValueError(f"decoder_stages must be between 0 and {stages}, got {decoder_stages}")
         self.decoder_levels = [
-            Level(channels, level.stride)
-            for channels, level in zip(decoder.output_channels, self.encoder_levels[-2::-1], strict=True)
+            Level(layer.in_channels, level.stride)
+            for layer, level in zip(decoder.seg_layers, self.encoder_levels[-2::-1], strict=True)
         ][:decoder_stages]
         self.patch_multiple = self.encoder_levels[-1].stride
         self.image_channels = next(encoder.parameters()).shape[1]
+        # Keep this order of the modules, because the optimiser's state in checkpoints and the gradient norm depend on it.
         self.encoder = encoder
-        self.stages = nn.ModuleList(decoder.stages[:decoder_stages])
+        for name in self.stage_lists:
+            self.add_module(name, nn.ModuleList(getattr(decoder, name)[:decoder_stages]))
 
     @staticmethod
     def last_layer(network: nn.Module) -> nn.Module:
@@ -166,6 +175,11 @@ def first_strides(unet: Mapping[str, Any], stages: int) -> list[list[int]]:
     """Return the strides of the first stages of a planned 2D U-Net. Stages that it lacks have stride 2."""
     strides = per_axis(unet["strides"], 2)[:stages]
     return strides + [[2, 2]] * (stages - len(strides))
+
+
+def at_each_location(layer: nn.Module, maps: Tensor) -> Tensor:
+    """Apply a layer to the channels of maps (N, C, *size) at each location."""
+    return layer(maps.movedim(1, -1)).movedim(-1, 1)
 
 
 def layers_of(unet: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from nnunetv2_macl.networks.encoder_decoder import (
     Encoder,
     EncoderDecoder,
     EncoderDecoderAdapter,
+    at_each_location,
     first_strides,
     layers_of,
     per_axis,
@@ -49,7 +50,7 @@ class RollingMLP(nn.Module):
         shifts = torch.arange(maps.shape[1], device=maps.device)[:, None] * self.direction
         source = (torch.arange(length, device=maps.device) - shifts) % length
         index = source.unsqueeze(2 if self.axis == 2 else 1).expand(maps.shape)
-        return _at_each_location(self.linear, maps.gather(self.axis, index))
+        return at_each_location(self.linear, maps.gather(self.axis, index))
 
 
 class Lo2Block(nn.Module):
@@ -82,10 +83,10 @@ class Lo2Block(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the mixed maps: (N, C, H, W) -> (N, C, H, W)."""
-        rolled = _at_each_location(self.rolled_norm, torch.cat([maps + roll(maps) for roll in self.rolling], 1))
-        far = maps + _at_each_location(self.rolled_mix, rolled)
-        mixed = _at_each_location(self.mix, torch.cat((far, self.convolution(maps)), 1))
-        return _at_each_location(self.norm, mixed)
+        rolled = at_each_location(self.rolled_norm, torch.cat([maps + roll(maps) for roll in self.rolling], 1))
+        far = maps + at_each_location(self.rolled_mix, rolled)
+        mixed = at_each_location(self.mix, torch.cat((far, self.convolution(maps)), 1))
+        return at_each_location(self.norm, mixed)
 
 
 class FeatureIncentiveBlock(nn.Module):
@@ -102,11 +103,7 @@ class FeatureIncentiveBlock(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the normalised maps: (N, below, H, W) -> (N, channels, H, W)."""
-        return _at_each_location(self.norm, nn.functional.gelu(self.projection(maps)))
-
-
-def _at_each_location(layer: nn.Module, maps: Tensor) -> Tensor:
-    return layer(maps.movedim(1, -1)).movedim(-1, 1)
+        return at_each_location(self.norm, nn.functional.gelu(self.projection(maps)))
 
 
 class _DecoderStage(nn.Module):
@@ -134,8 +131,8 @@ class RollingUNet(EncoderDecoder):
         num_classes: Number of segmentation outputs.
         features_per_stage: Number of channels of each of the five encoder stages.
         strides: Stride of each encoder stage, per axis: kernel size and stride of the max-pooling before the stage.
-        norm_op, norm_op_kwargs, nonlin, nonlin_kwargs: Layers after each convolution.
         deep_supervision: Whether the decoder returns a segmentation per stage.
+        **layers: Norm and nonlinearity after each convolution, as `StackedConvBlocks` takes them. The default is a ReLU.
 
     Source: Liu et al., Figure 2
     """
@@ -148,25 +145,17 @@ class RollingUNet(EncoderDecoder):
         num_classes: int,
         features_per_stage: Sequence[int],
         strides: Sequence[Any],
-        norm_op: Any = None,
-        norm_op_kwargs: Mapping[str, Any] | None = None,
-        nonlin: Any = nn.ReLU,
-        nonlin_kwargs: Mapping[str, Any] | None = None,
         deep_supervision: bool = False,
+        **layers: Any,
     ) -> None:
-        layers = {
-            "norm_op": norm_op,
-            "norm_op_kwargs": norm_op_kwargs,
-            "nonlin": nonlin,
-            "nonlin_kwargs": nonlin_kwargs,
-        }
+        layers = {"nonlin": nn.ReLU} | layers
         steps, widths = per_axis(strides, 2), list(features_per_stage)
 
         def convolutions(below: int, *channels: int) -> nn.Module:
             return StackedConvBlocks(len(channels), nn.Conv2d, below, list(channels), 3, 1, True, **layers)
 
         def block(channels: int) -> nn.Module:
-            return Lo2Block(channels, norm_op, norm_op_kwargs)
+            return Lo2Block(channels, layers.get("norm_op"), layers.get("norm_op_kwargs"))
 
         encoder_stages = [
             convolutions(input_channels, widths[0], widths[0]),

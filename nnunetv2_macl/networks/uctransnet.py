@@ -212,11 +212,11 @@ class UCTransNet(EncoderDecoder):
         strides: Stride of each encoder stage, per axis: kernel size and stride of the max-pooling before the stage. A patch of
             the transformer is a voxel of the bottleneck.
         position_grid: Number of learned position embeddings per axis. They are interpolated for other numbers of patches.
-        norm_op, norm_op_kwargs, nonlin, nonlin_kwargs: Layers after each convolution.
         n_layers: Number of layers of the transformer.
         n_heads: Number of attention heads.
         expansion: Width of the hidden layer of the MLPs, as a multiple of the channels.
         deep_supervision: Whether the decoder returns a segmentation per stage.
+        **layers: Norm and nonlinearity after each convolution, as `StackedConvBlocks` takes them. The default is a ReLU.
 
     Source: Wang et al., Figure 2
     """
@@ -228,21 +228,13 @@ class UCTransNet(EncoderDecoder):
         features_per_stage: Sequence[int],
         strides: Sequence[Any],
         position_grid: Sequence[int],
-        norm_op: Any = None,
-        norm_op_kwargs: Mapping[str, Any] | None = None,
-        nonlin: Any = nn.ReLU,
-        nonlin_kwargs: Mapping[str, Any] | None = None,
         n_layers: int = 4,
         n_heads: int = 4,
         expansion: int = 4,
         deep_supervision: bool = False,
+        **layers: Any,
     ) -> None:
-        layers = {
-            "norm_op": norm_op,
-            "norm_op_kwargs": norm_op_kwargs,
-            "nonlin": nonlin,
-            "nonlin_kwargs": nonlin_kwargs,
-        }
+        layers = {"nonlin": nn.ReLU} | layers
         steps = per_axis(strides, 2)
         widths = [input_channels, *features_per_stage]
         encoder_stages = [

@@ -19,6 +19,7 @@ from nnunetv2_macl.networks.encoder_decoder import (
     Encoder,
     EncoderDecoder,
     EncoderDecoderAdapter,
+    at_each_location,
     first_strides,
     layers_of,
     per_axis,
@@ -99,14 +100,10 @@ class KANBlock(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the maps after the block: (N, C, H, W) -> (N, C, H, W)."""
-        values = _at_each_location(self.norm, maps)
+        values = at_each_location(self.norm, maps)
         for linear, convolution in zip(self.linears, self.convolutions, strict=True):
-            values = convolution(_at_each_location(linear, values))
-        return _at_each_location(self.last_norm, maps + values)
-
-
-def _at_each_location(layer: nn.Module, maps: Tensor) -> Tensor:
-    return layer(maps.movedim(1, -1)).movedim(-1, 1)
+            values = convolution(at_each_location(linear, values))
+        return at_each_location(self.last_norm, maps + values)
 
 
 class _PatchEmbedding(nn.Module):
@@ -118,7 +115,7 @@ class _PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, maps: Tensor) -> Tensor:
-        return _at_each_location(self.norm, self.projection(maps))
+        return at_each_location(self.norm, self.projection(maps))
 
 
 class _DecoderStage(nn.Module):
@@ -146,8 +143,8 @@ class UKAN(EncoderDecoder):
         num_classes: Number of segmentation outputs.
         features_per_stage: Number of channels of each of the six encoder stages.
         strides: Stride of each encoder stage, per axis.
-        norm_op, norm_op_kwargs, nonlin, nonlin_kwargs: Layers after each convolution.
         deep_supervision: Whether the decoder returns a segmentation per stage.
+        **layers: Norm and nonlinearity after each convolution, as `StackedConvBlocks` takes them. The default is a ReLU.
 
     Source: Li et al., Figure 2
     """
@@ -160,25 +157,17 @@ class UKAN(EncoderDecoder):
         num_classes: int,
         features_per_stage: Sequence[int],
         strides: Sequence[Any],
-        norm_op: Any = None,
-        norm_op_kwargs: Mapping[str, Any] | None = None,
-        nonlin: Any = nn.ReLU,
-        nonlin_kwargs: Mapping[str, Any] | None = None,
         deep_supervision: bool = False,
+        **layers: Any,
     ) -> None:
-        layers = {
-            "norm_op": norm_op,
-            "norm_op_kwargs": norm_op_kwargs,
-            "nonlin": nonlin,
-            "nonlin_kwargs": nonlin_kwargs,
-        }
+        layers = {"nonlin": nn.ReLU} | layers
         steps, widths = per_axis(strides, 2), list(features_per_stage)
 
         def convolutions(below: int, *channels: int) -> nn.Module:
             return StackedConvBlocks(2, nn.Conv2d, below, list(channels), 3, 1, True, **layers)
 
         def block(channels: int) -> nn.Module:
-            return KANBlock(channels, norm_op, norm_op_kwargs)
+            return KANBlock(channels, layers.get("norm_op"), layers.get("norm_op_kwargs"))
 
         encoder_stages = [
             convolutions(input_channels, widths[0], widths[0]),

@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet, ResidualUNet
 from torch import Tensor, nn
 
-from nnunetv2_macl.networks.base import Level, PretrainableNetwork
+from nnunetv2_macl.networks.encoder_decoder import EncoderDecoderAdapter
 from nnunetv2_macl.networks.paper_unet import PaperUNet
 
 
-class UNet(PretrainableNetwork):
+class UNet(EncoderDecoderAdapter):
     """Adapter of U-Nets whose decoder stages upsample, concatenate a map of the encoder, and convolve."""
 
     adapts = (PlainConvUNet, ResidualEncoderUNet, ResidualUNet, PaperUNet)
     names = {"encoder": "encoder", "transpconvs": "decoder.transpconvs", "stages": "decoder.stages"}
-    encoder_stages = "encoder.stages"
+    stage_lists = ("transpconvs", "stages")
 
-    def __init__(self, network: nn.Module, decoder_stages: int) -> None:
-        super().__init__(network, decoder_stages)
-        # The annotation is needed because mypy takes attributes of an nn.Module for tensors or modules.
-        encoder: Any = network.encoder
-        decoder: Any = network.decoder
-        total = accumulate(encoder.strides, lambda a, b: [m * n for m, n in zip(a, b, strict=True)])
-        self.encoder_levels = [
-            Level(channels, tuple(stride)) for channels, stride in zip(encoder.output_channels, total, strict=True)
-        ]
-        stages = len(self.encoder_levels)
-        if not 0 <= decoder_stages < stages:
-            raise ValueError(f"decoder_stages must be between 0 and {stages - 1}, got {decoder_stages}")
-        self.decoder_levels = self.encoder_levels[-2 : -2 - decoder_stages : -1]
-        self.patch_multiple = self.encoder_levels[-1].stride
-        self.image_channels = next(encoder.parameters()).shape[1]
-        # Keep this order of the modules, because the optimiser's state in checkpoints and the gradient norm depend on it.
-        self.encoder = encoder
-        self.transpconvs = nn.ModuleList(decoder.transpconvs[:decoder_stages])
-        self.stages = nn.ModuleList(decoder.stages[:decoder_stages])
-
-    @staticmethod
-    def last_layer(network: nn.Module) -> nn.Module:
-        decoder: Any = network.decoder
-        return decoder.seg_layers[-1]
+    transpconvs: nn.ModuleList
 
     @classmethod
     def examples(cls, axes: int) -> list[nn.Module]:

@@ -42,7 +42,7 @@ from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.data import Case
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import atomic_write, write_json
+from nnunetv2_macl.files import atomic_write, remove_temporary, write_json
 from nnunetv2_macl.main_guard import require_main_guard
 from nnunetv2_macl.messages import show_any_character
 from nnunetv2_macl.nnunet import DatasetConfiguration, raw_folder
@@ -64,6 +64,8 @@ from nnunetv2_macl.training.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
+# Seconds. No case takes longer, so a temporary file that is older was left by a process that was killed.
+_ABANDONED = 6 * 3600.0
 # The highest compression ratio of gzip.
 _MOST_COMPRESSED = 1032
 # 16 GiB. A larger image most likely has a wrong spacing.
@@ -141,7 +143,7 @@ def preprocess_unlabelled(
         for name, reason in source.invalid_cases.items():
             _skip_or_raise(reason, folder / source.dataset_name / name, skipped, skip_unreadable)
         index = index_of(configuration, source)
-        index.remove_abandoned()
+        remove_temporary(index.folder, older_than=_ABANDONED)
         indices.append(index)
         for name, files in list(source.cases.items())[part]:
             target = os.path.join(folder, source.dataset_name, name)

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import atomic_write, remove_temporary
+from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.nnunet import read_json
 
 # No case has a file with this name.
 INDEX = ".index"
 _ENDING = ".b2nd"
 _FORMAT_VERSION = 2
-# Seconds. No case takes longer, so no other machine is still writing a temporary file that is older.
-_ABANDONED = 6 * 3600.0
 
 
 class Index:
@@ -50,10 +48,6 @@ class Index:
             self._entries[name] = entry
             self._changed = True
         return done
-
-    def remove_abandoned(self) -> None:
-        """Remove the temporary files that killed processes left in the folder."""
-        remove_temporary(self.folder, older_than=_ABANDONED)
 
     def refresh(self) -> None:
         """List the folder again, after cases were made."""

@@ -22,11 +22,6 @@ def window_intensity(image: np.ndarray) -> np.ndarray:
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
 
 
-def grey(image: np.ndarray) -> str:
-    """Return a slice (H, W) with scaled intensities, as data for ``src``."""
-    return png(window_intensity(image))
-
-
 def png(image: np.ndarray) -> str:
     """Return a picture (H, W) or (H, W, 3) with values from 0 to 1 as data for ``src``, no larger than the page shows it."""
     step = max(1, int(np.ceil(max(image.shape[:2]) / _EDGE)))

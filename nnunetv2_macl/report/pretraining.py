@@ -21,7 +21,7 @@ from nnunetv2_macl.planning.plan import start_in_short
 from nnunetv2_macl.recipe import defaults_of, meaning
 from nnunetv2_macl.report.curves import loss_curves, other_curves
 from nnunetv2_macl.report.features import Features, compute_feature_figures
-from nnunetv2_macl.report.pictures import data_uri, grey, png
+from nnunetv2_macl.report.pictures import data_uri, png, window_intensity
 from nnunetv2_macl.report.run import FINISHED, Run, image_sources, read_run
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
 from nnunetv2_macl.training.run_folder import PRETRAINER
@@ -141,7 +141,7 @@ def _commands(run: Run) -> list[tuple[str, str]]:
 
 def _features_as_pictures(features: Features) -> dict[str, Any]:
     def shown(index: int) -> str:
-        return grey(features.slices[index])
+        return png(window_intensity(features.slices[index]))
 
     return {
         "coloured": [

@@ -78,7 +78,7 @@ class Teacher:
             raise UserError(
                 f"{self.folder} is not called TRAINER__PLANS__CONFIGURATION, as nnU-Net calls a model's folder."
             )
-        own = DatasetConfiguration(target.dataset_name, plans.plans_name, name, plans, predictor.dataset_json)
+        own = DatasetConfiguration.from_plans(plans, name, predictor.dataset_json)
         for what, theirs, ours in (
             ("labels", own.dataset_json["labels"], target.dataset_json["labels"]),
             ("channels", own.channel_names, target.channel_names),

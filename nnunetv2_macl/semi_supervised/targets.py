@@ -2,27 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
-
-
-class Targets(Protocol):
-    """Makes targets in the form that nnU-Net's loss with an ignore label requires, (B, T, *patch)."""
-
-    def from_labels(self, target: Tensor) -> Tensor:
-        """Return the target of labelled patches, given nnU-Net's target at full resolution."""
-
-    def from_logits(self, logits: Tensor, confidence: float) -> Tensor:
-        """Return hard labels from logits (B, C, *patch). Voxels with a lower probability are ignored."""
-
-    def ignore(self, target: Tensor, where: Tensor) -> Tensor:
-        """Return a target in which the voxels of a mask, broadcastable to (B, 1, *patch), are ignored too."""
-
-    def ignored(self, target: Tensor) -> Tensor:
-        """Return the mask of the ignored voxels, (B, 1, *patch)."""
 
 
 class LabelTargets:
@@ -32,23 +14,27 @@ class LabelTargets:
         self.ignore_label = ignore_label
 
     def from_labels(self, target: Tensor) -> Tensor:
+        """Return the target of labelled patches, given nnU-Net's target at full resolution."""
         return target
 
     def from_logits(self, logits: Tensor, confidence: float) -> Tensor:
+        """Return hard labels from logits (B, C, *patch). Voxels with a lower probability are ignored."""
         probability, label = logits.float().softmax(1).max(1, keepdim=True)
         return torch.where(probability >= confidence, label, self.ignore_label).to(torch.int16)
 
     def ignore(self, target: Tensor, where: Tensor) -> Tensor:
+        """Return a target in which the voxels of a mask, broadcastable to (B, 1, *patch), are ignored too."""
         return torch.where(where, self.ignore_label, target)
 
     def ignored(self, target: Tensor) -> Tensor:
+        """Return the mask of the ignored voxels, (B, 1, *patch)."""
         return target == self.ignore_label
 
 
 class RegionTargets:
     """Overlapping regions: the target has a channel for each region, and a last channel that is 1 where voxels are ignored.
 
-    A voxel is confident if the prediction of every region is.
+    The methods are those of `LabelTargets`. A voxel is confident if the prediction of every region is.
     """
 
     def __init__(self, regions: int) -> None:
@@ -69,6 +55,10 @@ class RegionTargets:
 
     def ignored(self, target: Tensor) -> Tensor:
         return target[:, -1:]
+
+
+# makes targets in the form that nnU-Net's loss with an ignore label requires, (B, T, *patch)
+Targets = LabelTargets | RegionTargets
 
 
 def targets_of(labels: LabelManager) -> Targets:

@@ -42,27 +42,16 @@ class nnUNetTrainerMACLSemi(UnlabelledTraining):
     semi: SemiSettings = SemiSettings()
     label_manager: LabelManager
     # None before the training starts and after it ends
-    teacher: Any
-    _predict: Any
-    _teacher_state: Any
-
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int | str,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which it inspects
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.targets = targets_of(self.label_manager)
-        self.teacher = self._predict = self._teacher_state = None
-        self.steps_done = 0
+    teacher: Any = None
+    _predict: Any = None
+    _teacher_state: Any = None
+    steps_done = 0
 
     @exit_on_user_error
     def initialize(self) -> None:
         self.semi.check(type(self).__name__)
         super().initialize()
+        self.targets = targets_of(self.label_manager)
         self.partial_loss = self._build_partial_loss()
 
     def _build_partial_loss(self) -> nn.Module:

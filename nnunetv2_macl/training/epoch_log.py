@@ -6,10 +6,9 @@ import csv
 import io
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from nnunetv2_macl import monitoring
 from nnunetv2_macl.errors import UserError
@@ -123,9 +122,6 @@ class EpochSums:
     def means(self) -> dict[str, float]:
         """Return the means over the steps that were not skipped, or nothing if all were skipped."""
         return {key: value / (self.steps - self.skipped) for key, value in self.sums.items()}
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -168,13 +168,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
 
     @property
     def _configuration(self) -> DatasetConfiguration:
-        return DatasetConfiguration(
-            self.plans_manager.dataset_name,
-            self.plans_manager.plans_name,
-            self.configuration_name,
-            self.plans_manager,
-            self.dataset_json,
-        )
+        return DatasetConfiguration.from_plans(self.plans_manager, self.configuration_name, self.dataset_json)
 
     def _report(self, pretrained: checkpoints.PretrainedWeights, transfer: Transfer, rescaled: bool) -> None:
         # first, because nnU-Net logs its split, and a report reads the lines about the weights together
@@ -274,12 +268,10 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         return {"macl": self.macl_origin}
 
     @exit_on_user_error
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         super().load_checkpoint(filename_or_checkpoint)
         self._continues = True
-        if isinstance(filename_or_checkpoint, str):
-            content = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
-            self.load_checkpoint_content(content)
+        self.load_checkpoint_content(torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False))
 
     def load_checkpoint_content(self, checkpoint: dict[str, Any]) -> None:
         """Read the content that `checkpoint_content` returned. Checkpoints of other trainers do not have it."""

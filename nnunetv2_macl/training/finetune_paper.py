@@ -29,18 +29,6 @@ class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
     finetuning_epochs = 100
     finetuning_lr = 5e-4
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int | str,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, which it inspects
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.enable_deep_supervision = False
-        self.oversample_foreground_percent = 0.0
-
     def _build_loss(self) -> nn.Module:
         if self.label_manager.has_regions:
             raise UserError(
@@ -56,6 +44,8 @@ class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
 
     @exit_on_user_error
     def initialize(self) -> None:
+        self.enable_deep_supervision = False
+        self.oversample_foreground_percent = 0.0
         super().initialize()
         if len(self.configuration_manager.patch_size) != 2:
             raise UserError(

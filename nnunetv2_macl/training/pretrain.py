@@ -127,9 +127,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def initialize(self) -> None:
         """nnU-Net builds network, optimiser and loss; before that, we lock the folder and read the MACL plan."""
         with self._release_lock_on_error():
-            plans = self.plans_manager
-            self.macl_configuration = DatasetConfiguration(
-                plans.dataset_name, plans.plans_name, self.configuration_name, plans, self.dataset_json
+            self.macl_configuration = DatasetConfiguration.from_plans(
+                self.plans_manager, self.configuration_name, self.dataset_json
             )
             refuse_pretrained_weights(self)
             with distributed.rank_zero_first() as first:
@@ -349,12 +348,9 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self.checkpoints.save(Path(filename))
 
     @exit_on_user_error
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """nnU-Net loads the named checkpoint; we load the newest good checkpoint of the run's folder."""
         if not self.was_initialized:
             self.initialize()
         with self._release_lock_on_error():
-            if isinstance(filename_or_checkpoint, dict):
-                self.checkpoints.restore(filename_or_checkpoint)
-            else:
-                self.checkpoints.continue_run()
+            self.checkpoints.continue_run()

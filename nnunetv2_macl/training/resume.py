@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -142,9 +141,3 @@ def _quarantine(file: Path) -> Path:
     except OSError as error:
         raise write_error(error, aside) from error
     return aside
-
-
-def remove_previous(folder: Path) -> None:
-    """Remove the previous checkpoint, after the run has ended and its weights are exported."""
-    with contextlib.suppress(OSError):
-        (folder / PREVIOUS).unlink(missing_ok=True)

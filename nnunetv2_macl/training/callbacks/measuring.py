@@ -94,7 +94,7 @@ class EpochLog(Callback):
             self._bar.close()
 
     def state(self) -> dict[str, Any]:
-        return {"epoch_sums": self.sums.as_dict()}
+        return {"epoch_sums": asdict(self.sums)}
 
     def load_state(self, checkpoint: dict[str, Any]) -> None:
         self.sums = EpochSums(**checkpoint["epoch_sums"])

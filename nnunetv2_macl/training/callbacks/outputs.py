@@ -83,7 +83,8 @@ class Export(Callback):
             "collapsed": trainer.collapse.watch.reason,
         }
         export_run(self.folder, trainer.macl_configuration, trainer.macl_plan, trainer.step.model, outcome)
-        resume.remove_previous(self.folder)
+        with contextlib.suppress(OSError):
+            (self.folder / resume.PREVIOUS).unlink(missing_ok=True)
         write_report_after_run(self.folder, trainer.print_to_log_file, trainer.device.type)
 
     def tell_next_command(self) -> None:
