@@ -12,7 +12,7 @@ import pytest
 
 # few processes, because test machines have few cores
 os.environ.setdefault("nnUNet_n_proc_DA", "1")
-os.environ.setdefault("nnUNet_def_n_proc", "2")
+os.environ.setdefault("nnUNet_def_n_proc", "1")
 # Two pytest processes share the cores, and small tensors are faster in one thread. Waiting threads must not occupy the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -209,6 +209,7 @@ def test_prediction_without_this_package(pretrained, bare, tmp_path):
     """Importing this package raises an error, but nnU-Net predicts, exports and installs."""
     images = pretrained.raw / DATASET / "imagesTs"
     predict = ("nnUNetv2_predict", "-d", "901", "-c", "2d", "-tr", QUICK, "-f", "0", "-device", "cpu", "-i", images)
+    predict += ("-npp", "1", "-nps", "1")
     pretrained.run(*predict, "-o", tmp_path / "here", **bare)
     assert len(list((tmp_path / "here").glob("*.nii.gz"))) == 1
 

@@ -191,7 +191,7 @@ def test_collapse_is_reported_and_logged_and_stops_the_run(workspace, tmp_path):
     values = {"threshold": 1.0, "limit_positives": False, "weight_dense": 0.0, "weight_equivariance": 10.0}
     values |= {"standardise_projector": False, "collapse_patience": 2, "optimizer": "sgd"}
     recipe.write_text(json.dumps({"inherits_from": "paper", "decoder_stages": 1, "scale": 2} | values))
-    out = workspace.pretrain("901", "-c", "2d", "-recipe", recipe, code=1, epochs=6, steps=20)
+    out = workspace.pretrain("901", "-c", "2d", "-recipe", recipe, code=1, epochs=4, steps=20)
     assert "COLLAPSED" in out and "own_view_weight" in out and "was stopped" in out
     folder = workspace.run_folder(PRETRAIN)
     # follow the instructions to continue anyway
@@ -242,8 +242,6 @@ def test_a_second_run_in_a_folder_is_refused(workspace):
     finally:
         sleeper.kill()
         sleeper.wait()
-    workspace.pretrain("901", "-c", "2d")  # the process has ended, so its lock is taken over
-    assert not lock.exists()
 
 
 @pytest.mark.parametrize(
