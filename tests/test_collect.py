@@ -17,6 +17,7 @@ from dicom_files import AXIAL, CORONAL, SAGITTAL, volume, write_series
 from nnunetv2_macl.collecting.collect import collect
 from nnunetv2_macl.collecting.dicom import group_series, read_header, sort_slices, why_not
 from nnunetv2_macl.collecting.pseudonyms import KEY_FILE, load_key
+from nnunetv2_macl.collecting.voxels import _is_segmentation
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import read_json
 
@@ -204,6 +205,17 @@ def test_nifti_files(tmp_path, raw):
     assert (
         taken["Doe/b.nii"].split("_")[0] == taken["Doe/a copy.nii"].split("_")[0] != taken["Smith.nii.gz"].split("_")[0]
     )
+
+
+def test_label_maps_of_many_values_are_segmentations_and_flat_scans_are_not():
+    plane, row, column = np.indices((10, 24, 32))
+    parcels = 1000 + plane // 5 * 12 + row // 8 * 4 + column // 8
+    parcels[:2] = 0
+    padded = volume(2)
+    padded[:, :, 8:] = -1024  # air of one value, as in many CT images
+    padded[:, 16:] = -2000  # outside the field of view
+    assert len(np.unique(parcels)) > 16 and _is_segmentation(parcels)
+    assert not _is_segmentation(padded) and not _is_segmentation(parcels + 0.5)
 
 
 def test_a_copy_does_not_contain_the_name_of_its_source(tmp_path, raw):
