@@ -20,6 +20,7 @@ from nnunetv2_macl.collecting.pseudonyms import KEY_FILE, load_key
 from nnunetv2_macl.collecting.voxels import _is_segmentation
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import read_json
+from nnunetv2_macl.raw_data import raw_data_set
 
 LOCALIZER = "ORIGINAL\\PRIMARY\\LOCALIZER"
 
@@ -288,6 +289,19 @@ def test_mistakes_are_explained(tmp_path, raw):
         collect(tmp_path / "none", "28", **options)
     with pytest.raises(UserError, match="itself"):
         collect(folder, folder.name, **options)
+
+
+@pytest.mark.parametrize("place", ["nnUNet_preprocessed", "nnUNet_results"])
+def test_a_number_that_nnunet_knows_elsewhere_is_refused(tmp_path, raw, monkeypatch, place):
+    monkeypatch.setenv(place, str(tmp_path / place))
+    (tmp_path / place / "Dataset028_Old").mkdir(parents=True)
+    for taken in ("28", "Dataset028_New"):
+        with pytest.raises(UserError, match=f"{place}/Dataset028_Old"):
+            raw_data_set(taken, "Collected")
+    assert raw_data_set("Dataset028_Old", "Collected") == raw / "Dataset028_Old"
+    (raw / "Dataset028_Old").mkdir(parents=True)
+    assert raw_data_set("28", "Collected") == raw / "Dataset028_Old"
+    assert raw_data_set("29", "Collected") == raw / "Dataset029_Collected"
 
 
 @pytest.mark.slow
