@@ -291,6 +291,17 @@ def test_mistakes_are_explained(tmp_path, raw):
         collect(folder, folder.name, **options)
 
 
+def test_a_data_set_of_another_modality_is_refused(tmp_path, raw):
+    write_series(tmp_path / "dicom", volume(1), "1.1", modality="MR")
+    folder = raw / "Dataset028_There"
+    folder.mkdir(parents=True)
+    for channel in ("CT", "ct", "PET"):
+        (folder / "dataset.json").write_text(f'{{"channel_names": {{"0": "{channel}"}}, "file_ending": ".nii.gz"}}')
+        with pytest.raises(UserError, match=f"is {channel}, .* MR"):
+            collect(tmp_path / "dicom", "28", private_folder=tmp_path / "private", processes=1)
+    assert [file.name for file in folder.iterdir()] == ["dataset.json"]
+
+
 @pytest.mark.parametrize("place", ["nnUNet_preprocessed", "nnUNet_results"])
 def test_a_number_that_nnunet_knows_elsewhere_is_refused(tmp_path, raw, monkeypatch, place):
     monkeypatch.setenv(place, str(tmp_path / place))

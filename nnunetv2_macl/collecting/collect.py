@@ -48,6 +48,8 @@ NEW_DATA_SET = "Collected"
 DEFAULT_PRIVATE_FOLDER = "~/nnunetv2_macl_private"
 # A folder in imagesUn, which may be on another disk, so that moving a finished image into place is atomic.
 _WORK_FOLDER = ".collecting"
+# Channel names that are a DICOM modality, or a usual name of one, with this modality: PS3.3, C.7.3.1.1.1
+_MODALITIES = {"CT": "CT", "MR": "MR", "MRI": "MR", "PT": "PT", "PET": "PT", "US": "US", "NM": "NM", "MG": "MG"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def collect(
         raise UserError(
             f"{private_folder} is in the data set, which others may get. Give another folder: --private_folder FOLDER"
         )
-    ending = _ending_of(folder, modality)
+    channel, ending = _channel_and_ending(folder)
+    _require_modality(channel, modality, folder)
     pseudonyms = load_key(private_folder)
     table = private_folder / f"{folder.name}.csv"
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,6 +127,7 @@ def collect(
         series, others = _series_candidates(slices, taken, pseudonyms, ending, min_slices, keep_derived)
         niftis, lost = _nifti_candidates(files, source, pseudonyms, ending, pattern)
         candidates, of_others, modality = _select([*niftis, *series], modality, source)
+        _require_modality(channel, modality, folder)
         left_out += others + lost + of_others
         images = folder / UNLABELLED_FOLDER
         rows = []
@@ -179,11 +183,14 @@ def _compile(patient_regex: str | None) -> re.Pattern[str] | None:
         ) from None
 
 
-def _ending_of(folder: Path, modality: str | None) -> str:
-    """Return the file ending of a data set. Raises UserError if images of one channel cannot be written for it."""
+def _channel_and_ending(folder: Path) -> tuple[str | None, str]:
+    """Return the channel of a data set, None if it is new, and its file ending.
+
+    Raises UserError if images of one channel cannot be written for it.
+    """
     file = folder / DESCRIPTION
     if not file.is_file():
-        return ".nii.gz"
+        return None, ".nii.gz"
     description = read_dataset_json(file, "Correct it, or give another data set: -d")
     channels, ending = channel_names(description), description["file_ending"]
     if len(channels) != 1:
@@ -196,9 +203,17 @@ def _ending_of(folder: Path, modality: str | None) -> str:
             f"{folder.name} has files that end in {ending}, and volumes are written as "
             f"{', '.join(SimpleITKIO.supported_file_endings)}. Give another data set or a new number: -d"
         )
-    if channels[0] == "CT" and modality not in (None, "CT"):
-        raise UserError(f"The channel of {folder.name} is CT, and --modality is {modality}. Give another data set: -d")
-    return ending
+    return channels[0], ending
+
+
+def _require_modality(channel: str | None, modality: str | None, folder: Path) -> None:
+    """Raise UserError if the channel of a data set is another modality, because nnU-Net normalises by the channel."""
+    expected = _MODALITIES.get((channel or "").upper())
+    if expected and modality not in (None, expected):
+        raise UserError(
+            f"The channel of {folder.name} is {channel}, and the modality of the images is {modality}. Give another data "
+            f"set (-d), or take only images of this modality: --modality {expected}"
+        )
 
 
 def _require_same_key(earlier: list[Row], fingerprint: str, table: Path) -> None:
