@@ -17,6 +17,7 @@ from dicom_files import AXIAL, CORONAL, SAGITTAL, volume, write_series
 from nnunetv2_macl.collecting.collect import collect
 from nnunetv2_macl.collecting.dicom import group_series, read_header, sort_slices, why_not
 from nnunetv2_macl.collecting.pseudonyms import KEY_FILE, load_key
+from nnunetv2_macl.collecting.table import read_table
 from nnunetv2_macl.collecting.voxels import _is_segmentation
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import read_json
@@ -264,6 +265,32 @@ def test_the_key_is_kept_and_guarded(tmp_path, raw):
         load_key(tmp_path / "private")
     with pytest.raises(UserError, match="--private_folder"):
         collect(tmp_path / "dicom", "28", private_folder=raw / "Dataset028_Collected" / "private")
+
+
+def test_the_table_is_never_emptied(tmp_path, raw, monkeypatch):
+    write_series(tmp_path / "dicom", volume(1), "1.1")
+    write_series(tmp_path / "other", volume(2), "1.2", "ID 2")
+    options = dict(private_folder=tmp_path / "private", processes=1)
+    table = collect(tmp_path / "dicom", "28", **options)
+    header, line = table.read_text().splitlines()
+    # What spreadsheets and other programs make of it
+    for wrong in (
+        f"{header},note\n{line},good\n",
+        f"{header};\n{line}\n".replace(",", ";"),
+        f"{header}\nyes\n{line}\n",
+    ):
+        table.write_text(wrong)
+        with pytest.raises(UserError, match=re.escape(str(table))):
+            collect(tmp_path / "dicom", "28", **options)
+        assert table.read_text() == wrong
+    # Spreadsheets write a byte order mark, and a killed run cuts the last line short.
+    for length in (10, len(line) - 1):
+        table.write_text(f"\ufeff{header}\n{line}\n{line[:length]}", encoding="utf-8")
+        assert [row.series for row in read_table(table)] == ["1.1"]
+    # The data set of another project has the same name and the same private folder.
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "other_raw"))
+    collect(tmp_path / "other", "28", **options)
+    assert sorted(row["series"] for row in rows(table) if row["taken"] == "yes") == ["1.1", "1.2"]
 
 
 def test_mistakes_are_explained(tmp_path, raw):

@@ -136,7 +136,7 @@ def collect(
             images.mkdir(exist_ok=True)
             rows = _make(candidates, earlier, images, table, min_slices, link, processes)
         rows += left_out
-        write_table([*_still_valid(earlier, rows, images, source), *rows], table)
+        write_table([*_still_valid(earlier, rows, source), *rows], table)
     except KeyboardInterrupt:
         raise UserError("Stopped. Type the same command again to continue. Finished images are kept.") from None
     except OSError as error:
@@ -163,14 +163,17 @@ def _describe(folder: Path, modality: str | None, ending: str) -> None:
     write_description(folder, [modality], {"background": 0}, 0, ending)
 
 
-def _still_valid(earlier: list[Row], rows: list[Row], images: Path, source: Path) -> list[Row]:
-    """Return the earlier rows to keep: images that exist, and files of other trees that were left out."""
+def _still_valid(earlier: list[Row], rows: list[Row], source: Path) -> list[Row]:
+    """Return the earlier rows to keep: images that were taken, and files of other trees that were left out.
+
+    Rows of images that do not exist are kept too, because the images may have been moved, or may be in another
+    nnUNet_raw, and no other file tells whose they are.
+    """
     new = {row.image for row in rows if row.image}
     return [
         row
         for row in earlier
-        if row.image not in new
-        and ((images / row.image).is_file() if row.taken == TAKEN else not Path(row.source).is_relative_to(source))
+        if row.image not in new and (row.taken == TAKEN or not Path(row.source).is_relative_to(source))
     ]
 
 

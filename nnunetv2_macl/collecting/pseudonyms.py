@@ -15,6 +15,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_error
 
 KEY_FILE = "pseudonym.key"
+FINGERPRINT_LENGTH = 16
 _KEY_BYTES = 32
 
 
@@ -27,7 +28,7 @@ class Pseudonyms:
 
     def __init__(self, key: bytes) -> None:
         self._key = key
-        self.fingerprint = self._digest("fingerprint", "")[:16]
+        self.fingerprint = self._digest("fingerprint", "")[:FINGERPRINT_LENGTH]
 
     def _digest(self, kind: str, text: str) -> str:
         return hmac.new(self._key, f"{kind}\0{text}".encode(errors="surrogateescape"), hashlib.sha256).hexdigest()
