@@ -29,7 +29,7 @@ from nnunetv2_macl.collecting.dicom import (
     why_not,
     why_unreadable,
 )
-from nnunetv2_macl.collecting.pseudonyms import Pseudonyms, load_key
+from nnunetv2_macl.collecting.pseudonyms import IMAGE_NAME, Pseudonyms, load_key
 from nnunetv2_macl.collecting.table import LEFT_OUT, TAKEN, Row, append_row, read_table, write_table
 from nnunetv2_macl.collecting.voxels import NIFTI_ENDINGS, Job, initialise_worker, make_image
 from nnunetv2_macl.cpu import usable_cores
@@ -120,6 +120,8 @@ def collect(
     try:
         earlier = read_table(table)
         _require_same_key(earlier, pseudonyms.fingerprint, table)
+        images = folder / UNLABELLED_FOLDER
+        _require_listed(images, earlier, table)
         # This removes a last line that a killed run has cut short.
         write_table(earlier, table)
         taken = {row.series for row in earlier if row.taken == TAKEN}
@@ -129,7 +131,6 @@ def collect(
         candidates, of_others, modality = _select([*niftis, *series], modality, source)
         _require_modality(channel, modality, folder)
         left_out += others + lost + of_others
-        images = folder / UNLABELLED_FOLDER
         rows = []
         if candidates:
             _describe(folder, modality, ending)
@@ -224,6 +225,18 @@ def _require_same_key(earlier: list[Row], fingerprint: str, table: Path) -> None
         raise UserError(
             f"{table} lists images that were named with another key than the one in {table.parent}, so the same "
             "patients would get other pseudonyms. Put the old key back, or collect into a new data set: -d"
+        )
+
+
+def _require_listed(images: Path, earlier: list[Row], table: Path) -> None:
+    """Raise UserError if images were collected with another table, because all would be collected again."""
+    listed = {row.image for row in earlier}
+    others = sorted(path.name for path in images.glob("p*") if IMAGE_NAME.match(path.name) and path.name not in listed)
+    if others:
+        raise UserError(
+            f"{images} holds {pluralise(len(others), 'collected image')} that {table} does not list, for example "
+            f"{others[0]}. Give the private folder with which they were collected, so that no patient gets a second "
+            "pseudonym: --private_folder FOLDER. If it is lost, collect into a new data set: -d"
         )
 
 
@@ -421,10 +434,14 @@ def _make(
                 row = replace(row, taken=LEFT_OUT, reason=f"duplicate: the same voxels as {twin}", image="")
                 target.unlink()
             else:
-                os.replace(target, images / row.image)
                 row = replace(row, voxels=result.voxels)
                 image_of[row.voxels] = row.image
+                # An image that is replaced is removed first, so that the new row never describes the old image.
+                (images / row.image).unlink(missing_ok=True)
+            # The row is written before the image, so that the table lists each image even if the run is killed.
             append_row(row, table)
+            if row.taken == TAKEN:
+                os.replace(target, images / row.image)
             rows.append(row)
             if bar.disable and number % max(1, len(todo) // 10) == 0:
                 logger.info("Read %d of %d images", number, len(todo))

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import shlex
 import stat
@@ -15,6 +16,8 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_error
 
 KEY_FILE = "pseudonym.key"
+# Name of the first channel of a case with a pseudonym, without its ending
+IMAGE_NAME = re.compile(r"p[0-9a-f]{12}_s[0-9a-f]{8}_0000")
 FINGERPRINT_LENGTH = 16
 _KEY_BYTES = 32
 
