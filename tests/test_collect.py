@@ -208,6 +208,17 @@ def test_nifti_files(tmp_path, raw):
         taken["Doe/b.nii"].split("_")[0] == taken["Doe/a copy.nii"].split("_")[0] != taken["Smith.nii.gz"].split("_")[0]
     )
 
+    # Another tree has a file of the same path, which is another patient.
+    write_nifti(tmp_path / "site_b" / "Adams.nii.gz", volume(8))
+    write_nifti(tmp_path / "site_b" / "Doe" / "b.nii", volume(9))
+    before = {path: path.read_bytes() for path in images.iterdir()}
+    with pytest.raises(UserError, match=r"site_b/Doe/b\.nii and .*tree/Doe/b\.nii.*--patient_regex"):
+        collect(tmp_path / "site_b", "28", **options)
+    assert {path: path.read_bytes() for path in images.iterdir()} == before
+    assert [row for row in rows(table) if row["taken"] == "yes"] == [
+        row for row in by_name.values() if row["taken"] == "yes"
+    ]
+
 
 def test_label_maps_of_many_values_are_segmentations_and_flat_scans_are_not():
     plane, row, column = np.indices((10, 24, 32))
@@ -218,6 +229,17 @@ def test_label_maps_of_many_values_are_segmentations_and_flat_scans_are_not():
     padded[:, 16:] = -2000  # outside the field of view
     assert len(np.unique(parcels)) > 16 and _is_segmentation(parcels)
     assert not _is_segmentation(padded) and not _is_segmentation(parcels + 0.5)
+
+
+def test_an_incomplete_copy_of_a_series_does_not_replace_it(tmp_path, raw):
+    for place, count, slices in (("most", 6, 6), ("all", 8, 8), ("few", 5, 8)):
+        write_series(tmp_path / place, volume(1)[:count], "1.1")
+        table = collect(tmp_path / place, "28", private_folder=tmp_path / "private", processes=1)
+        (image,) = (raw / "Dataset028_Collected" / "imagesUn").iterdir()
+        assert sitk.ReadImage(str(image)).GetSize()[2] == slices
+    taken, left_out = rows(table)
+    assert taken["taken"] == "yes" and taken["image"] == image.name and "/all/" in taken["source"]
+    assert left_out["taken"] == "no" and left_out["reason"].startswith("duplicate") and "/few/" in left_out["source"]
 
 
 def test_a_copy_does_not_contain_the_name_of_its_source(tmp_path, raw):

@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import SimpleITK as sitk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from tqdm import tqdm
 
@@ -388,24 +389,36 @@ def _make(
     link: bool,
     processes: int,
 ) -> list[Row]:
-    """Make the images that do not exist yet. Return a row for each candidate."""
+    """Make the images that do not exist yet. Return a row for each candidate.
+
+    An image from another tree is never replaced, except a DICOM series by the same series with more slices.
+    """
     made = {row.image: row for row in earlier if row.taken == TAKEN}
-    done, todo = [], []
+    done, incomplete, todo = [], [], []
     for candidate in candidates:
-        row = made.get(candidate.row.image)
-        if row and row.content == candidate.row.content and (images / row.image).is_file():
+        row, image = made.get(candidate.row.image), images / candidate.row.image
+        if row and row.content == candidate.row.content and image.is_file():
             done.append(replace(candidate.row, voxels=row.voxels))
+        elif (
+            candidate.row.kind == "DICOM"
+            and _is_another_source(row, candidate)
+            and len(candidate.files) <= (slices := _slices_of_series(image))
+        ):
+            reason = f"duplicate: {image.name} has {slices} slices of this series, and here are {len(candidate.files)}"
+            incomplete.append(replace(candidate.row, taken=LEFT_OUT, reason=reason, image=""))
         else:
             todo.append(candidate)
     if done:
         logger.info("Already collected: %s", pluralise(len(done), "image"))
+    rows = [*done, *incomplete]
     if not todo:
-        return done
+        return rows
+    # Images with the name of an earlier one come first, so that a collision is found before any image is written.
+    todo.sort(key=lambda candidate: candidate.row.image not in made)
     image_of = {row.voxels: row.image for row in made.values() if row.voxels and (images / row.image).is_file()}
     work = images.resolve() / _WORK_FOLDER
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    rows = list(done)
     # Use spawn, as nnU-Net does, because forked processes inherit locks that are held.
     pool = ProcessPoolExecutor(
         min(processes, len(todo), usable_cores()), multiprocessing.get_context("spawn"), initialise_worker
@@ -434,6 +447,7 @@ def _make(
                 row = replace(row, taken=LEFT_OUT, reason=f"duplicate: the same voxels as {twin}", image="")
                 target.unlink()
             else:
+                _require_same_file(made.get(row.image), candidate, result.voxels)
                 row = replace(row, voxels=result.voxels)
                 image_of[row.voxels] = row.image
                 # An image that is replaced is removed first, so that the new row never describes the old image.
@@ -455,6 +469,32 @@ def _make(
         with contextlib.suppress(OSError):
             shutil.rmtree(work)
     return rows
+
+
+def _is_another_source(earlier: Row | None, candidate: Candidate) -> bool:
+    return earlier is not None and earlier.source != candidate.row.source
+
+
+def _slices_of_series(image: Path) -> int:
+    """Return the number of slices of an image that was made from a series, or 0 if the image cannot be read."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(image))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return 0
+    return reader.GetSize()[2]
+
+
+def _require_same_file(earlier: Row | None, candidate: Candidate, voxels: str) -> None:
+    """Raise UserError if a NIfTI file would get the name of another image that was collected from another tree."""
+    row = candidate.row
+    if row.kind == "NIfTI" and earlier and _is_another_source(earlier, candidate) and earlier.voxels != voxels:
+        raise UserError(
+            f"{row.source} and {earlier.source} have the same path below the folder that you gave, so they would become "
+            "one image of one patient. The earlier image is kept. Give a folder that holds both trees, and a regular "
+            "expression that tells their patients apart, such as --patient_regex '^[^/]+/[^/]+' for two folders"
+        )
 
 
 def _image_ending(image: str) -> str:
