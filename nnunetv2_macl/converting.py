@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -25,7 +27,8 @@ from tqdm import tqdm
 from nnunetv2_macl.collecting.dicom import last_line, read_header, sort_slices, why_unreadable
 from nnunetv2_macl.collecting.voxels import read_series
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import write_error
+from nnunetv2_macl.files import write_error, write_json
+from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER
 from nnunetv2_macl.raw_data import DESCRIPTION, raw_data_set, write_description
 from nnunetv2_macl.text import pluralise
@@ -52,6 +55,8 @@ _CHAOS_SEQUENCES = {
 _IMAGECHD_NAMES = (
     "left ventricle", "right ventricle", "left atrium", "right atrium", "myocardium", "aorta", "pulmonary artery"
 )  # fmt: skip
+# The file in an unfinished data set that says what is converted into it
+_MARKER = ".converting.json"
 # A mask of ISIC is 0 or 255. This value and above are lesion.
 _ISIC_LESION = 128
 
@@ -206,7 +211,8 @@ def convert(data_set: RawDataSet, dataset: str) -> Path:
     Files that exist already are kept, so a conversion that was stopped continues.
 
     Raises:
-        UserError: The data set is complete already, a file cannot be converted, or the disk is full.
+        UserError: The data set is complete already, the folder holds something else, a file cannot be converted, or the
+            disk is full.
     """
     folder = raw_data_set(dataset, data_set.name)
     if (folder / DESCRIPTION).exists():
@@ -218,13 +224,15 @@ def convert(data_set: RawDataSet, dataset: str) -> Path:
         lock = RunLock(folder)
         lock.acquire()
         try:
+            _begin(data_set, folder)
             for case in tqdm(data_set.cases, unit="case", disable=not sys.stderr.isatty()):
                 if case.write_label is not None:
-                    _write_once(folder / LABELS / f"{case.name}{ending}", case.write_label, work)
-                _write_once(folder / case.folder / f"{case.name}_0000{ending}", case.write_image, work)
+                    _write_once(folder / _label_of(case, ending), case.write_label, work)
+                _write_once(folder / _image_of(case, ending), case.write_image, work)
             trained = sum(case.folder == TRAINING for case in data_set.cases)
             labels = BACKGROUND | {name: value for value, name in enumerate(data_set.labels, 1)}
             write_description(folder, data_set.channels, labels, trained, ending, reference=data_set.reference)
+            (folder / _MARKER).unlink()
         finally:
             shutil.rmtree(work, ignore_errors=True)
             lock.release()
@@ -234,6 +242,42 @@ def convert(data_set: RawDataSet, dataset: str) -> Path:
         raise write_error(error, folder) from error
     logger.info("%s, %d of them labelled, in %s", pluralise(len(data_set.cases), "case"), trained, folder)
     return folder
+
+
+def _image_of(case: RawCase, ending: str) -> Path:
+    return Path(case.folder) / f"{case.name}_0000{ending}"
+
+
+def _label_of(case: RawCase, ending: str) -> Path:
+    return Path(LABELS) / f"{case.name}{ending}"
+
+
+def _begin(data_set: RawDataSet, folder: Path) -> None:
+    """Write down what is converted into a folder. Raise UserError if the folder holds anything else."""
+    marker = folder / _MARKER
+    mine = {"name": data_set.name, "channels": data_set.channels, "labels": list(data_set.labels)}
+    there = shlex.quote(str(folder))
+    remedy = f"Give another id (-d), or move the folder away: mv {there} {there}_before"
+    if marker.is_file():
+        begun = read_json(marker, remedy)
+        if begun != mine:
+            raise UserError(
+                f"{folder} is an unfinished conversion of {_summary(begun)}, and you convert {_summary(mine)}. To continue, "
+                f"type the earlier command with the same options. {remedy}"
+            )
+        own = {_image_of(case, data_set.file_ending) for case in data_set.cases}
+        own |= {_label_of(case, data_set.file_ending) for case in data_set.cases if case.write_label is not None}
+    else:
+        own = set()
+    files = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    if others := sorted(file for file in files if file not in own and not any(p.startswith(".") for p in file.parts)):
+        raise UserError(f"{folder} holds {others[0]}, which is not of this conversion. {remedy}")
+    write_json(mine, marker)
+
+
+def _summary(marker: Mapping[str, Any]) -> str:
+    channels, labels = (", ".join(marker[key]) or "none" for key in ("channels", "labels"))
+    return f"{marker['name']} (channels: {channels}; labels: {labels})"
 
 
 def _write_once(file: Path, write: Callable[[Path], object], work: Path) -> None:

@@ -76,6 +76,15 @@ def preprocessed_folder(dataset_name: str) -> Path:
     return Path(os.environ["nnUNet_preprocessed"]) / dataset_name
 
 
+def folders_with_id(number: str, *more: Path) -> list[Path]:
+    """Return the folders of all data sets with an id, such as ``027``, in nnU-Net's folders that are set, and in ``more``.
+
+    nnU-Net looks for ids in all three folders, and finds none of several data sets with the same id.
+    """
+    roots = [*more, *(Path(os.environ[name]) for name in FOLDER_VARIABLES if os.environ.get(name))]
+    return sorted({path for root in roots for path in root.glob(f"Dataset{number}_*") if path.is_dir()})
+
+
 def dataset_name(name_or_id: str | int) -> str:
     """Return the full name of a data set, given by name or id as in nnU-Net.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json
+from nnunetv2_macl.nnunet import folders_with_id
 
 DESCRIPTION = "dataset.json"
 
@@ -18,7 +19,8 @@ def raw_data_set(name_or_id: str, new_name: str) -> Path:
     """Return the folder of a raw data set by id or name. A data set that does not exist gets the name ``new_name``.
 
     Raises:
-        UserError: nnUNet_raw is not set, the name is not as nnU-Net needs it, or several data sets have the id.
+        UserError: nnUNet_raw is not set, the name is not as nnU-Net needs it, or the number belongs to another data set in
+            one of nnU-Net's folders.
     """
     root = os.environ.get("nnUNet_raw")
     if not root:
@@ -29,14 +31,17 @@ def raw_data_set(name_or_id: str, new_name: str) -> Path:
         number = f"{int(name_or_id):03d}"
     else:
         raise UserError(f"-d must be a number from 1 to 999 or a name such as Dataset027_NAME, got '{name_or_id}'.")
-    there = sorted(path.name for path in Path(root).glob(f"Dataset{number}_*") if path.is_dir())
-    if name_or_id in there or not there:
+    there = folders_with_id(number)
+    names = {path.name for path in there}
+    if name_or_id in names or not names:
         return Path(root) / (f"Dataset{number}_{new_name}" if name_or_id.isdecimal() else name_or_id)
-    if len(there) > 1 or not name_or_id.isdecimal():
+    folder = Path(root) / there[0].name
+    if len(names) > 1 or not name_or_id.isdecimal() or not folder.is_dir():
         raise UserError(
-            f"The number {number} belongs to {' and '.join(there)} in {root}. Give another number or that name."
+            f"The number {number} belongs to {' and '.join(map(str, there))}. nnU-Net finds none of several data sets "
+            "with the same number. Give another number, or the full name of the data set that you mean: -d"
         )
-    return Path(root) / there[0]
+    return folder
 
 
 def write_description(

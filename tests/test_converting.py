@@ -10,7 +10,7 @@ from dicom_files import AXIAL, write_series
 from PIL import Image
 
 from nnunetv2_macl import converting
-from nnunetv2_macl.converting import convert
+from nnunetv2_macl.converting import RawCase, convert
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.preprocessing.sources import group_channels
@@ -156,6 +156,28 @@ def test_a_conversion_that_was_stopped_continues(tmp_path, raw):
     folder = convert(converting.mmwhs(tmp_path / "data"), "31")
     assert first.stat().st_mtime_ns == when and len(list((folder / "labelsTr").iterdir())) == 5
     assert sorted(path.name for path in folder.iterdir()) == ["dataset.json", "imagesTr", "imagesTs", "labelsTr"]
+
+
+def test_a_conversion_does_not_continue_another_one(tmp_path, raw):
+    isic2018(tmp_path / "data")
+    stopped = converting.isic2018(tmp_path / "data")
+    stopped.cases.append(RawCase("ISIC_stop", "imagesTr", lambda target: (_ for _ in ()).throw(KeyboardInterrupt)))
+    with pytest.raises(UserError, match="Stopped"):
+        convert(stopped, "38")
+    folder = raw / "Dataset038_ISIC2018"
+    with pytest.raises(UserError, match=r"unfinished .*R, G, B.*grey"):
+        convert(converting.isic2018(tmp_path / "data", grey=True), "38")
+    (folder / "imagesTr" / "other_0000.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"imagesTr/other_0000\.png"):
+        convert(converting.isic2018(tmp_path / "data"), "38")
+    (folder / "imagesTr" / "other_0000.png").unlink()
+    convert(converting.isic2018(tmp_path / "data"), "38")
+    assert sorted(path.name for path in folder.iterdir()) == ["dataset.json", "imagesTr", "labelsTr"]
+
+    (raw / "Dataset039_Mine" / "imagesTr").mkdir(parents=True)
+    (raw / "Dataset039_Mine" / "imagesTr" / "ISIC_0000001_0000.png").write_bytes(b"")
+    with pytest.raises(UserError, match="not of this conversion"):
+        convert(converting.isic2018(tmp_path / "data"), "39")
 
 
 def test_hvsmr_and_imagechd(tmp_path, raw):

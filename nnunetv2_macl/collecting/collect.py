@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import SimpleITK as sitk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from nnunetv2_macl.collecting.dicom import (
     why_not,
     why_unreadable,
 )
-from nnunetv2_macl.collecting.pseudonyms import Pseudonyms, load_key
+from nnunetv2_macl.collecting.pseudonyms import IMAGE_NAME, Pseudonyms, load_key
 from nnunetv2_macl.collecting.table import LEFT_OUT, TAKEN, Row, append_row, read_table, write_table
 from nnunetv2_macl.collecting.voxels import NIFTI_ENDINGS, Job, initialise_worker, make_image
 from nnunetv2_macl.cpu import usable_cores
@@ -48,6 +49,8 @@ NEW_DATA_SET = "Collected"
 DEFAULT_PRIVATE_FOLDER = "~/nnunetv2_macl_private"
 # A folder in imagesUn, which may be on another disk, so that moving a finished image into place is atomic.
 _WORK_FOLDER = ".collecting"
+# Channel names that are a DICOM modality, or a usual name of one, with this modality: PS3.3, C.7.3.1.1.1
+_MODALITIES = {"CT": "CT", "MR": "MR", "MRI": "MR", "PT": "PT", "PET": "PT", "US": "US", "NM": "NM", "MG": "MG"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def collect(
         raise UserError(
             f"{private_folder} is in the data set, which others may get. Give another folder: --private_folder FOLDER"
         )
-    ending = _ending_of(folder, modality)
+    channel, ending = _channel_and_ending(folder)
+    _require_modality(channel, modality, folder)
     pseudonyms = load_key(private_folder)
     table = private_folder / f"{folder.name}.csv"
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +121,8 @@ def collect(
     try:
         earlier = read_table(table)
         _require_same_key(earlier, pseudonyms.fingerprint, table)
+        images = folder / UNLABELLED_FOLDER
+        _require_listed(images, earlier, table)
         # This removes a last line that a killed run has cut short.
         write_table(earlier, table)
         taken = {row.series for row in earlier if row.taken == TAKEN}
@@ -124,15 +130,15 @@ def collect(
         series, others = _series_candidates(slices, taken, pseudonyms, ending, min_slices, keep_derived)
         niftis, lost = _nifti_candidates(files, source, pseudonyms, ending, pattern)
         candidates, of_others, modality = _select([*niftis, *series], modality, source)
+        _require_modality(channel, modality, folder)
         left_out += others + lost + of_others
-        images = folder / UNLABELLED_FOLDER
         rows = []
         if candidates:
             _describe(folder, modality, ending)
             images.mkdir(exist_ok=True)
             rows = _make(candidates, earlier, images, table, min_slices, link, processes)
         rows += left_out
-        write_table([*_still_valid(earlier, rows, images, source), *rows], table)
+        write_table([*_still_valid(earlier, rows, source), *rows], table)
     except KeyboardInterrupt:
         raise UserError("Stopped. Type the same command again to continue. Finished images are kept.") from None
     except OSError as error:
@@ -159,14 +165,17 @@ def _describe(folder: Path, modality: str | None, ending: str) -> None:
     write_description(folder, [modality], {"background": 0}, 0, ending)
 
 
-def _still_valid(earlier: list[Row], rows: list[Row], images: Path, source: Path) -> list[Row]:
-    """Return the earlier rows to keep: images that exist, and files of other trees that were left out."""
+def _still_valid(earlier: list[Row], rows: list[Row], source: Path) -> list[Row]:
+    """Return the earlier rows to keep: images that were taken, and files of other trees that were left out.
+
+    Rows of images that do not exist are kept too, because the images may have been moved, or may be in another
+    nnUNet_raw, and no other file tells whose they are.
+    """
     new = {row.image for row in rows if row.image}
     return [
         row
         for row in earlier
-        if row.image not in new
-        and ((images / row.image).is_file() if row.taken == TAKEN else not Path(row.source).is_relative_to(source))
+        if row.image not in new and (row.taken == TAKEN or not Path(row.source).is_relative_to(source))
     ]
 
 
@@ -179,11 +188,14 @@ def _compile(patient_regex: str | None) -> re.Pattern[str] | None:
         ) from None
 
 
-def _ending_of(folder: Path, modality: str | None) -> str:
-    """Return the file ending of a data set. Raises UserError if images of one channel cannot be written for it."""
+def _channel_and_ending(folder: Path) -> tuple[str | None, str]:
+    """Return the channel of a data set, None if it is new, and its file ending.
+
+    Raises UserError if images of one channel cannot be written for it.
+    """
     file = folder / DESCRIPTION
     if not file.is_file():
-        return ".nii.gz"
+        return None, ".nii.gz"
     description = read_dataset_json(file, "Correct it, or give another data set: -d")
     channels, ending = channel_names(description), description["file_ending"]
     if len(channels) != 1:
@@ -196,9 +208,17 @@ def _ending_of(folder: Path, modality: str | None) -> str:
             f"{folder.name} has files that end in {ending}, and volumes are written as "
             f"{', '.join(SimpleITKIO.supported_file_endings)}. Give another data set or a new number: -d"
         )
-    if channels[0] == "CT" and modality not in (None, "CT"):
-        raise UserError(f"The channel of {folder.name} is CT, and --modality is {modality}. Give another data set: -d")
-    return ending
+    return channels[0], ending
+
+
+def _require_modality(channel: str | None, modality: str | None, folder: Path) -> None:
+    """Raise UserError if the channel of a data set is another modality, because nnU-Net normalises by the channel."""
+    expected = _MODALITIES.get((channel or "").upper())
+    if expected and modality not in (None, expected):
+        raise UserError(
+            f"The channel of {folder.name} is {channel}, and the modality of the images is {modality}. Give another data "
+            f"set (-d), or take only images of this modality: --modality {expected}"
+        )
 
 
 def _require_same_key(earlier: list[Row], fingerprint: str, table: Path) -> None:
@@ -206,6 +226,18 @@ def _require_same_key(earlier: list[Row], fingerprint: str, table: Path) -> None
         raise UserError(
             f"{table} lists images that were named with another key than the one in {table.parent}, so the same "
             "patients would get other pseudonyms. Put the old key back, or collect into a new data set: -d"
+        )
+
+
+def _require_listed(images: Path, earlier: list[Row], table: Path) -> None:
+    """Raise UserError if images were collected with another table, because all would be collected again."""
+    listed = {row.image for row in earlier}
+    others = sorted(path.name for path in images.glob("p*") if IMAGE_NAME.match(path.name) and path.name not in listed)
+    if others:
+        raise UserError(
+            f"{images} holds {pluralise(len(others), 'collected image')} that {table} does not list, for example "
+            f"{others[0]}. Give the private folder with which they were collected, so that no patient gets a second "
+            "pseudonym: --private_folder FOLDER. If it is lost, collect into a new data set: -d"
         )
 
 
@@ -357,24 +389,36 @@ def _make(
     link: bool,
     processes: int,
 ) -> list[Row]:
-    """Make the images that do not exist yet. Return a row for each candidate."""
+    """Make the images that do not exist yet. Return a row for each candidate.
+
+    An image from another tree is never replaced, except a DICOM series by the same series with more slices.
+    """
     made = {row.image: row for row in earlier if row.taken == TAKEN}
-    done, todo = [], []
+    done, incomplete, todo = [], [], []
     for candidate in candidates:
-        row = made.get(candidate.row.image)
-        if row and row.content == candidate.row.content and (images / row.image).is_file():
+        row, image = made.get(candidate.row.image), images / candidate.row.image
+        if row and row.content == candidate.row.content and image.is_file():
             done.append(replace(candidate.row, voxels=row.voxels))
+        elif (
+            candidate.row.kind == "DICOM"
+            and _is_another_source(row, candidate)
+            and len(candidate.files) <= (slices := _slices_of_series(image))
+        ):
+            reason = f"duplicate: {image.name} has {slices} slices of this series, and here are {len(candidate.files)}"
+            incomplete.append(replace(candidate.row, taken=LEFT_OUT, reason=reason, image=""))
         else:
             todo.append(candidate)
     if done:
         logger.info("Already collected: %s", pluralise(len(done), "image"))
+    rows = [*done, *incomplete]
     if not todo:
-        return done
+        return rows
+    # Images with the name of an earlier one come first, so that a collision is found before any image is written.
+    todo.sort(key=lambda candidate: candidate.row.image not in made)
     image_of = {row.voxels: row.image for row in made.values() if row.voxels and (images / row.image).is_file()}
     work = images.resolve() / _WORK_FOLDER
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    rows = list(done)
     # Use spawn, as nnU-Net does, because forked processes inherit locks that are held.
     pool = ProcessPoolExecutor(
         min(processes, len(todo), usable_cores()), multiprocessing.get_context("spawn"), initialise_worker
@@ -403,10 +447,15 @@ def _make(
                 row = replace(row, taken=LEFT_OUT, reason=f"duplicate: the same voxels as {twin}", image="")
                 target.unlink()
             else:
-                os.replace(target, images / row.image)
+                _require_same_file(made.get(row.image), candidate, result.voxels)
                 row = replace(row, voxels=result.voxels)
                 image_of[row.voxels] = row.image
+                # An image that is replaced is removed first, so that the new row never describes the old image.
+                (images / row.image).unlink(missing_ok=True)
+            # The row is written before the image, so that the table lists each image even if the run is killed.
             append_row(row, table)
+            if row.taken == TAKEN:
+                os.replace(target, images / row.image)
             rows.append(row)
             if bar.disable and number % max(1, len(todo) // 10) == 0:
                 logger.info("Read %d of %d images", number, len(todo))
@@ -420,6 +469,32 @@ def _make(
         with contextlib.suppress(OSError):
             shutil.rmtree(work)
     return rows
+
+
+def _is_another_source(earlier: Row | None, candidate: Candidate) -> bool:
+    return earlier is not None and earlier.source != candidate.row.source
+
+
+def _slices_of_series(image: Path) -> int:
+    """Return the number of slices of an image that was made from a series, or 0 if the image cannot be read."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(image))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return 0
+    return reader.GetSize()[2]
+
+
+def _require_same_file(earlier: Row | None, candidate: Candidate, voxels: str) -> None:
+    """Raise UserError if a NIfTI file would get the name of another image that was collected from another tree."""
+    row = candidate.row
+    if row.kind == "NIfTI" and earlier and _is_another_source(earlier, candidate) and earlier.voxels != voxels:
+        raise UserError(
+            f"{row.source} and {earlier.source} have the same path below the folder that you gave, so they would become "
+            "one image of one patient. The earlier image is kept. Give a folder that holds both trees, and a regular "
+            "expression that tells their patients apart, such as --patient_regex '^[^/]+/[^/]+' for two folders"
+        )
 
 
 def _image_ending(image: str) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import shlex
 import stat
@@ -15,6 +16,9 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_error
 
 KEY_FILE = "pseudonym.key"
+# Name of the first channel of a case with a pseudonym, without its ending
+IMAGE_NAME = re.compile(r"p[0-9a-f]{12}_s[0-9a-f]{8}_0000")
+FINGERPRINT_LENGTH = 16
 _KEY_BYTES = 32
 
 
@@ -27,7 +31,7 @@ class Pseudonyms:
 
     def __init__(self, key: bytes) -> None:
         self._key = key
-        self.fingerprint = self._digest("fingerprint", "")[:16]
+        self.fingerprint = self._digest("fingerprint", "")[:FINGERPRINT_LENGTH]
 
     def _digest(self, kind: str, text: str) -> str:
         return hmac.new(self._key, f"{kind}\0{text}".encode(errors="surrogateescape"), hashlib.sha256).hexdigest()

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_macl.collecting.pseudonyms import FINGERPRINT_LENGTH
+from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import atomic_write, write_error
 
 TAKEN = "yes"
@@ -36,19 +38,45 @@ class Row:
 
 
 _COLUMNS = [column.name for column in fields(Row)]
+_FILES = _COLUMNS.index("files")
 
 
 def read_table(file: Path) -> list[Row]:
-    """Return the rows of a table, or none if the file does not exist. A last line that was cut short is ignored."""
+    """Return the rows of a table, or none if the file does not exist.
+
+    A last line that a killed run has cut short is ignored.
+
+    Raises:
+        UserError: Another program has changed the columns or damaged a line.
+    """
     if not file.is_file():
         return []
-    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as stream:
-        lines: Iterable[dict[str, Any]] = csv.DictReader(stream)
-        return [
-            Row(**values | {"files": int(values["files"])})
-            for values in lines
-            if set(values) == set(_COLUMNS) and None not in values.values() and values["files"].isdecimal()
-        ]
+    # utf-8-sig, because spreadsheets write a byte order mark
+    text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    lines = csv.reader(io.StringIO(text, newline=""))
+    columns = next(lines, _COLUMNS)
+    if columns != _COLUMNS:
+        raise UserError(
+            f"{file} has the columns {','.join(columns)}, and should have {','.join(_COLUMNS)}. Correct the first line, "
+            "or save the table with these columns, separated by commas."
+        )
+    rows = [(lines.line_num, line) for line in lines if line]
+    if rows and not text.endswith("\n") and not _is_whole(rows[-1][1]):
+        rows.pop()
+    for number, line in rows:
+        if not _is_whole(line):
+            raise UserError(f"{file} has a damaged line, number {number}: {','.join(line)}. Correct the line.")
+    return [_as_row(line) for _, line in rows]
+
+
+def _is_whole(line: list[str]) -> bool:
+    """Return whether a line has all its columns. The last one, the fingerprint of a key, has a fixed length."""
+    return len(line) == len(_COLUMNS) and line[_FILES].isdecimal() and len(line[-1]) in (0, FINGERPRINT_LENGTH)
+
+
+def _as_row(line: list[str]) -> Row:
+    values: dict[str, Any] = dict(zip(_COLUMNS, line, strict=True))
+    return Row(**values | {"files": int(values["files"])})
 
 
 def append_row(row: Row, file: Path) -> None:

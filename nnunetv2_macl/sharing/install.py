@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import shlex
 import shutil
@@ -20,7 +19,7 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import DECODER_FILE, ENCODER_FILE
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import umask
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES
+from nnunetv2_macl.nnunet import folders_with_id
 from nnunetv2_macl.sharing.package import FORMAT, FORMAT_VERSION, MANIFEST, MEMBERS, SUMS
 from nnunetv2_macl.training.commands import plans_option
 from nnunetv2_macl.training.run_folder import pretraining_folder
@@ -67,8 +66,7 @@ def install(file: Path, results: Path) -> Path:
 
 def _require_own_id(dataset_name: str, file: Path, results: Path) -> None:
     """Raise UserError if another data set has the id, because nnU-Net then finds neither data set by its id."""
-    folders = [results, *(Path(os.environ[name]) for name in FOLDER_VARIABLES if os.environ.get(name))]
-    others = [path for folder in folders for path in folder.glob(f"{dataset_name[:10]}_*") if path.name != dataset_name]
+    others = [path for path in folders_with_id(dataset_name[7:10], results) if path.name != dataset_name]
     if others:
         raise UserError(
             f"{file} holds weights of {dataset_name}, and here id {int(dataset_name[7:10])} is {others[0]}. nnU-Net finds "
