@@ -337,10 +337,13 @@ class MACL(ContrastiveMethod):
         return found
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the image-level vectors; without an image level, the means of the dense maps."""
+        """Return the image-level vectors; without an image level, the vectors of the dense maps at the middle location."""
         if "global_dominant" in embeddings:
             return embeddings["global_dominant"], embeddings["global_auxiliary"]
-        return embeddings["dense_dominant"].flatten(2).mean(-1), embeddings["dense_auxiliary"].flatten(2).mean(-1)
+        # The mean over locations is nearly the same for every image, because of instance norm.
+        dominant, auxiliary = (embeddings[name].flatten(2) for name in ("dense_dominant", "dense_auxiliary"))
+        middle = dominant.shape[2] // 2
+        return dominant[..., middle], auxiliary[..., middle]
 
     @classmethod
     def statistics(cls, recipe: Any) -> list[str]:
