@@ -90,6 +90,17 @@ strides_of = st.integers(2, 3).flatmap(
 )
 
 
+@pytest.mark.parametrize("key, value", [("auxiliary_stage", 3), ("scale", 2)])
+def test_joined_methods_obey_or_refuse_the_keys_of_restoration(workspace, key, value):
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+    alone = derive_plan(configuration, recipe_of(method="restoration", decoder_stages=2, **{key: value}))
+    for name in ("gcl+restoration", "restoration+gcl"):
+        plan = derive_plan(configuration, recipe_of(method=name, decoder_stages=2, **{key: value}))
+        assert getattr(plan, key) == getattr(alone, key) in (value, [value, value])
+    with pytest.raises(UserError, match=f"{key}=.*decoder_stages"):
+        derive_plan(configuration, recipe_of(method="voxel+restoration", **{key: value}))
+
+
 @given(strides_of, st.data())
 @settings(max_examples=200, deadline=None)
 def test_any_topology_gets_a_legal_plan(strides, data):
