@@ -1,6 +1,7 @@
 """Compare the planner with examples computed by hand, and test its limits."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.nnunet import DatasetConfiguration, checksum
-from nnunetv2_macl.planning.derive import derive_plan
+from nnunetv2_macl.planning.derive import _joint_geometry, derive_plan
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.planning.plan import check_plan, describe, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.planning.positives import plan_position_groups, plan_threshold
@@ -91,14 +92,13 @@ strides_of = st.integers(2, 3).flatmap(
 
 
 @pytest.mark.parametrize("key, value", [("auxiliary_stage", 3), ("scale", 2)])
-def test_joined_methods_obey_or_refuse_the_keys_of_restoration(workspace, key, value):
-    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
-    alone = derive_plan(configuration, recipe_of(method="restoration", decoder_stages=2, **{key: value}))
-    for name in ("gcl+restoration", "restoration+gcl"):
-        plan = derive_plan(configuration, recipe_of(method=name, decoder_stages=2, **{key: value}))
-        assert getattr(plan, key) == getattr(alone, key) in (value, [value, value])
+def test_joined_methods_obey_or_refuse_the_keys_of_restoration(key, value):
+    network = SimpleNamespace(patch_size=[64, 64], strides=pooled(3))
+    for name in ("restoration", "gcl+restoration", "restoration+gcl"):
+        geometry = _joint_geometry(network, recipe_of(method=name, decoder_stages=2, **{key: value}))
+        assert getattr(geometry, key) in (value, [value, value])
     with pytest.raises(UserError, match=f"{key}=.*decoder_stages"):
-        derive_plan(configuration, recipe_of(method="voxel+restoration", **{key: value}))
+        _joint_geometry(network, recipe_of(method="voxel+restoration", **{key: value}))
 
 
 @given(strides_of, st.data())
