@@ -51,7 +51,7 @@ def collapse_reason(
         recipe: Recipe of the run.
         batch_size: N, number of patches per step.
         means: Mean losses and statistics of the epoch; a value may be missing.
-        before: Losses of the previous epoch; empty in the first epoch.
+        before: Losses of the previous epoch, NaN if it did not train a loss; empty in the first epoch.
         steps_done: Number of steps since the run began.
     """
     if steps_done < _MIN_STEPS:

@@ -48,7 +48,7 @@ class Probe:
         configuration: Configuration of the labelled cases.
         cases: Preprocessed labelled cases, in the order of their names. The probe is fitted to the first half and evaluated on
             the second half, so that images of one patient stay together.
-        batches: Training batches. The first ones are used to measure the embeddings.
+        batches: Whole training batches. The first ones are used to measure the embeddings.
         patch_size: Patch size in voxels, one value per axis.
         seed: Seed of the patches.
     """

@@ -88,8 +88,8 @@ def plan_transfer(
     """Fit pre-trained weights to a network.
 
     A stage gets the weights of the stage at the same depth. If more weights fit from the stage above or below, all stages
-    get those. A convolution with its bias and norm is loaded as a whole, and only if all shapes are equal. Only the first
-    convolution is adapted: to another number of input channels, see `fit_input_channels`, or to another order of channels.
+    get those. A convolution with its bias and norm is loaded as a whole, and only if all shapes are equal. Only convolutions of
+    the images are adapted: to another number of input channels, see `fit_input_channels`, or to another order of channels.
     If the source network has no norm after a convolution, the target keeps its own norm.
 
     Args:
@@ -220,10 +220,10 @@ class _StageMapping:
         # nnU-Net's decoder contains the encoder a second time.
         self.own = [key for key, first in self.first_names.items() if family.part_of(key) == family.part_of(first)]
         self.depths = (_depth(family, self.source) or _depth(family, state), _depth(family, state))
-        stem = family.input_weight(state) or ""
-        self.stem = _block_name(stem) if stem else None
+        inputs = family.input_weights(state)
+        self.stems = set(map(_block_name, inputs))
         self.image_channels = image_channels
-        self.order = self._channel_order(stem)
+        self.order = self._channel_order(inputs)
         units: dict[str, list[str]] = {}
         for key in self.own:
             units.setdefault(_block_name(key), []).append(key)
@@ -237,8 +237,8 @@ class _StageMapping:
             if all(self._fits(key) for key in taken):
                 self.sources |= {key: self.source_of(key) for key in taken}
                 self.without_norm |= set(without_norm)
-                if unit == self.stem:
-                    self.adapted = {key for key in taken if self._is_adapted(key)}
+                if unit in self.stems:
+                    self.adapted |= {key for key in taken if self._is_adapted(key)}
 
     def source_of(self, key: str) -> str:
         """Return the name in the source of the target's weight ``key``. The source need not have this weight."""
@@ -266,8 +266,8 @@ class _StageMapping:
         if self.family.part_of(key) is None:
             return False
         source, ours = self.source.get(self.source_of(key)), self.state[key]
-        # Only the first convolution takes images, and all others take features.
-        is_stem, takes_stem = _block_name(key) == self.stem, _block_name(self.source_of(key)) == self.stem
+        # Only these convolutions take images, and all others take features.
+        is_stem, takes_stem = _block_name(key) in self.stems, _block_name(self.source_of(key)) in self.stems
         if source is None or is_stem != takes_stem:
             return False
         if is_stem and source.ndim == ours.ndim > 2:
@@ -295,12 +295,13 @@ class _StageMapping:
         fitted[:, :images] = (source if images == source.shape[1] else fit_input_channels(source, images)).to(ours)
         return fitted
 
-    def _channel_order(self, stem: str) -> list[int] | None:
+    def _channel_order(self, inputs: list[str]) -> list[int] | None:
         """Return the source's channel for each image channel of the target, if only their order differs."""
         there, here = map(list, self.channel_names)
-        if stem not in self.source or there == here or sorted(there) != sorted(here) or len(set(here)) < len(here):
+        kernels = [(self.source[name], self.state[name]) for name in inputs if name in self.source]
+        if not kernels or there == here or sorted(there) != sorted(here) or len(set(here)) < len(here):
             return None
-        fits = len(here) == self.source[stem].shape[1] == self._images(self.state[stem])
+        fits = all(len(here) == source.shape[1] == self._images(ours) for source, ours in kernels)
         return [there.index(name) for name in here] if fits else None
 
     def _images(self, stem: Tensor) -> int:
@@ -330,9 +331,9 @@ class _StageMapping:
         return TransferRow(part, is_encoder, len(taken), len(keys), how, "; ".join(notes))
 
     def _names_notes(self, taken: list[str]) -> list[str]:
-        """Return a note on the first convolution if the channels of the source have other names or another order."""
+        """Return a note on a convolution of the images if the source's channels have other names or another order."""
         there, here = map(list, self.channel_names)
-        if there == here or not there or not any(_block_name(key) == self.stem for key in taken):
+        if there == here or not there or not any(_block_name(key) in self.stems for key in taken):
             return []
         names = f"channels {', '.join(there)} there, {', '.join(here)} here"
         return [f"{names}: {'put in this order' if self.order else 'matched by their numbers'}"]
@@ -378,11 +379,9 @@ class _StageMapping:
 
 
 def stem_kernels(family: type[PretrainableNetwork], weights: Mapping[str, Tensor]) -> list[str]:
-    """Return all names of the first kernel, which takes images and, in a cascade's second stage, segmentations."""
-    stem = family.input_weight(weights)
-    return [
-        key for key, weight in weights.items() if stem and _block_name(key) == _block_name(stem) and weight.ndim > 2
-    ]
+    """Return all names of the kernels that take images and, in a cascade's second stage, segmentations."""
+    stems = set(map(_block_name, family.input_weights(weights)))
+    return [key for key, weight in weights.items() if _block_name(key) in stems and weight.ndim > 2]
 
 
 def _block_name(key: str) -> str:

@@ -17,11 +17,21 @@ PATCHES = 7  # not divisible by the numbers of ranks, 2 and 3
 RECIPE = recipe_of(own_view_weight=0.5, weight_restoration=1.0, intensity=1.0, equivariance_form="standardised")
 
 
+def representations_of(step):
+    """Return the embeddings of the whole batch, as the probes measure them."""
+    step.model.eval()
+    found = step.representations(batch(PATCHES)["data"], 0)
+    step.model.train()
+    return found
+
+
 def rank_process(rank, world, port, folder, at_once, norm):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     step = training_step(PATCHES, at_once, RECIPE, norm=norm)
+    if rank == 0:
+        torch.save(representations_of(step), f"{folder}/representations.pt")
     first, last = distributed.local_slice(PATCHES)
     mine = {key: value[first:last] for key, value in batch(PATCHES).items()}
     measured = step(mine, 0)
@@ -37,11 +47,14 @@ def rank_process(rank, world, port, folder, at_once, norm):
 )
 def test_ranks_have_the_losses_gradients_and_weights_of_one_process(tmp_path, world, at_once, norm):
     whole = training_step(PATCHES, PATCHES, RECIPE, norm=norm)
+    representations = representations_of(whole)
     measured = whole(batch(PATCHES), 0)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     mp.spawn(rank_process, (world, port, str(tmp_path), at_once, norm), nprocs=world)
+    for theirs, ours in zip(torch.load(tmp_path / "representations.pt"), representations, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-8, atol=1e-11)
     for rank in range(world):
         theirs, their_gradients, their_state = torch.load(tmp_path / f"{rank}.pt")
         assert theirs == pytest.approx(measured, rel=1e-9)

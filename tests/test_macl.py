@@ -12,6 +12,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.factory import build_model
 from nnunetv2_macl.methods.base import Geometry, Progress
 from nnunetv2_macl.methods.heads import GlobalProjectionHead
+from nnunetv2_macl.methods.statistics import embedding_variance
 
 
 def unet(kind=PlainConvUNet, axes=2, strides=(1, 2, 2, 2), features=(4, 8, 12, 16), has_norm=True):
@@ -106,6 +107,16 @@ def test_standardising_separates_embeddings_that_instance_norm_made_similar():
         return torch.nn.functional.normalize(projector(features)).std(0).mean().item()
 
     assert spread(GlobalProjectionHead(32)) > 3 * spread(GlobalProjectionHead(32, batch_norm=False))
+
+
+def test_without_an_image_level_the_vectors_of_one_location_show_whether_images_differ():
+    """Instance norm gives all images the same mean over locations, so means would count as collapsed."""
+    _, method, _ = macl(weight_global=0.0, weight_equivariance=0.0)
+    maps = [torch.nn.functional.instance_norm(torch.randn(16, 8, 4, 4)) for _ in range(2)]
+    vectors = method.representations({"dense_dominant": maps[0], "dense_auxiliary": maps[1]})
+    for of_one_location, dense in zip(vectors, maps, strict=True):
+        assert any(torch.equal(of_one_location, dense[:, :, row, column]) for row in range(4) for column in range(4))
+    assert embedding_variance(vectors[0]) > 0.5
 
 
 @pytest.mark.parametrize("wrong", [{"decoder_stages": 4}, {"auxiliary_stage": 1}])

@@ -33,6 +33,7 @@ def test_a_loss_that_falls_through_the_collapse_value_is_no_collapse():
     assert reason_of({"global": at + 0.2}, {"global": at + 0.4}) is None
     assert reason_of({"global": at - 0.4}, {"global": at - 0.4}) is None
     assert reason_of({"global": at}, {}, steps=5) is None  # the first steps are not judged
+    assert reason_of({"dense": at + 0.2}, {"dense": math.nan}) is None  # the first epoch of a second training stage
 
 
 def test_a_loss_near_the_collapse_value_with_many_positives_is_no_collapse():

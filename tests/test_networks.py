@@ -144,6 +144,22 @@ def test_every_weight_is_transferred_to_the_same_network(family, axes, number):
     assert torch.equal(last_map(adapter.eval(), images), last_map(all_stages(target).eval(), images))
 
 
+@over_networks
+def test_every_kernel_that_reads_images_is_adapted_to_the_order_of_their_channels(family, axes, number):
+    source, target = (family.examples(axes)[number] for _ in range(2))
+    adapter = all_stages(source)
+    encoder, decoder = adapter.trained_weights()
+    architecture = {"network_class_name": class_name(type(source)), "input_channels": adapter.image_channels}
+    weights = PretrainedWeights([], encoder | decoder, architecture, {})
+    names = [f"MR{channel}" for channel in range(adapter.image_channels)]
+    assert len(names) > 1
+    fitted = plan_transfer(weights, target.state_dict(), architecture, channel_names=(names, names[::-1]))
+    target.load_state_dict(target.state_dict() | fitted.weights)
+    images = patches(adapter, 1)
+    expected = last_map(adapter.eval(), images)
+    torch.testing.assert_close(last_map(all_stages(target).eval(), images.flip(1)), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_batch_norm_and_dropout_in_held_stages_mix_samples():
     assert pretrainable(unet(nn.BatchNorm2d), 0).mixes_samples
     network = unet()

@@ -1,6 +1,7 @@
 """Compare the planner with examples computed by hand, and test its limits."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.nnunet import DatasetConfiguration, checksum
-from nnunetv2_macl.planning.derive import derive_plan
+from nnunetv2_macl.planning.derive import _joint_geometry, derive_plan
 from nnunetv2_macl.planning.plan import check_plan, describe, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.planning.positives import plan_position_groups, plan_threshold
 from nnunetv2_macl.planning.prepare import derive_or_load_plan
@@ -75,6 +76,16 @@ def test_the_order_of_joined_methods_does_not_change_the_plan(target, method):
     stages = {name: plan.decoder_stages for name, plan in plans.items()}
     assert stages[f"{method}+restoration"] == stages[f"restoration+{method}"]
     assert stages[f"{method}+restoration"] == max(stages[method], stages["restoration"]) >= 1
+
+
+@pytest.mark.parametrize("key, value", [("auxiliary_stage", 3), ("scale", 2)])
+def test_joined_methods_obey_or_refuse_the_keys_of_restoration(key, value):
+    network = SimpleNamespace(patch_size=[64, 64], strides=pooled(3))
+    for name in ("restoration", "gcl+restoration", "restoration+gcl"):
+        geometry = _joint_geometry(network, recipe_of(method=name, decoder_stages=2, **{key: value}))
+        assert getattr(geometry, key) in (value, [value, value])
+    with pytest.raises(UserError, match=f"{key}=.*decoder_stages"):
+        _joint_geometry(network, recipe_of(method="voxel+restoration", **{key: value}))
 
 
 def test_threshold_is_lowered_until_positives_are_few():

@@ -70,6 +70,8 @@ def test_a_recipe_of_the_users_own_inherits(tmp_path):
         ({"method": "macl+voxel"}, ["macl and voxel", "macl+restoration"]),
         ({"method": "simclr+pcl"}, ["simclr and pcl"]),
         ({"method": "restoration+restoration"}, ["restoration", "twice"]),
+        ({"method": "dira+restoration"}, ["dira and restoration", "weight_restoration"]),
+        ({"method": "restoration+dira"}, ["restoration and dira", "weight_restoration"]),
         ({"inherits_from": "nothing"}, ["'nothing'", "macl"]),
         ({"inherits_from": 3}, ["inherits_from", "3"]),
         ({"inherits_from": "mine.json"}, ["inherits"]),

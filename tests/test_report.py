@@ -1,9 +1,11 @@
 """The report of a run that is finished, was stopped, or has only a log."""
 
 import json
+import math
 import re
 import shutil
 import socket
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,6 +17,7 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.report import page, write_report, write_report_after_run
 from nnunetv2_macl.report.features import nearest, pca_colours
+from nnunetv2_macl.report.pretraining import _summary
 from nnunetv2_macl.report.run import read_run
 
 
@@ -84,6 +87,12 @@ def test_the_report_of_a_finished_run(run):
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids)) > 50
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(ids)
+
+
+def test_the_summary_shows_a_loss_of_the_epochs_that_train_it(run):
+    known = read_run(run)
+    rows = dict(_summary(replace(known, log=known.log | {"train_losses/global": [4.0, 3.0, math.nan]})))
+    assert rows["L_g, image level"].startswith("4.000 → 3.000")
 
 
 def test_the_same_run_gives_the_same_report(run):

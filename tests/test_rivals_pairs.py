@@ -173,13 +173,26 @@ def test_averages_follow_network_and_head(name, network, head):
         with torch.no_grad():
             for parameter in trained.parameters():
                 parameter.add_(1)
-            for buffer in trained.buffers():
-                buffer.add_(1)
     method.after_step({"key": torch.randn(PATCHES, 16)}, START)
-    for (average, trained), old in zip(pairs, before, strict=True):
+    for (average, _), old in zip(pairs, before, strict=True):
         for key, values in average.named_parameters():
             torch.testing.assert_close(values, old[key] + 0.1, rtol=0, atol=1e-6)
-        assert all(torch.equal(a, b) for a, b in zip(average.buffers(), trained.buffers(), strict=True))
+
+
+def test_an_averaged_batch_norm_keeps_the_statistics_of_its_own_inputs_while_it_trains():
+    trained = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    trained.register_buffer("other", torch.zeros(1))
+    average = averaged_copy(trained)
+    trained(torch.randn(8, 2))
+    average(torch.randn(8, 2) + 5)
+    trained.other.add_(1)
+    own = [buffer.clone() for buffer in average[1].buffers()]
+    update_average(average, trained, 0.9)
+    assert all(torch.equal(now, before) for now, before in zip(average[1].buffers(), own, strict=True))
+    assert average.other == 1
+    # A teacher in evaluation mode collects no statistics.
+    update_average(average.eval(), trained, 0.9)
+    assert all(torch.equal(now, other) for now, other in zip(average.buffers(), trained.buffers(), strict=True))
 
 
 def test_the_momentum_of_byol_rises_to_1():

@@ -52,6 +52,15 @@ def test_the_second_training_stage_does_not_change_the_encoder():
     assert not [n for n, p in step.model.named_parameters() if "encoder" in n and not torch.equal(p, before[n])]
 
 
+@pytest.mark.parametrize("downsamples, first", [(True, {"global", "equivariance"}), (False, {"global"})])
+def test_a_training_stage_measures_only_the_losses_that_it_trains(downsamples, first):
+    """An untrained loss stays at its value at collapse, so a healthy run would count as collapsed."""
+    values = {"downsample_first_stage": downsamples, "num_epochs": 2, "num_iterations_per_epoch": 1}
+    step = training_step(PATCHES, PATCHES, recipe_of(training_stages=2, **values))
+    losses = [step(batch(PATCHES), number).keys() & step.recipe.losses.keys() for number in (0, 1)]
+    assert losses == [first, {"dense"}]
+
+
 @pytest.mark.parametrize("weight", ["weight_global", "weight_dense"])
 def test_one_level_alone_has_one_training_stage(weight):
     recipe = recipe_of(training_stages=2, num_epochs=2, num_iterations_per_epoch=1, **{weight: 0.0})

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnunetv2_macl.methods.base import Progress
 from nnunetv2_macl.networks.base import disable_dropout
@@ -34,14 +35,18 @@ def averaged_copy(module: Module) -> Module:
 def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
     """Move the weights of an averaged copy towards those of its module, and copy the buffers.
 
+    A batch norm in training mode keeps its buffers, because these are the statistics of the copy's own features.
+
     Args:
         average: The result of `averaged_copy`.
         module: The trained module.
         decay: Weight of the old average, 0 to 1.
     """
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-    for old, new in zip(average.buffers(), module.buffers(), strict=True):
-        old.copy_(new)
+    for copied, trained in zip(average.modules(), module.modules(), strict=True):
+        if not (isinstance(copied, _BatchNorm) and copied.training):
+            for old, new in zip(copied.buffers(recurse=False), trained.buffers(recurse=False), strict=True):
+                old.copy_(new)
 
 
 def rising_decay(first: float, progress: Progress) -> float:

@@ -307,7 +307,7 @@ class Method(nn.Module, ABC):
 
         Args:
             means: Mean losses and statistics of the epoch.
-            before: Mean losses of the epoch before; empty in the first epoch.
+            before: Mean losses of the epoch before, NaN if it did not train a loss; empty in the first epoch.
             references: The result of `reference_lines` for the epoch.
         """
         return []

@@ -66,9 +66,10 @@ class ContrastiveMethod(Method):
         line = lines.collapse - _LEARNED_FRACTION * (lines.collapse - lines.own_view_only)
         reasons = []
         for name in cls.referenced_losses:
-            # A new network starts above the line, and its loss then falls below.
-            falling = before.get(name, math.inf) - means.get(name, math.inf) > _FALLING_FRACTION * lines.collapse
-            if means.get(name, -math.inf) > line and not falling:
+            # A new network starts above the line, and its loss then falls below. In the first epoch that trains a loss, the loss
+            # before is missing or NaN, and it is not known whether the loss falls.
+            stays = before.get(name, math.inf) - means.get(name, math.inf) <= _FALLING_FRACTION * lines.collapse
+            if means.get(name, -math.inf) > line and stays:
                 reasons.append(
                     f"{cls.loss_labels[name]} is {means[name]:.3f}: it is {lines.collapse:.3f} if all images have the same "
                     f"embedding, and {lines.own_view_only:.3f} if the network recognises only the own view"

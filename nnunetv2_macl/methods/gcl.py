@@ -232,7 +232,7 @@ class GCL(GCLImage):
         if "regions" not in views:
             first, second = self.network.encode(both)[-1].chunk(2)
             return {"first": first, "second": second}
-        # Without a gradient, the optimiser changes no weight of the encoder, not even by weight decay.
+        # The encoder is frozen in this half, see `withhold_gradients`.
         with torch.no_grad():
             maps = self.network.encode(both)
         regions = self.region_head(self.network.decode(maps)[-1])
@@ -250,6 +250,12 @@ class GCL(GCLImage):
         first, second = embeddings["regions_first"], embeddings["regions_second"]
         loss = region_contrast(first, second, min(_NEGATIVES, first.shape[1] - 1), self.recipe.temperature)
         return {"region": loss, "total": loss}
+
+    def withhold_gradients(self, progress: Progress) -> None:
+        """Freeze the encoder in the second half, also for restoration. Without a gradient, not even weight decay changes it."""
+        if progress.is_second_half:
+            for parameter in self.network.encoder.parameters():
+                parameter.grad = None
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the image-level vectors; in the second half, the vectors of one region of each patch."""

@@ -293,17 +293,18 @@ class MACL(ContrastiveMethod):
         return outputs
 
     def losses(self, embeddings: dict[str, Tensor], positions: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Return the losses by name, and ``total``. With two training stages, ``total`` sums only the losses of the stage."""
+        """Return the losses that the current training stage trains, by name, and their weighted sum ``total``."""
         warmup = self.recipe.threshold_warmup * progress.steps
         self.loss.threshold = self.geometry.threshold * min(1.0, progress.step / warmup if warmup else 1.0)
-        losses = self.loss(embeddings, positions)
+        losses: dict[str, Tensor] = self.loss(embeddings, positions)
         if self.trains_in_stages(self.recipe):
             if progress.is_second_half:
                 trained = ["dense", "locations"]
             else:
                 # L_ER compares two sizes of an image, and without downsampling there is only one.
                 trained = ["global", "equivariance"] if self.recipe.downsample_first_stage else ["global"]
-            losses["total"] = sum(losses[name] * self.loss.weights[name] for name in trained if name in losses)  # type: ignore
+            losses = {name: losses[name] for name in trained if name in losses}
+            losses["total"] = torch.as_tensor(sum(loss * self.loss.weights[name] for name, loss in losses.items()))
         return losses
 
     def copy_network(self) -> None:
@@ -332,10 +333,13 @@ class MACL(ContrastiveMethod):
         return found
 
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the image-level vectors; without an image level, the means of the dense maps."""
+        """Return the image-level vectors; without an image level, the vectors of the dense maps at the middle location."""
         if "global_dominant" in embeddings:
             return embeddings["global_dominant"], embeddings["global_auxiliary"]
-        return embeddings["dense_dominant"].flatten(2).mean(-1), embeddings["dense_auxiliary"].flatten(2).mean(-1)
+        # The mean over locations is nearly the same for every image, because of instance norm.
+        dominant, auxiliary = (embeddings[name].flatten(2) for name in ("dense_dominant", "dense_auxiliary"))
+        middle = dominant.shape[2] // 2
+        return dominant[..., middle], auxiliary[..., middle]
 
     @classmethod
     def statistics(cls, recipe: Any) -> list[str]:

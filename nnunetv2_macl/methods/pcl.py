@@ -1,8 +1,9 @@
 """PCL: patches at similar positions in their volumes are positives of each other.
 
 Source: Zeng et al., "Positional Contrastive Learning for Volumetric Medical Image Segmentation", MICCAI 2021,
-https://arxiv.org/abs/2106.09157. Departure: the head's output has the length
-``embedding_dim`` instead of the width of the bottleneck.
+https://arxiv.org/abs/2106.09157. Departures: the head's output has the length ``embedding_dim`` instead of the width of the
+bottleneck. Positions must be similar on all axes instead of the slice axis only, and in 3D some patches of a batch are drawn at
+one relative position of several images.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Sequence
 from functools import cache
 from inspect import isabstract
+from itertools import combinations
 
 from nnunetv2_macl import methods
 from nnunetv2_macl.checkpoints import NNUNET_CITATION
@@ -38,7 +39,8 @@ def methods_of(name: str) -> tuple[type[Method], ...]:
     At most one of them may compare embeddings, because their curves, their collapse lines and their views would be confused.
 
     Raises:
-        UserError: There is no such method, a method or a name of a loss occurs twice, or two methods compare embeddings.
+        UserError: There is no such method, a method or a name of a loss occurs twice, two methods compare embeddings, or two
+            methods have different defaults of the same key.
     """
     found = []
     for part in name.split("+"):
@@ -55,6 +57,13 @@ def methods_of(name: str) -> tuple[type[Method], ...]:
             f"The method '{name}' joins {' and '.join(comparing)}, which all compare embeddings. Name one of them, alone or "
             f"with restoration: {comparing[0]}+restoration"
         )
+    for one, other in combinations(found, 2):
+        defaults, others = ({k: f.default for k, f in m.Config.model_fields.items()} for m in (one, other))
+        if unequal := [key for key, value in defaults.items() if others.get(key, value) != value]:
+            raise UserError(
+                f"The method '{name}' joins {one.name} and {other.name}, which have different defaults of the same key "
+                f"({', '.join(unequal)}). Name one of them: {one.name}, or {other.name}"
+            )
     return tuple(found)
 
 

@@ -1,7 +1,8 @@
 """Restoration of masked voxels: the partial decoder reconstructs a masked patch. This method is not from the MACL paper.
 
 Source: Xie et al., SimMIM, CVPR 2022, https://arxiv.org/abs/2111.09886 (masked input, linear head, loss on masked voxels), here
-for any network in 2D or 3D.
+for any network in 2D or 3D. Departures: the error is squared instead of absolute, masked voxels are 0 instead of a learned token,
+and a decoder map is read instead of the deepest map.
 """
 
 from __future__ import annotations

@@ -101,9 +101,9 @@ class PretrainableNetwork(nn.Module):
         return None
 
     @classmethod
-    def input_weight(cls, weights: Mapping[str, Tensor]) -> str | None:
-        """Return the name of the kernel that reads the images, or None if there are no weights of an encoder."""
-        return next((key for key, weight in weights.items() if cls.part_of(key) == "encoder" and weight.ndim > 2), None)
+    def input_weights(cls, weights: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of the kernels that read the images, the encoder's first. By default it is its first kernel."""
+        return [key for key, weight in weights.items() if cls.part_of(key) == "encoder" and weight.ndim > 2][:1]
 
     @classmethod
     def stage_differences(

@@ -18,6 +18,14 @@ from nnunetv2_macl.networks.planned import PlannedNetwork, whole_multiples
 # Channels of a token, number of transformer blocks and of attention heads, by the names in dynamic-network-architectures.
 _SIZES = {"S": (396, 12, 6), "B": (792, 12, 12), "M": (864, 16, 12), "L": (1056, 24, 16)}
 
+# The kernels that read the images: a linear patch embedding, or the first block of a convolutional one, which may be residual.
+_INPUT_WEIGHTS = (
+    "down_projection.proj.weight",
+    "down_projection.stem.convs.0.conv.weight",
+    "down_projection.stem.blocks.0.conv1.conv.weight",
+    "down_projection.stem.blocks.0.skip.0.conv.weight",
+)
+
 
 class Primus(PlannedNetwork, primus.Primus):
     """Primus with a linear patch embedding."""
@@ -114,10 +122,8 @@ class PrimusEncoder(PretrainableNetwork):
         return None if name.startswith("up_projection.") else "encoder"
 
     @classmethod
-    def input_weight(cls, weights: Mapping[str, Tensor]) -> str | None:
-        return next(
-            (key for key, weight in weights.items() if key.startswith("down_projection.") and weight.ndim > 2), None
-        )
+    def input_weights(cls, weights: Mapping[str, Tensor]) -> list[str]:
+        return [name for name in _INPUT_WEIGHTS if name in weights]
 
     def encode(self, images: Tensor, encoder: nn.Module | None = None) -> list[Tensor]:
         return [(self.encoder if encoder is None else encoder)(images)]

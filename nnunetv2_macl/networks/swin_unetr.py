@@ -26,6 +26,8 @@ _STAGES = (
 )
 # Number of channels of the largest map for the sizes tiny, small and base. Published results are those of the base size.
 _FEATURES = {"T": 12, "S": 24, "B": 48}
+# The block of the last skip connection reads the images, with a convolution and a residual connection.
+_OTHER_INPUT_WEIGHTS = ("encoder1.layer.conv1.conv.weight", "encoder1.layer.conv3.conv.weight")
 _BLOCKS = [name for stage in _STAGES for name in stage if name]
 
 
@@ -103,6 +105,10 @@ class SwinUNETRStages(PretrainableNetwork):
     def stage_strides(cls, arch_kwargs: Mapping[str, Any]) -> Sequence[Any]:
         axes = arch_kwargs["spatial_dims"]
         return [[1] * axes] + [[2] * axes] * len(_STAGES)
+
+    @classmethod
+    def input_weights(cls, weights: Mapping[str, Tensor]) -> list[str]:
+        return super().input_weights(weights) + [name for name in _OTHER_INPUT_WEIGHTS if name in weights]
 
     def encode(self, images: Tensor, encoder: nn.Module | None = None) -> list[Tensor]:
         return [images, *(self.encoder if encoder is None else encoder)(images, self.normalize)]

@@ -83,9 +83,8 @@ class UNETREncoder(PretrainableNetwork):
         return [[UNETR.total_stride] * len(arch_kwargs["img_size"])]
 
     @classmethod
-    def input_weight(cls, weights: Mapping[str, Tensor]) -> str | None:
-        name = "vit.patch_embedding.patch_embeddings.weight"
-        return name if name in weights else None
+    def input_weights(cls, weights: Mapping[str, Tensor]) -> list[str]:
+        return [name for name in ("vit.patch_embedding.patch_embeddings.weight",) if name in weights]
 
     def encode(self, images: Tensor, encoder: nn.Module | None = None) -> list[Tensor]:
         tokens, _ = (self.encoder if encoder is None else encoder)(images)

@@ -8,6 +8,9 @@ import numpy as np
 from nnunetv2.configuration import ANISO_THRESHOLD
 
 from nnunetv2_macl.data import Sampling
+from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.methods.base import Geometry
+from nnunetv2_macl.methods.config import AUTO, BranchKeys
 from nnunetv2_macl.methods.registry import methods_of
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.memory import MemoryEstimate, check_gpu_memory, plan_batch
@@ -38,10 +41,7 @@ def derive_plan(
     Raises:
         UserError: The recipe does not fit the network, the network cannot be pre-trained, or nnU-Net's fingerprint is missing.
     """
-    # A method with two branches needs its own patch size. Otherwise all methods read the largest number of decoder stages.
-    methods = sorted(methods_of(recipe.method), key=lambda method: not method.has_two_branches)
-    geometries = [m.plan_geometry(configuration.patch_size, configuration.strides, recipe) for m in methods]
-    geometry = geometries[0] if methods[0].has_two_branches else max(geometries, key=lambda g: g.decoder_stages)
+    geometry = _joint_geometry(configuration, recipe)
     patch = geometry.patch_size
     axes = len(patch)
     stride = np.prod(np.asarray(configuration.strides)[: geometry.auxiliary_stage], axis=0)
@@ -100,3 +100,28 @@ def derive_plan(
             "memory_mixed_precision_gib is the peak on a GPU with mixed precision",
         },
     )
+
+
+def _joint_geometry(configuration: DatasetConfiguration, recipe: Recipe) -> Geometry:
+    """Return the geometry that all methods of a recipe share.
+
+    A method with two branches needs its own patch size. Otherwise all methods read the largest number of decoder stages.
+
+    Raises:
+        UserError: The recipe sets a key of one method, and the geometry of another method is used.
+    """
+    # Of equal geometries, that of a method with keys for it comes first.
+    methods = sorted(
+        methods_of(recipe.method), key=lambda m: (not m.has_two_branches, not issubclass(m.Config, BranchKeys))
+    )
+    geometries = [m.plan_geometry(configuration.patch_size, configuration.strides, recipe) for m in methods]
+    geometry = geometries[0] if methods[0].has_two_branches else max(geometries, key=lambda g: g.decoder_stages)
+    for method, own in zip(methods, geometries, strict=True):
+        for key in BranchKeys.model_fields if issubclass(method.Config, BranchKeys) else ():
+            if getattr(recipe, key) != AUTO and getattr(own, key) != getattr(geometry, key):
+                raise UserError(
+                    f"The recipe has {key}={getattr(recipe, key)}, a key of the method {method.name}, which alone has "
+                    f"decoder_stages={own.decoder_stages} with it. {recipe.method} has decoder_stages={geometry.decoder_stages}. "
+                    f"Leave out {key}, or also set: --set decoder_stages={geometry.decoder_stages}"
+                )
+    return geometry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shlex
 from datetime import timedelta
 from pathlib import Path
@@ -103,7 +104,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     if run.plan.pretrained_weights is not None:
         rows.append(("Started from", start_in_short(run.plan.pretrained_weights)))
     for key, name in loss_labels().items():
-        if values := log.get(f"train_losses/{key}"):
+        # A loss is NaN in the epochs that do not train it.
+        if values := [value for value in log.get(f"train_losses/{key}", []) if math.isfinite(value)]:
             lines = log.get("references/collapse") if "collapse" in lines_of(key) else None
             rows.append(
                 (name, f"{values[0]:.3f} → {values[-1]:.3f}" + (f" (collapse: {lines[-1]:.3f})" if lines else ""))

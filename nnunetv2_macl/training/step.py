@@ -66,7 +66,10 @@ class TrainingStep:
             for method in self.methods
         }
         self.was_skipped, self.skipped_in_a_row = False, 0
-        self.draws = StepDraws(self.model.views, plan, (self.first, self.last), self.model.network.image_channels)
+        self.draws, self._draws_of_all = (
+            StepDraws(self.model.views, plan, share, self.model.network.image_channels)
+            for share in ((self.first, self.last), (0, plan.batch_size))
+        )
         self.gradient_sum = distributed.GradientSum(self.model)
 
     def progress(self, step: int) -> Progress:
@@ -125,14 +128,18 @@ class TrainingStep:
 
     @torch.no_grad()
     def representations(self, patches: Tensor, step: int) -> tuple[Tensor, Tensor] | None:
-        """Return the embeddings of two views of each patch, (n, C) each, of the first method that compares embeddings.
+        """Return the embeddings of two views of each patch, (N, C) each, of the first method that compares embeddings.
 
-        Returns None if no method does. The patches are processed in parts, as in training.
+        Returns None if no method does. The patches are processed in parts, as in training, and on this rank alone.
+
+        Args:
+            patches: The whole batch, (N, C, *patch), or (2N, C, *patch) with neighbours.
+            step: Number of the step.
         """
         for method in self.methods:
             if not method.couples_samples:
                 continue
-            numbers = to_device(self.draws(step), self.device)[method.name]
+            numbers = to_device(self._draws_of_all(step), self.device)[method.name]
             views = self.model.make_views(method, patches.to(self.device), numbers, self.progress(step))
             # not the compiled function, which would be compiled once more without gradients
             with self._autocast():

@@ -144,8 +144,8 @@ class Probes(Callback):
     def _measure(self) -> dict[str, float]:
         trainer, plan = self.trainer, self.trainer.macl_plan
         if self._probe is None:
-            share = distributed.local_slice(plan.batch_size)
-            batches = PretrainingBatches(trainer.data.cases, plan.sampling, share, trainer.step.steps)
+            # Rank 0 measures alone, so it reads whole batches.
+            batches = PretrainingBatches(trainer.data.cases, plan.sampling, (0, plan.batch_size), trainer.step.steps)
             self._probe = probes.Probe(
                 trainer.macl_configuration, trainer.labelled_cases, batches, plan.patch_size, trainer.recipe.seed
             )
