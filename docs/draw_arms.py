@@ -3,7 +3,7 @@
     python docs/draw_arms.py STUDY_FOLDER ... -o docs/pictures/networks.svg --titles U-Net "Attention U-Net"
 
 A row is one arm, a small point is the Dice of one seed on the test patients, and a bar is the mean. The line is the mean of
-training from scratch.
+training from scratch. The arm with the highest mean comes first. Seeds whose trainings are not all finished are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from draw_steps import COLOURS, GREY, STYLE, by_seed, label
+from draw_steps import COLOURS, GREY, STYLE, by_seed, finished, label
 from matplotlib.figure import Figure
 
 from nnunetv2_macl.compare.results import Results
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", dest="output", required=True, type=Path, metavar="FILE", help="figure, .svg or .png")
     parser.add_argument("--titles", nargs="+", metavar="TITLE", help="title of each study. Default: its data set")
     args = parser.parse_args(arguments)
-    results = [Results.read(Study.read(folder)) for folder in args.studies]
+    results = [Results.read(finished(Study.read(folder), None)) for folder in args.studies]
     titles = args.titles or [result.study.options.dataset for result in results]
     if len(titles) != len(results):
         parser.error(f"--titles has {len(titles)} titles, and there are {len(results)} studies.")
@@ -47,9 +47,10 @@ def dice(results: Results) -> dict[str, np.ndarray]:
 
 def draw(panels: dict[str, dict[str, np.ndarray]], file: Path) -> None:
     """Draw the figure. Its ground is white, so that it is readable on a light and on a dark page."""
-    arms = list(dict.fromkeys(arm for panel in panels.values() for arm in panel))
+    names = dict.fromkeys(arm for panel in panels.values() for arm in panel)
+    arms = sorted(names, key=lambda arm: -np.mean([panel[arm].mean() for panel in panels.values() if arm in panel]))
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": "arms"}):
-        size = (2.2 + 1.7 * len(panels), 0.9 + 0.28 * len(arms))
+        size = (2.2 + 1.7 * max(2, len(panels)), 0.9 + 0.28 * len(arms))
         figure = Figure(figsize=size, facecolor="white", layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, sharex=len(panels) > 2, squeeze=False)[0]
         for axis, (title, panel) in zip(axes, panels.items(), strict=True):

@@ -19,6 +19,7 @@ from nnunetv2_macl.compare.measure import measure
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
 from nnunetv2_macl.compare.study import RESULT_FILE, Study, Trial
 from nnunetv2_macl.compare.trainer import CURVE_FILE, trainer_class
+from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_json
 from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
@@ -78,6 +79,8 @@ def _predict(study: Study, model: Path, fold: int, predictions: Path, device: st
     predictor.initialize_from_trained_model_folder(str(model), (fold,), "checkpoint_final.pth")
     predictions.mkdir(exist_ok=True)
     files = str(study.raw / "imagesTs"), str(predictions)
+    # more processes than cores or cases only import torch
+    processes = min(processes, usable_cores(), len(study.split.test))
     if processes == 1:
         predictor.predict_from_files_sequential(*files)
     else:

@@ -204,13 +204,12 @@ def test_inaccessible_unlabelled_images_are_reported(workspace, target, link):
 
 @pytest.mark.parametrize("content", [b"", pytest.param(b"\0\5\26\7", marks=pytest.mark.slow)])
 def test_another_data_sets_first_file_need_not_be_an_image(workspace, target, content):
-    """macOS writes further files, whose names come first."""
-    other = workspace.raw / "Dataset906_Mac"
+    other = workspace.raw / "Dataset906_Other"
     shutil.copytree(workspace.raw / DATASET, other)
-    (other / "imagesTr" / "._case_000_0000.nii.gz").write_bytes(content)
-    with pytest.raises(UserError, match=r"\._case_000_0000"):
-        cases.preprocess_unlabelled(target, ["Dataset906_Mac"], processes=1)
-    done = cases.preprocess_unlabelled(target, ["Dataset906_Mac"], processes=1, skip_unreadable=True)
+    (other / "imagesTr" / "a_case_0000.nii.gz").write_bytes(content)
+    with pytest.raises(UserError, match="a_case_0000"):
+        cases.preprocess_unlabelled(target, ["Dataset906_Other"], processes=1)
+    done = cases.preprocess_unlabelled(target, ["Dataset906_Other"], processes=1, skip_unreadable=True)
     assert len(done.cases) == 4 + 9 and len(done.skipped) == 1
 
 

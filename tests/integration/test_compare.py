@@ -107,11 +107,11 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
 
     done = hashes(folder)
     caplog.set_level("INFO", logger="nnunetv2_macl")
-    compare(options, folder=folder, device="cpu")
+    compare(options, folder=folder, device="cpu", processes=1)
     assert "5 of 5 steps are done already" in caplog.text and "[5/5]" not in caplog.text
     assert hashes(folder) == done
     with pytest.raises(UserError, match=r"--epochs 3 \(was 1\)"):
-        compare(replace(options, epochs=3), folder=folder, device="cpu")
+        compare(replace(options, epochs=3), folder=folder, device="cpu", processes=1)
     assert hashes(folder) == done
 
     # an arm whose weights do not fit is refused, and the study does not change
@@ -121,7 +121,10 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     checkpoints.save(content, tmp_path / "small.pth")
     with pytest.raises(UserError, match=r"are for another network(.|\n)*arm weights:"):
         compare(
-            replace(options, arms=[*options.arms, f"weights:{tmp_path / 'small.pth'}"]), folder=folder, device="cpu"
+            replace(options, arms=[*options.arms, f"weights:{tmp_path / 'small.pth'}"]),
+            folder=folder,
+            device="cpu",
+            processes=1,
         )
     log = "planning/log.txt"
     assert {**hashes(folder), log: ""} == {**done, log: ""}
@@ -129,12 +132,12 @@ def test_the_command_from_beginning_to_end(workspace, tmp_path, caplog):
     # an added arm runs although another one fails, and finished cells do not run again
     arms = [*options.arms, "recipe:restore,decoder_stages=9", "encoder"]
     with pytest.raises(UserError, match=r"restore,decoder_stages=9"):
-        compare(replace(options, arms=arms), folder=folder, device="cpu")
+        compare(replace(options, arms=arms), folder=folder, device="cpu", processes=1)
     assert "restore-decoder_stages-9/log.txt" in caplog.text and "[6/8]" in caplog.text
     text = (folder / "compare.md").read_text()
     assert "| encoder |" in text and re.search(r"further arms.*decoder_stages=9", text)
     # without the arm that failed, the study is complete
-    compare(replace(options, arms=[*options.arms, "encoder"]), folder=folder, device="cpu")
+    compare(replace(options, arms=[*options.arms, "encoder"]), folder=folder, device="cpu", processes=1)
     now = hashes(folder)
     assert all(now[file] == done[file] for file in done if file.startswith(("cells", "pretraining")))
 
@@ -196,7 +199,9 @@ def test_the_users_plan_is_used_unchanged(workspace, tmp_path):
     plan["configurations"]["2d"]["patch_size"] = [32, 32]
     (tmp_path / "mine.json").write_text(json.dumps(plan))
     folder = tmp_path / "study"
-    compare(replace(OPTIONS, arms=["scratch"], plan=str(tmp_path / "mine.json")), folder=folder, device="cpu")
+    compare(
+        replace(OPTIONS, arms=["scratch"], plan=str(tmp_path / "mine.json")), folder=folder, device="cpu", processes=1
+    )
     (used,) = folder.glob("cells/*/*/*__myPlans__2d/plans.json")
     assert json.loads(used.read_text()) == plan | {"dataset_name": DATASET}
     assert str(tmp_path / "mine.json") in (folder / "compare.md").read_text()
@@ -225,7 +230,7 @@ def test_kinds_of_fine_tuning_share_pre_trainings_and_each_has_a_report(workspac
     assert "4 of 4 cells done" in page.words
     assert [r[:14] for r in page.references if not r.endswith(".md")] == ["data:image/png"] * 2
     with pytest.raises(UserError, match=r"--epochs 3 \(was 1\)"):
-        compare([replace(kinds[0], epochs=3), kinds[1]], folder=folder, device="cpu")
+        compare([replace(kinds[0], epochs=3), kinds[1]], folder=folder, device="cpu", processes=1)
 
 
 def test_a_case_without_label_is_refused(workspace, tmp_path):
