@@ -298,7 +298,7 @@ def test_changed_options_are_named_when_a_run_continues(workspace):
     with pytest.raises(UserError, match=r"-recipe restore \(was macl\)"):
         pretrain("901", "2d", recipe="restore", continue_training=True, **options)
     # a run that writes no weights takes none away
-    with pytest.raises(SystemExit, match="--disable_checkpointing"):
+    with pytest.raises(UserError, match="--disable_checkpointing"):
         pretrain("901", "2d", num_epochs=1, num_iterations_per_epoch=1, disable_checkpointing=True, **options)
     assert len(list(workspace.run_folder(PRETRAIN).glob("macl_*.pth"))) == 3
 
