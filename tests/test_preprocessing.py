@@ -49,7 +49,7 @@ def test_unlabelled_images_with_the_name_of_a_labelled_case_are_named(workspace,
     raw = workspace.raw / DATASET / "imagesUn"
     first, second, *others = sorted(raw.iterdir())
     first.rename(raw / "case_000_0000.nii.gz")
-    # macOS writes such files beside the images on foreign disks
+    # macOS writes such files on disks of other systems
     second.rename(raw / "._case_007_0000.nii.gz")
     cases = run().cases
     assert [case.name for case in cases] == [file.name.removesuffix("_0000.nii.gz") for file in others]

@@ -299,7 +299,7 @@ def _images_among(names: Iterable[str], ending: str) -> dict[str, tuple[str, int
     chosen: dict[tuple[str, int], str] = {}
     # Names with the planned ending come first.
     for name in sorted(names, key=lambda name: (not name.endswith(ending), name)):
-        # macOS writes ._FILE beside FILE on foreign disks
+        # macOS writes a file ._FILE for each FILE on disks of other systems
         if not name.startswith("._") and (match := pattern.fullmatch(name)):
             chosen.setdefault((match["case"], int(match["channel"])), name)
     return {name: image for image, name in sorted(chosen.items(), key=lambda item: item[1])}
