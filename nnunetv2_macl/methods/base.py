@@ -30,14 +30,14 @@ class Geometry:
     Attributes:
         decoder_stages: K, the number of decoder stages that are trained, counted from the bottleneck.
         auxiliary_stage: e, the encoder stage (1 is the first) at which a second, dense map is read.
-        scale: s, the factor by which the first branch downsamples the patch.
+        scale: s, the factor by which the dominant branch downsamples the patch.
         patch_size: Size of a patch.
         reason: The reason for these values, for the plan.
         threshold: t, the fraction of the volume within which two patches are positives of each other.
         out_of_plane_rotation: Largest angle about the in-plane axes, degrees.
         channels_without_zscore: Indices of the image channels that nnU-Net does not normalise to zero mean.
-        batch_size: N, number of patches of a step. N is not known while the plan is made. This is then the largest batch
-            that the planner chooses.
+        batch_size: N, number of patches of a step. While the plan is made, N is unknown, and this is the largest batch that
+            the planner may choose.
     """
 
     decoder_stages: int
@@ -52,7 +52,7 @@ class Geometry:
 
     @property
     def dominant_patch_size(self) -> list[int]:
-        """Return the size at which the first branch sees a patch."""
+        """Return the size at which the dominant branch sees a patch."""
         return [n // s for n, s in zip(self.patch_size, self.scale, strict=True)]
 
 
@@ -76,6 +76,7 @@ class Progress(NamedTuple):
 
 def derive_seed(*numbers: int) -> int:
     """Return one seed for torch from several numbers."""
+    # 63 bits, so that the seed fits a signed integer of 64 bits
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -102,7 +103,7 @@ class StepRandom(NamedTuple):
     def generator(self, *stream: int) -> torch.Generator:
         """Return a generator on the CPU for a stream. Each view of a method uses a different stream.
 
-        A stream and the same stream followed by zeros are equal, so two streams must differ in more than trailing zeros.
+        A stream and the same stream followed by zeros may be equal, so two streams must differ in more than trailing zeros.
         """
         return torch.Generator().manual_seed(derive_seed(self.seed, self.step, *stream))
 
@@ -177,6 +178,7 @@ class Method(nn.Module, ABC):
         summary: Description for the model card: "by MACL, multi-level contrastive learning,".
         tag: Tag in the model card.
         citations: References to cite.
+        views: The views of the method. A subclass sets them in `__init__`.
     """
 
     name: ClassVar[str]
@@ -259,8 +261,8 @@ class Method(nn.Module, ABC):
             progress: The current step.
 
         Returns:
-            Scalars; one value for each patch if `couples_samples` is False. A method that trains in stages may leave out a loss
-            in an epoch that does not train it.
+            Scalars. If `couples_samples` is False, each loss, ``total`` included, has one value for each patch. A method
+            that trains in stages may leave out a loss in an epoch that does not train it.
         """
 
     def copy_network(self) -> None:

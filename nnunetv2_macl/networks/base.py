@@ -30,14 +30,14 @@ class PretrainableNetwork(nn.Module):
     There is one subclass (adapter) per family of networks. It holds the network's own modules, so that training the adapter
     trains the network. It must hold no other modules, because all of its parameters are trained.
 
-    A subclass sets the attributes below, implements `decode` and `last_layer`, and calls ``super().__init__()``. In this package
-    it also implements `examples`, which the tests use.
+    A subclass sets the attributes below, implements `decode` and `last_layer`, and calls ``super().__init__(network,
+    decoder_stages)``. In this package it also implements `examples`, which the tests use.
 
     Attributes:
         adapts: The network types of the family. Subclasses of these types do not belong to the family.
-        names: Names in the network of the adapter's modules, by the adapter's own names, the encoder first.
+        names: The name that each module of the adapter has in the network, by its name in the adapter, the encoder first.
         encoder_stages: Name in the network of the list of encoder stages.
-        encoder: The encoder, which returns the map of each stage. A method may copy and average it.
+        encoder: The encoder, which returns the map of each stage. A method may keep a copy, for example a running average.
         encoder_levels: The maps of the encoder stages, the first stage first. The last is the bottleneck.
         decoder_levels: The maps of the held decoder stages. ``decoder_levels[k]`` is the map after k + 1 stages.
         patch_multiple: Divisor of the patch size on each axis.
@@ -57,7 +57,7 @@ class PretrainableNetwork(nn.Module):
     image_channels: int
 
     def __init__(self, network: nn.Module, decoder_stages: int) -> None:
-        """Hold the trained part of a network.
+        """Initialise the module. A subclass then stores the trained modules of the network.
 
         Args:
             network: A network of one of the types that the family `adapts`.
@@ -85,12 +85,12 @@ class PretrainableNetwork(nn.Module):
 
     @classmethod
     def part_of(cls, name: str) -> str | None:
-        """Return the adapter's module that holds a weight with this name in the network, or None if the weight is not trained."""
+        """Return the name of the adapter's module that holds a weight of the network, or None if the weight is not trained."""
         return next((own for own, there in cls.names.items() if name.startswith(f"{there}.")), None)
 
     @classmethod
     def stage_of(cls, name: str) -> tuple[str, int] | None:
-        """Return the list of stages that holds a weight, and the index of the stage, or None if the weight is in no stage.
+        """Return the name of the list of stages that holds a weight, and the index of the stage, or None if it is in no stage.
 
         Encoder stages are counted from the image, decoder stages from the bottleneck.
         """
@@ -102,7 +102,7 @@ class PretrainableNetwork(nn.Module):
 
     @classmethod
     def input_weights(cls, weights: Mapping[str, Tensor]) -> list[str]:
-        """Return the names of the kernels that read the images, the encoder's first. By default it is its first kernel."""
+        """Return the names of the kernels that read the images, the encoder's first. The default is its first kernel."""
         return [key for key, weight in weights.items() if cls.part_of(key) == "encoder" and weight.ndim > 2][:1]
 
     @classmethod
@@ -133,7 +133,10 @@ class PretrainableNetwork(nn.Module):
 
     @property
     def mixes_samples(self) -> bool:
-        """Return whether the maps of an image depend on more than the image, because of batch norm or dropout."""
+        """Return whether the maps of an image depend on more than the image, because of batch norm or dropout.
+
+        Such a network computes a batch as a whole, because a part of the batch alone would get other maps.
+        """
         return any(map(_mixes_samples, self.modules()))
 
     def encode(self, images: Tensor, encoder: nn.Module | None = None) -> list[Tensor]:

@@ -37,7 +37,7 @@ _NAMED = 10
 
 
 class nnUNetTrainerMACL(nnUNetTrainer):
-    """Fine-tunes from MACL weights. Loss, augmentation and schedule are nnU-Net's.
+    """Fine-tunes from MACL weights. Loss and augmentation are nnU-Net's, and by default optimiser and schedule too.
 
     The weights are those of the data set's own pre-training: ``fold_F`` if it exists, else ``fold_all``. The variable
     ``nnUNet_macl_weights`` names another folder or file, and nnU-Net's ``-pretrained_weights`` takes precedence over both.
@@ -48,8 +48,9 @@ class nnUNetTrainerMACL(nnUNetTrainer):
     finetuning_epochs: int = 1000
     # training steps per epoch; validation has a fifth as many
     finetuning_iterations: int = 250
-    finetuning_lr: float = 1e-2
-    # sgd as in nnU-Net, or adamw, which is better in a short training, with a rate of 1e-3 to 3e-3
+    # None: 1e-2 for sgd, as in nnU-Net, and 3e-3 for adamw
+    finetuning_lr: float | None = None
+    # sgd as in nnU-Net, or adamw, which is better in a short training
     finetuning_optimizer: str = "sgd"
     # number of epochs in which the learning rate rises linearly, before nnU-Net's schedule
     warmup_epochs: int = 0
@@ -69,7 +70,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         self.num_epochs = self.finetuning_epochs
         self.num_iterations_per_epoch = self.finetuning_iterations
         self.num_val_iterations_per_epoch = max(1, self.finetuning_iterations // 5)
-        self.initial_lr = self.finetuning_lr
+        self.initial_lr = self.finetuning_lr or (3e-3 if self.finetuning_optimizer == "adamw" else 1e-2)
         # what a checkpoint says about the trainer and the weights that it started from
         self.macl_origin: dict[str, Any] = {"trainer": type(self).__name__, "nnunetv2_macl": __version__}
         self._continues = False
@@ -89,6 +90,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         if self.finetuning_optimizer == "adamw":
             optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
             scheduler = PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+        # nnU-Net's schedule divides by the number of epochs after the warm-up
         warmup = min(self.warmup_epochs, self.num_epochs - 1)
         if warmup > 0:
             scheduler = _WarmupPolyLR(optimizer, self.initial_lr, warmup, self.num_epochs)
@@ -148,7 +150,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         transfer = transfer_to(self._configuration, state, pretrained)
         fresh = kernel_norms(module)
         module.load_state_dict({**state, **transfer.weights})
-        # not for AdamW, whose steps do not shrink with the square of the norm, and which did not benefit
+        # Only steps of SGD shrink with the square of the norm. AdamW did not benefit from scaled kernels.
         rescaled = bool(fresh) and isinstance(self.optimizer, torch.optim.SGD)
         if rescaled:
             rescale_kernels(module, fresh)
@@ -179,7 +181,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             lines.append(f"  {part}: {loaded} of {tensors} tensors loaded")
         if rescaled:
             lines.append(
-                "  for SGD, kernels before an instance norm are scaled to their initial norms; the output stays the same"
+                "  for SGD, kernels before an instance norm are scaled to their initial norms, which does not change the output"
             )
         self.print_to_log_file("\n".join(lines))
         if transfer.difference:
@@ -250,8 +252,8 @@ class nnUNetTrainerMACL(nnUNetTrainer):
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's checkpoint completely or not at all, with the name of nnU-Net's own trainer.
 
-        nnU-Net can then predict without this package, because the network is nnU-Net's. The key ``macl`` names the actual
-        trainer. A subclass that builds a network of its own keeps its name.
+        nnU-Net can then predict without this package, unless the plan names one of its networks. The key ``macl`` names the
+        actual trainer. A subclass that builds a network of its own keeps its name.
         """
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)

@@ -135,6 +135,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 if first:
                     for callback in self.callbacks:
                         callback.on_initialize()
+                    # raises a UserError now, and not after minutes, if nnU-Net has not preprocessed the cases
                     training_cases(self.macl_configuration)
             self.macl_plan = self._load_plan()
             self.recipe = self.macl_plan.get_recipe()
@@ -160,7 +161,11 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             raise
 
     def _load_plan(self) -> MACLPlan:
-        """Return our command's plan, else that of the continued run, else the file next to nnU-Net's plan, derived if missing."""
+        """Return the plan that our command hands over.
+
+        nnU-Net's own command hands over none. Then this is the plan of the continued run, or else the file next to nnU-Net's
+        plan, which is derived if it is missing.
+        """
         file = Path(self.output_folder) / PLAN_COPY
         if not (self._continue_training and file.is_file()):
             file = plan_file(self.macl_configuration)
@@ -201,7 +206,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         return optimizer, build_schedule(optimizer, self.recipe)
 
     def _build_loss(self) -> None:
-        """nnU-Net builds a loss; the methods have their own."""
+        """nnU-Net builds a loss; we do nothing, because the methods have their own losses."""
 
     def _set_batch_size_and_oversample(self) -> None:
         """nnU-Net divides the batch among the ranks; we do it so that the ranks draw the batch of one process."""
@@ -214,10 +219,10 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         self.batch_size = last - first
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """nnU-Net switches the outputs of its decoder; the pre-training network has no segmentation layers."""
+        """nnU-Net switches the outputs of its decoder; we do nothing, because ours has no segmentation layers."""
 
     def plot_network_architecture(self) -> None:
-        """nnU-Net draws the network; it needs a `forward` pass from one image to outputs, which the pre-training model lacks."""
+        """nnU-Net draws the network; we do nothing, because the pre-training model has no `forward` from one image to outputs."""
 
     # --- nnU-Net trains ----------------------------------------------------------------------------------------------------
 
@@ -250,8 +255,8 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
                 data = self._prepare_data()
                 if self.disable_checkpointing and list(Path(self.output_folder).glob("*.pth")):
                     raise UserError(
-                        f"{self.output_folder} holds checkpoints or weights, and a run with --disable_checkpointing would take "
-                        "them away without writing new ones. Leave out --disable_checkpointing."
+                        f"{self.output_folder} holds checkpoints or weights. A new run moves them to an archive, and with "
+                        "--disable_checkpointing it writes no new ones. Leave out --disable_checkpointing."
                     )
                 if not self.checkpoints.is_resumed:
                     # last, because the initial weights may be those of the earlier run, and a run without data must not move it
@@ -272,7 +277,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         return Preprocessed(self.labelled_cases + unlabelled.cases, unlabelled.skipped)
 
     def get_dataloaders(self) -> tuple[Any, None]:
-        """nnU-Net asks for training and validation batches; there are no labels to validate on."""
+        """nnU-Net asks for training and validation batches; we return no validation batches, because there are no labels."""
         return batches(self), None
 
     @property
@@ -293,6 +298,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
 
     def on_train_epoch_start(self) -> None:
         """nnU-Net prepares the epoch; we leave out the steps that were done before the run was stopped."""
+        # nnU-Net also steps the learning rate here; `TrainingStep` does so after each step
         self.network.train()
         self.num_iterations_per_epoch = self.recipe.num_iterations_per_epoch - self.epoch_log.sums.steps
         for callback in self.callbacks:
@@ -316,10 +322,10 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             callback.on_train_epoch_end(epoch)
 
     def on_validation_epoch_start(self) -> None:
-        """nnU-Net prepares the validation; there are no labels to validate on."""
+        """nnU-Net prepares the validation; we do nothing, because there are no labels to validate on."""
 
     def on_validation_epoch_end(self, val_outputs: list) -> None:
-        """nnU-Net logs the validation; there are no labels to validate on."""
+        """nnU-Net logs the validation; we do nothing, because there are no labels to validate on."""
 
     def on_epoch_end(self) -> None:
         """nnU-Net logs, saves and draws; our callbacks save and draw."""

@@ -104,10 +104,11 @@ def test_a_network_that_is_initialised_before_the_training_keeps_its_weights_and
     assert origin["trainer"] == "nnUNetTrainerMACL" and "weights" not in origin
 
 
-@pytest.mark.parametrize("optimizer, size", [("sgd", 1), ("adamw", 3)])
-def test_only_for_sgd_are_kernels_scaled_to_their_initial_norms(workspace, target, monkeypatch, optimizer, size):
+@pytest.mark.parametrize("optimizer, rate, size", [("sgd", 1e-2, 1), ("adamw", 3e-3, 3)])
+def test_only_for_sgd_are_kernels_scaled_to_their_initial_norms(workspace, target, monkeypatch, optimizer, rate, size):
     monkeypatch.setattr(nnUNetTrainerMACL, "finetuning_optimizer", optimizer)
     trainer = new_trainer(workspace)
+    assert trainer.initial_lr == rate
     trainer.initialize()
     fresh = {key: value.clone() for key, value in trainer.network.state_dict().items()}
     kernels = [key for key, value in fresh.items() if key.startswith("encoder.") and value.ndim > 2]
