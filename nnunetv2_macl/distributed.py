@@ -114,26 +114,28 @@ class GradientSum:
     first.
 
     Args:
-        module: The network. Parameters without a gradient are left out, and must be the same on all ranks.
+        modules: Modules without common weights. A bucket waits for those before it, so first come the modules that the last
+            backward pass of a step trains. Parameters without a gradient are left out, and must be the same on all ranks.
         bucket_bytes: Size of a message. Small messages overlap better; large ones suit a slow network.
     """
 
-    def __init__(self, module: nn.Module, bucket_bytes: int = 25 * 2**20) -> None:
+    def __init__(self, *modules: nn.Module, bucket_bytes: int = 25 * 2**20) -> None:
         self._buckets: list[list[nn.Parameter]] = []
         self._sent: list[tuple[dist.Work | None, Tensor, list[Tensor]]] = []
         self._missing: list[int] = []
         self._is_last = False
         if world_size() == 1:
             return
-        room = 0
-        for parameter in reversed([p for p in module.parameters() if p.requires_grad]):
-            if room <= 0:
-                self._buckets.append([])
-                room = bucket_bytes
-            self._buckets[-1].append(parameter)
-            room -= parameter.numel() * parameter.element_size()
-            number = len(self._buckets) - 1
-            parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._ready(number))
+        for module in modules:
+            room = 0
+            for parameter in reversed([p for p in module.parameters() if p.requires_grad]):
+                if room <= 0:
+                    self._buckets.append([])
+                    room = bucket_bytes
+                self._buckets[-1].append(parameter)
+                room -= parameter.numel() * parameter.element_size()
+                number = len(self._buckets) - 1
+                parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._ready(number))
 
     @contextmanager
     def last_backward(self) -> Iterator[None]:

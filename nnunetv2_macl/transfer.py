@@ -87,8 +87,8 @@ def plan_transfer(
 ) -> Transfer:
     """Fit pre-trained weights to a network.
 
-    A stage gets the weights of the stage at the same depth. If more weights fit from the stage above or below, all stages
-    get those. A convolution with its bias and norm is loaded as a whole, and only if all shapes are equal. Only convolutions of
+    A stage gets the weights of the stage at the same depth. If more of the encoder fits from the stage above or below, all
+    stages get those. A convolution with its bias and norm is loaded as a whole, and only if all shapes are equal. Only convolutions of
     the images are adapted: to another number of input channels, see `fit_input_channels`, or to another order of channels.
     If the source network has no norm after a convolution, the target keeps its own norm.
 
@@ -116,10 +116,15 @@ def plan_transfer(
     difference = first_difference(pretrained.architecture, architecture)
     channels = image_channels, channel_names
     plans = [_StageMapping(family, pretrained, state, architecture, *channels, offset) for offset in (0, -1, 1)]
-    # Of equal plans, max returns the first, which is the one for the same depth.
-    best = max(plans, key=lambda plan: _parameters(state, plan.sources))
     encoder = [key for key in state if family.part_of(key) == "encoder"]
-    share = _parameters(state, (key for key in encoder if key in best.sources)) / max(1, _parameters(state, encoder))
+
+    def fitting(plan: _StageMapping) -> tuple[int, int]:
+        """Return the number of parameters that fit in the encoder, which the decoder stages depend on, and in total."""
+        return _parameters(state, (key for key in encoder if key in plan.sources)), _parameters(state, plan.sources)
+
+    # Of equal plans, max returns the first, which is the one for the same depth.
+    best = max(plans, key=fitting)
+    share = fitting(best)[0] / max(1, _parameters(state, encoder))
     transfer = Transfer(best.weights(), best.rows(), difference)
     if share < SMALLEST_SHARE:
         why = difference or "the file does not hold a complete encoder"

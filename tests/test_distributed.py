@@ -39,6 +39,13 @@ def rank_process(rank, world, port, folder, at_once, norm):
     with distributed.rank_zero_first() as is_first:
         assert is_first == (rank == 0)
     assert distributed.any_rank(rank == world - 1) and not distributed.any_rank(False)
+    # The gradients of the network are sent during the last backward pass, although the heads have none in it.
+    network = step.model.network
+    gradient_sum = distributed.GradientSum(network, step.model.methods)
+    with gradient_sum.last_backward():
+        sum(maps.sum() for maps in network.decode(network.encode(mine["data"]))).backward()
+    assert len(gradient_sum._sent) == len(gradient_sum._buckets) - 1
+    gradient_sum.finish()
     dist.destroy_process_group()
 
 

@@ -275,6 +275,14 @@ def test_networks_with_one_stage_more_or_less(kind, theirs, ours, offset, shift)
     assert any(row.why == "no such stage there" for row in fitted.rows) == (len(ours) > len(theirs))
 
 
+def test_an_encoder_that_fits_is_not_given_up_for_decoder_stages():
+    """Only the first decoder stage is trained. It fits the stage that is one stage less deep."""
+    theirs, ours = architecture(features=[4, 8, 16, 16, 16]), architecture(features=[4, 8, 16, 16])
+    fitted, *_ = transfer(theirs, ours, ("encoder.", "decoder.transpconvs.0.", "decoder.stages.0."))
+    taken, tensors = fitted.count("encoder")
+    assert taken == tensors and rows(fitted)["decoder.stages.0"].how == NOT_TAKEN
+
+
 def test_other_strides_are_reported_and_other_kernels_not_taken():
     strides = [[1, 1], [2, 2], [2, 2], [2, 1]]
     fitted, _, _, _ = transfer(architecture(strides=strides), architecture())

@@ -348,6 +348,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net predicts the validation cases; the next step here is fine-tuning, so we print its command."""
         self.export.tell_next_command()
+        self.run_folder.on_exit()  # with --val there was no training, which releases the lock at its end
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net writes its checkpoint; we write ours, completely or not at all."""

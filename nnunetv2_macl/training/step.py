@@ -70,7 +70,8 @@ class TrainingStep:
             StepDraws(self.model.views, plan, share, self.model.network.image_channels)
             for share in ((self.first, self.last), (0, plan.batch_size))
         )
-        self.gradient_sum = distributed.GradientSum(self.model)
+        # the heads last, because several methods, or parts of a batch, have several backward passes, and all train the network
+        self.gradient_sum = distributed.GradientSum(self.model.network, self.model.methods)
 
     def progress(self, step: int) -> Progress:
         """Return how far the run is at a step."""

@@ -19,7 +19,8 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.synthetic import generate_dataset
 from nnunetv2_macl.training.commands import command_to_go_on
-from nnunetv2_macl.training.run_folder import cases_seen
+from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
+from nnunetv2_macl.training.run_folder import LOCK_FILE, cases_seen
 
 PRETRAIN = "nnUNetTrainerMACLPretrain"
 EXPORTED = ("macl_encoder.pth", "macl_decoder.pth", "macl_network.pth")
@@ -184,6 +185,17 @@ def test_a_run_of_one_epoch_has_only_the_first_training_stage(workspace):
     trained = checkpoints.load(folder / "macl_network.pth")["network_weights"]
     # The second stage does not change the encoder.
     assert any(not torch.equal(made[k], v) for k, v in trained.items() if k.startswith("encoder."))
+
+
+def test_a_validation_leaves_no_lock(target):
+    """On another machine, a lock that is left over would look like that of a run."""
+    plans = target.plans_manager.plans | {"continue_training": False}
+    trainer = nnUNetTrainerMACLPretrain(plans, "2d", "all", target.dataset_json, torch.device("cpu"))
+    trainer.initialize()
+    lock = Path(trainer.output_folder) / LOCK_FILE
+    assert lock.is_file()
+    trainer.perform_actual_validation()
+    assert not lock.exists()
 
 
 def test_collapse_is_reported_and_logged_and_stops_the_run(workspace, tmp_path):
