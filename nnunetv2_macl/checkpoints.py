@@ -88,6 +88,8 @@ def _why_not(file: Path, error: Exception) -> str:
             f"it holds more than tensors and plain values, namely {', '.join(objects[:3])}{more}. Loading such objects can "
             "run code that is in the file, so this package does not load them."
         )
+    if "TorchScript" in str(error):
+        return "it is a program (TorchScript), and this package loads only weights."
     # torch puts the advice to run code from the file before the reason
     reason = (str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines() or [""])[0]
     # torch prints a part of its messages in bold

@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,16 +21,16 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 from PIL import Image
-from tqdm import tqdm
 
-from nnunetv2_macl.collecting.dicom import last_line, read_header, sort_slices, why_unreadable
+from nnunetv2_macl.collecting.dicom import read_header, sort_slices, why_unreadable
 from nnunetv2_macl.collecting.voxels import read_series
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_error, write_json
+from nnunetv2_macl.messages import progress_bar
 from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER
 from nnunetv2_macl.raw_data import DESCRIPTION, raw_data_set, write_description
-from nnunetv2_macl.text import pluralise
+from nnunetv2_macl.text import last_line, pluralise
 from nnunetv2_macl.training.run_folder import RunLock
 
 logger = logging.getLogger(__name__)
@@ -225,7 +224,7 @@ def convert(data_set: RawDataSet, dataset: str) -> Path:
         lock.acquire()
         try:
             _begin(data_set, folder)
-            for case in tqdm(data_set.cases, unit="case", disable=not sys.stderr.isatty()):
+            for case in progress_bar(data_set.cases, unit="case"):
                 if case.write_label is not None:
                     _write_once(folder / _label_of(case, ending), case.write_label, work)
                 _write_once(folder / _image_of(case, ending), case.write_image, work)

@@ -72,10 +72,19 @@ def load_weights(path: Path) -> PretrainedWeights:
 
     Raises:
         UserError: The path does not exist, or the file is damaged, holds more than tensors and plain values, is of nnU-Net v1,
-            or holds no weights of a network that can be pre-trained. The message names the file.
+            holds no weights of a network that can be pre-trained, or holds NaN. The message names the file.
     """
     for file in sorted(path.glob("*.model")) if path.is_dir() else [path]:
         _refuse_nnunet_v1(file)
+    pretrained = _read(path)
+    for key, weight in pretrained.weights.items():
+        if not weight.isfinite().all():
+            files = ", ".join(map(str, pretrained.files))
+            raise UserError(f"{files} holds NaN or infinite values, in {key}. Use other weights.")
+    return pretrained
+
+
+def _read(path: Path) -> PretrainedWeights:
     if path.is_file():
         content = checkpoints.load(path)
         if content.keys() >= _NNUNET_V1_KEYS:
@@ -116,6 +125,8 @@ def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
             PlansManager(arguments["plans"]), arguments["configuration"], arguments["dataset_json"]
         )
         architecture, preprocessing = trained_for.architecture(), trained_for.preprocessing()
+        if not trained_for.channel_names:
+            raise KeyError("channel_names")
         family = family_of(architecture["network_class_name"])
         # The names have prefixes if the network was distributed or compiled when it was saved.
         named = {_WRAPPERS.sub("", key): value for key, value in content["network_weights"].items()}

@@ -10,8 +10,8 @@ from typing import Any
 
 from nnunetv2_macl.errors import UserError
 
-_Condition = ast.If | ast.BoolOp
-_CONDITIONS = (ast.If, ast.BoolOp)
+_Condition = ast.If | ast.IfExp | ast.BoolOp
+_CONDITIONS = (ast.If, ast.IfExp, ast.BoolOp)
 
 
 def require_main_guard() -> None:

@@ -6,8 +6,11 @@ import io
 import locale
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
 
 
 def show_any_character() -> None:
@@ -15,6 +18,11 @@ def show_any_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def progress_bar(items: Iterable[Any] | None = None, *, hidden: bool = False, **options: Any) -> tqdm:
+    """Return tqdm's progress bar, which is shown only on a terminal. Programs without a console have no ``sys.stderr``."""
+    return tqdm(items, disable=hidden or sys.stderr is None or not sys.stderr.isatty(), **options)
 
 
 def for_log_file(text: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -26,3 +27,11 @@ def duration(seconds: float) -> str:
 def size_text(gib: float) -> str:
     """Return a size in GiB as text, in MiB if it is below 1 GiB."""
     return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
+
+
+def last_line(error: Exception) -> str:
+    """Return the reason from an error, for one of SimpleITK without the places in its source code."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # ITK adds the last error of the system, which may be an older one
+    told = [line for line in lines if not line.startswith("Reason: ")] or lines
+    return re.sub(r"^(?:s?itk::ERROR: |ITK ERROR: )?(?:\w+\(0x[0-9a-f]+\): )?", "", told[-1].strip()).rstrip(". ")

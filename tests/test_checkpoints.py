@@ -51,6 +51,14 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
     assert not payload.exists()
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's, about TorchScript
+def test_a_program_is_not_called_damaged(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Conv2d(1, 1, 1)), tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"model\.pt cannot be loaded: it is a program") as error:
+        checkpoints.load(tmp_path / "model.pt")
+    assert "damaged" not in str(error.value) and "weights_only" not in str(error.value)
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"<html>404</html>", pickle.dumps({"a": 1}, 4), None])
 def test_damaged_files_are_named(tmp_path, content):
     file = tmp_path / "macl_encoder.pth"

@@ -100,7 +100,9 @@ def test_kinds_of_fine_tuning_differ_only_in_their_length_and_rates():
     assert (short.epochs, short.iterations) == (trainer.finetuning_epochs, trainer.finetuning_iterations)
     long, short = options_by_finetuning(["sgd", "adamw"], epochs=[4, 2], iterations=[3, 1], **others)
     assert (long.epochs, long.iterations, short.epochs, short.iterations) == (4, 3, 2, 1)
-    for wrong in (dict(epochs=[1]), dict(iterations=[1, 2, 3]), dict(rates=[1e-2])):
+    for of_all in options_by_finetuning(["sgd", "adamw"], epochs=[1], iterations=[2], rates=[1e-2], **others):
+        assert (of_all.epochs, of_all.iterations, of_all.rates) == (1, 2, [1e-2])
+    for wrong in (dict(epochs=[]), dict(iterations=[1, 2, 3])):
         with pytest.raises(UserError, match=f"--{next(iter(wrong))}.*--finetuning sgd"):
             options_by_finetuning(["sgd", "adamw"], **wrong, **others)
     with pytest.raises(UserError, match="twice"):

@@ -238,8 +238,8 @@ def test_images_that_a_run_leaves_out_are_no_problem(workspace, target):
     file = next((workspace.raw / DATASET / "imagesUn").iterdir())
     file.write_bytes(b"")
     sources = dataset.sources_in_use(target, ())
-    assert dataset.readable(target, sources, skip_unreadable=False).status == doctor.PROBLEM
-    left_out = dataset.readable(target, sources, skip_unreadable=True)
+    assert dataset.readable(target, sources, "cpu", skip_unreadable=False).status == doctor.PROBLEM
+    left_out = dataset.readable(target, sources, "cpu", skip_unreadable=True)
     assert left_out.status == doctor.NOTE and str(file) in left_out.message
 
 

@@ -452,6 +452,8 @@ def test_checkpoints_of_nnunet_that_cannot_be_used_are_explained(tmp_path):
         ("init_args", {}, "'plans'"),
         ("init_args", whole["init_args"] | {"plans": None}, "plan"),
         ("init_args", whole["init_args"] | {"configuration": "2d"}, "plan"),
+        ("init_args", whole["init_args"] | {"dataset_json": {}}, "channel_names"),
+        ("network_weights", {key: value / 0 for key, value in whole["network_weights"].items()}, "holds NaN"),
         ("network_weights", {}, "no weights"),
         ("network_weights", None, "plan|no weights"),
     ):

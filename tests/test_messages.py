@@ -16,7 +16,7 @@ import torch
 from nnunetv2_macl.cli.messages import run
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.main_guard import require_main_guard
-from nnunetv2_macl.messages import for_log_file, show_any_character
+from nnunetv2_macl.messages import for_log_file, progress_bar, show_any_character
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 
 # A character that no code page of Windows has, and a name that is not in UTF-8.
@@ -54,6 +54,13 @@ def test_the_log_file_holds_any_name(target, monkeypatch):
         assert "\\u03a9" in log.read()
 
 
+def test_a_progress_bar_needs_no_console(monkeypatch):
+    for stream in (None, io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert list(progress_bar(range(3), unit="case")) == [0, 1, 2]
+        assert not (stream and stream.getvalue())
+
+
 @pytest.mark.parametrize(
     ("script", "good"),
     [
@@ -62,6 +69,7 @@ def test_the_log_file_holds_any_name(target, monkeypatch):
         ('if __name__ == "__main__":\n    pretrain()', True),
         ('if "__main__" == __name__:\n    pretrain()', True),
         ('def main(): pass\n__name__ == "__main__" and main()', True),
+        ('main() if __name__ == "__main__" else None', True),
         ("\x00 not Python", True),
     ],
 )

@@ -1,7 +1,10 @@
 """Images as archives contain them: with sidecar files, with another file ending, and with localizers among volumes."""
 
 import gzip
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from nnunetv2_macl.preprocessing import cases as preprocessing
 from nnunetv2_macl.preprocessing.cases import UnusableImageError, read_case, whats_flat
 from nnunetv2_macl.preprocessing.sources import (
     CaseFiles,
+    RawFile,
     Source,
     find_sources,
     group_channels,
@@ -113,6 +117,63 @@ def test_a_tiff_without_spacing_and_one_with_a_wrong_spacing_are_reported(target
     assert read_case(target, case, Tiff3DIO)[1]["spacing"] == [3, 0.5, 0.5]
 
 
+def test_a_colour_tiff_is_no_volume(target, tmp_path):
+    """nnU-Net's reader would take the colours for an axis of space."""
+    tifffile.imwrite(tmp_path / "a_0000.tif", np.zeros((40, 48, 3), np.uint8), photometric="rgb")
+    with pytest.raises(UnusableImageError, match="colour"):
+        read_case(target, CaseFiles([str(tmp_path / "a_0000.tif")], None, 1, []), Tiff3DIO)
+
+
+HEADERS = {
+    "a_0000.mhd": "ObjectType = Image\nNDims = 3\nDimSize = 48 40 8\nElementType = MET_FLOAT\nElementDataFile = {}",
+    "a_0000.nhdr": "NRRD0004\ntype: float\ndimension: 3\nsizes: 48 40 8\nencoding: raw\nendian: little\ndata file: {}",
+}
+SLICES = [f"s{number}.raw" for number in range(8)]
+
+
+@pytest.mark.parametrize("data_files", ["s%d.raw 0 7 1", "\n".join(["LIST", *SLICES])], ids=["pattern", "list"])
+@pytest.mark.parametrize("header", HEADERS)
+def test_each_data_file_of_a_header_belongs_to_the_image(target, tmp_path, header, data_files):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, voxels in zip(SLICES, VOLUME, strict=True):
+        (folder / name).write_bytes(voxels.tobytes())
+    (folder / header).write_text(HEADERS[header].format(data_files) + "\n")
+    source = source_in(folder, header[6:], SimpleITKIO)
+    assert [name for name, *_ in source.cases["a"].fingerprint] == [header, *SLICES] and not source.ignored_files
+    np.testing.assert_array_equal(read_case(target, source.cases["a"], SimpleITKIO)[0][0], VOLUME)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("a_0000.mhd", "b.raw"), ("a_0000.nhdr", "b.raw"), ("a_0000.hdr", "a_0000.img")]
+)
+def test_a_missing_data_file_is_named(target, tmp_path, name, other):
+    (tmp_path / name).write_text(HEADERS.get(name, "").format(other))
+    with pytest.raises(UnusableImageError, match=f"{tmp_path / other} is missing"):
+        read_case(target, CaseFiles([str(tmp_path / name)], None, 1, []), SimpleITKIO)
+
+
+@pytest.mark.parametrize(("written", "named"), [("a_0000.nii.gz", "a_0000.Nii.gz"), ("a_0000.mha", "a_0000.MHA")])
+def test_an_ending_that_the_reader_does_not_know_is_explained(target, tmp_path, written, named):
+    write(tmp_path / written)
+    (tmp_path / written).rename(tmp_path / named)
+    with pytest.raises(UnusableImageError) as error:
+        read_case(target, CaseFiles([str(tmp_path / named)], None, 1, []), SimpleITKIO)
+    subprocess.run(str(error.value).partition("Type: ")[2], shell=True, check=True)
+    assert read_case(target, CaseFiles([str(tmp_path / written)], None, 1, []), SimpleITKIO)[0].shape == (
+        1,
+        *VOLUME.shape,
+    )
+
+
+def test_names_that_the_locale_cannot_read_are_not_called_damaged(monkeypatch):
+    name = os.fsdecode(b"/nowhere/M\xfcller_0000.nii.gz")
+    assert "not in UTF-8" in RawFile.inspect(name).problem
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(UserError, match=r"export PYTHONUTF8=1$"):
+        RawFile.inspect(name)
+
+
 def test_both_endings_of_a_format_are_read(target, workspace):
     folder = workspace.raw / DATASET / "imagesUn"
     write(folder / "plain_0000.nii")
@@ -166,12 +227,15 @@ def test_a_single_slice_is_no_volume(tmp_path):
     for axis in range(3):
         assert "single slice" in flat(f"axis{axis}.nii.gz", VOLUME.take([0], axis))
     assert flat("two.nii.gz", VOLUME[:2]) is None and flat("volume.nrrd", VOLUME) is None
+    colours = np.stack([VOLUME] * 3, axis=-1).astype(np.uint8)
     for name, array, is_flat in (
         ("flat.tif", VOLUME[0], True),
         ("one.tif", VOLUME[:1], True),
         ("many.tif", VOLUME, False),
+        ("colour.tif", colours[0], True),
+        ("colours.tif", colours, False),
     ):
-        tifffile.imwrite(tmp_path / name, array)
+        tifffile.imwrite(tmp_path / name, array, photometric="rgb" if "colour" in name else None)
         assert (whats_flat(Volumes, CaseFiles([str(tmp_path / name)], None, 1, [])) is not None) == is_flat
     # A header without a size is damaged.
     write(tmp_path / "nothing.nii")
@@ -186,7 +250,7 @@ def test_a_single_slice_is_no_volume(tmp_path):
 def test_single_slices_among_volumes_are_left_out(target, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(preprocessing, "_configuration", Volumes, raising=False)
     write(tmp_path / "scout.nii.gz", VOLUME[0])
-    reason, is_flat = preprocessing._preprocess_volume(
+    reason, is_flat = preprocessing._preprocess_case(
         CaseFiles([str(tmp_path / "scout.nii.gz")], None, 1, []), SimpleITKIO, tmp_path / "out", {}
     )
     assert is_flat and str(tmp_path / "scout.nii.gz") in reason and not (tmp_path / "out.b2nd").exists()
@@ -196,7 +260,7 @@ def test_single_slices_among_volumes_are_left_out(target, tmp_path, monkeypatch,
 
 @pytest.mark.slow
 def test_the_doctor_accepts_what_the_run_accepts(target, workspace):
-    """Images are compressed in parts, followed by other bytes, constant, labelled cases, or hold NaN."""
+    """Images are compressed in parts, followed by other bytes, constant, labelled cases, masks, or hold NaN."""
     folder = workspace.raw / DATASET / "imagesUn"
     write(workspace.folder / "plain.nii")
     plain = (workspace.folder / "plain.nii").read_bytes()
@@ -206,16 +270,21 @@ def test_the_doctor_accepts_what_the_run_accepts(target, workspace):
     (folder / "padded_0000.nii.gz").write_bytes(gzip.compress(plain + bytes(512)))
     (folder / "case_000_0000.nii.gz").write_bytes(b"broken")  # never read: it counts as the labelled case of its name
     sources = preprocessing.sources_in_use(target, [])
-    result = readable(target, sources, skip_unreadable=False)
+    result = readable(target, sources, "cpu", skip_unreadable=False)
     assert result.status == doctor.OK and result.values["skipped"] == 0, result
     assert len(preprocessing.preprocess_unlabelled(target, [], processes=1).cases) == 6
     write(folder / "nan_0000.nii.gz", np.where(VOLUME > 130, np.nan, VOLUME).astype(np.float32))
     write(folder / "constant_0000.nii.gz", np.full_like(VOLUME, 3))
+    box = np.zeros_like(VOLUME)
+    box[2:6, 10:30, 10:30] = 1  # a mask: after nnU-Net's cropping, it is constant
+    write(folder / "mask_0000.nii.gz", box)
+    write(folder / "huge_0000.nii.gz", VOLUME * 1e30)
     sources = preprocessing.sources_in_use(target, [])
-    result = readable(target, sources, skip_unreadable=False)
-    assert result.status == doctor.PROBLEM and result.values == {"files": 8, "skipped": 2, "read": 2}
+    result = readable(target, sources, "cpu", skip_unreadable=False)
+    assert result.status == doctor.PROBLEM and result.values == {"files": 10, "skipped": 4, "read": 4}
+    assert result.fix.endswith("nnUNetv2_train_macl_pretrain 901 -c 2d -device cpu --skip_unreadable")
     skipped = preprocessing.preprocess_unlabelled(target, [], processes=1, skip_unreadable=True).skipped
-    assert {path.name for path in skipped} == {"nan", "constant"}
+    assert {path.name for path in skipped} == {"nan", "constant", "mask", "huge"}
 
 
 def test_channels_that_do_not_fit_each_other_are_explained(target, tmp_path):

@@ -71,7 +71,7 @@ def _compare_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=float,
         metavar="RATE",
-        help="learning rates of one kind of fine-tuning; each arm uses its best one on the validation cases. Default: 3e-3 for "
+        help="learning rates of every kind of fine-tuning; each arm uses its best one on the validation cases. Default: 3e-3 for "
         "adamw, 1e-2 and 1e-3 for sgd, 5e-4 for paper",
     )
     add(
@@ -104,7 +104,7 @@ def _compare_parser() -> argparse.ArgumentParser:
             nargs="+",
             type=int,
             metavar="N",
-            help=f"{what} of fine-tuning, one number for each kind. Default: {default} for adamw, sgd and paper",
+            help=f"{what} of fine-tuning, one number, or one for each kind. Default: {default} for adamw, sgd and paper",
         )
     add("-batch_size", type=int, help="batch size of fine-tuning. Default: nnU-Net's")
     for key, what in (("epochs", "epochs"), ("iterations", "steps per epoch"), ("batch_size", "batch size")):

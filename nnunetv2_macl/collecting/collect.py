@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import SimpleITK as sitk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from tqdm import tqdm
 
 from nnunetv2_macl.collecting.dicom import (
     Slice,
@@ -37,6 +35,8 @@ from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_error
+from nnunetv2_macl.main_guard import require_main_guard
+from nnunetv2_macl.messages import progress_bar
 from nnunetv2_macl.nnunet import read_dataset_json
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER
 from nnunetv2_macl.raw_data import DESCRIPTION, raw_data_set, write_description
@@ -95,6 +95,7 @@ def collect(
     Raises:
         UserError: A wrong option, another kind of data set, several modalities, or a full disk.
     """
+    require_main_guard()
     source, private_folder = source.expanduser().resolve(), private_folder.expanduser().resolve()
     if not source.is_dir():
         raise UserError(f"{source} is not a folder. Give the folder of the images.")
@@ -247,7 +248,7 @@ def _read_tree(source: Path, folder: Path) -> tuple[list[Slice], list[Path], lis
     nifti: list[Path] = []
     left_out: list[Row] = []
     logger.info("Looking through %s", source)
-    bar = tqdm(_files(source, folder), unit="file", disable=not sys.stderr.isatty())
+    bar = progress_bar(_files(source, folder), unit="file")
     for number, file in enumerate(bar, 1):
         if bar.disable and number % 10_000 == 0:
             logger.info("Looked at %d files", number)
@@ -429,7 +430,7 @@ def _make(
             target = work / f"{number}{_image_ending(candidate.row.image)}"
             job = Job(candidate.files, str(target), candidate.row.kind == "DICOM", min_slices, link)
             futures.append((candidate, pool.submit(make_image, job)))
-        bar = tqdm(futures, unit="image", disable=not sys.stderr.isatty())
+        bar = progress_bar(futures, unit="image")
         for number, (candidate, future) in enumerate(bar, 1):
             result, row = future.result(), candidate.row
             target = work / f"{number - 1}{_image_ending(row.image)}"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_macl.text import pluralise
+from nnunetv2_macl.text import last_line, pluralise
 
 # Files with these endings are DICOM. Other files are DICOM if they have the preamble of the standard.
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
@@ -113,12 +113,6 @@ def read_header(file: Path) -> Slice:
 def _numbers(text: str, count: int) -> tuple[float, ...] | None:
     values = tuple(float(part) for part in text.split("\\") if part.strip())
     return values if len(values) == count and np.isfinite(values).all() else None
-
-
-def last_line(error: Exception) -> str:
-    """Return the reason from an error of SimpleITK, without the places in its source code."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"^(?:ITK ERROR: )?(?:\w+\(0x[0-9a-f]+\): )?", "", lines[-1].strip())
 
 
 def why_unreadable(file: str | Path, error: Exception) -> str:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_macl.collecting.dicom import last_line, why_unreadable
+from nnunetv2_macl.collecting.dicom import why_unreadable
 from nnunetv2_macl.processes import end_with_parent
+from nnunetv2_macl.text import last_line
 
 # A NIfTI file with no more different values than this, all of them integers, is taken for a segmentation.
 _MAX_LABELS = 16

@@ -139,9 +139,9 @@ def options_by_finetuning(
 
     Args:
         kinds: Keys of `FINETUNINGS`.
-        epochs: Epochs of each kind. None: the defaults.
-        iterations: Steps per epoch of each kind. None: the defaults.
-        rates: Learning rates, for a single kind. None: the defaults.
+        epochs: Epochs of each kind, or one number for all. None: the defaults.
+        iterations: Steps per epoch of each kind, or one number for all. None: the defaults.
+        rates: Learning rates of every kind. None: the defaults.
         others: The other fields of `Options`.
 
     Raises:
@@ -149,27 +149,21 @@ def options_by_finetuning(
     """
     if len(set(kinds)) < len(kinds):
         raise UserError(f"--finetuning names a kind twice: {' '.join(kinds)}. Give each kind once.")
-    one_kind = f"Or give one kind: --finetuning {kinds[0]}"
-    for key, values in (("epochs", epochs), ("iterations", iterations)):
-        if values is not None and len(values) != len(kinds):
+
+    def of_each(key: str, values: Sequence[int] | None, number: int) -> list[int]:
+        if values is None:
+            return [FINETUNINGS[kind][number] for kind in kinds]
+        if len(values) not in (1, len(kinds)):
             raise UserError(
                 f"{option(key)} {_typed(list(values))} has {pluralise(len(values), 'value')}, and --finetuning "
-                f"{' '.join(kinds)} has {pluralise(len(kinds), 'kind')}. Give one value for each kind. {one_kind}"
+                f"{' '.join(kinds)} has {pluralise(len(kinds), 'kind')}. Give one value, or one for each kind."
             )
-    if rates is not None and len(kinds) > 1:
-        raise UserError(
-            f"--rates {_typed(rates)} cannot be used with several kinds of fine-tuning ({' '.join(kinds)}). Leave out --rates. "
-            f"{one_kind}"
-        )
+        return list(values) * (len(kinds) // len(values))
+
+    lengths = zip(kinds, of_each("epochs", epochs, 0), of_each("iterations", iterations, 1), strict=True)
     return [
-        Options(
-            finetuning=kind,
-            epochs=epochs[number] if epochs else FINETUNINGS[kind][0],
-            iterations=iterations[number] if iterations else FINETUNINGS[kind][1],
-            rates=rates or FINETUNINGS[kind][2],
-            **others,
-        )
-        for number, kind in enumerate(kinds)
+        Options(finetuning=kind, epochs=e, iterations=i, rates=rates or FINETUNINGS[kind][2], **others)
+        for kind, e, i in lengths
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -13,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
-
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.data import plan_reading_here
 from nnunetv2_macl.doctor import machine
@@ -23,15 +20,14 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import check_fold, number_of_folds, splits_file, too_few_cases
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, DatasetConfiguration, raw_folder
 from nnunetv2_macl.planning.plan import MACLPlan
-from nnunetv2_macl.planning.positives import resampled_shapes
 from nnunetv2_macl.preprocessing.cases import (
+    FlatImageError,
     UnusableImageError,
+    bytes_on_disk,
     index_of,
     made_of,
-    read_case,
+    preprocess_case,
     sources_in_use,
-    unlabelled_folder,
-    whats_flat,
 )
 from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
@@ -41,7 +37,7 @@ from nnunetv2_macl.preprocessing.sources import (
     training_cases,
     without_spacing,
 )
-from nnunetv2_macl.text import size_text
+from nnunetv2_macl.text import pluralise, size_text
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
 from nnunetv2_macl.training.finetune import load_transfer
 from nnunetv2_macl.training.run_folder import pretraining_folder
@@ -73,7 +69,7 @@ def dataset_checks(
         return
     yield folds(target, device)
     yield images(target, labelled, sources)
-    yield readable(target, sources, skip_unreadable=plan.skip_unreadable)
+    yield readable(target, sources, device, skip_unreadable=plan.skip_unreadable)
     yield estimate(target, sources, device, timeout)
     yield weights(target, device)
 
@@ -141,11 +137,16 @@ def images(target: DatasetConfiguration, labelled: int, sources: list[Source]) -
 
 
 def readable(
-    target: DatasetConfiguration, sources: list[Source], *, skip_unreadable: bool, seconds: float = _READ_SECONDS
+    target: DatasetConfiguration,
+    sources: list[Source],
+    device: str,
+    *,
+    skip_unreadable: bool,
+    seconds: float = _READ_SECONDS,
 ) -> Result:
     """Return which unlabelled images cannot be used.
 
-    Images that are not preprocessed yet are read as a run reads them, as many as ``seconds`` allow. With
+    Images that are not preprocessed yet are read and normalised as in a run, as many as ``seconds`` allow. With
     ``skip_unreadable``, a run leaves out the images that it cannot use.
     """
     check, wrong = "readable", [reason for source in sources for reason in source.invalid_cases.values()]
@@ -156,11 +157,10 @@ def readable(
         if perf_counter() > until:
             break
         read += 1
-        if reason := whats_flat(target, case):
-            flat.append(reason)
-            continue
         try:
-            read_case(target, case, source.reader)
+            preprocess_case(target, case, source.reader, resample=False)
+        except FlatImageError as error:
+            flat.append(str(error))
         except UnusableImageError as error:
             wrong.append(str(error))
         except MemoryError as error:
@@ -173,9 +173,12 @@ def readable(
         return Result(check, OK, message, values=values)
     left_out = [*wrong, *flat] if skip_unreadable else flat
     if not wrong or skip_unreadable:
-        return Result(check, NOTE, f"{len(left_out)} unlabelled images are left out:\n{_some(left_out)}", values=values)
-    fix = "# correct or remove these images, or train without them\nnnUNetv2_train_macl_pretrain ... --skip_unreadable"
-    return Result(check, PROBLEM, f"{len(wrong)} unlabelled images cannot be used:\n{_some(wrong)}", fix, values)
+        message = f"a run leaves out {pluralise(len(left_out), 'unlabelled image')}:\n{_some(left_out)}"
+        return Result(check, NOTE, message, values=values)
+    fix = "# correct or remove these images, or train without them\n"
+    fix += f"{command_to_pretrain(target, device=device)} --skip_unreadable"
+    message = f"{pluralise(len(wrong), 'unlabelled image')} cannot be used:\n{_some(wrong)}"
+    return Result(check, PROBLEM, message, fix, values)
 
 
 def _not_done(target: DatasetConfiguration, source: Source) -> list[CaseFiles]:
@@ -212,12 +215,7 @@ def estimate(target: DatasetConfiguration, sources: list[Source], device: str, t
         reason = measured["error"].strip().removeprefix("Error: ")
         return from_error(check, UserError(f"three training steps could not be run on {device}: {reason}"))
     hours = measured["seconds_per_step"] * measured["steps_per_epoch"] * measured["epochs"] / 3600
-    shapes = [math.prod(shape) for shape in resampled_shapes(target)]
-    done = unlabelled_folder(target)
-    number = sum(
-        not (done / source.dataset_name / f"{case}.b2nd").is_file() for source in sources for case in source.cases
-    )
-    disk = number * len(target.channel_names) * 4 * float(np.median(shapes)) / 2**30
+    disk = bytes_on_disk(target, sum(len(_not_done(target, source)) for source in sources)) / 2**30
     values = measured | {"hours": hours, "preprocessed_gib": disk}
     message = (
         f"three steps on {device} took {measured['seconds_per_step']:.3g} s each. {measured['epochs']} epochs of "

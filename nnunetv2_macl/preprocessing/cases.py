@@ -18,7 +18,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -36,7 +35,6 @@ from nibabel.openers import ImageOpener
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
-from tqdm import tqdm
 
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.data import Case
@@ -44,7 +42,7 @@ from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import atomic_write, remove_temporary, write_json
 from nnunetv2_macl.main_guard import require_main_guard
-from nnunetv2_macl.messages import show_any_character
+from nnunetv2_macl.messages import progress_bar, show_any_character
 from nnunetv2_macl.nnunet import DatasetConfiguration, raw_folder
 from nnunetv2_macl.planning.memory import is_above_zero
 from nnunetv2_macl.preprocessing.index import Index
@@ -55,11 +53,12 @@ from nnunetv2_macl.preprocessing.sources import (
     drop_second_names,
     find_sources,
     labelled_identities,
+    named_in_header,
     sidecars,
     training_cases,
 )
 from nnunetv2_macl.processes import end_with_parent
-from nnunetv2_macl.text import pluralise
+from nnunetv2_macl.text import last_line, pluralise
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -239,12 +238,17 @@ def _skip_or_raise(reason: str, target: Path, skipped: dict[Path, str], skip_unr
     skipped[target] = reason
 
 
-def _require_space(configuration: DatasetConfiguration, folder: Path, cases: int) -> None:
-    """Raise UserError if the disk cannot hold the cases uncompressed, at the median size of the training cases."""
+def bytes_on_disk(configuration: DatasetConfiguration, cases: int) -> int:
+    """Return the size of preprocessed cases without compression, at the median size of the training cases."""
     shape = configuration.manager.median_image_size_in_voxels
     if len(shape) == 2:  # the slices of a volume are not in the configuration
         shape = [configuration.plans_manager.original_median_shape_after_transp[0], *shape]
-    needed = int(cases * len(configuration.channel_names) * math.prod(float(n) for n in shape) * 4)
+    return int(cases * len(configuration.channel_names) * math.prod(float(n) for n in shape) * 4)
+
+
+def _require_space(configuration: DatasetConfiguration, folder: Path, cases: int) -> None:
+    """Raise UserError if the disk cannot hold the cases."""
+    needed = bytes_on_disk(configuration, cases)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -270,8 +274,8 @@ def _run(
         initializer=_initialise,
         initargs=(configuration,),
     ) as pool:
-        futures = {pool.submit(_preprocess_volume, *job): job for job in todo}
-        bar = tqdm(as_completed(futures), total=len(todo), unit="case", disable=not sys.stderr.isatty())
+        futures = {pool.submit(_preprocess_case, *job): job for job in todo}
+        bar = progress_bar(as_completed(futures), total=len(todo), unit="case")
         try:
             for number, future in enumerate(bar, 1):
                 error, is_flat = future.result()
@@ -310,11 +314,62 @@ def _initialise(configuration: DatasetConfiguration) -> None:
     end_with_parent()
 
 
-def _preprocess_volume(case: CaseFiles, *how: Any) -> tuple[str | None, bool]:
-    """Preprocess one case. Return the problem or None, and whether a run leaves out the case even without an option."""
-    if flat := whats_flat(_configuration, case):
-        return flat, True
-    return _preprocess_case(case, *how), False
+def _preprocess_case(
+    case: CaseFiles, reader: type[BaseReaderWriter], target: Path, fingerprint: dict[str, Any]
+) -> tuple[str | None, bool]:
+    """Preprocess and write a case. Return the problem or None, and whether a run leaves out the case without an option."""
+    try:
+        data, spacing = preprocess_case(_configuration, case, reader)
+    except UnusableImageError as error:
+        return str(error), isinstance(error, FlatImageError)
+    _write_case(data, target, fingerprint, spacing)
+    return None, False
+
+
+class UnusableImageError(Exception):
+    """Says that an image cannot be used. The message names its files and the reason."""
+
+
+class FlatImageError(UnusableImageError):
+    """Says that an image is a single slice. A 3D run leaves out such images even without an option."""
+
+
+def preprocess_case(
+    configuration: DatasetConfiguration, case: CaseFiles, reader: type[BaseReaderWriter], *, resample: bool = True
+) -> tuple[np.ndarray, list[float]]:
+    """Read and preprocess a case as nnU-Net does. Return its voxels (C, *volume) float32 and its spacing in mm.
+
+    Args:
+        configuration: Configuration whose plan is used.
+        case: Files of the case.
+        reader: Class that reads the files.
+        resample: Whether to resample to the plan's spacing. A check of the image leaves out this step, which takes the most time.
+
+    Raises:
+        UnusableImageError: The case cannot be read, or cannot be used.
+        MemoryError: The memory of the machine is too small.
+    """
+    if flat := whats_flat(configuration, case):
+        raise FlatImageError(flat)
+    names, manager = ", ".join(case.files), configuration.manager
+    images, properties = read_case(configuration, case, reader)
+    if not resample:
+        properties = properties | {"spacing": _planned_spacing(configuration, properties["spacing"])}
+    try:
+        data, _, properties = manager.preprocessor_class(verbose=False).run_case_npy(
+            images, None, properties, configuration.plans_manager, manager, configuration.dataset_json
+        )
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(names) from error
+        raise UnusableImageError(f"{names} cannot be preprocessed: {type(error).__name__}: {error}.") from error
+    data = np.ascontiguousarray(data, dtype=np.float32)
+    if not np.isfinite(data).all() or not np.ptp(data.reshape(len(data), -1), axis=1).any():
+        largest = f"{np.abs(images).max():g}"
+        raise UnusableImageError(
+            f"{names} cannot be used: nothing is left of it after normalisation. Its largest value is {largest}."
+        )
+    return data, [float(mm) for mm in properties["spacing"]]
 
 
 def whats_flat(configuration: DatasetConfiguration, case: CaseFiles) -> str | None:
@@ -339,20 +394,22 @@ def _voxels(file: str) -> list[int]:
     if _is_nifti(file):
         return list(nibabel.load(file).shape[:3])  # type: ignore[attr-defined]
     if file.lower().endswith((".tif", ".tiff")):
-        with tifffile.TiffFile(file) as tiff:
-            return list(tiff.series[0].shape)
+        shape, is_colour = _shape_of_tiff(file)
+        return shape[:-1] if is_colour else shape
     header = sitk.ImageFileReader()
     header.SetFileName(file)
     header.ReadImageInformation()
     return list(header.GetSize())[:3]
 
 
+def _shape_of_tiff(file: str) -> tuple[list[int], bool]:
+    """Return the shape of a TIFF, and whether its last axis holds the samples of a voxel, such as red, green and blue."""
+    with tifffile.TiffFile(file) as tiff:
+        return list(tiff.series[0].shape), tiff.series[0].axes.endswith("S")
+
+
 def _is_nifti(file: str) -> bool:
     return file.lower().endswith((".nii", ".nii.gz"))
-
-
-class UnusableImageError(Exception):
-    """Says that an image cannot be used. The message names its files and the reason."""
 
 
 def read_case(
@@ -367,21 +424,19 @@ def read_case(
     names, printed = ", ".join(case.files), io.StringIO()
     try:
         for file in case.files:
+            _check_data_file(file)
             check_nifti(file)
-        if issubclass(reader, Tiff3DIO):
-            _check_spacing_file(case.files[0])
+            if issubclass(reader, Tiff3DIO):
+                _check_tiff(file)
         # nnU-Net prints what is wrong with the channels of a case, and raises an error without a message.
         with contextlib.redirect_stdout(printed):
             images, properties = reader().read_images(case.files)
     except Exception as error:
         if is_out_of_memory(error):
             raise MemoryError(names) from error
-        reason = str(error).strip().splitlines() or [
-            line for line in printed.getvalue().splitlines() if "ERROR" in line
-        ]
-        raise UnusableImageError(
-            f"{names} cannot be used: {reason[-1].strip() if reason else type(error).__name__}."
-        ) from error
+        told = [line.strip() for line in printed.getvalue().splitlines() if "ERROR" in line]
+        reason = last_line(error) if str(error).strip() or not told else told[-1]
+        raise UnusableImageError(f"{names} cannot be used: {reason}.{_lower_case_endings(case.files)}") from error
     print(printed.getvalue(), end="")
     if case.channels is not None:
         if images.ndim != 4 or len(images) != case.channels_in_file:
@@ -396,39 +451,16 @@ def read_case(
         raise UnusableImageError(
             f"{names} cannot be used: it has a spacing for {axes} axes, so the third axis is not one of space."
         )
-    resampled = _resampled_shape(configuration, images.shape[1:], properties["spacing"])
+    planned = _planned_spacing(configuration, properties["spacing"])
+    resampled = [
+        round(n * mm / new) for n, mm, new in zip(images.shape[1:], properties["spacing"], planned, strict=True)
+    ]
     if not 0 < math.prod(resampled) <= _MOST_VOXELS:
         raise UnusableImageError(
             f"{names} cannot be used: at the plan's spacing it would have {'x'.join(map(str, resampled))} voxels. "
             f"Is its spacing of {', '.join(f'{mm:g}' for mm in properties['spacing'])} mm right?"
         )
     return images, properties
-
-
-def _preprocess_case(
-    case: CaseFiles, reader: type[BaseReaderWriter], target: Path, fingerprint: dict[str, Any]
-) -> str | None:
-    """Preprocess one case. Return what is wrong with it, or None. Raise MemoryError if the memory is too small."""
-    names = ", ".join(case.files)
-    try:
-        images, properties = read_case(_configuration, case, reader)
-    except UnusableImageError as error:
-        return str(error)
-    manager = _configuration.manager
-    try:
-        data, _, properties = manager.preprocessor_class(verbose=False).run_case_npy(
-            images, None, properties, _configuration.plans_manager, manager, _configuration.dataset_json
-        )
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise MemoryError(names) from error
-        return f"{names} cannot be preprocessed: {type(error).__name__}: {error}."
-    data = np.ascontiguousarray(data, dtype=np.float32)
-    if not np.isfinite(data).all() or not np.ptp(data.reshape(len(data), -1), axis=1).any():
-        largest = f"{np.abs(images).max():g}"
-        return f"{names} cannot be used: nothing is left of it after normalisation. Its largest value is {largest}."
-    _write_case(data, target, fingerprint, [float(s) for s in properties["spacing"]])
-    return None
 
 
 def _may_be_cut_short(file: str) -> bool:
@@ -507,8 +539,35 @@ def _check_compression(file: str) -> None:
         )
 
 
-def _check_spacing_file(image: str) -> None:
-    """Raise ValueError if nnU-Net cannot use the spacing file of a TIFF. Without this file, nnU-Net uses 1 on each axis."""
+def _lower_case_endings(files: Sequence[str]) -> str:
+    """Return how to rename files whose endings are not in lower case, because some readers do not know such endings."""
+    commands = []
+    for folder, name in map(os.path.split, files):
+        lower = re.sub(r"(?<=_\d{4})\..*", lambda ending: ending[0].lower(), name)
+        if lower != name:
+            commands.append(shlex.join(["mv", os.path.join(folder, name), os.path.join(folder, lower)]))
+    return f" Some readers know only endings in lower case. Type: {'; '.join(commands)}" if commands else ""
+
+
+def _check_data_file(image: str) -> None:
+    """Raise ValueError if a file with voxels that a header names is missing, or the other file of a pair."""
+    folder, name = os.path.split(image)
+    there = os.path.exists
+    missing = [other for other in named_in_header(image) if not there(os.path.join(folder, other))]
+    pair = sidecars(name) if name.lower().endswith((".hdr", ".img")) else []
+    if not any(there(os.path.join(folder, other)) for other in pair):
+        missing += pair[:1]
+    if missing:
+        raise ValueError(f"its other file {os.path.join(folder, missing[0])} is missing")
+
+
+def _check_tiff(image: str) -> None:
+    """Raise ValueError if nnU-Net's reader of 3D TIFFs would misread one, or cannot use its spacing file.
+
+    The reader takes colours for an axis of space. Without a spacing file, it uses a spacing of 1 on each axis.
+    """
+    if _shape_of_tiff(image)[1]:
+        raise ValueError("it is a colour image, and nnU-Net reads one value per voxel from 3D TIFF files")
     file = Path(image).parent / sidecars(os.path.basename(image))[0]
     if not file.exists():
         return
@@ -523,12 +582,12 @@ def _check_spacing_file(image: str) -> None:
         raise ValueError(f'its spacing file {file} must be like {{"spacing": [3, 0.5, 0.5]}}, and is {got}')
 
 
-def _resampled_shape(configuration: DatasetConfiguration, shape: Sequence[int], spacing: Sequence[float]) -> list[int]:
-    """Return the number of voxels per axis after nnU-Net's resampling. In 2D, the number of slices does not change."""
-    order, target = configuration.plans_manager.transpose_forward, configuration.manager.spacing
-    shape, spacing = [shape[axis] for axis in order], [spacing[axis] for axis in order]
-    target = [*spacing[: len(spacing) - len(target)], *target]
-    return [round(n * mm / wanted) for n, mm, wanted in zip(shape, spacing, target, strict=True)]
+def _planned_spacing(configuration: DatasetConfiguration, spacing: Sequence[float]) -> list[float]:
+    """Return the spacing of each axis of a file after nnU-Net's resampling. In 2D, the slices keep their distance."""
+    target, planned = configuration.manager.spacing, list(spacing)
+    for axis, mm in zip(configuration.plans_manager.transpose_forward[-len(target) :], target, strict=True):
+        planned[axis] = mm
+    return planned
 
 
 def _whats_wrong(configuration: DatasetConfiguration, images: np.ndarray) -> str | None:

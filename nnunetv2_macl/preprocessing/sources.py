@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import io
 import os
 import re
 import stat
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +25,15 @@ from nnunetv2_macl.data import Case
 from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import SUPPORTED_CONFIGURATIONS, DatasetConfiguration, raw_folder, read_dataset_json
+from nnunetv2_macl.text import pluralise
 
 UNLABELLED_FOLDER = "imagesUn"
 _FILES_AT_ONCE = 16
 # Endings of the same format. A reader of one ending reads the other.
 _SAME_FORMAT = ((".nii.gz", ".nii"), (".tif", ".tiff"))
 
-# The line in the header of a MetaImage or NRRD image that names its data file.
-_DATA_FILE = re.compile(rb"^(?:ElementDataFile *=|data ?file:) *(.+?)\s*$", re.MULTILINE)
+# The line in the header of a MetaImage or NRRD image that names its data file, and the lines below it.
+_DATA_FILE = re.compile(rb"^(?:ElementDataFile *=|data ?file:) *([^\r\n]+)(.*)", re.MULTILINE | re.DOTALL)
 _LONGEST_HEADER = 1 << 16
 
 
@@ -68,6 +71,11 @@ class RawFile(NamedTuple):
             path.encode()
         except UnicodeEncodeError:
             printable = os.fsencode(path).decode(errors="replace")
+            if (encoding := sys.getfilesystemencoding()) != "utf-8":
+                raise UserError(
+                    f"Python cannot read the name of {printable}, because names of files are in {encoding} here. "
+                    "Type: export PYTHONUTF8=1"
+                ) from None
             return cls(printable, problem=f"{printable} has a name that is not in UTF-8. Rename it.")
         try:
             found = os.stat(path)
@@ -101,9 +109,11 @@ def sidecars(name: str) -> list[str]:
 
 
 def named_in_header(image: str) -> list[str]:
-    """Return a list with the name of the data file that a detached header names; an empty list for other images.
+    """Return the names of the data files that a detached header names; an empty list for other images.
 
-    The data file may have another name than the header, because users often rename only the header.
+    A data file may have another name than the header, because users often rename only the header. A header names one file,
+    ``LIST`` and one file on each line below, or a pattern and the range of its numbers, such as ``slice%03d.raw 1 20 1``.
+    Only files in the folder of the header are returned.
 
     Args:
         image: Path of the image's file.
@@ -115,8 +125,13 @@ def named_in_header(image: str) -> list[str]:
             named = _DATA_FILE.search(stream.read(_LONGEST_HEADER))
     except OSError:
         return []  # the reader says why
-    name = os.fsdecode(named[1]) if named else ""
-    return [name] if name not in ("", "LOCAL", "LIST") and name == os.path.basename(name) else []
+    name = os.fsdecode(named[1]).strip() if named else ""
+    names = [name]
+    if named and name.startswith("LIST"):
+        names = [line.strip() for line in os.fsdecode(named[2]).splitlines()]
+    elif numbered := re.match(r"(\S*)%\d*d(\S*)", name):
+        names = fnmatch.filter(sorted(os.listdir(os.path.dirname(image))), "*".join(numbered.groups()))
+    return [name for name in names if name not in ("", "LOCAL") and name == os.path.basename(name)]
 
 
 @dataclass(frozen=True)
@@ -387,8 +402,8 @@ def no_spacing_message(files: Sequence[str]) -> str:
     some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     missing = os.path.join(os.path.dirname(files[0]), sidecars(os.path.basename(files[0]))[0])
     return (
-        f"{len(files)} TIFF images have no spacing file, so nnU-Net assumes a spacing of 1 on each axis: {some}. To set the "
-        f'spacing, write {missing} with, for example, {{"spacing": [3, 0.5, 0.5]}}'
+        f"nnU-Net assumes a spacing of 1 on each axis for {pluralise(len(files), 'TIFF image')} without a spacing file: {some}. "
+        f'To set the spacing, write {missing} with, for example, {{"spacing": [3, 0.5, 0.5]}}'
     )
 
 

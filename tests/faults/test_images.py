@@ -138,7 +138,7 @@ def test_a_file_is_read_or_refused_with_the_reason(kind, configuration, tmp_path
     make(file)
     case = CaseFiles([str(file)], None, 1, [])
     reader = configuration.plans_manager.image_reader_writer_class
-    wrong = cases._preprocess_case(case, reader, tmp_path / "out" / "case", {})
+    wrong, _ = cases._preprocess_case(case, reader, tmp_path / "out" / "case", {})
     made = tmp_path / "out" / "case.b2nd"
     if reason is None:
         assert wrong is None

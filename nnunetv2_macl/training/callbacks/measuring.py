@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import asdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from nnunetv2_macl import checkpoints, distributed, monitoring, probes
 from nnunetv2_macl.data import PretrainingBatches
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.messages import progress_bar
 from nnunetv2_macl.training.callbacks.base import Callback
 from nnunetv2_macl.training.epoch_log import CollapseWatch, Epoch, EpochSums
 from nnunetv2_macl.training.run_folder import PLAN_COPY
@@ -57,13 +57,13 @@ class EpochLog(Callback):
         if self._timed_until is not None:
             self._between_epochs.append(now - self._timed_until)
         self._timed_until = now
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=trainer.recipe.num_iterations_per_epoch,
             initial=self.sums.steps,
             desc=f"epoch {trainer.current_epoch}",
             unit="step",
             leave=False,
-            disable=not sys.stderr.isatty() or distributed.rank() != 0,
+            hidden=distributed.rank() != 0,
         )
 
     def on_step_end(self, batch: dict[str, Any], measured: dict[str, float]) -> None:
