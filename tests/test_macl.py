@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import steps
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from steps import embeddings_of, model_of, recipe_of
@@ -64,6 +65,18 @@ def test_both_branches_have_dense_maps_on_one_grid(kind, axes, decoder_stages, a
     assert outputs["global_dominant"].shape == outputs["global_auxiliary"].shape == (3, 128)
     assert outputs["bottleneck_dominant"].shape[2:] == (8 // scale,) * axes
     assert outputs["bottleneck_auxiliary"].shape[2:] == (8,) * axes
+
+
+@pytest.mark.parametrize("encoder", ["shared", "ema"])
+def test_batch_norm_standardises_each_group_of_views_separately(encoder):
+    """So the invariance group has the same maps with and without the variance group."""
+    found = []
+    for weight in (0.0, 1.0):
+        recipe = recipe_of(weight_global=weight, auxiliary_encoder=encoder)
+        model = model_of(steps.unet(nn.BatchNorm2d), [32, 32], recipe, scale=[2, 2])
+        found.append(embeddings_of(model, images(edge=32)[:, :1]))
+    for name in ("dense_dominant", "bottleneck_dominant", "bottleneck_auxiliary"):
+        torch.testing.assert_close(found[0][name], found[1][name], msg=name)
 
 
 def test_with_only_the_image_level_no_other_modules_are_built():
