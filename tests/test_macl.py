@@ -169,8 +169,10 @@ def test_only_zero_padding_reveals_the_edge_of_the_patch():
     assert max(spread.values()) < 1e-5
 
 
-def test_reflection_of_a_single_voxel_is_refused():
+# The small views of MACL have half of the patch's edge, and those of SwAV less than half.
+@pytest.mark.parametrize("method, scale, patch", [("macl", 2, [64, 16]), ("swav", 1, [128, 24])])
+def test_reflection_of_a_single_voxel_is_refused(method, scale, patch):
     configuration = SimpleNamespace(channel_names=["MR"] * 2, channels_without_zscore=())
-    geometry = Geometry(1, 4, [2, 2], [64, 16])
+    recipe = recipe_of(method=method, padding_mode="reflect")
     with pytest.raises(UserError, match="padding_mode"):
-        build_model(configuration, geometry, recipe_of(padding_mode="reflect"), unet())
+        build_model(configuration, Geometry(1, 4, [scale] * 2, patch), recipe, unet())
