@@ -86,12 +86,12 @@ def _set_padding_mode(model: PretrainingModel, mode: PaddingMode) -> None:
     Raises:
         UserError: The mode is reflection, but a map is one voxel wide and cannot be reflected.
     """
-    for method in model:
-        deepest = model.network.encoder_levels[-1].stride
-        size = [n // s for n, s in zip(method.geometry.dominant_patch_size, deepest, strict=True)]
-        if mode == "reflect" and min(size) < 2:
+    deepest = model.network.encoder_levels[-1].stride
+    for size in (size for method in model for size in method.shown_sizes):
+        voxels = [n // s for n, s in zip(size, deepest, strict=True)]
+        if mode == "reflect" and min(voxels) < 2:
             raise UserError(
-                f"padding_mode is reflect, which needs two voxels on each axis, but the deepest map has {size}. "
+                f"padding_mode is reflect, which needs two voxels on each axis, but the deepest map has {voxels}. "
                 "Use another mode: --set padding_mode=replicate"
             )
     for module in model.modules():

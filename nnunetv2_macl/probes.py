@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -201,20 +202,11 @@ def _labelled_patches(
         else:
             middle = generator.integers(labels.shape)
         corner = np.asarray(middle) - size // 2
-        patches.append(_cut(image, corner, size))
-        targets.append(_cut(labels[None], corner, size)[0])
+        box = np.stack((corner, corner + size), 1).tolist()
+        patches.append(crop_and_pad_nd(image, box))
+        targets.append(crop_and_pad_nd(labels, box))
     images, segmentations = torch.from_numpy(np.stack(patches)), torch.from_numpy(np.stack(targets).astype(np.int64))
     return (images[:, :, 0], segmentations[:, 0]) if len(patch_size) == 2 else (images, segmentations)
-
-
-def _cut(volume: np.ndarray, corner: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Return a patch of a volume (C, *volume), with zeros outside of the volume."""
-    shape = np.asarray(volume.shape[1:])
-    low, high = np.maximum(corner, 0), np.minimum(corner + size, shape)
-    inside = volume[(slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))]
-    return np.pad(
-        inside, [(0, 0), *((int(a - c), int(c + n - b)) for a, b, c, n in zip(low, high, corner, size, strict=True))]
-    )
 
 
 def as_words(values: dict[str, Any]) -> str:

@@ -89,8 +89,8 @@ def plan_transfer(
 
     A stage gets the weights of the stage at the same depth. If more of the encoder fits from the stage above or below, all
     stages get those. A convolution with its bias and norm is loaded as a whole, and only if all shapes are equal. Only
-    convolutions of the images are adapted: to another number of input channels, see `fit_input_channels`, or to another order of
-    channels. If the source network has no norm after a convolution, the target keeps its own norm.
+    convolutions of the images are adapted: to another number of input channels, see `fit_input_channels`, or to another
+    order of channels. If the source network has no norm after a convolution, the target keeps its own norm.
 
     Args:
         pretrained: The weights, and the architecture that they were trained in.

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import steps
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from steps import embeddings_of, model_of, recipe_of
@@ -64,6 +65,18 @@ def test_both_branches_have_dense_maps_on_one_grid(kind, axes, decoder_stages, a
     assert outputs["global_dominant"].shape == outputs["global_auxiliary"].shape == (3, 128)
     assert outputs["bottleneck_dominant"].shape[2:] == (8 // scale,) * axes
     assert outputs["bottleneck_auxiliary"].shape[2:] == (8,) * axes
+
+
+@pytest.mark.parametrize("encoder", ["shared", "ema"])
+def test_batch_norm_standardises_each_group_of_views_separately(encoder):
+    """So the invariance group has the same maps with and without the variance group."""
+    found = []
+    for weight in (0.0, 1.0):
+        recipe = recipe_of(weight_global=weight, auxiliary_encoder=encoder)
+        model = model_of(steps.unet(nn.BatchNorm2d), [32, 32], recipe, scale=[2, 2])
+        found.append(embeddings_of(model, images(edge=32)[:, :1]))
+    for name in ("dense_dominant", "bottleneck_dominant", "bottleneck_auxiliary"):
+        torch.testing.assert_close(found[0][name], found[1][name], msg=name)
 
 
 def test_with_only_the_image_level_no_other_modules_are_built():
@@ -156,8 +169,10 @@ def test_only_zero_padding_reveals_the_edge_of_the_patch():
     assert max(spread.values()) < 1e-5
 
 
-def test_reflection_of_a_single_voxel_is_refused():
+# The small views of MACL have half of the patch's edge, and those of SwAV less than half.
+@pytest.mark.parametrize("method, scale, patch", [("macl", 2, [64, 16]), ("swav", 1, [128, 24])])
+def test_reflection_of_a_single_voxel_is_refused(method, scale, patch):
     configuration = SimpleNamespace(channel_names=["MR"] * 2, channels_without_zscore=())
-    geometry = Geometry(1, 4, [2, 2], [64, 16])
+    recipe = recipe_of(method=method, padding_mode="reflect")
     with pytest.raises(UserError, match="padding_mode"):
-        build_model(configuration, geometry, recipe_of(padding_mode="reflect"), unet())
+        build_model(configuration, Geometry(1, 4, [scale] * 2, patch), recipe, unet())

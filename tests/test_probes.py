@@ -86,12 +86,6 @@ def test_a_case_without_classes_and_with_voxels_outside_nnunets_mask(target):
     assert images.shape == (12, 1, 32, 32) and set(patches.unique().tolist()) == {0, 3}
 
 
-def test_a_patch_at_the_edge_is_padded_with_zeros():
-    volume = np.arange(1, 13, dtype=np.float32).reshape(1, 1, 3, 4)
-    patch = probes._cut(volume, np.array([0, -1, 2]), np.array([1, 3, 3]))
-    np.testing.assert_array_equal(patch[0, 0], [[0, 0, 0], [3, 4, 0], [7, 8, 0]])
-
-
 @pytest.mark.slow
 def test_probes_do_not_change_the_training(workspace, tmp_path):
     recipe = tmp_path / "probed.json"

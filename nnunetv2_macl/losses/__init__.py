@@ -23,7 +23,7 @@ from nnunetv2_macl.losses.interpolation import LINEAR_MODE, downsample
 from nnunetv2_macl.losses.multi_level import MultiLevelContrastiveLoss
 from nnunetv2_macl.losses.pairs import negative_cosine, queue_contrast
 from nnunetv2_macl.losses.partitions import PartitionContrastiveLoss, partition_masks, region_contrast
-from nnunetv2_macl.losses.precision import autocast_disabled
+from nnunetv2_macl.losses.precision import at_least_float32, autocast_disabled
 from nnunetv2_macl.losses.references import ReferenceValues, reference_values
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "PartitionContrastiveLoss",
     "PositionalContrastiveLoss",
     "ReferenceValues",
+    "at_least_float32",
     "autocast_disabled",
     "contrast",
     "downsample",

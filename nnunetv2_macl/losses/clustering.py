@@ -60,7 +60,7 @@ def swapped_prediction(
         A scalar, the mean over codes and over the views that predict them.
     """
     with autocast_disabled(scores[0]):
-        scores = [at_least_float32(values, values)[0] for values in scores]
+        scores = [at_least_float32(values) for values in scores]
         log_p = [(values / temperature).log_softmax(1) for values in scores]
         losses = []
         for number in range(assigned):

@@ -120,7 +120,7 @@ class _ContrastiveLoss(nn.Module):
                 f"positions must have one row per patch: {len(dominant)} patches, got {len(positions)} rows"
             )
         with autocast_disabled(dominant):
-            dominant, auxiliary = at_least_float32(dominant, auxiliary)
+            dominant, auxiliary = at_least_float32(dominant), at_least_float32(auxiliary)
             weights = positive_weights(
                 positions.to(dominant.device), self.threshold, self.own_view_weight, dominant.dtype
             )

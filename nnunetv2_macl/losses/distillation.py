@@ -42,8 +42,7 @@ class DistillationLoss(nn.Module):
             temperature: τ of the teacher, which is lower than that of the student.
         """
         with autocast_disabled(teacher):
-            teacher, centre = at_least_float32(teacher.detach(), self.centre)
-            return ((teacher - centre) / temperature).softmax(-1)
+            return ((at_least_float32(teacher.detach()) - self.centre) / temperature).softmax(-1)
 
     def forward(self, student: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of each row, (...).
@@ -53,8 +52,7 @@ class DistillationLoss(nn.Module):
             targets: (..., K), the result of `targets` for another view of the same images.
         """
         with autocast_disabled(student):
-            student, targets = at_least_float32(student, targets)
-            return -(targets * (student / self.temperature).log_softmax(-1)).sum(-1)
+            return -(targets * (at_least_float32(student) / self.temperature).log_softmax(-1)).sum(-1)
 
     @torch.no_grad()
     def update_centre(self, teacher: Tensor) -> None:

@@ -53,7 +53,7 @@ class EquivarianceLoss(nn.Module):
                 f"{tuple(dominant.shape)} and {tuple(auxiliary.shape)}"
             )
         with autocast_disabled(dominant):
-            dominant, auxiliary = at_least_float32(dominant, auxiliary)
+            dominant, auxiliary = at_least_float32(dominant), at_least_float32(auxiliary)
             auxiliary = downsample(auxiliary, dominant.shape[2:])
             if self.form == "standardised":
                 dominant, auxiliary = _standardised(dominant), _standardised(auxiliary)

@@ -19,8 +19,7 @@ def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
     Source: SimSiam, Chen and He, CVPR 2021, https://arxiv.org/abs/2011.10566, Eq. 1 and 3. BYOL's Eq. 2 is 2 plus twice this.
     """
     with autocast_disabled(predictions):
-        predictions, targets = at_least_float32(predictions, targets.detach())
-        return -F.cosine_similarity(predictions, targets, dim=1).mean()
+        return -F.cosine_similarity(at_least_float32(predictions), at_least_float32(targets.detach()), dim=1).mean()
 
 
 def queue_contrast(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -37,8 +36,7 @@ def queue_contrast(queries: Tensor, keys: Tensor, queue: Tensor, temperature: fl
     Source: MoCo, He et al., CVPR 2020, https://arxiv.org/abs/1911.05722, Eq. 1.
     """
     with autocast_disabled(queries):
-        queries, keys = at_least_float32(queries, keys.detach())
-        queries, keys = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+        queries, keys = (F.normalize(at_least_float32(v), dim=1) for v in (queries, keys.detach()))
         own = (queries * keys).sum(1, keepdim=True)
         others = queries @ queue.detach().to(queries.dtype).T
         return -(torch.cat((own, others), 1) / temperature).log_softmax(1)[:, 0].mean()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunetv2_macl.losses.precision import autocast_disabled
+from nnunetv2_macl.losses.precision import at_least_float32, autocast_disabled
 
 
 def pairwise_contrast(vectors: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
@@ -28,7 +28,7 @@ def pairwise_contrast(vectors: Tensor, positives: Tensor, negatives: Tensor, tem
         A scalar.
     """
     with autocast_disabled(vectors):
-        vectors = F.normalize(vectors if vectors.dtype == torch.float64 else vectors.float(), dim=-1)
+        vectors = F.normalize(at_least_float32(vectors), dim=-1)
         similarities = vectors @ vectors.transpose(-1, -2) / temperature
         # A finite number, because with -inf the gradient of an anchor without a negative would be NaN.
         smallest = torch.finfo(similarities.dtype).min / 2

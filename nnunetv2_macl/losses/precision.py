@@ -17,11 +17,9 @@ def autocast_disabled(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if kind in ("cuda", "cpu") else nullcontext()
 
 
-def at_least_float32(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two tensors, both in float32 if the first has half precision.
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return a tensor in float32 if it has half precision, else unchanged.
 
     Half precision has too few digits for a similarity that is divided by a temperature of 0.1.
     """
-    if first.dtype in (torch.float32, torch.float64):
-        return first, second
-    return first.float(), second.float()
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from nnunetv2_macl.losses import at_least_float32
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.branches import plan_one_branch
 from nnunetv2_macl.methods.config import AUTO, Count, Fraction, Positive
@@ -74,7 +75,7 @@ class PatchAdversary(nn.Sequential):
             judged = functional_call(self, {name: weight.detach() for name, weight in self.named_parameters()}, images)
         else:
             judged = self(images)
-        return (_at_least_float32(judged) - label).square().flatten(1).mean(1)
+        return (at_least_float32(judged) - label).square().flatten(1).mean(1)
 
 
 class DiRAConfig(MoCoConfig):
@@ -245,7 +246,7 @@ class DiRA(MoCo):
         return {
             "query": maps[-1],
             "key": self.momentum_map(views["second"]),
-            "patch_restoration": (_at_least_float32(restored) - target).square().flatten(1).mean(1),
+            "patch_restoration": (at_least_float32(restored) - target).square().flatten(1).mean(1),
             "adversary": self.adversary.error(restored, 1, fixed=True),
             "discriminator": own,
         }
@@ -262,7 +263,3 @@ class DiRA(MoCo):
             n: w for n, w in self.weights(self.recipe).items() if is_joint or n in ("queue", "patch_restoration")
         }
         return found | {"total": torch.stack([weight * found[name] for name, weight in trained.items()]).sum()}
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

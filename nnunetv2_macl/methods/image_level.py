@@ -82,5 +82,10 @@ class ImageLevelMethod(Method):
         """Return the compared map of images, (N, channels, *size / stride), from the trained network or a copy of it."""
         return network.decode(network.encode(images))[-1]
 
+    def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the compared map of each view by its name, from one pass over all views."""
+        maps = self.last_map(self.network, torch.cat(list(views.values())))
+        return dict(zip(views, maps.chunk(len(views)), strict=True))
+
     def representations(self, embeddings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return embeddings["first"], embeddings["second"]

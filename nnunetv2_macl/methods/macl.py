@@ -206,6 +206,7 @@ class MACL(ContrastiveMethod):
             raise ValueError(
                 f"auxiliary_stage must be between {stages - geometry.decoder_stages} and {stages}, got {stage}"
             )
+        self.mixes_views = network.mixes_samples
         self.auxiliary_encoder = None
         if recipe.auxiliary_encoder == "ema":
             self.auxiliary_encoder = averaged_copy(network.encoder)
@@ -244,25 +245,28 @@ class MACL(ContrastiveMethod):
         small = [views[group] for group in GROUPS[::2] if group in views]
         full = [views[group] for group in GROUPS[1::2] if group in views]
         patches = len(full[0])
-
-        # Encode all views in one pass, unless one of them has full size.
-        same_size = len({group.shape for group in small}) == 1
-        passes = [
-            self.network.decode(self.network.encode(part)) for part in ([torch.cat(small)] if same_size else small)
-        ]
-        dense, deepest = self._auxiliary(torch.cat(full))
+        dominant = [self.network.decode(self.network.encode(part)) for part in self._passes(small)]
+        auxiliary = [self._auxiliary(part) for part in self._passes(full)]
 
         features: dict[str, Tensor] = {}
         if self.recipe.weight_global:
-            features["variance_dominant"] = passes[-1][-1][-patches:]
-            features["variance_auxiliary"] = deepest[-patches:]
+            features["variance_dominant"] = dominant[-1][-1][-patches:]
+            features["variance_auxiliary"] = auxiliary[-1][-1][-patches:]
         if self.recipe.weight_dense:
-            features["dense_dominant"] = passes[0][-1][:patches]
-            features["dense_auxiliary"] = dense[:patches]
+            features["dense_dominant"] = dominant[0][-1][:patches]
+            features["dense_auxiliary"] = auxiliary[0][0][:patches]
         if self.recipe.weight_equivariance:
-            features["bottleneck_dominant"] = passes[0][0][:patches]
-            features["bottleneck_auxiliary"] = deepest[:patches]
+            features["bottleneck_dominant"] = dominant[0][0][:patches]
+            features["bottleneck_auxiliary"] = auxiliary[0][-1][:patches]
         return features
+
+    def _passes(self, groups: list[Tensor]) -> list[Tensor]:
+        """Return the groups of views as one, because one pass is faster, unless their sizes differ.
+
+        With batch norm each group has a pass of its own, as in the published implementation.
+        """
+        is_one = len({group.shape for group in groups}) == 1 and not self.mixes_views
+        return [torch.cat(groups)] if is_one else groups
 
     @property
     def shown_sizes(self) -> list[Sequence[int]]:

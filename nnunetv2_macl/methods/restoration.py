@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from nnunetv2_macl.losses import autocast_disabled
+from nnunetv2_macl.losses import at_least_float32, autocast_disabled
 from nnunetv2_macl.methods.base import Geometry, Method, Progress, StepRandom, Views
 from nnunetv2_macl.methods.branches import own_patch, plan_branches
 from nnunetv2_macl.methods.config import AUTO, BranchKeys, Fraction, NotNegative
@@ -66,8 +66,7 @@ def restoration_loss(restored: Tensor, images: Tensor, mask: Tensor) -> Tensor:
         (N,).
     """
     with autocast_disabled(images):
-        squared = (restored.float() if restored.dtype != images.dtype else restored) - images
-        squared = squared.square().mean(1, keepdim=True) * mask
+        squared = (at_least_float32(restored) - images).square().mean(1, keepdim=True) * mask
         return squared.flatten(1).sum(1) / mask.flatten(1).sum(1)
 
 

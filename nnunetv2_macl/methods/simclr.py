@@ -49,10 +49,6 @@ class SimCLR(ImageLevelMethod, ContrastiveMethod):
         self.head = GlobalProjectionHead(self.channels, recipe.embedding_dim)
         self.loss: nn.Module = PositionalContrastiveLoss(threshold=self.threshold(), **self.loss_settings(recipe))
 
-    def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        first, second = self.last_map(self.network, torch.cat((views["first"], views["second"]))).chunk(2)
-        return {"first": first, "second": second}
-
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         # The batch norm of the head standardises both views together, so that their scales stay comparable.
         first, second = self.head(torch.cat((features["first"], features["second"]))).chunk(2)

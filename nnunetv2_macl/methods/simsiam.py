@@ -57,10 +57,6 @@ class SimSiam(ImageLevelMethod):
             )
         self.predictor = mlp(width, predictor_width, width, hidden_norm=True)
 
-    def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        maps = self.last_map(self.network, torch.cat(list(views.values())))
-        return dict(zip(views, maps.chunk(len(views)), strict=True))
-
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         projections = self.head(torch.cat(list(features.values())))
         predictions = self.predictor(projections).chunk(len(features))

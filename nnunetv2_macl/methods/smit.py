@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from nnunetv2_macl.losses import DistillationLoss, sinkhorn
+from nnunetv2_macl.losses import DistillationLoss, at_least_float32, sinkhorn
 from nnunetv2_macl.methods.averaging import averaged_copy, encode_without_gradient, rising_decay, update_average
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
 from nnunetv2_macl.methods.config import Count, Fraction, Positive
@@ -125,7 +125,7 @@ def _vectors_at(maps: Tensor, tokens: Tensor) -> Tensor:
     """Return the vectors of maps (N, C, *grid) at locations (N, T): (N, T, C), in at least float32."""
     vectors = maps.flatten(2).transpose(1, 2)
     vectors = vectors.gather(1, tokens[..., None].expand(-1, -1, vectors.shape[-1]))
-    return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    return at_least_float32(vectors)
 
 
 class SMIT(Restoration):

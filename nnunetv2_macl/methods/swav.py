@@ -147,13 +147,9 @@ class SwAV(ImageLevelMethod):
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
     def encode(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        features: dict[str, Tensor] = {}
-        # Encode views of the same size in one pass.
-        for names in (_ASSIGNED, [name for name in views if name not in _ASSIGNED]):
-            if names:
-                maps = self.last_map(self.network, torch.cat([views[name] for name in names]))
-                features |= dict(zip(names, maps.chunk(len(names)), strict=True))
-        return features
+        large = super().encode({name: views[name] for name in _ASSIGNED})
+        small = {name: view for name, view in views.items() if name not in _ASSIGNED}
+        return large | (super().encode(small) if small else {})
 
     def project(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         # Pool before joining the views, because they have two sizes and the batch norms of the head must see all views together.

@@ -19,11 +19,12 @@ _LAST_SHARE = 0.01
 
 
 class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
-    """Fine-tunes as in the paper: Adam with a cosine from 5e-4 to 5e-6, cross-entropy, no augmentation, 100 epochs.
+    """Fine-tunes as the paper's text says: Adam with a cosine from 5e-4 to 5e-6, cross-entropy, 100 epochs.
 
-    An epoch has as many patches as there are training slices. The paper's network: ``nnUNetv2_macl_network DATASET paper``.
+    An epoch has as many patches as there are training slices. There is no augmentation and no weight decay, which the text does
+    not mention, but the published code has. The paper's network: ``nnUNetv2_macl_network DATASET paper``.
 
-    Source: MACL, the fine-tuning of its experiments.
+    Source: MACL, section IV; the authors' published implementation, https://github.com/stevezs315/MACL
     """
 
     finetuning_epochs = 100
