@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -104,6 +105,24 @@ def write_error(error: OSError, file: Path, needed: int | None = None) -> Cannot
 def is_permission_or_space_error(error: OSError) -> bool:
     """Return whether the disk is full or the permission is missing, which the user can fix."""
     return error.errno in (*_FULL, *_REFUSED)
+
+
+def is_utf8(path: str) -> bool:
+    """Return whether a path is in UTF-8. Other paths would end the process, if they were given to SimpleITK.
+
+    Raises:
+        UserError: Python takes paths for ones of another encoding, so that even those in UTF-8 cannot be used.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        if (encoding := sys.getfilesystemencoding()) != "utf-8":
+            name = os.fsencode(path).decode(errors="replace")
+            raise UserError(
+                f"Python takes names of files for {encoding}, so it cannot read {name}. Type: export PYTHONUTF8=1"
+            ) from None
+        return False
+    return True
 
 
 def umask() -> int:

@@ -76,7 +76,7 @@ def read_splits(configuration: DatasetConfiguration) -> list[dict[str, list[str]
     for number, fold in enumerate(splits):
         for key in ("train", "val"):
             cases = fold.get(key) if isinstance(fold, dict) else None
-            if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
+            if not (isinstance(cases, list) and cases and all(isinstance(case, str) for case in cases)):
                 raise UserError(
                     f"{file}: '{key}' of fold {number} must be a list of case names, and is {json.dumps(cases)[:100]}. {_FIX}"
                 )

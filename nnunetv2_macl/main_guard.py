@@ -21,6 +21,9 @@ def require_main_guard() -> None:
     """
     main = sys.modules.get("__main__")
     file = getattr(main, "__file__", None)
+    if file == "<stdin>":  # the attribute makes spawned processes look for a file of this name
+        del main.__file__
+        return
     # consoles and notebooks have no file, and a spawned process does not import the __main__.py of a package
     if file is None or (getattr(main, "__spec__", None) is not None and Path(file).name == "__main__.py"):
         return

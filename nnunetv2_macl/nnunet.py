@@ -131,7 +131,7 @@ def read_json(path: Path, fix: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist. {fix}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}. {fix}") from None
 
 

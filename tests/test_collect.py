@@ -255,6 +255,22 @@ def test_a_copy_does_not_contain_the_name_of_its_source(tmp_path, raw):
     assert b"Doe_Jane" not in copy.read_bytes() and gzip.decompress(copy.read_bytes()) == content
 
 
+def test_files_that_no_reader_can_open_are_left_out(tmp_path, raw):
+    """ITK does not check the end of a compressed file, and ends the process for a path that is not in UTF-8."""
+    tree = tmp_path / "tree"
+    write_nifti(tree / "good.nii.gz", volume(1))
+    write_nifti(tree / "cut.nii.gz", volume(2))
+    (tree / "cut.nii.gz").write_bytes((tree / "cut.nii.gz").read_bytes()[:-4])
+    foreign = os.path.join(os.fsencode(tree), b"M\xfcller")
+    os.mkdir(foreign)
+    for name in (b"a.nii.gz", b"b.dcm"):
+        with open(os.path.join(foreign, name), "wb") as stream:
+            stream.write((tree / "good.nii.gz").read_bytes())
+    table = read_table(collect(tree, "28", modality="MR", private_folder=tmp_path / "private", processes=1))
+    reasons = {os.path.basename(row.source): row.reason[:9] for row in table}
+    assert reasons == {"good.nii.gz": "", "cut.nii.gz": "cannot be", "a.nii.gz": "its path ", "b.dcm": "its path "}
+
+
 def test_images_get_the_ending_of_the_data_set(tmp_path, raw):
     write_series(tmp_path / "tree" / "dicom", volume(1), "1.1")
     write_nifti(tmp_path / "tree" / "Doe.nii.gz", volume(2))

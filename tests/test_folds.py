@@ -63,6 +63,7 @@ def test_a_file_of_splits_with_a_mistake_is_explained(target):
         ({"train": [], "val": []}, "must hold a list of folds"),
         ([{"train": ["case_000"]}], "'val' of fold 0 must be a list"),
         ([{"train": "case_000", "val": []}], "'train' of fold 0 must be a list"),
+        ([{"train": ["case_000"], "val": []}], "'val' of fold 0 must be a list"),  # nnU-Net's training would fail
         ([{"train": [0], "val": []}], "'train' of fold 0 must be a list"),
         ([{"train": ["case_000"], "val": ["case_00l"]}], "names the case 'case_00l' in fold 0"),
         ([["case_000"]], "'train' of fold 0"),

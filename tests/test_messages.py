@@ -120,6 +120,18 @@ def test_consoles_and_modules_need_no_guard(monkeypatch):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_script_from_standard_input_can_start_processes():
+    code = """if True:
+        import multiprocessing, os
+        from concurrent.futures import ProcessPoolExecutor
+        from nnunetv2_macl.main_guard import require_main_guard
+        require_main_guard()
+        print(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")).submit(os.getpid).result())
+    """
+    process = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True)
+    assert process.returncode == 0 and process.stdout.strip().isdecimal(), process.stderr
+
+
 needs_full_device = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 
 

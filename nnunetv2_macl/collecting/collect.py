@@ -34,7 +34,7 @@ from nnunetv2_macl.collecting.voxels import NIFTI_ENDINGS, Job, initialise_worke
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import write_error
+from nnunetv2_macl.files import is_utf8, write_error
 from nnunetv2_macl.main_guard import require_main_guard
 from nnunetv2_macl.messages import progress_bar
 from nnunetv2_macl.nnunet import read_dataset_json
@@ -254,7 +254,9 @@ def _read_tree(source: Path, folder: Path) -> tuple[list[Slice], list[Path], lis
             logger.info("Looked at %d files", number)
         kind = "other"
         try:
-            if file.name.lower().endswith(NIFTI_ENDINGS):
+            if not is_utf8(str(file)):
+                left_out.append(Row(LEFT_OUT, "its path is not in UTF-8. Rename it", kind=kind, source=str(file)))
+            elif file.name.lower().endswith(NIFTI_ENDINGS):
                 nifti.append(file)
             elif is_dicom(file):
                 kind = "DICOM"
@@ -461,9 +463,11 @@ def _make(
             if bar.disable and number % max(1, len(todo) // 10) == 0:
                 logger.info("Read %d of %d images", number, len(todo))
     except BrokenProcessPool:
+        # the pool begins the images in this order
+        left = [candidate.files[0] for candidate, future in futures if not future.done() or future.exception()]
         raise UserError(
-            "A process was killed, most likely because memory ran out or because of a damaged image. Finished images are "
-            "kept. Type the same command again with -np 1."
+            "A process was killed, most likely because memory ran out or because an image crashed its reader. It read one "
+            f"of: {', '.join(left[:processes])}. Finished images are kept. Type the same command again with -np 1."
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import signal
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,6 +67,8 @@ def make_image(job: Job) -> Made:
         return Made(left_out=f"cannot be read: {reason}")
     try:
         _write(image, job)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:  # of the source, whose end ITK does not check
+        return Made(left_out=f"cannot be read: {last_line(error)}")
     except Exception as error:  # SimpleITK raises RuntimeError if the disk is full
         return Made(failed=str(error).strip())
     return Made(voxels=_checksum(image))

@@ -8,7 +8,6 @@ import io
 import os
 import re
 import stat
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunetv2_macl.data import Case
 from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import is_utf8
 from nnunetv2_macl.nnunet import SUPPORTED_CONFIGURATIONS, DatasetConfiguration, raw_folder, read_dataset_json
 from nnunetv2_macl.text import pluralise
 
@@ -67,20 +67,13 @@ class RawFile(NamedTuple):
     @classmethod
     def inspect(cls, path: str) -> RawFile:
         """Check a file without opening it. Links are followed, as nnU-Net follows them."""
-        try:
-            path.encode()
-        except UnicodeEncodeError:
+        if not is_utf8(path):
             printable = os.fsencode(path).decode(errors="replace")
-            if (encoding := sys.getfilesystemencoding()) != "utf-8":
-                raise UserError(
-                    f"Python cannot read the name of {printable}, because names of files are in {encoding} here. "
-                    "Type: export PYTHONUTF8=1"
-                ) from None
             return cls(printable, problem=f"{printable} has a name that is not in UTF-8. Rename it.")
         try:
             found = os.stat(path)
-        except OSError as error:
-            return cls(path, problem=f"{path} cannot be read: {error.strerror}.")
+        except (OSError, ValueError) as error:
+            return cls(path, problem=f"{path} cannot be read: {getattr(error, 'strerror', error)}.")
         if not stat.S_ISREG(found.st_mode):
             return cls(path, problem=f"{path} is no file, but a folder or a device.")
         folder, name = os.path.split(path)
