@@ -36,8 +36,10 @@ FINETUNINGS: dict[str, tuple[int, int, list[float]]] = {
     "sgd": (100, 250, [1e-2, 1e-3]),
     "paper": (100, 250, [5e-4]),
 }
-# names of options in studies of version 0.1, and their present names
-_OLDER_NAMES = {"c": "configuration", "p": "plans"}
+# options that are not named like their field
+_OPTIONS = {
+    "dataset": "DATASET", "configuration": "-c", "plans": "-p", "batch_size": "-batch_size", "split": "--splits"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -262,14 +264,7 @@ def _slug(text: str) -> str:
 
 def option(key: str) -> str:
     """Return the command-line option that sets a field of `Options`."""
-    names = {
-        "dataset": "DATASET",
-        "configuration": "-c",
-        "plans": "-p",
-        "batch_size": "-batch_size",
-        "split": "--splits",
-    }
-    return names.get(key, f"--{key}")
+    return _OPTIONS.get(key, f"--{key}")
 
 
 @dataclass(frozen=True)
@@ -299,25 +294,16 @@ class Study:
     # whether images, plan and pre-trainings are in the parent folder, for studies that differ only in their fine-tuning
     shares: bool = False
 
-    @classmethod
-    def open(
-        cls,
-        folder: Path,
-        options: Options,
-        split: Split,
-        patients: dict[str, str],
-        shares: bool = False,
-        check_only: bool = False,
-    ) -> Study:
-        """Return the study of a folder, after creating the study or adding arms and seeds to it, unless ``check_only``.
+    def open(self, check_only: bool = False) -> Study:
+        """Create the study in its folder, or add its arms and seeds to the one there, unless ``check_only``, and return it.
 
         The study that is returned has only the arms of ``options``. Further ones stay in the folder.
 
         Raises:
             UserError: The folder holds something else, or a study with other options or other cases. The message names them.
         """
-        study = cls(folder, options, split, patients, _checksums(options), shares)
-        file = folder / STUDY_FILE
+        study = replace(self, files=_checksums(self.options))
+        folder, options, file = self.folder, self.options, self.folder / STUDY_FILE
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file. Give a folder: -o FOLDER")
         # list the folder before looking for the study's file, because another process may create the study meanwhile
@@ -329,7 +315,7 @@ class Study:
             if check_only:
                 return study
             write_if_absent(study._as_json(), file)
-        there = cls.read(folder)
+        there = self.read(folder)
         changed = study._changed_options(there, besides=("arms", "seeds"))
         if options.seeds < there.options.seeds:
             changed.append(f"--seeds {options.seeds} (was {there.options.seeds})")
@@ -339,8 +325,8 @@ class Study:
                 f"{folder} holds a study that began with other options or files. Changed: {', '.join(changed)}. "
                 "Give the options and files that the study began with, or another folder: -o FOLDER"
             )
-        begun = replace(split, subsets=split.subsets[: there.options.seeds])
-        if there.split != begun or there.patients != patients:
+        begun = replace(self.split, subsets=self.split.subsets[: there.options.seeds])
+        if there.split != begun or there.patients != self.patients:
             raise UserError(
                 f"{folder} holds a study of other cases: the images of {options.dataset} have changed since the study began. "
                 "Put the images back, or give another folder: -o FOLDER"
@@ -368,7 +354,7 @@ class Study:
             subsets = [{int(labels): cases for labels, cases in subset.items()} for subset in split["subsets"]]
             return cls(
                 folder,
-                Options(**{_OLDER_NAMES.get(key, key): value for key, value in content["options"].items()}),
+                Options(**content["options"]),
                 Split(split["test"], split["validation"], subsets),
                 content["patients"],
                 content.get("files", {}),
