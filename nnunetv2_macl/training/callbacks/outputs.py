@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_macl import distributed, monitoring
@@ -16,7 +17,6 @@ from nnunetv2_macl.training.callbacks.base import Callback
 from nnunetv2_macl.training.commands import command_to_fine_tune
 from nnunetv2_macl.training.epoch_log import CURVES_FILE, write_curves
 from nnunetv2_macl.training.export import export_run
-from nnunetv2_macl.training.progress_picture import ProgressPicture
 from nnunetv2_macl.training.run_folder import PRETRAINER
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Pictures(Callback):
         super().__init__(trainer)
         dataset, configuration = trainer.plans_manager.dataset_name, trainer.configuration_name
         title = f"MACL pre-training, {dataset}, {configuration}, fold {trainer.fold}"
-        self._progress = ProgressPicture(self.folder / "progress.png", title)
+        self._title, self._draw_again = title, 0.0
 
     def on_step_start(self, batch: dict[str, Any]) -> None:
         if self.trainer.steps_done == 0 and distributed.rank() == 0:
@@ -56,15 +56,17 @@ class Pictures(Callback):
             )
 
     def on_epoch_end(self, *, is_last: bool) -> None:
-        if distributed.rank() == 0:
-            log = self.trainer.log_of_epochs
-            # A table that cannot be written does not end the run.
+        if distributed.rank() != 0:
+            return
+        log, began = self.trainer.log_of_epochs, perf_counter()
+        # A table or a picture that cannot be written does not end the run.
+        with contextlib.suppress(UserError):
+            write_curves({key: values for key, values in log.items() if values}, self.folder / CURVES_FILE)
+        if is_last or began >= self._draw_again:
             with contextlib.suppress(UserError):
-                write_curves({key: values for key, values in log.items() if values}, self.folder / CURVES_FILE)
-            self._progress.update(log, is_last=is_last)
-
-    def on_exit(self) -> None:
-        self._progress.wait()
+                monitoring.plot_progress(log, self.folder / "progress.png", self._title)
+            # at most once a minute, and in at most about a hundredth of the time
+            self._draw_again = max(began + 60, began + 100 * (perf_counter() - began))
 
 
 class Export(Callback):
