@@ -20,8 +20,8 @@ from nnunetv2_macl import checkpoints
 from nnunetv2_macl.cli.weights import export_entry, inspect_entry, install_entry
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import dataset_name
+from nnunetv2_macl.planning.derive import derive_or_load_plan
 from nnunetv2_macl.planning.plan import is_edited, plan_file, with_checksum
-from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.sharing import install as installing
 from nnunetv2_macl.sharing.inspect import inspect
 from nnunetv2_macl.sharing.install import install

@@ -219,8 +219,14 @@ def _check_labels(studies: list[Study]) -> None:
 def _study(options: Options, images: RawImages, base: Path, number: int, shares: bool) -> Study:
     """Return the study of split ``number`` in the folder ``base``, without writing anything to disk."""
     patients = patients_of(images.labelled, options.group_regex)
-    amounts = {"test": options.test, "validation": options.validation, "labels": options.labels}
-    split = split_cases(patients, **amounts, seeds=options.seeds, number=number)
+    split = split_cases(
+        patients,
+        test=options.test,
+        validation=options.validation,
+        labels=options.labels,
+        seeds=options.seeds,
+        number=number,
+    )
     folder = base / options.finetuning if shares else base
     return Study(folder, replace(options, split=number), split, patients, shares=shares)
 

@@ -16,7 +16,7 @@ from nnunetv2_macl.compare.split import Split
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder, sha256, write_if_absent, write_json
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
-from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
+from nnunetv2_macl.planning.derive import DEFAULT_RECIPE
 from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text
 from nnunetv2_macl.semi_supervised.settings import parse_semi_settings
 from nnunetv2_macl.text import pluralise
