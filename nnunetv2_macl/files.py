@@ -50,7 +50,9 @@ def atomic_write(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | 
                     raise stream.error from error
                 os.fsync(opened.fileno())
             with contextlib.suppress(OSError):  # the owner of a mounted file may be another user
-                os.chmod(temporary, 0o666 & ~umask())
+                mask = os.umask(0)  # the permissions that new files do not get
+                os.umask(mask)
+                os.chmod(temporary, 0o666 & ~mask)
             os.replace(temporary, file)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -104,13 +106,6 @@ def write_error(error: OSError, file: Path, needed: int | None = None) -> Cannot
 def is_permission_or_space_error(error: OSError) -> bool:
     """Return whether the disk is full or the permission is missing, which the user can fix."""
     return error.errno in (*_FULL, *_REFUSED)
-
-
-def umask() -> int:
-    """Return the permissions that new files do not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def remove_temporary(folder: Path, *, older_than: float = 0) -> None:
