@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
@@ -9,9 +10,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.messages import log_to, show_any_character
+
+
+def call(parser: argparse.ArgumentParser, function: str) -> None:
+    """Run a function of the package, such as ``demo:demo``, with the parsed arguments by their names, see `run`."""
+    arguments = vars(parser.parse_args())
+    module, _, name = function.partition(":")
+    # imported last, because nnU-Net takes seconds to import
+    run(lambda: getattr(import_module(f"nnunetv2_macl.{module}"), name)(**arguments))
 
 
 def run(action: Callable[[], object]) -> None:
