@@ -22,7 +22,6 @@ from nnunetv2_macl.factory import build_model
 from nnunetv2_macl.methods.base import Progress, StepRandom
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.plan import read_plan
-from nnunetv2_macl.training.resume import weights_of
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
 PICTURE = Path(__file__).parent / "restoration.png"
@@ -37,7 +36,7 @@ def main() -> None:
     plan = read_plan(run / "macl_plan.json")
     model = build_model(configuration, plan.geometry, plan.get_recipe())
     final, latest = run / "checkpoint_final.pth", run / "checkpoint_latest.pth"
-    model.load_state_dict(weights_of(checkpoints.load(final if final.is_file() else latest)))
+    model.load_state_dict(checkpoints.load(final if final.is_file() else latest)["network_weights"])
     model.eval()
 
     files = sorted((Path(nnUNet_raw) / name / "imagesTs").glob("*.nii.gz"))[:IMAGES]

@@ -17,7 +17,6 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.factory import build_model, load_optimizer
 from nnunetv2_macl.methods.registry import loss_labels, methods_of
 from nnunetv2_macl.planning.memory import MemoryEstimate, _LiveMemory
-from nnunetv2_macl.training.resume import weights_of
 
 RANKS = 2
 ONE_PER_FAMILY = all_cases(one_per_family=True)
@@ -169,7 +168,7 @@ def test_a_resumed_run_gives_bit_identical_weights(case, volumes, tmp_path):
         for values in resumed.model.state_dict().values():
             values.zero_()
     checkpoint = checkpoints.load(tmp_path / "checkpoint.pth")
-    resumed.model.load_state_dict(weights_of(checkpoint))
+    resumed.model.load_state_dict(checkpoint["network_weights"])
     load_optimizer(resumed.optimizer, checkpoint["optimizer_state"])
     resumed.scheduler.last_epoch = 1
     for number in others:

@@ -31,10 +31,6 @@ def test_an_epoch_without_warm_steps_has_a_speed():
     assert Epoch(0, 1, 8, sums((4, False), (4, False)), recipe_of()).patches_per_second == 2.0
 
 
-def test_sums_of_an_earlier_version_are_continued():
-    assert EpochSums(steps=4, skipped=0, seconds=8.0, sums={}).seconds_per_step == 2.0
-
-
 def test_the_picture_is_drawn_at_the_start_at_the_end_and_at_intervals(tmp_path):
     plans = SimpleNamespace(dataset_name="Dataset901_Generated")
     trainer = SimpleNamespace(

@@ -46,7 +46,7 @@ def compute_feature_figures(run: Run, device: str = "cpu") -> Features:
         UserError: There is no checkpoint, or there are no preprocessed images.
     """
     if run.weights is None:
-        raise UserError("There is no checkpoint yet: the first one is written after the first epoch.")
+        raise UserError("There is no checkpoint of this version yet. The first one is written after the first epoch.")
     cases = _cases(run)
     patch = run.plan.sampling.patch_size
     number = int(np.clip(_VOXELS // np.prod(patch), *_PATCHES))

@@ -104,6 +104,7 @@ def read_run(folder: Path) -> Run:
     versions = checkpoints.package_versions()
     if state == FINISHED and exported.is_file():
         versions = checkpoints.load_weights(exported).description.get("package_versions", versions)
+    of_this_version = checkpoint.get("format_version") == resume.FORMAT_VERSION
     return Run(
         folder=folder,
         configuration=configuration,
@@ -111,7 +112,7 @@ def read_run(folder: Path) -> Run:
         state=state,
         log={key: values for key, values in log.items() if isinstance(values, list)},
         device=device_of(folder),
-        weights=resume.weights_of(checkpoint) if "network_weights" in checkpoint else None,
+        weights=checkpoint.get("network_weights") if of_this_version else None,
         images=images,
         skipped=skipped,
         seen=cases_seen(folder),

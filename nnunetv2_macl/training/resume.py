@@ -15,34 +15,7 @@ FINAL, LATEST, PREVIOUS = "checkpoint_final.pth", "checkpoint_latest.pth", "chec
 # The newest comes first.
 CHECKPOINTS = (FINAL, LATEST, PREVIOUS)
 KIND = "macl_checkpoint"
-FORMAT_VERSION = 2
-
-
-# Names of the parts of a model in version 0.1, and their present names.
-_FORMER_NAMES = {
-    "encoder": "network.encoder",
-    "transpconvs": "network.transpconvs",
-    "decoder_stages": "network.stages",
-    "restoration_head": "methods.restoration.restoration_head",
-    **{
-        name: f"methods.macl.{name}"
-        for name in (
-            "auxiliary_encoder",
-            "instance_projector_dominant",
-            "instance_projector_auxiliary",
-            "pixel_projector",
-        )
-    },
-}
-
-
-def weights_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the weights of a checkpoint by their present names. A checkpoint of version 0.1 has other names."""
-    split = {key: key.partition(".") for key in checkpoint["network_weights"]}
-    return {
-        f"{_FORMER_NAMES.get(first, first)}.{rest}": checkpoint["network_weights"][key]
-        for key, (first, _, rest) in split.items()
-    }
+FORMAT_VERSION = 3
 
 
 def rotate_checkpoint(latest: Path) -> None:

@@ -204,7 +204,7 @@ class Checkpoints(Callback):
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Continue from the content of a checkpoint."""
         trainer, scaler = self.trainer, self.trainer.grad_scaler
-        trainer.step.model.load_state_dict(resume.weights_of(checkpoint))
+        trainer.step.model.load_state_dict(checkpoint["network_weights"])
         load_optimizer(trainer.optimizer, checkpoint["optimizer_state"])
         trainer.steps_done = trainer.lr_scheduler.last_epoch = checkpoint["step"]
         if scaler is not None and checkpoint["grad_scaler_state"] is not None:
