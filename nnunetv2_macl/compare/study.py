@@ -117,12 +117,10 @@ def _check_names(arms: Sequence[Arm]) -> None:
                 "name of another one."
             )
         for other in arms[:number]:
-            if (
-                arm.recipe is not None
-                and other.recipe is not None
-                and arm.pretraining_name == other.pretraining_name
-                and arm.recipe_and_settings != other.recipe_and_settings
-            ):
+            share = (
+                arm.recipe is not None and other.recipe is not None and arm.pretraining_name == other.pretraining_name
+            )
+            if share and arm.recipe_and_settings != other.recipe_and_settings:
                 raise UserError(
                     f"--arms: {other.recipe_and_settings} and {arm.recipe_and_settings} would share the folder "
                     f"{arm.pretraining_name}. Give the files different names."
@@ -152,9 +150,9 @@ def options_by_finetuning(
     if len(set(kinds)) < len(kinds):
         raise UserError(f"--finetuning names a kind twice: {' '.join(kinds)}. Give each kind once.")
 
-    def of_each(key: str, values: Sequence[int] | None, number: int) -> list[int]:
+    def of_each(key: str, values: Sequence[int] | None, defaults: list[int]) -> list[int]:
         if values is None:
-            return [FINETUNINGS[kind][number] for kind in kinds]
+            return defaults
         if len(values) not in (1, len(kinds)):
             raise UserError(
                 f"{option(key)} {_typed(list(values))} has {pluralise(len(values), 'value')}, and --finetuning "
@@ -162,7 +160,9 @@ def options_by_finetuning(
             )
         return list(values) * (len(kinds) // len(values))
 
-    lengths = zip(kinds, of_each("epochs", epochs, 0), of_each("iterations", iterations, 1), strict=True)
+    epochs = of_each("epochs", epochs, [FINETUNINGS[kind][0] for kind in kinds])
+    iterations = of_each("iterations", iterations, [FINETUNINGS[kind][1] for kind in kinds])
+    lengths = zip(kinds, epochs, iterations, strict=True)
     return [
         Options(finetuning=kind, epochs=e, iterations=i, rates=rates or FINETUNINGS[kind][2], **others)
         for kind, e, i in lengths
