@@ -70,6 +70,11 @@ class RawCase:
     # Writes the label map to a file; None for a case without labels
     write_label: Callable[[Path], object] | None = None
 
+    def files(self, ending: str) -> dict[Path, Callable[[Path], object]]:
+        """Return what writes each file of the case in the order of writing, by its path in the data set."""
+        label = {} if self.write_label is None else {Path(LABELS) / f"{self.name}{ending}": self.write_label}
+        return label | {Path(self.folder) / f"{self.name}_0000{ending}": self.write_image}
+
 
 @dataclass(frozen=True)
 class RawDataSet:
@@ -225,9 +230,11 @@ def convert(data_set: RawDataSet, dataset: str) -> Path:
         try:
             _begin(data_set, folder)
             for case in progress_bar(data_set.cases, unit="case"):
-                if case.write_label is not None:
-                    _write_once(folder / _label_of(case, ending), case.write_label, work)
-                _write_once(folder / _image_of(case, ending), case.write_image, work)
+                for file, write in case.files(ending).items():
+                    if not (folder / file).is_file():
+                        (folder / file).parent.mkdir(exist_ok=True)
+                        write(work / file.name)
+                        os.replace(work / file.name, folder / file)
             trained = sum(case.folder == TRAINING for case in data_set.cases)
             labels = BACKGROUND | {name: value for value, name in enumerate(data_set.labels, 1)}
             write_description(folder, data_set.channels, labels, trained, ending, reference=data_set.reference)
@@ -243,14 +250,6 @@ def convert(data_set: RawDataSet, dataset: str) -> Path:
     return folder
 
 
-def _image_of(case: RawCase, ending: str) -> Path:
-    return Path(case.folder) / f"{case.name}_0000{ending}"
-
-
-def _label_of(case: RawCase, ending: str) -> Path:
-    return Path(LABELS) / f"{case.name}{ending}"
-
-
 def _begin(data_set: RawDataSet, folder: Path) -> None:
     """Write down what is converted into a folder. Raise UserError if the folder holds anything else."""
     marker = folder / _MARKER
@@ -264,8 +263,7 @@ def _begin(data_set: RawDataSet, folder: Path) -> None:
                 f"{folder} is an unfinished conversion of {_summary(begun)}, and you convert {_summary(mine)}. To continue, "
                 f"type the earlier command with the same options. {remedy}"
             )
-        own = {_image_of(case, data_set.file_ending) for case in data_set.cases}
-        own |= {_label_of(case, data_set.file_ending) for case in data_set.cases if case.write_label is not None}
+        own = {file for case in data_set.cases for file in case.files(data_set.file_ending)}
     else:
         own = set()
     files = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
@@ -277,14 +275,6 @@ def _begin(data_set: RawDataSet, folder: Path) -> None:
 def _summary(marker: Mapping[str, Any]) -> str:
     channels, labels = (", ".join(marker[key]) or "none" for key in ("channels", "labels"))
     return f"{marker['name']} (channels: {channels}; labels: {labels})"
-
-
-def _write_once(file: Path, write: Callable[[Path], object], work: Path) -> None:
-    if file.is_file():
-        return
-    file.parent.mkdir(exist_ok=True)
-    write(work / file.name)
-    os.replace(work / file.name, file)
 
 
 # --- files of a layout ---------------------------------------------------------------------------------------------

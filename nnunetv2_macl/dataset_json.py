@@ -21,6 +21,12 @@ def channel_names(dataset_json: dict[str, Any]) -> list[str]:
     return [str(names[key]) for key in sorted(names, key=int)]
 
 
+def class_names(dataset_json: dict[str, Any]) -> dict[str, str]:
+    """Return the names of the labels and regions, by their keys in nnU-Net's ``summary.json``."""
+    labels = dataset_json["labels"].items()
+    return {str(tuple(value) if isinstance(value, (list, tuple)) else value): name for name, value in labels}
+
+
 def check_dataset_json(content: Any, file: Path, *, labels: bool = False) -> dict[str, Any]:
     """Return the content of a dataset.json, after a check of every key that this package uses.
 

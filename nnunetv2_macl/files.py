@@ -51,7 +51,9 @@ def atomic_write(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | 
                     raise stream.error from error
                 os.fsync(opened.fileno())
             with contextlib.suppress(OSError):  # the owner of a mounted file may be another user
-                os.chmod(temporary, 0o666 & ~umask())
+                mask = os.umask(0)  # the permissions that new files do not get
+                os.umask(mask)
+                os.chmod(temporary, 0o666 & ~mask)
             os.replace(temporary, file)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -123,13 +125,6 @@ def is_utf8(path: str) -> bool:
             ) from None
         return False
     return True
-
-
-def umask() -> int:
-    """Return the permissions that new files do not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def remove_temporary(folder: Path, *, older_than: float = 0) -> None:

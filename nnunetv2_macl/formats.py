@@ -266,6 +266,7 @@ def export(source: Path, file: Path, name: str | None = None, license_id: str = 
     Raises:
         UserError: The format is unknown or cannot hold the weights, or the file cannot be written.
     """
+    source, file = source.expanduser(), file.expanduser()
     if name is None and file.suffix == ".zip":
         name = PACKAGE
     if name not in (*FORMATS, PACKAGE):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,6 +25,15 @@ _SMALLEST_RANK, _MIN_BATCH = 1.05, 8
 # No test for collapse before this number of steps, because the first losses say little and epochs may be short.
 _MIN_STEPS = 40
 _LINE_COLOURS = ("C3", "C1", "C2", "C7")
+# titles of the curves besides those of the losses, by their key in the log of a run, and those next to the losses
+CURVES = {
+    "embedding_variance": "Variance of embeddings between images (0: collapsed)",
+    "embedding_rank": "Effective rank of the embeddings of a batch (1: collapsed)",
+    "positives": "Positives per anchor, including its own view",
+    "lrs": "Learning rate",
+    "patches_per_second": "Patches per second",
+}
+_SHOWN_WITH_LOSSES = ("embedding_variance", "lrs", "patches_per_second")
 
 
 def reference_lines(recipe: Recipe, batch_size: int, means: Mapping[str, float]) -> dict[str, float]:
@@ -81,34 +90,48 @@ def collapse_advice(recipe: Recipe) -> str:
 # --- pictures ------------------------------------------------------------------------------------------------------------
 
 
+class Line(NamedTuple):
+    """A line of a curve: a value of each epoch, or a reference value, at which a method would learn nothing for example."""
+
+    values: list[float]
+    label: str
+    is_reference: bool = False
+
+
+def loss_lines(log: dict[str, list]) -> dict[str, list[Line]]:
+    """Return the line of each loss in a log, followed by its reference lines, by its title."""
+    return {
+        title: [
+            Line(log[f"train_losses/{name}"], title),
+            *(
+                Line(values, label, is_reference=True)
+                for key, label in lines_of(name).items()
+                if (values := log.get(f"references/{key}"))
+            ),
+        ]
+        for name, title in loss_labels().items()
+        if log.get(f"train_losses/{name}")
+    }
+
+
 def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
     """Draw ``progress.png``: losses with reference lines, embedding variance, learning rate and speed over the epochs."""
-    labels = loss_labels()
-    names = [name for name in labels if log.get(f"train_losses/{name}")]
-    varies = bool(log.get("embedding_variance"))
-    panels = len(names) + varies + 2
-    # Without pyplot, because pyplot is not safe in threads.
-    figure = Figure(figsize=(11, 3.2 * panels))
-    axes = figure.subplots(panels, 1, sharex=True)
-    epochs = range(len(log["lrs"]))
-    for axis, name in zip(axes, names, strict=False):
-        axis.plot(epochs, log[f"train_losses/{name}"], "o-", ms=3, color="C0", label=labels[name])
-        for (key, label), colour in zip(lines_of(name).items(), _LINE_COLOURS, strict=False):
-            if values := log.get(f"references/{key}"):
-                axis.plot(epochs, values, "--", color=colour, lw=1, label=label)
-        axis.set_ylabel("loss")
+    panels = loss_lines(log)
+    panels |= {CURVES[key]: [Line(log[key], CURVES[key])] for key in _SHOWN_WITH_LOSSES if log.get(key)}
+    # Without pyplot, which keeps each figure in memory.
+    figure = Figure(figsize=(11, 3.2 * len(panels)))
+    axes = figure.subplots(len(panels), 1, sharex=True)
+    for axis, (name, lines) in zip(axes, panels.items(), strict=True):
+        for line, colour in zip(lines, ("C0", *_LINE_COLOURS), strict=False):
+            style: dict[str, Any] = {"ls": "--", "lw": 1} if line.is_reference else {"marker": "o", "ms": 3}
+            axis.plot(line.values, color=colour, label=line.label, **style)
+        if name in CURVES.values():
+            axis.set_ylim(bottom=0)
         axis.legend(loc="best", fontsize=8)
-    if varies:
-        _line(axes[-3], epochs, log["embedding_variance"], "variance of features between images (0: collapsed)", "C4")
-        axes[-3].set_ylim(0, 1.02)
-    _line(axes[-2], epochs, log["lrs"], "learning rate", "C5")
-    _line(axes[-1], epochs, log["patches_per_second"], "patches per second", "C6")
-    axes[-1].set_ylim(0, 1.1 * max(log["patches_per_second"]))
+        axis.grid(alpha=0.3)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel("epoch")
     axes[0].set_title(title, fontsize=10)
-    for axis in axes:
-        axis.grid(alpha=0.3)
     figure.tight_layout()
     _write(figure, file, dpi=100)
 
@@ -116,11 +139,6 @@ def plot_progress(log: dict[str, list], file: Path, title: str) -> None:
 def lines_of(loss: str) -> dict[str, str]:
     """Return the labels of the reference lines of a loss, by the name of the line."""
     return {k: v for m in all_methods().values() if loss in m.referenced_losses for k, v in m.reference_labels.items()}
-
-
-def _line(axis: Any, epochs: range, values: Sequence[float], label: str, colour: str) -> None:
-    axis.plot(epochs, values, "o-", ms=3, color=colour, label=label)
-    axis.legend(loc="best", fontsize=8)
 
 
 def plot_views(

@@ -17,8 +17,8 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import trainer_folders
 from nnunetv2_macl.folds import check_fold, number_of_folds
 from nnunetv2_macl.nnunet import DatasetConfiguration
+from nnunetv2_macl.planning.derive import derive_or_load_plan
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, plan_in_environment, read_plan, write_plan
-from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.preprocessing.cases import Preprocessed, images_found, preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
@@ -109,12 +109,20 @@ def pretrain(
         start = None if pretrained_weights is None else Path(pretrained_weights).expanduser()
         if first:
             if configuration is None:
-                _log_default_configuration(target)
+                there = target.plans_manager.available_configurations
+                others = ", ".join(name for name in nnunet.SUPPORTED_CONFIGURATIONS if name in there)
+                logger.info(
+                    "Configuration %s: the first of %s in the plan (choose another with -c)", target.name, others
+                )
+            images = {
+                "unlabelled_datasets": list(dict.fromkeys(nnunet.dataset_name(name) for name in unlabelled)),
+                "skip_unreadable": skip_unreadable,
+                "channel_map": dict(channel_map or {}),
+            }
             if continue_training:
-                asked = {"unlabelled_datasets": _full_names(unlabelled), "channel_map": dict(channel_map or {})}
-                plan = _plan_to_go_on(folder, target, values, recipe, gpu_memory, asked, skip_unreadable, start)
+                plan = _plan_to_go_on(folder, target, images, recipe, values, gpu_memory, start)
             else:
-                plan = _plan(target, unlabelled, recipe, values, skip_unreadable, channel_map, gpu_memory, start)
+                plan = _plan(target, images, recipe, values, gpu_memory, start)
             if not plan_only:
                 found = preprocess_unlabelled(
                     target,
@@ -153,42 +161,22 @@ def _unwrap_user_error() -> Iterator[None]:
         raise
 
 
-def _log_default_configuration(target: DatasetConfiguration) -> None:
-    others = [c for c in nnunet.SUPPORTED_CONFIGURATIONS if c in target.plans_manager.available_configurations]
-    logger.info(
-        "Configuration %s: the first of %s in the plan (choose another with -c)", target.name, ", ".join(others)
-    )
-
-
-def _full_names(datasets: Sequence[int | str]) -> list[str]:
-    return list(dict.fromkeys(nnunet.dataset_name(name) for name in datasets))
-
-
 def _plan(
     target: DatasetConfiguration,
-    unlabelled: Sequence[str | int],
+    images: dict[str, Any],
     recipe: str | Path | None,
     values: dict[str, Any],
-    skip_unreadable: bool,
-    channel_map: Mapping[str, str] | None,
     gpu_memory: float | None,
     start: Path | None,
 ) -> MACLPlan:
     """Check the images, and write and print the MACL plan."""
     training_cases(target)
-    names = _full_names(unlabelled)
+    names = images["unlabelled_datasets"]
     if target.dataset_name in names:
         raise UserError(f"-u {target.dataset_name} is the data set itself, whose images are always used. Leave it out.")
-    sources = find_sources(target, names, channel_map)
+    sources = find_sources(target, names, images["channel_map"])
     plan = derive_or_load_plan(
-        target,
-        recipe=recipe,
-        values=values,
-        unlabelled_datasets=names,
-        skip_unreadable=skip_unreadable,
-        channel_map=channel_map,
-        gpu_memory_gb=gpu_memory,
-        pretrained_weights=start,
+        target, recipe=recipe, values=values, gpu_memory_gb=gpu_memory, pretrained_weights=start, **images
     )
     logger.info("%s", describe(plan))
     for source in sources:
@@ -261,11 +249,10 @@ def _check_fold(fold: int, configuration: DatasetConfiguration) -> int:
 def _plan_to_go_on(
     folder: Path,
     target: DatasetConfiguration,
-    values: dict[str, Any],
-    recipe: Any,
-    gpu_memory: float | None,
     images: dict[str, Any],
-    skip_unreadable: bool,
+    recipe: str | Path | None,
+    values: dict[str, Any],
+    gpu_memory: float | None,
     start: Path | None,
 ) -> MACLPlan:
     """Return the plan that the run began with. Only ``patches_at_once`` and ``skip_unreadable`` may change."""
@@ -299,7 +286,7 @@ def _plan_to_go_on(
         )
     asked_at_once = values.get("patches_at_once", AUTO)
     at_once = plan.patches_at_once if asked_at_once == AUTO else min(asked_at_once, plan.batch_size)
-    adapted = replace(plan, patches_at_once=at_once, skip_unreadable=plan.skip_unreadable or skip_unreadable)
+    adapted = replace(plan, patches_at_once=at_once, skip_unreadable=plan.skip_unreadable or images["skip_unreadable"])
     if adapted != plan:
         write_plan(adapted, file)
     return adapted

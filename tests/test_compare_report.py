@@ -54,7 +54,7 @@ def fill_study(study, gains):
 
 @pytest.fixture
 def study(tmp_path):
-    study = Study.open(tmp_path / "study", OPTIONS, SPLIT, PATIENTS)
+    study = Study(tmp_path / "study", OPTIONS, SPLIT, PATIENTS).open()
     fill_study(study, {})
     return study
 

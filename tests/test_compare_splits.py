@@ -24,7 +24,7 @@ from nnunetv2_macl.report.study import describe_study
 def studies(tmp_path):
     made = []
     for number in range(3):
-        study = Study.open(tmp_path / f"split_{number}", OPTIONS, SPLIT, PATIENTS)
+        study = Study(tmp_path / f"split_{number}", OPTIONS, SPLIT, PATIENTS).open()
         fill_study(study, gains={"pretrained": 0.02 + 0.03 * number})
         made.append(study)
     return made

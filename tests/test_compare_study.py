@@ -19,7 +19,7 @@ import pytest
 from nnunetv2_macl.checkpoints import NETWORK_FILE
 from nnunetv2_macl.cli.compare import _compare_parser
 from nnunetv2_macl.compare.folders import RawImages, _link, link_unlabelled
-from nnunetv2_macl.compare.run import _check_folder, _pretrain
+from nnunetv2_macl.compare.run import _check_folder, _Work
 from nnunetv2_macl.compare.split import split_cases
 from nnunetv2_macl.compare.steps import DONE_FILE, StepError, Task, run_steps
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
@@ -39,8 +39,8 @@ SPLIT = split_cases(PATIENTS, test="25%", validation="10%", labels=["3", "6"], s
 
 
 def test_reading_a_study_returns_what_was_written(tmp_path):
-    begun = Study.open(tmp_path / "study", OPTIONS, SPLIT, PATIENTS)
-    assert begun == Study.read(tmp_path / "study") == Study.open(tmp_path / "study", OPTIONS, SPLIT, PATIENTS)
+    begun = Study(tmp_path / "study", OPTIONS, SPLIT, PATIENTS).open()
+    assert begun == Study.read(tmp_path / "study") == Study(tmp_path / "study", OPTIONS, SPLIT, PATIENTS).open()
     assert len(begun.cells) == 4 * 2 * 2 * 2 and len({cell.name for cell in begun.cells}) == len(begun.cells)
     for cell in begun.cells:
         split = begun.splits[begun.fold(cell)]
@@ -49,29 +49,29 @@ def test_reading_a_study_returns_what_was_written(tmp_path):
 
 
 def test_adding_arms_and_seeds_keeps_the_earlier_draws(tmp_path):
-    begun = Study.open(tmp_path, OPTIONS, SPLIT, PATIENTS)
+    begun = Study(tmp_path, OPTIONS, SPLIT, PATIENTS).open()
     begun.write_splits()
     more = replace(OPTIONS, seeds=4, arms=[*OPTIONS.arms, "recipe:paper"])
     split = split_cases(PATIENTS, test="25%", validation="10%", labels=["3", "6"], seeds=4)
-    grown = Study.open(tmp_path, more, split, PATIENTS)
+    grown = Study(tmp_path, more, split, PATIENTS).open()
     assert grown == Study.read(tmp_path) and len(grown.cells) == 5 * 4 * 2 * 2
     grown.write_splits()
     assert json.loads(grown.splits_file.read_text()) == grown.splits and grown.splits[:4] == begun.splits
     assert {cell: begun.fold(cell) for cell in begun.cells} == {cell: grown.fold(cell) for cell in begun.cells}
     with pytest.raises(UserError, match=r"--seeds 2 \(was 4\)"):
-        Study.open(tmp_path, replace(more, seeds=2), SPLIT, PATIENTS)
+        Study(tmp_path, replace(more, seeds=2), SPLIT, PATIENTS).open()
 
 
 def test_arms_that_a_command_leaves_out_stay_in_the_folder(tmp_path):
-    Study.open(tmp_path, OPTIONS, SPLIT, PATIENTS)
-    fewer = Study.open(tmp_path, replace(OPTIONS, arms=["scratch", "recipe:paper", "encoder"]), SPLIT, PATIENTS)
+    Study(tmp_path, OPTIONS, SPLIT, PATIENTS).open()
+    fewer = Study(tmp_path, replace(OPTIONS, arms=["scratch", "recipe:paper", "encoder"]), SPLIT, PATIENTS).open()
     assert {cell.arm for cell in fewer.cells} == {"scratch", "recipe-paper", "encoder"}
     assert fewer.arms_left_out == ["pretrained", "recipe:pcl"]
     assert Study.read(tmp_path).options.arms == [*OPTIONS.arms, "recipe:paper"]
     # a file with the name of an arm in the folder would overwrite its cells
     (tmp_path / "pcl.json").write_text('{"inherits_from": "macl"}')
     with pytest.raises(UserError, match="two arms would be called recipe-pcl"):
-        Study.open(tmp_path, replace(OPTIONS, arms=["scratch", f"recipe:{tmp_path / 'pcl.json'}"]), SPLIT, PATIENTS)
+        Study(tmp_path, replace(OPTIONS, arms=["scratch", f"recipe:{tmp_path / 'pcl.json'}"]), SPLIT, PATIENTS).open()
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ def test_arms_that_a_command_leaves_out_stay_in_the_folder(tmp_path):
     ],
 )
 def test_the_error_names_options_that_changed(tmp_path, change, words):
-    Study.open(tmp_path, OPTIONS, SPLIT, PATIENTS)
+    Study(tmp_path, OPTIONS, SPLIT, PATIENTS).open()
     with pytest.raises(UserError) as error:
-        Study.open(tmp_path, replace(OPTIONS, **change), SPLIT, PATIENTS)
+        Study(tmp_path, replace(OPTIONS, **change), SPLIT, PATIENTS).open()
     assert words in str(error.value) and "-o FOLDER" in str(error.value)
 
 
@@ -111,7 +111,7 @@ def test_kinds_of_fine_tuning_differ_only_in_their_length_and_rates():
 
 def test_kinds_of_fine_tuning_share_images_and_pre_trainings(tmp_path):
     studies = [
-        Study.open(tmp_path / kind, replace(OPTIONS, finetuning=kind), SPLIT, PATIENTS, shares=True)
+        Study(tmp_path / kind, replace(OPTIONS, finetuning=kind), SPLIT, PATIENTS, shares=True).open()
         for kind in ("adamw", "sgd")
     ]
     assert [Study.read(tmp_path / kind) for kind in ("adamw", "sgd")] == studies
@@ -132,10 +132,10 @@ def test_a_folder_with_another_kind_of_study_is_refused(tmp_path, splits, shares
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(UserError, match="not empty"):
         check(tmp_path)
-    Study.open(tmp_path / "one", OPTIONS, SPLIT, PATIENTS)
+    Study(tmp_path / "one", OPTIONS, SPLIT, PATIENTS).open()
     with pytest.raises(UserError, match="--finetuning sgd"):
         check(tmp_path / "one")
-    Study.open(tmp_path / "splits" / "split_0", OPTIONS, SPLIT, PATIENTS)
+    Study(tmp_path / "splits" / "split_0", OPTIONS, SPLIT, PATIENTS).open()
     if shares and splits > 1:
         with pytest.raises(UserError, match="--finetuning sgd"):
             check(tmp_path / "splits")
@@ -143,16 +143,16 @@ def test_a_folder_with_another_kind_of_study_is_refused(tmp_path, splits, shares
 
 def test_a_further_kind_of_fine_tuning_needs_the_options_of_the_pre_trainings(tmp_path):
     short, long = replace(OPTIONS, finetuning="adamw"), replace(OPTIONS, epochs=9)
-    Study.open(tmp_path / "adamw", short, SPLIT, PATIENTS, shares=True)
+    Study(tmp_path / "adamw", short, SPLIT, PATIENTS, shares=True).open()
     with pytest.raises(UserError, match=r"--pretrain_epochs 7 \(was None\)"):
-        Study.open(tmp_path / "sgd", replace(long, pretrain_epochs=7), SPLIT, PATIENTS, shares=True)
-    Study.open(tmp_path / "sgd", long, SPLIT, PATIENTS, shares=True, check_only=True)
+        Study(tmp_path / "sgd", replace(long, pretrain_epochs=7), SPLIT, PATIENTS, shares=True).open()
+    Study(tmp_path / "sgd", long, SPLIT, PATIENTS, shares=True).open(check_only=True)
     assert not (tmp_path / "sgd").exists()
-    Study.open(tmp_path / "sgd", long, SPLIT, PATIENTS, shares=True)
+    Study(tmp_path / "sgd", long, SPLIT, PATIENTS, shares=True).open()
     more = replace(short, seeds=4), split_cases(PATIENTS, test="25%", validation="10%", labels=["3", "6"], seeds=4)
-    Study.open(tmp_path / "adamw", *more, PATIENTS, shares=True, check_only=True)
+    Study(tmp_path / "adamw", *more, PATIENTS, shares=True).open(check_only=True)
     assert Study.read(tmp_path / "adamw").options.seeds == 2
-    grown = Study.open(tmp_path / "adamw", *more, PATIENTS, shares=True)
+    grown = Study(tmp_path / "adamw", *more, PATIENTS, shares=True).open()
     grown.write_splits()
     Study.read(tmp_path / "sgd").write_splits()
     assert json.loads(grown.splits_file.read_text()) == grown.splits
@@ -164,7 +164,7 @@ def test_processes_that_begin_a_study_at_once_share_it(tmp_path):
 
         def begin(folder=tmp_path / str(trial), opened=opened, start=start):
             start.wait()
-            opened.append(Study.open(folder, OPTIONS, SPLIT, PATIENTS))
+            opened.append(Study(folder, OPTIONS, SPLIT, PATIENTS).open())
 
         threads = [threading.Thread(target=begin) for _ in range(4)]
         for thread in threads:
@@ -224,13 +224,13 @@ def test_the_option_in_the_error_leaves_unusable_images_out(tmp_path, monkeypatc
 def test_a_folder_without_a_study_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no study"):
-        Study.open(tmp_path, OPTIONS, SPLIT, PATIENTS)
+        Study(tmp_path, OPTIONS, SPLIT, PATIENTS).open()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     with pytest.raises(UserError, match="is a file"):
-        Study.open(tmp_path / "thesis.txt", OPTIONS, SPLIT, PATIENTS)
-    Study.open(tmp_path / "study", OPTIONS, SPLIT, PATIENTS)
+        Study(tmp_path / "thesis.txt", OPTIONS, SPLIT, PATIENTS).open()
+    Study(tmp_path / "study", OPTIONS, SPLIT, PATIENTS).open()
     with pytest.raises(UserError, match="other cases"):
-        Study.open(tmp_path / "study", OPTIONS, SPLIT, PATIENTS | {"c99": "c99"})
+        Study(tmp_path / "study", OPTIONS, SPLIT, PATIENTS | {"c99": "c99"}).open()
     (tmp_path / "study" / "study.json").write_text('{"options": {}}')
     with pytest.raises(UserError, match="no study of this"):
         Study.read(tmp_path / "study")
@@ -422,15 +422,13 @@ def test_the_lock_of_a_pretraining_that_was_killed_at_its_end_is_removed(tmp_pat
     lock = claim(run, socket.gethostname(), sleeper.pid)
     (run / NETWORK_FILE).touch()
     # The process still runs, so the study stops and does not leave the arm out.
+    work = _Work(IMAGES, None, "cpu", 1, 1, skip_unreadable=False)
     with pytest.raises(UserError, match=f"process {sleeper.pid}") as error:
-        _pretrain(study, IMAGES, parse_arm("recipe:pcl"), "cpu", 1, 1, skip_unreadable=False)
+        work.pretrain(study, parse_arm("recipe:pcl"))
     assert not isinstance(error.value, StepError)
     sleeper.kill()
     sleeper.wait()
-    assert (
-        _pretrain(study, IMAGES, parse_arm("recipe:pcl"), "cpu", 1, 1, skip_unreadable=False) == {}
-        and not lock.exists()
-    )
+    assert work.pretrain(study, parse_arm("recipe:pcl")) == {} and not lock.exists()
 
 
 SLEEPING = """
@@ -547,7 +545,7 @@ def test_files_that_changed_after_the_study_began_are_refused(tmp_path, monkeypa
     options = (
         replace(OPTIONS, plan=str(file)) if kind == "plan" else replace(OPTIONS, arms=["scratch", f"{kind}:{file}"])
     )
-    Study.open(tmp_path / "study", options, SPLIT, PATIENTS)
+    Study(tmp_path / "study", options, SPLIT, PATIENTS).open()
     file.write_bytes(b"second")
     with pytest.raises(UserError, match=f"the file {file}"):
-        Study.open(tmp_path / "study", options, SPLIT, PATIENTS)
+        Study(tmp_path / "study", options, SPLIT, PATIENTS).open()

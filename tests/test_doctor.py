@@ -17,7 +17,7 @@ from nnunetv2_macl.doctor import dataset, environment, finder, machine
 from nnunetv2_macl.doctor.measure import plan_in_use
 from nnunetv2_macl.files import resource_folder, trainer_folders
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES
-from nnunetv2_macl.planning.prepare import derive_or_load_plan
+from nnunetv2_macl.planning.derive import derive_or_load_plan
 
 # A class with the name of ours that is no subclass of ours.
 OTHER = """

@@ -1,11 +1,13 @@
 """The speed in the line of an epoch, and the times at which the picture is drawn."""
 
+from types import SimpleNamespace
+
 import pytest
 from steps import recipe_of
 
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.training.callbacks.outputs import Pictures
 from nnunetv2_macl.training.epoch_log import Epoch, EpochSums, read_curves, write_curves
-from nnunetv2_macl.training.progress_picture import ProgressPicture
 
 LOG = {"lrs": [0.1], "patches_per_second": [5.0], "train_losses/restoration": [0.5]}
 
@@ -29,28 +31,22 @@ def test_an_epoch_without_warm_steps_has_a_speed():
     assert Epoch(0, 1, 8, sums((4, False), (4, False)), recipe_of()).patches_per_second == 2.0
 
 
-def test_sums_of_an_earlier_version_are_continued():
-    assert EpochSums(steps=4, skipped=0, seconds=8.0, sums={}).seconds_per_step == 2.0
-
-
 def test_the_picture_is_drawn_at_the_start_at_the_end_and_at_intervals(tmp_path):
-    file = tmp_path / "progress.png"
-    picture = ProgressPicture(file, "a run", every=3600)
-    picture.update(LOG)
-    picture.wait()
+    plans = SimpleNamespace(dataset_name="Dataset901_Generated")
+    trainer = SimpleNamespace(
+        output_folder=tmp_path, plans_manager=plans, configuration_name="2d", fold="all", log_of_epochs=LOG
+    )
+    pictures, file = Pictures(trainer), tmp_path / "progress.png"
+    pictures.on_epoch_end(is_last=False)
     first = file.read_bytes()
     file.unlink()
-    picture.update(LOG)
-    picture.wait()
-    assert not file.exists()
-    picture.update(LOG, is_last=True)
+    pictures.on_epoch_end(is_last=False)
+    assert not file.exists() and (tmp_path / "epochs.csv").is_file()
+    pictures.on_epoch_end(is_last=True)
     assert file.read_bytes() == first
-
-
-def test_a_picture_that_cannot_be_written_raises_no_error(tmp_path):
     (tmp_path / "file").write_text("")
-    picture = ProgressPicture(tmp_path / "file" / "progress.png", "a run")
-    picture.update(LOG, is_last=True)
+    pictures.folder = tmp_path / "file"  # a picture that cannot be written raises no error
+    pictures.on_epoch_end(is_last=True)
 
 
 def test_the_curves_are_read_as_they_were_written_and_damage_is_named(tmp_path):

@@ -13,10 +13,9 @@ from benchmarks.step import training_step
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.nnunet import DatasetConfiguration
-from nnunetv2_macl.planning.derive import derive_plan
+from nnunetv2_macl.planning.derive import derive_or_load_plan, derive_plan
 from nnunetv2_macl.planning.memory import MemoryEstimate
 from nnunetv2_macl.planning.plan import plan_file
-from nnunetv2_macl.planning.prepare import derive_or_load_plan
 
 QUICK = ("2D plain", "3D plain", "2D plain, dense loss in chunks", "2D plain, averaged encoder")
 

@@ -21,7 +21,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.networks.base import Level, check_adapter, class_name
 from nnunetv2_macl.networks.registry import families, family_of, network_types, pretrainable
 from nnunetv2_macl.networks.unet import UNet
-from nnunetv2_macl.planning.prepare import derive_or_load_plan
+from nnunetv2_macl.planning.derive import derive_or_load_plan
 from nnunetv2_macl.transfer import plan_transfer
 
 

@@ -13,10 +13,9 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.methods.branches import plan_branches
 from nnunetv2_macl.nnunet import DatasetConfiguration, checksum
-from nnunetv2_macl.planning.derive import _joint_geometry, derive_plan
+from nnunetv2_macl.planning.derive import _joint_geometry, derive_or_load_plan, derive_plan
 from nnunetv2_macl.planning.plan import check_plan, describe, plan_file, read_plan, was_edited, write_plan
 from nnunetv2_macl.planning.positives import plan_position_groups, plan_threshold
-from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.recipe import load_recipe
 
 

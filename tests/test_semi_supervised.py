@@ -23,7 +23,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_macl.compare.study import Options, parse_arm
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import GROUP_VARIABLE, TEACHER_VARIABLE, DatasetConfiguration
-from nnunetv2_macl.report.pseudo_labels import describe_pseudo_labels
+from nnunetv2_macl.report.finetuned import describe_pseudo_labels
 from nnunetv2_macl.semi_supervised.mixing import Patches, consistency, copy_paste
 from nnunetv2_macl.semi_supervised.pseudo_labels import Teacher
 from nnunetv2_macl.semi_supervised.rounds import self_train, write_labels

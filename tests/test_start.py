@@ -18,8 +18,8 @@ from nnunetv2_macl import checkpoints, formats
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.factory import build_model
 from nnunetv2_macl.files import sha256
+from nnunetv2_macl.planning.derive import derive_or_load_plan
 from nnunetv2_macl.planning.plan import describe, plan_file, read_plan
-from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.sharing.model_card import model_card
 from nnunetv2_macl.start import plan_start, start_from_weights

@@ -3,41 +3,11 @@
 To subclass, add a folder of your own to ``nnUNet_extTrainer``.
 """
 
-from nnunetv2_macl.training.finetune import ShortFineTuning, nnUNetTrainerMACL
+from nnunetv2_macl.training.finetune import ShortFineTuning, nnUNetTrainerMACL, shorter_variants
 
 __all__ = ["nnUNetTrainerMACL"]
 
-
-class nnUNetTrainerMACL_1epoch(nnUNetTrainerMACL):
-    finetuning_epochs = 1
-
-
-class nnUNetTrainerMACL_5epochs(nnUNetTrainerMACL):
-    finetuning_epochs = 5
-
-
-class nnUNetTrainerMACL_10epochs(nnUNetTrainerMACL):
-    finetuning_epochs = 10
-
-
-class nnUNetTrainerMACL_20epochs(nnUNetTrainerMACL):
-    finetuning_epochs = 20
-
-
-class nnUNetTrainerMACL_50epochs(nnUNetTrainerMACL):
-    finetuning_epochs = 50
-
-
-class nnUNetTrainerMACL_100epochs(nnUNetTrainerMACL):
-    finetuning_epochs = 100
-
-
-class nnUNetTrainerMACL_250epochs(nnUNetTrainerMACL):
-    finetuning_epochs = 250
-
-
-class nnUNetTrainerMACL_500epochs(nnUNetTrainerMACL):
-    finetuning_epochs = 500
+globals().update(shorter_variants(nnUNetTrainerMACL))
 
 
 class nnUNetTrainerMACL_short(ShortFineTuning, nnUNetTrainerMACL):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunetv2_macl.cli.messages import run
+from nnunetv2_macl.cli.messages import call, run
 
 
 def collect_entry() -> None:
@@ -19,7 +19,7 @@ def collect_entry() -> None:
         epilog="Example: nnUNetv2_macl_collect /data/export -d 28 --modality MR",
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE_FOLDER", help="folder to search; it is only read")
+    add("source", metavar="SOURCE_FOLDER", type=Path, help="folder to search; it is only read")
     add(
         "-d",
         dest="dataset",
@@ -45,6 +45,7 @@ def collect_entry() -> None:
     add("--link", action="store_true", help="make hard links to NIfTI files instead of copies; needs the same disk")
     add(
         "--private_folder",
+        type=Path,
         default="~/nnunetv2_macl_private",
         metavar="FOLDER",
         help="folder for the key of the pseudonyms and the table of images and their sources. Default: "
@@ -57,15 +58,7 @@ def collect_entry() -> None:
         default=8,
         help="number of images that are processed at the same time. Default: 8",
     )
-    arguments = vars(parser.parse_args())
-
-    def action() -> None:
-        from nnunetv2_macl.collecting.collect import collect
-
-        source, private_folder = Path(arguments.pop("source")), Path(arguments.pop("private_folder"))
-        collect(source, arguments.pop("dataset"), private_folder=private_folder, **arguments)
-
-    run(action)
+    call(parser, "collecting.collect:collect")
 
 
 def convert_entry() -> None:
@@ -78,7 +71,7 @@ def convert_entry() -> None:
     )
     add = parser.add_argument
     add("name", choices=["mmwhs", "hvsmr", "chaos", "isic2018", "imagechd"], help="data set to convert")
-    add("source", metavar="SOURCE", help="folder of the unpacked data set; it is only read")
+    add("source", metavar="SOURCE", type=Path, help="folder of the unpacked data set; it is only read")
     add("-d", dest="dataset", required=True, metavar="ID", help="id or name of the raw data set to create")
     add("--modality", choices=["ct", "mr"], help="mmwhs: CT or MR images. Default: ct")
     add(
@@ -95,7 +88,7 @@ def convert_entry() -> None:
     )
     add("--labelled", action="store_true", default=None, help="imagechd: keep the labels. Default: unlabelled images")
     arguments = vars(parser.parse_args())
-    name, source, dataset = arguments.pop("name"), Path(arguments.pop("source")).expanduser(), arguments.pop("dataset")
+    name, source, dataset = arguments.pop("name"), arguments.pop("source").expanduser(), arguments.pop("dataset")
     options = {key: value for key, value in arguments.items() if value is not None}
     own = {"mmwhs": "modality", "chaos": "sequences", "isic2018": "grey", "imagechd": "labelled"}.get(name)
     if others := sorted(options.keys() - {own}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
@@ -9,9 +10,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.messages import log_to, show_any_character
+
+
+def call(parser: argparse.ArgumentParser, function: str) -> None:
+    """Run a function of the package, such as ``demo:demo``, with the parsed arguments by their names, see `run`."""
+    arguments = vars(parser.parse_args())
+    module, _, name = function.partition(":")
+    # imported last, because nnU-Net takes seconds to import
+    run(lambda: getattr(import_module(f"nnunetv2_macl.{module}"), name)(**arguments))
 
 
 def run(action: Callable[[], object]) -> None:
@@ -35,23 +45,19 @@ def run(action: Callable[[], object]) -> None:
 @contextmanager
 def exit_where_output_is_full() -> Iterator[None]:
     """Exit with a message and code 1 if the output cannot be written, for example because the disk is full."""
+    end: SystemExit | OSError | None = None
     try:
         yield
-    except SystemExit as end:
-        # Keep an error that the command already reports, because it says more.
-        if (reason := _why_unwritable("")) and not end.code:
-            sys.exit(_unwritable(reason))
-        raise
-    except OSError:
-        if reason := _why_unwritable("\n"):
-            sys.exit(_unwritable(reason))
-        raise
-    if reason := _why_unwritable(""):
-        sys.exit(_unwritable(reason))
-
-
-def _unwritable(reason: str) -> str:
-    return f"\nError: The output of this command cannot be written: {reason}. Make space, or redirect the output."
+    except (SystemExit, OSError) as error:
+        end = error
+    reason = _why_unwritable("\n" if isinstance(end, OSError) else "")
+    # Keep an error that the command already reports, because it says more.
+    if reason and not (isinstance(end, SystemExit) and end.code):
+        sys.exit(
+            f"\nError: The output of this command cannot be written: {reason}. Make space, or redirect the output."
+        )
+    if end is not None:
+        raise end
 
 
 def _why_unwritable(text: str) -> str | None:

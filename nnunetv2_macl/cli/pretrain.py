@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunetv2_macl.cli.messages import run
+from nnunetv2_macl.cli.messages import call, run
 from nnunetv2_macl.errors import UserError
 
 
@@ -162,9 +162,7 @@ def demo_entry() -> None:
         description="Generate a small data set and run every step on a CPU: planning, pre-training, fine-tuning, prediction.",
         epilog="Example: nnUNetv2_macl_demo /tmp/macl_demo",
     )
-    parser.add_argument("folder", nargs="?", default="macl_demo", help="new folder to write to. Default: ./macl_demo")
-    folder = Path(parser.parse_args().folder)
-
-    from nnunetv2_macl.demo import demo
-
-    run(lambda: demo(folder))
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default="macl_demo", help="new folder to write to. Default: ./macl_demo"
+    )
+    call(parser, "demo:demo")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunetv2_macl.cli.messages import run
+from nnunetv2_macl.cli.messages import call
 
 
-def _self_train_parser() -> argparse.ArgumentParser:
+def self_train_entry() -> None:
+    """Run ``nnUNetv2_macl_self_train``."""
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_macl_self_train",
         description="Self-training: a trained model labels the unlabelled images of DATASET, and nnU-Net trains a new model on "
@@ -42,13 +43,4 @@ def _self_train_parser() -> argparse.ArgumentParser:
         "them",
     )
     add("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="cuda, cpu or mps. Default: cuda")
-    return parser
-
-
-def self_train_entry() -> None:
-    """Run ``nnUNetv2_macl_self_train``."""
-    arguments = _self_train_parser().parse_args()
-
-    from nnunetv2_macl.semi_supervised.rounds import self_train
-
-    run(lambda: self_train(**vars(arguments)))
+    call(parser, "semi_supervised.rounds:self_train")

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from nnunetv2_macl.cli.messages import run
+from nnunetv2_macl.cli.messages import call, run
 
 _WEIGHTS = (
     "the folder of a pre-training run, a file in it, a checkpoint of nnU-Net (checkpoint_final.pth) or nnssl, or a file that "
@@ -22,23 +22,15 @@ def transfer_entry() -> None:
         epilog="Example: nnUNetv2_macl_transfer macl_encoder.pth 27 -c 3d_fullres, then "
         "nnUNet_macl_weights=macl_encoder.pth nnUNetv2_train 27 3d_fullres 0 -tr nnUNetTrainerMACL",
     )
-    parser.add_argument("weights", help=_WEIGHTS)
-    parser.add_argument("dataset_name_or_id", help="data set to fine-tune on, by name or id")
+    parser.add_argument("weights", type=Path, help=_WEIGHTS)
+    parser.add_argument("dataset", metavar="dataset_name_or_id", help="data set to fine-tune on, by name or id")
     parser.add_argument(
         "-c",
         dest="configuration",
         help="nnU-Net configuration. Default: the first of 3d_fullres, 3d_lowres, 2d in the plan",
     )
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier. Default: nnUNetPlans")
-    arguments = parser.parse_args()
-
-    from nnunetv2_macl.training.finetune import show_transfer
-
-    run(
-        lambda: show_transfer(
-            Path(arguments.weights), arguments.dataset_name_or_id, arguments.plans, arguments.configuration
-        )
-    )
+    call(parser, "training.finetune:show_transfer")
 
 
 def export_entry() -> None:
@@ -49,29 +41,24 @@ def export_entry() -> None:
         epilog="Examples: nnUNetv2_macl_export RUN_FOLDER -o weights.zip; "
         "nnUNetv2_macl_export macl_encoder.pth -o for_nnunet.pth --format nnunet",
     )
-    parser.add_argument("weights", help=_WEIGHTS)
-    parser.add_argument("-o", dest="output", required=True, help="file to write")
+    parser.add_argument("source", metavar="weights", type=Path, help=_WEIGHTS)
+    parser.add_argument("-o", dest="file", metavar="OUTPUT", type=Path, required=True, help="file to write")
     parser.add_argument(
         "--format",
+        dest="name",
+        metavar="FORMAT",
         help="zip: one file to share, for nnUNetv2_macl_install (default if the name of the file ends in .zip); "
         "nnunet: for nnUNetv2_train -pretrained_weights; "
         "nnssl: for nnUNetv2_preprocess_like_nnssl and nnUNetv2_train_pretrained of nnU-Net's master branch",
     )
     parser.add_argument(
-        "--license", default="unknown", help="licence that a zip states, such as cc-by-4.0. Default: unknown"
+        "--license",
+        dest="license_id",
+        metavar="LICENSE",
+        default="unknown",
+        help="licence that a zip states, such as cc-by-4.0. Default: unknown",
     )
-    arguments = parser.parse_args()
-
-    from nnunetv2_macl.formats import export
-
-    run(
-        lambda: export(
-            Path(arguments.weights).expanduser(),
-            Path(arguments.output).expanduser(),
-            arguments.format,
-            arguments.license,
-        )
-    )
+    call(parser, "formats:export")
 
 
 def install_entry() -> None:

@@ -31,6 +31,7 @@ from nnunetv2_macl.collecting.dicom import (
 from nnunetv2_macl.collecting.pseudonyms import IMAGE_NAME, Pseudonyms, load_key
 from nnunetv2_macl.collecting.table import LEFT_OUT, TAKEN, Row, append_row, read_table, write_table
 from nnunetv2_macl.collecting.voxels import NIFTI_ENDINGS, Job, initialise_worker, make_image
+from nnunetv2_macl.compare.split import patients_of
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
@@ -102,7 +103,7 @@ def collect(
     for option, value in (("-np", processes), ("--min_slices", min_slices)):
         if value < 1:
             raise UserError(f"{option} must be 1 or more, got {value}.")
-    pattern = _compile(patient_regex)
+    patients_of((), patient_regex, "--patient_regex")  # a mistake shows before the tree is read
     folder = raw_data_set(dataset, NEW_DATA_SET)
     if source.is_relative_to(folder.resolve()):
         raise UserError(
@@ -121,7 +122,11 @@ def collect(
     lock.acquire()
     try:
         earlier = read_table(table)
-        _require_same_key(earlier, pseudonyms.fingerprint, table)
+        if any(row.key not in ("", pseudonyms.fingerprint) for row in earlier):
+            raise UserError(
+                f"{table} lists images that were named with another key than the one in {table.parent}, so the same patients "
+                "would get other pseudonyms. Put the old key back, or collect into a new data set: -d"
+            )
         images = folder / UNLABELLED_FOLDER
         _require_listed(images, earlier, table)
         # This removes a last line that a killed run has cut short.
@@ -129,13 +134,19 @@ def collect(
         taken = {row.series for row in earlier if row.taken == TAKEN}
         slices, files, left_out = _read_tree(source, folder)
         series, others = _series_candidates(slices, taken, pseudonyms, ending, min_slices, keep_derived)
-        niftis, lost = _nifti_candidates(files, source, pseudonyms, ending, pattern)
+        niftis, lost = _nifti_candidates(files, source, pseudonyms, ending, patient_regex)
         candidates, of_others, modality = _select([*niftis, *series], modality, source)
         _require_modality(channel, modality, folder)
         left_out += others + lost + of_others
         rows = []
         if candidates:
-            _describe(folder, modality, ending)
+            if not (folder / DESCRIPTION).is_file():
+                if modality is None:
+                    raise UserError(
+                        f"{folder / DESCRIPTION} does not exist, and NIfTI files do not say their modality. Give it, for "
+                        "example: --modality MR"
+                    )
+                write_description(folder, [modality], {"background": 0}, 0, ending)
             images.mkdir(exist_ok=True)
             rows = _make(candidates, earlier, images, table, min_slices, link, processes)
         rows += left_out
@@ -154,18 +165,6 @@ def collect(
     return table
 
 
-def _describe(folder: Path, modality: str | None, ending: str) -> None:
-    """Write dataset.json if it does not exist."""
-    if (folder / DESCRIPTION).is_file():
-        return
-    if modality is None:
-        raise UserError(
-            f"{folder / DESCRIPTION} does not exist, and NIfTI files do not say their modality. Give it, for example: "
-            "--modality MR"
-        )
-    write_description(folder, [modality], {"background": 0}, 0, ending)
-
-
 def _still_valid(earlier: list[Row], rows: list[Row], source: Path) -> list[Row]:
     """Return the earlier rows to keep: images that were taken, and files of other trees that were left out.
 
@@ -178,15 +177,6 @@ def _still_valid(earlier: list[Row], rows: list[Row], source: Path) -> list[Row]
         for row in earlier
         if row.image not in new and (row.taken == TAKEN or not Path(row.source).is_relative_to(source))
     ]
-
-
-def _compile(patient_regex: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if patient_regex is None else re.compile(patient_regex)
-    except re.error as error:
-        raise UserError(
-            f"--patient_regex '{patient_regex}' is not a regular expression: {error}. Correct it."
-        ) from None
 
 
 def _channel_and_ending(folder: Path) -> tuple[str | None, str]:
@@ -219,14 +209,6 @@ def _require_modality(channel: str | None, modality: str | None, folder: Path) -
         raise UserError(
             f"The channel of {folder.name} is {channel}, and the modality of the images is {modality}. Give another data "
             f"set (-d), or take only images of this modality: --modality {expected}"
-        )
-
-
-def _require_same_key(earlier: list[Row], fingerprint: str, table: Path) -> None:
-    if any(row.key not in ("", fingerprint) for row in earlier):
-        raise UserError(
-            f"{table} lists images that were named with another key than the one in {table.parent}, so the same "
-            "patients would get other pseudonyms. Put the old key back, or collect into a new data set: -d"
         )
 
 
@@ -321,13 +303,17 @@ def _series_candidates(
 
 
 def _nifti_candidates(
-    files: list[Path], source: Path, pseudonyms: Pseudonyms, ending: str, pattern: re.Pattern[str] | None
+    files: list[Path], source: Path, pseudonyms: Pseudonyms, ending: str, patient_regex: str | None
 ) -> tuple[list[Candidate], list[Row]]:
     """Return the NIfTI files that are there, and a row for each link that leads nowhere."""
     candidates, left_out = [], []
-    for file in files:
-        path = file.relative_to(source)
-        patient = _patient_of(path, pattern)
+    paths = [file.relative_to(source) for file in files]
+    patients = patients_of([path.as_posix() for path in paths], patient_regex, "--patient_regex")
+    for file, path in zip(files, paths, strict=True):
+        patient = patients[path.as_posix()]
+        if patient_regex is None:
+            # the first folder below the source, or the name of the file
+            patient = path.parts[0] if len(path.parts) > 1 else re.sub(r"(?i)\.nii(\.gz)?$", "", path.name)
         try:
             status = file.stat()
         except OSError as error:
@@ -345,20 +331,6 @@ def _nifti_candidates(
         )
         candidates.append(Candidate(row, [str(file)]))
     return candidates, left_out
-
-
-def _patient_of(path: Path, pattern: re.Pattern[str] | None) -> str:
-    """Return the patient in the path of a NIfTI file below the source."""
-    if pattern is None:
-        return path.parts[0] if len(path.parts) > 1 else re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
-    match = pattern.search(path.as_posix())
-    patient = (match[1] if pattern.groups else match[0]) if match else ""
-    if not patient:
-        raise UserError(
-            f"--patient_regex '{pattern.pattern}' finds no patient in {path.as_posix()}. Give one that finds a patient "
-            "in each path."
-        )
-    return patient
 
 
 def _select(
@@ -399,15 +371,12 @@ def _make(
     made = {row.image: row for row in earlier if row.taken == TAKEN}
     done, incomplete, todo = [], [], []
     for candidate in candidates:
-        row, image = made.get(candidate.row.image), images / candidate.row.image
+        row, image, here = made.get(candidate.row.image), images / candidate.row.image, len(candidate.files)
+        from_elsewhere = row is not None and row.source != candidate.row.source
         if row and row.content == candidate.row.content and image.is_file():
             done.append(replace(candidate.row, voxels=row.voxels))
-        elif (
-            candidate.row.kind == "DICOM"
-            and _is_another_source(row, candidate)
-            and len(candidate.files) <= (slices := _slices_of_series(image))
-        ):
-            reason = f"duplicate: {image.name} has {slices} slices of this series, and here are {len(candidate.files)}"
+        elif candidate.row.kind == "DICOM" and from_elsewhere and here <= (slices := _slices_of_series(image)):
+            reason = f"duplicate: {image.name} has {slices} slices of this series, and here are {here}"
             incomplete.append(replace(candidate.row, taken=LEFT_OUT, reason=reason, image=""))
         else:
             todo.append(candidate)
@@ -427,21 +396,20 @@ def _make(
         min(processes, len(todo), usable_cores()), multiprocessing.get_context("spawn"), initialise_worker
     )
     try:
-        futures: list[tuple[Candidate, Future]] = []
+        jobs: list[tuple[Row, Path, Future]] = []
         for number, candidate in enumerate(todo):
-            target = work / f"{number}{_image_ending(candidate.row.image)}"
-            job = Job(candidate.files, str(target), candidate.row.kind == "DICOM", min_slices, link)
-            futures.append((candidate, pool.submit(make_image, job)))
-        bar = progress_bar(futures, unit="image")
-        for number, (candidate, future) in enumerate(bar, 1):
-            result, row = future.result(), candidate.row
-            target = work / f"{number - 1}{_image_ending(row.image)}"
+            row, is_dicom = candidate.row, candidate.row.kind == "DICOM"
+            target = work / f"{number}{row.image[row.image.index('.') :]}"
+            job = Job(candidate.files, str(target), is_dicom, min_slices, link)
+            jobs.append((row, target, pool.submit(make_image, job)))
+        bar = progress_bar(jobs, unit="image")
+        for number, (row, target, future) in enumerate(bar, 1):
+            result = future.result()
             if result.failed:
                 hint = " Leave out --link if the images are on another disk." if link else ""
                 raise UserError(
-                    f"{images / row.image} could not be written: {result.failed}. Make space or check the "
-                    "permissions, and type "
-                    f"the same command again to continue.{hint}"
+                    f"{images / row.image} could not be written: {result.failed}. Make space or check the permissions, and "
+                    f"type the same command again to continue.{hint}"
                 )
             twin = image_of.get(result.voxels) if result.voxels else None
             if result.left_out:
@@ -450,7 +418,14 @@ def _make(
                 row = replace(row, taken=LEFT_OUT, reason=f"duplicate: the same voxels as {twin}", image="")
                 target.unlink()
             else:
-                _require_same_file(made.get(row.image), candidate, result.voxels)
+                other = made.get(row.image)
+                if row.kind == "NIfTI" and other and other.source != row.source and other.voxels != result.voxels:
+                    raise UserError(
+                        f"{row.source} and {other.source} have the same path below the folder that you gave, so they would "
+                        "become one image of one patient. The earlier image is kept. Give a folder that holds both trees, and "
+                        "a regular expression that tells their patients apart, such as --patient_regex '^[^/]+/[^/]+' for two "
+                        "folders"
+                    )
                 row = replace(row, voxels=result.voxels)
                 image_of[row.voxels] = row.image
                 # An image that is replaced is removed first, so that the new row never describes the old image.
@@ -464,7 +439,7 @@ def _make(
                 logger.info("Read %d of %d images", number, len(todo))
     except BrokenProcessPool:
         # the pool begins the images in this order
-        left = [candidate.files[0] for candidate, future in futures if not future.done() or future.exception()]
+        left = [row.source for row, _, job in jobs if not job.done() or job.exception()]
         raise UserError(
             "A process was killed, most likely because memory ran out or because an image crashed its reader. It read one "
             f"of: {', '.join(left[:processes])}. Finished images are kept. Type the same command again with -np 1."
@@ -476,10 +451,6 @@ def _make(
     return rows
 
 
-def _is_another_source(earlier: Row | None, candidate: Candidate) -> bool:
-    return earlier is not None and earlier.source != candidate.row.source
-
-
 def _slices_of_series(image: Path) -> int:
     """Return the number of slices of an image that was made from a series, or 0 if the image cannot be read."""
     reader = sitk.ImageFileReader()
@@ -489,21 +460,6 @@ def _slices_of_series(image: Path) -> int:
     except RuntimeError:
         return 0
     return reader.GetSize()[2]
-
-
-def _require_same_file(earlier: Row | None, candidate: Candidate, voxels: str) -> None:
-    """Raise UserError if a NIfTI file would get the name of another image that was collected from another tree."""
-    row = candidate.row
-    if row.kind == "NIfTI" and earlier and _is_another_source(earlier, candidate) and earlier.voxels != voxels:
-        raise UserError(
-            f"{row.source} and {earlier.source} have the same path below the folder that you gave, so they would become "
-            "one image of one patient. The earlier image is kept. Give a folder that holds both trees, and a regular "
-            "expression that tells their patients apart, such as --patient_regex '^[^/]+/[^/]+' for two folders"
-        )
-
-
-def _image_ending(image: str) -> str:
-    return image[image.index(".") :]
 
 
 def _summarise(rows: list[Row], images: Path, table: Path) -> None:

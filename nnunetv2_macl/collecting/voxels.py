@@ -139,7 +139,8 @@ def _has_areas(lines: np.ndarray) -> bool:
 
 def _write(image: sitk.Image, job: Job) -> None:
     source, target = job.files[0], Path(job.target)
-    same_format = not job.is_dicom and source.lower().endswith(_ending(target))
+    ending = next((ending for ending in NIFTI_ENDINGS if target.name.endswith(ending)), target.suffix)
+    same_format = not job.is_dicom and source.lower().endswith(ending)
     if same_format and job.link:
         os.link(os.path.realpath(source), target)
         return
@@ -147,26 +148,17 @@ def _write(image: sitk.Image, job: Job) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < needed + _SPARE_BYTES:
         raise OSError(f"up to {needed:,} bytes are needed, and {free:,} are free")
+    if same_format and ending == ".nii":
+        shutil.copyfile(source, target)
+        return
     if same_format:
-        _copy(source, target)
+        # compressed again, because the header of a compressed file may hold its original name and time
+        with gzip.open(source) as content, target.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, 0) as compressed:
+            shutil.copyfileobj(content, compressed, 2**20)
         return
     for key in image.GetMetaDataKeys():
         image.EraseMetaData(key)
     sitk.WriteImage(image, str(target), useCompression=True)
-
-
-def _copy(source: str, target: Path) -> None:
-    """Copy a NIfTI file. The header of a compressed file may hold the original file name, so the file is compressed again."""
-    if not target.name.endswith(".gz"):
-        shutil.copyfile(source, target)
-        return
-    # without a file name and a time
-    with gzip.open(source) as content, target.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, 0) as compressed:
-        shutil.copyfileobj(content, compressed, 2**20)
-
-
-def _ending(target: Path) -> str:
-    return next((ending for ending in NIFTI_ENDINGS if target.name.endswith(ending)), target.suffix)
 
 
 def _checksum(image: sitk.Image) -> str:

@@ -6,12 +6,12 @@ Usage: ``python -m nnunetv2_macl.compare.cell STUDY CELL``. nnU-Net's folder var
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -51,6 +51,7 @@ def run_cell(study: Study, cell: Trial, device: str, processes: int) -> None:
             rate=cell.rate,
             seed=cell.seed,
             from_scratch=study.weights(arm) is None,
+            optimizer="adamw" if options.finetuning == "adamw" else "sgd",
         )
         final, latest = (Path(trainer.output_folder) / f"checkpoint_{which}.pth" for which in ("final", "latest"))
         if not final.is_file():
@@ -58,12 +59,15 @@ def run_cell(study: Study, cell: Trial, device: str, processes: int) -> None:
                 trainer.load_checkpoint(str(latest))
             trainer.run_training()
         predictions = folder / "predictions"
+        # not weights_only, because nnU-Net stores more than tensors; the file is safe, because this study wrote it
+        log = torch.load(final, map_location="cpu", weights_only=False)["logging"]
+        seconds = np.subtract(log["epoch_end_timestamps"], log["epoch_start_timestamps"])
         _predict(study, Path(trainer.output_folder_base), fold, predictions, device, processes)
         write_json(
             {
                 "test": _measure(study, target, predictions),
                 "curve": read_json(Path(trainer.output_folder) / CURVE_FILE, f"Remove {folder} to train again."),
-                "epoch_seconds": _epoch_seconds(final),
+                "epoch_seconds": float(seconds.mean()),
             },
             folder / RESULT_FILE,
         )
@@ -98,20 +102,9 @@ def _measure(study: Study, target: DatasetConfiguration, predictions: Path) -> l
         reference, prediction = (str(folder / f"{case}{ending}") for folder in (study.raw / "labelsTs", predictions))
         reader = target.plans_manager.image_reader_writer_class()
         for agreement in measure(reference, prediction, reader, classes, labels.ignore_label):
-            values = {key: _json(value) for key, value in asdict(agreement).items()}
-            rows.append({"case": case} | values)
+            values = asdict(agreement).items()
+            rows.append({"case": case} | {key: None if value != value else value for key, value in values})  # NaN
     return rows
-
-
-def _epoch_seconds(checkpoint: Path) -> float:
-    # not weights_only, because nnU-Net stores more than tensors; the file is safe, because this study wrote it
-    log = torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]
-    times = [end - start for start, end in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)]
-    return sum(times) / len(times)
-
-
-def _json(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def main() -> None:

@@ -62,9 +62,13 @@ class RawImages:
         folder = raw_folder(dataset)
         fix = "The study needs the raw data set. Put it there."
         dataset_json = read_dataset_json(folder / "dataset.json", fix, labels=True)
-        if not (folder / "imagesTr").is_dir() and "dataset" not in dataset_json:
-            raise UserError(f"{folder / 'imagesTr'} does not exist. Put the labelled cases there and in labelsTr.")
-        _require_no_dead_links(folder / "imagesTr")
+        training = folder / "imagesTr"
+        if not training.is_dir() and "dataset" not in dataset_json:
+            raise UserError(f"{training} does not exist. Put the labelled cases there and in labelsTr.")
+        for file in training.iterdir() if training.is_dir() else ():
+            if not file.exists():  # nnU-Net would silently skip the case
+                there = os.path.realpath(file)
+                raise UserError(f"{file} is a link to {there}, which does not exist. Mount it, or remove the link.")
         labelled = get_filenames_of_train_images_and_targets(str(folder), dict(dataset_json))
         names, ending = channel_names(dataset_json), dataset_json["file_ending"]
         for case, entry in labelled.items():
@@ -89,15 +93,6 @@ class RawImages:
             {case: found.files for case, found in drop_second_names(unlabelled, used).items()},
             dataset_json,
         )
-
-
-def _require_no_dead_links(folder: Path) -> None:
-    """Raise UserError for a broken link, because nnU-Net would silently skip the case."""
-    for file in folder.iterdir() if folder.is_dir() else ():
-        if not file.exists():
-            raise UserError(
-                f"{file} is a link to {os.path.realpath(file)}, which does not exist. Mount it, or remove the link."
-            )
 
 
 def _require_channels(case: str, images: Sequence[str], channels: int, ending: str | None) -> None:

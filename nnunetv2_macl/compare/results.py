@@ -12,6 +12,7 @@ import numpy as np
 from nnunetv2_macl.compare.statistics import Resampling
 from nnunetv2_macl.compare.steps import DONE_FILE
 from nnunetv2_macl.compare.study import RESULT_FILE, Study, Trial
+from nnunetv2_macl.dataset_json import class_names
 from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.nnunet import read_json
 
@@ -57,7 +58,7 @@ class Results:
             arm.recipe_and_settings: read_json(study.pretraining_folder(arm) / DONE_FILE, "")["seconds"]
             for arm in study.pretrainings
         }
-        names = _class_names(read_json(study.raw / "dataset.json", ""))
+        names = class_names(read_json(study.raw / "dataset.json", ""))
         return cls(study, [names.get(key, key) for key in keys], [int(e) for e in any_cell["curve"]], groups, seconds)
 
     @property
@@ -97,11 +98,6 @@ def _group(study: Study, arm: str, labels: int, found: dict[Trial, dict[str, Any
         for name in MEASURES
     }
     return Group(rate, measures, curves[rate], float(np.mean([cell["epoch_seconds"] for cell in cells])))
-
-
-def _class_names(dataset_json: dict[str, Any]) -> dict[str, str]:
-    labels = dataset_json["labels"].items()
-    return {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels}
 
 
 def write_csv(results: Results) -> None:

@@ -87,7 +87,10 @@ def compare(
         check_device(device)
     images = RawImages.find(options.dataset, skip_unreadable=skip_unreadable)
     planner_name = planner(options) if options.plan is None else None
-    folder = (folder or Path(_default_name(options))).expanduser().resolve()
+    # the working directory, because nnU-Net's folders are the user's and are only read
+    plans = None if options.plans == "nnUNetPlans" else options.plans
+    name = "_".join(filter(None, ("macl_compare", options.dataset, options.configuration, plans)))
+    folder = (folder or Path(name)).expanduser().resolve()
     bases = [folder / f"split_{n}" for n in range(splits)] if splits > 1 else [folder]
     # one kind alone continues a study of several kinds
     shares = len(kinds) > 1 or any((base / kind / STUDY_FILE).is_file() for base in bases for kind in FINETUNINGS)
@@ -101,25 +104,19 @@ def compare(
     if dry_run:
         return folder
     # nothing is written unless all studies can begin or continue
-    studies = _open(studies, check_only=True)
-    for study in itertools.chain.from_iterable(studies):
+    for study in [study.open(check_only=True) for of_kind in studies for study in of_kind]:
         if (study.planning_folder / DONE_FILE).is_file():
             # check before the new arms are stored in the study
             check_arms(study, images)
-    studies = _open(studies)
+    studies = [[study.open() for study in of_kind] for of_kind in studies]
     logger.info("Study in %s", folder)
-    prepared = [
-        _preparation(list(of_split), images, planner_name, device, processes, jobs, skip_unreadable)
-        for of_split in zip(*studies, strict=True)
-    ]
+    work = _Work(images, planner_name, device, processes, jobs, skip_unreadable)
+    splits_of_kinds = list(zip(*studies, strict=True))
     left_out: dict[Path, Task] = {}
     failed: list[str] = []
     for of_kind in studies:
         # in the order of the splits, so that the first split is complete early
-        steps = [
-            _steps(study, preparation, device, processes, jobs)
-            for study, preparation in zip(of_kind, prepared, strict=True)
-        ]
+        steps = [work.steps(study, of_split) for study, of_split in zip(of_kind, splits_of_kinds, strict=True)]
         with ended_by_sigterm():
             run_steps(list(itertools.chain.from_iterable(steps)), jobs, left_out=left_out)
         of_kind, unfinished = _finished(of_kind)
@@ -163,13 +160,6 @@ def _finished(studies: Sequence[Study]) -> tuple[list[Study], list[str]]:
     return [replace(s, options=replace(s.options, arms=kept)) for s in studies], [n for n in arms if n not in kept]
 
 
-def _open(studies: Sequence[Sequence[Study]], check_only: bool = False) -> list[list[Study]]:
-    return [
-        [Study.open(s.folder, s.options, s.split, s.patients, s.shares, check_only) for s in of_kind]
-        for of_kind in studies
-    ]
-
-
 def _checked(options: Options) -> Options:
     """Return the options with the full name of the data set and absolute paths. Raise UserError if they cannot be used."""
     options = replace(options, dataset=nnunet.dataset_name(options.dataset))
@@ -181,7 +171,13 @@ def _checked(options: Options) -> Options:
     options = replace(options, arms=[parse_arm(text).name for text in options.arms])
     if options.configuration == "3d_cascade_fullres":
         raise UserError("-c 3d_cascade_fullres needs a first stage for each cell. Compare its stages: -c 3d_lowres")
-    _check_configuration(options)
+    there: Sequence[str] = nnunet.SUPPORTED_CONFIGURATIONS
+    if options.plan is not None:
+        there = list(nnunet.read_json(Path(options.plan), "Give another to --plan.")["configurations"])
+    if options.configuration not in there:  # nnU-Net's planning would silently skip it
+        raise UserError(
+            f"There is no configuration '{options.configuration}'. Use one of these with -c: {', '.join(there)}."
+        )
     return options
 
 
@@ -221,16 +217,7 @@ def _check_labels(studies: list[Study]) -> None:
 
 
 def _study(options: Options, images: RawImages, base: Path, number: int, shares: bool) -> Study:
-    """Return the study of a split and a kind of fine-tuning without writing anything to disk.
-
-    Args:
-        options: Options of the kind of fine-tuning.
-        images: The raw images.
-        base: Folder of the split.
-        number: Index of the split.
-        shares: Whether it shares its pre-trainings with other kinds of fine-tuning.
-    """
-    options = replace(options, split=number)
+    """Return the study of split ``number`` in the folder ``base``, without writing anything to disk."""
     patients = patients_of(images.labelled, options.group_regex)
     split = split_cases(
         patients,
@@ -238,32 +225,10 @@ def _study(options: Options, images: RawImages, base: Path, number: int, shares:
         validation=options.validation,
         labels=options.labels,
         seeds=options.seeds,
-        number=options.split,
+        number=number,
     )
-    return Study(base / options.finetuning if shares else base, options, split, patients, shares=shares)
-
-
-def _check_configuration(options: Options) -> None:
-    """Raise UserError for an unknown configuration, because nnU-Net's planning would silently skip it."""
-    there: Sequence[str] = nnunet.SUPPORTED_CONFIGURATIONS
-    if options.plan is not None:
-        there = list(nnunet.read_json(Path(options.plan), "Give another to --plan.").get("configurations", {}))
-    if options.configuration not in there:
-        raise UserError(
-            f"There is no configuration '{options.configuration}'. Use one of these with -c: {', '.join(there)}."
-        )
-
-
-def _default_name(options: Options) -> str:
-    # the working directory, because nnU-Net's folders are the user's and are only read
-    return "_".join(
-        [
-            "macl_compare",
-            options.dataset,
-            options.configuration,
-            *([options.plans] if options.plans != "nnUNetPlans" else []),
-        ]
-    )
+    folder = base / options.finetuning if shares else base
+    return Study(folder, replace(options, split=number), split, patients, shares=shares)
 
 
 def describe(study: Study, images: RawImages) -> str:
@@ -316,103 +281,120 @@ def describe_cells(study: Study) -> str:
     return "\n".join([line, *(f"    {cell.name}" for cell in study.cells)])
 
 
-def _names(cases: list[str], shown: int = 6) -> str:
-    return ", ".join(sorted(cases)[:shown]) + (", ..." if len(cases) > shown else "")
+def _names(cases: list[str]) -> str:
+    return ", ".join(sorted(cases)[:6]) + (", ..." if len(cases) > 6 else "")
 
 
 @dataclass(frozen=True)
-class _Preparation:
-    """The steps before the cells of a split."""
+class _Work:
+    """The steps of a study, and what they need besides the study."""
 
-    planning: Task
-    unlabelled: Task  # the step after which the unlabelled images are preprocessed
-    steps: list[Task]  # planning, preprocessing and pre-trainings
-    pretrained: dict[str, Task]  # pre-trainings, by recipe with its settings
+    images: RawImages
+    planner: str | None  # nnU-Net's planner; None if the user has given a plan
+    device: str
+    processes: int
+    jobs: int
+    skip_unreadable: bool
 
+    def steps(self, study: Study, of_split: Sequence[Study]) -> list[Task]:
+        """Return all steps of a study in the order in which they start.
 
-def _preparation(
-    studies: list[Study],
-    images: RawImages,
-    planner_name: str | None,
-    device: str,
-    processes: int,
-    jobs: int,
-    skip_unreadable: bool,
-) -> _Preparation:
-    """Return the steps that the studies of one split share, one study for each kind of fine-tuning."""
-    study = studies[0]
+        Args:
+            study: The study.
+            of_split: The studies of its split, one for each kind of fine-tuning. They share all steps but the cells.
+        """
 
-    def plan_and_check() -> dict[str, Any]:
-        done = plan(study, images, planner_name, processes)
-        for other in studies:
-            check_arms(other, images)
-        return done
+        def plan_and_check() -> dict[str, Any]:
+            done = plan(study, self.images, self.planner, self.processes)
+            for other in of_split:
+                check_arms(other, self.images)
+            return done
 
-    planning = Task("planning and preprocessing", study.planning_folder, plan_and_check)
-    preprocessing = Task(
-        "preprocessing of the unlabelled images",
-        study.base / "preprocessing_unlabelled",
-        functools.partial(_preprocess_unlabelled, study, images, processes, skip_unreadable),
-        needs=(planning,),
-    )
-    # preprocess once for all arms, because their trainings may run at the same time
-    uses_unlabelled = any(arm.recipe or arm.trains_on_unlabelled for other in studies for arm in other.arms)
-    ready = preprocessing if pretraining_images(study, list(images.unlabelled)) and uses_unlabelled else planning
-    pretrained = {
-        arm.recipe_and_settings: Task(
-            f"pre-training, recipe {','.join([arm.recipe_name, *arm.settings])}",
-            study.pretraining_folder(arm),
-            functools.partial(_pretrain, study, images, arm, device, processes, jobs, skip_unreadable),
-            needs=(ready,),
-            part=arm.pretraining_name,
-        )
-        for arm in study.pretrainings
-    }
-    return _Preparation(planning, ready, [*dict.fromkeys((planning, ready)), *pretrained.values()], pretrained)
+        ready = planning = Task("planning and preprocessing", study.planning_folder, plan_and_check)
+        uses_unlabelled = any(arm.recipe or arm.trains_on_unlabelled for other in of_split for arm in other.arms)
+        if pretraining_images(study, list(self.images.unlabelled)) and uses_unlabelled:
+            # preprocess once for all arms, because their trainings may run at the same time
+            preprocess = functools.partial(self.preprocess_unlabelled, study)
+            folder = study.base / "preprocessing_unlabelled"
+            ready = Task("preprocessing of the unlabelled images", folder, preprocess, needs=(planning,))
+        pretrained = {
+            arm.recipe_and_settings: Task(
+                f"pre-training, recipe {','.join([arm.recipe_name, *arm.settings])}",
+                study.pretraining_folder(arm),
+                functools.partial(self.pretrain, study, arm),
+                needs=(ready,),
+                part=arm.pretraining_name,
+            )
+            for arm in study.pretrainings
+        }
+        trained: dict[Trial, Task] = {}
+        # A teacher is trained before its students.
+        for cell in sorted(study.cells, key=study.generation):
+            arm, teacher = study.arm(cell.arm), study.teacher(cell)
+            trained[cell] = Task(
+                cell.name,
+                study.cell_folder(cell),
+                functools.partial(self.run_cell, study, cell),
+                needs=(
+                    ready if arm.trains_on_unlabelled else planning,
+                    *([pretrained[arm.recipe_and_settings]] if arm.recipe else []),
+                    *([trained[teacher]] if teacher else []),
+                ),
+                # without scratch, there is nothing to compare with
+                part=None if arm.name == SCRATCH else f"{arm.slug}, {study.options.finetuning}",
+            )
+        before = dict.fromkeys((planning, ready, *pretrained.values()))
+        return [*before, *(trained[cell] for cell in study.cells)]
 
+    def preprocess_unlabelled(self, study: Study) -> dict[str, Any]:
+        results, log = study.base / "nnUNet_results", study.planning_folder / "log.txt"
+        run_command([*self._pretraining_command(study), "--preprocess_only"], study.environment(results), log)
+        return {}
 
-def _steps(study: Study, preparation: _Preparation, device: str, processes: int, jobs: int) -> list[Task]:
-    """Return all steps of a study, in the order in which they start."""
-    trained: dict[Trial, Task] = {}
-    # A teacher is trained before its students.
-    for cell in sorted(study.cells, key=study.generation):
-        arm, teacher = study.arm(cell.arm), study.teacher(cell)
-        trained[cell] = Task(
-            cell.name,
-            study.cell_folder(cell),
-            functools.partial(_run_cell, study, cell, device, processes, jobs),
-            needs=(
-                preparation.unlabelled if arm.trains_on_unlabelled else preparation.planning,
-                *([preparation.pretrained[arm.recipe_and_settings]] if arm.recipe else []),
-                *([trained[teacher]] if teacher else []),
-            ),
-            # without scratch, there is nothing to compare with
-            part=None if arm.name == SCRATCH else f"{arm.slug}, {study.options.finetuning}",
-        )
-    return [*preparation.steps, *(trained[cell] for cell in study.cells)]
-
-
-def _pretrain(
-    study: Study, images: RawImages, arm: Arm, device: str, processes: int, jobs: int, skip_unreadable: bool
-) -> dict[str, Any]:
-    options, folder, run = study.options, study.pretraining_folder(arm), study.pretraining_run(arm)
-    # a run writes this file of weights last
-    weights, resumes = run / NETWORK_FILE, resume.has_checkpoint(run)
-    _require_no_other_run(folder)
-    if weights.is_file() and not (run / resume.LATEST).is_file():
-        # the pre-training finished, but was interrupted before this was recorded
+    def pretrain(self, study: Study, arm: Arm) -> dict[str, Any]:
+        folder, run = study.pretraining_folder(arm), study.pretraining_run(arm)
+        _require_no_other_run(folder)
+        # A run writes this file of weights last. It may have been interrupted before its end was recorded.
+        if not (run / NETWORK_FILE).is_file() or (run / resume.LATEST).is_file():
+            resumes = resume.has_checkpoint(run)
+            # all folds of the study have the same validation cases
+            command = [*self._pretraining_command(study), "--exclude_fold", "0", "-device", self.device]
+            settings = [*study.options.pretrain_settings, *arm.settings]
+            start = ["-recipe", str(arm.recipe), *(["--set", *settings] if settings else [])]
+            environment = study.environment(folder / "nnUNet_results") | self._share_of_cores()
+            run_command([*command, *(["--c"] if resumes else start)], environment, folder / "log.txt")
         return _training_seconds(run)
-    command = _pretraining_command(study, images, processes, skip_unreadable)
-    # all folds of the study have the same validation cases
-    command += ["--exclude_fold", "0", "-device", device]
-    settings = [*options.pretrain_settings, *arm.settings]
-    if resumes:
-        command += ["--c"]
-    else:
-        command += ["-recipe", str(arm.recipe), *(["--set", *settings] if settings else [])]
-    environment = study.environment(folder / "nnUNet_results") | _share_of_cores(device, jobs)
-    run_command(command, environment, folder / "log.txt")
-    return _training_seconds(run)
+
+    def _pretraining_command(self, study: Study) -> list[str]:
+        """Link the user's unlabelled images, and return the arguments that all commands of the pre-training share."""
+        if not any(resume.has_checkpoint(run) or (run / NETWORK_FILE).is_file() for run in study.pretraining_runs):
+            # the images stay as they are once the first pre-training has begun, so that all recipes see the same ones
+            link_unlabelled(study, self.images)
+        options = study.options
+        command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.configuration, "-p", options.plans]
+        return [*command, "-np", str(self.processes), *(["--skip_unreadable"] if self.skip_unreadable else [])]
+
+    def run_cell(self, study: Study, cell: Trial) -> dict[str, Any]:
+        folder = study.cell_folder(cell)
+        _require_no_other_run(folder)
+        # The variable of the user's shell may be meant for another training, so the study replaces it.
+        environment = study.environment(folder) | {GROUP_VARIABLE: study.options.group_regex or ""}
+        environment |= self._share_of_cores()
+        if weights := study.weights(study.arm(cell.arm)):
+            environment[WEIGHTS_VARIABLE] = str(weights)
+        if teacher := study.teacher(cell):
+            results = study.cell_folder(teacher) / study.options.dataset
+            environment[TEACHER_VARIABLE] = str(next(results.glob("*__*__*")))
+        command = [sys.executable, "-m", "nnunetv2_macl.compare.cell", str(study.folder), cell.name]
+        command += ["-device", self.device, "-np", str(self.processes)]
+        run_command(command, environment, folder / "log.txt")
+        return {}
+
+    def _share_of_cores(self) -> dict[str, str]:
+        """Return the variable that limits the threads of one of several trainings at the same time on a CPU."""
+        if self.device != "cpu" or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs))}
 
 
 def _require_no_other_run(folder: Path) -> None:
@@ -432,43 +414,3 @@ def _training_seconds(run: Path) -> dict[str, float]:
     plan = read_plan(run / PLAN_COPY)
     patches = plan.get_recipe().num_iterations_per_epoch * plan.batch_size
     return {"seconds": sum(patches / speed for speed in speeds)}
-
-
-def _preprocess_unlabelled(study: Study, images: RawImages, processes: int, skip_unreadable: bool) -> dict[str, Any]:
-    command = _pretraining_command(study, images, processes, skip_unreadable)
-    results, log = study.base / "nnUNet_results", study.planning_folder / "log.txt"
-    run_command([*command, "--preprocess_only"], study.environment(results), log)
-    return {}
-
-
-def _pretraining_command(study: Study, images: RawImages, processes: int, skip_unreadable: bool) -> list[str]:
-    """Link the user's unlabelled images, and return the arguments that all commands of the pre-training share."""
-    if not any(resume.has_checkpoint(run) or (run / NETWORK_FILE).is_file() for run in study.pretraining_runs):
-        # the images stay as they are once the first pre-training has begun, so that all recipes see the same ones
-        link_unlabelled(study, images)
-    options = study.options
-    command = ["nnUNetv2_train_macl_pretrain", options.dataset, "-c", options.configuration, "-p", options.plans]
-    return [*command, "-np", str(processes), *(["--skip_unreadable"] if skip_unreadable else [])]
-
-
-def _run_cell(study: Study, cell: Trial, device: str, processes: int, jobs: int) -> dict[str, Any]:
-    folder = study.cell_folder(cell)
-    _require_no_other_run(folder)
-    # The variable of the user's shell may be meant for another training, so the study replaces it.
-    environment = study.environment(folder) | {GROUP_VARIABLE: study.options.group_regex or ""}
-    environment |= _share_of_cores(device, jobs)
-    if weights := study.weights(study.arm(cell.arm)):
-        environment[WEIGHTS_VARIABLE] = str(weights)
-    if teacher := study.teacher(cell):
-        results = study.cell_folder(teacher) / study.options.dataset
-        environment[TEACHER_VARIABLE] = str(next(results.glob("*__*__*")))
-    command = [sys.executable, "-m", "nnunetv2_macl.compare.cell", str(study.folder), cell.name]
-    run_command([*command, "-device", device, "-np", str(processes)], environment, folder / "log.txt")
-    return {}
-
-
-def _share_of_cores(device: str, jobs: int) -> dict[str, str]:
-    """Return the variable that limits the threads of one of several trainings at the same time on a CPU."""
-    if device != "cpu" or "OMP_NUM_THREADS" in os.environ:
-        return {}
-    return {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))}

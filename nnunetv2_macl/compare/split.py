@@ -50,8 +50,8 @@ def patients_of(cases: Iterable[str], group_regex: str | None, option: str = "--
         match = pattern.search(case)
         if match is None or not (match[1] if pattern.groups else match[0]):
             raise UserError(
-                f"{option} '{group_regex}' finds no patient in the name of case {case}. Give an expression that matches every "
-                "case: '^[^_]+' takes the text before the first _. Leave the option out if each case is a patient."
+                f"{option} '{group_regex}' finds no patient in the name {case}. Give an expression that matches every name: "
+                "'^[^_]+' takes the text before the first _."
             )
         patients[case] = match[1] if pattern.groups else match[0]
     return patients

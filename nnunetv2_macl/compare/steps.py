@@ -148,7 +148,8 @@ class _TaskQueue:
     def _is_left_out(self, step: Task) -> bool:
         """Return whether a step needs a step that is left out, or is of the same part as such a step."""
         others = [other for other in self._left_out.values() if not other.is_done]
-        return any(other.part == step.part or other in step.needs for other in others)
+        needed = [need.folder for need in step.needs]
+        return any(other.part == step.part or other.folder in needed for other in others)
 
     def _do(self, step: Task) -> None:
         began = perf_counter()

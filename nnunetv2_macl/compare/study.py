@@ -16,7 +16,7 @@ from nnunetv2_macl.compare.split import Split
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder, sha256, write_if_absent, write_json
 from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
-from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
+from nnunetv2_macl.planning.derive import DEFAULT_RECIPE
 from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text
 from nnunetv2_macl.semi_supervised.settings import parse_semi_settings
 from nnunetv2_macl.text import pluralise
@@ -36,6 +36,11 @@ FINETUNINGS: dict[str, tuple[int, int, list[float]]] = {
     "sgd": (100, 250, [1e-2, 1e-3]),
     "paper": (100, 250, [5e-4]),
 }
+# options that are not named like their field
+_OPTIONS = {
+    "dataset": "DATASET", "configuration": "-c", "plans": "-p", "batch_size": "-batch_size", "split": "--splits"
+}  # fmt: skip
+
 # names of options in studies of version 0.1, and their present names
 _OLDER_NAMES = {"c": "configuration", "p": "plans"}
 
@@ -115,12 +120,10 @@ def _check_names(arms: Sequence[Arm]) -> None:
                 "name of another one."
             )
         for other in arms[:number]:
-            if (
-                arm.recipe is not None
-                and other.recipe is not None
-                and arm.pretraining_name == other.pretraining_name
-                and arm.recipe_and_settings != other.recipe_and_settings
-            ):
+            share = (
+                arm.recipe is not None and other.recipe is not None and arm.pretraining_name == other.pretraining_name
+            )
+            if share and arm.recipe_and_settings != other.recipe_and_settings:
                 raise UserError(
                     f"--arms: {other.recipe_and_settings} and {arm.recipe_and_settings} would share the folder "
                     f"{arm.pretraining_name}. Give the files different names."
@@ -150,9 +153,9 @@ def options_by_finetuning(
     if len(set(kinds)) < len(kinds):
         raise UserError(f"--finetuning names a kind twice: {' '.join(kinds)}. Give each kind once.")
 
-    def of_each(key: str, values: Sequence[int] | None, number: int) -> list[int]:
+    def of_each(key: str, values: Sequence[int] | None, defaults: list[int]) -> list[int]:
         if values is None:
-            return [FINETUNINGS[kind][number] for kind in kinds]
+            return defaults
         if len(values) not in (1, len(kinds)):
             raise UserError(
                 f"{option(key)} {_typed(list(values))} has {pluralise(len(values), 'value')}, and --finetuning "
@@ -160,7 +163,9 @@ def options_by_finetuning(
             )
         return list(values) * (len(kinds) // len(values))
 
-    lengths = zip(kinds, of_each("epochs", epochs, 0), of_each("iterations", iterations, 1), strict=True)
+    epochs = of_each("epochs", epochs, [FINETUNINGS[kind][0] for kind in kinds])
+    iterations = of_each("iterations", iterations, [FINETUNINGS[kind][1] for kind in kinds])
+    lengths = zip(kinds, epochs, iterations, strict=True)
     return [
         Options(finetuning=kind, epochs=e, iterations=i, rates=rates or FINETUNINGS[kind][2], **others)
         for kind, e, i in lengths
@@ -262,14 +267,7 @@ def _slug(text: str) -> str:
 
 def option(key: str) -> str:
     """Return the command-line option that sets a field of `Options`."""
-    names = {
-        "dataset": "DATASET",
-        "configuration": "-c",
-        "plans": "-p",
-        "batch_size": "-batch_size",
-        "split": "--splits",
-    }
-    return names.get(key, f"--{key}")
+    return _OPTIONS.get(key, f"--{key}")
 
 
 @dataclass(frozen=True)
@@ -299,25 +297,16 @@ class Study:
     # whether images, plan and pre-trainings are in the parent folder, for studies that differ only in their fine-tuning
     shares: bool = False
 
-    @classmethod
-    def open(
-        cls,
-        folder: Path,
-        options: Options,
-        split: Split,
-        patients: dict[str, str],
-        shares: bool = False,
-        check_only: bool = False,
-    ) -> Study:
-        """Return the study of a folder, after creating the study or adding arms and seeds to it, unless ``check_only``.
+    def open(self, check_only: bool = False) -> Study:
+        """Create the study in its folder, or add its arms and seeds to the one there, unless ``check_only``, and return it.
 
         The study that is returned has only the arms of ``options``. Further ones stay in the folder.
 
         Raises:
             UserError: The folder holds something else, or a study with other options or other cases. The message names them.
         """
-        study = cls(folder, options, split, patients, _checksums(options), shares)
-        file = folder / STUDY_FILE
+        study = replace(self, files=_checksums(self.options))
+        folder, options, file = self.folder, self.options, self.folder / STUDY_FILE
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file. Give a folder: -o FOLDER")
         # list the folder before looking for the study's file, because another process may create the study meanwhile
@@ -329,7 +318,7 @@ class Study:
             if check_only:
                 return study
             write_if_absent(study._as_json(), file)
-        there = cls.read(folder)
+        there = self.read(folder)
         changed = study._changed_options(there, besides=("arms", "seeds"))
         if options.seeds < there.options.seeds:
             changed.append(f"--seeds {options.seeds} (was {there.options.seeds})")
@@ -339,8 +328,8 @@ class Study:
                 f"{folder} holds a study that began with other options or files. Changed: {', '.join(changed)}. "
                 "Give the options and files that the study began with, or another folder: -o FOLDER"
             )
-        begun = replace(split, subsets=split.subsets[: there.options.seeds])
-        if there.split != begun or there.patients != patients:
+        begun = replace(self.split, subsets=self.split.subsets[: there.options.seeds])
+        if there.split != begun or there.patients != self.patients:
             raise UserError(
                 f"{folder} holds a study of other cases: the images of {options.dataset} have changed since the study began. "
                 "Put the images back, or give another folder: -o FOLDER"

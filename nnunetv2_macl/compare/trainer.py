@@ -32,8 +32,11 @@ class _ControlledTrainer(SeededTraining, nnUNetTrainerMACL):
     Call ``configure_trial`` before the training. ``nnUNet_macl_weights`` names the initial weights.
     """
 
-    def configure_trial(self, *, epochs: int, iterations: int, rate: float, seed: int, from_scratch: bool) -> None:
-        """Set the length, the highest learning rate and the seed of the training, and whether it starts from scratch."""
+    def configure_trial(
+        self, *, epochs: int, iterations: int, rate: float, seed: int, from_scratch: bool, optimizer: str = "sgd"
+    ) -> None:
+        """Set length, highest learning rate, seed and optimiser of the training, and whether it starts from scratch."""
+        self.finetuning_optimizer = optimizer
         self.num_epochs = epochs
         self.iterations = iterations
         self.initial_lr = rate
@@ -107,13 +110,7 @@ class _ControlledTrainer(SeededTraining, nnUNetTrainerMACL):
 
 
 class nnUNetTrainerMACLCompare(_ControlledTrainer):
-    """Fine-tunes like nnU-Net: SGD with momentum."""
-
-
-class nnUNetTrainerMACLCompareAdamW(_ControlledTrainer):
-    """Fine-tunes like nnU-Net, but with AdamW."""
-
-    finetuning_optimizer = "adamw"
+    """Fine-tunes like nnU-Net, with SGD or AdamW."""
 
 
 class nnUNetTrainerMACLComparePaper(_ControlledTrainer, nnUNetTrainerMACLPaper):
@@ -121,41 +118,20 @@ class nnUNetTrainerMACLComparePaper(_ControlledTrainer, nnUNetTrainerMACLPaper):
 
 
 class nnUNetTrainerMACLCompareSemi(_ControlledTrainer, nnUNetTrainerMACLSemi):
-    """Trains semi-supervised with SGD."""
-
-
-class nnUNetTrainerMACLCompareSemiAdamW(nnUNetTrainerMACLCompareSemi):
-    """Trains semi-supervised with AdamW."""
-
-    finetuning_optimizer = "adamw"
+    """Trains semi-supervised."""
 
 
 class nnUNetTrainerMACLCompareSelf(_ControlledTrainer, nnUNetTrainerMACLSelfTraining):
-    """Trains by self-training with SGD."""
-
-
-class nnUNetTrainerMACLCompareSelfAdamW(nnUNetTrainerMACLCompareSelf):
-    """Trains by self-training with AdamW."""
-
-    finetuning_optimizer = "adamw"
-
-
-# trainers by the kind of training and the value of --finetuning
-_TRAINERS: dict[tuple[str, str], type[_ControlledTrainer]] = {
-    ("labelled", "sgd"): nnUNetTrainerMACLCompare,
-    ("labelled", "adamw"): nnUNetTrainerMACLCompareAdamW,
-    ("labelled", "paper"): nnUNetTrainerMACLComparePaper,
-    ("semi", "sgd"): nnUNetTrainerMACLCompareSemi,
-    ("semi", "adamw"): nnUNetTrainerMACLCompareSemiAdamW,
-    ("self_train", "sgd"): nnUNetTrainerMACLCompareSelf,
-    ("self_train", "adamw"): nnUNetTrainerMACLCompareSelfAdamW,
-}
+    """Trains by self-training."""
 
 
 def trainer_class(arm: Arm, finetuning: str) -> type[_ControlledTrainer]:
     """Return what trains the cells of an arm, by --finetuning."""
-    kind = "self_train" if arm.teacher is not None else "labelled" if arm.semi is None else "semi"
-    return _TRAINERS[kind, finetuning]
+    if arm.teacher is not None:
+        return nnUNetTrainerMACLCompareSelf
+    if arm.semi is not None:
+        return nnUNetTrainerMACLCompareSemi
+    return nnUNetTrainerMACLComparePaper if finetuning == "paper" else nnUNetTrainerMACLCompare
 
 
 def _dice(reference: np.ndarray, predicted: np.ndarray, ignored: np.ndarray | None) -> float | None:

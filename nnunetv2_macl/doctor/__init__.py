@@ -10,6 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -50,11 +51,16 @@ def run_checks(
             wrong |= {result.check} if result.status == PROBLEM else set()
             yield result
     if wrong & {*_FOLDERS, "nnUNet_extTrainer"}:
-        yield Result("shell", NOTE, _OTHER_SHELLS, _in_every_shell())
+        environment_name = os.environ.get("CONDA_DEFAULT_ENV", "base")
+        every_shell = "# put these lines into ~/.bashrc, or ~/.zshrc in zsh"
+        if environment_name != "base":
+            every_shell = f'conda env config vars set NAME="VALUE"\nconda activate {environment_name}'
+        yield Result(NOTE, _OTHER_SHELLS, every_shell, check="shell")
     if dataset is None:
         return
     if needed := wrong & {"torch", "nnunet", *_FOLDERS}:
-        yield Result("dataset", NOTE, f"{dataset} is checked once these are fixed: {', '.join(sorted(needed))}")
+        words = f"{dataset} is checked once these are fixed: {', '.join(sorted(needed))}"
+        yield Result(NOTE, words, check="dataset")
         return
 
     def of_dataset() -> Iterator[Result]:
@@ -66,13 +72,6 @@ def run_checks(
     yield from _guarded("dataset", of_dataset())
 
 
-def _in_every_shell() -> str:
-    environment = os.environ.get("CONDA_DEFAULT_ENV")
-    if environment and environment != "base":
-        return f'conda env config vars set NAME="VALUE"\nconda activate {environment}'
-    return "# put these lines into ~/.bashrc, or ~/.zshrc in zsh"
-
-
 def _guarded(name: str, results: Iterator[Result]) -> Iterator[Result]:
     """Yield the results of checks. Hide what nnU-Net prints, and turn an error into a result."""
     while True:
@@ -82,9 +81,10 @@ def _guarded(name: str, results: Iterator[Result]) -> Iterator[Result]:
         except StopIteration:
             return
         except Exception as error:
-            yield Result(name, PROBLEM, f"this could not be checked: {type(error).__name__}: {error}")
+            message = f"this could not be checked: {type(error).__name__}: {error}"
+            yield Result(PROBLEM, message, check=name)
             return
-        yield result
+        yield replace(result, check=result.check or name)
 
 
 def as_lines(result: Result) -> str:
@@ -103,8 +103,5 @@ def as_json(results: Iterable[Result]) -> dict[str, Any]:
         "nnunetv2_macl": __version__,
         "python": sys.version.split()[0],
         "right": all(result.status != PROBLEM for result in results),
-        "results": [
-            {"check": r.check, "status": r.status, "message": r.message, "fix": r.fix, "values": r.values}
-            for r in results
-        ],
+        "results": [asdict(result) for result in results],
     }

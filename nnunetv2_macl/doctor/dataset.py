@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.data import plan_reading_here
 from nnunetv2_macl.doctor import machine
-from nnunetv2_macl.doctor.result import NOTE, OK, PROBLEM, Result
+from nnunetv2_macl.doctor.result import NOTE, OK, PROBLEM, Result, ask
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import check_fold, number_of_folds, splits_file, too_few_cases
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, DatasetConfiguration, raw_folder
@@ -62,22 +60,23 @@ def dataset_checks(
         plan, origin = plan_in_use(target)
         yield macl_plan(plan, origin)
         batch_bytes = plan.batch_bytes(len(target.channel_names))
-        yield machine.shared_memory_of_plan(plan_reading_here(batch_bytes), batch_bytes)
+        memory = machine.shared_memory_of_plan(plan_reading_here(batch_bytes), batch_bytes)
+        yield replace(memory, check="shared_memory_of_plan")
         sources = sources_in_use(target, plan.unlabelled_datasets, plan.channel_map)
     except UserError as error:
-        yield from_error("plan", error)
+        yield replace(from_error(error), check="plan")
         return
-    yield folds(target, device)
-    yield images(target, labelled, sources)
-    yield readable(target, sources, device, skip_unreadable=plan.skip_unreadable)
-    yield estimate(target, sources, device, timeout)
-    yield weights(target, device)
+    yield replace(folds(target, device), check="folds")
+    yield replace(images(target, labelled, sources), check="images")
+    yield replace(readable(target, sources, device, skip_unreadable=plan.skip_unreadable), check="readable")
+    yield replace(estimate(target, sources, device, timeout), check="estimate")
+    yield replace(weights(target, device), check="weights")
 
 
-def from_error(check: str, error: UserError) -> Result:
+def from_error(error: UserError | str) -> Result:
     """Return a user error as a result. What the message says to type becomes the fix."""
     message, _, fix = str(error).partition("Type:")
-    return Result(check, PROBLEM, message.strip(), fix.strip() or None)
+    return Result(PROBLEM, message.strip(), fix.strip() or None)
 
 
 def plan_is_there(target: DatasetConfiguration) -> Result:
@@ -88,52 +87,50 @@ def plan_is_there(target: DatasetConfiguration) -> Result:
     if others:
         message += f"; the plan also has {', '.join(others)} (-c)"
     values = {"configuration": target.name, "patch_size": target.patch_size, "other_configurations": others}
-    return Result("plan", OK, message, values=values)
+    return Result(OK, message, values=values, check="plan")
 
 
 def folds(target: DatasetConfiguration, device: str) -> Result:
     """Return whether nnU-Net can make the folds for fine-tuning, or read the user's own."""
-    check, file = "folds", splits_file(target)
+    file = splits_file(target)
     try:
         number = number_of_folds(target)
         for fold in range(number):
             check_fold(target, fold)
     except UserError as error:
-        return from_error(check, error)
+        return from_error(error)
     if not number:
         message, _, example = too_few_cases(target).partition(": echo ")
         fix = command_to_fine_tune(target, device=device) + (f"\necho {example}" if example else "")
-        return Result(check, PROBLEM, message, fix)
-    return Result(check, OK, f"{number} folds, {f'from {file}' if file.is_file() else 'which nnU-Net will make'}")
+        return Result(PROBLEM, message, fix)
+    return Result(OK, f"{number} folds, {f'from {file}' if file.is_file() else 'which nnU-Net will make'}")
 
 
 def macl_plan(plan: MACLPlan, origin: str) -> Result:
     """Return which MACL plan a run would use."""
     message = f"MACL plan, {origin}: batch {plan.batch_size}, {plan.decoder_stages} decoder stage(s)"
-    return Result("macl_plan", OK, f"{message}, threshold {plan.threshold:g}")
+    return Result(OK, f"{message}, threshold {plan.threshold:g}", check="macl_plan")
 
 
 def images(target: DatasetConfiguration, labelled: int, sources: list[Source]) -> Result:
     """Return how many labelled and unlabelled images there are."""
     counts = {source.dataset_name: len(source.cases) + len(source.invalid_cases) for source in sources}
     unlabelled = sum(counts.values())
-    check, message = "images", f"{labelled} labelled images, {unlabelled} unlabelled"
+    message = f"{labelled} labelled images, {unlabelled} unlabelled"
     if len(counts) > 1:
         message += f" ({', '.join(f'{count} of {name}' for name, count in counts.items())})"
     values = {"labelled": labelled, "unlabelled": unlabelled}
     if bare := [file for source in sources for file in without_spacing(source)]:
-        message += f"; {no_spacing_message(bare)}"
-        return Result(check, NOTE, message, values=values)
-    others = [f"{s.dataset_name}/{name}" for s in sources for name in s.ignored_files]
-    if others:
+        return Result(NOTE, f"{message}; {no_spacing_message(bare)}", values=values)
+    if others := [f"{s.dataset_name}/{name}" for s in sources for name in s.ignored_files]:
         message += f"; {len(others)} files are not named as nnU-Net names images, and are left out: {', '.join(others[:_SHOWN])}"
-        return Result(check, NOTE, message, values=values)
+        return Result(NOTE, message, values=values)
     if unlabelled:
-        return Result(check, OK, message, values=values)
+        return Result(OK, message, values=values)
     folder = raw_folder(target.dataset_name) / UNLABELLED_FOLDER
     ending = target.dataset_json["file_ending"]
     fix = f"# put unlabelled images into {folder}, named CASE_0000{ending}, or add -u DATASET2"
-    return Result(check, NOTE, f"{message}: pre-training would use only the labelled images", fix, values)
+    return Result(NOTE, f"{message}: pre-training would use only the labelled images", fix, values)
 
 
 def readable(
@@ -149,7 +146,7 @@ def readable(
     Images that are not preprocessed yet are read and normalised as in a run, as many as ``seconds`` allow. With
     ``skip_unreadable``, a run leaves out the images that it cannot use.
     """
-    check, wrong = "readable", [reason for source in sources for reason in source.invalid_cases.values()]
+    wrong = [reason for source in sources for reason in source.invalid_cases.values()]
     flat: list[str] = []
     todo = [(source, case) for source in sources for case in _not_done(target, source)]
     until, read = perf_counter() + seconds, 0
@@ -170,15 +167,15 @@ def readable(
     done = sum(len(source.cases) for source in sources) - len(todo)
     if not wrong and not flat:
         message = f"unlabelled images: {done} of {done + len(todo)} are preprocessed; of the rest, {read} were read"
-        return Result(check, OK, message, values=values)
+        return Result(OK, message, values=values)
     left_out = [*wrong, *flat] if skip_unreadable else flat
     if not wrong or skip_unreadable:
         message = f"a run leaves out {pluralise(len(left_out), 'unlabelled image')}:\n{_some(left_out)}"
-        return Result(check, NOTE, message, values=values)
+        return Result(NOTE, message, values=values)
     fix = "# correct or remove these images, or train without them\n"
     fix += f"{command_to_pretrain(target, device=device)} --skip_unreadable"
     message = f"{pluralise(len(wrong), 'unlabelled image')} cannot be used:\n{_some(wrong)}"
-    return Result(check, PROBLEM, message, fix, values)
+    return Result(PROBLEM, message, fix, values)
 
 
 def _not_done(target: DatasetConfiguration, source: Source) -> list[CaseFiles]:
@@ -194,26 +191,15 @@ def _some(reasons: list[str]) -> str:
 
 def estimate(target: DatasetConfiguration, sources: list[Source], device: str, timeout: float) -> Result:
     """Return the time, memory and disk space of a run, estimated from three training steps in another process."""
-    check = "estimate"
-    command = [sys.executable, "-m", "nnunetv2_macl.doctor.measure"]
-    command += [target.dataset_name, target.name, target.plans_name, device]
-    try:
-        # made here, because a measurement that takes too long is killed; its workers may still write for a moment
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            environment = os.environ | {"nnUNet_results": folder, "nnUNet_wandb_enabled": "0"}
-            process = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-        measured = json.loads(process.stdout.strip().splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        fix = "# use a GPU (-device cuda) or a smaller configuration (-c 2d)"
-        return Result(check, PROBLEM, f"three training steps took more than {timeout:.0f} s on {device}", fix)
-    except (IndexError, ValueError):
-        last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        measured = {
-            "error": f"the process ended with code {process.returncode}, most likely because memory ran out: {last_line}"
-        }
+    # made here, because a measurement that takes too long is killed; its workers may still write for a moment
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        quietly = {"nnUNet_results": folder, "nnUNet_wandb_enabled": "0"}
+        dataset = target.dataset_name, target.name, target.plans_name
+        measured = ask("measure", *dataset, device, timeout=timeout, **quietly)
     if "error" in measured:
         reason = measured["error"].strip().removeprefix("Error: ")
-        return from_error(check, UserError(f"three training steps could not be run on {device}: {reason}"))
+        result = from_error(f"three training steps could not be run on {device}: {reason}")
+        return replace(result, fix=result.fix or "# use a GPU (-device cuda) or a smaller configuration (-c 2d)")
     hours = measured["seconds_per_step"] * measured["steps_per_epoch"] * measured["epochs"] / 3600
     disk = bytes_on_disk(target, sum(len(_not_done(target, source)) for source in sources)) / 2**30
     values = measured | {"hours": hours, "preprocessed_gib": disk}
@@ -225,14 +211,9 @@ def estimate(target: DatasetConfiguration, sources: list[Source], device: str, t
     for variable, needed in (("nnUNet_preprocessed", disk), ("nnUNet_results", measured["run_gib"])):
         free = shutil.disk_usage(os.environ[variable]).free / 2**30
         if free < needed:
-            return Result(
-                check,
-                PROBLEM,
-                f"{message}; {variable} has {size_text(free)} free",
-                f"# make space in {variable}",
-                values,
-            )
-    return Result(check, NOTE, message, values=values)
+            message += f"; {variable} has {size_text(free)} free"
+            return Result(PROBLEM, message, f"# make space in {variable}", values)
+    return Result(NOTE, message, values=values)
 
 
 def _hours(hours: float) -> str:
@@ -243,36 +224,28 @@ def _hours(hours: float) -> str:
 
 def weights(target: DatasetConfiguration, device: str) -> Result:
     """Return which weights fine-tuning would start from, and the next command."""
-    check = "weights"
     if named := os.environ.get(WEIGHTS_VARIABLE):
         try:
             _, transfer = load_transfer(Path(named), target)
         except UserError as error:
             message = f"{WEIGHTS_VARIABLE} names weights that cannot be used: {error}"
-            return Result(check, PROBLEM, message, f"unset {WEIGHTS_VARIABLE}")
+            return Result(PROBLEM, message, f"unset {WEIGHTS_VARIABLE}")
         loaded = ", ".join("{} of {} tensors of the {}".format(*transfer.count(p), p) for p in ("encoder", "decoder"))
-        return Result(
-            check,
-            NOTE,
-            f"fine-tuning loads the weights that {WEIGHTS_VARIABLE} names, {named}: {loaded}",
-            command_to_fine_tune(target, device=device),
-        )
+        message = f"fine-tuning loads the weights that {WEIGHTS_VARIABLE} names, {named}: {loaded}"
+        return Result(NOTE, message, command_to_fine_tune(target, device=device))
     results = Path(os.environ["nnUNet_results"])
     run = pretraining_folder(results, target.dataset_name, target.plans_name, target.name)
     folders = sorted(file.parent for file in run.glob(f"fold_*/{checkpoints.ENCODER_FILE}"))
     if not folders:
-        command = command_to_pretrain(target, device=device)
-        return Result(check, NOTE, "no pre-trained weights yet", command, {"found": []})
+        return Result(NOTE, "no pre-trained weights yet", command_to_pretrain(target, device=device), {"found": []})
     runs = []
     for folder in folders:
         try:
             pretrained = checkpoints.load_weights(folder)
         except UserError as error:
-            return from_error(check, error)
+            return from_error(error)
         collapsed = ", COLLAPSED" if pretrained.description.get("collapsed") else ""
         runs.append(f"{folder.name} ({pretrained.description.get('epochs')} epochs{collapsed})")
-    fold = folders[0].name.removeprefix("fold_")
-    return Result(
-        check, OK, f"pre-trained weights in {run}: {', '.join(runs)}",
-        command_to_fine_tune(target, fold, device), {"found": [str(folder) for folder in folders]},
-    )  # fmt: skip
+    command = command_to_fine_tune(target, folders[0].name.removeprefix("fold_"), device)
+    values = {"found": [str(folder) for folder in folders]}
+    return Result(OK, f"pre-trained weights in {run}: {', '.join(runs)}", command, values)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nnunetv2_macl.cpu import usable_cores
-from nnunetv2_macl.doctor.result import OK, PROBLEM, Result
+from nnunetv2_macl.doctor.result import OK, PROBLEM, Result, ask
 
 TRAINER = "nnUNetTrainerMACL"
 _OLDEST_PYTHON = (3, 10)
@@ -26,40 +25,35 @@ def python_version() -> Result:
     """Return whether Python is new enough."""
     message = f"Python {platform.python_version()} in {sys.prefix}"
     if sys.version_info < _OLDEST_PYTHON:
-        return Result("python", PROBLEM, f"{message}: 3.10 or newer is needed", "conda create -n macl python=3.12")
-    return Result("python", OK, message)
+        return Result(PROBLEM, f"{message}: 3.10 or newer is needed", "conda create -n macl python=3.12")
+    return Result(OK, message)
 
 
 def torch_and_device(device: str) -> Result:
     """Return whether torch is installed and can compute on the device."""
     if device not in ("cuda", "cpu", "mps"):
-        return Result(
-            "torch", PROBLEM, f"-device must be cuda, cpu or mps, got '{device}'", "nnUNetv2_macl_doctor -device cpu"
-        )
+        words = f"-device must be cuda, cpu or mps, got '{device}'"
+        return Result(PROBLEM, words, "nnUNetv2_macl_doctor -device cpu")
     install = "# https://pytorch.org/get-started/locally shows the command for your system, for example\n"
     install += "pip install --force-reinstall torch"
     try:
         torch = importlib.import_module("torch")
     except Exception as error:
-        return Result("torch", PROBLEM, f"torch cannot be imported: {_short(error)}", install)
+        return Result(PROBLEM, f"torch cannot be imported: {_short(error)}", install)
     message = f"torch {torch.__version__}"
     without = "# to try the commands without a GPU, add to each: -device cpu"
     if device == "cpu":
-        return Result("torch", OK, f"{message} on the CPU, {usable_cores()} cores", values={"device": "cpu"})
+        return Result(OK, f"{message} on the CPU, {usable_cores()} cores", values={"device": "cpu"})
     if device == "mps":
         if not torch.backends.mps.is_available():
-            return Result("torch", PROBLEM, f"{message} finds no Apple GPU (mps)", without)
-        return Result("torch", OK, f"{message} on an Apple GPU", values={"device": "mps"})
+            return Result(PROBLEM, f"{message} finds no Apple GPU (mps)", without)
+        return Result(OK, f"{message} on an Apple GPU", values={"device": "mps"})
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
-            return Result("torch", PROBLEM, f"{message} is built without CUDA", f"{install}\n{without}")
+            return Result(PROBLEM, f"{message} is built without CUDA", f"{install}\n{without}")
         look = "# check the driver and the GPU. In a container: docker run --gpus all\nnvidia-smi"
-        return Result(
-            "torch",
-            PROBLEM,
-            f"{message} is built for CUDA {torch.version.cuda} and finds no device",
-            f"{look}\n{without}",
-        )
+        message += f" is built for CUDA {torch.version.cuda} and finds no device"
+        return Result(PROBLEM, message, f"{look}\n{without}")
     gpu = torch.cuda.get_device_properties(0)
     message += f", CUDA {torch.version.cuda}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
     if torch.cuda.device_count() > 1:
@@ -67,16 +61,15 @@ def torch_and_device(device: str) -> Result:
     try:
         (torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum().item()
     except Exception as error:
-        return Result("torch", PROBLEM, f"{message}, which cannot compute: {_short(error)}", f"{install}\n{without}")
-    return Result("torch", OK, message, values={"device": "cuda", "gpu_memory_gib": gpu.total_memory / 2**30})
+        return Result(PROBLEM, f"{message}, which cannot compute: {_short(error)}", f"{install}\n{without}")
+    return Result(OK, message, values={"device": "cuda", "gpu_memory_gib": gpu.total_memory / 2**30})
 
 
 def compiling(device: str) -> Result:
     """Return whether torch.compile can work, which nnU-Net uses on GPUs unless ``nnUNet_compile`` is false."""
-    check = "compile"
     switched_off = os.environ.get("nnUNet_compile", "t").lower() not in ("true", "1", "t")
     if device != "cuda" or os.name == "nt" or switched_off:
-        return Result(check, OK, "torch.compile is not used")
+        return Result(OK, "torch.compile is not used")
     missing, fix = [], []
     if not (shutil.which(os.environ.get("CC", "")) or any(map(shutil.which, ("gcc", "cc", "clang")))):
         missing.append("a C compiler")
@@ -88,27 +81,25 @@ def compiling(device: str) -> Result:
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (7, 0):
         missing.append(f"a GPU of compute capability 7.0 or newer (this one: {capability[0]}.{capability[1]})")
     if not missing:
-        return Result(check, OK, "torch.compile has a C compiler and Python's headers")
+        return Result(OK, "torch.compile has a C compiler and Python's headers")
     fix += ["# or train without torch.compile, which is somewhat slower", "export nnUNet_compile=f"]
-    return Result(
-        check, PROBLEM, f"torch.compile, which nnU-Net uses on GPUs, needs {' and '.join(missing)}", "\n".join(fix)
-    )
+    message = f"torch.compile, which nnU-Net uses on GPUs, needs {' and '.join(missing)}"
+    return Result(PROBLEM, message, "\n".join(fix))
 
 
 def nnunet_version() -> Result:
     """Return whether nnU-Net is installed and searches nnUNet_extTrainer (since 2.8.0)."""
     fix = 'pip install --upgrade "nnunetv2>=2.8.1"'
-    try:
+    message = "nnU-Net"
+    with contextlib.suppress(PackageNotFoundError):
         message = f"nnU-Net {version('nnunetv2')}"
-    except PackageNotFoundError:
-        message = "nnU-Net"
     try:
         paths = importlib.import_module("nnunetv2.paths")
     except Exception as error:
-        return Result("nnunet", PROBLEM, f"nnU-Net cannot be imported: {_short(error)}", fix)
+        return Result(PROBLEM, f"nnU-Net cannot be imported: {_short(error)}", fix)
     if not hasattr(paths, "nnUNet_extTrainer"):
-        return Result("nnunet", PROBLEM, f"{message} does not know nnUNet_extTrainer, which 2.8.0 introduced", fix)
-    return Result("nnunet", OK, f"{message}, which finds trainers through nnUNet_extTrainer")
+        return Result(PROBLEM, f"{message} does not know nnUNet_extTrainer, which 2.8.0 introduced", fix)
+    return Result(OK, f"{message}, which finds trainers through nnUNet_extTrainer")
 
 
 def folder_variable(name: str, written: bool = True) -> Result:
@@ -116,58 +107,40 @@ def folder_variable(name: str, written: bool = True) -> Result:
     example = f'export {name}="/path/to/{name}"'
     value = os.environ.get(name)
     if not value:
-        return Result(name, PROBLEM, f"{name} is not set: nnU-Net does not know where the data are", example)
+        return Result(PROBLEM, f"{name} is not set: nnU-Net does not know where the data are", example)
     folder = Path(value)
     if folder.is_file():
-        return Result(name, PROBLEM, f"{name} names a file: {value}", example)
+        return Result(PROBLEM, f"{name} names a file: {value}", example)
     if not folder.is_dir():
         fix = f'mkdir -p "{value}"\n# or, if it is elsewhere\n{example}'
         if value.startswith("~"):
             # shells keep this sign in quotes, and nnU-Net does not replace it
             fix = f'export {name}="$HOME{value[1:]}"'
-        return Result(name, PROBLEM, f"{name} names a folder that does not exist: {value}", fix)
+        return Result(PROBLEM, f"{name} names a folder that does not exist: {value}", fix)
     if not os.access(folder, os.R_OK | os.X_OK | (os.W_OK if written else 0)):
-        return Result(
-            name, PROBLEM, f"{name}: no permission to {'write' if written else 'read'} in {value}", f'ls -ld "{value}"'
-        )
-    return Result(name, OK, f"{name}={value}")
+        words = f"{name}: no permission to {'write' if written else 'read'} in {value}"
+        return Result(PROBLEM, words, f'ls -ld "{value}"')
+    return Result(OK, f"{name}={value}")
 
 
 def trainers_are_found() -> Result:
     """Return whether nnU-Net finds our fine-tuning trainer in the way that its commands search for it."""
-    check = "nnUNet_extTrainer"
-    value = os.environ.get(check)
+    value = os.environ.get("nnUNet_extTrainer")
     if not value:
-        return Result(check, PROBLEM, f"{check} is not set: nnU-Net does not find {TRAINER}", _SET_TRAINERS)
-    command = [sys.executable, "-m", "nnunetv2_macl.doctor.finder", TRAINER]
-    try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=_FIND_TIMEOUT)
-        found = json.loads(process.stdout.strip().splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return Result(
-            check, PROBLEM, f"nnU-Net searched {value} for {_FIND_TIMEOUT} s and did not find {TRAINER}. Name only folders "
-            "of trainers", _SET_TRAINERS,
-        )  # fmt: skip
-    except (IndexError, ValueError):
-        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        return Result(check, PROBLEM, f"nnU-Net's search for {TRAINER} ended with code {process.returncode}: {last}")
+        return Result(PROBLEM, f"nnUNet_extTrainer is not set: nnU-Net does not find {TRAINER}", _SET_TRAINERS)
+    found = ask("finder", TRAINER, timeout=_FIND_TIMEOUT)
+    file = found.get("file")
     if found.get("ours"):
-        return Result(check, OK, f"nnU-Net finds {TRAINER} through {check}")
+        return Result(OK, f"nnU-Net finds {TRAINER} through nnUNet_extTrainer")
     if "error" not in found:
-        fix = f"# rename the class {TRAINER} in {found['file']}, or let nnU-Net search our folder first\n"
-        fix += _SET_TRAINERS
-        return Result(
-            check, PROBLEM, f"{TRAINER} is hidden by another class with this name in {found['file']}", fix,
-            {"file": found["file"]},
-        )  # fmt: skip
-    if found["file"]:
-        return Result(
-            check, PROBLEM, f"nnU-Net's search stops at {found['file']}, which cannot be imported: {found['error']}",
-            f"# correct that file, or move it out of the folders in {check}", {"file": found["file"]},
-        )  # fmt: skip
-    if missing := [p for p in value.split(os.pathsep) if p.strip() and not os.path.isdir(p)]:
-        return Result(check, PROBLEM, f"{check} names a folder that does not exist: {missing[0]}", _SET_TRAINERS)
-    return Result(check, PROBLEM, f"nnU-Net does not find {TRAINER} in {value}: {found['error'][:100]}", _SET_TRAINERS)
+        fix = f"# rename the class {TRAINER} in {file}, or let nnU-Net search our folder first\n{_SET_TRAINERS}"
+        words = f"{TRAINER} is hidden by another class with this name in {file}"
+        return Result(PROBLEM, words, fix, {"file": file})
+    if file:
+        words = f"nnU-Net's search stops at {file}, which cannot be imported: {found['error']}"
+        fix = "# correct that file, or move it out of the folders in nnUNet_extTrainer"
+        return Result(PROBLEM, words, fix, {"file": file})
+    return Result(PROBLEM, f"nnU-Net does not find {TRAINER} in {value}: {found['error'][:100]}", _SET_TRAINERS)
 
 
 def _short(error: BaseException) -> str:

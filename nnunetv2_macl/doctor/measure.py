@@ -19,9 +19,8 @@ from nnunetv2_macl.data import PretrainingBatches, load_batches, plan_reading_he
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.nnunet import DatasetConfiguration
-from nnunetv2_macl.planning.derive import derive_plan
+from nnunetv2_macl.planning.derive import DEFAULT_RECIPE, derive_plan
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, plan_file, read_plan, was_edited
-from nnunetv2_macl.planning.prepare import DEFAULT_RECIPE
 from nnunetv2_macl.preprocessing.cases import Preprocessed
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import load_recipe
@@ -44,14 +43,9 @@ def plan_in_use(configuration: DatasetConfiguration) -> tuple[MACLPlan, str]:
     elif plan.nnunet_plan_checksum == configuration.plan_checksum():
         origin = "as in the last run"
     else:
-        derived = derive_plan(
-            configuration,
-            plan.get_recipe(),
-            unlabelled_datasets=plan.unlabelled_datasets,
-            skip_unreadable=plan.skip_unreadable,
-            channel_map=plan.channel_map,
-        )
-        return derived, "to be derived anew, because nnU-Net's plan has changed"
+        images = {key: getattr(plan, key) for key in ("unlabelled_datasets", "skip_unreadable", "channel_map")}
+        derived = derive_plan(configuration, plan.get_recipe())
+        return replace(derived, **images), "to be derived anew, because nnU-Net's plan has changed"
     check_plan(plan, configuration, file)
     return plan, origin
 

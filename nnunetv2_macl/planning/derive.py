@@ -1,41 +1,141 @@
-"""Derive a MACL plan from nnU-Net's plan and a recipe, with a reason for each derived value."""
+"""Derive a MACL plan from nnU-Net's plan and a recipe, with a reason for each derived value, or load an edited plan."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nnunetv2.configuration import ANISO_THRESHOLD
 
 from nnunetv2_macl.data import Sampling
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.methods.base import Geometry
 from nnunetv2_macl.methods.config import AUTO, BranchKeys
 from nnunetv2_macl.methods.registry import methods_of
-from nnunetv2_macl.nnunet import DatasetConfiguration
+from nnunetv2_macl.nnunet import DatasetConfiguration, read_json
 from nnunetv2_macl.planning.memory import MemoryEstimate, check_gpu_memory, plan_batch
-from nnunetv2_macl.planning.plan import MACLPlan, volume_patch
+from nnunetv2_macl.planning.plan import (
+    MACLPlan,
+    check_plan,
+    plan_file,
+    read_plan,
+    volume_patch,
+    was_edited,
+    write_plan,
+)
 from nnunetv2_macl.planning.positives import ONLY_THE_OWN_VIEW, plan_position_groups, plan_threshold, resampled_shapes
-from nnunetv2_macl.recipe import Recipe
+from nnunetv2_macl.recipe import (
+    Recipe,
+    check_values,
+    load_recipe,
+    recipe_from_values,
+    settings_as_text,
+    with_settings,
+)
+from nnunetv2_macl.start import plan_start
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RECIPE = "macl"
+# `derive_plan` derives other values of the plan from these recipe keys. An edited plan can still get a new batch_size or
+# patches_at_once, because nothing else depends on them.
+_DERIVED_FROM = ("decoder_stages", "auxiliary_stage", "scale", "threshold", "limit_positives")
 
 
-def derive_plan(
+def derive_or_load_plan(
     configuration: DatasetConfiguration,
-    recipe: Recipe,
     *,
-    unlabelled_datasets: Sequence[str] = (),
-    skip_unreadable: bool = False,
-    channel_map: Mapping[str, str] | None = None,
+    recipe: str | Path | None = None,
+    values: dict[str, Any] | None = None,
     gpu_memory_gb: float | None = None,
+    pretrained_weights: Path | None = None,
+    **images: Any,
 ) -> MACLPlan:
-    """Return the MACL plan of a configuration.
+    """Return the MACL plan, and write it to the folder of nnU-Net's plan.
+
+    The plan is derived from the arguments. If the user edited the file, the edited plan is used, with ``values`` replaced.
+
+    Args:
+        configuration: Configuration of nnU-Net's plan.
+        recipe: Name or file of a recipe. None is the default recipe.
+        values: Recipe keys that replace those of the recipe.
+        gpu_memory_gb: GPU memory for the batch, GB. None is the memory that nnU-Net planned for.
+        pretrained_weights: File or folder of weights that pre-training starts from. None initialises the network randomly.
+        **images: The values of the plan that say which images are used: ``unlabelled_datasets``, ``skip_unreadable`` and
+            ``channel_map``, see `MACLPlan`.
+
+    Raises:
+        UserError: The recipe or a value is wrong, an edited plan does not fit the network or the arguments, the weights are of a
+            network too different from this one, or the network cannot be pre-trained.
+    """
+    values = values or {}
+    configuration.check_network()
+    check_values(values, "Command line")
+    if gpu_memory_gb is not None:
+        check_gpu_memory(gpu_memory_gb)
+    file = plan_file(configuration)
+    if file.is_file() and was_edited(file):
+        plan = read_plan(file)
+        check_plan(plan, configuration, file)
+        if recipe is not None:
+            raise UserError(
+                f"{file} was edited, so it is not derived again from recipe '{recipe}'. Leave out -recipe to use the edited "
+                "plan, or move the file away."
+            )
+        if gpu_memory_gb is not None:
+            raise UserError(
+                f"{file} was edited, so its batch is not planned again for -gpu_memory {gpu_memory_gb:g}. Give -batch_size "
+                "instead, or move the file away."
+            )
+        _refuse_derived(plan, file, values)
+        logger.info("Using the edited MACL plan %s (move the file away to derive the plan again)", file)
+        given = images | {"pretrained_weights": _start(pretrained_weights, configuration, plan)}
+        adapted = replace(plan.with_recipe(values), **{key: value for key, value in given.items() if value})
+        if adapted != plan:
+            write_plan(adapted, file, edited=True)
+        return adapted
+    name = recipe or DEFAULT_RECIPE
+    derived = derive_plan(
+        configuration, load_recipe(name, resource_folder("plans"), values), gpu_memory_gb=gpu_memory_gb
+    )
+    # Record only the name, because a path would reveal the user's folders when the plan is shared.
+    plan = replace(derived, recipe_name=Path(name).name, settings=values, **images)
+    plan = replace(plan, pretrained_weights=_start(pretrained_weights, configuration, plan))
+    # Write only a changed plan, so that a read-only folder works if the plan is there already.
+    if not file.is_file() or read_json(file, "") != plan.as_json():
+        write_plan(plan, file)
+    return plan
+
+
+def _start(weights: Path | None, configuration: DatasetConfiguration, plan: MACLPlan) -> dict[str, Any] | None:
+    return None if weights is None else plan_start(weights, configuration, plan.geometry, plan.get_recipe())
+
+
+def _refuse_derived(plan: MACLPlan, file: Path, values: dict[str, Any]) -> None:
+    """Raise UserError if other values of the plan depend on new recipe values, because an edited plan keeps its values."""
+    before, after = plan.get_recipe(), recipe_from_values(with_settings(plan.recipe, values), "Command line")
+    keys: tuple[str, ...] = _DERIVED_FROM
+    if before.method != after.method:
+        keys += tuple(values)
+    was = before.as_dict()
+    refused = {key: value for key, value in values.items() if key in keys and was.get(key) != value}
+    if refused:
+        raise UserError(
+            f"{file} was edited, so it is not derived again for {', '.join(settings_as_text(refused))}. Edit the file, "
+            "or move it away."
+        )
+
+
+def derive_plan(configuration: DatasetConfiguration, recipe: Recipe, *, gpu_memory_gb: float | None = None) -> MACLPlan:
+    """Return the MACL plan of a configuration, without further data sets of images.
 
     Args:
         configuration: Configuration of nnU-Net's plan.
         recipe: The recipe.
-        unlabelled_datasets: Full names of further raw data sets.
-        skip_unreadable: Whether to leave out images that cannot be used.
-        channel_map: Channel names of ``unlabelled_datasets``, by the configuration's own channel names, if they differ.
         gpu_memory_gb: GPU memory for the batch, GB. None is the memory that nnU-Net planned for.
 
     Raises:
@@ -66,9 +166,9 @@ def derive_plan(
         plans_name=configuration.plans_name,
         configuration=configuration.name,
         nnunet_plan_checksum=configuration.plan_checksum(),
-        unlabelled_datasets=list(unlabelled_datasets),
-        skip_unreadable=skip_unreadable,
-        channel_map=dict(channel_map or {}),
+        unlabelled_datasets=[],
+        skip_unreadable=False,
+        channel_map={},
         decoder_stages=geometry.decoder_stages,
         auxiliary_stage=geometry.auxiliary_stage,
         scale=geometry.scale,

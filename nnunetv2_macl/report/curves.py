@@ -12,8 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from nnunetv2_macl.methods.registry import loss_labels
-from nnunetv2_macl.monitoring import lines_of
+from nnunetv2_macl.monitoring import CURVES, loss_lines
 from nnunetv2_macl.probes import EFFECTIVE_RANK, LINEAR_DICE
 
 # placeholder in the SVG, which is replaced by the page's text colour
@@ -40,38 +39,21 @@ _STYLE: dict[Any, Any] = {
 def loss_curves(log: dict[str, list[float]]) -> dict[str, str]:
     """Return an SVG of each loss with its reference lines, by title."""
     curves = {}
-    for name, title in loss_labels().items():
-        values = log.get(f"train_losses/{name}")
-        if not values:
-            continue
-        lines = [(values, BLUE, "-", f"{title.split(',')[0]} of this run")]
-        lines += [
-            (log[f"references/{key}"], colour, "--", label)
-            for (key, label), colour in zip(lines_of(name).items(), _LINE_COLOURS, strict=False)
-            if log.get(f"references/{key}")
-        ]
-        curves[title] = draw_curves(lines, name, from_zero=len(lines) == 1)
+    for number, (title, (loss, *references)) in enumerate(loss_lines(log).items()):
+        lines = [(loss.values, BLUE, "-", f"{title.split(',')[0]} of this run")]
+        lines += [(r.values, colour, "--", r.label) for r, colour in zip(references, _LINE_COLOURS, strict=False)]
+        curves[title] = draw_curves(lines, f"loss_{number}", from_zero=not references)
     return curves
 
 
 def other_curves(log: dict[str, list[float]]) -> dict[str, str]:
     """Return an SVG of each other curve of the run, by title."""
-    wanted = (
-        ("embedding_variance", "Variance of embeddings between images (0: collapsed)", VIOLET),
-        ("embedding_rank", "Effective rank of the embeddings of a batch (1: collapsed)", VIOLET),
-        ("positives", "Positives per anchor, including its own view", GREEN),
-        ("lrs", "Learning rate", ORANGE),
-        ("patches_per_second", "Patches per second", BLUE),
-    )
+    titles = CURVES | {LINEAR_DICE: "Dice of a linear probe of the dense features"}
     figures = {
-        title: draw_curves([(log[key], colour, "-", title)], key, from_zero=True, legend=False)
-        for key, title, colour in wanted
-        if log.get(key)
+        title: draw_curves([(log[key], BLUE, "-", title)], f"curve_{number}", from_zero=True, legend=False)
+        for number, (key, title) in enumerate(titles.items())
+        if any(math.isfinite(value) for value in log.get(key, []))
     }
-    if any(math.isfinite(value) for value in log.get(LINEAR_DICE, [])):
-        figures["Dice of a linear probe of the dense features"] = draw_curves(
-            [(log[LINEAR_DICE], GREEN, "-", "linear probe")], "linear_probe", from_zero=True, legend=False
-        )
     ranks = {key: values for key, values in log.items() if key.startswith(EFFECTIVE_RANK)}
     if ranks:
         lines = [(values, COLOURS[n % len(COLOURS)], "-", f"stage {n}") for n, values in enumerate(ranks.values(), 1)]

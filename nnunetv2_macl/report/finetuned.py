@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 from markupsafe import Markup
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_macl.checkpoints import ORIGINS
+from nnunetv2_macl.dataset_json import class_names
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import DatasetConfiguration, raw_folder, read_dataset_json, read_json
 from nnunetv2_macl.report.curves import BLUE, COLOURS, GREEN, ORANGE, draw_curves
-from nnunetv2_macl.report.pictures import coloured, png, window_intensity
-from nnunetv2_macl.report.pseudo_labels import describe_pseudo_labels
+from nnunetv2_macl.report.pictures import labelled_slice
 from nnunetv2_macl.report.run import FINISHED, STAMP, STOPPED, device_of, log_lines
+from nnunetv2_macl.semi_supervised.pseudo_labels import PSEUDO_LABELS_FOLDER, TEACHER_FILE
 from nnunetv2_macl.text import pluralise
-from nnunetv2_macl.training.commands import device_option, plans_option
+from nnunetv2_macl.training.commands import command_to_train, device_option, plans_option
 from nnunetv2_macl.training.run_folder import PLAN_COPY
 
 TEMPLATE = "finetuned.html.jinja"
@@ -66,7 +69,9 @@ def describe_training(folder: Path) -> dict[str, Any]:
         if is_finished and summary.is_file()
         else None
     )
-    classes = _class_names(configuration)
+    manager, names = plans.get_label_manager(configuration.dataset_json), class_names(configuration.dataset_json)
+    keys = map(str, manager.foreground_regions if manager.has_regions else manager.foreground_labels)
+    classes = {key: names.get(key, key) for key in keys}
     fold = folder.name.removeprefix("fold_")
     return {
         "name": f"{configuration.dataset_name}, {configuration.name}",
@@ -77,13 +82,15 @@ def describe_training(folder: Path) -> dict[str, Any]:
         "summary": _summary(epochs, validation, lines),
         "origin": _origin(lines),
         "curves": _curves(epochs, classes),
-        "by_class": _by_class(validation, classes),
+        "by_class": [
+            (name, _number(validation["mean"].get(key, {}).get("Dice"))) for key, name in classes.items() if validation
+        ],
         "by_case": [
             (_case_name(row, configuration), [_number(row["metrics"].get(key, {}).get("Dice")) for key in classes])
             for row in _worst_first(validation)
         ],
         "classes": list(classes.values()),
-        "pictures": _pictures(folder, configuration, validation, classes),
+        "pictures": _pictures(folder, configuration, validation),
         "pseudo_labels": describe_pseudo_labels(folder),
         "commands": _commands(folder, configuration, trainer, is_finished, validation is not None),
     }
@@ -170,21 +177,6 @@ def _curves(epochs: dict[int, dict[str, Any]], classes: dict[str, str]) -> dict[
     return {title: Markup(svg) for title, svg in figures.items()}
 
 
-def _class_names(configuration: DatasetConfiguration) -> dict[str, str]:
-    """Return the name of each class, by its key in nnU-Net's summaries."""
-    manager = configuration.plans_manager.get_label_manager(configuration.dataset_json)
-    labels = configuration.dataset_json["labels"]
-    names = {str(tuple(v) if isinstance(v, (list, tuple)) else v): name for name, v in labels.items()}
-    keys = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-    return {str(key): names.get(str(key), str(key)) for key in keys}
-
-
-def _by_class(validation: dict[str, Any] | None, classes: dict[str, str]) -> list[tuple[str, str]]:
-    if not validation:
-        return []
-    return [(name, _number(validation["mean"].get(key, {}).get("Dice"))) for key, name in classes.items()]
-
-
 def _case_name(row: dict[str, Any], configuration: DatasetConfiguration) -> str:
     return Path(row["prediction_file"]).name.removesuffix(configuration.dataset_json["file_ending"])
 
@@ -205,7 +197,7 @@ def _number(value: float | None) -> str:
 
 
 def _pictures(
-    folder: Path, configuration: DatasetConfiguration, validation: dict[str, Any] | None, classes: dict[str, str]
+    folder: Path, configuration: DatasetConfiguration, validation: dict[str, Any] | None
 ) -> list[dict[str, str]]:
     """Return image, labels and prediction of the worst, the middle and the best validation case.
 
@@ -233,31 +225,60 @@ def _pictures(
             reference, predicted = (reader.read_seg(str(file))[0][0] for file in (images[case]["label"], prediction))
         except (KeyError, OSError, RuntimeError):
             continue
-        foreground = (reference > 0).sum((1, 2)) if (reference > 0).any() else (predicted > 0).sum((1, 2))
-        z = int(foreground.argmax())
-        grey_slice = window_intensity(image[z])
-        pictures.append(
-            {
-                "case": f"{which}: {case}, Dice {_number(_mean_dice(row))}",
-                "image": png(grey_slice),
-                "reference": png(coloured(grey_slice, reference[z])),
-                "predicted": png(coloured(grey_slice, predicted[z])),
-            }
+        shown_as = dict(
+            zip(("image", "reference", "predicted"), labelled_slice(image, reference, predicted), strict=True)
         )
+        pictures.append({"case": f"{which}: {case}, Dice {_number(_mean_dice(row))}"} | shown_as)
     return pictures
+
+
+def describe_pseudo_labels(folder: Path) -> dict[str, Any] | None:
+    """Return facts and pictures of the labels that a teacher gave to unlabelled images, or None if there are none.
+
+    The pictures show the images for which the confidence of the teacher is lowest, in the middle, and highest.
+    """
+    labels = folder / PSEUDO_LABELS_FOLDER
+    try:
+        made_by = read_json(labels / TEACHER_FILE, "")
+        records = []
+        for file in (labels / name for name in made_by["labels"]):
+            record = read_json(file.with_suffix(".json"), "")
+            if float(record["foreground"]):
+                records.append((float(record["confidence"]), file, Path(record["image"])))
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+    records.sort(key=lambda record: record[0])
+    facts = [
+        ("Images", str(len(made_by["labels"]))),
+        ("Without any label", str(len(made_by["labels"]) - len(records))),
+        ("Confidence", f"{np.mean([record[0] for record in records]):.3f}, mean probability of the foreground voxels"),
+    ]
+    with contextlib.suppress(UserError, KeyError, TypeError, ValueError):
+        summary = read_json(Path(made_by["fold_folder"]) / "validation" / "summary.json", "")
+        dice = float(summary["foreground_mean"]["Dice"])
+        facts.append(("Dice of the teacher", f"{dice:.3f}, mean of the classes on the validation cases"))
+    shown = {len(records) // 2: "middle", len(records) - 1: "most confident", 0: "least confident"}
+    pictures = []
+    for number, which in sorted(shown.items()):
+        confidence, file, image = records[number]
+        with contextlib.suppress(OSError, RuntimeError):  # The preprocessed images are elsewhere.
+            volumes = (blosc2.open(urlpath=str(each), mode="r")[0] for each in (image, file))
+            shown_as = dict(zip(("image", "predicted"), labelled_slice(*volumes), strict=True))
+            pictures.append({"case": f"{which}: {image.stem}, {confidence:.3f}"} | shown_as)
+    return {"facts": facts, "pictures": pictures}
 
 
 def _commands(
     folder: Path, configuration: DatasetConfiguration, trainer: str, is_finished: bool, is_validated: bool
 ) -> list[tuple[str, str]]:
-    fold, device = folder.name.removeprefix("fold_"), device_option(device_of(folder))
-    plans = plans_option(configuration.plans_name)
-    train = f"nnUNetv2_train {configuration.id} {configuration.name} {fold} -tr {trainer}{plans}{device}"
+    fold, options = folder.name.removeprefix("fold_"), plans_option(configuration.plans_name)
+    train = command_to_train(configuration, fold, device_of(folder), trainer)
+    options += device_option(device_of(folder))
     if not is_finished:
         return [(f"{train} --c", "continue this training, if it was stopped")]
-    predict = f"nnUNetv2_predict -d {configuration.id} -c {configuration.name} -f {fold} -tr {trainer}{plans}{device}"
+    predict = f"nnUNetv2_predict -d {configuration.id} -c {configuration.name} -f {fold} -tr {trainer}{options}"
     commands = [(f"{predict} -i IMAGES -o PREDICTIONS", "segment images, on any machine with nnU-Net")]
     if not is_validated:
         commands.append((f"{train} --val", "predict and measure the validation cases"))
-    compare = f"nnUNetv2_macl_compare {configuration.id} -c {configuration.name}{plans}{device}"
+    compare = f"nnUNetv2_macl_compare {configuration.id} -c {configuration.name}{options}"
     return [*commands, (compare, "measure on separate test cases whether pre-training helps")]

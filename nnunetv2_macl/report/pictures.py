@@ -51,3 +51,16 @@ def coloured(grey_slice: np.ndarray, labels: np.ndarray) -> np.ndarray:
         mask = labels == label
         picture[mask] = 0.45 * picture[mask] + 0.55 * np.asarray(to_rgb(COLOURS[(int(label) - 1) % len(COLOURS)]))
     return picture
+
+
+def labelled_slice(image: np.ndarray, *labels: np.ndarray) -> list[str]:
+    """Return the slice of a volume with the most foreground, and this slice with each labels in colour, as data for ``src``.
+
+    Args:
+        image: (D, H, W).
+        *labels: (D, H, W) each. The first ones with foreground decide which slice is shown.
+    """
+    foreground = next((each for each in labels if (each > 0).any()), labels[0]) > 0
+    z = int(foreground.sum((1, 2)).argmax())
+    grey_slice = window_intensity(image[z])
+    return [png(grey_slice), *(png(coloured(grey_slice, each[z])) for each in labels)]

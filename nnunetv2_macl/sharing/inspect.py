@@ -12,9 +12,9 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.methods.registry import citations_of
 from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.planning.plan import describe, read_plan, was_edited
-from nnunetv2_macl.sharing.install import open_package, read_manifest, verify
+from nnunetv2_macl.sharing.install import unpacked
 from nnunetv2_macl.sharing.model_card import facts_of, recipe_methods
-from nnunetv2_macl.sharing.package import MANIFEST
+from nnunetv2_macl.sharing.package import MANIFEST, MEMBERS
 
 _KINDS = {
     "macl_encoder": "encoder weights, pre-trained by MACL",
@@ -55,12 +55,9 @@ def _is_package(file: Path) -> bool:
 
 
 def _package(file: Path) -> str:
-    with open_package(file) as archive:
-        manifest = read_manifest(archive, file)
-        verify(archive, file)
-        number = len(archive.infolist())
-    facts = {"licence": str(manifest.get("license"))} | facts_of(manifest)
-    whole = f"yes: {number} files agree with their SHA-256 checksums"
+    with unpacked(file) as (manifest, _):
+        facts = {"licence": str(manifest.get("license"))} | facts_of(manifest)
+    whole = f"yes: {len(MEMBERS)} files agree with their SHA-256 checksums"
     return _as_text(file, "package of MACL weights, for nnUNetv2_macl_install", facts, whole, manifest.get("citations"))
 
 

@@ -289,6 +289,12 @@ class ShortFineTuning:
     finetuning_lr = 3e-3
 
 
+def shorter_variants(trainer: type[nnUNetTrainerMACL]) -> dict[str, Any]:
+    """Return the variants of a trainer with fewer epochs, by the names that nnU-Net gives to its own variants."""
+    names = {f"{trainer.__name__}_{n}epoch{'s' * (n > 1)}": n for n in (1, 5, 10, 20, 50, 100, 250, 500)}
+    return {name: type(name, (trainer,), {"finetuning_epochs": epochs}) for name, epochs in names.items()}
+
+
 @contextmanager
 def _instead_of_torch_save() -> Iterator[list[dict]]:
     """Within the context, collect saved objects in a list, because nnU-Net returns its checkpoint in no other way."""

@@ -23,8 +23,8 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.factory import build_model, build_optimizer, build_schedule
 from nnunetv2_macl.messages import for_log_file, show_any_character
 from nnunetv2_macl.nnunet import DatasetConfiguration
+from nnunetv2_macl.planning.derive import derive_or_load_plan
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, current_plan, plan_file
-from nnunetv2_macl.planning.prepare import derive_or_load_plan
 from nnunetv2_macl.preprocessing.cases import Preprocessed
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.recipe import Recipe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,8 @@ PLAN_COPY = "macl_plan.json"
 LOCK_FILE = ".macl_running.json"
 # Names of the cases that a run has seen, by data set. This file stays here when the weights are shared.
 _CASES = "macl_cases.json"
+# The system computes when a process began from its clock, which may have been set since.
+_CLOCK_SECONDS = 5
 
 
 def pretraining_folder(results: Path, dataset_name: str, plans_name: str, configuration: str) -> Path:
@@ -87,7 +90,12 @@ class RunLock:
             return
         try:
             with self._open_alone() as stream:
-                self._refuse_if_alive(stream.read())
+                if other := _living_holder(stream.read()):
+                    raise UserError(
+                        f"Another run is writing into {self.file.parent}: process {other['pid']} on {other['host']}, since "
+                        f"{other.get('started')}. Wait for this process or stop it. If it does not exist any more, type: "
+                        f"rm '{self.file}'"
+                    )
                 stream.seek(0)
                 stream.truncate()
                 json.dump(_this_process(), stream)
@@ -97,19 +105,20 @@ class RunLock:
 
     @contextlib.contextmanager
     def _open_alone(self) -> Iterator[TextIO]:
-        while True:
+        is_current = False
+        while not is_current:
             with open(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8") as stream:
-                _lock(stream)
-                if self._is_current(stream):
-                    yield stream
-                    return
+                # Windows and some file systems have no such lock. Two runs that start at the same moment can then both get
+                # the folder.
+                with contextlib.suppress(ImportError, OSError):
+                    import fcntl
 
-    def _is_current(self, stream: TextIO) -> bool:
-        """Return False if the file was removed after it was opened, because its lock was released meanwhile."""
-        try:
-            return os.path.samestat(os.stat(self.file), os.fstat(stream.fileno()))
-        except FileNotFoundError:
-            return False
+                    fcntl.flock(stream, fcntl.LOCK_EX)
+                # The file may have been removed after it was opened, because its lock was released meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    is_current = os.path.samestat(os.stat(self.file), os.fstat(stream.fileno()))
+                if is_current:
+                    yield stream
 
     def holder(self) -> dict[str, Any] | None:
         """Return host, process and start of the run that holds the lock; None if there is none.
@@ -120,13 +129,6 @@ class RunLock:
             return _living_holder(self.file.read_text(encoding="utf-8"))
         except OSError:
             return None
-
-    def _refuse_if_alive(self, content: str) -> None:
-        if other := _living_holder(content):
-            raise UserError(
-                f"Another run is writing into {self.file.parent}: process {other['pid']} on {other['host']}, since "
-                f"{other.get('started')}. Wait for this process or stop it. If it does not exist any more, type: rm '{self.file}'"
-            )
 
     def release(self) -> None:
         """Remove the lock, if this object holds it."""
@@ -141,39 +143,27 @@ def _this_process() -> dict[str, Any]:
         "host": socket.gethostname(),
         "processes": _process_numbers(),
         "pid": os.getpid(),
-        "process_start": _process_start(os.getpid()),
+        "process_start": psutil.Process().create_time(),
         "started": datetime.now().isoformat(" ", "seconds"),
     }
 
 
-def _lock(stream: TextIO) -> None:
-    # Windows and some file systems have no such lock. Two runs that start at the same moment can then both get the folder.
-    with contextlib.suppress(ImportError, OSError):
-        import fcntl
-
-        fcntl.flock(stream, fcntl.LOCK_EX)
-
-
 def _living_holder(content: str) -> dict[str, Any] | None:
-    """Return the content of a lock file, or None if its process has ended."""
+    """Return the content of a lock file, or None if its process has ended. Another process may have its number by now."""
     try:
         other = json.loads(content)
         ours = _process_numbers()
         here = (other["host"], other.get("processes", ours)) == (socket.gethostname(), ours)
-        pid, begun = int(other["pid"]), other.get("process_start")
+        pid, begun = int(other["pid"]), float(other.get("process_start", math.nan))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None  # the process was killed while it wrote the file
-    return None if here and not _alive(pid, begun) else other
-
-
-def _alive(pid: int, begun: str | None) -> bool:
-    """Return whether the process that wrote a lock is alive. Another process may have its number by now."""
-    if pid == os.getpid():
-        return False
-    if not psutil.pid_exists(pid):
-        return False
-    now = _process_start(pid)
-    return begun is None or now is None or begun == now
+    if not here:
+        return other
+    try:
+        is_another = pid == os.getpid() or abs(psutil.Process(pid).create_time() - begun) > _CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return None
+    return None if is_another else other
 
 
 def _process_numbers() -> str | None:
@@ -181,16 +171,6 @@ def _process_numbers() -> str | None:
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
-        return None
-
-
-def _process_start(pid: int) -> str | None:
-    """Return when a process of this machine began, as Linux counts it; None if unknown."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # The second field is the name of the command in brackets, and the name may contain spaces and brackets.
-        return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
-    except (OSError, IndexError):
         return None
 
 

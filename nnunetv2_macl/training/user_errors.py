@@ -18,12 +18,13 @@ from nnunetv2_macl.files import CannotWriteError, is_permission_or_space_error, 
 from nnunetv2_macl.planning.plan import has_current_plan, plan_file
 from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.commands import command_as_typed, command_to_pretrain
-from nnunetv2_macl.training.compiling import compile_advice, is_compile_error
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice
 from nnunetv2_macl.training.run_folder import PLAN_COPY
 
 if TYPE_CHECKING:
     from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
+
+_COMPILER = ("torch._dynamo", "torch._inductor", "triton")
 
 
 def exit_on_user_error(method: Callable) -> Callable:
@@ -63,7 +64,7 @@ def exit_on_refused_write(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
     except OSError as error:
         if not is_permission_or_space_error(error):
             raise
-        message = write_error(error, _path_of(error, trainer))
+        message = write_error(error, Path(error.filename or trainer.output_folder))
         raise SystemExit(f"\nError: {message}") from message
 
 
@@ -76,12 +77,15 @@ def explain_run_errors(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
     """
     try:
         yield
-    except CannotWriteError as error:
-        raise _with_command_to_go_on(error, trainer) from error
-    except OSError as error:  # nnU-Net writes files too
-        if not is_permission_or_space_error(error):
-            raise
-        raise _with_command_to_go_on(write_error(error, _path_of(error, trainer)), trainer) from error
+    except (CannotWriteError, OSError) as error:
+        message: Exception = error
+        if isinstance(error, OSError):  # nnU-Net writes files too
+            if not is_permission_or_space_error(error):
+                raise
+            message = write_error(error, Path(error.filename or trainer.output_folder))
+        continues = resume.has_checkpoint(Path(trainer.output_folder))
+        advice = f" To continue after that, type:\n    {trainer.command_to_go_on()}" if continues else ""
+        raise UserError(f"{message}{advice}") from error
     except RuntimeError as error:
         if not worker_was_killed(error):
             raise
@@ -104,9 +108,14 @@ def explain_step_errors(trainer: nnUNetTrainerMACLPretrain) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_compile_error(error):
+        if type(error).__module__.startswith(_COMPILER):  # not an error of the compiled code
             typed = command_as_typed(trainer.macl_configuration, trainer.fold, trainer.device.type)
-            raise UserError(compile_advice(error, typed)) from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+            raise UserError(
+                f"torch.compile, which nnU-Net uses on GPUs, does not work here: {reason}. It needs a C compiler, Python's "
+                "headers (python3-dev) and a GPU of compute capability 7.0 or newer. Install them, or train without "
+                f"torch.compile, which gives the same result. Type:\n    nnUNet_compile=f {typed}"
+            ) from error
         if not is_out_of_memory(error):
             raise
         folder = Path(trainer.output_folder)
@@ -138,12 +147,6 @@ def refuse_pretrained_weights(trainer: nnUNetTrainerMACLPretrain) -> None:
         )
 
 
-def _with_command_to_go_on(error: UserError, trainer: nnUNetTrainerMACLPretrain) -> UserError:
-    if not resume.has_checkpoint(Path(trainer.output_folder)):
-        return error
-    return UserError(f"{error} To continue after that, type:\n    {trainer.command_to_go_on()}")
-
-
 def _plan_edit_hint(trainer: nnUNetTrainerMACLPretrain) -> str:
     """Return a hint for users of nnU-Net's own command, which reads these settings only from the plan file."""
     next_to_nnunets, of_the_run = plan_file(trainer.macl_configuration), Path(trainer.output_folder) / PLAN_COPY
@@ -156,8 +159,3 @@ def _plan_edit_hint(trainer: nnUNetTrainerMACLPretrain) -> str:
     if of_the_run.is_file():
         hint += f" To continue (--c), set patches_at_once in {of_the_run}."
     return hint
-
-
-def _path_of(error: OSError, trainer: nnUNetTrainerMACLPretrain) -> Path:
-    """Return the file that could not be written, or its folder, because not every such error names the file."""
-    return Path(error.filename or trainer.output_folder)

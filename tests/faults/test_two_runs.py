@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.training.run_folder import RunLock, _process_start
+from nnunetv2_macl.training.run_folder import RunLock
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 fork = multiprocessing.get_context("fork") if sys.platform != "win32" else None
@@ -51,16 +52,15 @@ def test_a_second_run_is_refused_and_takes_over_the_lock_of_a_dead_process(tmp_p
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.skipif(_process_start(os.getpid()) is None, reason="the system does not tell when a process began")
 def test_a_process_that_reuses_the_id_of_a_dead_one_does_not_hold_its_lock(tmp_path):
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
         lock = RunLock(tmp_path)
         owner = {"host": socket.gethostname(), "pid": sleeper.pid, "started": "then"}
-        lock.file.write_text(json.dumps(owner | {"process_start": _process_start(sleeper.pid)}))
+        lock.file.write_text(json.dumps(owner | {"process_start": psutil.Process(sleeper.pid).create_time()}))
         with pytest.raises(UserError, match=f"process {sleeper.pid}"):
             lock.acquire()
-        lock.file.write_text(json.dumps(owner | {"process_start": "boot 1"}))
+        lock.file.write_text(json.dumps(owner | {"process_start": 1.0}))
         lock.acquire()
     finally:
         sleeper.kill()
@@ -69,7 +69,7 @@ def test_a_process_that_reuses_the_id_of_a_dead_one_does_not_hold_its_lock(tmp_p
 
 def test_the_lock_of_another_machine_is_kept(tmp_path):
     lock = RunLock(tmp_path)
-    lock.file.write_text(json.dumps({"host": "elsewhere", "pid": 2**22, "process_start": "x", "started": "then"}))
+    lock.file.write_text(json.dumps({"host": "elsewhere", "pid": 2**22, "process_start": 1.0, "started": "then"}))
     with pytest.raises(UserError, match=r"elsewhere.* then"):
         lock.acquire()
 
@@ -106,7 +106,7 @@ def try_to_take(folder, start, taken, done):
 def test_only_one_of_many_processes_takes_over_a_lock(tmp_path):
     for _ in range(5):
         (tmp_path / ".macl_running.json").write_text(
-            json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "process_start": "x", "started": "then"})
+            json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "process_start": 1.0, "started": "then"})
         )
         start, done, taken = fork.Event(), fork.Event(), fork.Semaphore(0)
         processes = [

@@ -278,15 +278,18 @@ def test_fine_tuning_before_pre_training_names_the_command(planned, tmp_path):
     assert not list(space.results.rglob("*.*")), "something was written"
 
 
-@pytest.mark.parametrize("epochs", [1, 5, 10, 20, 50, 100, 250, 500])
-def test_nnunet_finds_the_variants_of_the_trainer(epochs, monkeypatch):
+@pytest.mark.parametrize("trainer", ["nnUNetTrainerMACL", "nnUNetTrainerMACLSemi", "nnUNetTrainerMACLSelfTraining"])
+def test_nnunet_finds_the_variants_of_a_trainer(trainer, monkeypatch):
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     from nnunetv2_macl.files import resource_folder
 
     monkeypatch.setenv("nnUNet_extTrainer", str(resource_folder("trainers")))
-    name = f"nnUNetTrainerMACL_{epochs}epoch{'s' if epochs > 1 else ''}"
-    assert recursive_find_trainer_class_by_name(name).finetuning_epochs == epochs
+    for epochs in (1, 5, 10, 20, 50, 100, 250, 500):
+        variant = f"_{epochs}epoch{'s' if epochs > 1 else ''}"
+        found = recursive_find_trainer_class_by_name(trainer + variant)
+        assert found.finetuning_epochs == epochs
+        assert getattr(found, "default_teacher", f"nnUNetTrainerMACL{variant}") == f"nnUNetTrainerMACL{variant}"
 
 
 def test_the_report_of_a_fine_tuned_model(pretrained, tmp_path):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from nnunetv2_macl.planning.prepare import derive_or_load_plan
+from nnunetv2_macl.planning.derive import derive_or_load_plan
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory, out_of_memory_advice, smaller_batch
 
 

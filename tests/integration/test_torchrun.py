@@ -41,7 +41,7 @@ def test_two_processes_make_the_weights_of_one(workspace, tmp_path):
 
 MEANWHILE = """
 from nnunetv2_macl import run
-from nnunetv2_macl.planning.prepare import derive_or_load_plan
+from nnunetv2_macl.planning.derive import derive_or_load_plan
 short = dict(num_epochs=1, num_iterations_per_epoch=1, batch_size=4)
 preprocess = run.preprocess_unlabelled
 def while_another_command_plans(target, *arguments, **named):

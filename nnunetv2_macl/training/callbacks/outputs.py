@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2_macl import distributed, monitoring
+import torch
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+from nnunetv2_macl import checkpoints, distributed, monitoring
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.factory import build_segmentation_network
 from nnunetv2_macl.folds import number_of_folds, too_few_cases
-from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE
+from nnunetv2_macl.methods.registry import citations_of, methods_of
+from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, read_json
 from nnunetv2_macl.report import write_report_after_run
 from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.callbacks.base import Callback
 from nnunetv2_macl.training.commands import command_to_fine_tune
 from nnunetv2_macl.training.epoch_log import CURVES_FILE, write_curves
-from nnunetv2_macl.training.export import export_run
-from nnunetv2_macl.training.progress_picture import ProgressPicture
 from nnunetv2_macl.training.run_folder import PRETRAINER
 
 if TYPE_CHECKING:
@@ -30,13 +34,11 @@ class Pictures(Callback):
         super().__init__(trainer)
         dataset, configuration = trainer.plans_manager.dataset_name, trainer.configuration_name
         title = f"MACL pre-training, {dataset}, {configuration}, fold {trainer.fold}"
-        self._progress = ProgressPicture(self.folder / "progress.png", title)
+        self._title, self._draw_again = title, 0.0
 
     def on_step_start(self, batch: dict[str, Any]) -> None:
-        if self.trainer.steps_done == 0 and distributed.rank() == 0:
-            self._draw_views(batch)
-
-    def _draw_views(self, batch: dict[str, Any]) -> None:
+        if self.trainer.steps_done or distributed.rank() != 0:
+            return
         step, recipe = self.trainer.step, self.trainer.recipe
         views = step.show(batch["data"], 0)
         shown = {
@@ -56,15 +58,17 @@ class Pictures(Callback):
             )
 
     def on_epoch_end(self, *, is_last: bool) -> None:
-        if distributed.rank() == 0:
-            log = self.trainer.log_of_epochs
-            # A table that cannot be written does not end the run.
+        if distributed.rank() != 0:
+            return
+        log, began = self.trainer.log_of_epochs, perf_counter()
+        # A table or a picture that cannot be written does not end the run.
+        with contextlib.suppress(UserError):
+            write_curves({key: values for key, values in log.items() if values}, self.folder / CURVES_FILE)
+        if is_last or began >= self._draw_again:
             with contextlib.suppress(UserError):
-                write_curves({key: values for key, values in log.items() if values}, self.folder / CURVES_FILE)
-            self._progress.update(log, is_last=is_last)
-
-    def on_exit(self) -> None:
-        self._progress.wait()
+                monitoring.plot_progress(log, self.folder / "progress.png", self._title)
+            # at most once a minute, and in at most about a hundredth of the time
+            self._draw_again = max(began + 60, began + 100 * (perf_counter() - began))
 
 
 class Export(Callback):
@@ -74,15 +78,36 @@ class Export(Callback):
         trainer = self.trainer
         if distributed.rank() != 0 or trainer.disable_checkpointing:
             return
-        log = trainer.log_of_epochs
-        outcome = {
+        plan, target, model = trainer.macl_plan, trainer.macl_configuration, trainer.step.model
+        encoder, decoder = model.network.trained_weights()
+        torch.manual_seed(plan.get_recipe().seed)
+        fresh = build_segmentation_network(target)
+        inputs = determine_num_input_channels(target.plans_manager, target.manager, target.dataset_json)
+        started_from = (plan.pretrained_weights or {}).get("citations", ())
+        description = {
+            "architecture": target.architecture(),
+            "network_input_channels": inputs,
+            "preprocessing": target.preprocessing(),
+            "dataset_name": target.dataset_name,
+            "plans_name": target.plans_name,
+            "configuration": target.name,
             "fold": str(trainer.fold),
+            "dataset_fingerprint": {
+                "images": len(trainer.data.cases),
+                "unlabelled_datasets": plan.unlabelled_datasets,
+                "channel_names": target.channel_names,
+                "nnunet": read_json(target.folder / "dataset_fingerprint.json", ""),
+            },
+            "macl_plan": plan.as_json(),
+            "recipe": plan.recipe,
             "epochs": trainer.num_epochs,
-            "images": len(trainer.data.cases),
-            "final_losses": {key: log[key][-1] for key in log if key.startswith("train_losses")},
+            "final_losses": {k: v[-1] for k, v in trainer.log_of_epochs.items() if k.startswith("train_losses")},
             "collapsed": trainer.collapse.watch.reason,
+            "citations": list(dict.fromkeys([*citations_of(methods_of(plan.get_recipe().method)), *started_from])),
         }
-        export_run(self.folder, trainer.macl_configuration, trainer.macl_plan, trainer.step.model, outcome)
+        checkpoints.export_weights(
+            self.folder, encoder=encoder, decoder=decoder, unet_weights=fresh.state_dict(), description=description
+        )
         with contextlib.suppress(OSError):
             (self.folder / resume.PREVIOUS).unlink(missing_ok=True)
         write_report_after_run(self.folder, trainer.print_to_log_file, trainer.device.type)
