@@ -19,7 +19,7 @@ def require_main_guard() -> None:
 
     A spawned process imports the script again. Without the guard, it would run the call again.
     """
-    main = sys.modules.get("__main__")
+    main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
     if file == "<stdin>":  # the attribute makes spawned processes look for a file of this name
         del main.__file__
