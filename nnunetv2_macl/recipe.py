@@ -337,11 +337,6 @@ def load_recipe(name_or_file: str | Path, recipes_folder: Path, settings: Mappin
     return recipe_from_values(values, where)
 
 
-def values_in(file: str | Path, recipes_folder: Path) -> dict[str, Any]:
-    """Return the values of a recipe's file and of those that it inherits from, without defaults; see `load_recipe`."""
-    return _inherited_values(file, recipes_folder, ())[0]
-
-
 def _inherited_values(name_or_file: str | Path, folder: Path, visited: tuple[Path, ...]) -> tuple[dict[str, Any], str]:
     path = _find(name_or_file, folder, relative_to=visited[-1].parent if visited else Path())
     where = f"Recipe {path}"

@@ -27,6 +27,13 @@ def test_speed_and_remaining_time_exclude_compilation():
     assert epoch.line(between_epochs=4.0).endswith("0:00:20 left")
 
 
+@pytest.mark.parametrize("loss, is_shown", [("partition", True), ("region", False)])
+def test_a_reference_value_is_shown_only_for_its_own_loss(loss, is_shown):
+    """The two halves of GCL train different losses, and the value at collapse is that of the first half."""
+    made = EpochSums(steps=1, seconds=1.0, sums={"total": 1.0, loss: 1.0})
+    assert ("(collapse" in Epoch(0, 2, 8, made, recipe_of(method="gcl")).line()) == is_shown
+
+
 def test_an_epoch_without_warm_steps_has_a_speed():
     assert Epoch(0, 1, 8, sums((4, False), (4, False)), recipe_of()).patches_per_second == 2.0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_macl.files import resource_folder
-from nnunetv2_macl.recipe import load_recipe, parse_settings, values_in
+from nnunetv2_macl.recipe import load_recipe, parse_settings
 
 FOLDER = resource_folder("plans")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "paper_tables.md"
@@ -45,7 +45,7 @@ def test_every_recipe_of_a_table_is_a_row_of_the_paper():
     assert {file.stem for file in FOLDER.glob("table*.json")} == set(ROWS)
     for name in ROWS:
         table = {"table3": "Table III", "table4": "Table IV", "table6": "Table VI"}[name.partition("_")[0]]
-        assert values_in(name, FOLDER)["description"].startswith(table)
+        assert load_recipe(name, FOLDER).description.startswith(table)
 
 
 def section(title):

@@ -6,7 +6,7 @@ import pytest
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder
-from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text, values_in
+from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text
 
 FOLDER = resource_folder("plans")
 
@@ -107,7 +107,7 @@ def test_a_setting_gives_the_value_of_a_recipe_file(text, value):
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.json")))
 def test_settings_as_text_can_be_parsed_again(name):
-    values = values_in(name, FOLDER) | {"description": "2024", "base_temperature": None}
+    values = load_recipe(name, FOLDER).as_dict() | {"description": "2024", "base_temperature": None}
     assert parse_settings(settings_as_text(values), "here") == values
 
 

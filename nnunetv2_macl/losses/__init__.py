@@ -17,8 +17,8 @@ from nnunetv2_macl.losses.contrastive import (
     positive_weights,
 )
 from nnunetv2_macl.losses.distillation import DistillationLoss
-from nnunetv2_macl.losses.equivariance import EQUIVARIANCE_FORMS, EquivarianceLoss
-from nnunetv2_macl.losses.fused import MAX_SIMILARITIES, locations_at_once, similarities_on_meta
+from nnunetv2_macl.losses.equivariance import EquivarianceLoss
+from nnunetv2_macl.losses.fused import MAX_SIMILARITIES, similarities_on_meta
 from nnunetv2_macl.losses.interpolation import LINEAR_MODE, downsample
 from nnunetv2_macl.losses.multi_level import MultiLevelContrastiveLoss
 from nnunetv2_macl.losses.pairs import negative_cosine, queue_contrast
@@ -27,7 +27,6 @@ from nnunetv2_macl.losses.precision import at_least_float32, autocast_disabled
 from nnunetv2_macl.losses.references import ReferenceValues, reference_values
 
 __all__ = [
-    "EQUIVARIANCE_FORMS",
     "LINEAR_MODE",
     "MAX_SIMILARITIES",
     "DenseContrastiveLoss",
@@ -42,7 +41,6 @@ __all__ = [
     "autocast_disabled",
     "contrast",
     "downsample",
-    "locations_at_once",
     "negative_cosine",
     "partition_masks",
     "positive_mask",

@@ -103,12 +103,6 @@ class _ContrastiveLoss(nn.Module):
         self.base_temperature = base_temperature
         self.own_view_weight = own_view_weight
 
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, threshold={self.threshold}, base_temperature={self.base_temperature}, "
-            f"own_view_weight={self.own_view_weight}"
-        )
-
     def _mean_over_anchors(self, dominant: Tensor, auxiliary: Tensor, positions: Tensor) -> Tensor:
         """Return the loss at each location, (P,), of embeddings (N, C, P)."""
         if dominant.shape != auxiliary.shape:

@@ -105,8 +105,7 @@ class MaskedViews(Views):
         """Return the masked patches ``masked``, the restoration target ``target``, and ``mask``, True at masked voxels.
 
         Masked voxels are set to 0: the mean of an image under z-score normalisation, and of the labelled foreground under CT
-        normalisation. In other channels they are set to
-        the channel's mean, and the target is standardised.
+        normalisation. In other channels they are set to the channel's mean, and the target is standardised.
         """
         mask = enlarge_mask(numbers, patches.shape[2:])
         target, zero = standardise(patches, self.unnormalised)

@@ -177,8 +177,9 @@ class Epoch:
         left = timedelta(seconds=round(an_epoch * (self.epochs - self.number - 1)))
         labels = loss_labels()
         shown = "  ".join(f"{labels[n].split(',')[0]} {means[n]:.4f}" for n in self.recipe.losses if n in means)
+        referenced = {loss for method in methods_of(self.recipe.method) for loss in method.referenced_losses}
         # the first reference is the value at which the method would learn nothing
-        for key, value in list(self.references.items())[:1]:
+        for key, value in list(self.references.items())[:1] if referenced & means.keys() else ():
             shown += f"  ({key} {value:.3f})"
         if "positives" in means:
             shown += f"  positives {means['positives']:.1f}"

@@ -58,9 +58,6 @@ class RandomAffine:
         self.scaling = tuple(scaling)
         self.translation = translation
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
-
     def draw(self, patches: int, generator: torch.Generator) -> Tensor:
         """Draw the parameters of views.
 
