@@ -51,7 +51,7 @@ def exit_where_output_is_full() -> Iterator[None]:
 
 
 def _unwritable(reason: str) -> str:
-    return f"\nError: The output of this command cannot be written: {reason}. Make space, or redirect the output."
+    return f"\nError: The output of this command cannot be written: {reason}. Redirect it to a file on a disk with free space."
 
 
 def _why_unwritable(text: str) -> str | None:

@@ -463,38 +463,19 @@ def read_case(
     return images, properties
 
 
-def _may_be_cut_short(file: str) -> bool:
-    """Return whether the size of a NIfTI file differs from the size in its header, so that it must be read to be sure.
+def check_nifti(file: str) -> None:
+    """Raise ValueError for a NIfTI file that nnU-Net cannot use, or that ITK's reader misreads.
 
-    This reads only the header and the last bytes. The size also differs for intact files: compressed ones of several parts,
-    as bgzip writes them, and ones with bytes after the image.
+    ITK replaces a spacing of 0 by 1, drops the imaginary part of complex numbers, and reads 0 for missing data and for NaN.
     """
-    wanted = _promised_bytes(nibabel.load(file))
-    with open(file, "rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        if file.lower().endswith(".gz"):
-            if size * _MOST_COMPRESSED < wanted:
-                return True
-            stream.seek(-4, os.SEEK_END)
-            size = int.from_bytes(stream.read(), "little")  # a gzip file ends with its size, modulo 2^32
-            return size != wanted % 2**32
-    return size != wanted
-
-
-def _promised_bytes(image: Any) -> int:
-    return int(image.dataobj.offset) + math.prod(image.shape) * image.get_data_dtype().itemsize
-
-
-def check_nifti_header(file: str) -> None:
-    """Raise ValueError for a header that nnU-Net cannot use, or that ITK's NIfTI reader misreads.
-
-    ITK replaces a spacing of 0 by 1, and drops the imaginary part of complex numbers.
-    """
+    if not _is_nifti(file):
+        return
     _check_compression(file)
     image: Any = nibabel.load(file)
-    if image.get_data_dtype().kind == "c":
+    dtype = image.get_data_dtype()
+    if dtype.kind == "c":
         raise ValueError("it holds complex numbers")
-    if image.get_data_dtype().fields or math.prod(image.shape[4:]) > 1:
+    if dtype.fields or math.prod(image.shape[4:]) > 1:
         raise ValueError(
             "it holds several values in each voxel, as RGB does, and nnU-Net reads one value per voxel from NIfTI files"
         )
@@ -502,25 +483,19 @@ def check_nifti_header(file: str) -> None:
         spacing = np.abs(type(image.header).from_fileobj(stream, check=False)["pixdim"][1:4])
     if not (np.isfinite(spacing) & (spacing > 0)).all():
         raise ValueError(f"its spacing is {', '.join(f'{mm:g}' for mm in spacing)} mm")
-
-
-def check_nifti(file: str) -> None:
-    """Raise ValueError for a NIfTI file that ITK's reader misreads.
-
-    ITK misreads the headers that `check_nifti_header` refuses, and reads 0 for missing data and for NaN.
-    """
-    if not _is_nifti(file):
-        return
-    check_nifti_header(file)
-    image: Any = nibabel.load(file)
-    dtype = image.get_data_dtype()
-    size, promised = os.stat(file).st_size, _promised_bytes(image)
-    if size * (_MOST_COMPRESSED if file.lower().endswith(".gz") else 1) < promised:
-        raise ValueError(f"it was cut short: {size:,} bytes of the {promised:,} that its header promises")
-    if not _may_be_cut_short(file) and dtype.kind != "f":
-        return
-    # Reading the whole file fails if data are missing.
-    if not np.isfinite(np.asanyarray(image.dataobj)).all():
+    promised = int(image.dataobj.offset) + math.prod(image.shape) * dtype.itemsize
+    is_gzip = file.lower().endswith(".gz")
+    with open(file, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if size * (_MOST_COMPRESSED if is_gzip else 1) < promised:
+            raise ValueError(f"it was cut short: {size:,} bytes of the {promised:,} that its header promises")
+        if is_gzip:
+            stream.seek(-4, os.SEEK_END)
+            size = int.from_bytes(stream.read(), "little")  # a gzip file ends with its size, modulo 2^32
+    # The size also differs for intact files: compressed ones of several parts, as bgzip writes them, and ones with bytes after
+    # the image. Reading the whole file fails if data are missing.
+    is_whole = size == (promised % 2**32 if is_gzip else promised)
+    if (dtype.kind == "f" or not is_whole) and not np.isfinite(np.asanyarray(image.dataobj)).all():
         raise ValueError("it holds NaN or infinite values")
 
 

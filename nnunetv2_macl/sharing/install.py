@@ -52,7 +52,7 @@ def install(file: Path, results: Path) -> Path:
             there = sorted(path.name for path in folder.iterdir())[:5] if folder.is_dir() else []
             raise UserError(
                 f"{folder} exists already, with {', '.join(there) or 'nothing in it'}, and is not overwritten. Move it away "
-                f"first, for example: mv '{folder}' '{folder}_before'"
+                f"first, for example: {shlex.join(['mv', str(folder), f'{folder}_before'])}"
             )
         _extract(archive, file, folder)
     options = f"{names['configuration']} 0 -tr nnUNetTrainerMACL{plans_option(names['plans_name'])}"
