@@ -18,7 +18,7 @@ import pytest
 
 from nnunetv2_macl.checkpoints import NETWORK_FILE
 from nnunetv2_macl.cli.compare import _compare_parser
-from nnunetv2_macl.compare.folders import RawImages, _link, link_unlabelled
+from nnunetv2_macl.compare.folders import RawImages, _link, link_unlabelled, run_command
 from nnunetv2_macl.compare.run import _check_folder, _Work
 from nnunetv2_macl.compare.split import split_cases
 from nnunetv2_macl.compare.steps import DONE_FILE, StepError, Task, run_steps
@@ -121,6 +121,15 @@ def test_kinds_of_fine_tuning_share_images_and_pre_trainings(tmp_path):
     arm = studies[0].pretrainings[0]
     assert studies[0].pretraining_run(arm) == studies[1].pretraining_run(arm)
     assert studies[0].cell_folder(studies[0].cells[0]) != studies[1].cell_folder(studies[1].cells[0])
+
+
+def test_a_failed_step_names_the_users_image_and_not_the_link_of_the_study(tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_raw", "/users/raw")
+    code = (
+        "import os, sys; sys.exit(f'{os.environ[\"nnUNet_raw\"]}/Dataset901_A/imagesUn/a_0000.nii.gz cannot be used')"
+    )
+    with pytest.raises(StepError, match=r"\n/users/raw/Dataset901_A/imagesUn/a_0000\.nii\.gz cannot"):
+        run_command([sys.executable, "-c", code], {"nnUNet_raw": f"{tmp_path}/nnUNet_raw"}, tmp_path / "log.txt")
 
 
 @pytest.mark.parametrize("splits, shares", [(2, False), (1, True), (2, True)])

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import blosc2
 import numpy as np
@@ -112,6 +113,9 @@ def test_other_data_sets(workspace):
     with pytest.raises(UserError, match=r"\['MR0'\].*\['CT'\].*--channel_map MR0=CT"):
         find_sources(load(), ["Dataset902_Other"])
     assert len(find_sources(load(), ["Dataset902_Other"], {"MR0": "CT"})) == 2
+    two_channels = replace(load(), dataset_json={"channel_names": {"0": "MR0", "1": "T2"}, "file_ending": ".nii.gz"})
+    with pytest.raises(UserError, match=r"\['CT'\]\. Leave Dataset902_Other out of -u\.$"):
+        find_sources(two_channels, ["Dataset902_Other"])  # no map can give two channels
     with pytest.raises(UserError, match="no channel 'PET'"):
         find_sources(load(), ["Dataset902_Other"], {"PET": "CT"})
     (other / "dataset.json").unlink()

@@ -54,7 +54,7 @@ def exit_where_output_is_full() -> Iterator[None]:
     # Keep an error that the command already reports, because it says more.
     if reason and not (isinstance(end, SystemExit) and end.code):
         sys.exit(
-            f"\nError: The output of this command cannot be written: {reason}. Make space, or redirect the output."
+            f"\nError: The output of this command cannot be written: {reason}. Redirect it to a file on a disk with free space."
         )
     if end is not None:
         raise end

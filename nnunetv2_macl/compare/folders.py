@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -315,6 +316,9 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], log: Pat
         )
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        # the unlabelled images of the study are links to the user's
+        links = rf"{re.escape(environment['nnUNet_raw'])}(?=/\w+/{UNLABELLED_FOLDER}/)"
+        tail = re.sub(links, lambda _: os.environ["nnUNet_raw"], tail)
         raise StepError(
             f"'{shlex.join(command)}' failed with exit code {process.returncode}. Finished steps are kept. Fix the cause, then "
             f"repeat the command that started the study. Do not run the commands in {log}, which work only inside of the "

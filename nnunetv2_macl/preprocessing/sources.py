@@ -7,6 +7,7 @@ import fnmatch
 import io
 import os
 import re
+import shlex
 import stat
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -267,10 +268,12 @@ def _match_channels(
         return list(range(len(ours)))
     if all(theirs.count(channel) == 1 for channel in wanted) and len(set(wanted)) == len(wanted):
         return [theirs.index(channel) for channel in wanted]
-    example = " ".join(f"{mine}={their}" for mine, their in zip(ours, theirs, strict=False))
+    lacking, free = [c for c in ours if c not in theirs], [c for c in theirs if c not in ours]
+    pairs = [f"{mine}={their}" for mine, their in zip(lacking, free, strict=False)]
+    example = f"Give the names that belong together, for example: {shlex.join(['--channel_map', *pairs])}; or leave"
     raise UserError(
         f"{configuration.dataset_name} has the channels {ours}, {name} has {theirs}. "
-        f"Give the names that belong together, for example: --channel_map {example}; or leave {name} out of -u."
+        f"{example if lacking and len(pairs) == len(lacking) else 'Leave'} {name} out of -u."
     )
 
 

@@ -50,7 +50,7 @@ def install(file: Path, results: Path) -> Path:
             there = sorted(path.name for path in folder.iterdir())[:5] if folder.is_dir() else []
             raise UserError(
                 f"{folder} exists already, with {', '.join(there) or 'nothing in it'}, and is not overwritten. Move it away "
-                f"first, for example: mv '{folder}' '{folder}_before'"
+                f"first, for example: {shlex.join(['mv', str(folder), f'{folder}_before'])}"
             )
         for name in (ENCODER_FILE, DECODER_FILE):
             checkpoints.load_weights(package / name)

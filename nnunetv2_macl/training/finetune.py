@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -132,11 +133,12 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         earlier = sorted(
             run.glob(f"fold_*/previous_*/{checkpoints.ENCODER_FILE}"), key=lambda file: file.stat().st_mtime
         )
+        weights = shlex.quote(str(earlier[-1].parent)) if earlier else "/path/to/folder_or_file"
         raise UserError(
             f"No pre-trained weights for {self.plans_manager.dataset_name}, {plans}, {configuration}: neither fold_{self.fold} "
             f"nor fold_all in {run} holds {checkpoints.ENCODER_FILE}. Type:\n"
             f"    {command_to_pretrain(self._configuration, self.fold, self.device.type)}\n"
-            f"or name weights: export {WEIGHTS_VARIABLE}={earlier[-1].parent if earlier else '/path/to/folder_or_file'}"
+            f"or name weights: export {WEIGHTS_VARIABLE}={weights}"
         )
 
     def load_macl_weights(self, pretrained: checkpoints.PretrainedWeights) -> None:
