@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import re
 import shlex
@@ -74,41 +75,28 @@ def load_weights(path: Path) -> PretrainedWeights:
         UserError: The path does not exist, or the file is damaged, holds more than tensors and plain values, is of nnU-Net v1,
             holds no weights of a network that can be pre-trained, or holds NaN. The message names the file.
     """
-    for file in sorted(path.glob("*.model")) if path.is_dir() else [path]:
-        _refuse_nnunet_v1(file)
-    pretrained = _read(path)
+    # The two files of an nnU-Net v1 checkpoint are recognised by their names, if not by the content.
+    files = [path] if path.is_file() else sorted(path.glob("*.model"))
+    of_v1 = [file for file in files if file.name.endswith(".model.pkl") or Path(f"{file}.pkl").is_file()]
+    content = checkpoints.load(path) if path.is_file() and not of_v1 else {}
+    if of_v1 or content.keys() >= _NNUNET_V1_KEYS:
+        raise UserError(
+            f"{[*of_v1, path][0]} is a checkpoint of nnU-Net v1. Its weights are of networks that nnU-Net v2 does not build. "
+            f"Use a checkpoint of nnU-Net v2 ({checkpoints.NNUNET_FILE})."
+        )
+    if ADAPTATION_PLAN in content:
+        pretrained = _from_nnssl(content, path)
+    elif isinstance(content.get(AUTHORS_WEIGHTS), dict):
+        pretrained = _from_authors(content[AUTHORS_WEIGHTS], path)
+    elif is_nnunet_checkpoint(content):
+        pretrained = _from_nnunet(content, path)
+    else:
+        pretrained = checkpoints.load_weights(path)
     for key, weight in pretrained.weights.items():
         if not weight.isfinite().all():
-            files = ", ".join(map(str, pretrained.files))
-            raise UserError(f"{files} holds NaN or infinite values, in {key}. Use other weights.")
+            names = ", ".join(map(str, pretrained.files))
+            raise UserError(f"{names} holds NaN or infinite values, in {key}. Use other weights.")
     return pretrained
-
-
-def _read(path: Path) -> PretrainedWeights:
-    if path.is_file():
-        content = checkpoints.load(path)
-        if content.keys() >= _NNUNET_V1_KEYS:
-            raise _of_nnunet_v1(path)
-        if ADAPTATION_PLAN in content:
-            return _from_nnssl(content, path)
-        if isinstance(content.get(AUTHORS_WEIGHTS), dict):
-            return _from_authors(content[AUTHORS_WEIGHTS], path)
-        if is_nnunet_checkpoint(content):
-            return _from_nnunet(content, path)
-    return checkpoints.load_weights(path)
-
-
-def _refuse_nnunet_v1(file: Path) -> None:
-    """Raise UserError for one of the two files of an nnU-Net v1 checkpoint, which are recognised by their names."""
-    if file.is_file() and (file.name.endswith(".model.pkl") or Path(f"{file}.pkl").is_file()):
-        raise _of_nnunet_v1(file)
-
-
-def _of_nnunet_v1(file: Path) -> UserError:
-    return UserError(
-        f"{file} is a checkpoint of nnU-Net v1. Its weights are of networks that nnU-Net v2 does not build. "
-        f"Use a checkpoint of nnU-Net v2 ({checkpoints.NNUNET_FILE})."
-    )
 
 
 def is_nnunet_checkpoint(content: dict[str, Any]) -> bool:
@@ -193,12 +181,19 @@ def _from_nnssl(content: dict[str, Any], file: Path) -> PretrainedWeights:
             weights[prefixes[prefix] + key.removeprefix(prefix)] = value
     description = {
         "kind": "nnssl",
-        "citations": content.get("citations", []),
+        "citations": [_as_text(citation) for citation in content.get("citations") or []],
         "trainer_name": content.get("trainer_name"),
         "configuration": next(iter(configurations), None),
     }
     architecture = {"network_class_name": f"{_UNETS}{short}", "arch_kwargs": kwargs, "input_channels": channels}
     return PretrainedWeights([file], weights, architecture, description)
+
+
+def _as_text(citation: Any) -> str:
+    """Return a citation in an nnssl checkpoint, which is a dictionary, as text."""
+    if isinstance(citation, dict) and isinstance(citation.get("apa_citations"), (list, tuple)):
+        return f"{citation.get('name')}: {'; '.join(map(str, citation['apa_citations']))}"
+    return citation if isinstance(citation, str) else json.dumps(citation)
 
 
 def _from_authors(content: dict[str, Any], file: Path) -> PretrainedWeights:

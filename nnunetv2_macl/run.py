@@ -103,7 +103,12 @@ def pretrain(
     found: Preprocessed | None = None
     with distributed.rank_zero_first() as first:
         target = DatasetConfiguration.load(dataset, plans, configuration)
-        fold = "all" if exclude_fold is None else _check_fold(exclude_fold, target)
+        fold = "all" if exclude_fold is None else exclude_fold
+        if exclude_fold is not None:
+            check_fold(target, exclude_fold)
+            if not 0 <= exclude_fold < (folds := number_of_folds(target)):
+                there = f"{target.dataset_name} has the folds 0 to {folds - 1}"
+                raise UserError(f"--exclude_fold {exclude_fold}: {there}. Give one of these.")
         results = Path(os.environ["nnUNet_results"])
         folder = pretraining_folder(results, target.dataset_name, plans, target.name) / f"fold_{fold}"
         start = None if pretrained_weights is None else Path(pretrained_weights).expanduser()
@@ -235,15 +240,6 @@ def _check_parts(num_parts: int, part_id: int, preprocess_only: bool) -> None:
             f"-num_parts {num_parts} only splits the preprocessing. Use it with --preprocess_only on each machine, then train "
             "without -num_parts."
         )
-
-
-def _check_fold(fold: int, configuration: DatasetConfiguration) -> int:
-    check_fold(configuration, fold)
-    if not 0 <= fold < (folds := number_of_folds(configuration)):
-        raise UserError(
-            f"--exclude_fold {fold}: {configuration.dataset_name} has the folds 0 to {folds - 1}. Give one of these."
-        )
-    return fold
 
 
 def _plan_to_go_on(

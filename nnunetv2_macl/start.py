@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def plan_start(
         "origin": pretrained.origin,
         "dataset_name": pretrained.description.get("dataset_name"),
         "fold": pretrained.description.get("fold"),
-        "citations": [_as_text(citation) for citation in pretrained.description.get("citations") or []],
+        "citations": pretrained.description.get("citations") or [],
         **taken,
         "transfer": transfer.table().splitlines(),
     }
@@ -96,10 +95,3 @@ def _fit(pretrained: PretrainedWeights, configuration: DatasetConfiguration, mod
 
 def _checksums(pretrained: PretrainedWeights) -> dict[str, str]:
     return {file.name: sha256(file) for file in pretrained.files}
-
-
-def _as_text(citation: Any) -> str:
-    """Return a citation as text. Those of nnssl are dictionaries."""
-    if isinstance(citation, dict) and isinstance(citation.get("apa_citations"), (list, tuple)):
-        return f"{citation.get('name')}: {'; '.join(map(str, citation['apa_citations']))}"
-    return citation if isinstance(citation, str) else json.dumps(citation)

@@ -318,7 +318,7 @@ def test_an_nnssl_checkpoint_gives_its_encoder(tmp_path, kind, prefix):
     encoder = {key for key in state if key.startswith("encoder.")}
     assert weights.weights.keys() == encoder
     assert all(torch.equal(weights.weights[key], state[key]) for key in encoder)
-    assert weights.description["citations"][0]["name"] == "OpenMind"
+    assert weights.description["citations"] == ["OpenMind: Someone (2024)"]
     ours = architecture(kind, 3, features=[4, 8, 12], channels=3)
     fitted = plan_transfer(weights, unet(ours).state_dict(), ours)
     assert fitted.count("encoder") == (len(encoder), len(encoder)) and fitted.count("decoder")[0] == 0

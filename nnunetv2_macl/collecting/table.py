@@ -66,17 +66,13 @@ def read_table(file: Path) -> list[Row]:
     for number, line in rows:
         if not _is_whole(line):
             raise UserError(f"{file} has a damaged line, number {number}: {','.join(line)}. Correct the line.")
-    return [_as_row(line) for _, line in rows]
+    values: list[dict[str, Any]] = [dict(zip(_COLUMNS, line, strict=True)) for _, line in rows]
+    return [Row(**each | {"files": int(each["files"])}) for each in values]
 
 
 def _is_whole(line: list[str]) -> bool:
     """Return whether a line has all its columns. The last one, the fingerprint of a key, has a fixed length."""
     return len(line) == len(_COLUMNS) and line[_FILES].isdecimal() and len(line[-1]) in (0, FINGERPRINT_LENGTH)
-
-
-def _as_row(line: list[str]) -> Row:
-    values: dict[str, Any] = dict(zip(_COLUMNS, line, strict=True))
-    return Row(**values | {"files": int(values["files"])})
 
 
 def append_row(row: Row, file: Path) -> None:

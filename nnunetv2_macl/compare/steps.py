@@ -119,7 +119,9 @@ class _TaskQueue:
                     self._todo.remove(step)
                     self._done += 1
                     continue
-                if self._is_left_out(step):
+                needed = [need.folder for need in step.needs]
+                others = [other for other in self._left_out.values() if not other.is_done]
+                if any(other.part == step.part or other.folder in needed for other in others):
                     self._todo.remove(step)
                     self._left_out[step.folder] = step
                     continue
@@ -144,12 +146,6 @@ class _TaskQueue:
                 self._todo.remove(step)
                 return step, lock
         return None
-
-    def _is_left_out(self, step: Task) -> bool:
-        """Return whether a step needs a step that is left out, or is of the same part as such a step."""
-        others = [other for other in self._left_out.values() if not other.is_done]
-        needed = [need.folder for need in step.needs]
-        return any(other.part == step.part or other.folder in needed for other in others)
 
     def _do(self, step: Task) -> None:
         began = perf_counter()

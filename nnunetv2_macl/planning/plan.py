@@ -122,6 +122,17 @@ class MACLPlan:
             batch_size=self.batch_size,
         )
 
+    def values_with_reasons(self) -> list[tuple[str, str]]:
+        """Return the derived values as text, with the reason for those that are derived together."""
+
+        def words(value: Any) -> str:
+            return "x".join(map(str, value)) if isinstance(value, list) else json.dumps(value)
+
+        return [
+            (", ".join(f"{k} {words(getattr(self, k))}" for k in keys.split(", ") if hasattr(self, k)), reason)
+            for keys, reason in self.reasons.items()
+        ]
+
     def with_recipe(self, values: dict[str, Any]) -> MACLPlan:
         """Return the plan with new recipe values. No other value may depend on them except batch_size and patches_at_once."""
         given = {key: value for key, value in values.items() if value != AUTO}
@@ -341,9 +352,7 @@ def describe(plan: MACLPlan) -> str:
     ]
     if unused:
         lines.append(f"  the method {plan.get_recipe().method} does not use {', '.join(unused)}")
-    for keys, reason in plan.reasons.items():
-        values = ", ".join(f"{key} {_words(getattr(plan, key))}" for key in keys.split(", "))
-        lines.append(f"  {values}\n      {reason}")
+    lines += [f"  {values}\n      {reason}" for values, reason in plan.values_with_reasons()]
     lines.append(
         f"  memory: about {plan.memory_mixed_precision_gib} GiB on a GPU in mixed precision, {plan.memory_gib} GiB in float32"
     )
@@ -363,9 +372,3 @@ def start_in_short(start: dict[str, Any]) -> str:
         f"{start['origin']} weights{trained_on}, {files}; loaded: {start['encoder']} tensors of the encoder and "
         f"{start['decoder']} of the pre-trained decoder stages"
     )
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return "x".join(str(n) for n in value)
-    return json.dumps(value)

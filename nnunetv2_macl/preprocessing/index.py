@@ -27,7 +27,12 @@ class Index:
 
     def __init__(self, folder: Path, signature: str) -> None:
         self.folder, self.signature = folder, signature
-        self._entries = self._read()
+        self._entries: dict[str, Any] = {}
+        with contextlib.suppress(UserError, AttributeError):
+            content = read_json(folder / INDEX, "")
+            ours = content.get("format_version") == _FORMAT_VERSION and content.get("plan") == signature
+            if ours and isinstance(cases := content.get("cases"), dict):
+                self._entries = cases
         self._changed = False
         self._there = self._list()
 
@@ -63,14 +68,6 @@ class Index:
         with contextlib.suppress(UserError):
             atomic_write(self.folder / INDEX, lambda stream: stream.write(text), needed=len(text))
         self._changed = False
-
-    def _read(self) -> dict[str, Any]:
-        with contextlib.suppress(UserError, AttributeError):
-            content = read_json(self.folder / INDEX, "")
-            ours = content.get("format_version") == _FORMAT_VERSION and content.get("plan") == self.signature
-            if ours and isinstance(cases := content.get("cases"), dict):
-                return cases
-        return {}
 
     def _list(self) -> dict[str, list[int]]:
         """Return size and time of change of the file of every case. Links are not followed: others may change them."""

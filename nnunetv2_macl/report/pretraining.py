@@ -47,8 +47,8 @@ def describe_run(folder: Path, device: str) -> dict[str, Any]:
             (key, value, meaning(key), value != defaults.get(key, value)) for key, value in recipe.as_dict().items()
         ],
         "has_collapse_line": "collapse" in lines,
-        "plan": _plan(run),
-        "sources": [_source_as_text(source) for source in image_sources(run)],
+        "plan": run.plan.values_with_reasons(),
+        "sources": [s | {key: _range(s[key]) for key in ("size", "spacing")} for s in image_sources(run)],
         "losses": {title: Markup(svg) for title, svg in loss_curves(run.log).items()},
         "others": {title: Markup(svg) for title, svg in other_curves(run.log).items()},
         "summary": _summary(run),
@@ -59,25 +59,6 @@ def describe_run(folder: Path, device: str) -> dict[str, Any]:
         "commands": _commands(run),
         "citations": citations_of(methods_of(recipe.method)),
     }
-
-
-def _plan(run: Run) -> list[tuple[str, str]]:
-    """Return the derived values of the plan as text, with the reason of each."""
-    rows = []
-    for keys, reason in run.plan.reasons.items():
-        values = ", ".join(
-            f"{key} {_words(getattr(run.plan, key))}" for key in keys.split(", ") if hasattr(run.plan, key)
-        )
-        rows.append((values, reason))
-    return rows
-
-
-def _words(value: Any) -> str:
-    return " × ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _source_as_text(source: dict[str, Any]) -> dict[str, Any]:
-    return source | {"size": _range(source["size"]), "spacing": _range(source["spacing"])}
 
 
 def _range(values: np.ndarray) -> str:

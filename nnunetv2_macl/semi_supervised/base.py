@@ -64,7 +64,11 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
         others = [case for case in training_cases(configuration) if case.name not in training | validation]
         cases = [*unlabelled, *others]
         held_out = validation - training
-        kept = self._without_patients(cases, held_out)
+        names = [*(case.name for case in cases), *sorted(held_out)]
+        group_regex = os.environ.get(GROUP_VARIABLE) or None
+        patients = patients_of(names, group_regex, f"The variable {GROUP_VARIABLE}")
+        theirs = {patients[name] for name in held_out}
+        kept = [case for case in cases if patients[case.name] not in theirs]
         if not kept:
             raise UserError(
                 f"There is no unlabelled image to learn from. Put images into {UNLABELLED_FOLDER} of "
@@ -75,18 +79,10 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
             f"Unlabelled images used: {len(kept)} ({len(set(kept) & set(others))} of them labelled cases outside of this fold). "
             f"Left out: {pluralise(len(held_out), 'validation case')}, {len(cases) - len(kept)} other images of their patients"
         )
-        if not os.environ.get(GROUP_VARIABLE) and held_out:
+        if group_regex is None and held_out:
             self.print_to_log_file(
                 "Each case counts as a separate patient. If a patient has several images, set the part of a case's name that "
                 f"is the patient, for example: export {GROUP_VARIABLE}='^[^_]+'",
                 add_timestamp=False,
             )
         return kept
-
-    def _without_patients(self, cases: list[Case], held_out: set[str]) -> list[Case]:
-        """Return the cases whose patient has no held-out case."""
-        names = [case.name for case in cases]
-        group_regex = os.environ.get(GROUP_VARIABLE) or None
-        patients = patients_of([*names, *sorted(held_out)], group_regex, f"The variable {GROUP_VARIABLE}")
-        theirs = {patients[name] for name in held_out}
-        return [case for case in cases if patients[case.name] not in theirs]

@@ -80,7 +80,12 @@ def find_teacher(named: str, target: DatasetConfiguration, fold: int | str, devi
     """
     teacher = Teacher(model_folder(target, named), fold)
     if not teacher.checkpoint.is_file():
-        trained = _trained_models(target, fold)
+        # without those that are trained on the labels of another model
+        there = Path(str(nnUNet_results), target.dataset_name).glob(
+            f"*__{target.plans_name}__{target.name}/fold_{fold}/{CHECKPOINT}"
+        )
+        trainers = {f.parents[1].name.partition("__")[0] for f in there if not (f.parent / PLAN_COPY).is_file()}
+        trained = sorted(t for t in trainers if not t.startswith(nnUNetTrainerMACLSelfTraining.__name__))
         name = named if Path(named).name == named else nnUNetTrainerMACLSelfTraining.default_teacher
         fix = f"Train it:\n    {command_to_train(target, fold, device, name)}"
         if trained:
@@ -95,14 +100,6 @@ def find_teacher(named: str, target: DatasetConfiguration, fold: int | str, devi
             f"    {command_to_train(target, fold, device, FINETUNER)}"
         )
     return teacher
-
-
-def _trained_models(target: DatasetConfiguration, fold: int | str) -> list[str]:
-    """Return the trainers of the models that can label images, without those that are trained on such labels."""
-    models = Path(str(nnUNet_results)) / target.dataset_name
-    found = models.glob(f"*__{target.plans_name}__{target.name}/fold_{fold}/{CHECKPOINT}")
-    trainers = {file.parents[1].name.partition("__")[0] for file in found if not (file.parent / PLAN_COPY).is_file()}
-    return sorted(name for name in trainers if not name.startswith(nnUNetTrainerMACLSelfTraining.__name__))
 
 
 def model_folder(target: DatasetConfiguration, named: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -80,8 +79,7 @@ def _checkpoint(file: Path) -> str:
         facts["network"] = pretrained.architecture["network_class_name"].rpartition(".")[2]
         facts |= {"trainer": str(content["trainer_name"])} if "trainer_name" in content else {}
         facts["tensors"] = str(len(pretrained.weights))
-        citations = [c if isinstance(c, str) else json.dumps(c) for c in pretrained.description["citations"]]
-        return _as_text(file, what, facts, _wholeness(file), citations)
+        return _as_text(file, what, facts, _wholeness(file), pretrained.description["citations"])
     kind = content.get("kind")
     if kind not in _KINDS:
         raise UserError(f"{file} is no file of nnunetv2_macl: it holds {', '.join(map(str, list(content)[:8]))}.")

@@ -121,7 +121,10 @@ def facts_of(description: dict[str, Any]) -> dict[str, str]:
     add("patch", plan.get("patch_size") and f"{_by(plan['patch_size'])} voxels, batch {plan.get('batch_size')}")
     add("decoder stages", plan.get("decoder_stages"))
     add("recipe", describe_recipe(plan.get("recipe_name"), plan.get("settings")))
-    add("recipe values", ", ".join(f"{key} {value}" for key, value in _main_values(recipe).items()))
+    # the values that say most about a training, those of its methods first
+    own = [key for method in recipe_methods(recipe) for key in method.Config.model_fields]
+    keys = ("method", *own, "optimizer", "learning_rate", "num_iterations_per_epoch", "seed")
+    add("recipe values", ", ".join(f"{key} {recipe[key]}" for key in dict.fromkeys(keys) if key in recipe))
     add("epochs", description.get("epochs") or recipe.get("num_epochs"))
     losses = description.get("final_losses") or {}
     add("final losses", ", ".join(f"{short} {losses[key]:.3f}" for key, short in _LOSSES.items() if key in losses))
@@ -137,13 +140,6 @@ def recipe_methods(recipe: dict[str, Any]) -> tuple[type[Method], ...]:
         return methods_of(recipe_from_values(recipe, "recipe").method)
     except UserError:
         return ()
-
-
-def _main_values(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the recipe values that say most about a training, those of its methods first."""
-    own = [key for method in recipe_methods(recipe) for key in method.Config.model_fields]
-    keys = ("method", *own, "optimizer", "learning_rate", "num_iterations_per_epoch", "seed")
-    return {key: recipe[key] for key in keys if key in recipe}
 
 
 def _by(sizes: Any) -> str:

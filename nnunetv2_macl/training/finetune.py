@@ -211,16 +211,13 @@ class nnUNetTrainerMACL(nnUNetTrainer):
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return nnU-Net's split, cached so that nnU-Net logs it only once."""
         if self._split is None:
+            if self.fold != "all" and not number_of_folds(self._configuration):
+                command = command_to_fine_tune(self._configuration, "all", self.device.type, type(self).__name__)
+                raise UserError(f"{too_few_cases(self._configuration)}\nTo train on all cases, type:\n    {command}")
             if self.fold != "all":
-                self._check_fold(int(self.fold))
+                check_fold(self._configuration, int(self.fold))
             self._split = super().do_split()
         return self._split
-
-    def _check_fold(self, fold: int) -> None:
-        if not number_of_folds(self._configuration):
-            command = command_to_fine_tune(self._configuration, "all", self.device.type, type(self).__name__)
-            raise UserError(f"{too_few_cases(self._configuration)}\nTo train on all cases, type:\n    {command}")
-        check_fold(self._configuration, fold)
 
     def _seen_before(self, pretrained: checkpoints.PretrainedWeights) -> str | None:
         """Return a warning if pre-training has seen validation cases of this fold, else None."""

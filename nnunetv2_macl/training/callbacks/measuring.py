@@ -160,16 +160,14 @@ class CollapseMonitor(Callback):
         self.watch = CollapseWatch()
 
     def on_train_epoch_end(self, epoch: Epoch) -> None:
-        if message := self.watch.update(self._reason(epoch), self.trainer.recipe):
-            self.trainer.print_to_log_file(message)
-
-    def _reason(self, epoch: Epoch) -> str | None:
         trainer = self.trainer
         losses = {name: trainer.log_of_epochs[f"train_losses/{name}"] for name in trainer.recipe.losses}
         before = {name: values[-2] for name, values in losses.items() if len(values) > 1}
-        return monitoring.collapse_reason(
+        reason = monitoring.collapse_reason(
             trainer.recipe, trainer.macl_plan.batch_size, epoch.sums.means(), before, trainer.steps_done
         )
+        if message := self.watch.update(reason, trainer.recipe):
+            trainer.print_to_log_file(message)
 
     def stop_if_it_lasts(self) -> None:
         """Write a checkpoint and raise UserError if the run has been collapsed for as long as the recipe allows."""
