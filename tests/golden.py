@@ -31,8 +31,9 @@ COMMITTED = CHECKOUT / "tests" / "data" / "golden.json"
 DATASET = "Dataset901_Generated"
 STEPS = 5
 BATCH_SIZE = 4
-# Relative tolerance, because other processors add numbers in another order.
-TOLERANCE = 1e-4
+# Relative tolerance, because other processors add numbers in another order, and five steps amplify this. An Intel Xeon and an AMD
+# EPYC differed by up to 3e-4.
+TOLERANCE = 1e-3
 # The parts of a batch have 3 patches and 1 patch.
 PATCHES_AT_ONCE = 3
 

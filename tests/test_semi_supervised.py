@@ -271,7 +271,7 @@ def test_images_of_validation_patients_are_never_used(trainer_of, workspace, mon
     assert names() == {f"case_00{n}" for n in (3, 4, 5, 6, 7, 8)}
     monkeypatch.setenv(GROUP_VARIABLE, "([0248]|[1357])$")
     trainer = trainer_of()
-    with pytest.raises(UserError, match="finds no patient in the name of case case_006"):
+    with pytest.raises(UserError, match="case_006"):
         trainer.initialize()
         trainer.unlabelled_cases()
     monkeypatch.setenv(GROUP_VARIABLE, "case_00[02468]|case_00(?=[1357])")
