@@ -7,6 +7,7 @@ hippocampus, spleen).
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -260,7 +260,7 @@ def _begin(data_set: RawDataSet, folder: Path) -> None:
         begun = read_json(marker, remedy)
         if begun != mine:
             raise UserError(
-                f"{folder} is an unfinished conversion of {_summary(begun)}, and you convert {_summary(mine)}. To continue, "
+                f"{folder} is an unfinished conversion of {json.dumps(begun)}, and you convert {json.dumps(mine)}. To continue, "
                 f"type the earlier command with the same options. {remedy}"
             )
         own = {file for case in data_set.cases for file in case.files(data_set.file_ending)}
@@ -270,11 +270,6 @@ def _begin(data_set: RawDataSet, folder: Path) -> None:
     if others := sorted(file for file in files if file not in own and not any(p.startswith(".") for p in file.parts)):
         raise UserError(f"{folder} holds {others[0]}, which is not of this conversion. {remedy}")
     write_json(mine, marker)
-
-
-def _summary(marker: Mapping[str, Any]) -> str:
-    channels, labels = (", ".join(marker[key]) or "none" for key in ("channels", "labels"))
-    return f"{marker['name']} (channels: {channels}; labels: {labels})"
 
 
 # --- files of a layout ---------------------------------------------------------------------------------------------

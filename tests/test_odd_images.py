@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -202,20 +203,18 @@ def test_a_file_with_the_other_ending_of_its_format_is_explained(target, tmp_pat
         assert read_case(target, CaseFiles([str(renamed)], None, 1, []), SimpleITKIO)[0].shape == (1, *VOLUME.shape)
 
 
-def test_advice_for_another_format_is_to_convert(target, workspace):
+def test_advice_for_another_format_is_a_command_that_converts(target, workspace):
     folder = workspace.raw / DATASET / "imagesUn"
-    for name, words in (
-        ("a_0000.nrrd", "convert"),
-        ("a_0000.mha", "convert"),
-        ("a.nii", "Rename"),
-        ("a.nii.gz", "Rename"),
-    ):
+    for name, converts in (("a.nii", False), ("a.nii.gz", False), ("a_0000.nrrd", True), ("it's b_0000.mha", True)):
         shutil.rmtree(folder)
         folder.mkdir()
         write(folder / name)
-        with pytest.raises(UserError, match=rf"CASE_0000\.nii\.gz.*{name}.*{words}") as error:
+        with pytest.raises(UserError, match=rf"CASE_0000\.nii\.gz.*{name}") as error:
             find_sources(target, [])
-        assert ("Rename" in str(error.value)) == (words == "Rename")
+        found = re.search(r'python (-c ".*" .* CASE_0000\.nii\.gz)', str(error.value))
+        assert bool(found) == converts
+    subprocess.run(["bash", "-c", f"{sys.executable} {found[1]}"], cwd=folder, check=True)
+    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "CASE_0000.nii.gz"))), VOLUME)
 
 
 def test_a_single_slice_is_no_volume(tmp_path):

@@ -179,10 +179,11 @@ def _how_to_name(file: Path, ending: str) -> str:
         return f"Folders in it are not searched. Move their images into it, with names like CASE_0000{ending}."
     if file.name.lower().endswith(_endings(ending)):
         return f"Rename the files, one per channel: CASE_0000{ending}, CASE_0001{ending}, ..."
-    convert = f"import SimpleITK as s; s.WriteImage(s.ReadImage('{file.as_posix()}'), 'CASE_0000{ending}')"
+    convert = "import sys, SimpleITK as s; s.WriteImage(s.ReadImage(sys.argv[1]), sys.argv[2])"
     return (
         f"The files have another format. Convert them, one per channel, to CASE_0000{ending}, CASE_0001{ending}, ..., for "
-        f'example: python -c "{convert}". To convert DICOM, type nnUNetv2_macl_collect -h.'
+        f'example: python -c "{convert}" {shlex.quote(file.as_posix())} CASE_0000{ending}. To convert DICOM, '
+        "type nnUNetv2_macl_collect -h."
     )
 
 
