@@ -31,9 +31,8 @@ COMMITTED = CHECKOUT / "tests" / "data" / "golden.json"
 DATASET = "Dataset901_Generated"
 STEPS = 5
 BATCH_SIZE = 4
-# Relative tolerance, because other processors add numbers in another order, and five steps amplify this. An Intel Xeon and an AMD
-# EPYC differed by up to 3e-4.
-TOLERANCE = 1e-3
+# Relative tolerance, because other processors add numbers in another order.
+TOLERANCE = 1e-4
 # The parts of a batch have 3 patches and 1 patch.
 PATCHES_AT_ONCE = 3
 
@@ -144,7 +143,11 @@ def quick_cases() -> list[Case]:
 
 
 def committed_cases() -> list[Case]:
-    """Return the cases whose values are committed."""
+    """Return the cases whose values are committed.
+
+    The contrast alone in 3D in parts is left out. Its patches are so small here that five steps amplify the rounding of another
+    processor to 1e-3.
+    """
     return [
         make_case("macl", "2d"),
         make_case("macl_restore.json", "2d", "residual", whole=False),
@@ -153,7 +156,8 @@ def committed_cases() -> list[Case]:
         make_case("two_stages", "2d"),
         make_case("simclr.json", "2d", whole=False),
         make_case("restore.json", "3d_fullres"),
-        make_case("macl.json", "3d_fullres", "residual", whole=False),
+        make_case("macl.json", "3d_fullres"),
+        make_case("macl_restore.json", "3d_fullres", "residual", whole=False),
     ]
 
 
