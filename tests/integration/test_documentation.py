@@ -41,7 +41,7 @@ quick() {
   arguments=()
   local argument
   for argument in "$@"; do
-    [[ "$argument" =~ ^(nnUNetTrainer(MACL|MACLPaper|MACLSemi|MACLSelfTraining)?)(_([0-9]+epochs?|short))?$ ]] &&
+    [[ "$argument" =~ ^(nnUNetTrainer(MACL|MACLPaper|MACLSemi|MACLSelfTraining(_scratch)?)?)(_([0-9]+epochs?|short))?$ ]] &&
       argument="${BASH_REMATCH[1]}_quick"
     arguments+=("$argument")
   done
@@ -90,6 +90,11 @@ class nnUNetTrainerMACLSemi_quick(nnUNetTrainerMACLSemi):
 class nnUNetTrainerMACLSelfTraining_quick(nnUNetTrainerMACLSelfTraining):
     default_teacher = "nnUNetTrainerMACL_quick"
     finetuning_epochs = finetuning_iterations = 1
+
+
+class nnUNetTrainerMACLSelfTraining_scratch_quick(nnUNetTrainerMACLSelfTraining_quick):
+    default_teacher = "nnUNetTrainer_quick"
+    from_scratch = True
 
 
 class nnUNetTrainer_quick(nnUNetTrainer):
