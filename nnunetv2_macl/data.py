@@ -90,7 +90,7 @@ def draw_corner(
     lowest, highest = _corner_range(size, patch)
     if place is None:
         return generator.integers(lowest, highest + 1)
-    return np.minimum((lowest + place * (highest + 1 - lowest)).astype(int), highest)
+    return np.minimum(np.floor(lowest + place * (highest + 1 - lowest)).astype(int), highest)
 
 
 def _corner_range(size: np.ndarray, patch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -52,6 +52,14 @@ def test_corners_are_those_of_nnunets_loader():
     np.testing.assert_array_equal([first, last], [[0, 0, -13], [8, 16, -12]])
 
 
+def test_places_are_spread_evenly_over_the_corners_of_a_patch_larger_than_the_volume():
+    """An odd number of padded voxels leaves two corners, both below 0."""
+    corners = [
+        int(draw_corner((7,), (10,), None, np.array([place]))[0]) for place in (0.0, 0.25, 0.49, 0.51, 0.75, 1.0)
+    ]
+    assert corners == [-2, -2, -2, -1, -1, -1]
+
+
 def test_position_is_the_centre_as_a_fraction_of_the_volume():
     np.testing.assert_allclose(position(np.array([4, 0, 10]), (1, 20, 20), (9, 20, 40)), [0.5, 0.5, 0.5])
 
