@@ -327,6 +327,19 @@ def open_unchanged(file: str) -> blosc2.NDArray:
     return volume
 
 
+def mask_file(case: str) -> str:
+    """Return nnU-Net's file with the segmentation of a preprocessed case. It is -1 outside of the mask of the normalisation."""
+    return f"{case.removesuffix('.b2nd')}_seg.b2nd"
+
+
+def read_outside(file: str) -> np.ndarray:
+    """Return where a preprocessed case is outside of the mask of the normalisation, (1, *volume) int8: -1 there, 0 elsewhere.
+
+    The labels that the same file of a labelled case holds are not returned.
+    """
+    return -(open_unchanged(mask_file(file))[:] == -1).astype(np.int8)
+
+
 def plan_reading_here(batch_bytes: int, processes: int = 1) -> Reading:
     """Return `plan_reading` for nnU-Net's workers and the shared memory that is free, divided among training processes."""
     free = shutil.disk_usage(_SHARED_MEMORY).free // processes if _SHARED_MEMORY.is_dir() else None

@@ -235,6 +235,11 @@ class DatasetConfiguration:
         return self.manager.previous_stage_name is not None
 
     @property
+    def normalises_in_mask(self) -> bool:
+        """Return whether a channel is normalised within the nonzero region only. nnU-Net then masks augmented images, too."""
+        return any(self.manager.use_mask_for_norm)
+
+    @property
     def id(self) -> int:
         return int(self.dataset_name[7:10])
 

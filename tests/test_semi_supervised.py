@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import blosc2
@@ -18,20 +21,27 @@ from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from conftest import DATASET, Workspace, set_folders
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_macl.compare.study import Options, parse_arm
+from nnunetv2_macl.data import mask_file
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.nnunet import GROUP_VARIABLE, TEACHER_VARIABLE, DatasetConfiguration
+from nnunetv2_macl.planning.derive import derive_plan
+from nnunetv2_macl.planning.plan import plan_file, write_plan
+from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
+from nnunetv2_macl.recipe import load_recipe
 from nnunetv2_macl.report.finetuned import describe_pseudo_labels
 from nnunetv2_macl.semi_supervised.mixing import Patches, consistency, copy_paste
 from nnunetv2_macl.semi_supervised.pseudo_labels import Teacher
 from nnunetv2_macl.semi_supervised.rounds import self_train, write_labels
-from nnunetv2_macl.semi_supervised.self_training import nnUNetTrainerMACLSelfTraining
+from nnunetv2_macl.semi_supervised.self_training import model_folder, nnUNetTrainerMACLSelfTraining
 from nnunetv2_macl.semi_supervised.settings import SemiSettings, parse_semi_settings
 from nnunetv2_macl.semi_supervised.targets import LabelTargets, RegionTargets
 from nnunetv2_macl.semi_supervised.trainer import nnUNetTrainerMACLSemi
-from nnunetv2_macl.semi_supervised.unlabelled import WeakAndStrong
+from nnunetv2_macl.semi_supervised.unlabelled import UnlabelledDataset, WeakAndStrong
 from nnunetv2_macl.synthetic import generate_dataset
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 
@@ -176,10 +186,61 @@ def test_both_views_have_one_geometry_and_the_strong_one_other_intensities(train
 def test_the_strong_view_is_masked_as_nnunet_masks_its_own():
     noise = RandomTransform(MultiplicativeBrightnessTransform((2, 2), synchronize_channels=True), 0.6)
     views = WeakAndStrong(ComposeTransforms([noise, MaskImageTransform([0])]))
-    image = torch.ones(1, 4, 4)
-    image[:, :2] = 0
-    result = views(image.clone(), torch.zeros(1, 4, 4, dtype=torch.int16))["image"]
-    assert torch.equal(result[:1], image) and torch.equal(result[1:], 2 * image)
+    image, outside = torch.ones(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int16)
+    outside[:, :2] = -1
+    weak, strong = views(image.clone(), outside)["image"]
+    inside = 1.0 + outside[0]
+    assert torch.equal(weak, inside) and torch.equal(strong, 2 * inside)
+
+
+@pytest.fixture
+def masked(workspace):
+    """A plan that normalises within the nonzero region and resamples, with an image that is 0 outside of an ellipse."""
+    file = workspace.preprocessed / DATASET / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    configuration = plans["configurations"]["2d"]
+    configuration |= {"use_mask_for_norm": [True], "spacing": [0.8 * mm for mm in configuration["spacing"]]}
+    file.write_text(json.dumps(plans))
+    image = sitk.ReadImage(workspace.raw / DATASET / "imagesUn" / "case_005_0000.nii.gz")
+    voxels = sitk.GetArrayFromImage(image)
+    y, x = (np.linspace(-1, 1, n) for n in voxels.shape[1:])
+    voxels = np.where(x**2 + y[:, None] ** 2 < 0.7, np.abs(voxels) + 1, 0)
+    ellipse = sitk.GetImageFromArray(voxels)
+    ellipse.CopyInformation(image)
+    sitk.WriteImage(ellipse, workspace.raw / DATASET / "imagesUn" / "case_005_0000.nii.gz")
+    return DatasetConfiguration.load(DATASET, "nnUNetPlans", "2d"), voxels, image
+
+
+def test_the_mask_of_an_unlabelled_image_is_nnunets(masked):
+    """Resampling leaves no exact zeros outside of the mask, so the mask is stored, as nnU-Net stores that of labelled images."""
+    target, voxels, image = masked
+    case = next(c for c in preprocess_unlabelled(target, [], processes=1).cases if c.name == "case_005")
+    data, segmentation, _, _ = UnlabelledDataset([case], in_mask=True).load_case(case.file)
+    properties = {"spacing": list(image.GetSpacing())[::-1]}
+    expected, labels, _ = DefaultPreprocessor(verbose=False).run_case_npy(
+        voxels[None], np.zeros_like(voxels[None], np.int8), properties, target.plans_manager, target.manager,
+        target.dataset_json,
+    )  # fmt: skip
+    np.testing.assert_allclose(data[:], expected, atol=1e-6)
+    np.testing.assert_array_equal(segmentation, labels)
+    outside = labels < 0
+    assert 0.2 < outside.mean() < 0.6 and np.abs(expected[outside]).max() > 0.01
+
+
+def test_images_preprocessed_without_masks_are_preprocessed_again(masked):
+    target, _, _ = masked
+    cases = preprocess_unlabelled(target, [], processes=1).cases
+    assert all(Path(mask_file(case.file)).is_file() for case in cases)
+    folder = Path(cases[0].file).parent
+    for record in folder.glob("*.json"):
+        content = json.loads(record.read_text())
+        content["made_from"]["plan"] = target.preprocessing_checksum()
+        record.write_text(json.dumps(content))
+    (folder / ".index").unlink()
+    for file in folder.glob("*_seg.b2nd"):
+        file.unlink()
+    assert preprocess_unlabelled(target, [], processes=1).cases == cases
+    assert all(Path(mask_file(case.file)).is_file() for case in cases)
 
 
 def test_the_partial_loss_is_nnunets_loss_where_no_voxel_is_ignored(trainer_of):
@@ -291,8 +352,23 @@ def test_no_unlabelled_image_is_explained(trainer_of, workspace):
 def test_a_cascade_is_refused(trainer_of):
     trainer = trainer_of()
     trainer.is_cascaded = True
+    # It needs no pre-training to be refused.
+    trainer.from_scratch = False
     with pytest.raises(SystemExit, match="first stage"):
-        trainer.initialize()
+        trainer.run_training()
+
+
+def test_an_image_of_another_data_set_may_have_the_name_of_a_validation_case(trainer_of, workspace):
+    shutil.copytree(workspace.raw / DATASET, workspace.raw / "Dataset902_Other")
+    shutil.rmtree(workspace.raw / "Dataset902_Other" / "imagesUn")
+    trainer = trainer_of()
+    trainer.initialize()
+    target = DatasetConfiguration.load(DATASET, "nnUNetPlans", "2d")
+    plan = derive_plan(target, load_recipe("restore", resource_folder("plans")))
+    write_plan(replace(plan, unlabelled_datasets=["Dataset902_Other"]), plan_file(target))
+    validation = trainer.do_split()[1]
+    folders = {Path(case.file).parent.name for case in trainer.unlabelled_cases() if case.name in validation}
+    assert folders == {"Dataset902_Other"}
 
 
 # --- self-training ---------------------------------------------------------------------------------------------------------
@@ -309,6 +385,9 @@ class Teaches(Student):
         super().initialize()
         self.num_iterations_per_epoch = 15
         self.initial_lr = 0.05
+
+    def check(self):
+        """A plain training needs no teacher."""
 
     def training_loader(self, loader):
         return loader
@@ -371,6 +450,45 @@ def test_a_model_with_the_labels_of_another_teacher_is_not_continued(trainer_of,
     (labels / "teacher.json").write_text(json.dumps({"fold_folder": "/models/other", "sha256": "0", "labels": []}))
     with pytest.raises(UserError, match="/models/other"):
         self_train(DATASET, "2d", "0", teacher=teacher.output_folder_base, device="cpu")
+
+
+def test_a_training_is_not_continued_with_the_labels_of_another_teacher(trainer_of, teacher, monkeypatch):
+    first = trainer_of(Student)
+    first.run_training()
+    other = Path(teacher.output_folder_base).with_name(
+        f"Other__{'__'.join(teacher.output_folder_base.split('__')[1:])}"
+    )
+    shutil.copytree(teacher.output_folder_base, other)
+    content = torch.load(other / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    torch.save(content | {"_best_ema": 1.0}, other / "fold_0" / "checkpoint_final.pth")
+    monkeypatch.setenv(TEACHER_VARIABLE, str(other))
+    before = [file.stat().st_mtime_ns for file in pseudo_label_files(first)]
+    second = trainer_of(Student)
+    second.load_checkpoint(f"{first.output_folder}/checkpoint_final.pth")
+    with pytest.raises(SystemExit, match=re.escape(f"{TEACHER_VARIABLE}={teacher.output_folder_base}")):
+        second.run_training()
+    assert [file.stat().st_mtime_ns for file in pseudo_label_files(first)] == before
+
+
+def test_a_folder_with_the_name_of_the_trainer_is_not_taken_for_the_model(trainer_of, teacher, monkeypatch, tmp_path):
+    target = DatasetConfiguration.load(DATASET, "nnUNetPlans", "2d")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Teaches").mkdir()
+    assert model_folder(target, "Teaches") == Path(teacher.output_folder_base)
+
+
+def test_the_order_of_regions_counts(teacher):
+    """The outputs of the network have the order of the regions."""
+    regions = {"background": 0, "organ": [1, 2], "vessel": 2, "rest": 1}
+    file = Path(teacher.output_folder_base, "dataset.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"labels": regions, "regions_class_order": [1, 2, 1]}))
+    target = DatasetConfiguration.load(DATASET, "nnUNetPlans", "2d")
+    load = partial(Teacher(Path(teacher.output_folder_base), 0).load, target, torch.device("cpu"))
+    target.dataset_json.update({"labels": regions, "regions_class_order": [1, 2, 1]})
+    load()
+    target.dataset_json["labels"] = dict(reversed(regions.items()))
+    with pytest.raises(UserError, match="labels"):
+        load()
 
 
 def test_half_of_the_patches_are_of_labelled_images(trainer_of, teacher):
@@ -454,12 +572,9 @@ def test_no_image_to_export_is_reported_before_the_training(teacher, workspace, 
 
 
 def test_an_error_that_the_user_can_correct_ends_a_training_without_a_traceback(trainer_of):
-    class Full(Student):
+    class Full(Teaches):
         def on_epoch_end(self):
             raise UserError("the disk is full")
-
-        def training_loader(self, loader):
-            return loader
 
     with pytest.raises(SystemExit, match="the disk is full"):
         trainer_of(Full).run_training()

@@ -32,7 +32,7 @@ class Geometry:
         auxiliary_stage: e, the encoder stage (1 is the first) at which a second, dense map is read.
         scale: s, the factor by which the dominant branch downsamples the patch.
         patch_size: Size of a patch.
-        reason: The reason for these values, for the plan.
+        reason: Why these values were chosen. The plan shows this text.
         threshold: t, the fraction of the volume within which two patches are positives of each other.
         out_of_plane_rotation: Largest angle about the in-plane axes, degrees.
         channels_without_zscore: Indices of the image channels that nnU-Net does not normalise to zero mean.
@@ -170,11 +170,11 @@ class Method(nn.Module, ABC):
         couples_samples: Whether the loss of a patch depends on the other patches. If False, parts of a batch need no gradient
             caching, and `losses` returns one value for each patch.
         compares_positions: Whether patches at nearby positions are positives, so that the plan needs a threshold.
-        has_two_branches: Whether a second branch sees the patch at another size and both compare maps on one grid, so that the
-            scale in the plan follows from the stages.
+        has_two_branches: Whether a second branch sees the patch at another size. The maps of both branches are compared on one
+            grid, so the stages determine the scale in the plan.
         uses_neighbours: Whether the views also show a neighbour of each patch. See `Sampling.neighbours`.
         constant_rate_modules: Names of the modules whose learning rate stays constant after the warm-up.
-        plan_keys: Keys of the MACL plan that only some methods use, this one among them.
+        plan_keys: Keys of the MACL plan that this method uses, and not every method does.
         summary: Description for the model card: "by MACL, multi-level contrastive learning,".
         tag: Tag in the model card.
         citations: References to cite.

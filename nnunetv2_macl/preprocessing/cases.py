@@ -1,7 +1,8 @@
 """Preprocess each unlabelled image once.
 
 A case is two files: ``CASE.b2nd`` (C, *volume) float32 and, written last, ``CASE.json``, which records the images and the plan
-that it was made from. A case is made again if its record does not match. The `index` lists the cases that are done, so that a
+that it was made from. If the plan normalises within a mask, ``CASE_seg.b2nd`` (1, *volume) int8 is -1 outside of it and 0 inside,
+as in nnU-Net's own files. A case is made again if its record does not match. The `index` lists the cases that are done, so that a
 new run need not open every record. nnU-Net's own folders are only read.
 """
 
@@ -37,7 +38,7 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 
 from nnunetv2_macl.cpu import usable_cores
-from nnunetv2_macl.data import Case
+from nnunetv2_macl.data import Case, mask_file
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import atomic_write, remove_temporary, write_json
@@ -210,7 +211,10 @@ def _some(names: list[str]) -> str:
 
 def index_of(configuration: DatasetConfiguration, source: Source) -> Index:
     """Return the index of the preprocessed cases of a source."""
-    return Index(unlabelled_folder(configuration) / source.dataset_name, configuration.preprocessing_checksum())
+    signature = configuration.preprocessing_checksum()
+    if configuration.normalises_in_mask:
+        signature += " with masks"  # version 0.1 wrote no masks
+    return Index(unlabelled_folder(configuration) / source.dataset_name, signature)
 
 
 def made_of(source: Source, files: CaseFiles, index: Index) -> dict[str, Any]:
@@ -224,7 +228,7 @@ def _require_raw_images(configuration: DatasetConfiguration, folder: Path, sourc
     raw = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
     if raw.exists() or any(source.dataset_name == configuration.dataset_name for source in sources):
         return
-    if there := len(list(folder.glob("*.b2nd"))):
+    if there := len(list(folder.glob("*.json"))):
         raise UserError(
             f"{raw} is missing, but {folder} holds {there} images that were preprocessed from it. Restore {UNLABELLED_FOLDER} "
             f"(a link is enough), or delete the preprocessed images: rm -r {shlex.quote(str(folder))}"
@@ -319,9 +323,11 @@ def _preprocess_case(
 ) -> tuple[str | None, bool]:
     """Preprocess and write a case. Return the problem or None, and whether a run leaves out the case without an option."""
     try:
-        data, spacing = preprocess_case(_configuration, case, reader)
+        data, outside, spacing = preprocess_case(_configuration, case, reader)
     except UnusableImageError as error:
         return str(error), isinstance(error, FlatImageError)
+    if _configuration.normalises_in_mask:
+        _write_array(outside, Path(mask_file(str(target))))
     _write_case(data, target, fingerprint, spacing)
     return None, False
 
@@ -336,14 +342,17 @@ class FlatImageError(UnusableImageError):
 
 def preprocess_case(
     configuration: DatasetConfiguration, case: CaseFiles, reader: type[BaseReaderWriter], *, resample: bool = True
-) -> tuple[np.ndarray, list[float]]:
-    """Read and preprocess a case as nnU-Net does. Return its voxels (C, *volume) float32 and its spacing in mm.
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """Read and preprocess a case as nnU-Net does.
 
     Args:
         configuration: Configuration whose plan is used.
         case: Files of the case.
         reader: Class that reads the files.
         resample: Whether to resample to the plan's spacing. A check of the image leaves out this step, which takes the most time.
+
+    Returns:
+        tuple: Voxels (C, *volume) float32; (1, *volume) int8 that is -1 outside of the nonzero region and 0 inside; spacing, mm.
 
     Raises:
         UnusableImageError: The case cannot be read, or cannot be used.
@@ -356,7 +365,7 @@ def preprocess_case(
     if not resample:
         properties = properties | {"spacing": _planned_spacing(configuration, properties["spacing"])}
     try:
-        data, _, properties = manager.preprocessor_class(verbose=False).run_case_npy(
+        data, outside, properties = manager.preprocessor_class(verbose=False).run_case_npy(
             images, None, properties, configuration.plans_manager, manager, configuration.dataset_json
         )
     except Exception as error:
@@ -369,7 +378,7 @@ def preprocess_case(
         raise UnusableImageError(
             f"{names} cannot be used: nothing is left of it after normalisation. Its largest value is {largest}."
         )
-    return data, [float(mm) for mm in properties["spacing"]]
+    return data, outside, [float(mm) for mm in properties["spacing"]]
 
 
 def whats_flat(configuration: DatasetConfiguration, case: CaseFiles) -> str | None:
@@ -576,18 +585,23 @@ def _whats_wrong(configuration: DatasetConfiguration, images: np.ndarray) -> str
 
 
 def _write_case(data: np.ndarray, target: Path, fingerprint: dict[str, Any], spacing: list[float]) -> None:
-    file = Path(f"{target}.b2nd")
     Path(f"{target}.json").unlink(missing_ok=True)
+    written = _write_array(data, Path(f"{target}.b2nd"))
+    record = {
+        "shape": list(data.shape),
+        "original_spacing": spacing,
+        "bytes": written,
+        "made_from": fingerprint,
+    }
+    write_json(record, Path(f"{target}.json"))
+
+
+def _write_array(data: np.ndarray, file: Path) -> int:
+    """Write an array (C, *volume) in nnU-Net's file format. Return the size of the file."""
     blocks, chunks = comp_blosc2_params(data.shape, tuple(_configuration.patch_size), data.itemsize)
     # nnU-Net's LZ4HC would take half of the time of a case. Its files are 4 % smaller and not faster to read.
     cparams = {"codec": blosc2.Codec.LZ4, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1, "clevel": 9}
     # Compress in memory, because blosc2 does not say why a file could not be written.
     content = blosc2.asarray(data, chunks=chunks, blocks=blocks, cparams=cparams).to_cframe()
     atomic_write(file, lambda stream: stream.write(content), needed=len(content))
-    record = {
-        "shape": list(data.shape),
-        "original_spacing": spacing,
-        "bytes": len(content),
-        "made_from": fingerprint,
-    }
-    write_json(record, Path(f"{target}.json"))
+    return len(content)

@@ -26,7 +26,13 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
     """
 
     @exit_on_user_error
-    def initialize(self) -> None:
+    def on_train_start(self) -> None:
+        # before the search for weights, whose message would advise a pre-training in vain
+        self.check()
+        super().on_train_start()
+
+    def check(self) -> None:
+        """Raise UserError if this training is not possible."""
         if self.is_cascaded:
             raise UserError(
                 f"{self.configuration_name} also needs the first stage's segmentation of each image, which nnU-Net writes for "
@@ -37,7 +43,6 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
                 f"{type(self).__name__} trains on one GPU. Leave out -num_gpus, or train without unlabelled images: "
                 "-tr nnUNetTrainerMACL"
             )
-        super().initialize()
 
     def unlabelled_cases(self) -> list[Case]:
         """Return the preprocessed cases to learn from without labels, and log how many cases are left out.
@@ -62,24 +67,27 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
             ).cases
         training, validation = map(set, self.do_split())
         others = [case for case in training_cases(configuration) if case.name not in training | validation]
-        cases = [*unlabelled, *others]
+        kept = cases = [*unlabelled, *others]
         held_out = validation - training
-        names = [*(case.name for case in cases), *sorted(held_out)]
-        group_regex = os.environ.get(GROUP_VARIABLE) or None
-        patients = patients_of(names, group_regex, f"The variable {GROUP_VARIABLE}")
-        theirs = {patients[name] for name in held_out}
-        kept = [case for case in cases if patients[case.name] not in theirs]
+        # Without a regular expression, the images of validation cases are left out already, because they are labelled cases.
+        if group_regex := os.environ.get(GROUP_VARIABLE):
+            names = [*(case.name for case in cases), *sorted(held_out)]
+            patients = patients_of(names, group_regex, f"The variable {GROUP_VARIABLE}")
+            theirs = {patients[name] for name in held_out}
+            kept = [case for case in cases if patients[case.name] not in theirs]
         if not kept:
+            left_out = (
+                f" {pluralise(len(cases), 'image')} of the fold's validation patients are left out." if cases else ""
+            )
             raise UserError(
                 f"There is no unlabelled image to learn from. Put images into {UNLABELLED_FOLDER} of "
-                f"{configuration.dataset_name}. {len(cases)} images are left out, because they show patients of the fold's "
-                "validation cases."
+                f"{configuration.dataset_name}.{left_out}"
             )
         self.print_to_log_file(
             f"Unlabelled images used: {len(kept)} ({len(set(kept) & set(others))} of them labelled cases outside of this fold). "
             f"Left out: {pluralise(len(held_out), 'validation case')}, {len(cases) - len(kept)} other images of their patients"
         )
-        if group_regex is None and held_out:
+        if not group_regex and held_out:
             self.print_to_log_file(
                 "Each case counts as a separate patient. If a patient has several images, set the part of a case's name that "
                 f"is the patient, for example: export {GROUP_VARIABLE}='^[^_]+'",

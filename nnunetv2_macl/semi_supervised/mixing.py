@@ -52,7 +52,7 @@ def copy_paste(
 ) -> list[Lesson]:
     """Return unlabelled patches with a box from the labelled ones, and labelled patches with a box from the unlabelled ones.
 
-    Each labelled voxel is used in one of the two lessons, so each lesson has half of the weight.
+    The two lessons together use each labelled voxel once, and a loss is a mean, so each lesson has half of the weight.
 
     Source: Bai et al., Bidirectional Copy-Paste for Semi-Supervised Medical Image Segmentation, CVPR 2023.
     """

@@ -17,7 +17,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_macl.data import Case, open_unchanged
+from nnunetv2_macl.data import Case, open_unchanged, read_outside
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import atomic_write, sha256, write_json
 from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration, read_json
@@ -80,7 +80,7 @@ class Teacher:
             )
         own = DatasetConfiguration.from_plans(plans, name, predictor.dataset_json)
         for what, theirs, ours in (
-            ("labels", own.dataset_json["labels"], target.dataset_json["labels"]),
+            ("labels", *(_labels_of(c.dataset_json) for c in (own, target))),
             ("channels", own.channel_names, target.channel_names),
             ("spacing and normalisation", *(c.preprocessing_checksum(of_storage=False) for c in (own, target))),
         ):
@@ -90,6 +90,12 @@ class Teacher:
                     f"{target.name}. Name a model that was trained with this plan."
                 )
         return predictor
+
+
+def _labels_of(dataset_json: dict[str, Any]) -> Any:
+    """Return the labels of a data set. The order of regions counts, because it is that of the network's outputs."""
+    labels = dataset_json["labels"]
+    return list(labels.items()) if "regions_class_order" in dataset_json else labels
 
 
 def label_cases(
@@ -161,7 +167,8 @@ def _label(
     made_from: dict[str, Any],
 ) -> dict[str, Any]:
     image = np.asarray(open_unchanged(case.file)[:])
-    logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(image)).float().cpu()
+    # First to the CPU, because GPU memory may be too small for the logits of a large image in single precision.
+    logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(image)).cpu().float()
     segmentation = np.asarray(labels.convert_logits_to_segmentation(logits)).astype(np.int16)
     probability = np.asarray(labels.apply_inference_nonlin(logits))
     # With regions, a voxel is as certain as its least certain region.
@@ -169,10 +176,9 @@ def _label(
     foreground = segmentation > 0
     segmentation = segmentation[None]
     locations = DefaultPreprocessor._sample_foreground_locations(segmentation, _classes(labels))
-    masked = [n for n, used in enumerate(target.manager.use_mask_for_norm) if used]
-    if masked:
-        # nnU-Net's normalisation leaves 0 outside of the mask, and its augmentation finds the mask by the label -1.
-        segmentation[0][(image[masked] == 0).all(0) & ~foreground] = -1
+    if target.normalises_in_mask:
+        # nnU-Net's augmentation finds the mask by the label -1.
+        segmentation[(read_outside(case.file) < 0) & ~foreground] = -1
 
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".json").unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import tempfile
 from pathlib import Path
 
@@ -13,15 +12,21 @@ from nnunetv2.run.run_training import run_training
 
 from nnunetv2_macl import nnunet
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import sha256
 from nnunetv2_macl.folds import check_fold
-from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration, read_json
+from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration
 from nnunetv2_macl.planning.plan import plan_file, read_plan
 from nnunetv2_macl.preprocessing.cases import sources_in_use
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, CaseFiles
 from nnunetv2_macl.run import add_trainers_folder, check_device
-from nnunetv2_macl.semi_supervised.pseudo_labels import CHECKPOINT, PSEUDO_LABELS_FOLDER, TEACHER_FILE, Teacher
-from nnunetv2_macl.semi_supervised.self_training import find_teacher, model_folder, nnUNetTrainerMACLSelfTraining
+from nnunetv2_macl.semi_supervised.pseudo_labels import CHECKPOINT, Teacher
+from nnunetv2_macl.semi_supervised.self_training import (
+    check_same_teacher,
+    find_teacher,
+    model_folder,
+    nnUNetTrainerMACLSelfTraining,
+)
+from nnunetv2_macl.training.out_of_memory import is_out_of_memory
+from nnunetv2_macl.training.seeded import environment
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +53,8 @@ def self_train(
         plans: Plans identifier.
         teacher: Trainer of the first model. It must be trained. None: ``nnUNetTrainerMACL``.
         rounds: Number of models to train, 1 to 3.
-        export_labels: Folder for the labels of the unlabelled images, in the format of the data set.
+        export_labels: Folder for the labels on which the last model is trained, in the format of the data set. They are written
+            before its training.
         device: ``cuda``, ``cpu`` or ``mps``.
 
     Returns:
@@ -74,9 +80,9 @@ def self_train(
     for number in range(1, rounds + 1):
         student = nnUNetTrainerMACLSelfTraining.__name__ + (f"_round{number}" if number > 1 else "")
         run = model_folder(target, student) / f"fold_{fold}"
-        _train(target, fold, student, teacher, run, device)
         if export_labels is not None and number == rounds:
             write_labels(find_teacher(teacher, target, fold, device), target, export_labels.expanduser(), device)
+        _train(target, fold, student, teacher, run, device)
         teacher = student
     return run
 
@@ -87,40 +93,28 @@ def _train(target: DatasetConfiguration, fold: int | str, student: str, teacher:
     Raises:
         UserError: The model has begun with the labels of another teacher, or is stopped.
     """
-    labels = run / PSEUDO_LABELS_FOLDER / TEACHER_FILE
-    if labels.is_file():
-        there = read_json(labels, f"Move {run} away.")
-        checkpoint = find_teacher(teacher, target, fold, device).checkpoint
-        if there["sha256"] != sha256(checkpoint):
-            raise UserError(
-                f"{run} is trained with the labels of another model ({there['fold_folder']}) than {checkpoint}. To train with "
-                f"new labels, move it away: {shlex.join(['mv', str(run), f'{run}_before'])}"
-            )
+    check_same_teacher(run, find_teacher(teacher, target, fold, device))
     is_trained = (run / CHECKPOINT).is_file()
     if is_trained and (run / "validation" / "summary.json").is_file():
         logger.info("%s is trained already: %s. To train it again, remove this folder.", student, run)
         return
-    before = os.environ.get(TEACHER_VARIABLE)
-    os.environ[TEACHER_VARIABLE] = teacher
+    # nnU-Net begins a training that has no checkpoint to continue from.
+    continues = not is_trained and run.is_dir()
     try:
-        run_training(
-            target.dataset_name,
-            target.name,
-            fold,
-            student,
-            target.plans_name,
-            continue_training=not is_trained and (run / "checkpoint_latest.pth").is_file(),
-            only_run_validation=is_trained,
-            device=torch.device(device),
-        )
+        with environment(**{TEACHER_VARIABLE: teacher}):
+            run_training(
+                target.dataset_name,
+                target.name,
+                fold,
+                student,
+                target.plans_name,
+                continue_training=continues,
+                only_run_validation=is_trained,
+                device=torch.device(device),
+            )
     except KeyboardInterrupt:
         # nnU-Net saves a checkpoint from time to time, and the labels that are made are kept.
         raise UserError(f"{student} was stopped. To continue, repeat the command.") from None
-    finally:
-        if before is None:
-            del os.environ[TEACHER_VARIABLE]
-        else:
-            os.environ[TEACHER_VARIABLE] = before
 
 
 def _images_to_export(target: DatasetConfiguration) -> dict[str, CaseFiles]:
@@ -176,7 +170,10 @@ def write_labels(teacher: Teacher, target: DatasetConfiguration, folder: Path, d
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
             try:
                 predictor.predict_from_files_sequential([case.files], [str(Path(scratch) / "label")])
-            except (OSError, RuntimeError, ValueError) as error:
+            except Exception as error:
+                # The readers raise errors of many classes for a damaged image, and one image must not stop the others.
+                if is_out_of_memory(error):
+                    raise
                 unreadable.append(name)
                 logger.info("%s was left out: %s", name, error)
                 continue

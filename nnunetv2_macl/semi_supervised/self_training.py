@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 from nnunetv2.paths import nnUNet_results
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration
+from nnunetv2_macl.files import sha256
+from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration, read_json
 from nnunetv2_macl.semi_supervised.base import UnlabelledTraining
 from nnunetv2_macl.semi_supervised.pseudo_labels import (
     CHECKPOINT,
     PSEUDO_LABELS_FOLDER,
+    TEACHER_FILE,
     PseudoLabel,
     Teacher,
     WithPseudoLabels,
@@ -38,6 +41,12 @@ class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):
     # fraction of the patches that come from labelled images
     labelled_share: float = 0.5
     default_teacher: str = "nnUNetTrainerMACL"
+
+    def check(self) -> None:
+        super().check()
+        teacher = self.find_teacher()
+        if self._continues:
+            check_same_teacher(Path(self.output_folder), teacher)
 
     def training_loader(self, loader: Any) -> BatchLoader:
         dataset = WithPseudoLabels(loader._data, self.pseudo_labels(), self.label_manager)
@@ -80,11 +89,11 @@ def find_teacher(named: str, target: DatasetConfiguration, fold: int | str, devi
     """
     teacher = Teacher(model_folder(target, named), fold)
     if not teacher.checkpoint.is_file():
-        # without those that are trained on the labels of another model
         there = Path(str(nnUNet_results), target.dataset_name).glob(
             f"*__{target.plans_name}__{target.name}/fold_{fold}/{CHECKPOINT}"
         )
         trainers = {f.parents[1].name.partition("__")[0] for f in there if not (f.parent / PLAN_COPY).is_file()}
+        # Models of self-training are left out, because they have learned from another model.
         trained = sorted(t for t in trainers if not t.startswith(nnUNetTrainerMACLSelfTraining.__name__))
         name = named if Path(named).name == named else nnUNetTrainerMACLSelfTraining.default_teacher
         fix = f"Train it:\n    {command_to_train(target, fold, device, name)}"
@@ -102,9 +111,29 @@ def find_teacher(named: str, target: DatasetConfiguration, fold: int | str, devi
     return teacher
 
 
+def check_same_teacher(run: Path, teacher: Teacher) -> None:
+    """Raise UserError if a self-training has begun with the labels of another model.
+
+    Args:
+        run: Folder of the training's fold.
+        teacher: The model whose labels the training would now use.
+    """
+    labels = run / PSEUDO_LABELS_FOLDER / TEACHER_FILE
+    if not labels.is_file():
+        return
+    there = read_json(labels, f"Move {run} away.")
+    if there["sha256"] != sha256(teacher.checkpoint):
+        raise UserError(
+            f"{run} is trained with the labels of another model ({there['fold_folder']}) than {teacher.checkpoint}. To train "
+            f"with new labels, move it away: {shlex.join(['mv', str(run), f'{run}_before'])}\n"
+            f"To go on with the other model: export {TEACHER_VARIABLE}={shlex.quote(str(Path(there['fold_folder']).parent))}"
+        )
+
+
 def model_folder(target: DatasetConfiguration, named: str) -> Path:
     """Return the folder of a model, given this folder or the name of its trainer."""
     folder = Path(named).expanduser()
-    if folder.is_dir():
+    # A folder of this name need not be a model.
+    if folder.is_dir() and (folder.name != named or (folder / "plans.json").is_file()):
         return folder
     return Path(str(nnUNet_results)) / target.dataset_name / f"{named}__{target.plans_name}__{target.name}"

@@ -47,9 +47,12 @@ class nnUNetTrainerMACLSemi(UnlabelledTraining):
     _teacher_state: Any = None
     steps_done = 0
 
+    def check(self) -> None:
+        super().check()
+        self.semi.check(type(self).__name__)
+
     @exit_on_user_error
     def initialize(self) -> None:
-        self.semi.check(type(self).__name__)
         super().initialize()
         self.targets = targets_of(self.label_manager)
         self.partial_loss = self._build_partial_loss()
@@ -72,8 +75,8 @@ class nnUNetTrainerMACLSemi(UnlabelledTraining):
     # --- unlabelled images -------------------------------------------------------------------------------------------------
 
     def training_loader(self, loader: Any) -> BatchLoader:
-        axes = len(self.configuration_manager.patch_size)
-        return PairedLoader(loader, UnlabelledDataset(self.unlabelled_cases()), axes, self.label_manager)
+        dataset = UnlabelledDataset(self.unlabelled_cases(), self._configuration.normalises_in_mask)
+        return PairedLoader(loader, dataset, len(self.configuration_manager.patch_size), self.label_manager)
 
     # --- training ----------------------------------------------------------------------------------------------------------
 
@@ -106,13 +109,15 @@ class nnUNetTrainerMACLSemi(UnlabelledTraining):
             # With deep supervision the first output is the one at full resolution.
             logits = predicted[0] if isinstance(predicted, (list, tuple)) else predicted
             pseudo = self.targets.from_logits(logits, self.semi.confidence)
+            # The predictions at all depths are not needed during the passes of the student.
+            del predicted, logits
         weight = self.semi.weight_at(self.steps_done / (self.num_epochs * self.num_iterations_per_epoch))
         generator = np.random.default_rng((self.seed, _MIXING_SEED, self.steps_done))
         mix = MIXINGS[self.semi.mixing]
 
         self.optimizer.zero_grad(set_to_none=True)
         losses = {"loss": torch.zeros((), device=self.device), "unlabelled_loss": torch.zeros((), device=self.device)}
-        # The passes run one after the other, so that a step needs as much memory as nnU-Net's step.
+        # The passes run one after the other, so that a step needs little more memory than nnU-Net's step.
         for lesson in mix(Patches(labelled, target), Patches(strong, pseudo), self.targets, generator):
             total = torch.zeros((), device=self.device)
             with self._autocast():

@@ -13,23 +13,30 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor
 
-from nnunetv2_macl.data import Case, open_unchanged
+from nnunetv2_macl.data import Case, open_unchanged, read_outside
 
-# Factor on nnU-Net's probabilities of its intensity transforms. nnU-Net leaves about every fourth patch as it is.
+# Factor on nnU-Net's probabilities of its intensity transforms, which leave about every third patch of one channel as it is.
 _STRONGER = 2.0
 
 
 class UnlabelledDataset:
-    """Preprocessed cases as nnU-Net's data loader reads them, with a segmentation of zeros."""
+    """Preprocessed cases as nnU-Net's data loader reads them, with a segmentation without labels.
 
-    def __init__(self, cases: list[Case]) -> None:
+    Args:
+        cases: The cases.
+        in_mask: Whether the plan normalises within a mask. The segmentation is -1 outside of it, and 0 elsewhere.
+    """
+
+    def __init__(self, cases: list[Case], in_mask: bool) -> None:
         # A name need not be unique, because cases may come from several data sets.
         self.identifiers = [case.file for case in cases]
+        self.in_mask = in_mask
 
     def load_case(self, identifier: str) -> tuple[Any, np.ndarray, None, dict[str, Any]]:
         """Return image (C, *volume), segmentation (1, *volume), None and properties without locations of classes."""
         data = open_unchanged(identifier)
-        return data, np.broadcast_to(np.zeros((), np.int8), (1, *data.shape[1:])), None, {"class_locations": {}}
+        zeros = np.broadcast_to(np.zeros((), np.int8), (1, *data.shape[1:]))
+        return data, read_outside(identifier) if self.in_mask else zeros, None, {"class_locations": {}}
 
 
 class WeakAndStrong:
@@ -55,9 +62,6 @@ class WeakAndStrong:
                 self.geometry.append(transform)
 
     def __call__(self, image: Tensor, segmentation: Tensor) -> dict[str, Tensor]:
-        for mask in self.masking:
-            # nnU-Net's normalisation leaves 0 outside of the mask, which only labelled cases have in their segmentation.
-            segmentation[0][(image[mask.apply_to_channels] == 0).all(0)] = -1
         weak = _apply(self.geometry, {"image": image, "segmentation": segmentation})
         strong = _apply(self.intensity, {**weak, "image": weak["image"].clone()})
         views = [_apply(self.masking, view)["image"] for view in (weak, strong)]

@@ -55,7 +55,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
     finetuning_optimizer: str = "sgd"
     # number of epochs in which the learning rate rises linearly, before nnU-Net's schedule
     warmup_epochs: int = 0
-    # whether to keep nnU-Net's initial weights
+    # whether to start from nnU-Net's random weights instead of pre-trained ones
     from_scratch: bool = False
 
     def __init__(
@@ -152,7 +152,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         transfer = transfer_to(self._configuration, state, pretrained)
         fresh = kernel_norms(module)
         module.load_state_dict({**state, **transfer.weights})
-        # Only steps of SGD shrink with the square of the norm. AdamW did not benefit from scaled kernels.
+        # Relative to a kernel, a step of SGD shrinks with the square of the norm. AdamW did not benefit from scaled kernels.
         rescaled = bool(fresh) and isinstance(self.optimizer, torch.optim.SGD)
         if rescaled:
             rescale_kernels(module, fresh)
@@ -175,7 +175,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         return DatasetConfiguration.from_plans(self.plans_manager, self.configuration_name, self.dataset_json)
 
     def _report(self, pretrained: checkpoints.PretrainedWeights, transfer: Transfer, rescaled: bool) -> None:
-        # first, because nnU-Net logs its split, and a report reads the lines about the weights together
+        # first, because nnU-Net logs its split here, and a report reads the lines about the weights as one block
         seen = None if self.fold == "all" else self._seen_before(pretrained)
         lines = [f"{pretrained.origin} weights from {', '.join(str(file) for file in pretrained.files)}"]
         for part in ("encoder", "decoder"):

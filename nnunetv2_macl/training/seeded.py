@@ -36,7 +36,7 @@ class SeededTraining(nnUNetTrainer):
     def get_dataloaders(self) -> tuple[Iterator, Iterator]:
         """Return nnU-Net's loaders for training and validation, with a seed for each batch."""
         workers = get_allowed_n_proc_DA()
-        with _environment(nnUNet_n_proc_DA="0"):
+        with environment(nnUNet_n_proc_DA="0"):
             single_threaded = super().get_dataloaders()
         training, validation = (augmenter.data_loader for augmenter in single_threaded)
         epochs = range(self.current_epoch, self.num_epochs)
@@ -78,7 +78,8 @@ class SeededBatches(Dataset):
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str) -> Iterator[None]:
+    """Set environment variables within the context."""
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:
