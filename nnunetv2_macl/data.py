@@ -36,6 +36,8 @@ _SHARED_PART = 0.8
 _SHARED_MEMORY = Path("/dev/shm")
 # A batch beyond this size takes so long to read that each worker needs only one in hand.
 _LARGE_BATCH = 100 * 2**20
+# ending of the file with the mask of a preprocessed unlabelled case
+MASK_ENDING = ".mask"
 _MMAP = {} if os.name == "nt" else {"mmap_mode": "r"}
 
 
@@ -327,17 +329,14 @@ def open_unchanged(file: str) -> blosc2.NDArray:
     return volume
 
 
-def mask_file(case: str) -> str:
-    """Return nnU-Net's file with the segmentation of a preprocessed case. It is -1 outside of the mask of the normalisation."""
-    return f"{case.removesuffix('.b2nd')}_seg.b2nd"
-
-
 def read_outside(file: str) -> np.ndarray:
     """Return where a preprocessed case is outside of the mask of the normalisation, (1, *volume) int8: -1 there, 0 elsewhere.
 
-    The labels that the same file of a labelled case holds are not returned.
+    nnU-Net marks these voxels in the segmentation of a labelled case. Its labels are not returned.
     """
-    return -(open_unchanged(mask_file(file))[:] == -1).astype(np.int8)
+    stem = file.removesuffix(".b2nd")
+    ours = f"{stem}{MASK_ENDING}"
+    return -(open_unchanged(ours if os.path.exists(ours) else f"{stem}_seg.b2nd")[:] == -1).astype(np.int8)
 
 
 def plan_reading_here(batch_bytes: int, processes: int = 1) -> Reading:

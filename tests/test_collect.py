@@ -242,6 +242,23 @@ def test_an_incomplete_copy_of_a_series_does_not_replace_it(tmp_path, raw):
     assert left_out["taken"] == "no" and left_out["reason"].startswith("duplicate") and "/few/" in left_out["source"]
 
 
+@pytest.mark.parametrize("folder", ["imagesTs", "imagesTr"])
+def test_images_that_were_set_aside_are_not_collected_again(tmp_path, raw, folder):
+    """They would be pre-trained on."""
+    for number in (1, 2):
+        write_series(tmp_path / "tree" / str(number), volume(number), f"1.{number}", f"ID {number}")
+    collect(tmp_path / "tree", "28", private_folder=tmp_path / "private", processes=1)
+    unlabelled = raw / "Dataset028_Collected" / "imagesUn"
+    moved, kept = sorted(unlabelled.iterdir())
+    unlabelled.with_name(folder).mkdir()
+    moved.rename(unlabelled.with_name(folder) / moved.name)
+    write_series(tmp_path / "tree" / "3", volume(3), "1.3", "ID 3")
+    table = collect(tmp_path / "tree", "28", private_folder=tmp_path / "private", processes=1)
+    there = {path.name for path in unlabelled.iterdir()}
+    assert len(there) == 2 and kept.name in there and moved.name not in there
+    assert {row["image"] for row in rows(table)} == there | {moved.name}
+
+
 def test_a_copy_does_not_contain_the_name_of_its_source(tmp_path, raw):
     tree = tmp_path / "tree"
     write_nifti(tree / "image.nii.gz", volume(1))

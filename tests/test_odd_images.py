@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,6 +42,8 @@ class Volumes:
 
     name = "3d_fullres"
     patch_size = (16, 32, 32)
+    plans_manager = SimpleNamespace(transpose_forward=[0, 1, 2])
+    normalises_in_mask = False
 
 
 def write(file, array=VOLUME):
@@ -244,6 +247,19 @@ def test_a_single_slice_is_no_volume(tmp_path):
     # An image that cannot be read is reported when it is read.
     (tmp_path / "broken.nii.gz").write_bytes(b"")
     assert whats_flat(Volumes, CaseFiles([str(tmp_path / "broken.nii.gz")], None, 1, [])) is None
+
+
+def test_a_slice_of_another_orientation_than_the_plan_s_is_left_out(tmp_path):
+    """nnU-Net would repeat a line of it into a slice."""
+    slices = SimpleNamespace(name="2d", patch_size=(32, 32), plans_manager=SimpleNamespace(transpose_forward=[2, 0, 1]))
+
+    def flat(name, array):
+        write(tmp_path / name, array)
+        return whats_flat(slices, CaseFiles([str(tmp_path / name)], None, 1, []))
+
+    for ending in (".nii.gz", ".mha"):
+        assert "orientation" in flat(f"axial{ending}", VOLUME[0]) and "orientation" in flat(f"one{ending}", VOLUME[:1])
+        assert flat(f"sagittal{ending}", VOLUME[..., :1]) is None and flat(f"volume{ending}", VOLUME) is None
 
 
 def test_single_slices_among_volumes_are_left_out(target, tmp_path, monkeypatch, caplog):

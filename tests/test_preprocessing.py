@@ -16,7 +16,13 @@ from nnunetv2_macl.doctor.dataset import images
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled, unlabelled_folder
-from nnunetv2_macl.preprocessing.sources import find_sources, training_cases
+from nnunetv2_macl.preprocessing.sources import (
+    CaseFiles,
+    drop_second_names,
+    find_sources,
+    identities_of,
+    training_cases,
+)
 from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.synthetic import generate_dataset
 
@@ -165,6 +171,60 @@ def test_a_channel_is_not_taken_for_another_that_is_missing(workspace):
     (other / "dataset.json").write_text(json.dumps(description | {"channel_names": {"0": "MR0", "1": "PET"}}))
     with pytest.raises(UserError, match=r"case_000 lacks channel MR0 \(_0000\)"):
         run(datasets=["Dataset904_Two"])
+
+
+def test_one_map_of_channels_serves_several_data_sets(workspace):
+    """One of the data sets has another name for the channel, and the other one has DATASET's name."""
+    for name, channel in (("Dataset905_Same", "MR0"), ("Dataset906_Other", "T1")):
+        generate_dataset(workspace.raw / name, labelled=1, unlabelled=1, test=0, shape=(6, 40, 48), seed=5)
+        file = workspace.raw / name / "dataset.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"channel_names": {"0": channel}}))
+    sources = find_sources(load(), ["Dataset905_Same", "Dataset906_Other"], {"MR0": "T1"})
+    assert [len(source.cases) for source in sources[1:]] == [2, 2]
+
+
+def test_a_single_file_may_hold_the_first_channel_alone(workspace):
+    """Most cases of the other data set lack the second channel, which is not needed."""
+    other = workspace.raw / "Dataset904_Two"
+    generate_dataset(other, labelled=0, unlabelled=3, test=0, shape=(6, 40, 48), channels=2, seed=5)
+    description = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps(description | {"channel_names": {"0": "MR0", "1": "PET"}}))
+    for case in ("case_000", "case_001"):
+        (other / "imagesUn" / f"{case}_0001.nii.gz").unlink()
+    (other / "imagesUn" / "case_002_0001.nii.gz").unlink()
+    os.symlink("/nowhere", other / "imagesUn" / "case_002_0001.nii.gz")
+    assert len(run(datasets=["Dataset904_Two"]).cases) == 7
+
+
+def test_cases_that_share_a_file_are_different_cases(workspace):
+    """An empty image stands for a channel that some cases lack. A link to a labelled case is still not used."""
+    files = {case: [f"/{case}", "/empty"] for case in ("a", "b", "c")} | {"second_name_of_a": ["/a", "/empty"]}
+    cases = {case: CaseFiles(paths, None, 1, [], [(0, hash(path)) for path in paths]) for case, paths in files.items()}
+    assert list(drop_second_names(cases, set(), set())) == ["a", "b", "c"]
+    assert list(drop_second_names(cases, {(0, hash("/a"))}, set())) == ["b", "c"]
+    for name in ("p", "q", "empty"):
+        (workspace.folder / name).touch()
+    own, shared = (os.stat(workspace.folder / name) for name in ("p", "empty"))
+    labelled = [[str(workspace.folder / name), str(workspace.folder / "empty")] for name in ("p", "q")]
+    found = identities_of([*labelled, labelled[0]])
+    assert (own.st_dev, own.st_ino) in found and (shared.st_dev, shared.st_ino) not in found
+
+
+@pytest.mark.parametrize("place", ["own", "other"])
+def test_images_on_a_disk_that_is_not_mounted_are_missed(workspace, place):
+    other = workspace.raw / "Dataset902_Other"
+    generate_dataset(other, labelled=2, unlabelled=1, test=0, shape=(6, 30, 30), seed=5)
+    run(datasets=["Dataset902_Other"])
+    folder = (other if place == "other" else workspace.raw / DATASET) / "imagesUn"
+    folder.rename(workspace.folder / "disk")
+    folder.symlink_to(workspace.folder / "not_mounted")
+    with pytest.raises(UserError, match=f"{folder}.*does not exist. Mount it"):
+        run(datasets=["Dataset902_Other"])
+    if place == "own":  # the folder into which a disk would be mounted
+        folder.unlink()
+        folder.mkdir()
+        with pytest.raises(UserError, match=f"{folder} is empty.*4 images"):
+            run(datasets=["Dataset902_Other"])
 
 
 def test_labelled_images_among_the_unlabelled_count_once(workspace, caplog):

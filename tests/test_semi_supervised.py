@@ -25,7 +25,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_macl.compare.study import Options, parse_arm
-from nnunetv2_macl.data import mask_file
+from nnunetv2_macl.data import MASK_ENDING
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.nnunet import GROUP_VARIABLE, TEACHER_VARIABLE, DatasetConfiguration
@@ -230,17 +230,17 @@ def test_the_mask_of_an_unlabelled_image_is_nnunets(masked):
 def test_images_preprocessed_without_masks_are_preprocessed_again(masked):
     target, _, _ = masked
     cases = preprocess_unlabelled(target, [], processes=1).cases
-    assert all(Path(mask_file(case.file)).is_file() for case in cases)
+    assert all(Path(case.file).with_suffix(MASK_ENDING).is_file() for case in cases)
     folder = Path(cases[0].file).parent
     for record in folder.glob("*.json"):
         content = json.loads(record.read_text())
         content["made_from"]["plan"] = target.preprocessing_checksum()
         record.write_text(json.dumps(content))
     (folder / ".index").unlink()
-    for file in folder.glob("*_seg.b2nd"):
+    for file in folder.glob(f"*{MASK_ENDING}"):
         file.unlink()
     assert preprocess_unlabelled(target, [], processes=1).cases == cases
-    assert all(Path(mask_file(case.file)).is_file() for case in cases)
+    assert all(Path(case.file).with_suffix(MASK_ENDING).is_file() for case in cases)
 
 
 def test_the_partial_loss_is_nnunets_loss_where_no_voxel_is_ignored(trainer_of):

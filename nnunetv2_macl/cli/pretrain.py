@@ -112,7 +112,12 @@ def pretrain_entry() -> None:
 
         if arguments["processes"] < 1:
             raise UserError(f"-np must be 1 or more, got {arguments['processes']}.")
-        arguments["channel_map"] = dict(arguments["channel_map"] or {})
+        pairs = arguments["channel_map"] or []
+        arguments["channel_map"] = dict(pairs)
+        if twice := [f"{ours}={theirs}" for ours, theirs in pairs if arguments["channel_map"][ours] != theirs]:
+            raise UserError(
+                f"--channel_map names a channel twice: {twice[0]} and another pair. Give one name for each channel."
+            )
         pretrain(arguments.pop("dataset_name_or_id"), **arguments, **parse_settings(settings, "Command line"))
 
     run(action)

@@ -39,7 +39,7 @@ from nnunetv2_macl.files import is_utf8, write_error
 from nnunetv2_macl.main_guard import require_main_guard
 from nnunetv2_macl.messages import progress_bar
 from nnunetv2_macl.nnunet import read_dataset_json
-from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER
+from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, require_target
 from nnunetv2_macl.raw_data import DESCRIPTION, raw_data_set, write_description
 from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training.run_folder import RunLock
@@ -128,6 +128,7 @@ def collect(
                 "would get other pseudonyms. Put the old key back, or collect into a new data set: -d"
             )
         images = folder / UNLABELLED_FOLDER
+        require_target(images)
         _require_listed(images, earlier, table)
         # This removes a last line that a killed run has cut short.
         write_table(earlier, table)
@@ -366,11 +367,17 @@ def _make(
 ) -> list[Row]:
     """Make the images that do not exist yet. Return a row for each candidate.
 
-    An image from another tree is never replaced, except a DICOM series by the same series with more slices.
+    An image from another tree is never replaced, except a DICOM series by the same series with more slices. An image that was
+    moved to the training or test images of the data set is not made again: it would be pre-trained on.
     """
     made = {row.image: row for row in earlier if row.taken == TAKEN}
-    done, incomplete, todo = [], [], []
+    done, incomplete, todo, moved = [], [], [], 0
     for candidate in candidates:
+        if any((images.with_name(folder) / candidate.row.image).is_file() for folder in ("imagesTr", "imagesTs")):
+            earlier_row = made.get(candidate.row.image)
+            done.append(replace(candidate.row, voxels=earlier_row.voxels if earlier_row else candidate.row.voxels))
+            moved += 1
+            continue
         row, image, here = made.get(candidate.row.image), images / candidate.row.image, len(candidate.files)
         from_elsewhere = row is not None and row.source != candidate.row.source
         if row and row.content == candidate.row.content and image.is_file():
@@ -382,6 +389,8 @@ def _make(
             todo.append(candidate)
     if done:
         logger.info("Already collected: %s", pluralise(len(done), "image"))
+    if moved:
+        logger.info("%s of them are in imagesTr or imagesTs, and are not written to %s again", moved, images)
     rows = [*done, *incomplete]
     if not todo:
         return rows

@@ -28,9 +28,9 @@ from nnunetv2_macl.files import atomic_write, resource_folder, write_json
 from nnunetv2_macl.nnunet import preprocessed_folder, raw_folder, read_dataset_json, read_json
 from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
-    RawFile,
     drop_second_names,
     group_channels,
+    identities_of,
     named_in_header,
     pick_channels,
     sidecars,
@@ -79,7 +79,7 @@ class RawImages:
                     f"Case {case} has no label: {entry['label']} does not exist. Put it there, or the image into "
                     f"{folder / UNLABELLED_FOLDER}."
                 )
-        used = {RawFile.inspect(file).identity for entry in labelled.values() for file in entry["images"]}
+        used = identities_of(entry["images"] for entry in labelled.values())
         files = group_channels(folder / UNLABELLED_FOLDER, ending)
         unlabelled, wrong = pick_channels(files, list(range(len(names))), names)
         for reason in wrong.values():
@@ -91,7 +91,7 @@ class RawImages:
             logger.warning("Left out: %s", reason)
         return cls(
             {str(case): entry for case, entry in labelled.items()},
-            {case: found.files for case, found in drop_second_names(unlabelled, used).items()},
+            {case: found.files for case, found in drop_second_names(unlabelled, used, set()).items()},
             dataset_json,
         )
 

@@ -35,7 +35,7 @@ def plan_network(
     size: str | None = None,
     name: str | None = None,
 ) -> Path:
-    """Write a copy of an nnU-Net plan with another network. Both plans use the same preprocessed images.
+    """Write a copy of an nnU-Net plan with another network. Both plans use the same preprocessed labelled images.
 
     If a plan of that name exists and has the same network in other configurations, this configuration is added to it.
 

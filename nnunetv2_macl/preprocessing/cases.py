@@ -1,9 +1,9 @@
 """Preprocess each unlabelled image once.
 
 A case is two files: ``CASE.b2nd`` (C, *volume) float32 and, written last, ``CASE.json``, which records the images and the plan
-that it was made from. If the plan normalises within a mask, ``CASE_seg.b2nd`` (1, *volume) int8 is -1 outside of it and 0 inside,
-as in nnU-Net's own files. A case is made again if its record does not match. The `index` lists the cases that are done, so that a
-new run need not open every record. nnU-Net's own folders are only read.
+that it was made from. If the plan normalises within a mask, ``CASE.mask`` (1, *volume) int8 is -1 outside of it and 0 inside. A
+case is made again if its record does not match. The `index` lists the cases that are done, so that a new run need not open every
+record. nnU-Net's own folders are only read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 
 from nnunetv2_macl.cpu import usable_cores
-from nnunetv2_macl.data import Case, mask_file
+from nnunetv2_macl.data import MASK_ENDING, Case
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import atomic_write, remove_temporary, write_json
@@ -50,6 +50,7 @@ from nnunetv2_macl.preprocessing.index import Index
 from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
     CaseFiles,
+    Identity,
     Source,
     drop_second_names,
     find_sources,
@@ -181,16 +182,16 @@ def sources_in_use(
     sources = find_sources(configuration, datasets, channel_map)
     _require_raw_images(configuration, unlabelled_folder(configuration) / configuration.dataset_name, sources)
     labelled = {case.name for case in training_cases(configuration)}
-    used = labelled_identities(configuration)
+    images, seen = labelled_identities(configuration), set[frozenset[Identity]]()
     return [
-        _counted_once(source, labelled if source.dataset_name == configuration.dataset_name else set(), used)
+        _counted_once(source, labelled if source.dataset_name == configuration.dataset_name else set(), images, seen)
         for source in sources
     ]
 
 
-def _counted_once(source: Source, labelled: set[str], used: set[tuple[int, int]]) -> Source:
+def _counted_once(source: Source, labelled: set[str], images: set[Identity], seen: set[frozenset[Identity]]) -> Source:
     named_otherwise = {name: files for name, files in source.cases.items() if name not in labelled}
-    cases = drop_second_names(named_otherwise, used)
+    cases = drop_second_names(named_otherwise, images, seen)
     if twice := sorted(named_otherwise.keys() - cases.keys()):
         logger.info(
             "%d images of %s are also labelled cases or have a second name. Each is used once: %s",
@@ -213,7 +214,9 @@ def index_of(configuration: DatasetConfiguration, source: Source) -> Index:
     """Return the index of the preprocessed cases of a source."""
     signature = configuration.preprocessing_checksum()
     if configuration.normalises_in_mask:
-        signature += " with masks"  # version 0.1 wrote no masks
+        # version 0.1 wrote no masks
+        values = configuration.manager.configuration
+        signature += f" with masks {values['resampling_fn_seg']} {values['resampling_fn_seg_kwargs']}"
     return Index(unlabelled_folder(configuration) / source.dataset_name, signature)
 
 
@@ -226,12 +229,13 @@ def made_of(source: Source, files: CaseFiles, index: Index) -> dict[str, Any]:
 def _require_raw_images(configuration: DatasetConfiguration, folder: Path, sources: Sequence[Source]) -> None:
     """Raise UserError if the raw images are missing, because preprocessed ones cannot be checked without them."""
     raw = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
-    if raw.exists() or any(source.dataset_name == configuration.dataset_name for source in sources):
+    if any(source.dataset_name == configuration.dataset_name for source in sources):
         return
     if there := len(list(folder.glob("*.json"))):
         raise UserError(
-            f"{raw} is missing, but {folder} holds {there} images that were preprocessed from it. Restore {UNLABELLED_FOLDER} "
-            f"(a link is enough), or delete the preprocessed images: rm -r {shlex.quote(str(folder))}"
+            f"{raw} {'is empty' if raw.exists() else 'is missing'}, but {folder} holds {there} images that were preprocessed "
+            f"from it. Mount or restore {UNLABELLED_FOLDER} (a link is enough), or delete the preprocessed images: "
+            f"rm -r {shlex.quote(str(folder))}"
         )
 
 
@@ -326,8 +330,9 @@ def _preprocess_case(
         data, outside, spacing = preprocess_case(_configuration, case, reader)
     except UnusableImageError as error:
         return str(error), isinstance(error, FlatImageError)
+    Path(f"{target}.json").unlink(missing_ok=True)  # until both files are written, the case is not done
     if _configuration.normalises_in_mask:
-        _write_array(outside, Path(mask_file(str(target))))
+        _write_array(outside, Path(f"{target}{MASK_ENDING}"))
     _write_case(data, target, fingerprint, spacing)
     return None, False
 
@@ -382,33 +387,37 @@ def preprocess_case(
 
 
 def whats_flat(configuration: DatasetConfiguration, case: CaseFiles) -> str | None:
-    """Return why a single slice cannot be used in 3D. Return None for a volume, and for a 2D configuration.
+    """Return why a single slice cannot be used. Return None for a volume, and for a slice that a 2D configuration can use.
 
-    Scouts and localizers are common in archives. nnU-Net's resampling would repeat the slice into a volume.
+    Scouts and localizers are common in archives. nnU-Net's resampling would repeat the slice into a volume, or a line of it into
+    a slice if the plan's slices have another orientation.
     """
-    if len(configuration.patch_size) == 2:
-        return None
+    axes = configuration.plans_manager.transpose_forward[-len(configuration.patch_size) :]
     for file in case.files:
         # An image that cannot be read is reported when it is read.
         with contextlib.suppress(Exception):
             size = _voxels(file)
-            if 0 not in size and (len(size) == 2 or 1 in size):
+            volume = [1] * (3 - len(size)) + size
+            if size and 0 not in size and any(volume[axis] == 1 for axis in axes):
                 shape = "x".join(map(str, size))
-                return f"{file} is a single slice ({shape} voxels), and {configuration.name} is trained on volumes."
+                trained_on = "volumes" if len(axes) == 3 else "slices of another orientation"
+                return (
+                    f"{file} is a single slice ({shape} voxels), and {configuration.name} is trained on {trained_on}."
+                )
     return None
 
 
 def _voxels(file: str) -> list[int]:
-    """Return the number of voxels on each axis from the header."""
+    """Return the number of voxels on each axis from the header, in the order in which nnU-Net reads them."""
     if _is_nifti(file):
-        return list(nibabel.load(file).shape[:3])  # type: ignore[attr-defined]
+        return list(nibabel.load(file).shape[:3])[::-1]  # type: ignore[attr-defined]
     if file.lower().endswith((".tif", ".tiff")):
         shape, is_colour = _shape_of_tiff(file)
         return shape[:-1] if is_colour else shape
     header = sitk.ImageFileReader()
     header.SetFileName(file)
     header.ReadImageInformation()
-    return list(header.GetSize())[:3]
+    return list(header.GetSize())[:3][::-1]
 
 
 def _shape_of_tiff(file: str) -> tuple[list[int], bool]:
@@ -448,7 +457,9 @@ def read_case(
         raise UnusableImageError(f"{names} cannot be used: {reason}.{_lower_case_endings(case.files)}") from error
     print(printed.getvalue(), end="")
     if case.channels is not None:
-        if images.ndim != 4 or len(images) != case.channels_in_file:
+        # Where most cases have one file, it may hold all channels, or the first one alone.
+        is_first_alone = case.channels == [0] and len(images) == 1
+        if images.ndim != 4 or (len(images) != case.channels_in_file and not is_first_alone):
             raise UnusableImageError(
                 f"{names} holds {len(images)} channel(s); its data set has {case.channels_in_file}. Put each channel into its "
                 "own file, or all into one."
@@ -585,7 +596,6 @@ def _whats_wrong(configuration: DatasetConfiguration, images: np.ndarray) -> str
 
 
 def _write_case(data: np.ndarray, target: Path, fingerprint: dict[str, Any], spacing: list[float]) -> None:
-    Path(f"{target}.json").unlink(missing_ok=True)
     written = _write_array(data, Path(f"{target}.b2nd"))
     record = {
         "shape": list(data.shape),

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import stat
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +37,9 @@ _SAME_FORMAT = ((".nii.gz", ".nii"), (".tif", ".tiff"))
 _DATA_FILE = re.compile(rb"^(?:ElementDataFile *=|data ?file:) *([^\r\n]+)(.*)", re.MULTILINE | re.DOTALL)
 _LONGEST_HEADER = 1 << 16
 
+# device and inode of a file, which are the same for every name of it
+Identity = tuple[int, int]
+
 
 class CaseFiles(NamedTuple):
     """Files of one case in the order of DATASET's channels, or one file and the channels to take from it."""
@@ -47,8 +50,7 @@ class CaseFiles(NamedTuple):
     channels_in_file: int
     # Name, size in bytes and time of change in ns of each file, and of the files that are read with it
     fingerprint: list[list[str | int]]
-    # Device and inode of each file, which are the same for every name of an image
-    identities: Sequence[tuple[int, int]] = ()
+    identities: Sequence[Identity] = ()
 
 
 class RawFile(NamedTuple):
@@ -61,7 +63,7 @@ class RawFile(NamedTuple):
 
     path: str
     fingerprint: list[str | int] = []
-    identity: tuple[int, int] = (0, 0)
+    identity: Identity = (0, 0)
     problem: str | None = None
     companions: list[list[str | int]] = []
 
@@ -154,10 +156,6 @@ def find_sources(
     """
     sources = []
     own = raw_folder(configuration.dataset_name) / UNLABELLED_FOLDER
-    if own.is_symlink() and not own.is_dir():
-        raise UserError(
-            f"{own} is a link to {os.path.realpath(own)}, which does not exist. Mount it, or remove the link."
-        )
     ending = configuration.dataset_json["file_ending"]
     files = group_channels(own, ending)
     if files:
@@ -264,7 +262,8 @@ def _match_channels(
     ours = configuration.channel_names
     if unknown := [key for key in channel_map if key not in ours]:
         raise UserError(f"--channel_map: {configuration.dataset_name} has no channel {unknown[0]!r}, it has {ours}.")
-    wanted = [channel_map.get(channel, channel) for channel in ours]
+    # One map serves several data sets, so a data set may also have the channel under DATASET's own name.
+    wanted = [channel_map[c] if channel_map.get(c) in theirs else c for c in ours]
     if wanted == theirs:
         return list(range(len(ours)))
     if all(theirs.count(channel) == 1 for channel in wanted) and len(set(wanted)) == len(wanted):
@@ -278,8 +277,21 @@ def _match_channels(
     )
 
 
+def require_target(folder: Path) -> None:
+    """Raise UserError if a folder is a link that leads nowhere, for example to a disk that is not mounted."""
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(
+            f"{folder} is a link to {os.path.realpath(folder)}, which does not exist. Mount it, or remove the link."
+        )
+
+
 def group_channels(folder: Path, ending: str) -> dict[str, dict[int, RawFile]]:
-    """Return the files CASE_0000ENDING, CASE_0001ENDING, ... of a folder by case and channel."""
+    """Return the files CASE_0000ENDING, CASE_0001ENDING, ... of a folder by case and channel.
+
+    Raises:
+        UserError: The folder is a link that leads nowhere, or cannot be read.
+    """
+    require_target(folder)
     if not folder.is_dir():
         return {}
     try:
@@ -333,7 +345,7 @@ def pick_channels(
     for case, by_channel in files.items():
         missing = [c for c in channels if c not in by_channel]
         unknown = [c for c in by_channel if c >= len(names)]
-        wrong = [file.problem for file in by_channel.values() if file.problem]
+        wrong = [f.problem for c, f in by_channel.items() if f.problem and (c in channels or len(by_channel) == 1)]
         if wrong:
             invalid_cases[case] = wrong[0]
         elif one_file and list(by_channel) == [0]:
@@ -361,26 +373,47 @@ def _case_files(files: Sequence[RawFile], channels: list[int] | None, channels_i
     )
 
 
-def drop_second_names(cases: dict[str, CaseFiles], used: set[tuple[int, int]]) -> dict[str, CaseFiles]:
-    """Return the cases whose images are not in ``used``, and add their images to ``used``.
+def drop_second_names(
+    cases: dict[str, CaseFiles], labelled: set[Identity], seen: set[frozenset[Identity]]
+) -> dict[str, CaseFiles]:
+    """Return the cases that show no labelled image and are not in ``seen``, and add them to ``seen``.
 
-    A link gives an image a second name. By this name it could be used twice, or although it is held out.
+    A link gives an image a second name. By this name it could be used twice, or although it is held out. Different cases may
+    share a file, such as an empty image that stands for a missing channel.
+
+    Args:
+        cases: Files by case.
+        labelled: Identities of the labelled images, see `identities_of`.
+        seen: Identities of each case that is used already.
     """
     kept = {}
     for name, case in cases.items():
-        if used.isdisjoint(case.identities):
+        files = frozenset(case.identities)
+        if labelled.isdisjoint(files) and files not in seen:
             kept[name] = case
-            used.update(case.identities)
+            seen.add(files)
     return kept
 
 
-def labelled_identities(configuration: DatasetConfiguration) -> set[tuple[int, int]]:
-    """Return device and inode of each raw image of DATASET's labelled cases."""
-    folder, files = raw_folder(configuration.dataset_name), []
-    if "dataset" in configuration.dataset_json:
-        listed = _listed_images(folder, configuration.dataset_json).values()
-        files = [path for entry in listed for path in entry["images"]]
-    return {RawFile.inspect(str(file)).identity for file in [*files, *(folder / "imagesTr").glob("*")]}
+def identities_of(cases: Iterable[Iterable[str]]) -> set[Identity]:
+    """Return the identity of each file of some cases, without files that different cases share.
+
+    Args:
+        cases: Paths of the files of each case.
+    """
+    different = {frozenset(RawFile.inspect(file).identity for file in files) for files in cases}
+    counts = Counter(identity for files in different for identity in files)
+    return {identity for identity, number in counts.items() if number == 1}
+
+
+def labelled_identities(configuration: DatasetConfiguration) -> set[Identity]:
+    """Return the identities of the raw images of DATASET's labelled cases, see `identities_of`."""
+    folder, content = raw_folder(configuration.dataset_name), configuration.dataset_json
+    listed = _listed_images(folder, content).values() if "dataset" in content else []
+    there = group_channels(folder / "imagesTr", content["file_ending"]).values()
+    return identities_of(
+        [*(entry["images"] for entry in listed), *([file.path for file in files.values()] for files in there)]
+    )
 
 
 def without_spacing(source: Source) -> list[str]:
