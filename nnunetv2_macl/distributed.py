@@ -41,8 +41,8 @@ def local_rank() -> int:
 
 
 def ranks_on_this_machine() -> int:
-    """Return the number of ranks on this machine. torchrun sets it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_distributed() else 1
+    """Return the number of ranks on this machine. torchrun sets it, and nnU-Net's own ranks are all on one machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if is_distributed() else 1
 
 
 def started_by_torchrun() -> bool:

@@ -262,7 +262,8 @@ def _plan_to_go_on(
     changed = [
         f"{text} (was {before.get(key)})"
         for (key, value), text in zip(values.items(), settings_as_text(values), strict=True)
-        if before.get(key) != value and key != "patches_at_once"
+        # Settings of the command may be keys of a method that they switch off, which the recipe of the run lacks.
+        if value not in (before.get(key), (plan.settings or {}).get(key, before.get(key))) and key != "patches_at_once"
     ]
     for key, option in (("unlabelled_datasets", "-u"), ("channel_map", "--channel_map")):
         if images[key] and images[key] != getattr(plan, key):

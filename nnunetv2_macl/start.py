@@ -31,13 +31,16 @@ def plan_start(
     Returns:
         ``path``; ``files``, the SHA-256 checksum of each file by its name; ``origin``, ``dataset_name``, ``fold`` and
         ``citations`` of the weights, None or empty if the files do not contain them; ``encoder`` and ``decoder``, the number of
-        loaded tensors; and ``transfer``, lines of text with the loaded tensors of each stage.
+        loaded tensors; ``transfer``, lines of text with the loaded tensors of each stage; and, if the weights are of a
+        pre-training that started from others, ``started_from``, the entry of its plan.
 
     Raises:
         UserError: There are no weights, or less than a quarter of the encoder's parameters fits.
     """
     pretrained = formats.load_weights(weights)
     transfer = _fit(pretrained, configuration, build_model(configuration, geometry, recipe))
+    # The weights may have started from others, which may have seen labels.
+    earlier = (pretrained.description.get("macl_plan") or {}).get("pretrained_weights")
     taken = {part: "{} of {}".format(*transfer.count(part)) for part in ("encoder", "decoder")}
     return {
         "path": str(weights.resolve()),
@@ -48,6 +51,7 @@ def plan_start(
         "citations": pretrained.description.get("citations") or [],
         **taken,
         "transfer": transfer.table().splitlines(),
+        **({"started_from": earlier} if earlier else {}),
     }
 
 

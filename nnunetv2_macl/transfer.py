@@ -239,8 +239,10 @@ class _StageMapping:
         for unit, keys in units.items():
             without_norm = self._without_norm(keys)
             taken = without_norm or keys
-            if all(self._fits(key) for key in taken):
-                self.sources |= {key: self.source_of(key) for key in taken}
+            # A weight has several names, of which dropout changes all but the first.
+            first = {key: self.first_names[key] for key in taken}
+            if all(self._fits(key) for key in first.values()):
+                self.sources |= {key: self.source_of(name) for key, name in first.items()}
                 self.without_norm |= set(without_norm)
                 if unit in self.stems:
                     self.adapted |= {key for key in taken if self._is_adapted(key)}
@@ -280,9 +282,10 @@ class _StageMapping:
         return source.shape == ours.shape
 
     def _is_adapted(self, key: str) -> bool:
-        source, ours = self.source[key], self.state[key]
+        ours = self.state[key]
         if ours.ndim <= 2:
             return False
+        source = self.source[key]
         return not source.shape[1] == ours.shape[1] == self._images(ours) or self.order is not None
 
     def weights(self) -> dict[str, Tensor]:

@@ -91,6 +91,10 @@ def test_fine_tuning_has_the_settings_of_the_paper(workspace):
     paper.initialize()
     assert isinstance(paper.loss, RobustCrossEntropyLoss) and isinstance(paper.optimizer, torch.optim.Adam)
     assert any(isinstance(module, nn.BatchNorm2d) for module in paper.network.modules())
+    # torch's training on several GPUs requires a gradient of every trained parameter.
+    image = torch.randn(2, 1, *paper.configuration_manager.patch_size)
+    paper.network(image).sum().backward()
+    assert all(p.grad is not None for p in paper.network.parameters() if p.requires_grad)
     rates = []
     for epoch in range(paper.num_epochs):
         paper.lr_scheduler.step(epoch)

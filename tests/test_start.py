@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.sharing.model_card import model_card
 from nnunetv2_macl.start import plan_start, start_from_weights
 from nnunetv2_macl.training import resume
+from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 from nnunetv2_macl.transfer import kernel_norms
 
 PRETRAIN = "nnUNetTrainerMACLPretrain"
@@ -88,6 +91,22 @@ def test_the_plan_records_the_weights_only_if_there_are_any(target, nnunet_file)
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match="'pretrained_weights' must be null"):
         read_plan(file)
+
+
+def test_the_plan_records_what_the_weights_had_started_from(target, nnunet_file, workspace):
+    """nnU-Net's weights have seen labels, also if a second pre-training starts from the first one."""
+    options = dict(device="cpu", num_epochs=1, num_iterations_per_epoch=1, batch_size=4)
+    first = pretrain(DATASET, "2d", pretrained_weights=nnunet_file, exclude_fold=1, **options)
+    second = pretrain(DATASET, "2d", pretrained_weights=first, exclude_fold=1, **options)
+    start = json.loads((second / "macl_plan.json").read_text())["pretrained_weights"]
+    assert (start["origin"], start["started_from"]["origin"], start["started_from"]["fold"]) == ("MACL", "nnU-Net", 0)
+    plans = target.plans_manager.plans | {"continue_training": False}
+    trainer = nnUNetTrainerMACL(plans, "2d", 1, target.dataset_json, torch.device("cpu"))
+    trainer.initialize()
+    trainer.load_macl_weights(formats.load_weights(second))
+    assert re.search(
+        rf"WARNING.*nnU-Net weights .*{DATASET}, fold 0.*with their labels", Path(trainer.log_file).read_text()
+    )
 
 
 def test_an_edited_plan_takes_the_weights(target, nnunet_file):

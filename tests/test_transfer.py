@@ -55,7 +55,7 @@ def architecture(kind=PlainConvUNet, axes=2, features=FEATURES, channels=1, stri
 
 def unet(architecture, classes=2, seed=0):
     kwargs = dict(architecture["arch_kwargs"])
-    for key in ("conv_op", "norm_op"):
+    for key in {"conv_op", "norm_op", "dropout_op"} & kwargs.keys():
         kwargs[key] = getattr(nn, kwargs[key].rpartition(".")[2])
     kind = {k.__name__: k for k in KINDS}[architecture["network_class_name"].rpartition(".")[2]]
     torch.manual_seed(seed)
@@ -87,6 +87,20 @@ def transfer(theirs, ours, trained=("encoder.", "decoder.transpconvs.", "decoder
 
 def rows(fitted):
     return {row.part: row for row in fitted.rows}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("has_dropout", ["source", "target"])
+def test_dropout_in_one_of_the_networks_changes_nothing(kind, has_dropout):
+    """Dropout gives the norms other numbers in ``all_modules``, one of the two names of each weight."""
+    plain, dropout = architecture(kind), architecture(kind)
+    dropout["arch_kwargs"] |= {"dropout_op": "torch.nn.Dropout2d", "dropout_op_kwargs": {"p": 0.1}}
+    theirs, ours = (dropout, plain) if has_dropout == "source" else (plain, dropout)
+    fitted, source, _, after = transfer(theirs, ours)
+    encoder = [key for key in after if key.startswith("encoder.")]
+    assert fitted.count("encoder") == (len(encoder), len(encoder))
+    assert all(torch.equal(after[key], source[key]) for key in source if key in after and ".all_modules." not in key)
+    assert len({after[key].data_ptr() for key in encoder}) < len(encoder)
 
 
 @pytest.mark.parametrize("kind", KINDS)

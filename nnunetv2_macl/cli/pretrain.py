@@ -109,7 +109,9 @@ def pretrain_entry() -> None:
         # nnU-Net takes seconds to import, and prints warnings if its folders are not set.
         from nnunetv2_macl.recipe import parse_settings
         from nnunetv2_macl.run import pretrain
+        from nnunetv2_macl.training.signals import ignore_save_requests
 
+        ignore_save_requests()
         if arguments["processes"] < 1:
             raise UserError(f"-np must be 1 or more, got {arguments['processes']}.")
         pairs = arguments["channel_map"] or []

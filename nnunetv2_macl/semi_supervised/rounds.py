@@ -17,6 +17,7 @@ from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration
 from nnunetv2_macl.planning.plan import plan_file, read_plan
 from nnunetv2_macl.preprocessing.cases import sources_in_use
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, CaseFiles
+from nnunetv2_macl.processes import environment
 from nnunetv2_macl.run import add_trainers_folder, check_device
 from nnunetv2_macl.semi_supervised.pseudo_labels import CHECKPOINT, Teacher
 from nnunetv2_macl.semi_supervised.self_training import (
@@ -26,7 +27,6 @@ from nnunetv2_macl.semi_supervised.self_training import (
     nnUNetTrainerMACLSelfTraining,
 )
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory
-from nnunetv2_macl.training.seeded import environment
 
 logger = logging.getLogger(__name__)
 

@@ -196,17 +196,21 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         description = pretrained.description
         if description.get("collapsed"):
             self.print_to_log_file(f"WARNING: these weights are from a run that collapsed: {description['collapsed']}")
-        start = (description.get("macl_plan") or {}).get("pretrained_weights") or {}
-        is_other_fold = self.fold != "all" and str(start.get("fold")) != str(self.fold)
-        if start.get("dataset_name") == self.plans_manager.dataset_name and is_other_fold:
-            labels = (
-                " with their labels, and their Dice will then be too high" if start.get("origin") == "nnU-Net" else ""
-            )
-            self.print_to_log_file(
-                f"WARNING: the pre-training started from {start.get('origin')} weights that were trained on "
-                f"{start['dataset_name']}, fold {start.get('fold')}. That training may have seen this fold's validation "
-                f"cases{labels}."
-            )
+        start = (description.get("macl_plan") or {}).get("pretrained_weights")
+        while start:
+            is_other_fold = self.fold != "all" and str(start.get("fold")) != str(self.fold)
+            if start.get("dataset_name") == self.plans_manager.dataset_name and is_other_fold:
+                labels = (
+                    " with their labels, and their Dice will then be too high"
+                    if start.get("origin") == "nnU-Net"
+                    else ""
+                )
+                self.print_to_log_file(
+                    f"WARNING: the pre-training started from {start.get('origin')} weights that were trained on "
+                    f"{start['dataset_name']}, fold {start.get('fold')}. That training may have seen this fold's validation "
+                    f"cases{labels}."
+                )
+            start = start.get("started_from")
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return nnU-Net's split, cached so that nnU-Net logs it only once."""
@@ -272,6 +276,10 @@ class nnUNetTrainerMACL(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         super().load_checkpoint(filename_or_checkpoint)
         self._continues = True
+        # nnU-Net loads to the GPU. Adam would wait for the GPU to read each counter of steps there.
+        for values in self.optimizer.state.values():
+            if "step" in values:
+                values["step"] = values["step"].cpu()
         self.load_checkpoint_content(torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False))
 
     def load_checkpoint_content(self, checkpoint: dict[str, Any]) -> None:

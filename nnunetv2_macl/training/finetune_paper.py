@@ -40,6 +40,10 @@ class nnUNetTrainerMACLPaper(nnUNetTrainerMACL, nnUNetTrainerNoDA):
         return RobustCrossEntropyLoss(ignore_index=-100 if ignored is None else ignored)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        # Without deep supervision only the last of these layers is used. On several GPUs torch requires a gradient of every
+        # parameter that could have one.
+        for layer in getattr(self.network.decoder, "seg_layers", [])[:-1]:
+            layer.requires_grad_(False)
         optimizer = torch.optim.Adam(self.network.parameters(), self.initial_lr)
         return optimizer, _CosineLR(optimizer, self.initial_lr, self.num_epochs)
 

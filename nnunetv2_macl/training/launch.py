@@ -23,6 +23,7 @@ from torch._inductor import config as inductor
 from nnunetv2_macl import distributed
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.main_guard import require_main_guard
+from nnunetv2_macl.training.signals import ignore_save_requests
 
 
 def train(*, device: str, num_gpus: int, **arguments: Any) -> None:
@@ -108,6 +109,7 @@ def _run_rank(rank: int, ranks: int, port: int, device: str, arguments: dict[str
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
     }  # fmt: skip
+    ignore_save_requests()
     prepare_process(device)
     _join(device)
     run_training(device=torch.device(device), **arguments)

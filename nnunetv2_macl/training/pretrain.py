@@ -27,6 +27,7 @@ from nnunetv2_macl.planning.derive import derive_or_load_plan
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, current_plan, plan_file
 from nnunetv2_macl.preprocessing.cases import Preprocessed
 from nnunetv2_macl.preprocessing.sources import training_cases
+from nnunetv2_macl.processes import environment
 from nnunetv2_macl.recipe import Recipe
 from nnunetv2_macl.training.callbacks.base import Callback
 from nnunetv2_macl.training.callbacks.measuring import BadBatches, CollapseMonitor, EpochLog, Probes
@@ -76,7 +77,9 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     ) -> None:
         show_any_character()
         self._continue_training = bool(plans.get("continue_training"))
-        with exit_on_refused_write(self):
+        # Only rank 0 writes to W&B.
+        one_logger = {} if distributed.rank() == 0 else {"nnUNet_wandb_enabled": "0"}
+        with exit_on_refused_write(self), environment(**one_logger):
             super().__init__(plans, configuration, fold, dataset_json, device)
         self._set_local_device(device)
         self.num_val_iterations_per_epoch = 0
@@ -149,7 +152,9 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             self.logger.local_logger.my_fantastic_logging = {key: [] for key in keys}
             super().initialize()
             self.step = self._build_step()
-            self.logger.update_config({"macl_plan": self.macl_plan.as_json()})
+            if not self._continue_training:
+                # W&B refuses to change what the run has recorded.
+                self.logger.update_config({"macl_plan": self.macl_plan.as_json()})
 
     @contextlib.contextmanager
     def _release_lock_on_error(self) -> Iterator[None]:

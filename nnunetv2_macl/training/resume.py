@@ -76,8 +76,8 @@ def load_checkpoint(folder: Path, run: dict[str, Any], log: Callable[[str], None
         log: Called with a message for the user.
 
     Returns:
-        The checkpoint, or None if there is no file of one. It is on the CPU, because optimisers keep their step counters there;
-        on a GPU each counter would cause a synchronisation.
+        The checkpoint, or None if there is no file of one. It is on the CPU, so that it takes no GPU memory. The
+        optimiser moves each value to the device that it needs.
 
     Raises:
         UserError: A checkpoint has another format version, or all checkpoints are damaged or of another run. No file is renamed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -12,6 +10,8 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch.utils.data import DataLoader, Dataset
+
+from nnunetv2_macl.processes import environment
 
 
 class BatchLoader(Protocol):
@@ -75,17 +75,3 @@ class SeededBatches(Dataset):
         np.random.seed(drawn[0])
         torch.manual_seed(int(drawn[1]))
         return self.loader.generate_train_batch()
-
-
-@contextlib.contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """Set environment variables within the context."""
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key)
-            if value is not None:
-                os.environ[key] = value

@@ -89,6 +89,12 @@ class Signals:
         self._save = True
 
 
+def ignore_save_requests() -> None:
+    """Ignore the signal that asks for a checkpoint, until `Signals.install`. It would end a run that has not yet trained."""
+    for number in _SAVE:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def ignore_in_worker(worker: int) -> None:
     """Make a data worker ignore the signals, which a cluster sends to all processes. The training process ends the workers."""
     for number in (*_STOP, *_SAVE):

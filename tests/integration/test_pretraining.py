@@ -307,6 +307,14 @@ def test_changed_options_are_named_when_a_run_continues(workspace):
     with pytest.raises(UserError, match=r"batch_size=8 \(was 4\)") as error:
         pretrain("901", "2d", batch_size=8, recipe="macl", continue_training=True, **options)
     assert "-u" not in str(error.value) and "-recipe" not in str(error.value)
+    # keys of restoration, which this setting switches off
+    switched_off = dict(weight_restoration=0.0, num_epochs=1, num_iterations_per_epoch=1, batch_size=4, **options)
+    folder = pretrain("901", "2d", **switched_off)
+    (folder / "checkpoint_final.pth").rename(folder / "checkpoint_latest.pth")
+    pretrain("901", "2d", continue_training=True, **switched_off)
+    with pytest.raises(UserError, match="weight_restoration=1"):
+        pretrain("901", "2d", continue_training=True, **(switched_off | {"weight_restoration": 1.0}))
+    pretrain("901", "2d", num_epochs=1, num_iterations_per_epoch=1, batch_size=4, **options)
     with pytest.raises(UserError, match=r"-recipe restore \(was macl\)"):
         pretrain("901", "2d", recipe="restore", continue_training=True, **options)
     # a run that writes no weights takes none away
