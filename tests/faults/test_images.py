@@ -84,7 +84,7 @@ FILES = {
     "turned": (".nii.gz", lambda f: write(f, direction=TURNED), None),
     "flipped axes": (".nii.gz", lambda f: write(f, direction=np.diag([-1, -1, 1])), None),
     "one slice": (".nii.gz", lambda f: write(f, GOOD[:1]), None),
-    "one column": (".nii.gz", lambda f: write(f, GOOD[:, :, :1]), None),
+    "one column": (".nii.gz", lambda f: write(f, GOOD[:, :, :1]), "slices of another orientation"),
     "whole numbers": (".nii.gz", lambda f: write(f, GOOD.astype(np.int16)), None),
     "float64": (".nii.gz", lambda f: write(f, GOOD.astype(np.float64)), None),
     "great whole numbers": (".nii.gz", lambda f: nifti(f, (GOOD * 2**54).astype(np.int64)), "largest value is"),
