@@ -342,7 +342,7 @@ class UnusableImageError(Exception):
 
 
 class FlatImageError(UnusableImageError):
-    """Says that an image is a single slice. A 3D run leaves out such images even without an option."""
+    """Says that an image is a single slice that the configuration cannot use. A run leaves it out even without an option."""
 
 
 def preprocess_case(
