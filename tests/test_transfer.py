@@ -55,7 +55,7 @@ def architecture(kind=PlainConvUNet, axes=2, features=FEATURES, channels=1, stri
 
 def unet(architecture, classes=2, seed=0):
     kwargs = dict(architecture["arch_kwargs"])
-    for key in {"conv_op", "norm_op", "dropout_op"} & kwargs.keys():
+    for key in [key for key in ("conv_op", "norm_op", "dropout_op") if kwargs.get(key)]:
         kwargs[key] = getattr(nn, kwargs[key].rpartition(".")[2])
     kind = {k.__name__: k for k in KINDS}[architecture["network_class_name"].rpartition(".")[2]]
     torch.manual_seed(seed)
