@@ -197,7 +197,7 @@ def test_a_single_file_may_hold_the_first_channel_alone(workspace):
 
 
 def test_cases_that_share_a_file_are_different_cases(workspace):
-    """An empty image stands for a channel that some cases lack. A link to a labelled case is still not used."""
+    """Some cases lack a channel and have a link to one empty image instead. A link to a labelled image is not used."""
     files = {case: [f"/{case}", "/empty"] for case in ("a", "b", "c")} | {"second_name_of_a": ["/a", "/empty"]}
     cases = {case: CaseFiles(paths, None, 1, [], [(0, hash(path)) for path in paths]) for case, paths in files.items()}
     assert list(drop_second_names(cases, set(), set())) == ["a", "b", "c"]
