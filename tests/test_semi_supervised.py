@@ -667,6 +667,28 @@ def test_a_command_that_is_stopped_says_how_to_continue(teacher, monkeypatch):
     assert os.environ[TEACHER_VARIABLE] == teacher.output_folder_base
 
 
+def test_a_command_that_is_stopped_early_goes_on_where_it_was(teacher, monkeypatch):
+    """nnU-Net writes its first regular checkpoint after 50 epochs, and before that only the one of the best epoch."""
+    settings = {"from_scratch": True, "finetuning_epochs": 2, "finetuning_iterations": 2}
+    for key, value in settings.items():
+        monkeypatch.setattr(nnUNetTrainerMACLSelfTraining, key, value)
+    monkeypatch.setenv("nnUNet_extTrainer", "")
+    finished = []
+    on_epoch_end = nnUNetTrainerMACLSelfTraining.on_epoch_end
+
+    def stop_after_the_first(trainer):
+        finished.append(trainer.current_epoch)
+        on_epoch_end(trainer)
+        if len(finished) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(nnUNetTrainerMACLSelfTraining, "on_epoch_end", stop_after_the_first)
+    with pytest.raises(UserError, match="was stopped"):
+        self_train(DATASET, "2d", "0", teacher=teacher.output_folder_base, device="cpu")
+    fold = self_train(DATASET, "2d", "0", teacher=teacher.output_folder_base, device="cpu")
+    assert finished == [0, 1] and (fold / "checkpoint_final.pth").is_file()
+
+
 @pytest.mark.slow
 def test_two_rounds_by_the_command_and_the_labels_as_images(trainer_of, teacher, workspace, monkeypatch, tmp_path):
     for key, value in {"from_scratch": True, "finetuning_epochs": 1, "finetuning_iterations": 2}.items():
