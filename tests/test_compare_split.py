@@ -4,8 +4,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nnunetv2_macl.compare.split import number_of_cases, patients_of, split_cases
+from nnunetv2_macl.compare.split import number_of_cases, split_cases
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.patients import patients_of
 
 
 @st.composite

@@ -31,7 +31,6 @@ from nnunetv2_macl.collecting.dicom import (
 from nnunetv2_macl.collecting.pseudonyms import IMAGE_NAME, Pseudonyms, load_key
 from nnunetv2_macl.collecting.table import LEFT_OUT, TAKEN, Row, append_row, read_table, write_table
 from nnunetv2_macl.collecting.voxels import NIFTI_ENDINGS, Job, initialise_worker, make_image
-from nnunetv2_macl.compare.split import patients_of
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
@@ -39,6 +38,7 @@ from nnunetv2_macl.files import is_utf8, write_error
 from nnunetv2_macl.main_guard import require_main_guard
 from nnunetv2_macl.messages import progress_bar
 from nnunetv2_macl.nnunet import read_dataset_json
+from nnunetv2_macl.patients import patients_of
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, require_target
 from nnunetv2_macl.raw_data import DESCRIPTION, raw_data_set, write_description
 from nnunetv2_macl.text import pluralise

@@ -19,13 +19,13 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunetv2_macl.compare.split import patients_of
 from nnunetv2_macl.compare.steps import StepError
 from nnunetv2_macl.compare.study import Options, Study
 from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import atomic_write, resource_folder, write_json
 from nnunetv2_macl.nnunet import preprocessed_folder, raw_folder, read_dataset_json, read_json
+from nnunetv2_macl.patients import patients_of
 from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
     drop_second_names,

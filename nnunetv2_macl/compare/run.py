@@ -25,7 +25,7 @@ from nnunetv2_macl.compare.folders import (
     run_command,
 )
 from nnunetv2_macl.compare.report import FEWEST_PATIENTS, REPORT_FILE, write_overview, write_report
-from nnunetv2_macl.compare.split import patients_of, split_cases
+from nnunetv2_macl.compare.split import split_cases
 from nnunetv2_macl.compare.splits import write_report_over_splits
 from nnunetv2_macl.compare.steps import DONE_FILE, Task, run_steps
 from nnunetv2_macl.compare.stopping import ended_by_sigterm
@@ -33,6 +33,7 @@ from nnunetv2_macl.compare.study import FINETUNINGS, SCRATCH, STUDY_FILE, Arm, O
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import GROUP_VARIABLE, TEACHER_VARIABLE, WEIGHTS_VARIABLE
+from nnunetv2_macl.patients import patients_of
 from nnunetv2_macl.planning.plan import read_plan
 from nnunetv2_macl.run import check_device
 from nnunetv2_macl.text import pluralise

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,35 +25,6 @@ class Split:
     @property
     def labels(self) -> list[int]:
         return list(self.subsets[0])
-
-
-def patients_of(cases: Iterable[str], group_regex: str | None, option: str = "--group_regex") -> dict[str, str]:
-    """Return the patient of each case.
-
-    Args:
-        cases: Names of cases.
-        group_regex: Its first group, or its match, is the patient. None: each case is a patient.
-        option: The option that sets ``group_regex``, for messages.
-
-    Raises:
-        UserError: The regular expression is invalid, or does not match a case. The message names the case.
-    """
-    if group_regex is None:
-        return {case: case for case in cases}
-    try:
-        pattern = re.compile(group_regex)
-    except re.error as error:
-        raise UserError(f"{option} '{group_regex}' is no regular expression: {error}. Correct it.") from None
-    patients = {}
-    for case in cases:
-        match = pattern.search(case)
-        if match is None or not (match[1] if pattern.groups else match[0]):
-            raise UserError(
-                f"{option} '{group_regex}' finds no patient in the name {case}. Give an expression that matches every name: "
-                "'^[^_]+' takes the text before the first _."
-            )
-        patients[case] = match[1] if pattern.groups else match[0]
-    return patients
 
 
 def number_of_cases(amount: str, total: int, option: str) -> int:

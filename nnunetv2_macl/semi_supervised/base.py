@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from nnunetv2_macl.compare.split import patients_of
 from nnunetv2_macl.data import Case
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.messages import log_to
 from nnunetv2_macl.nnunet import GROUP_VARIABLE
+from nnunetv2_macl.patients import of_other_patients
 from nnunetv2_macl.planning.plan import current_processes, plan_file, read_plan
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, training_cases
@@ -67,14 +67,10 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
             ).cases
         training, validation = map(set, self.do_split())
         others = [case for case in training_cases(configuration) if case.name not in training | validation]
-        kept = cases = [*unlabelled, *others]
+        cases = [*unlabelled, *others]
         held_out = validation - training
         # Without a regular expression, the images of validation cases are left out already, because they are labelled cases.
-        if group_regex := os.environ.get(GROUP_VARIABLE):
-            names = [*(case.name for case in cases), *sorted(held_out)]
-            patients = patients_of(names, group_regex, f"The variable {GROUP_VARIABLE}")
-            theirs = {patients[name] for name in held_out}
-            kept = [case for case in cases if patients[case.name] not in theirs]
+        kept = of_other_patients(cases, held_out)
         if not kept:
             left_out = (
                 f" {pluralise(len(cases), 'image')} of the fold's validation patients are left out." if cases else ""
@@ -87,7 +83,7 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
             f"Unlabelled images used: {len(kept)} ({len(set(kept) & set(others))} of them labelled cases outside of this fold). "
             f"Left out: {pluralise(len(held_out), 'validation case')}, {len(cases) - len(kept)} other images of their patients"
         )
-        if not group_regex and held_out:
+        if not os.environ.get(GROUP_VARIABLE) and held_out:
             self.print_to_log_file(
                 "Each case counts as a separate patient. If a patient has several images, set the part of a case's name that "
                 f"is the patient, for example: export {GROUP_VARIABLE}='^[^_]+'",

@@ -26,6 +26,8 @@ from nnunetv2_macl.factory import build_segmentation_network
 from nnunetv2_macl.folds import check_fold, number_of_folds, too_few_cases
 from nnunetv2_macl.messages import for_log_file, show_any_character
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, DatasetConfiguration
+from nnunetv2_macl.patients import patients_by_variable
+from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
 from nnunetv2_macl.training.run_folder import cases_seen, pretraining_folder
 from nnunetv2_macl.training.user_errors import exit_on_user_error
@@ -33,7 +35,7 @@ from nnunetv2_macl.transfer import TooLittleFitsError, Transfer, kernel_norms, p
 
 logger = logging.getLogger(__name__)
 
-# largest number of validation cases that a warning names
+# largest number of cases that a warning names
 _NAMED = 10
 
 
@@ -244,13 +246,21 @@ class nnUNetTrainerMACL(nnUNetTrainer):
                 "The images of this fold's validation cases were among the pre-training images, without their labels. "
                 f"{leave_out}"
             )
-        validation = self.do_split()[1]
-        if not (names := sorted(seen.get(own, set()) & set(validation))):
-            return None
-        return (
-            f"{len(names)} of this fold's {len(validation)} validation cases were among the pre-training images, without "
-            f"their labels: {', '.join(names[:_NAMED])}{', ...' * (len(names) > _NAMED)}. {leave_out}"
-        )
+        validation = set(self.do_split()[1])
+        if names := sorted(seen.get(own, set()) & validation):
+            return (
+                f"{len(names)} of this fold's {len(validation)} validation cases were among the pre-training images, without "
+                f"their labels: {_first_of(names)}. {leave_out}"
+            )
+        images = set().union(*seen.values())
+        patients = patients_by_variable(sorted(images | validation)) or {}
+        theirs = {patients[name] for name in validation if patients}
+        if names := sorted(name for name in images if patients.get(name) in theirs):
+            return (
+                f"The pre-training images include {pluralise(len(names), 'image')} of this fold's validation patients, without "
+                f"labels: {_first_of(names)}. {leave_out}"
+            )
+        return None
 
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's checkpoint completely or not at all, with the name of nnU-Net's own trainer.
@@ -300,6 +310,10 @@ def shorter_variants(trainer: type[nnUNetTrainerMACL]) -> dict[str, Any]:
     """Return the variants of a trainer with fewer epochs, by the names that nnU-Net gives to its own variants."""
     names = {f"{trainer.__name__}_{n}epoch{'s' * (n > 1)}": n for n in (1, 5, 10, 20, 50, 100, 250, 500)}
     return {name: type(name, (trainer,), {"finetuning_epochs": epochs}) for name, epochs in names.items()}
+
+
+def _first_of(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + ", ..." * (len(names) > _NAMED)
 
 
 @contextmanager

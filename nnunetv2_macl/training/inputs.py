@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,33 +16,54 @@ from nnunetv2_macl.data import Case, PretrainingBatches, load_batches, plan_read
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import check_fold
 from nnunetv2_macl.messages import log_to
-from nnunetv2_macl.nnunet import DatasetConfiguration
+from nnunetv2_macl.nnunet import GROUP_VARIABLE, DatasetConfiguration
+from nnunetv2_macl.patients import of_other_patients
 from nnunetv2_macl.planning.plan import current_processes, has_current_plan, start_in_short
 from nnunetv2_macl.preprocessing.cases import Preprocessed, found_images, preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.start import start_from_weights
+from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training.signals import StoppedWhileWaiting, ignore_in_worker
 
 if TYPE_CHECKING:
     from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
 
 
-def labelled_cases(trainer: nnUNetTrainerMACLPretrain) -> list[Case]:
-    """Return nnU-Net's preprocessed cases without those that the fold leaves out.
+def find_cases(trainer: nnUNetTrainerMACLPretrain) -> tuple[list[Case], Preprocessed]:
+    """Return the labelled cases of the run, and all of its cases, which do not include the fold's validation cases.
+
+    The variable ``nnUNet_macl_group_regex`` leaves out the other images of their patients too.
 
     Raises:
-        UserError: A case is not preprocessed, or there is no such fold.
+        UserError: A case is not preprocessed, an image cannot be used, a file cannot be written, there is no such fold, or
+            no image is left.
     """
-    cases = training_cases(trainer.macl_configuration)
-    if trainer.fold == "all":
-        return cases
-    check_fold(trainer.macl_configuration, int(trainer.fold))
-    left_out = set(trainer.do_split()[1])
-    trainer.print_to_log_file(f"Excluded: the {len(left_out)} validation images of fold {trainer.fold}")
-    return [case for case in cases if case.name not in left_out]
+    unlabelled = _preprocess(trainer)
+    labelled = training_cases(trainer.macl_configuration)
+    held_out: set[str] = set()
+    if trainer.fold != "all":
+        check_fold(trainer.macl_configuration, int(trainer.fold))
+        held_out = set(trainer.do_split()[1])
+        labelled = [case for case in labelled if case.name not in held_out]
+    cases = labelled + unlabelled.cases
+    kept = of_other_patients(cases, held_out)
+    if trainer.fold != "all":
+        trainer.print_to_log_file(
+            f"Excluded: the {len(held_out)} validation images of fold {trainer.fold}"
+            + f", {pluralise(len(cases) - len(kept), 'other image')} of their patients" * (len(kept) < len(cases))
+        )
+    if not kept:
+        raise UserError(
+            f"No image is left: all are of validation patients of fold {trainer.fold}. The variable {GROUP_VARIABLE}, "
+            f"'{os.environ.get(GROUP_VARIABLE)}', says which part of a name is the patient. Correct it, or type: "
+            f"unset {GROUP_VARIABLE}"
+        )
+    # compared by file, because names may occur in several data sets
+    files = {case.file for case in kept}
+    return [case for case in labelled if case.file in files], Preprocessed(kept, unlabelled.skipped)
 
 
-def unlabelled_cases(trainer: nnUNetTrainerMACLPretrain) -> Preprocessed:
+def _preprocess(trainer: nnUNetTrainerMACLPretrain) -> Preprocessed:
     """Preprocess the unlabelled images that are not preprocessed yet, and return all of them.
 
     Raises:

@@ -35,7 +35,7 @@ from nnunetv2_macl.training.callbacks.outputs import Export, Pictures
 from nnunetv2_macl.training.callbacks.saving import Checkpoints, RunFolder, StopAndSave
 from nnunetv2_macl.training.commands import command_to_go_on
 from nnunetv2_macl.training.epoch_log import Epoch, log_keys
-from nnunetv2_macl.training.inputs import batches, labelled_cases, load_start_weights, unlabelled_cases
+from nnunetv2_macl.training.inputs import batches, find_cases, load_start_weights
 from nnunetv2_macl.training.run_folder import PLAN_COPY, archive_previous_run
 from nnunetv2_macl.training.step import TrainingStep
 from nnunetv2_macl.training.user_errors import (
@@ -257,7 +257,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             if first:
                 if not self.checkpoints.is_resumed:
                     load_start_weights(self)
-                data = self._prepare_data()
+                self.labelled_cases, data = find_cases(self)
                 if self.disable_checkpointing and list(Path(self.output_folder).glob("*.pth")):
                     raise UserError(
                         f"{self.output_folder} holds checkpoints or weights. A new run moves them to an archive, and with "
@@ -275,11 +275,6 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         distributed.broadcast_module(self.step.model)
         for callback in self.callbacks:
             callback.on_train_start()
-
-    def _prepare_data(self) -> Preprocessed:
-        unlabelled = unlabelled_cases(self)
-        self.labelled_cases = labelled_cases(self)
-        return Preprocessed(self.labelled_cases + unlabelled.cases, unlabelled.skipped)
 
     def get_dataloaders(self) -> tuple[Any, None]:
         """nnU-Net asks for training and validation batches; we return no validation batches, because there are no labels."""

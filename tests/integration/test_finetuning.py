@@ -14,6 +14,7 @@ from test_report import Page
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import GROUP_VARIABLE
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.report import write_report
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
@@ -146,7 +147,7 @@ def test_a_warning_names_validation_images_that_pretraining_saw(target):
         assert ("nnUNetv2_train_macl_pretrain 901 -c 2d --exclude_fold 1 -device cpu" in logged) == seen
 
 
-def test_validation_cases_that_a_run_saw_are_named_for_any_fold(target, tmp_path):
+def test_validation_cases_that_a_run_saw_are_named_for_any_fold(target, tmp_path, monkeypatch):
     """The split may have changed since the pre-training, and another data set may contain the same cases."""
     names = [case.name for case in training_cases(target)]
     splits = [{"train": names[2:], "val": names[:2]}, {"train": names[:3], "val": names[3:]}]
@@ -172,6 +173,14 @@ def test_validation_cases_that_a_run_saw_are_named_for_any_fold(target, tmp_path
         assert "were among" not in logged(description, *own[2:])
         # cases of another data set with the same names
         assert "were among" not in logged(description, *(("Dataset902_Archive", name) for name in names))
+    # other images of validation patients, if the names tell the patients
+    monkeypatch.setenv(GROUP_VARIABLE, r"^case_00\d|^new")
+    scans = (DATASET, f"{names[0]}_late"), ("Dataset902_Archive", f"{names[1]}_late"), ("Dataset902_Archive", "new_0")
+    out = logged(other, *scans)
+    assert f"{names[0]}_late, {names[1]}_late. To leave them out" in out and "new_0" not in out
+    assert "To leave them out" not in logged(other, scans[2])
+    monkeypatch.delenv(GROUP_VARIABLE)
+    assert "To leave them out" not in logged(other, *scans)
     # a continued run keeps the cases that it saw before
     write_cases(tmp_path, own[:1], resumed=False)
     write_cases(tmp_path, own[4:], resumed=True)

@@ -16,6 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import GROUP_VARIABLE
 from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.synthetic import generate_dataset
 from nnunetv2_macl.training.commands import command_to_go_on
@@ -104,6 +105,23 @@ def test_the_seed_determines_the_weights(workspace):
     one, again, other = weights(), weights(), weights(seed=7)
     assert same(one, again) and not same(one, other)
     assert not same(one, {k: v for k, v in stock_network(workspace).state_dict().items() if k in one})
+
+
+def test_other_images_of_validation_patients_are_left_out(workspace, monkeypatch):
+    """Cases 0 to 4 are labelled, 5 to 8 are not. There are two patients: cases with an even and with an odd last digit."""
+    options = {"device": "cpu", "exclude_fold": 0, "num_epochs": 1, "num_iterations_per_epoch": 1}
+    splits = [{"train": ["case_000", "case_002", "case_003", "case_004"], "val": ["case_001"]}]
+    (workspace.preprocessed / DATASET / "splits_final.json").write_text(json.dumps(splits))
+
+    def seen():
+        return cases_seen(pretrain(DATASET, "2d", **options))[DATASET]
+
+    assert seen() == {f"case_00{n}" for n in (0, 2, 3, 4, 5, 6, 7, 8)}
+    monkeypatch.setenv(GROUP_VARIABLE, "case_00[02468]|case_00(?=[1357])")
+    assert seen() == {f"case_00{n}" for n in (0, 2, 4, 6, 8)}
+    monkeypatch.setenv(GROUP_VARIABLE, "^case")
+    with pytest.raises(UserError, match=rf"unset {GROUP_VARIABLE}"):
+        seen()
 
 
 @pytest.mark.slow
