@@ -12,3 +12,9 @@ globals().update(shorter_variants(nnUNetTrainerMACL))
 
 class nnUNetTrainerMACL_short(ShortFineTuning, nnUNetTrainerMACL):
     pass
+
+
+class nnUNetTrainerMACL_short_scratch(nnUNetTrainerMACL_short):
+    """The same training without pre-trained weights, to compare with."""
+
+    from_scratch = True

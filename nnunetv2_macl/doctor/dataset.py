@@ -166,9 +166,9 @@ def readable(
     values = {"files": number, "skipped": len(wrong) + len(flat), "read": read}
     done = sum(len(source.cases) for source in sources) - len(todo)
     if not wrong and not flat:
-        message = f"unlabelled images: {done} of {done + len(todo)} are preprocessed"
+        message = f"unlabelled images: {done} preprocessed"
         if todo:
-            message += f"; {read} of the other {len(todo)} were read without an error"
+            message += f", {len(todo)} not yet; {read} of these were read without an error"
         return Result(OK, message, values=values)
     left_out = [*wrong, *flat] if skip_unreadable else flat
     if not wrong or skip_unreadable:

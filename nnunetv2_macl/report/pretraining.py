@@ -24,7 +24,7 @@ from nnunetv2_macl.report.curves import loss_curves, other_curves
 from nnunetv2_macl.report.features import Features, compute_feature_figures
 from nnunetv2_macl.report.pictures import data_uri, png, window_intensity
 from nnunetv2_macl.report.run import FINISHED, Run, image_sources, read_run
-from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on
+from nnunetv2_macl.training.commands import SHORT_FINETUNER, command_to_fine_tune, command_to_go_on
 from nnunetv2_macl.training.run_folder import PRETRAINER
 
 TEMPLATE = "run.html.jinja"
@@ -114,9 +114,10 @@ def _commands(run: Run) -> list[tuple[str, str]]:
         ('export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"', "let nnU-Net find the trainers"),
         *([] if run.trainer == PRETRAINER else [(f"export {WEIGHTS_VARIABLE}={folder}", "name these weights")]),
         (
-            command_to_fine_tune(run.configuration, run.fold, run.device),
-            "fine-tune on the labelled images with nnU-Net",
+            command_to_fine_tune(run.configuration, run.fold, run.device, SHORT_FINETUNER),
+            "fine-tune on the labelled images with nnU-Net, for 800 steps",
         ),
+        (command_to_fine_tune(run.configuration, run.fold, run.device), "or for nnU-Net's 1000 epochs"),
         (f"nnUNetv2_macl_transfer {folder} DATASET -c CONFIGURATION", "show which weights another network would take"),
         (f"nnUNetv2_macl_export {folder} -o weights.zip", "write one file for others, without names and paths"),
     ]

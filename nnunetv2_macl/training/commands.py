@@ -14,6 +14,7 @@ from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.training.run_folder import PRETRAINER
 
 FINETUNER = "nnUNetTrainerMACL"
+SHORT_FINETUNER = f"{FINETUNER}_short"
 
 
 def command_to_pretrain(configuration: DatasetConfiguration, fold: int | str = "all", device: str = "cuda") -> str:

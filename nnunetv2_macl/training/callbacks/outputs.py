@@ -19,7 +19,7 @@ from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, read_json
 from nnunetv2_macl.report import write_report_after_run
 from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.callbacks.base import Callback
-from nnunetv2_macl.training.commands import command_to_fine_tune
+from nnunetv2_macl.training.commands import FINETUNER, SHORT_FINETUNER, command_to_fine_tune
 from nnunetv2_macl.training.epoch_log import CURVES_FILE, write_curves
 from nnunetv2_macl.training.run_folder import PRETRAINER
 
@@ -130,8 +130,11 @@ class Export(Callback):
         # Fine-tuning looks only in the folder of this package's own trainer.
         if type(trainer).__name__ != PRETRAINER:
             folder = f"export {WEIGHTS_VARIABLE}={shlex.quote(str(trainer.output_folder))}\n    "
-        command = command_to_fine_tune(trainer.macl_configuration, trainer.fold, trainer.device.type)
+        short, full = (
+            command_to_fine_tune(trainer.macl_configuration, trainer.fold, trainer.device.type, name)
+            for name in (SHORT_FINETUNER, FINETUNER)
+        )
         trainer.print_to_log_file(
-            f"{collapsed}Weights: {trainer.output_folder}\n{no_folds}Fine-tune from them:\n"
-            f'    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"\n    {folder}{command}'
+            f"{collapsed}Weights: {trainer.output_folder}\n{no_folds}Fine-tune from them, for 800 steps or for nnU-Net's 1000 epochs:\n"
+            f'    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"\n    {folder}{short}\n    {full}'
         )
