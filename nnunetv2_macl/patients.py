@@ -40,15 +40,20 @@ def patients_of(cases: Iterable[str], group_regex: str | None, option: str = "--
     return patients
 
 
+def group_regex() -> str | None:
+    """Return the regular expression in the variable ``nnUNet_macl_group_regex``, or None."""
+    return os.environ.get(GROUP_VARIABLE) or None
+
+
 def patients_by_variable(cases: Iterable[str]) -> dict[str, str] | None:
     """Return the patient of each case by the variable ``nnUNet_macl_group_regex``, or None if it is not set.
 
     Raises:
         UserError: The regular expression is invalid, or does not match a case.
     """
-    if not (group_regex := os.environ.get(GROUP_VARIABLE)):
+    if (expression := group_regex()) is None:
         return None
-    return patients_of(cases, group_regex, f"The variable {GROUP_VARIABLE}")
+    return patients_of(cases, expression, f"The variable {GROUP_VARIABLE}")
 
 
 def of_other_patients(cases: Sequence[Case], held_out: Set[str]) -> list[Case]:

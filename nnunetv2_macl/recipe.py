@@ -162,7 +162,7 @@ def with_settings(values: dict[str, Any], new: Mapping[str, Any]) -> dict[str, A
     """Return recipe values with some of them replaced by new values.
 
     New values in the format of version 0.1 name no method and may set the weight of a method that is not in use. In this case
-    the method is removed, so that the weights determine it again.
+    the method is removed, so that the weights determine it again. A method that was named keeps its own default weights.
     """
     method = values.get("method")
     parts = method.split("+") if isinstance(method, str) else []
@@ -171,7 +171,8 @@ def with_settings(values: dict[str, Any], new: Mapping[str, Any]) -> dict[str, A
     if not parts or "method" in new or not sets_weights or not set(parts) <= set(_WEIGHTS_OF_0_1):
         return {**values, **new}
     zero = {key: 0.0 for name in missing for key in _WEIGHTS_OF_0_1[name]}
-    return {**zero, **{key: value for key, value in values.items() if key != "method"}, **new}
+    defaults = {key: defaults_of(name)[key] for name in parts for key in _WEIGHTS_OF_0_1[name]}
+    return {**zero, **defaults, **{key: value for key, value in values.items() if key != "method"}, **new}
 
 
 def _check(values: dict[str, Any], where: str, only: str | None = None) -> Recipe | None:

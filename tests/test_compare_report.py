@@ -14,6 +14,8 @@ from nnunetv2_macl.compare.report import differences, write_report
 from nnunetv2_macl.compare.results import Results
 from nnunetv2_macl.compare.steps import DONE_FILE
 from nnunetv2_macl.compare.study import RESULT_FILE, Study
+from nnunetv2_macl.report.study import describe_study
+from nnunetv2_macl.training.run_folder import write_cases
 
 EPOCHS = [1, 3, 5]
 # gain in Dice on the test cases; the rate 0.01 is better on the test cases, and 0.001 on the validation cases
@@ -130,6 +132,26 @@ def test_the_report_has_verdict_tables_and_figure(study):
     assert "+0.1" in tables["Dice above scratch, on the same cases and seeds"]
     assert "few seeds" in text and re.search("33 images .* 7 of them from imagesUn", text)
     assert (study.folder / "compare.png").stat().st_size > 20_000
+    assert "collapsed" not in text
+
+
+def test_collapsed_pre_trainings_and_the_images_that_were_seen_are_named(study):
+    arm = next(arm for arm in study.arms if arm.slug == "recipe-pcl")
+    write({"seconds": 60, "collapsed": "embeddings are equal"}, study.pretraining_folder(arm) / DONE_FILE)
+    run = study.pretraining_run(arm)
+    run.mkdir(parents=True)
+    write_cases(run, [(OPTIONS.dataset, case) for case in (*list(PATIENTS)[:3], "new_1", "new_2")], resumed=False)
+    write_report(study)
+    text = (study.folder / "compare.md").read_text()
+    assert "recipe pcl has collapsed:** embeddings are equal" in text
+    assert "5 images without their labels, 2 of them from imagesUn (pcl)" in text
+
+
+def test_a_study_whose_picture_is_missing_has_a_page(study):
+    write_report(study)
+    assert "data:image/png" in describe_study(study.folder)["results"]
+    (study.folder / "compare.png").unlink()
+    assert "picture is missing" in describe_study(study.folder)["results"]
 
     with (study.folder / "compare.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))

@@ -37,6 +37,11 @@ def test_the_spread_has_the_difference_of_each_split(studies):
         assert spread.repeats == tuple(differences(result)[arm][labels].value for result in results)
     pretrained = found["pretrained", SPLIT.labels[0]]
     assert np.allclose(np.diff(pretrained.repeats), 0.03, atol=1e-6)
+    # wider than for independent values, because all splits draw from the same patients
+    tested = len({PATIENTS[case] for case in SPLIT.test})
+    others = len(set(PATIENTS.values())) - tested
+    low, high = student_interval(pretrained.repeats)
+    assert (pretrained.high - pretrained.low) / (high - low) == pytest.approx(math.sqrt(1 + 3 * tested / others))
 
 
 def test_the_report_has_a_row_for_each_arm_and_number_of_labels(studies, tmp_path):

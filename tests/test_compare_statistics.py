@@ -97,6 +97,23 @@ def test_repeats_have_the_difference_of_each_seed():
     assert e.repeats == pytest.approx(np.nanmean(np.nanmean(values, 1), -1) - base.mean((1, 2)))
 
 
+def test_a_class_that_only_one_arm_predicts_is_not_compared():
+    """The last class is in no label. One arm predicts a voxel of it by mistake in one case, where its Dice is 0."""
+    rng = np.random.default_rng(3)
+    base = rng.uniform(0.6, 0.9, size=(3, 10, 3))
+    base[:, :, 2] = NAN
+    other = base.copy()
+    other[0, 4, 2] = 0
+    resampling = Resampling.draw(names(10), 3)
+    assert estimate(base, resampling, other) == estimate(base, resampling, base)
+    curve = np.stack([other, base])
+    assert estimate_first_reached(curve, base, [1, 2], resampling) == Estimate(1, 1, 1)
+    # a class that is in some labels counts with the cases where it is predicted by mistake
+    base[:, :5, 2] = other[:, :5, 2] = 0.8
+    other[:, 7, 2] = 0
+    assert estimate(base, resampling, other).value == pytest.approx((0.8 - 5 / 6 * 0.8) / 3)
+
+
 def test_three_seeds_that_agree_by_chance_are_not_significant():
     """Three seeds without a true difference agree in sign in a quarter of the trials, and mislead the bootstrap."""
     rng = np.random.default_rng(5)

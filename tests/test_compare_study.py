@@ -16,9 +16,18 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from nnunetv2_macl.checkpoints import NETWORK_FILE
+from nnunetv2_macl import checkpoints
+from nnunetv2_macl.checkpoints import ENCODER_FILE, NETWORK_FILE
 from nnunetv2_macl.cli.compare import _compare_parser
-from nnunetv2_macl.compare.folders import RawImages, _link, link_unlabelled, run_command
+from nnunetv2_macl.compare.folders import (
+    RawImages,
+    _labelled_files,
+    _link,
+    _state,
+    check_labelled,
+    link_unlabelled,
+    run_command,
+)
 from nnunetv2_macl.compare.run import _check_folder, _Work
 from nnunetv2_macl.compare.split import split_cases
 from nnunetv2_macl.compare.steps import DONE_FILE, StepError, Task, run_steps
@@ -26,6 +35,7 @@ from nnunetv2_macl.compare.stopping import ended_by_sigterm
 from nnunetv2_macl.compare.study import Options, Study, options_by_finetuning, parse_arm, study_folders
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder
+from nnunetv2_macl.nnunet import GROUP_VARIABLE
 
 PATIENTS = {f"c{n:02d}": f"c{n:02d}" for n in range(40)}
 OPTIONS = Options(
@@ -194,6 +204,56 @@ def test_a_repaired_image_replaces_the_old_one(tmp_path, monkeypatch, links):
         (tmp_path / "new").replace(image)
         _link(image, of_the_study, "case")
         assert of_the_study.read_bytes() == content
+
+
+def test_a_copied_image_is_copied_once_and_keeps_its_time(tmp_path, monkeypatch):
+    """An unlabelled image with another time would be preprocessed again."""
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError()))
+    image, copy = tmp_path / "case.nii.gz", tmp_path / "study" / "case.nii.gz"
+    image.write_bytes(b"image")
+    os.utime(image, (1e9, 1e9))
+    _link(image, copy, "case")
+    first = copy.stat()
+    _link(image, copy, "case")
+    assert copy.stat().st_ino == first.st_ino and copy.stat().st_mtime == 1e9
+
+
+def test_files_that_another_process_is_writing_stay(tmp_path):
+    study, image = Study(tmp_path / "study", OPTIONS, SPLIT, PATIENTS), tmp_path / "a_0000.tif"
+    image.write_text("image")
+    unfinished = study.raw / "imagesUn" / ".b_0000.tif.xyz.tmp"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.touch()
+    link_unlabelled(study, RawImages({}, {"a": [str(image)]}, {}))
+    assert sorted(path.name for path in unfinished.parent.iterdir()) == [unfinished.name, image.name]
+
+
+def test_the_variable_of_the_patients_is_that_of_the_study(tmp_path, monkeypatch):
+    monkeypatch.setenv(GROUP_VARIABLE, "^other")
+    study = Study(tmp_path, OPTIONS, SPLIT, PATIENTS)
+    assert study.environment(tmp_path)[GROUP_VARIABLE] == ""
+    study = replace(study, options=replace(OPTIONS, group_regex="^p"))
+    assert study.environment(tmp_path)[GROUP_VARIABLE] == "^p"
+
+
+def test_a_label_that_has_changed_since_the_planning_is_named(tmp_path):
+    study, image, label = (
+        Study(tmp_path / "study", OPTIONS, SPLIT, PATIENTS),
+        tmp_path / "a_0000.tif",
+        tmp_path / "a.tif",
+    )
+    for file in (image, label):
+        file.write_text("first")
+    images = RawImages({"a": {"images": [str(image)], "label": str(label)}}, {}, {})
+    study.planning_folder.mkdir(parents=True)
+    done = {"labelled_files": {name: _state(file) for name, file in _labelled_files(images).items()}}
+    (study.planning_folder / "done.json").write_text(json.dumps(done))
+    check_labelled(study, images)
+    os.utime(label, (1e9, 1e9))  # for example a copy of the data set
+    check_labelled(study, images)
+    label.write_text("other")
+    with pytest.raises(UserError, match=r"a\.tif has changed .*-o FOLDER"):
+        check_labelled(study, images)
 
 
 def test_the_study_follows_changes_of_the_unlabelled_images(tmp_path):
@@ -430,6 +490,7 @@ def test_the_lock_of_a_pretraining_that_was_killed_at_its_end_is_removed(tmp_pat
     run = study.pretraining_run(parse_arm("recipe:pcl"))
     lock = claim(run, socket.gethostname(), sleeper.pid)
     (run / NETWORK_FILE).touch()
+    checkpoints.save({"collapsed": "equal embeddings"}, run / ENCODER_FILE)
     # The process still runs, so the study stops and does not leave the arm out.
     work = _Work(IMAGES, None, "cpu", 1, 1, skip_unreadable=False)
     with pytest.raises(UserError, match=f"process {sleeper.pid}") as error:
@@ -437,7 +498,7 @@ def test_the_lock_of_a_pretraining_that_was_killed_at_its_end_is_removed(tmp_pat
     assert not isinstance(error.value, StepError)
     sleeper.kill()
     sleeper.wait()
-    assert work.pretrain(study, parse_arm("recipe:pcl")) == {} and not lock.exists()
+    assert work.pretrain(study, parse_arm("recipe:pcl")) == {"collapsed": "equal embeddings"} and not lock.exists()
 
 
 SLEEPING = """

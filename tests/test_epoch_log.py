@@ -34,6 +34,14 @@ def test_a_reference_value_is_shown_only_for_its_own_loss(loss, is_shown):
     assert ("(collapse" in Epoch(0, 2, 8, made, recipe_of(method="gcl")).line()) == is_shown
 
 
+def test_a_loss_that_some_steps_do_not_train_has_the_mean_of_the_others():
+    made = EpochSums()
+    for measured in ({"total": 1.0, "partition": 4.0}, {"total": 3.0, "partition": 2.0}, {"total": 5.0, "region": 7.0}):
+        made.add(measured, skipped=False)
+    made.add({"total": float("nan")}, skipped=True)
+    assert made.means() == {"total": 3.0, "partition": 3.0, "region": 7.0}
+
+
 def test_an_epoch_without_warm_steps_has_a_speed():
     assert Epoch(0, 1, 8, sums((4, False), (4, False)), recipe_of()).patches_per_second == 2.0
 

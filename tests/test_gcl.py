@@ -77,6 +77,8 @@ def test_patches_that_are_all_in_one_partition_are_reported():
     reasons = GCLImage.collapse_reasons({"partition": 0.0, "negatives": 0.2}, {}, lines)
     assert "0.20 negatives" in reasons[0]
     assert not GCLImage.collapse_reasons({"partition": 0.1, "negatives": 9.0}, {}, lines)
+    # the second half of GCL has regions, and no partitions
+    assert not GCL.collapse_reasons({"region": 0.3, "negatives": 0.2}, {}, lines)
 
 
 def test_a_region_is_flattened_before_the_linear_layer():
@@ -91,10 +93,10 @@ def test_a_region_is_flattened_before_the_linear_layer():
 
 
 @pytest.mark.parametrize("method, at_once", [("gcl", 4), ("gcl", 2), ("gcl+restoration", 4)])
-def test_the_second_half_trains_only_the_decoder(method, at_once):
-    recipe = recipe_of(
-        method=method, optimizer="adamw", learning_rate=0.1, weight_decay=0.1, num_epochs=2, num_iterations_per_epoch=1
-    )
+@pytest.mark.parametrize("epochs, steps", [(2, 1), (1, 2)])
+def test_the_second_half_trains_only_the_decoder(method, at_once, epochs, steps):
+    lengths = {"num_epochs": epochs, "num_iterations_per_epoch": steps}
+    recipe = recipe_of(method=method, optimizer="adamw", learning_rate=0.1, weight_decay=0.1, **lengths)
     step = training_step(4, at_once, recipe)
     moved = []
     for number in range(2):

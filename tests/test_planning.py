@@ -50,6 +50,9 @@ def test_where_no_scale_fits_both_branches_see_the_full_patch():
     assert (
         levels.patch_size == [64, 64] and "no scale" in levels.reason
     )  # With 32x32, the bottleneck would have one voxel.
+    # a transformer with one map: both branches see the same image
+    assert "intensity_on=auxiliary" in plan_branches([64, 64], [[16, 16]], recipe_of()).reason
+    assert "intensity_on" not in levels.reason
 
 
 @pytest.mark.parametrize("k", range(5))

@@ -45,6 +45,23 @@ def write(folder, content):
     return file
 
 
+@pytest.mark.parametrize(
+    "of_the_recipe, new, losses",
+    [
+        ({"method": "macl+restoration"}, {"weight_dense": 0.05}, ["global", "dense", "equivariance", "restoration"]),
+        ({"method": "restoration"}, {"weight_global": 0.1}, ["global", "restoration"]),
+        ({"inherits_from": "restore", "weight_global": 0.02}, {}, ["global", "restoration"]),
+        ({"inherits_from": "restore", "weight_global": 0.02}, {"weight_restoration": 0}, ["global"]),
+        ({"method": "macl"}, {"weight_restoration": 1}, ["global", "dense", "equivariance", "restoration"]),
+    ],
+)
+def test_a_new_weight_does_not_switch_a_named_method_off(tmp_path, of_the_recipe, new, losses):
+    recipe = load_recipe(write(tmp_path, of_the_recipe), FOLDER, new)
+    assert sorted(loss for loss, weight in recipe.losses.items() if weight) == sorted(losses)
+    if "restoration" in losses:
+        assert recipe.weight_restoration == 1
+
+
 def test_a_recipe_of_the_users_own_inherits(tmp_path):
     recipe = load_recipe(write(tmp_path, {"inherits_from": "pcl", "temperature": 0.2}), FOLDER)
     assert (recipe.temperature, recipe.method) == (0.2, "pcl")

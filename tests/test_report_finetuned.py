@@ -47,7 +47,8 @@ def folder(workspace, target):
 def write_log(folder, number, text):
     file = folder / f"training_log_{number}.txt"
     file.write_text(text)
-    os.utime(file, (number, number))
+    # a folder that was copied has other times
+    os.utime(file, (1000 - number, 1000 - number))
 
 
 def summary(**dice):

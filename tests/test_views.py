@@ -87,8 +87,8 @@ def test_arguments_are_checked(wrong):
         RandomAffine(**({"patch_size": (8, 8)} | wrong))
 
 
-def changed_intensity(patches, seed, strength=1.0):
-    views = RandomIntensity(strength)
+def changed_intensity(patches, seed, strength=1.0, unnormalised=()):
+    views = RandomIntensity(strength, unnormalised)
     numbers = views.draw(*patches.shape[:2], patches.ndim - 2, generator(seed))
     return views.apply(patches, numbers)
 
@@ -127,6 +127,18 @@ def test_views_in_parts_are_the_same_and_need_less_memory(monkeypatch, size):
 
 def test_intensity_of_a_constant_image_is_finite():
     assert torch.isfinite(changed_intensity(torch.full((20, 1, 8, 8), 2.5), 0, strength=3.0)).all()
+
+
+def test_channels_that_are_not_normalised_change_as_much_as_normalised_ones():
+    patches = torch.randn(20, 2, 16, 20, generator=generator())
+    patches = (patches - patches.mean((2, 3), keepdim=True)) / patches.std((2, 3), keepdim=True)
+    scale, offset = torch.tensor([1.0, 40.0]).view(1, 2, 1, 1), torch.tensor([0.0, 128.0]).view(1, 2, 1, 1)
+    # without the bias field, which multiplies the values
+    views = RandomIntensity(unnormalised=[1])
+    views.PROBABILITIES = (0.8, 0.3, 0.8, 0.0, 0.3, 0.3)
+    numbers = views.draw(20, 2, 2, generator(3))
+    expected = views.apply(patches, numbers) * scale + offset
+    torch.testing.assert_close(views.apply(patches * scale + offset, numbers), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_intensity_of_each_image_and_channel_is_its_own():

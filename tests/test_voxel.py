@@ -6,11 +6,12 @@ import torch
 from steps import batch, embeddings_of, model_of, recipe_of, unet
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.methods.base import Progress, StepRandom
+from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom
 from nnunetv2_macl.methods.voxel import TwoCrops, Voxel, features_at
 from nnunetv2_macl.views import RandomCrops
 
 VOXEL = {"method": "voxel", "voxels": 64}
+GEOMETRY = Geometry(0, 1, [1, 1], [32, 32], "")
 
 
 def ramps(patches, size):
@@ -21,7 +22,7 @@ def ramps(patches, size):
 
 @pytest.mark.parametrize("size", [(32, 48), (16, 32, 24)])
 def test_shared_points_show_the_same_voxel_in_both_crops(size):
-    views = TwoCrops(recipe_of(**VOXEL, intensity=0.0, zoom=[1.2, 2.0]))
+    views = TwoCrops(GEOMETRY, recipe_of(**VOXEL, intensity=0.0, zoom=[1.2, 2.0]))
     numbers = views.draw(StepRandom(0, 0, 8, slice(None), 1, size))
     shown = views.make(ramps(8, size), numbers, Progress(0, 1, 1))
     assert shown["first_points"].shape == (8, 8, len(size))
@@ -102,9 +103,9 @@ def test_the_features_contain_all_trained_levels():
 
 
 def test_a_small_batch_compares_as_many_voxels_as_a_large_one():
-    views = TwoCrops(recipe_of(method="voxel"))
     for patches, per_patch in ((2, 512), (32, 32), (5000, 1)):
-        assert views.voxels_per_patch(patches) == per_patch
+        views = TwoCrops(GEOMETRY, recipe_of(method="voxel"))
+        assert views.draw(StepRandom(0, 0, patches, slice(2), 1, (32, 32))).points.shape == (2, per_patch, 2)
     references = Voxel.reference_lines(recipe_of(**VOXEL), 4, {})
     assert references["collapse"] == pytest.approx(np.log(127))
 
@@ -114,5 +115,7 @@ def test_by_default_all_decoder_stages_but_the_last_are_trained():
     geometry = Voxel.plan_geometry([64, 48], strides, recipe_of(**VOXEL))
     assert (geometry.decoder_stages, geometry.patch_size, geometry.scale) == (3, [64, 48], [1, 1])
     assert Voxel.plan_geometry([64, 48], strides, recipe_of(**VOXEL, decoder_stages=1)).decoder_stages == 1
+    # a transformer has one map, and no decoder stage that could be trained
+    assert Voxel.plan_geometry([64, 64], [[16, 16]], recipe_of(**VOXEL)).decoder_stages == 0
     with pytest.raises(UserError, match="at most 4"):
         Voxel.plan_geometry([64, 48], strides, recipe_of(**VOXEL, decoder_stages=5))

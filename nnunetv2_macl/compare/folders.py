@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,11 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunetv2_macl.compare.steps import StepError
+from nnunetv2_macl.compare.steps import DONE_FILE, StepError
 from nnunetv2_macl.compare.study import Options, Study
 from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import atomic_write, resource_folder, write_json
+from nnunetv2_macl.files import atomic_write, resource_folder, sha256, write_json
 from nnunetv2_macl.nnunet import preprocessed_folder, raw_folder, read_dataset_json, read_json
 from nnunetv2_macl.patients import patients_of
 from nnunetv2_macl.preprocessing.sources import (
@@ -203,12 +204,76 @@ def plan(study: Study, images: RawImages, planner_name: str | None, processes: i
             f"nnU-Net's plan for the training share has no configuration '{options.configuration}', only "
             f"{', '.join(configurations)}. Give one of these with -c, and another folder: -o FOLDER"
         )
+    configuration = PlansManager(content).get_configuration(options.configuration).configuration
+    if options.plan is None:
+        _compare_with_users_plan(options, configuration)
     if options.batch_size is not None:
         configurations[options.configuration]["batch_size"] = options.batch_size
         write_json(content, study.plan_file)
     study.write_splits()
     kept = pretraining_images(study, list(images.unlabelled))
-    return {"planner": planner_name, "unlabelled": len(kept), "unlabelled_left_out": len(images.unlabelled) - len(kept)}
+    return {
+        "planner": planner_name,
+        "unlabelled": len(kept),
+        "unlabelled_left_out": len(images.unlabelled) - len(kept),
+        "patch_size": configuration["patch_size"],
+        "batch_size": options.batch_size or configuration["batch_size"],
+        "labelled_files": {name: _state(file) for name, file in _labelled_files(images).items()},
+    }
+
+
+def _compare_with_users_plan(options: Options, planned: dict[str, Any]) -> None:
+    """Log in what the study's plan differs from the user's plan of the same name, which may have been made with other options."""
+    file = preprocessed_folder(options.dataset) / f"{options.plans}.json"
+    if not file.is_file():
+        return
+    try:
+        theirs = PlansManager(str(file)).get_configuration(options.configuration).configuration
+    except ValueError:  # no such configuration
+        return
+    keys = ("preprocessor_name", "spacing", "patch_size", "batch_size")
+    changed = [key for key in keys if theirs.get(key) != planned.get(key)]
+    if different := [f"{key} {planned.get(key)} (yours: {theirs.get(key)})" for key in changed]:
+        logger.info(
+            "The plan of the study, from its training share, differs from yours in %s. To use yours: --plan %s, and another "
+            "folder: -o FOLDER",
+            ", ".join(different), shlex.quote(str(file)),
+        )  # fmt: skip
+
+
+def _labelled_files(images: RawImages) -> dict[str, Path]:
+    """Return the files of the labelled cases, by names that stay the same if the data set is moved."""
+    return {
+        f"{case}, {number}": Path(file)
+        for case, entry in images.labelled.items()
+        for number, file in enumerate((*entry["images"], entry["label"]))
+    }
+
+
+def _state(file: Path) -> list[Any]:
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns, sha256(file)]
+
+
+def check_labelled(study: Study, images: RawImages) -> None:
+    """Check that the labelled images and the labels are those that the study was planned with.
+
+    Otherwise some cells would be measured against other labels than the cells that are done.
+
+    Raises:
+        UserError: A file has changed. The message names it.
+    """
+    planned = read_json(study.planning_folder / DONE_FILE, "").get("labelled_files", {})
+    for name, file in _labelled_files(images).items():
+        was = planned.get(name)  # None: a study of an earlier version
+        found = file.stat()
+        if was is None or was[:2] == [found.st_size, found.st_mtime_ns]:
+            continue
+        if sha256(file) != was[2]:
+            raise UserError(
+                f"{file} has changed since the study in {study.folder} began, so its trainings cannot be compared with further "
+                "ones. Put the earlier file back, or begin a study with the new file: -o FOLDER"
+            )
 
 
 def check_arms(study: Study, images: RawImages) -> None:
@@ -272,8 +337,9 @@ def link_unlabelled(study: Study, images: RawImages) -> None:
             names = file.name, f"{case}.json", *sidecars(file.name), *named_in_header(str(file))
             wanted |= {name for name in names if (file.parent / name).exists()}
     for link in folder.iterdir() if folder.is_dir() else ():
-        if link.name not in wanted:
-            link.unlink()
+        # Names with a dot are files that another process is writing.
+        if link.name not in wanted and not link.name.startswith("."):
+            link.unlink(missing_ok=True)
 
 
 def _link(file: Path, link: Path, case: str) -> None:
@@ -283,15 +349,29 @@ def _link(file: Path, link: Path, case: str) -> None:
     names |= {name: name for name in named_in_header(str(file))}
     companions = [(file.parent / theirs, link.parent / ours) for theirs, ours in names.items()]
     for source, target in ((file, link), *companions):
-        if not source.exists() or (target.exists() and target.samefile(source)):
+        if not source.exists() or _is_current(target, source):
             continue
-        # the target is an older version of the file
-        target.unlink(missing_ok=True)
+        # The target is missing, or an older version of the file. It is replaced in one step, because others may read it.
+        new = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
         try:
-            os.link(source.resolve(), target)
+            os.link(source.resolve(), new)
+            os.replace(new, target)
         except OSError:  # hard links are impossible across disks, and forbidden on some file systems
             with source.open("rb") as stream:
                 atomic_write(target, functools.partial(shutil.copyfileobj, stream))
+            # An unlabelled image with another time counts as another image, and is preprocessed again.
+            os.utime(target, ns=(source.stat().st_atime_ns, source.stat().st_mtime_ns))
+
+
+def _is_current(target: Path, source: Path) -> bool:
+    """Return whether a file is a link to another one, or a copy with its size and time."""
+    if not target.exists():
+        return False
+    if target.samefile(source):
+        return True
+    ours, theirs = target.stat(), source.stat()
+    # Some disks store whole seconds, or every second one.
+    return ours.st_size == theirs.st_size and abs(ours.st_mtime - theirs.st_mtime) <= 2
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:

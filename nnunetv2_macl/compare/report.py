@@ -17,6 +17,7 @@ from nnunetv2_macl.compare.study import SCRATCH, Arm, Options, Study
 from nnunetv2_macl.files import atomic_write
 from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.text import duration, join_words, pluralise
+from nnunetv2_macl.training.run_folder import cases_seen
 
 REPORT_FILE, PICTURE_FILE = "compare.md", "compare.png"
 # names of the kinds of fine-tuning in the report
@@ -141,6 +142,9 @@ def _lines(results: Results, sentence: str) -> list[str]:
     lines = [f"# Does pre-training help? {options.dataset}, {options.configuration}", "", f"**{sentence}**", ""]
     if few:
         lines += [f"There are few {join_words(few)}, so the intervals are rough and too narrow.", ""]
+    for recipe, reason in results.collapsed.items():
+        words = f"**The pre-training with recipe {recipe} has collapsed:** {reason}"
+        lines += [f"{words}. So its result does not show what the method can do.", ""]
     lines += ["![Dice](compare.png)", "", f"## Dice on {tested}", ""]
     lines += _table(results, lambda arm, n: _with_interval(estimate(groups[arm, n].measures["dice"], resampling)))
     lines += ["", "## Dice above scratch, on the same cases and seeds", ""]
@@ -240,6 +244,24 @@ def _start(arm: Arm) -> str:
     return f"{parts}, pre-trained with recipe {arm.recipe_and_settings}"
 
 
+def _images(study: Study, planned: str) -> str:
+    """Return the numbers of images that the pre-trainings have seen, as words; ``planned`` if a run's folder does not say."""
+    found: dict[str, list[str]] = {}
+    for arm in study.pretrainings:
+        words = planned
+        if (seen := cases_seen(study.pretraining_run(arm))) is not None:
+            names = set().union(*seen.values())
+            words = _number_of_images(len(names), len(names - study.patients.keys()))
+        found.setdefault(words, []).append(arm.recipe_and_settings)
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{words} ({join_words(recipes)})" for words, recipes in found.items())
+
+
+def _number_of_images(images: int, unlabelled: int) -> str:
+    return f"{images} images without their labels, {unlabelled} of them from imagesUn"
+
+
 def _method(results: Results) -> list[str]:
     study = results.study
     options, split = study.options, study.split
@@ -278,18 +300,18 @@ def _method(results: Results) -> list[str]:
         times = "; ".join(
             f"{recipe} took {duration(seconds)}" for recipe, seconds in results.pretraining_seconds.items()
         )
+        images = _number_of_images(share + planned["unlabelled"], planned["unlabelled"])
         apart = (
             "and no image of a test or validation patient"
             if options.group_regex
             else "and no test or validation case. Without --group_regex, it is not known whether some show the same patients"
         )
         lines.append(
-            f"Pre-training used {share + planned['unlabelled']} images without their labels, {planned['unlabelled']} of them "
-            f"from imagesUn, {apart}. Pre-training ran once per recipe, so the intervals do not include the variation between "
-            f"pre-trainings. The times above do not include pre-training ({times})."
+            f"Pre-training used {_images(study, images)}, {apart}. Pre-training ran once per recipe, so the intervals do not "
+            f"include the variation between pre-trainings. The times above do not include pre-training ({times})."
         )
     planning = (
-        f"All arms use the plan {options.plan} unchanged."
+        f"All arms use the plan {options.plan} unchanged. It may have been made from the test cases too."
         if options.plan
         else f"All arms use the plan that nnU-Net ({planned['planner']}) made from all {share + len(split.validation)} cases of "
         "the training share and their labels."
@@ -298,11 +320,15 @@ def _method(results: Results) -> list[str]:
     lines.append(f"Fine-tuning follows {how[options.finetuning]}.")
     # the paper's training does not mirror, so the network is not trained for mirrored images
     mirroring = "without" if options.disable_tta or options.finetuning == "paper" else "with"
+    if "patch_size" in planned:
+        size = "x".join(map(str, planned["patch_size"]))
+        planning += f" Its patches have {size} voxels, in batches of {planned['batch_size']}."
     lines.append(f"{planning} The last checkpoint predicts, {mirroring} mirroring.")
     lines.append(
         "nnU-Net computes the Dice. The mean is taken over cases and seeds for each class, then over classes. A class that is "
-        "in neither segmentation is left out. MONAI computes HD95 and ASD, in mm (the unit of the files' spacing). They are "
-        "defined only for a class that is in both segmentations, so compare them only where no value is missing."
+        "in neither segmentation is left out. A difference leaves out a class that is in no label and that only one arm has "
+        "predicted. MONAI computes HD95 and ASD, in mm (the unit of the files' spacing). They are defined only for a class "
+        "that is in both segmentations, so compare them only where no value is missing."
     )
     drawn = "patients" if options.group_regex else "cases"
     lines.append(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_macl.compare.statistics import Resampling
+from nnunetv2_macl.compare.statistics import Resampling, in_all, mean_of_classes
 from nnunetv2_macl.compare.steps import DONE_FILE
 from nnunetv2_macl.compare.study import RESULT_FILE, Study, Trial
 from nnunetv2_macl.dataset_json import class_names
@@ -42,6 +42,7 @@ class Results:
     curve_epochs: list[int]  # epochs of the curves, (P,)
     groups: dict[tuple[str, int], Group]  # by arm and number of labels
     pretraining_seconds: dict[str, float]  # duration of the pre-training in s, by recipe with its settings
+    collapsed: dict[str, str]  # why the contrast of a pre-training counts as collapsed, by recipe with its settings
 
     @classmethod
     def read(cls, study: Study) -> Results:
@@ -54,12 +55,20 @@ class Results:
             for arm in study.arms
             for labels in study.split.labels
         }
-        seconds = {
-            arm.recipe_and_settings: read_json(study.pretraining_folder(arm) / DONE_FILE, "")["seconds"]
-            for arm in study.pretrainings
+        done = {
+            a.recipe_and_settings: read_json(study.pretraining_folder(a) / DONE_FILE, "") for a in study.pretrainings
         }
+        seconds = {recipe: content["seconds"] for recipe, content in done.items()}
+        collapsed = {recipe: content["collapsed"] for recipe, content in done.items() if content.get("collapsed")}
         names = class_names(read_json(study.raw / "dataset.json", ""))
-        return cls(study, [names.get(key, key) for key in keys], [int(e) for e in any_cell["curve"]], groups, seconds)
+        return cls(
+            study,
+            [names.get(key, key) for key in keys],
+            [int(e) for e in any_cell["curve"]],
+            groups,
+            seconds,
+            collapsed,
+        )
 
     @property
     def test_bootstrap(self) -> Resampling:
@@ -88,7 +97,8 @@ def _group(study: Study, arm: str, labels: int, found: dict[Trial, dict[str, Any
         for rate, cells in by_rate.items()
     }
     whole = Resampling.whole(len(seeds), len(study.split.validation))
-    at_the_end = {rate: whole.mean(curve[-1])[0] for rate, curve in curves.items()}
+    last = in_all([whole.by_class(curve[-1]) for curve in curves.values()])
+    at_the_end = {rate: mean_of_classes(dice)[0] for rate, dice in zip(curves, last, strict=True)}
     rate = max(at_the_end, key=lambda r: -np.inf if np.isnan(at_the_end[r]) else at_the_end[r])
     cells = by_rate[rate]
     measures = {

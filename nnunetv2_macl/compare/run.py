@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_macl import nnunet
-from nnunetv2_macl.checkpoints import NETWORK_FILE
+from nnunetv2_macl import checkpoints, nnunet
+from nnunetv2_macl.checkpoints import ENCODER_FILE, NETWORK_FILE
 from nnunetv2_macl.compare.folders import (
     RawImages,
     check_arms,
+    check_labelled,
     link_unlabelled,
     plan,
     planner,
@@ -32,7 +33,7 @@ from nnunetv2_macl.compare.stopping import ended_by_sigterm
 from nnunetv2_macl.compare.study import FINETUNINGS, SCRATCH, STUDY_FILE, Arm, Options, Study, Trial, parse_arm
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.nnunet import GROUP_VARIABLE, TEACHER_VARIABLE, WEIGHTS_VARIABLE
+from nnunetv2_macl.nnunet import TEACHER_VARIABLE, WEIGHTS_VARIABLE
 from nnunetv2_macl.patients import patients_of
 from nnunetv2_macl.planning.plan import read_plan
 from nnunetv2_macl.run import check_device
@@ -108,6 +109,7 @@ def compare(
     for study in [study.open(check_only=True) for of_kind in studies for study in of_kind]:
         if (study.planning_folder / DONE_FILE).is_file():
             # check before the new arms are stored in the study
+            check_labelled(study, images)
             check_arms(study, images)
     studies = [[study.open() for study in of_kind] for of_kind in studies]
     logger.info("Study in %s", folder)
@@ -364,7 +366,8 @@ class _Work:
             start = ["-recipe", str(arm.recipe), *(["--set", *settings] if settings else [])]
             environment = study.environment(folder / "nnUNet_results") | self._share_of_cores()
             run_command([*command, *(["--c"] if resumes else start)], environment, folder / "log.txt")
-        return _training_seconds(run)
+        # a run whose contrast has collapsed ends without an error if it may go on with restoration
+        return _training_seconds(run) | {"collapsed": checkpoints.load(run / ENCODER_FILE).get("collapsed")}
 
     def _pretraining_command(self, study: Study) -> list[str]:
         """Link the user's unlabelled images, and return the arguments that all commands of the pre-training share."""
@@ -378,9 +381,7 @@ class _Work:
     def run_cell(self, study: Study, cell: Trial) -> dict[str, Any]:
         folder = study.cell_folder(cell)
         _require_no_other_run(folder)
-        # The variable of the user's shell may be meant for another training, so the study replaces it.
-        environment = study.environment(folder) | {GROUP_VARIABLE: study.options.group_regex or ""}
-        environment |= self._share_of_cores()
+        environment = study.environment(folder) | self._share_of_cores()
         if weights := study.weights(study.arm(cell.arm)):
             environment[WEIGHTS_VARIABLE] = str(weights)
         if teacher := study.teacher(cell):
@@ -407,7 +408,7 @@ def _require_no_other_run(folder: Path) -> None:
             lock.release()
 
 
-def _training_seconds(run: Path) -> dict[str, float]:
+def _training_seconds(run: Path) -> dict[str, Any]:
     """Return the duration of all steps of a pre-training, also of one that was stopped and continued; nothing if unknown."""
     speeds = read_curves(run / CURVES_FILE).get("patches_per_second")
     if not speeds:

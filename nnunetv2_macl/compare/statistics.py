@@ -54,6 +54,10 @@ class Resampling:
         Returns:
             (B,); NaN for a resample without values.
         """
+        return mean_of_classes(self.by_class(values))
+
+    def by_class(self, values: np.ndarray) -> np.ndarray:
+        """Return the mean of each class over seeds and cases, (B, C), as `mean` does; NaN for a class without values."""
         defined = ~np.isnan(values)
 
         def sums(array: np.ndarray) -> np.ndarray:
@@ -61,12 +65,15 @@ class Resampling:
 
         counts = sums(defined.astype(float))
         totals = sums(np.where(defined, values, 0.0))
-        per_class = np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
-        present = ~np.isnan(per_class)
-        classes = present.sum(1)
-        return np.divide(
-            np.where(present, per_class, 0.0).sum(1), classes, out=np.full(len(classes), np.nan), where=classes > 0
-        )
+        return np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
+
+
+def mean_of_classes(values: np.ndarray) -> np.ndarray:
+    """Return the mean over classes of values (B, C), without NaN: (B,); NaN where all are NaN."""
+    present = ~np.isnan(values)
+    classes = present.sum(1)
+    sums = np.where(present, values, 0.0).sum(1)
+    return np.divide(sums, classes, out=np.full(len(classes), np.nan), where=classes > 0)
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,20 @@ class Estimate:
         return low > 0 or high < 0
 
 
-def student_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return Student's 95 % interval of the mean of independent values; NaN for fewer than two."""
+def student_interval(values: Sequence[float], overlap: float = 0.0) -> tuple[float, float]:
+    """Return Student's 95 % interval of the mean of some values; NaN for fewer than two.
+
+    Args:
+        values: The values, for example one for each seed.
+        overlap: 0 for independent values. For random splits of the same patients, the number of test patients divided by that
+            of the other patients: the values of such splits depend on each other, so the interval must be wider.
+
+    Source: Nadeau and Bengio, Inference for the generalization error, Machine Learning 52, 2003.
+    """
     if len(values) < 2:
         return float("nan"), float("nan")
-    reach = student.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    error = np.std(values, ddof=1) * np.sqrt(1 / len(values) + overlap)
+    reach = student.ppf((1 + LEVEL) / 2, len(values) - 1) * error
     return float(np.mean(values) - reach), float(np.mean(values) + reach)
 
 
@@ -108,18 +124,26 @@ def estimate(values: np.ndarray, resampling: Resampling, reference: np.ndarray |
     Args:
         values: Values of the arm, (S, N, C); NaN where not defined.
         resampling: Resamples of S seeds and N cases.
-        reference: Values of the other arm, (S, N, C), on the same cases and seeds.
+        reference: Values of the other arm, (S, N, C), on the same cases and seeds. A class that only one arm has is left out:
+            if a class is in no label, one voxel that an arm predicts by mistake would change which classes are averaged.
     """
+
+    def mean(sampling: Resampling) -> np.ndarray:
+        found = sampling.by_class(values)
+        return mean_of_classes(found if reference is None else found - sampling.by_class(reference))
+
     whole, each = Resampling.whole(*values.shape[:2]), Resampling.each_seed(*values.shape[:2])
-    value, by_seed, samples = (sampling.mean(values) for sampling in (whole, each, resampling))
-    if reference is not None:
-        value = value - whole.mean(reference)
-        by_seed, samples = by_seed - each.mean(reference), samples - resampling.mean(reference)
-    return Estimate(float(value[0]), *_interval(samples), tuple(by_seed.tolist()))
+    return Estimate(float(mean(whole)[0]), *_interval(mean(resampling)), tuple(mean(each).tolist()))
+
+
+def in_all(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return arrays of one shape with NaN wherever one of them is NaN, so that their means are of the same values."""
+    missing = np.isnan(arrays).any(0)
+    return [np.where(missing, np.nan, array) for array in arrays]
 
 
 def first_reached(curve: np.ndarray, goal: np.ndarray, epochs: Sequence[int]) -> np.ndarray:
-    """Return the first of the epochs (P,) at which a curve (P, B) reaches its goal (B,), or infinity: (B,)."""
+    """Return the first of the epochs (P,) at which a curve (P, B) reaches its goal, (B,) or (P, B), or infinity: (B,)."""
     reached = curve >= goal
     return np.where(reached.any(0), np.asarray(epochs, dtype=float)[reached.argmax(0)], np.inf)
 
@@ -137,7 +161,10 @@ def estimate_first_reached(
     """
 
     def reached(sampling: Resampling) -> np.ndarray:
-        return first_reached(np.stack([sampling.mean(point) for point in curve]), sampling.mean(goal), epochs)
+        wanted = sampling.by_class(goal)
+        pairs = [in_all([sampling.by_class(point), wanted]) for point in curve]
+        points, goals = (np.stack([mean_of_classes(array) for array in arrays]) for arrays in zip(*pairs, strict=True))
+        return first_reached(points, goals, epochs)
 
     return Estimate(float(reached(Resampling.whole(*goal.shape[:2]))[0]), *_interval(reached(resampling)))
 

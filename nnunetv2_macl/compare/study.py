@@ -15,7 +15,7 @@ from nnunetv2_macl.checkpoints import ENCODER_FILE
 from nnunetv2_macl.compare.split import Split
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import resource_folder, sha256, write_if_absent, write_json
-from nnunetv2_macl.nnunet import FOLDER_VARIABLES, read_json
+from nnunetv2_macl.nnunet import FOLDER_VARIABLES, GROUP_VARIABLE, read_json
 from nnunetv2_macl.planning.derive import DEFAULT_RECIPE
 from nnunetv2_macl.recipe import load_recipe, parse_settings, settings_as_text
 from nnunetv2_macl.semi_supervised.settings import parse_semi_settings
@@ -507,9 +507,13 @@ class Study:
         return run / ENCODER_FILE if arm.encoder_only else run
 
     def environment(self, results: Path) -> dict[str, str]:
-        """Return nnU-Net's three folder variables, which point into the study."""
+        """Return nnU-Net's three folder variables, which point into the study, and the variable of the patients.
+
+        The latter in the user's shell may be meant for another data set.
+        """
         places = (self.raw.parent, self.preprocessed.parent, results)
-        return {name: str(place) for name, place in zip(FOLDER_VARIABLES, places, strict=True)}
+        folders = {name: str(place) for name, place in zip(FOLDER_VARIABLES, places, strict=True)}
+        return folders | {GROUP_VARIABLE: self.options.group_regex or ""}
 
 
 def study_folders(folder: Path) -> list[Path]:

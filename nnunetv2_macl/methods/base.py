@@ -70,8 +70,12 @@ class Progress(NamedTuple):
 
     @property
     def is_second_half(self) -> bool:
-        """Return whether half of the epochs, rounded down, are done. A run of one epoch has no second half."""
-        return self.step >= max(1, self.num_epochs // 2) * self.num_iterations_per_epoch
+        """Return whether half of the steps, rounded down, are done. A run of one step has no second half."""
+        return self.step >= max(1, self.steps // 2)
+
+    def is_within(self, epochs: int) -> bool:
+        """Return whether the step is in the first epochs, which are at most half of the run."""
+        return self.step < min(epochs * self.num_iterations_per_epoch, self.steps // 2)
 
 
 def derive_seed(*numbers: int) -> int:

@@ -17,6 +17,10 @@ from nnunetv2_macl.networks.planned import nearest_multiple
 _AUXILIARY_STRIDE = 16
 _LARGEST_SCALE = 4
 _PATCH_RATIO = (0.7, 1.5)
+_ENCODER_ONLY = (
+    " and only the encoder is trained. L_d and L_ER then compare maps of the same image, so they teach little. To change the "
+    "intensity of one of the two images: --set intensity=1.0 intensity_on=auxiliary"
+)
 _MIN_BOTTLENECK = {2: 4, 3: 8}
 
 
@@ -68,8 +72,7 @@ def plan_branches(patch_size: Sequence[int], strides: Sequence[Sequence[int]], r
         _enlarge(size, total[-1], patch)
         reason = (
             f"{where}; with every scale from 2 to {_LARGEST_SCALE} the dominant bottleneck has fewer than {minimum} voxels, so "
-            "there is no scale: both branches see the full patch"
-            + ("" if decoder_stages else " and only the encoder is trained")
+            "there is no scale: both branches see the full patch" + ("" if decoder_stages else _ENCODER_ONLY)
         )
         if (size != patch).any():
             reason += (

@@ -44,7 +44,9 @@ class DeSDConfig(ImageViewKeys):
     )
     centre_momentum: Fraction = Field(0.9, description="weight of the old mean in the centre of the teacher's outputs")
     frozen_output_epochs: Annotated[int, Field(ge=0)] = Field(
-        1, description="number of initial epochs in which the last layers of the student's heads are frozen"
+        1,
+        description="number of initial epochs in which the last layers of the student's heads are frozen, at most half of the "
+        "run",
     )
 
 
@@ -118,7 +120,7 @@ class DeSD(ImageLevelMethod):
 
     def withhold_gradients(self, progress: Progress) -> None:
         """Freeze the last layers of the heads in the first epochs."""
-        if progress.step < self.recipe.frozen_output_epochs * progress.num_iterations_per_epoch:
+        if progress.is_within(self.recipe.frozen_output_epochs):
             for head in self.heads:
                 head.directions.weight.grad = None  # type: ignore[union-attr]
 

@@ -87,7 +87,8 @@ class GCLImage(SimCLR):
         cls, means: Mapping[str, float], before: Mapping[str, float], references: Mapping[str, float]
     ) -> list[str]:
         """Return the reasons of `ContrastiveMethod`, or that nearly all patches are in one partition of their volumes."""
-        if means.get("negatives", math.inf) < _FEW_NEGATIVES:
+        # The region level, which the second half of GCL trains, has no partitions.
+        if "partition" in means and means.get("negatives", math.inf) < _FEW_NEGATIVES:
             return [
                 f"an anchor has {means['negatives']:.2f} negatives on average, because nearly all patches are in one partition "
                 "of their volumes: the patch is nearly as long as the volumes on the first axis"
@@ -177,7 +178,7 @@ def _region_edge(grid: Sequence[int]) -> tuple[int, int]:
 class GCL(GCLImage):
     """Contrasts images by partitions of volumes to train the encoder, then regions of an image to train the decoder.
 
-    The first half of the epochs trains the encoder. The second half trains the decoder stages while the encoder is frozen. One
+    The first half of the steps trains the encoder. The second half trains the decoder stages while the encoder is frozen. One
     schedule of the learning rate covers both halves, whereas the paper trains each level with a schedule of its own.
     """
 

@@ -35,7 +35,7 @@ class TwoViews(Views):
 
     def __init__(self, geometry: Geometry, recipe: Any) -> None:
         self.spatial = spatial_views(geometry, recipe)
-        self.intensity = RandomIntensity(recipe.intensity)
+        self.intensity = RandomIntensity(recipe.intensity, geometry.channels_without_zscore)
 
     def draw(self, random: StepRandom) -> _Numbers:
         generator = random.generator()

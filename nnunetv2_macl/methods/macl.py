@@ -75,7 +75,7 @@ class MACLConfig(BranchKeys, SpatialViewKeys):
     embedding_dim: Annotated[int, Field(ge=2)] = Field(128, description="length of the image-level vectors")
     training_stages: Literal[1, 2] = Field(
         1,
-        description="`1`: all losses are trained together; `2`: all but L_d are trained for half of the epochs, then only L_d "
+        description="`1`: all losses are trained together; `2`: all but L_d are trained for half of the steps, then only L_d "
         "with the encoder frozen",
     )
     downsample_first_stage: bool = Field(
@@ -129,7 +129,7 @@ class _MACLViews(Views):
             self.spatial = spatial_views(geometry, recipe)
         self.has_invariance = bool(recipe.weight_dense or recipe.weight_equivariance)
         shown = (GROUPS[:2] if self.has_invariance else ()) + (GROUPS[2:] if self.spatial else ())
-        self.intensity = RandomIntensity(recipe.intensity)
+        self.intensity = RandomIntensity(recipe.intensity, geometry.channels_without_zscore)
         changed = _INTENSITY_GROUPS[recipe.intensity_on] if recipe.intensity else ()
         self.changed = [group for group in shown if group in changed]
         self.full_size_first = MACL.trains_in_stages(recipe) and not recipe.downsample_first_stage

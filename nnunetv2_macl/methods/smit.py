@@ -79,9 +79,10 @@ class _SMITViews(Views):
     without a mask; ``tokens_0``, (n, T), indices of locations; ``hidden_0``, (n, T), masked fraction of each location.
     """
 
-    def __init__(self, masked: MaskedViews, grid: Sequence[int], recipe: Any) -> None:
+    def __init__(self, masked: MaskedViews, grid: Sequence[int], geometry: Geometry, recipe: Any) -> None:
         self.masked, self.grid, self.tokens = masked, tuple(grid), recipe.tokens
-        self.crops, self.intensity = RandomCrops(_CROP_ZOOM), RandomIntensity(recipe.intensity)
+        self.crops = RandomCrops(_CROP_ZOOM)
+        self.intensity = RandomIntensity(recipe.intensity, geometry.channels_without_zscore)
 
     def draw(self, random: StepRandom) -> _Numbers:
         count = min(math.prod(self.grid), max(1, self.tokens // random.batch_size))
@@ -158,7 +159,7 @@ class SMIT(Restoration):
         self.teacher_token_head, self.teacher_image_head = map(averaged_copy, (self.token_head, self.image_head))
         self.token_loss = DistillationLoss(recipe.token_dim, recipe.student_temperature)
         grid = [n // s for n, s in zip(geometry.patch_size, level.stride, strict=True)]
-        self.views = _SMITViews(self.masked_views, grid, recipe)
+        self.views = _SMITViews(self.masked_views, grid, geometry, recipe)
 
     @classmethod
     def weights(cls, recipe: Any) -> dict[str, float]:

@@ -47,7 +47,7 @@ class SwAVConfig(ImageViewKeys, HeadKey):
     temperature: Positive = Field(0.1, description="τ")
     prototypes: Annotated[int, Field(ge=2)] = Field(300, description="K, number of prototypes")
     frozen_prototype_epochs: Annotated[int, Field(ge=0)] = Field(
-        1, description="number of initial epochs in which the prototypes are frozen"
+        1, description="number of initial epochs in which the prototypes are frozen, at most half of the run"
     )
     queue_length: Annotated[int, Field(ge=0)] = Field(
         384, description="number of earlier vectors that are used to compute the codes; `0` disables the queue"
@@ -182,7 +182,7 @@ class SwAV(ImageLevelMethod):
         return list(self.queues) if is_full and progress.step >= self.recipe.queue_start * progress.steps else []  # type: ignore
 
     def _is_frozen(self, progress: Progress) -> bool:
-        return progress.step < self.recipe.frozen_prototype_epochs * progress.num_iterations_per_epoch
+        return progress.is_within(self.recipe.frozen_prototype_epochs)
 
     def withhold_gradients(self, progress: Progress) -> None:
         """Freeze the prototypes in the first epochs."""

@@ -47,6 +47,11 @@ class VoxelConfig(MethodConfig):
     )
 
 
+def _voxels_per_patch(recipe: Any, batch_size: int) -> int:
+    """Return P, the number of compared voxels in a patch."""
+    return max(1, recipe.voxels // batch_size)
+
+
 class _Numbers(NamedTuple):
     first: Crops
     second: Crops
@@ -61,19 +66,17 @@ class TwoCrops(Views):
     `torch.nn.functional.grid_sample` takes them without aligned corners.
     """
 
-    def __init__(self, recipe: Any) -> None:
+    def __init__(self, geometry: Geometry, recipe: Any) -> None:
         self.crops = RandomCrops(recipe.zoom, mirroring=recipe.mirroring)
-        self.intensity = RandomIntensity(recipe.intensity)
-        self.voxels = recipe.voxels
-
-    def voxels_per_patch(self, batch_size: int) -> int:
-        """Return P, the number of compared voxels in a patch."""
-        return max(1, self.voxels // batch_size)
+        self.intensity = RandomIntensity(recipe.intensity, geometry.channels_without_zscore)
+        self.recipe = recipe
 
     def draw(self, random: StepRandom) -> _Numbers:
         generator, axes = random.generator(_CROPS), len(random.patch_size)
         first, second = (self.crops.draw(random.batch_size, axes, generator) for _ in range(2))
-        points = self.crops.draw_shared_points(first, second, self.voxels_per_patch(random.batch_size), generator)
+        points = self.crops.draw_shared_points(
+            first, second, _voxels_per_patch(self.recipe, random.batch_size), generator
+        )
         intensity = [
             random.draw_intensity(self.intensity, random.generator(_CROPS, number + 1))
             for number in range(2 if self.intensity.strength else 0)
@@ -129,12 +132,13 @@ class Voxel(ContrastiveMethod):
         channels = sum(level.channels for level in (network.encoder_levels[-1], *network.decoder_levels))
         self.voxel_head = GlobalProjectionHead(channels, recipe.embedding_dim)
         self.loss = PositionalContrastiveLoss(threshold=0.0, **self.loss_settings(recipe))
-        self.views: TwoCrops = TwoCrops(recipe)
+        self.views: TwoCrops = TwoCrops(geometry, recipe)
 
     @classmethod
     def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
         """Return nnU-Net's own patch and all decoder stages but the last, which has the largest maps."""
-        return plan_one_branch(patch_size, strides, recipe, max(1, len(strides) - 2))
+        stages = len(strides) - 1  # a network with one map has none
+        return plan_one_branch(patch_size, strides, recipe, min(stages, max(1, stages - 1)))
 
     @classmethod
     def weights(cls, recipe: Any) -> dict[str, float]:
@@ -173,7 +177,7 @@ class Voxel(ContrastiveMethod):
 
     @classmethod
     def reference_lines(cls, recipe: Any, batch_size: int, means: Mapping[str, float]) -> dict[str, float]:
-        voxels = batch_size * TwoCrops(recipe).voxels_per_patch(batch_size)
+        voxels = batch_size * _voxels_per_patch(recipe, batch_size)
         return reference_values(voxels, 1.0, **cls.loss_settings(recipe))._asdict()
 
     @classmethod

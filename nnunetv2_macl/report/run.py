@@ -148,7 +148,8 @@ def device_of(folder: Path) -> str:
 
 def log_lines(folder: Path) -> list[str]:
     """Return the lines of all log files in their order, because a continued run has several log files."""
-    files = sorted(folder.glob("training_log_*.txt"), key=lambda file: file.stat().st_mtime)
+    # by the time in the name, because a copied folder has other times; nnU-Net does not pad months and days with zeros
+    files = sorted(folder.glob("training_log_*.txt"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.stem)])
     return [line.rstrip() for file in files for line in file.read_text(errors="replace").splitlines()]
 
 
@@ -183,7 +184,8 @@ def image_sources(run: Run) -> list[dict[str, Any]]:
         if content.get("shapes_after_crop"):
             sources.append(
                 {
-                    "name": f"{run.plan.dataset_name}, labelled (labels are not read)",
+                    "name": f"{run.plan.dataset_name}, labelled (labels are not read)"
+                    + (f", before fold {run.fold} is left out" if run.fold != "all" else ""),
                     "images": len(content["shapes_after_crop"]),
                     "size": np.asarray(content["shapes_after_crop"], dtype=float),
                     "spacing": np.asarray(content["spacings"], dtype=float),

@@ -47,6 +47,8 @@ def _as_html(file: Path) -> Markup:
     html = html.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 
     def inside(match: re.Match) -> str:
+        if not (file.parent / match[1]).is_file():
+            return '<img alt="Dice of the arms (the picture is missing)"'
         picture = data_uri((file.parent / match[1]).read_bytes(), "png")
         return f'<img class="views" src="{picture}" alt="Dice of the arms"'
 

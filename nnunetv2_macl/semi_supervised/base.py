@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 from nnunetv2_macl.data import Case
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.messages import log_to
 from nnunetv2_macl.nnunet import GROUP_VARIABLE
-from nnunetv2_macl.patients import of_other_patients
+from nnunetv2_macl.patients import group_regex, of_other_patients
 from nnunetv2_macl.planning.plan import current_processes, plan_file, read_plan
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, training_cases
@@ -83,7 +81,7 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
             f"Unlabelled images used: {len(kept)} ({len(set(kept) & set(others))} of them labelled cases outside of this fold). "
             f"Left out: {pluralise(len(held_out), 'validation case')}, {len(cases) - len(kept)} other images of their patients"
         )
-        if not os.environ.get(GROUP_VARIABLE) and held_out:
+        if group_regex() is None and held_out:
             self.print_to_log_file(
                 "Each case counts as a separate patient. If a patient has several images, set the part of a case's name that "
                 f"is the patient, for example: export {GROUP_VARIABLE}='^[^_]+'",

@@ -87,6 +87,7 @@ class EpochSums:
         skipped: Number of steps without a finite loss or gradient.
         seconds: Time of all steps except the warm-up steps.
         sums: Sum of each measured value, without the skipped steps.
+        counts: Number of steps in each sum. A method may measure a value in some steps of an epoch only.
         warm_up_steps: Number of steps after a start that are slower, because they compile the network.
         warm_up_seconds: Time of the warm-up steps.
     """
@@ -97,13 +98,20 @@ class EpochSums:
     sums: dict[str, float] = field(default_factory=dict)
     warm_up_steps: int = 0
     warm_up_seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.counts:  # sums of an earlier version, in which each step measured all values
+            self.counts = dict.fromkeys(self.sums, self.steps - self.skipped)
 
     def add(self, measured: dict[str, float], *, skipped: bool) -> None:
         self.steps += 1
         if skipped:
             self.skipped += 1
             return
-        self.sums = {key: self.sums.get(key, 0) + value for key, value in measured.items()}
+        for key, value in measured.items():
+            self.sums[key] = self.sums.get(key, 0) + value
+            self.counts[key] = self.counts.get(key, 0) + 1
 
     def add_time(self, seconds: float, *, is_warm: bool) -> None:
         """Add the time of a step in seconds. A step that is not warm includes compilation and other work of a start."""
@@ -120,8 +128,8 @@ class EpochSums:
         return self.seconds / timed if timed > 0 else (self.seconds + self.warm_up_seconds) / self.steps
 
     def means(self) -> dict[str, float]:
-        """Return the means over the steps that were not skipped, or nothing if all were skipped."""
-        return {key: value / (self.steps - self.skipped) for key, value in self.sums.items()}
+        """Return the means over the steps that measured each value, or nothing if all steps were skipped."""
+        return {key: value / self.counts[key] for key, value in self.sums.items()}
 
 
 @dataclass(frozen=True)

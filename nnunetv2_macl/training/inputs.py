@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.folds import check_fold
 from nnunetv2_macl.messages import log_to
 from nnunetv2_macl.nnunet import GROUP_VARIABLE, DatasetConfiguration
-from nnunetv2_macl.patients import of_other_patients
+from nnunetv2_macl.patients import group_regex, of_other_patients
 from nnunetv2_macl.planning.plan import current_processes, has_current_plan, start_in_short
 from nnunetv2_macl.preprocessing.cases import Preprocessed, found_images, preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import training_cases
@@ -55,7 +54,7 @@ def find_cases(trainer: nnUNetTrainerMACLPretrain) -> tuple[list[Case], Preproce
     if not kept:
         raise UserError(
             f"No image is left: all are of validation patients of fold {trainer.fold}. The variable {GROUP_VARIABLE}, "
-            f"'{os.environ.get(GROUP_VARIABLE)}', says which part of a name is the patient. Correct it, or type: "
+            f"'{group_regex()}', says which part of a name is the patient. Correct it, or type: "
             f"unset {GROUP_VARIABLE}"
         )
     # compared by file, because names may occur in several data sets

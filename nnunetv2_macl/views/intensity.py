@@ -28,10 +28,11 @@ class IntensityNumbers(NamedTuple):
 class RandomIntensity:
     """Change gamma, contrast, brightness, bias field, noise and blur at random, independently for each channel of each image.
 
-    Images must be normalised, as nnU-Net's are, because brightness and noise are in standard deviations.
+    Brightness and noise are in standard deviations of the image.
 
     Args:
         strength: Factor of the ranges below. 0 changes nothing.
+        unnormalised: Indices of the channels whose standard deviation is not about 1, because nnU-Net does not normalise it.
 
     Raises:
         ValueError: The strength is below 0.
@@ -47,10 +48,10 @@ class RandomIntensity:
     # The bias field has this many points on each axis and is interpolated between them.
     FIELD_POINTS = 4
 
-    def __init__(self, strength: float = 1.0) -> None:
+    def __init__(self, strength: float = 1.0, unnormalised: Sequence[int] = ()) -> None:
         if not strength >= 0:
             raise ValueError(f"strength must be 0 or greater, got {strength!r}")
-        self.strength = strength
+        self.strength, self.unnormalised = strength, tuple(unnormalised)
 
     def draw(self, patches: int, channels: int, axes: int, generator: torch.Generator) -> IntensityNumbers:
         """Draw the random numbers of views.
@@ -107,6 +108,11 @@ class RandomIntensity:
         chosen, reached, points = values.split((changes, amounts, self.FIELD_POINTS**axes), -1)
         gamma, inverse, contrast, biased, noisy, blurred = (c.bool().reshape(single) for c in chosen.unbind(-1))
         exponent, inverse_exponent, factor, shift, deviation = (r.reshape(single) for r in reached.unbind(-1))
+        if self.unnormalised:
+            channels = list(self.unnormalised)
+            unit = torch.ones(single, dtype=patches.dtype, device=patches.device)
+            unit[:, channels] = whole(patches, "std")[:, channels]
+            shift, deviation = shift * unit, deviation * unit
         low = whole(patches, "amin")
         span = (whole(patches, "amax") - low).clamp_min(1e-6)
         views = ((patches - low) / span).clamp(0, 1)

@@ -17,6 +17,7 @@ from conftest import DATASET, same, set_folders
 from faults.tools import after_step
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import GROUP_VARIABLE
 from nnunetv2_macl.run import pretrain
 from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
@@ -174,6 +175,17 @@ def test_changed_images_are_reported(workspace, monkeypatch, capfd):
     next((workspace.raw / DATASET / "imagesUn").iterdir()).unlink()
     stopped_run(monkeypatch, 2, continue_training=True)
     assert re.search("WARNING: .*images have changed", capfd.readouterr().out)
+
+
+def test_a_run_does_not_continue_with_other_patients(workspace, monkeypatch):
+    """Otherwise a cluster that starts the run again in another shell might train on images of validation patients."""
+    monkeypatch.setenv(GROUP_VARIABLE, "^case_00.")
+    stopped_run(monkeypatch, 1, exclude_fold=0)
+    monkeypatch.delenv(GROUP_VARIABLE)
+    with pytest.raises(UserError, match=rf"export {GROUP_VARIABLE}='\^case_00\.'"):
+        run(continue_training=True, exclude_fold=0)
+    monkeypatch.setenv(GROUP_VARIABLE, "^case_00.")
+    assert stopped_run(monkeypatch, 2, continue_training=True, exclude_fold=0) == 143
 
 
 def test_a_case_that_vanishes_stops_the_run_with_a_checkpoint(workspace, monkeypatch):

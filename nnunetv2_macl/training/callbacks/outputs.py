@@ -135,6 +135,7 @@ class Export(Callback):
             for name in (SHORT_FINETUNER, FINETUNER)
         )
         trainer.print_to_log_file(
-            f"{collapsed}Weights: {trainer.output_folder}\n{no_folds}Fine-tune from them, for 800 steps or for nnU-Net's 1000 epochs:\n"
+            f"{collapsed}Weights: {trainer.output_folder}\n{no_folds}"
+            "Fine-tune from them, for 800 steps or for nnU-Net's 1000 epochs:\n"
             f'    export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"\n    {folder}{short}\n    {full}'
         )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nnunetv2_macl import checkpoints, distributed
+from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.factory import load_optimizer
 from nnunetv2_macl.files import remove_temporary
-from nnunetv2_macl.nnunet import checksum
+from nnunetv2_macl.nnunet import GROUP_VARIABLE, checksum
+from nnunetv2_macl.patients import group_regex
 from nnunetv2_macl.planning.plan import write_plan
 from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.callbacks.base import Callback
@@ -162,10 +165,22 @@ class Checkpoints(Callback):
         checkpoints.save(content | {"trainer_name": type(trainer).__name__}, file)
 
     def state(self) -> dict[str, Any]:
-        return {"images": self._images()}
+        return {"images": self._images(), "group_regex": group_regex()}
 
     def load_state(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the images of a checkpoint.
+
+        Raises:
+            UserError: The run began with other patients, so images of validation patients might be trained on from now on.
+        """
         self._resumed_images = checkpoint["images"]
+        began = checkpoint.get("group_regex", group_regex())  # a checkpoint of an earlier version has none
+        if self.trainer.fold != "all" and began != group_regex():
+            command = f"export {GROUP_VARIABLE}={shlex.quote(began)}" if began else f"unset {GROUP_VARIABLE}"
+            raise UserError(
+                f"The run in {self.folder} began with {GROUP_VARIABLE} '{began or ''}', and this variable is now "
+                f"'{group_regex() or ''}'. Type: {command}"
+            )
 
     def _images(self) -> str:
         return checksum([case.name for case in self.trainer.data.cases])
