@@ -115,5 +115,5 @@ def test_signals_are_forwarded_to_the_ranks(workspace):
         time.sleep(0.2)
     time.sleep(3)
     job.terminate()
-    assert job.wait(60) == 0, log.read_text()
+    assert job.wait(60) == 128 + signal.SIGTERM, log.read_text()
     assert "--c" in log.read_text() and (workspace.run_folder(PRETRAIN) / "checkpoint_latest.pth").is_file()
