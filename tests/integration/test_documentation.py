@@ -128,6 +128,10 @@ def space(tmp_path_factory):
     runs = space.results / "Dataset027_ACDC"
     encoder = runs / "nnUNetTrainerMACLPretrain__nnUNetPlans__3d_fullres" / "fold_all" / "macl_encoder.pth"
     shutil.copy(encoder, space.folder)
+    # weights of another data set
+    shutil.copytree(
+        *(d / "nnUNetTrainerMACLPretrain__nnUNetPlans__2d" for d in (runs, runs.with_name("Dataset028_Archive")))
+    )
     return space
 
 
