@@ -13,7 +13,8 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,12 @@ import SimpleITK as sitk
 from PIL import Image
 
 from nnunetv2_macl.collecting.dicom import read_header, sort_slices, why_unreadable
-from nnunetv2_macl.collecting.voxels import read_series
+from nnunetv2_macl.collecting.voxels import read_series, write_image
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_error, write_json
 from nnunetv2_macl.messages import progress_bar
 from nnunetv2_macl.nnunet import read_json
+from nnunetv2_macl.preprocessing.cases import check_nifti
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER
 from nnunetv2_macl.raw_data import DESCRIPTION, raw_data_set, write_description
 from nnunetv2_macl.text import last_line, pluralise
@@ -232,9 +234,12 @@ def convert(data_set: RawDataSet, dataset: str) -> Path:
             for case in progress_bar(data_set.cases, unit="case"):
                 for file, write in case.files(ending).items():
                     if not (folder / file).is_file():
-                        (folder / file).parent.mkdir(exist_ok=True)
-                        write(work / file.name)
-                        os.replace(work / file.name, folder / file)
+                        try:
+                            (folder / file).parent.mkdir(exist_ok=True)
+                            write(work / file.name)
+                            os.replace(work / file.name, folder / file)
+                        except OSError as error:
+                            raise write_error(error, folder / file) from error
             trained = sum(case.folder == TRAINING for case in data_set.cases)
             labels = BACKGROUND | {name: value for value, name in enumerate(data_set.labels, 1)}
             write_description(folder, data_set.channels, labels, trained, ending, reference=data_set.reference)
@@ -333,11 +338,14 @@ def _nifti_cases(
 
 def _read(file: Path) -> sitk.Image:
     try:
+        check_nifti(str(file))  # ITK reads zeros from a file that was cut short
         return sitk.ReadImage(str(file))
-    except RuntimeError as error:
-        raise UserError(
-            f"{file} cannot be read: {last_line(error)}. Unpack it again from the organisers' archive."
-        ) from None
+    except Exception as error:  # SimpleITK and nibabel raise many kinds of errors for damaged files
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} cannot be read: {last_line(error)}. Unpack it again from the organisers' archive.")
 
 
 def _write_nifti(image: Path, target: Path) -> None:
@@ -345,7 +353,7 @@ def _write_nifti(image: Path, target: Path) -> None:
     if image.name.endswith(".nii.gz"):
         shutil.copyfile(image, target)
     else:
-        sitk.WriteImage(volume, str(target), useCompression=True)
+        write_image(volume, target)
 
 
 def _write_labels(label: Path, image: Path, values: Mapping[int, int], target: Path) -> None:
@@ -376,7 +384,7 @@ def _write_labels(label: Path, image: Path, values: Mapping[int, int], target: P
 def _write_array(array: np.ndarray, reference: sitk.Image, target: Path) -> None:
     image = sitk.GetImageFromArray(array)
     image.CopyInformation(reference)
-    sitk.WriteImage(image, str(target), useCompression=True)
+    write_image(image, target)
 
 
 def _read_slices(slices: list[Path]) -> tuple[sitk.Image, list[int]]:
@@ -404,7 +412,7 @@ def _write_series(slices: list[Path], target: Path) -> None:
     volume, _ = _read_slices(slices)
     for key in volume.GetMetaDataKeys():
         volume.EraseMetaData(key)
-    sitk.WriteImage(volume, str(target), useCompression=True)
+    write_image(volume, target)
 
 
 def _write_chaos_masks(slices: list[Path], masks: list[Path], target: Path) -> None:
@@ -415,7 +423,7 @@ def _write_chaos_masks(slices: list[Path], masks: list[Path], target: Path) -> N
 
 
 def _chaos_labels(mask: Path, volume: sitk.Image) -> np.ndarray:
-    with Image.open(mask) as image:
+    with _opened(mask) as image:
         grey = np.array(image.convert("L"))
     if grey.shape != volume.GetSize()[1::-1]:
         raise UserError(
@@ -434,14 +442,27 @@ def _chaos_labels(mask: Path, volume: sitk.Image) -> np.ndarray:
 # --- photographs ---------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """Open an image of Pillow for reading. Raise UserError if it is damaged, which may only show when its pixels are read."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's errors for damaged files
+        raise _unreadable(file, error) from None
+
+
 def _write_photograph(file: Path, grey: bool, target: Path) -> None:
-    with Image.open(file) as image:
-        image.convert("L" if grey else "RGB").save(target)
+    with _opened(file) as image:
+        pixels = image.convert("L" if grey else "RGB")
+    pixels.save(target)
 
 
 def _write_isic_mask(file: Path, photograph: Path, target: Path) -> None:
-    with Image.open(file) as mask, Image.open(photograph) as image:
-        if mask.size != image.size:
-            raise UserError(f"{file} has {mask.size} pixels and {photograph} has {image.size}. Unpack both again.")
+    with _opened(photograph) as image:
+        size = image.size
+    with _opened(file) as mask:
         lesion = np.array(mask.convert("L")) >= _ISIC_LESION
+    if lesion.shape != size[::-1]:
+        raise UserError(f"{file} has {lesion.shape[::-1]} pixels and {photograph} has {size}. Unpack both again.")
     Image.fromarray(lesion.astype(np.uint8)).save(target)

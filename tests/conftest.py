@@ -1,11 +1,13 @@
 """Generated data sets that nnU-Net plans and preprocesses once per session."""
 
+import contextlib
 import hashlib
 import locale
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,18 @@ def set_folders(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Set nnU-Net's variables to its three folders in a folder."""
     for name in FOLDER_VARIABLES:
         monkeypatch.setenv(name, str(folder / name))
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Within the context, the system lets this process write no file of more bytes, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def hashes(folder: Path) -> dict[str, str]:

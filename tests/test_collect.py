@@ -12,13 +12,14 @@ import time
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import largest_file
 from dicom_files import AXIAL, CORONAL, SAGITTAL, volume, write_series
 
 from nnunetv2_macl.collecting.collect import collect
 from nnunetv2_macl.collecting.dicom import group_series, read_header, sort_slices, why_not
 from nnunetv2_macl.collecting.pseudonyms import KEY_FILE, load_key
 from nnunetv2_macl.collecting.table import read_table
-from nnunetv2_macl.collecting.voxels import _is_segmentation
+from nnunetv2_macl.collecting.voxels import Job, _is_segmentation, make_image
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.raw_data import raw_data_set
@@ -270,6 +271,17 @@ def test_a_copy_does_not_contain_the_name_of_its_source(tmp_path, raw):
     collect(tree, "Dataset028_Archive", modality="MR", private_folder=tmp_path / "private", processes=1)
     (copy,) = (raw / "Dataset028_Archive" / "imagesUn").iterdir()
     assert b"Doe_Jane" not in copy.read_bytes() and gzip.decompress(copy.read_bytes()) == content
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha"])
+def test_an_image_that_could_not_be_written_completely_is_no_image(tmp_path, ending):
+    """ITK's writer of NIfTI raises no error on a full disk."""
+    write_nifti(tmp_path / ("a.nii" if ending == ".nii.gz" else "a.nii.gz"), volume(1))
+    job = Job([str(next(tmp_path.iterdir()))], str(tmp_path / f"image{ending}"), False, 3, False)
+    with largest_file(4096):
+        made = make_image(job)
+    assert made.failed and not made.left_out and not made.voxels
+    assert make_image(job).voxels
 
 
 def test_files_that_no_reader_can_open_are_left_out(tmp_path, raw):

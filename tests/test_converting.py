@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import Workspace
+from conftest import Workspace, largest_file
 from dicom_files import AXIAL, write_series
 from PIL import Image
 
@@ -156,6 +156,45 @@ def test_a_conversion_that_was_stopped_continues(tmp_path, raw):
     folder = convert(converting.mmwhs(tmp_path / "data"), "31")
     assert first.stat().st_mtime_ns == when and len(list((folder / "labelsTr").iterdir())) == 5
     assert sorted(path.name for path in folder.iterdir()) == ["dataset.json", "imagesTr", "imagesTs", "labelsTr"]
+
+
+def test_images_that_a_full_disk_cut_short_are_not_kept(tmp_path, raw):
+    """ITK's writer of NIfTI raises no error on a full disk."""
+    hvsmr(tmp_path / "data")
+    for file in (tmp_path / "data" / "Training dataset").iterdir():
+        sitk.WriteImage(sitk.ReadImage(str(file)), str(file.with_suffix("")))  # as .nii, so that it is converted
+        file.unlink()
+    image = r"Dataset032_HVSMR/imagesTr/pat0_0000\.nii\.gz could not be written: the disk is full"
+    with largest_file(8192), pytest.raises(UserError, match=image):
+        convert(converting.hvsmr(tmp_path / "data"), "32")
+    folder = raw / "Dataset032_HVSMR"
+    assert not list((folder / "imagesTr").iterdir()) and not (folder / "dataset.json").exists()
+    convert(converting.hvsmr(tmp_path / "data"), "32")
+    there = tmp_path / "data" / "Training dataset" / "training_axial_full_pat0.nii"
+    assert np.array_equal(array(folder / "imagesTr" / "pat0_0000.nii.gz"), array(there))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-200])
+    return file.name
+
+
+@pytest.mark.parametrize("kind", ["image", "label"])
+def test_volumes_that_were_cut_short_are_refused(tmp_path, raw, kind):
+    mmwhs(tmp_path / "data")
+    name = cut(tmp_path / "data" / "ct_train" / f"ct_train_1001_{kind}.nii.gz")
+    with pytest.raises(UserError, match=rf"{name} cannot be read: .*\. Unpack it again"):
+        convert(converting.mmwhs(tmp_path / "data"), "31")
+    assert not [file for file in raw.rglob("*.nii.gz") if "1001_0000" in file.name]
+
+
+@pytest.mark.parametrize("kind", ["Input/ISIC_0000000.jpg", "GroundTruth/ISIC_0000000_segmentation.png"])
+def test_photographs_and_masks_that_were_cut_short_are_refused(tmp_path, raw, kind):
+    isic2018(tmp_path / "data")
+    (file,) = (path for path in (tmp_path / "data").rglob("*") if str(path).endswith(kind))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"{file.name} cannot be read: .*\. Unpack it again"):
+        convert(converting.isic2018(tmp_path / "data"), "38")
 
 
 def test_a_conversion_does_not_continue_another_one(tmp_path, raw):

@@ -5,12 +5,14 @@ The header of an image that is made from DICOM holds only the geometry. A NIfTI 
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import os
 import shutil
 import signal
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +31,8 @@ _SHARE_OF_EQUAL_NEIGHBOURS = 0.5
 # An image is written only if this much disk space stays free.
 _SPARE_BYTES = 64 * 2**20
 NIFTI_ENDINGS = (".nii.gz", ".nii")
+# The voxels of a NIfTI file begin after this many bytes.
+_NIFTI_HEADER = 352
 
 
 class Job(NamedTuple):
@@ -69,7 +73,7 @@ def make_image(job: Job) -> Made:
         _write(image, job)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:  # of the source, whose end ITK does not check
         return Made(left_out=f"cannot be read: {last_line(error)}")
-    except Exception as error:  # SimpleITK raises RuntimeError if the disk is full
+    except Exception as error:
         return Made(failed=str(error).strip())
     return Made(voxels=_checksum(image))
 
@@ -94,6 +98,28 @@ def _read_nifti(file: str) -> sitk.Image:
 
     check_nifti(file)
     return sitk.ReadImage(file)
+
+
+def write_image(image: sitk.Image, file: Path) -> None:
+    """Write an image, compressed if the format allows it.
+
+    Raises:
+        OSError: The image could not be written completely. ITK reports this for most formats, but not for NIfTI.
+    """
+    try:
+        sitk.WriteImage(image, str(file), useCompression=True)
+    except RuntimeError as error:
+        raise OSError(errno.EIO, last_line(error)) from error
+    if not file.name.endswith(NIFTI_ENDINGS):
+        return
+    voxels = image.GetNumberOfPixels() * image.GetSizeOfPixelComponent() * image.GetNumberOfComponentsPerPixel()
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            size = sum(map(len, iter(partial(stream.read, 2**20), b"")))
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        size = 0
+    if size < _NIFTI_HEADER + voxels:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _why_not(image: sitk.Image, job: Job) -> str | None:
@@ -158,7 +184,7 @@ def _write(image: sitk.Image, job: Job) -> None:
         return
     for key in image.GetMetaDataKeys():
         image.EraseMetaData(key)
-    sitk.WriteImage(image, str(target), useCompression=True)
+    write_image(image, target)
 
 
 def _checksum(image: sitk.Image) -> str:
