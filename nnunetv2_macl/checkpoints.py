@@ -121,13 +121,25 @@ ORIGINS = {"macl": "MACL", "nnssl": "nnssl", "nnunet": "nnU-Net", "macl_authors"
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """Weights for a U-Net and their origin."""
+    """Weights for a U-Net and their origin.
+
+    Raises:
+        UserError: A weight is no tensor, or holds NaN or infinite values.
+    """
 
     files: list[Path]
     weights: dict[str, Tensor]  # by the U-Net's own names
     architecture: dict[str, Any]
     description: dict[str, Any]
     elsewhere: frozenset[str] = frozenset()  # names of trained weights that only another file of the run holds
+
+    def __post_init__(self) -> None:
+        names = ", ".join(map(str, self.files))
+        for key, weight in self.weights.items():
+            if not isinstance(weight, Tensor):
+                raise UserError(f"{names} is damaged: {key} is a {type(weight).__name__}, not a tensor. Use another copy.")
+            if not weight.isfinite().all():
+                raise UserError(f"{names} holds NaN or infinite values, in {key}. Use other weights.")
 
     @property
     def channel_names(self) -> list[str]:
@@ -236,7 +248,7 @@ def load_weights(path: Path) -> PretrainedWeights:
         path: Folder of a run, for encoder and decoder, or one of the three files, for its content.
 
     Raises:
-        UserError: The file does not exist, is damaged, or holds no weights of this package. The message names the file.
+        UserError: The file does not exist, is damaged, holds no weights of this package, or holds NaN. The message names the file.
     """
     if path.is_dir():
         files = [path / ENCODER_FILE, path / DECODER_FILE]

@@ -85,18 +85,12 @@ def load_weights(path: Path) -> PretrainedWeights:
             f"Use a checkpoint of nnU-Net v2 ({checkpoints.NNUNET_FILE})."
         )
     if ADAPTATION_PLAN in content:
-        pretrained = _from_nnssl(content, path)
-    elif isinstance(content.get(AUTHORS_WEIGHTS), dict):
-        pretrained = _from_authors(content[AUTHORS_WEIGHTS], path)
-    elif is_nnunet_checkpoint(content):
-        pretrained = _from_nnunet(content, path)
-    else:
-        pretrained = checkpoints.load_weights(path)
-    for key, weight in pretrained.weights.items():
-        if not weight.isfinite().all():
-            names = ", ".join(map(str, pretrained.files))
-            raise UserError(f"{names} holds NaN or infinite values, in {key}. Use other weights.")
-    return pretrained
+        return _from_nnssl(content, path)
+    if isinstance(content.get(AUTHORS_WEIGHTS), dict):
+        return _from_authors(content[AUTHORS_WEIGHTS], path)
+    if is_nnunet_checkpoint(content):
+        return _from_nnunet(content, path)
+    return checkpoints.load_weights(path)
 
 
 def is_nnunet_checkpoint(content: dict[str, Any]) -> bool:

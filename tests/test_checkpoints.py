@@ -118,3 +118,13 @@ def test_a_missing_key_is_named(tmp_path, lacking):
     checkpoints.save(content, tmp_path / "macl_encoder.pth")
     with pytest.raises(UserError, match=rf"macl_encoder\.pth is damaged: .*{lacking}"):
         checkpoints.load_weights(tmp_path / "macl_encoder.pth")
+
+
+@pytest.mark.parametrize(
+    "value, words", [(torch.tensor([1.0, torch.nan]), "holds NaN or infinite values, in a"), ("x", "a is a str, not a")]
+)
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value, words):
+    content = {"format_version": 1, "kind": "macl_encoder", "trained_keys": ["a"], "architecture": {}}
+    checkpoints.save(content | {"network_weights": {"a": value}}, tmp_path / "macl_encoder.pth")
+    with pytest.raises(UserError, match=rf"macl_encoder\.pth .*{words}"):
+        checkpoints.load_weights(tmp_path / "macl_encoder.pth")

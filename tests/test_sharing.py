@@ -261,6 +261,13 @@ def replace(content, name, old, new):
     return resummed(content | {name: content[name].replace(old, new)})
 
 
+def with_nan(content):
+    weights = torch.load(io.BytesIO(content["macl_encoder.pth"]), weights_only=True)
+    weights["network_weights"][weights["trained_keys"][0]].fill_(torch.nan)
+    torch.save(weights, stream := io.BytesIO())
+    return resummed(content | {"macl_encoder.pth": stream.getvalue()})
+
+
 HOSTILE = {
     "absolute": lambda c: [*c.items(), ("/tmp/macl_escaped", b"x")],
     "parent": lambda c: [*c.items(), ("../../macl_escaped", b"x")],
@@ -276,6 +283,7 @@ HOSTILE = {
     "path in the plans": lambda c: replace(c, "manifest.json", b'"nnUNetPlans"', b'"../../nnUNetPlans"'),
     "no manifest": lambda c: resummed(c | {"manifest.json": b"[]"}),
     "a later version": lambda c: replace(c, "manifest.json", b'"format_version": 1', b'"format_version": 9'),
+    "weights that are not numbers": with_nan,
     "no weights": lambda c: resummed(c | {"macl_encoder.pth": b"not weights"}),
 }
 

@@ -103,7 +103,7 @@ def read_run(folder: Path) -> Run:
     exported = folder / checkpoints.ENCODER_FILE
     versions = checkpoints.package_versions()
     if state == FINISHED and exported.is_file():
-        versions = checkpoints.load_weights(exported).description.get("package_versions", versions)
+        versions = checkpoints.load(exported).get("package_versions", versions)
     return Run(
         folder=folder,
         configuration=configuration,
