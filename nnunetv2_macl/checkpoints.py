@@ -137,7 +137,9 @@ class PretrainedWeights:
         names = ", ".join(map(str, self.files))
         for key, weight in self.weights.items():
             if not isinstance(weight, Tensor):
-                raise UserError(f"{names} is damaged: {key} is a {type(weight).__name__}, not a tensor. Use another copy.")
+                raise UserError(
+                    f"{names} is damaged: {key} is a {type(weight).__name__}, not a tensor. Use another copy."
+                )
             if not weight.isfinite().all():
                 raise UserError(f"{names} holds NaN or infinite values, in {key}. Use other weights.")
 
@@ -248,7 +250,7 @@ def load_weights(path: Path) -> PretrainedWeights:
         path: Folder of a run, for encoder and decoder, or one of the three files, for its content.
 
     Raises:
-        UserError: The file does not exist, is damaged, holds no weights of this package, or holds NaN. The message names the file.
+        UserError: The file does not exist, is damaged, or holds NaN or no weights of this package. The message names the file.
     """
     if path.is_dir():
         files = [path / ENCODER_FILE, path / DECODER_FILE]
