@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -125,6 +126,30 @@ def is_utf8(path: str) -> bool:
             ) from None
         return False
     return True
+
+
+# names that Windows gives to devices, also with an ending
+_OF_DEVICES = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+_LONGEST_NAME = 100
+
+
+def why_not_a_name(name: str) -> str | None:
+    """Return why a text cannot be the name of a file or folder on every system, or None if it can."""
+    if wrong := sorted({c for c in name if not c.isprintable() or c in '/\\<>:"|?*'}):
+        return f"it contains {wrong[0]!r}"
+    if not name or name[0] == "." or name[-1] in ". ":
+        return "it is empty, begins with a dot, or ends with a dot or a space"
+    if _OF_DEVICES.fullmatch(name):
+        return "Windows gives this name to a device"
+    return f"it has more than {_LONGEST_NAME} characters" if len(name) > _LONGEST_NAME else None
+
+
+def is_inflated(member: zipfile.ZipInfo) -> bool:
+    """Return whether a member of a ZIP file that should hold weights grows when it is unpacked.
+
+    Weights are stored without compression. A small file whose members grow could fill the disk or the memory.
+    """
+    return member.file_size > 1.1 * member.compress_size + 2**20
 
 
 def remove_temporary(folder: Path, *, older_than: float = 0) -> None:

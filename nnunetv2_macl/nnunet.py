@@ -95,7 +95,7 @@ def dataset_name(name_or_id: str | int) -> str:
         # a shell adds a slash if it completes the name of a folder
         name = str(maybe_convert_to_dataset_name(str(name_or_id).rstrip("/\\")))
         if raw_folder(name).is_dir() or preprocessed_folder(name).is_dir():
-            if not re.match(r"Dataset\d{3}_", name):
+            if not re.match("Dataset[0-9]{3}_", name):
                 raise UserError(
                     f"{name} is not a name that nnU-Net accepts: DatasetXXX_NAME, with three digits. Rename the folder."
                 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import write_json
+from nnunetv2_macl.files import why_not_a_name, write_json
 from nnunetv2_macl.nnunet import folders_with_id
 
 DESCRIPTION = "dataset.json"
@@ -25,7 +25,7 @@ def raw_data_set(name_or_id: str, new_name: str) -> Path:
     root = os.environ.get("nnUNet_raw")
     if not root:
         raise UserError("nnUNet_raw is not set. Type:\n    export nnUNet_raw=/path/to/nnUNet_raw")
-    if re.fullmatch(r"Dataset\d{3}_.+", name_or_id) and name_or_id == os.path.basename(name_or_id):
+    if re.fullmatch("Dataset[0-9]{3}_.+", name_or_id) and name_or_id == os.path.basename(name_or_id):
         number = name_or_id[7:10]
     elif name_or_id.isdecimal() and 0 < int(name_or_id) < 1000:
         number = f"{int(name_or_id):03d}"
@@ -33,6 +33,8 @@ def raw_data_set(name_or_id: str, new_name: str) -> Path:
         raise UserError(f"-d must be a number from 1 to 999 or a name such as Dataset027_NAME, got '{name_or_id}'.")
     there = folders_with_id(number)
     names = {path.name for path in there}
+    if not names and (why := why_not_a_name(name_or_id)):
+        raise UserError(f"-d {name_or_id!r} cannot be the name of a folder on every system: {why}. Give another name.")
     if name_or_id in names or not names:
         return Path(root) / (f"Dataset{number}_{new_name}" if name_or_id.isdecimal() else name_or_id)
     folder = Path(root) / there[0].name

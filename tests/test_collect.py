@@ -369,7 +369,7 @@ def test_mistakes_are_explained(tmp_path, raw):
     write_series(tmp_path / "dicom" / "ct", volume(2), "1.2", modality="CT")
     with pytest.raises(UserError, match=r"1 MR image.*--modality"):
         collect(tmp_path / "dicom", "28", **options)
-    for wrong in ("0", "x", "Dataset28_A", "../Dataset028_A"):
+    for wrong in ("0", "x", "Dataset28_A", "../Dataset028_A", "Dataset٠٢٨_A", "Dataset028_A:", "Dataset028_A."):
         with pytest.raises(UserError, match="-d"):
             collect(tmp_path / "dicom", wrong, **options)
     for channels, ending in (({"0": "T1", "1": "T2"}, ".nii.gz"), ({"0": "R"}, ".png"), ({"0": "CT"}, ".nii.gz")):

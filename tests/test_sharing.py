@@ -33,6 +33,11 @@ HOME = "/home/dr.mueller/study"
 INSTALLED = "Dataset901_Generated/nnUNetTrainerMACLPretrain__nnUNetPlans__3d_fullres/fold_all"
 
 
+def started_from(path):
+    files = {"macl_encoder.pth": "0" * 64}
+    return {"path": path, "files": files, "origin": "MACL", "encoder": "1 of 1", "decoder": "0 of 1", "transfer": []}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Return the folder of a run whose files hold names and paths wherever a user could have put them."""
@@ -69,6 +74,9 @@ def run(tmp_path_factory):
                     "patch_size": [16, 24, 32],
                     "batch_size": 2,
                     "recipe": dict(recipe),
+                    # where a path ends cannot be seen in these
+                    "pretrained_weights": started_from(f"/scratch/O'Brien/{NAME}")
+                    | {"started_from": started_from(f"@data/{NAME}") | {"started_from": started_from(f"(old)/{NAME}")}},
                     "reasons": {"threshold": f"as in {HOME}/{NAME}.json, asked for", "batch_size": "it fits"},
                 }
             ),
@@ -281,6 +289,15 @@ HOSTILE = {
     "changed card": lambda c: c | {"README.md": b"mine"},
     "path in the data set": lambda c: replace(c, "manifest.json", b'"Dataset901_Generated"', b'"Dataset901_../../x"'),
     "path in the plans": lambda c: replace(c, "manifest.json", b'"nnUNetPlans"', b'"../../nnUNetPlans"'),
+    "path in the configuration": lambda c: replace(c, "manifest.json", b'"3d_fullres"', b'"3d_fullres/../../x"'),
+    "device of Windows": lambda c: replace(c, "manifest.json", b'"nnUNetPlans"', b'"NUL.Plans"'),
+    "no plans": lambda c: replace(c, "manifest.json", b'"nnUNetPlans"', b"null"),
+    "digits that are not ASCII": lambda c: replace(
+        c, "manifest.json", b"Dataset901_", "Dataset\u0669\u0660\u0661_".encode()
+    ),
+    "control character": lambda c: replace(c, "manifest.json", b'"nnUNetPlans"', b'"nnUNet\\u001bPlans"'),
+    "twice the same": lambda c: [*c.items(), ("README.md", c["README.md"])],
+    "a text that fills the memory": lambda c: resummed(c | {"manifest.json": c["manifest.json"] + b" " * (65 * 2**20)}),
     "no manifest": lambda c: resummed(c | {"manifest.json": b"[]"}),
     "a later version": lambda c: replace(c, "manifest.json", b'"format_version": 1', b'"format_version": 9'),
     "weights that are not numbers": with_nan,
@@ -295,6 +312,14 @@ def test_hostile_and_damaged_packages_leave_nothing_behind(case, package, tmp_pa
         install(file, tmp_path / "results")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["hostile.zip", "results"]
     assert not Path("/tmp/macl_escaped").exists()
+
+
+@pytest.mark.parametrize("name", ["macl_encoder.pth", "macl_plan.json"])
+def test_members_that_would_fill_the_disk_are_not_unpacked(name, package, tmp_path):
+    file = write(tmp_path / "hostile.zip", resummed(members(package) | {name: bytes(65 * 2**20)}))
+    assert file.stat().st_size < 2**20
+    with pytest.raises(UserError, match=rf"{name}' would become 68,157,440 bytes"):
+        inspect(file)
 
 
 def test_a_wrong_size_in_the_table_of_contents_is_detected(package, tmp_path):
@@ -327,6 +352,36 @@ def test_a_package_that_is_cut_short_anywhere_is_refused(package, tmp_path):
         with pytest.raises(UserError, match=r"cut\.zip"):
             install(file, tmp_path / "results")
     assert not list((tmp_path / "results").iterdir())
+
+
+def test_names_with_spaces_and_parentheses_are_exported_and_installed(package, tmp_path, caplog):
+    named = members(package)
+    for old, new in ((b"Dataset901_Generated", b"Dataset901_Heart (old)"), (b'"nnUNetPlans"', b'"my plans"')):
+        named = replace(named, "manifest.json", old, new)
+    caplog.set_level("INFO", logger="nnunetv2_macl")
+    folder = install(write(tmp_path / "a.zip", named), tmp_path / "results")
+    assert folder.parent.parent.name == "Dataset901_Heart (old)" and "__my plans__" in folder.parent.name
+    assert "-p 'my plans'" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    "name", ["Dataset901_a/b", "Dataset901_" + "x" * 100, "Dataset901_a.", "Dataset\u0669\u0660\u0661_a"]
+)
+def test_no_package_is_written_that_cannot_be_installed(run, tmp_path, name):
+    for file in ("macl_encoder.pth", "macl_decoder.pth"):
+        checkpoints.save(checkpoints.load(run / file) | {"dataset_name": name}, tmp_path / "run" / file)
+    with pytest.raises(UserError, match=r"could not be installed: its dataset_name.*--format nnunet"):
+        write_package(tmp_path / "run", tmp_path / "a.zip")
+    assert not (tmp_path / "a.zip").exists()
+
+
+def test_folders_that_cannot_be_written_are_reported(package, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"file/results could not be written: Not a directory"):
+        install(package, tmp_path / "file" / "results")
+    monkeypatch.setattr(installing.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"weights\.zip could not be unpacked: No such file.*export TMPDIR"):
+        inspect(package)
 
 
 def test_a_full_disk_is_reported(package, tmp_path, monkeypatch):

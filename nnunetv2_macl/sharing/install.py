@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import shlex
 import shutil
 import tempfile
@@ -17,33 +16,41 @@ from typing import Any
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import DECODER_FILE, ENCODER_FILE
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import sha256
+from nnunetv2_macl.files import is_inflated, sha256, write_error
 from nnunetv2_macl.nnunet import folders_with_id
-from nnunetv2_macl.sharing.package import FORMAT, FORMAT_VERSION, MANIFEST, MEMBERS, SUMS
+from nnunetv2_macl.sharing.package import (
+    FOLDER_NAMES,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    MEMBERS,
+    SUMS,
+    why_not_installable,
+)
 from nnunetv2_macl.training.commands import plans_option
 from nnunetv2_macl.training.run_folder import pretraining_folder
 
 logger = logging.getLogger(__name__)
 
-_FOLDER_NAMES = {
-    "dataset_name": re.compile(r"Dataset\d{3}_[\w+-][\w.+-]*"),
-    "plans_name": re.compile(r"[\w+-][\w.+-]*"),
-    "configuration": re.compile(r"[\w+-][\w.+-]*"),
-}
+# No text of a package is larger.
+_LARGEST_TEXT = 64 * 2**20
 
 
 def install(file: Path, results: Path) -> Path:
     """Put the weights of a package into nnU-Net's results folder, where ``nnUNetTrainerMACL`` finds them. Return their folder.
 
     Raises:
-        UserError: The file is damaged or no package, the folder exists already, or another data set has the same id.
+        UserError: The file is damaged or no package, the folder exists already or cannot be written, or another data set has the
+            same id.
     """
-    results.mkdir(parents=True, exist_ok=True)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(error, results) from error
     with unpacked(file, results) as (manifest, package):
-        names = {key: str(manifest.get(key)) for key in _FOLDER_NAMES}
-        for key, name in names.items():
-            if not _FOLDER_NAMES[key].fullmatch(name):
-                raise UserError(f"{file} names a {key} that no folder can have: {name!r}. Use another file.")
+        if why := why_not_installable(manifest):
+            raise UserError(f"{file} cannot be installed: {why}. Use another file.")
+        names: dict[str, str] = {key: manifest[key] for key in FOLDER_NAMES}
         _require_own_id(names["dataset_name"], file, results)
         folder = pretraining_folder(results, **names) / "fold_all"
         if folder.exists() or folder.is_symlink():
@@ -58,7 +65,7 @@ def install(file: Path, results: Path) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             package.rename(folder)
         except OSError as error:
-            raise UserError(f"{file} could not be installed into {folder}: {error.strerror or error}.") from None
+            raise write_error(error, folder) from error
     options = f"{names['configuration']} 0 -tr nnUNetTrainerMACL{plans_option(names['plans_name'])}"
     logger.info(
         "Installed into %s\nFine-tune %s from them:\n    nnUNetv2_train %d %s\n"
@@ -93,7 +100,14 @@ def unpacked(file: Path, within: Path | None = None) -> Iterator[tuple[dict[str,
     """
     if not file.is_file():
         raise UserError(f"There is no file {file}. Check the path.")
-    with tempfile.TemporaryDirectory(prefix=".macl_install_", dir=within) as scratch:
+    remedy = "Make space, or name another folder for temporary files: export TMPDIR=/path/to/folder"
+    if within is not None:
+        remedy = f"Make space in {within}, or check its permissions: ls -ld {shlex.quote(str(within))}"
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix=".macl_install_", dir=within)
+    except OSError as error:
+        raise UserError(f"{file} could not be unpacked: {error.strerror or error}. {remedy}") from error
+    with temporary as scratch:
         folder = Path(scratch) / "package"
         try:
             with zipfile.ZipFile(file) as archive:
@@ -101,9 +115,11 @@ def unpacked(file: Path, within: Path | None = None) -> Iterator[tuple[dict[str,
                 if wrong := sorted(set(archive.namelist()) ^ set(MEMBERS)):
                     why = "is missing" if wrong[0] in MEMBERS else "does not belong in it"
                     raise UserError(f"{file} is no package of nnunetv2_macl: {wrong[0]!r} {why}. Use another file.")
+                if hostile := _hostile_member(archive):
+                    raise UserError(f"{file} is no package of nnunetv2_macl: {hostile}. Use another file.")
                 needed, free = sum(m.file_size for m in archive.infolist()), shutil.disk_usage(scratch).free
                 if needed > free:
-                    raise UserError(f"{file} needs {needed:,} bytes in {scratch}, and {free:,} are free. Make space.")
+                    raise UserError(f"{file} needs {needed:,} bytes in {scratch}, and {free:,} are free. {remedy}")
                 archive.extractall(folder)
             lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
             sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
@@ -113,7 +129,7 @@ def unpacked(file: Path, within: Path | None = None) -> Iterator[tuple[dict[str,
                 )
             manifest = json.loads((folder / MANIFEST).read_bytes())
         except OSError as error:
-            raise UserError(f"{file} could not be unpacked: {error.strerror or error}.") from None
+            raise UserError(f"{file} could not be unpacked: {error.strerror or error}. {remedy}") from None
         except (ValueError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
             raise UserError(f"{file} is damaged, or no ZIP file: {error}. Get it again.") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -124,3 +140,16 @@ def unpacked(file: Path, within: Path | None = None) -> Iterator[tuple[dict[str,
                 "Update nnunetv2_macl in the way you installed it."
             )
         yield manifest, folder
+
+
+def _hostile_member(archive: zipfile.ZipFile) -> str | None:
+    """Return which member of a package could fill disk or memory, or replaces another one, and None if there is none."""
+    names: set[str] = set()
+    for member in archive.infolist():
+        if member.filename in names:
+            return f"it holds {member.filename!r} twice"
+        names.add(member.filename)
+        is_too_large = is_inflated(member) if member.filename.endswith(".pth") else member.file_size > _LARGEST_TEXT
+        if is_too_large:
+            return f"{member.filename!r} would become {member.file_size:,} bytes"
+    return None

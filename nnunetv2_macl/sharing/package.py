@@ -17,7 +17,7 @@ import torch
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import DECODER_FILE, ENCODER_FILE, PretrainedWeights
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import atomic_write
+from nnunetv2_macl.files import atomic_write, why_not_a_name
 from nnunetv2_macl.planning.plan import is_edited, with_checksum
 from nnunetv2_macl.sharing.model_card import model_card
 
@@ -29,6 +29,8 @@ MANIFEST, PLAN, FINGERPRINT, CARD, SUMS = (
     "manifest.json", "macl_plan.json", "dataset_fingerprint.json", "README.md", "SHA256SUMS",
 )  # fmt: skip
 MEMBERS = (MANIFEST, ENCODER_FILE, DECODER_FILE, PLAN, FINGERPRINT, CARD, SUMS)
+# The keys of a description that name the folder in which a package is installed.
+FOLDER_NAMES = ("dataset_name", "plans_name", "configuration")
 
 # The keys of a description that are shared. Any other key may hold private data.
 _SHARED_KEYS = (
@@ -53,7 +55,7 @@ def write_package(source: Path, file: Path, license_id: str = "unknown") -> None
         license_id: Licence of the weights for the model card, as hubs write it (``cc-by-4.0``).
 
     Raises:
-        UserError: The folder holds no weights, or the file cannot be written.
+        UserError: The folder holds no weights, or weights that could not be installed, or the file cannot be written.
     """
     if source.is_file():
         raise UserError(
@@ -63,6 +65,11 @@ def write_package(source: Path, file: Path, license_id: str = "unknown") -> None
         raise UserError(f"There is no folder {source}. Give the folder of a pre-training run, where {ENCODER_FILE} is.")
     contents = {name: _shared(checkpoints.load_weights(source / name)) for name in (ENCODER_FILE, DECODER_FILE)}
     description = {key: value for key, value in contents[ENCODER_FILE].items() if key in _SHARED_KEYS}
+    if why := why_not_installable(description):
+        raise UserError(
+            f"{source} cannot become a package, because it could not be installed: {why}. Write a checkpoint instead: "
+            f"nnUNetv2_macl_export {shlex.quote(str(source))} -o weights.pth --format nnunet"
+        )
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "license": license_id} | description
     members = {
         MANIFEST: _json(manifest),
@@ -87,6 +94,19 @@ def write_package(source: Path, file: Path, license_id: str = "unknown") -> None
         logger.warning("The run of these weights collapsed. The model card says so.")
 
 
+def why_not_installable(description: dict[str, Any]) -> str | None:
+    """Return why no folder of nnU-Net can have the names in a description, or None if one can."""
+    for key in FOLDER_NAMES:
+        name = description.get(key)
+        if not isinstance(name, str):
+            return f"its {key} is {name!r}, not a name"
+        if why := why_not_a_name(name):
+            return f"its {key} is {name!r}, which no folder can have on every system, because {why}"
+    if not re.match("Dataset[0-9]{3}_.", name := description["dataset_name"]):
+        return f"its dataset_name is {name!r}, not DatasetXXX_NAME with three digits"
+    return None
+
+
 def _write(stream: BinaryIO, members: dict[str, bytes]) -> None:
     with zipfile.ZipFile(stream, "w") as archive:
         # the model card first: it is what people look for
@@ -107,6 +127,11 @@ def _shared(pretrained: PretrainedWeights) -> dict[str, Any]:
         kept = {key: own[key] for key in _FINGERPRINT_KEYS if key in own} if isinstance(own, dict) else {}
         shared["dataset_fingerprint"] = fingerprint | {"nnunet": kept}
     plan = shared.get("macl_plan") or {}
+    start = plan.get("pretrained_weights")
+    while isinstance(start, dict):
+        # Names of folders may contain any character, so that no expression finds the end of every path.
+        start["path"] = ""
+        start = start.get("started_from")
     for recipe in (shared.get("recipe"), plan.get("recipe"), plan.get("settings")):
         # The description of a user's own recipe may contain anything.
         if isinstance(recipe, dict) and "description" in recipe:
