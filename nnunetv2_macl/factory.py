@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.methods.base import Geometry, Method
 from nnunetv2_macl.methods.model import PretrainingModel
-from nnunetv2_macl.networks.registry import pretrainable
+from nnunetv2_macl.networks.registry import present_name, pretrainable
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.recipe import PaddingMode, Recipe
 
@@ -53,7 +53,7 @@ def build_model(
     if unet is None:
         manager = configuration.manager
         unet = get_network_from_plans(
-            manager.network_arch_class_name,
+            present_name(manager.network_arch_class_name),
             manager.network_arch_init_kwargs,
             manager.network_arch_init_kwargs_req_import,
             len(configuration.channel_names),

@@ -26,7 +26,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_macl.dataset_json import channel_names, check_dataset_json
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.networks.registry import family_of, import_network
+from nnunetv2_macl.networks.registry import family_of, import_network, present_name
 
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 # variable that names the weights to fine-tune from
@@ -301,7 +301,7 @@ class DatasetConfiguration:
         return json.loads(
             json.dumps(
                 {
-                    "network_class_name": manager.network_arch_class_name,
+                    "network_class_name": present_name(manager.network_arch_class_name),
                     "arch_kwargs": manager.network_arch_init_kwargs,
                     "input_channels": len(self.channel_names),
                 }

@@ -20,7 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from nnunetv2_macl.checkpoints import PretrainedWeights, first_difference, first_names
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.networks.base import PretrainableNetwork, class_name
-from nnunetv2_macl.networks.registry import family_of
+from nnunetv2_macl.networks.registry import family_of, present_name
 
 # Smallest share of the encoder's parameters. With less, fine-tuning would start from an almost random network.
 SMALLEST_SHARE = 0.25
@@ -106,7 +106,7 @@ def plan_transfer(
         UserError: The networks belong to different families.
     """
     files = ", ".join(str(file) for file in pretrained.files)
-    there, here = (str(a.get("network_class_name")) for a in (pretrained.architecture, architecture))
+    there, here = (present_name(str(a.get("network_class_name"))) for a in (pretrained.architecture, architecture))
     family = family_of(here)
     if there not in map(class_name, family.adapts):
         raise UserError(

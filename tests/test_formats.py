@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ from conftest import DATASET
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from test_transfer import KINDS, architecture, unet
 
 from nnunetv2_macl import checkpoints, formats
 from nnunetv2_macl.cli.weights import export_entry, inspect_entry
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.training.finetune import load_transfer
 from nnunetv2_macl.transfer import ADAPTED, plan_transfer
 
@@ -442,6 +445,26 @@ def test_a_second_stage_of_a_cascade_gives_its_weights_for_images(tmp_path, kind
     # nnU-Net's own option takes the whole network with its further inputs.
     formats.export(tmp_path / "cascade.pth", tmp_path / "whole.pth", "nnunet")
     load_pretrained_weights(unet(own | {"input_channels": 5}, classes=3), tmp_path / "whole.pth")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_that_moved_are_found_as_in_nnunet(tmp_path, kind):
+    """Plans of older versions of nnU-Net name modules that no longer exist, and nnU-Net searches the class."""
+    own = architecture(kind, 3, features=[4, 8, 12], channels=2)
+    old = {"network_class_name": f"dynamic_network_architectures.architectures.former_module.{kind.__name__}"}
+    content = nnunet_checkpoint(own | old, unet(own, seed=5).state_dict())
+    arguments = content["init_args"]
+    plans = PlansManager(arguments["plans"])
+    configuration = DatasetConfiguration.from_plans(plans, "3d_fullres", arguments["dataset_json"])
+    configuration.check_network()
+    assert configuration.architecture() == own and configuration.strides == own["arch_kwargs"]["strides"]
+    torch.save(content, tmp_path / "checkpoint_final.pth")
+    weights = formats.load_weights(tmp_path / "checkpoint_final.pth")
+    for theirs in (weights, replace(weights, architecture=own | old)):
+        fitted = plan_transfer(theirs, unet(own).state_dict(), own)
+        assert len(set(fitted.count("encoder"))) == 1
+    formats.export(tmp_path / "checkpoint_final.pth", tmp_path / "whole.pth", "nnunet")
+    assert formats.load_weights(tmp_path / "whole.pth").architecture == own
 
 
 def test_checkpoints_of_nnunet_that_cannot_be_used_are_explained(tmp_path):

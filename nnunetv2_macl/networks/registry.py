@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import pydoc
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from dynamic_network_architectures import architectures
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from torch import nn
 
 from nnunetv2_macl import networks
@@ -28,21 +31,35 @@ def network_types() -> dict[str, tuple[type[nn.Module], type[PretrainableNetwork
     return {class_name(adapted): (adapted, family) for family in families() for adapted in family.adapts}
 
 
+def present_name(name: str) -> str:
+    """Return the full name of the network that nnU-Net builds for a name in a plan.
+
+    nnU-Net's library of networks has moved some of them, and plans of older versions have the former names. nnU-Net then searches
+    the library. Only the library is imported, because the name may be in a file from elsewhere.
+    """
+    if not name.startswith("dynamic_network_architectures."):
+        return name
+    found = pydoc.locate(name) or recursive_find_python_class(
+        architectures.__path__[0], name.rpartition(".")[2], architectures.__name__
+    )
+    return class_name(found) if isinstance(found, type) else name
+
+
 def family_of(network: type[nn.Module] | str) -> type[PretrainableNetwork]:
     """Return the adapter of a network type.
 
     Only the exact type counts, because a subclass may compute something else.
 
     Args:
-        network: The type, or its full name, as in nnU-Net's plans. The name is not imported.
+        network: The type, or its full name, as in nnU-Net's plans. The name is not imported, see `present_name`.
 
     Raises:
         UserError: There is no adapter.
     """
-    name = network if isinstance(network, str) else class_name(network)
+    name = present_name(network) if isinstance(network, str) else class_name(network)
     for family in _adapters(name):
         for adapted in family.adapts:
-            if class_name(adapted) == name and network in (name, adapted):
+            if class_name(adapted) == name and (isinstance(network, str) or network is adapted):
                 return family
     known = ", ".join(sorted(name.rpartition(".")[2] for name in network_types()))
     raise UserError(
@@ -57,14 +74,13 @@ def import_network(name: str) -> None:
     Raises:
         UserError: The module does not exist, or its code fails.
     """
-    module = name.rpartition(".")[0]
     try:
-        importlib.import_module(module)
+        importlib.import_module(present_name(name).rpartition(".")[0])
     # The user's own code can raise any exception.
     except Exception as error:
         raise UserError(
-            f"The network {name} cannot be pre-trained, because {module} cannot be imported: {error}. Correct the module, or "
-            "add its folder to PYTHONPATH."
+            f"The network {name} cannot be pre-trained, because {name.rpartition('.')[0]} cannot be imported: {error}. Correct "
+            "the module, or add its folder to PYTHONPATH."
         ) from error
 
 
