@@ -263,6 +263,8 @@ def load_weights(path: Path) -> PretrainedWeights:
             ]
             where = f"Give one of: {', '.join(inner)}" if inner else "Give a pre-training run's folder: .../fold_all"
             raise UserError(f"There is no {ENCODER_FILE} in the folder {path}. {where}")
+        if not files[1].is_file():
+            raise UserError(f"There is no {DECODER_FILE} in {path}. Give {files[0]} to use the encoder alone.")
     elif path.is_file():
         files = [path]
     else:

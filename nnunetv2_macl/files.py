@@ -209,6 +209,8 @@ def verify(file: Path) -> bool:
     """
     fix = "The file was cut short or changed after it was written. Use another copy."
     try:
+        with open(file, "rb"):  # a missing file is no damaged one
+            pass
         if checksum_path(file).is_file():
             wanted = checksum_path(file).read_text(encoding="utf-8", errors="replace").split()[:1]
             if wanted != [sha256(file)]:
@@ -219,7 +221,7 @@ def verify(file: Path) -> bool:
             with zipfile.ZipFile(file) as archive:
                 if (bad := archive.testzip()) is not None:
                     raise UserError(f"{file} is damaged: the checksum of {bad} in it is wrong. {fix}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file} does not exist. Check the path.") from None
     except (PermissionError, IsADirectoryError) as error:
         raise UserError(f"{file} cannot be read: {error.strerror}. Check the path and its permissions.") from None

@@ -82,6 +82,18 @@ def test_files_without_usable_weights_are_refused(tmp_path):
         checkpoints.load_weights(tmp_path / "b.pth")
 
 
+def test_missing_files_are_not_called_damaged(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for file in (tmp_path / "nowhere.pth", tmp_path / "file" / "a.pth"):
+        with pytest.raises(UserError, match=rf"{file.name} does not exist"):
+            checkpoints.load(file)
+    with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
+        checkpoints.load(tmp_path)
+    (tmp_path / "macl_encoder.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no macl_decoder\.pth in .*Give .*macl_encoder\.pth to use the encoder alone"):
+        checkpoints.load_weights(tmp_path)
+
+
 def test_the_first_difference_is_named():
     ours = {"a": 1, "arch": {"features": [32, 64], "norm": "x"}}
     assert checkpoints.first_difference(ours, ours) is None
