@@ -26,6 +26,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_macl.dataset_json import channel_names, check_dataset_json
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.networks import NAMES
 from nnunetv2_macl.networks.registry import family_of, import_network, present_name
 
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -175,7 +176,7 @@ class DatasetConfiguration:
         require_folders()
         name = dataset_name(dataset)
         folder = preprocessed_folder(name)
-        fix = _how_to_plan(name, plans_name)
+        fix = _how_to_plan(name, plans_name, configuration)
         file = folder / f"{plans_name}.json"
         plans = read_json(file, fix if file.is_file() else _other_plans(folder) + fix)
         described = folder / "dataset.json"
@@ -342,7 +343,7 @@ def checksum(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _how_to_plan(name: str, plans_name: str) -> str:
+def _how_to_plan(name: str, plans_name: str, configuration: str | None) -> str:
     raw, number = raw_folder(name), int(name[7:10])
     if (raw / "imagesUn").is_dir() and not (raw / "imagesTr").is_dir():
         return (
@@ -354,6 +355,14 @@ def _how_to_plan(name: str, plans_name: str) -> str:
         return command
     if size := re.fullmatch(r"nnUNetResEncUNet(M|L|XL)Plans", plans_name):
         return f"{command} -pl nnUNetPlannerResEnc{size[1]}"
+    # the names that nnUNetv2_macl_network gives, the longest network first, because the name of one may end with that of another
+    networks = "|".join(sorted(NAMES, key=len, reverse=True))
+    if made := re.fullmatch(rf"(?P<base>.+?)_(?P<network>{networks})(_(?P<size>[A-Z]+))?", plans_name):
+        base = "" if made["base"] == "nnUNetPlans" else f" -p {shlex.quote(made['base'])}"
+        size = f" -size {made['size']}" if made["size"] else ""
+        return (
+            f"Type: nnUNetv2_macl_network {number} {made['network']} -c {configuration or 'CONFIGURATION'}{base}{size}"
+        )
     return f"{command} -pl PLANNER -overwrite_plans_name {plans_name}"
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import DATASET, FEW_PROCESSES
+from conftest import DATASET, FEW_PROCESSES, set_folders
 from dynamic_network_architectures.architectures import primus
 from monai.networks import nets
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -14,7 +14,9 @@ from steps import recipe_of
 from nnunetv2_macl import checkpoints
 from nnunetv2_macl.checkpoints import PretrainedWeights
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import resource_folder
 from nnunetv2_macl.formats import as_nnssl
+from nnunetv2_macl.networks import NAMES
 from nnunetv2_macl.networks.base import class_name
 from nnunetv2_macl.networks.planned import PlannedNetwork
 from nnunetv2_macl.networks.primus import Primus, PrimusV2, PrimusV3
@@ -113,6 +115,30 @@ def test_the_strides_of_the_plan_are_those_of_the_network(workspace, name, confi
     assert [tuple(output.shape) for output in outputs] == expected
     lines = explain_changes("901", "nnUNetPlans", file.stem, configuration)
     assert lines[0] == f"network: PlainConvUNet -> {type(network).__name__}"
+
+
+def test_the_names_in_the_help_are_those_of_the_networks():
+    assert set(NAMES) == {*plannable(), *(file.stem for file in (resource_folder("plans") / "networks").iterdir())}
+
+
+@pytest.mark.parametrize(
+    "plans, command",
+    [
+        ("nnUNetPlans_attention_unet", "nnUNetv2_macl_network 901 attention_unet -c 2d"),
+        ("nnUNetPlans_primus_v2_B", "nnUNetv2_macl_network 901 primus_v2 -c 2d -size B"),
+        ("my_plans_swin_unetr", "nnUNetv2_macl_network 901 swin_unetr -c 2d -p my_plans"),
+        ("nnUNetPlans_paper", "nnUNetv2_macl_network 901 paper -c 2d"),
+        (
+            "nnUNetPlans_other",
+            "nnUNetv2_plan_and_preprocess -d 901 -pl PLANNER -overwrite_plans_name nnUNetPlans_other",
+        ),
+    ],
+)
+def test_a_missing_plan_of_a_network_is_explained_by_the_command_that_writes_it(tmp_path, monkeypatch, plans, command):
+    set_folders(monkeypatch, tmp_path)
+    (tmp_path / "nnUNet_preprocessed" / DATASET).mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"Type: {command}$"):
+        DatasetConfiguration.load("901", plans, "2d")
 
 
 def test_a_3d_network_is_rejected_for_slices(workspace):

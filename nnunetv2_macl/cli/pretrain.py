@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nnunetv2_macl.cli.messages import call, run
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.networks import NAMES
 
 
 def _pretrain_parser() -> argparse.ArgumentParser:
@@ -137,8 +138,7 @@ def network_entry() -> None:
     parser.add_argument("dataset_name_or_id", help="data set, by name or id, planned by nnU-Net")
     parser.add_argument(
         "network",
-        help="attention_unet, uctransnet, rolling_unet, ukan, primus, primus_v2, primus_v3, swin_unetr, unetr, paper, or a "
-        "JSON file with the keys architecture and batch_size of nnU-Net's plans",
+        help=f"{', '.join(NAMES)}, or a JSON file with the keys architecture and batch_size of nnU-Net's plans",
     )
     parser.add_argument("-c", dest="configuration", default="2d", help="configuration to change. Default: 2d")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plan to copy. Default: nnUNetPlans")
