@@ -236,6 +236,12 @@ class DatasetConfiguration:
         return self.manager.previous_stage_name is not None
 
     @property
+    def parent_name(self) -> str:
+        """Return the configuration from which a cascade's second stage inherits images and network, or else this one."""
+        inherits_from = self.plans_manager.plans["configurations"][self.name].get("inherits_from")
+        return inherits_from if self.is_cascaded and inherits_from else self.name
+
+    @property
     def normalises_in_mask(self) -> bool:
         """Return whether a channel is normalised within the nonzero region only. nnU-Net then masks augmented images, too."""
         return any(self.manager.use_mask_for_norm)

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
 from conftest import DATASET, environment_without_nnunet, hashes
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_macl import doctor
+from nnunetv2_macl import checkpoints, doctor
 from nnunetv2_macl.cli.doctor import doctor_entry, trainers_entry
 from nnunetv2_macl.data import Reading
 from nnunetv2_macl.doctor import dataset, environment, finder, machine
@@ -247,6 +249,19 @@ def test_a_name_that_nnunet_does_not_accept_is_a_problem(workspace):
     (workspace.raw / "Dataset4_Heart").mkdir()
     (result,) = dataset.dataset_checks("Dataset4_Heart", "2d", "nnUNetPlans", "cpu")
     assert result.status == doctor.PROBLEM and "DatasetXXX_NAME" in result.message
+
+
+def test_a_cascade_starts_from_the_weights_of_its_parent_configuration(workspace, target):
+    plans = deepcopy(target.plans_manager.plans)
+    plans["configurations"]["second"] = {"inherits_from": "2d", "previous_stage": "2d"}
+    cascaded = dataset.DatasetConfiguration.from_plans(PlansManager(plans), "second", target.dataset_json)
+    weights, folder = {"encoder.a": torch.ones(1)}, workspace.run_folder("nnUNetTrainerMACLPretrain")
+    description = {"architecture": target.architecture(), "configuration": "2d"}
+    checkpoints.export_weights(folder, encoder=weights, decoder={}, unet_weights=weights, description=description)
+    for configuration in (target, cascaded):
+        result = dataset.weights(configuration, "cpu")
+        assert result.status == doctor.OK and str(folder.parent) in result.message
+        assert f"nnUNetv2_train 901 {configuration.name} 0 " in result.fix
 
 
 def test_user_errors_about_the_data_set_are_results(workspace, target, monkeypatch):

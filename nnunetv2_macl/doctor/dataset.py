@@ -38,7 +38,7 @@ from nnunetv2_macl.preprocessing.sources import (
 from nnunetv2_macl.text import pluralise, size_text
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
 from nnunetv2_macl.training.finetune import load_transfer
-from nnunetv2_macl.training.run_folder import pretraining_folder
+from nnunetv2_macl.training.run_folder import folders_to_start_from
 
 _MEASURE_TIMEOUT = 600
 # Time for reading the images that a run would read.
@@ -235,9 +235,9 @@ def weights(target: DatasetConfiguration, device: str) -> Result:
         loaded = ", ".join("{} of {} tensors of the {}".format(*transfer.count(p), p) for p in ("encoder", "decoder"))
         message = f"fine-tuning loads the weights that {WEIGHTS_VARIABLE} names, {named}: {loaded}"
         return Result(NOTE, message, command_to_fine_tune(target, device=device))
-    results = Path(os.environ["nnUNet_results"])
-    run = pretraining_folder(results, target.dataset_name, target.plans_name, target.name)
-    folders = sorted(file.parent for file in run.glob(f"fold_*/{checkpoints.ENCODER_FILE}"))
+    of_runs = folders_to_start_from(Path(os.environ["nnUNet_results"]), target)
+    found = (sorted(file.parent for file in run.glob(f"fold_*/{checkpoints.ENCODER_FILE}")) for run in of_runs)
+    folders = next(filter(None, found), [])
     if not folders:
         return Result(NOTE, "no pre-trained weights yet", command_to_pretrain(target, device=device), {"found": []})
     runs = []
@@ -250,4 +250,4 @@ def weights(target: DatasetConfiguration, device: str) -> Result:
         runs.append(f"{folder.name} ({pretrained.description.get('epochs')} epochs{collapsed})")
     command = command_to_fine_tune(target, folders[0].name.removeprefix("fold_"), device)
     values = {"found": [str(folder) for folder in folders]}
-    return Result(OK, f"pre-trained weights in {run}: {', '.join(runs)}", command, values)
+    return Result(OK, f"pre-trained weights in {folders[0].parent}: {', '.join(runs)}", command, values)

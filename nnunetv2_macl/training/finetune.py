@@ -7,7 +7,6 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, DatasetConfiguration
 from nnunetv2_macl.patients import patients_by_variable
 from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
-from nnunetv2_macl.training.run_folder import cases_seen, pretraining_folder
+from nnunetv2_macl.training.run_folder import cases_seen, folders_to_start_from
 from nnunetv2_macl.training.user_errors import exit_on_user_error
 from nnunetv2_macl.transfer import TooLittleFitsError, Transfer, kernel_norms, plan_transfer, rescale_kernels
 
@@ -121,24 +120,18 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         if named := os.environ.get(WEIGHTS_VARIABLE):
             return formats.load_weights(Path(named).expanduser())
         plans, configuration = self.plans_manager.plans_name, self.configuration_name
-        runs_of = partial(pretraining_folder, Path(str(nnUNet_results)), self.plans_manager.dataset_name, plans)
-        run = runs_of(configuration)
-        runs = [run]
-        if self._configuration.is_cascaded:
-            # the parent configuration has the same images, and the same network except for the stem
-            parent = self.plans_manager.plans["configurations"][configuration].get("inherits_from", configuration)
-            runs.append(runs_of(parent))
+        runs = folders_to_start_from(Path(str(nnUNet_results)), self._configuration)
         for folder in runs:
             for fold in dict.fromkeys((f"fold_{self.fold}", "fold_all")):
                 if (folder / fold / checkpoints.ENCODER_FILE).is_file():
                     return checkpoints.load_weights(folder / fold)
         earlier = sorted(
-            run.glob(f"fold_*/previous_*/{checkpoints.ENCODER_FILE}"), key=lambda file: file.stat().st_mtime
+            runs[0].glob(f"fold_*/previous_*/{checkpoints.ENCODER_FILE}"), key=lambda file: file.stat().st_mtime
         )
         weights = shlex.quote(str(earlier[-1].parent)) if earlier else "/path/to/folder_or_file"
         raise UserError(
             f"No pre-trained weights for {self.plans_manager.dataset_name}, {plans}, {configuration}: neither fold_{self.fold} "
-            f"nor fold_all in {run} holds {checkpoints.ENCODER_FILE}. Type:\n"
+            f"nor fold_all in {runs[0]} holds {checkpoints.ENCODER_FILE}. Type:\n"
             f"    {command_to_pretrain(self._configuration, self.fold, self.device.type)}\n"
             f"or name weights: export {WEIGHTS_VARIABLE}={weights}"
         )

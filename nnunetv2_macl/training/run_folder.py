@@ -10,13 +10,16 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import psutil
 
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_error, write_json
+
+if TYPE_CHECKING:
+    from nnunetv2_macl.nnunet import DatasetConfiguration
 
 PRETRAINER = "nnUNetTrainerMACLPretrain"
 # The file in the folder of a run with the plan that the run began with.
@@ -38,6 +41,16 @@ def pretraining_folder(results: Path, dataset_name: str, plans_name: str, config
         configuration: Name of the configuration.
     """
     return results / dataset_name / f"{PRETRAINER}__{plans_name}__{configuration}"
+
+
+def folders_to_start_from(results: Path, configuration: DatasetConfiguration) -> list[Path]:
+    """Return the folders of the pre-training runs from which a configuration is fine-tuned, the first with weights first.
+
+    A cascade's second stage has the images of its parent configuration, and the same network except for the stem.
+    """
+    names = dict.fromkeys((configuration.name, configuration.parent_name))
+    dataset, plans = configuration.dataset_name, configuration.plans_name
+    return [pretraining_folder(results, dataset, plans, name) for name in names]
 
 
 def write_cases(folder: Path, cases: Iterable[tuple[str, str]], *, resumed: bool) -> None:
