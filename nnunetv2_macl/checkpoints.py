@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import platform
 import re
+import tarfile
+import zipfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import atomic_write, checksum_path, verify, write_checksum
+from nnunetv2_macl.files import atomic_write, checksum_path, is_inflated, verify, write_checksum
 
 FORMAT_VERSION = 1
 
@@ -55,11 +57,13 @@ def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         UserError: The file does not exist, is damaged, or holds anything else. The message names the file.
     """
     verify(file)
+    if unsafe := _why_unsafe(file):
+        raise UserError(f"{file} cannot be loaded: {unsafe} Use another file.")
     with _numpy_numbers_allowed():
         try:
             content = torch.load(file, map_location=device, weights_only=True)
         except Exception as error:
-            raise UserError(f"{file} cannot be loaded: {_why_not(file, error)} Use another file.") from error
+            raise UserError(f"{file} cannot be loaded: {_why_not(file, error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, not a checkpoint. Use another file.")
     return content
@@ -77,6 +81,28 @@ def _numpy_numbers_allowed() -> contextlib.AbstractContextManager[Any]:
     return torch.serialization.safe_globals(allowed)
 
 
+def _why_unsafe(file: Path) -> str | None:
+    """Return why a file must not be given to `torch.load`, or None if it may be.
+
+    Before torch 2.6, `torch.load` runs code from programs and from files in its former tar format, also with weights_only.
+    """
+    with contextlib.suppress(Exception), tarfile.open(file, "r:") as tar:  # most files are no tar file
+        if tar.next() is not None:
+            return "it has torch's former tar format, which is not safe to load."
+    if not zipfile.is_zipfile(file):
+        return None
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except Exception as error:  # zipfile raises many kinds of errors, and torch may read more than it does
+        return f"it is damaged ({error})."
+    if any(member.filename.rpartition("/")[2] == "constants.pkl" for member in members):
+        return "it is a program (TorchScript), and this package loads only weights."
+    if inflated := next(filter(is_inflated, members), None):
+        return f"{inflated.filename} in it is compressed, and would become {inflated.file_size:,} bytes."
+    return None
+
+
 def _why_not(file: Path, error: Exception) -> str:
     """Return why `torch.load` refused a file, without torch's advice to run code from the file."""
     objects: list[str] = []
@@ -86,16 +112,20 @@ def _why_not(file: Path, error: Exception) -> str:
         more = ", ..." if len(objects) > 3 else ""
         return (
             f"it holds more than tensors and plain values, namely {', '.join(objects[:3])}{more}. Loading such objects can "
-            "run code that is in the file, so this package does not load them."
+            "run code that is in the file, so this package does not load them. Use another file."
         )
-    if "TorchScript" in str(error):
-        return "it is a program (TorchScript), and this package loads only weights."
+    if "Unsupported global" in str(error):  # torch before 2.6
+        return (
+            f"it holds more than tensors and plain values. Here is PyTorch {torch.__version__}. PyTorch 2.6 or newer also loads "
+            "numpy's numbers, which the checkpoints of nnU-Net hold. Type: pip install --upgrade torch"
+        )
     # torch puts the advice to run code from the file before the reason
     reason = (str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines() or [""])[0]
     # torch prints a part of its messages in bold
     reason = re.sub(r"\x1b\[\d*m", "", reason).rstrip(". ")
     return (
-        f"torch cannot read it ({type(error).__name__}: {reason}). The file is damaged, or torch.save did not write it."
+        f"torch cannot read it ({type(error).__name__}: {reason}). The file is damaged, or torch.save did not write it. "
+        "Use another file."
     )
 
 

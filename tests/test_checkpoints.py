@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import tarfile
+import zipfile
 
 import pytest
 import torch
@@ -49,6 +51,35 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"{name}.pth cannot be loaded"):
             checkpoints.load(file)
     assert not payload.exists()
+
+
+def test_the_former_tar_format_is_refused_before_torch_reads_it(tmp_path):
+    with tarfile.open(tmp_path / "a.pth", "w") as tar:
+        tar.addfile(tarfile.TarInfo("pickle"))
+    with pytest.raises(UserError, match=r"a\.pth cannot be loaded: it has torch's former tar format"):
+        checkpoints.load(tmp_path / "a.pth")
+
+
+def test_compressed_parts_that_would_fill_the_memory_are_refused(tmp_path):
+    checkpoints.save({"a": torch.zeros(2**20)}, tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as good,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as bad,
+    ):
+        for name in good.namelist():
+            bad.writestr(name, good.read(name))
+    assert checkpoints.load(tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"data/0 in it is compressed, and would become 4,194,304 bytes"):
+        checkpoints.load(tmp_path / "b.pth")
+
+
+def test_what_an_old_torch_cannot_load_is_not_called_damaged(tmp_path):
+    """Before PyTorch 2.6, numpy's numbers cannot be allowed."""
+    error = pickle.UnpicklingError("WeightsUnpickler error: Unsupported global: GLOBAL numpy.core.multiarray.scalar")
+    reason = checkpoints._why_not(tmp_path / "a.pth", error)
+    assert (
+        f"PyTorch {torch.__version__}" in reason and "pip install --upgrade torch" in reason and "damaged" not in reason
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, about TorchScript

@@ -103,6 +103,17 @@ def test_without_a_cuda_device_the_fix_is_the_cpu():
     assert "got 'gpu'" in environment.torch_and_device("gpu").message
 
 
+@pytest.mark.parametrize(
+    "version, is_old", [("2.5.1+cu124", True), ("1.13.0", True), ("2.6.0", False), ("2.14.1+cpu", False)]
+)
+def test_a_torch_that_may_run_code_from_files_is_noted(version, is_old):
+    right = doctor.Result(doctor.OK, f"torch {version}", values={"device": "cpu"})
+    result = environment.noting_old_torch(right, version)
+    assert (result != right) is is_old and result.values == right.values
+    if is_old:
+        assert result.status == doctor.NOTE and result.fix.endswith("pip install --upgrade torch")
+
+
 # --- the trainer, as nnU-Net finds it ---------------------------------------------------------------------------------------
 
 

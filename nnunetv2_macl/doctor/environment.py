@@ -6,18 +6,23 @@ import contextlib
 import importlib
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nnunetv2_macl.cpu import usable_cores
-from nnunetv2_macl.doctor.result import OK, PROBLEM, Result, ask
+from nnunetv2_macl.doctor.result import NOTE, OK, PROBLEM, Result, ask
 
 TRAINER = "nnUNetTrainerMACL"
 _OLDEST_PYTHON = (3, 10)
 _FIND_TIMEOUT = 180
+# Before this version, torch.load with weights_only runs code from some files.
+_SAFE_TORCH = (2, 6)
+_HOW_TO_INSTALL_TORCH = "# https://pytorch.org/get-started/locally shows the command for your system, for example\n"
 _SET_TRAINERS = 'export nnUNet_extTrainer="$(nnUNetv2_macl_trainers)"'
 
 
@@ -30,12 +35,29 @@ def python_version() -> Result:
 
 
 def torch_and_device(device: str) -> Result:
-    """Return whether torch is installed and can compute on the device."""
+    """Return whether torch is installed and can compute on the device, and note a torch that is too old."""
+    result = _torch_on(device)
+    return noting_old_torch(result, importlib.import_module("torch").__version__) if result.status == OK else result
+
+
+def noting_old_torch(result: Result, version: str) -> Result:
+    """Return the result, as a note if this version of torch may run code from files with weights."""
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) >= _SAFE_TORCH:
+        return result
+    words = "before 2.6, torch cannot load some checkpoints of nnU-Net, and is less safe with files from elsewhere"
+    return replace(
+        result,
+        status=NOTE,
+        message=f"{result.message}; {words}",
+        fix=f"{_HOW_TO_INSTALL_TORCH}pip install --upgrade torch",
+    )
+
+
+def _torch_on(device: str) -> Result:
     if device not in ("cuda", "cpu", "mps"):
         words = f"-device must be cuda, cpu or mps, got '{device}'"
         return Result(PROBLEM, words, "nnUNetv2_macl_doctor -device cpu")
-    install = "# https://pytorch.org/get-started/locally shows the command for your system, for example\n"
-    install += "pip install --force-reinstall torch"
+    install = f"{_HOW_TO_INSTALL_TORCH}pip install --force-reinstall torch"
     try:
         torch = importlib.import_module("torch")
     except Exception as error:
