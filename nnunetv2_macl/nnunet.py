@@ -359,15 +359,15 @@ def _how_to_plan(name: str, plans_name: str, configuration: str | None) -> str:
     command = f"Type: nnUNetv2_plan_and_preprocess -d {number}"
     if plans_name == "nnUNetPlans":
         return command
-    if size := re.fullmatch(r"nnUNetResEncUNet(M|L|XL)Plans", plans_name):
-        return f"{command} -pl nnUNetPlannerResEnc{size[1]}"
+    if preset := re.fullmatch(r"nnUNetResEncUNet(M|L|XL)Plans", plans_name):
+        return f"{command} -pl nnUNetPlannerResEnc{preset[1]}"
     # the names that nnUNetv2_macl_network gives, the longest network first, because the name of one may end with that of another
     networks = "|".join(sorted(NAMES, key=len, reverse=True))
-    if made := re.fullmatch(rf"(?P<base>.+?)_(?P<network>{networks})(_(?P<size>[A-Z]+))?", plans_name):
-        base = "" if made["base"] == "nnUNetPlans" else f" -p {shlex.quote(made['base'])}"
-        size = f" -size {made['size']}" if made["size"] else ""
+    if found := re.fullmatch(rf"(?P<base>.+?)_(?P<network>{networks})(_(?P<size>[A-Z]+))?", plans_name):
+        base = "" if found["base"] == "nnUNetPlans" else f" -p {shlex.quote(found['base'])}"
+        size = f" -size {found['size']}" if found["size"] else ""
         return (
-            f"Type: nnUNetv2_macl_network {number} {made['network']} -c {configuration or 'CONFIGURATION'}{base}{size}"
+            f"Type: nnUNetv2_macl_network {number} {found['network']} -c {configuration or 'CONFIGURATION'}{base}{size}"
         )
     return f"{command} -pl PLANNER -overwrite_plans_name {plans_name}"
 
