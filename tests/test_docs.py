@@ -98,6 +98,16 @@ def test_every_option_in_the_text_is_one_of_its_command(page):
     assert named <= set(COMMANDS), named - set(COMMANDS)
 
 
+def test_every_installation_without_internet_keeps_the_pytorch_that_was_downloaded():
+    """Without a constraint, pip takes the highest version, which is the one of PyPI."""
+    text = "\n".join(blocks(DOCS / "how_to" / "offline_and_windows.md", "text"))
+    (downloaded,) = re.findall(r'pip download -d wheels "(torch==\S+)"', text)
+    assert f'echo "{downloaded}" > constraints.txt' in text
+    assert all(
+        "-c constraints.txt" in line for line in text.splitlines() if line.startswith(("pip wheel", "pip install"))
+    )
+
+
 def test_the_version_is_the_same_everywhere():
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
