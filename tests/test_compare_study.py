@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -26,6 +27,7 @@ from nnunetv2_macl.compare.folders import (
     _state,
     check_labelled,
     link_unlabelled,
+    planner,
     run_command,
 )
 from nnunetv2_macl.compare.run import _check_folder, _Work
@@ -619,3 +621,27 @@ def test_files_that_changed_after_the_study_began_are_refused(tmp_path, monkeypa
     file.write_bytes(b"second")
     with pytest.raises(UserError, match=f"the file {file}"):
         Study(tmp_path / "study", options, SPLIT, PATIENTS).open()
+
+
+@pytest.mark.parametrize("network, is_refused", [("attention_unet.AttentionUNet", True), (None, False)])
+def test_a_plan_with_another_network_is_not_planned_anew(tmp_path, monkeypatch, network, is_refused):
+    """nnU-Net's planner would plan its own network under the name of the plan."""
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    name = (
+        f"nnunetv2_macl.networks.{network}"
+        if network
+        else "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+    )
+    plan = {
+        "configurations": {"2d": {"architecture": {"network_class_name": name}}},
+        "experiment_planner_used": "ExperimentPlanner",
+    }
+    file = tmp_path / OPTIONS.dataset / "nnUNetPlans_other.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(plan))
+    options = replace(OPTIONS, plans="nnUNetPlans_other")
+    if is_refused:
+        with pytest.raises(UserError, match=re.escape(f"--plan {file}")):
+            planner(options)
+    else:
+        assert planner(options) == "ExperimentPlanner"

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nnunetv2
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
@@ -40,6 +42,8 @@ from nnunetv2_macl.text import pluralise
 
 logger = logging.getLogger(__name__)
 
+# the networks that nnU-Net's own planners plan
+_PLANNED_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
 DEFAULT_PLANS, DEFAULT_PLANNER = "nnUNetPlans", "ExperimentPlanner"
 # exit codes of a command that a signal has stopped, also without a handler
 _STOPPED = {code for number in (signal.SIGINT, signal.SIGTERM) for code in (128 + number, -number)}
@@ -145,7 +149,18 @@ def planner(options: Options) -> str:
     content = read_json(file, f"{fix}nnUNetv2_plan_experiment -d {number} -pl PLANNER")
     if not isinstance(content, dict) or not content.get("experiment_planner_used"):
         raise UserError(f"{file} names no planner. {fix}nnUNetv2_plan_experiment -d {number} -pl PLANNER")
-    return str(content["experiment_planner_used"])
+    name = str(content["experiment_planner_used"])
+    configuration = content.get("configurations", {}).get(options.configuration, {})
+    network = configuration.get("architecture", {}).get("network_class_name", _PLANNED_NETWORKS[0])
+    planners = str(Path(nnunetv2.__file__).parent / "experiment_planning")
+    if not network.endswith(_PLANNED_NETWORKS) and recursive_find_python_class(
+        planners, name, "nnunetv2.experiment_planning"
+    ):
+        raise UserError(
+            f"{file} has the network {network}, and its planner, {name}, would plan another network for the study. Use the plan "
+            f"as it is: --plan {shlex.quote(str(file))}"
+        )
+    return name
 
 
 def plans_name(plan: Path) -> str:

@@ -37,7 +37,7 @@ def find_cases(trainer: nnUNetTrainerMACLPretrain) -> tuple[list[Case], Preproce
         UserError: A case is not preprocessed, an image cannot be used, a file cannot be written, there is no such fold, or
             no image is left.
     """
-    unlabelled = _preprocess(trainer)
+    unlabelled = unlabelled_cases(trainer)
     labelled = training_cases(trainer.macl_configuration)
     held_out: set[str] = set()
     if trainer.fold != "all":
@@ -62,7 +62,7 @@ def find_cases(trainer: nnUNetTrainerMACLPretrain) -> tuple[list[Case], Preproce
     return [case for case in labelled if case.file in files], Preprocessed(kept, unlabelled.skipped)
 
 
-def _preprocess(trainer: nnUNetTrainerMACLPretrain) -> Preprocessed:
+def unlabelled_cases(trainer: nnUNetTrainerMACLPretrain) -> Preprocessed:
     """Preprocess the unlabelled images that are not preprocessed yet, and return all of them.
 
     Raises:

@@ -257,7 +257,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             if first:
                 if not self.checkpoints.is_resumed:
                     load_start_weights(self)
-                self.labelled_cases, data = find_cases(self)
+                data = self._prepare_data()
                 if self.disable_checkpointing and list(Path(self.output_folder).glob("*.pth")):
                     raise UserError(
                         f"{self.output_folder} holds checkpoints or weights. A new run moves them to an archive, and with "
@@ -275,6 +275,10 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         distributed.broadcast_module(self.step.model)
         for callback in self.callbacks:
             callback.on_train_start()
+
+    def _prepare_data(self) -> Preprocessed:
+        self.labelled_cases, cases = find_cases(self)
+        return cases
 
     def get_dataloaders(self) -> tuple[Any, None]:
         """nnU-Net asks for training and validation batches; we return no validation batches, because there are no labels."""
