@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dynamic_network_architectures import architectures
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from torch import nn
 
 from nnunetv2_macl import networks
@@ -39,9 +38,11 @@ def present_name(name: str) -> str:
     """
     if not name.startswith("dynamic_network_architectures."):
         return name
-    found = pydoc.locate(name) or recursive_find_python_class(
-        architectures.__path__[0], name.rpartition(".")[2], architectures.__name__
-    )
+    if (found := pydoc.locate(name)) is None:
+        # imported here, because methods and networks can be used without nnU-Net
+        from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+        found = recursive_find_python_class(architectures.__path__[0], name.rpartition(".")[2], architectures.__name__)
     return class_name(found) if isinstance(found, type) else name
 
 

@@ -63,8 +63,8 @@ def test_the_command_from_beginning_to_end(workspace):
     saved = checkpoints.load(folder / "checkpoint_final.pth")
     # Version 0.1.0 continues from these keys.
     assert " ".join(sorted(saved)) == (
-        "collapse collapsed current_epoch epoch_sums format_version grad_scaler_state images kind logging lr_scheduler_state "
-        "network_weights optimizer_state run step trainer_name"
+        "collapse collapsed current_epoch epoch_sums format_version grad_scaler_state group_regex images kind logging "
+        "lr_scheduler_state network_weights optimizer_state run step trainer_name"
     )
     checkpoint = saved["network_weights"]
     own = stock_network(workspace).state_dict()
