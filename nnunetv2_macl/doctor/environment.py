@@ -16,6 +16,7 @@ from pathlib import Path
 
 from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.doctor.result import NOTE, OK, PROBLEM, Result, ask
+from nnunetv2_macl.text import pluralise
 
 TRAINER = "nnUNetTrainerMACL"
 _OLDEST_PYTHON = (3, 10)
@@ -65,7 +66,7 @@ def _torch_on(device: str) -> Result:
     message = f"torch {torch.__version__}"
     without = "# to try the commands without a GPU, add to each: -device cpu"
     if device == "cpu":
-        return Result(OK, f"{message} on the CPU, {usable_cores()} cores", values={"device": "cpu"})
+        return Result(OK, f"{message} on the CPU, {pluralise(usable_cores(), 'core')}", values={"device": "cpu"})
     if device == "mps":
         if not torch.backends.mps.is_available():
             return Result(PROBLEM, f"{message} finds no Apple GPU (mps)", without)
