@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import atomic_write, checksum_path, is_inflated, verify, write_checksum
+from nnunetv2_macl.text import first_of
 
 FORMAT_VERSION = 1
 
@@ -69,9 +70,13 @@ def load(file: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     return content
 
 
+def _is_recent_torch() -> bool:
+    return hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")  # since torch 2.6
+
+
 def _numpy_numbers_allowed() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which `torch.load` also accepts numpy's numbers and arrays, which nnU-Net's checkpoints contain."""
-    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # torch before 2.6
+    if not _is_recent_torch():
         return contextlib.nullcontext()
     allowed: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdUS"}]
     for value in (np.float64(), np.empty(0)):
@@ -108,10 +113,12 @@ def _why_not(file: Path, error: Exception) -> str:
     objects: list[str] = []
     with contextlib.suppress(Exception):  # a file of another format, or torch before 2.6
         objects = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    if not objects and _is_recent_torch():
+        # a file in torch's old format, whose objects the function above does not list
+        objects = re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))
     if objects:
-        more = ", ..." if len(objects) > 3 else ""
         return (
-            f"it holds more than tensors and plain values, namely {', '.join(objects[:3])}{more}. Loading such objects can "
+            f"it holds more than tensors and plain values, namely {first_of(objects, 3)}. Loading such objects can "
             "run code that is in the file, so this package does not load them. Use another file."
         )
     if "Unsupported global" in str(error):  # torch before 2.6
@@ -179,9 +186,14 @@ class PretrainedWeights:
         return (self.description.get("dataset_fingerprint") or {}).get("channel_names") or []
 
     @property
+    def kind(self) -> str:
+        """Return the kind of the file. An exported file has the kind of the weights from which it was made."""
+        return str(self.description.get("origin_kind") or self.description.get("kind"))
+
+    @property
     def origin(self) -> str:
         """Return who trained the weights: MACL, nnssl, nnU-Net or the MACL authors."""
-        return ORIGINS.get(str(self.description.get("kind")), ORIGINS["macl"])
+        return ORIGINS.get(self.kind, ORIGINS["macl"])
 
 
 def export_weights(

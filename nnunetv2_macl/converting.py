@@ -32,7 +32,7 @@ from nnunetv2_macl.nnunet import read_json
 from nnunetv2_macl.preprocessing.cases import check_nifti
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER
 from nnunetv2_macl.raw_data import DESCRIPTION, raw_data_set, write_description
-from nnunetv2_macl.text import last_line, pluralise
+from nnunetv2_macl.text import first_of, last_line, pluralise
 from nnunetv2_macl.training.run_folder import RunLock
 
 logger = logging.getLogger(__name__)
@@ -306,7 +306,7 @@ def _wrong_layout(source: Path, expected: str) -> UserError:
     if not source.is_dir():
         return UserError(f"{source} is not a folder. Give the folder of the data set, which holds {expected}.")
     names = sorted(path.name for path in source.iterdir())
-    there = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
+    there = first_of(names, 5) or "nothing"
     return UserError(f"{source} should hold {expected}, in any subfolder; it holds {there}.")
 
 

@@ -31,7 +31,7 @@ _MAX_DRAWS = 1000
 _WORKER_KILLED = "DataLoader worker"
 # Batches that are read ahead may take this much shared memory, and as much page-locked memory for a GPU.
 _READ_AHEAD_BYTES = 2 * 2**30
-# Of the shared memory that is free, other processes get the rest.
+# Fraction of the free shared memory that batches may take.
 _SHARED_PART = 0.8
 _SHARED_MEMORY = Path("/dev/shm")
 # A batch beyond this size takes so long to read that each worker needs only one in hand.
@@ -79,7 +79,8 @@ class Sampling:
 def draw_corner(
     shape: Sequence[int], patch_size: Sequence[int], generator: np.random.Generator, place: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the lowest corner of a patch in voxels, (3,), uniform over the places that nnU-Net's own loader would draw.
+    """Return the lowest corner of a patch in voxels, (3,), uniform over the places that nnU-Net draws
+    where it does not oversample foreground.
 
     Args:
         shape: Voxels of the volume, (3,).
@@ -255,8 +256,8 @@ def _reading(case: Case) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{case.file} cannot be read: {error}. It was removed, changed or cut short. To make it again, use --c if it is an "
-            "unlabelled image, and nnUNetv2_preprocess if it is a labelled one."
+            f"{case.file} cannot be read: {error}. It may be missing, changed or cut short. If the image is unlabelled, "
+            "nnUNetv2_train_macl_pretrain with --c makes the file again. If it is labelled, type nnUNetv2_preprocess."
         ) from None
 
 
@@ -316,16 +317,18 @@ def plan_reading(batch_bytes: int, allowed: int, free: int | None = None) -> Rea
 
 
 @lru_cache(maxsize=64)
-def _open(file: str) -> tuple[blosc2.NDArray, int]:
+def _open(file: str, device: int, inode: int) -> tuple[blosc2.NDArray, int]:
+    """Open a file. Its device and inode tell it from a file of the same name that replaces it later."""
     return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **_MMAP), os.stat(file).st_size
 
 
 def open_unchanged(file: str) -> blosc2.NDArray:
-    """Open a preprocessed case, (C, *volume). Raises OSError if the file has changed since it was first opened here."""
-    volume, size = _open(file)
+    """Open a preprocessed case, (C, *volume). Raises OSError if the file has been cut short or extended since it was opened."""
+    now = os.stat(file)
+    volume, size = _open(file, now.st_dev, now.st_ino)
     # Reading beyond the end of a memory-mapped file kills the process.
-    if (now := os.stat(file).st_size) != size:
-        raise OSError(f"it had {size:,} bytes and now has {now:,}")
+    if now.st_size != size:
+        raise OSError(f"it had {size:,} bytes and now has {now.st_size:,}")
     return volume
 
 

@@ -38,7 +38,7 @@ def atomic_write(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | 
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=_TEMPORARY, dir=file.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{file.name[:100]}.", suffix=_TEMPORARY, dir=file.parent)
         try:
             with os.fdopen(handle, "wb") as opened:
                 stream = _ErrorCapturingStream(opened)

@@ -103,6 +103,8 @@ def _from_nnunet(content: dict[str, Any], file: Path) -> PretrainedWeights:
     """Return the encoder and the decoder of a trained network. Segmentation layers fit only its labels and are left out."""
     try:
         arguments = content["init_args"]
+        if not isinstance(arguments["plans"], dict):  # nnU-Net would open a path
+            raise TypeError("'plans' is no plan")
         trained_for = DatasetConfiguration.from_plans(
             PlansManager(arguments["plans"]), arguments["configuration"], arguments["dataset_json"]
         )
@@ -310,6 +312,8 @@ def as_nnunet(pretrained: PretrainedWeights) -> dict[str, Any]:
         **known,
         "format_version": checkpoints.FORMAT_VERSION,
         "kind": "macl_network",
+        # Weights of another origin remain so, because nnU-Net's may have been trained with labels.
+        **({"origin_kind": pretrained.kind} if pretrained.kind in checkpoints.ORIGINS else {}),
         "network_weights": state
         | {key: checkpoints.pad_input_channels(value, state[key]) for key, value in taken.items()},
         "fresh_inputs": fresh_inputs,
@@ -391,8 +395,9 @@ def _adaptation_plan(pretrained: PretrainedWeights, preprocessing: dict[str, Any
 
 def _citations(pretrained: PretrainedWeights) -> list[dict[str, Any]]:
     network = pretrained.architecture["network_class_name"].rpartition(".")[2]
-    # recipes of version 0.1 name no method
-    method = (pretrained.description.get("recipe") or {}).get("method", "macl")
+    # Recipes of version 0.1 name no method, and weights of other origins have no recipe.
+    unnamed = checkpoints.ORIGINS.get(pretrained.kind, "macl")
+    method = (pretrained.description.get("recipe") or {}).get("method", unnamed)
     others = [text for text in pretrained.description.get("citations", []) if text != checkpoints.NNUNET_CITATION]
     return [
         {"type": "Architecture", "name": network, "apa_citations": [checkpoints.NNUNET_CITATION]},

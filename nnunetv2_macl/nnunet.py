@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import inspect
 import json
 import os
@@ -59,6 +60,12 @@ PLAN_KEYS = (
     "original_median_spacing_after_transp", "image_reader_writer", "transpose_forward", "transpose_backward",
     "experiment_planner_used",
 )  # fmt: skip
+
+
+def lacks_wandb() -> bool:
+    """Return whether nnU-Net's variable switches W&B on, which is not installed."""
+    is_on = os.environ.get("nnUNet_wandb_enabled", "0") in ("1", "True", "true")
+    return is_on and importlib.util.find_spec("wandb") is None
 
 
 def require_folders() -> None:

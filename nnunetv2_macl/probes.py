@@ -94,43 +94,54 @@ class Probe:
         """Return the mean Dice of the classes on the second half of the cases, on the grid of the dense features."""
         if not self.measured:
             return float("nan")
-        x, y = self._locations(network, device, at_once, self.fitted)
-        if len(np.unique(y)) < 2:
+        # A part of the locations of each case, because those of a 3D data set need many GB.
+        most = max(1, _MOST_LOCATIONS // len(self.fitted))
+        parts = [self._locations(network, device, at_once, case, most) for case in self.fitted]
+        x, y = (np.concatenate(values) for values in zip(*parts, strict=True))
+        if len(np.unique(y)) < 2 or not np.isfinite(x).all():
             return float("nan")
         mean, deviation = x.mean(0), x.std(0) + 1e-6
-        every = -(-len(x) // _MOST_LOCATIONS)
         with warnings.catch_warnings():
             # epochs can be compared without full convergence
             warnings.simplefilter("ignore", ConvergenceWarning)
-            model = LogisticRegression(C=0.1, max_iter=200).fit(((x - mean) / deviation)[::every], y[::every])
-        x, y = self._locations(network, device, at_once, self.measured)
-        if not len(y):
-            return float("nan")
-        predicted = model.predict((x - mean) / deviation)
-        scores = [
-            2 * ((predicted == c) & (y == c)).sum() / ((predicted == c).sum() + (y == c).sum())
-            for c in self.classes
-            if (y == c).any()
-        ]
-        return float(np.mean(scores)) if scores else float("nan")
+            model = LogisticRegression(C=0.1, max_iter=200).fit((x - mean) / deviation, y)
+        found, there, both = (np.zeros(len(self.classes)) for _ in range(3))
+        for case in self.measured:
+            x, y = self._locations(network, device, at_once, case)
+            if not len(y):
+                continue
+            predicted = model.predict((x - mean) / deviation)
+            for number, c in enumerate(self.classes):
+                found[number] += (predicted == c).sum()
+                there[number] += (y == c).sum()
+                both[number] += ((predicted == c) & (y == c)).sum()
+        scores = (2 * both / np.maximum(found + there, 1))[there > 0]
+        return float(scores.mean()) if len(scores) else float("nan")
 
     def _locations(
-        self, network: PretrainableNetwork, device: torch.device, at_once: int, patches: Sequence[tuple[Tensor, Tensor]]
+        self,
+        network: PretrainableNetwork,
+        device: torch.device,
+        at_once: int,
+        case: tuple[Tensor, Tensor],
+        most: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return features (L, C) and labels (L,) at every grid location of all patches, without ignored locations."""
+        """Return features (L, C) and labels (L,) at the grid locations of a case's patches, without ignored locations.
+
+        At most ``most`` locations are returned, evenly spread; None returns all.
+        """
         values = torch.tensor([0, *self.classes, *self.ignored])
-        features, labels = [], []
-        for images, segmentations in patches:
-            parts = images.split(at_once)
-            dense = torch.cat([network.decode(network.encode(part.to(device)))[-1].float().cpu() for part in parts])
-            # the most frequent class of a location's voxels
-            shares = torch.stack([(segmentations == value).float() for value in values], 1)
-            shares = F.interpolate(shares, size=dense.shape[2:], mode="area")
-            found = values[shares.argmax(1)].flatten()
-            counts = ~torch.isin(found, torch.tensor(self.ignored, dtype=found.dtype))
-            labels.append(found[counts])
-            features.append(dense.movedim(1, -1).flatten(0, -2)[counts])
-        return torch.cat(features).numpy(), torch.cat(labels).numpy()
+        images, segmentations = case
+        parts = images.split(at_once)
+        dense = torch.cat([network.decode(network.encode(part.to(device)))[-1].float().cpu() for part in parts])
+        # the most frequent class of a location's voxels
+        shares = torch.stack([(segmentations == value).float() for value in values], 1)
+        shares = F.interpolate(shares, size=dense.shape[2:], mode="area")
+        labels = values[shares.argmax(1)].flatten()
+        used = torch.nonzero(~torch.isin(labels, torch.tensor(self.ignored, dtype=labels.dtype)))[:, 0]
+        if most is not None:
+            used = used[:: max(1, -(-len(used) // most))]
+        return dense.movedim(1, -1).flatten(0, -2)[used].numpy(), labels[used].numpy()
 
     def _of_embeddings(self, step: TrainingStep) -> dict[str, float]:
         network = step.model.network

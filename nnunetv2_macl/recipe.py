@@ -50,9 +50,11 @@ class Recipe(MethodConfig):
     learning_rate_warmup: Fraction = Field(
         0.0, description="fraction of the steps over which the learning rate rises linearly from 0"
     )
-    num_epochs: Count = Field(16, description="number of epochs")
-    num_iterations_per_epoch: Count = Field(250, description="number of steps per epoch")
-    batch_size: Annotated[int, Field(ge=2)] | Auto = Field(
+    num_epochs: Annotated[Count, Field(le=1_000_000)] = Field(16, description="number of epochs")
+    num_iterations_per_epoch: Annotated[Count, Field(le=1_000_000)] = Field(
+        250, description="number of steps per epoch"
+    )
+    batch_size: Annotated[int, Field(ge=2, le=65536)] | Auto = Field(
         AUTO, description="N, number of patches of a step over all GPUs"
     )
     patches_at_once: Count | Auto = Field(
@@ -346,7 +348,7 @@ def _inherited_values(name_or_file: str | Path, folder: Path, visited: tuple[Pat
             f"{where} inherits from itself through {' -> '.join(p.name for p in visited)}. Correct 'inherits_from'."
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' Notepad writes a mark at the start
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{where} is not valid JSON: {error}. Correct it and try again.") from None
     except (OSError, RecursionError) as error:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nnunetv2_macl import distributed, nnunet
@@ -18,14 +19,13 @@ from nnunetv2_macl.files import trainer_folders
 from nnunetv2_macl.folds import check_fold, number_of_folds
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.derive import derive_or_load_plan
-from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, plan_in_environment, read_plan, write_plan
+from nnunetv2_macl.planning.plan import MACLPlan, check_plan, describe, plan_in_environment, read_plan
 from nnunetv2_macl.preprocessing.cases import Preprocessed, images_found, preprocess_unlabelled
 from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
     find_sources,
-    no_spacing_message,
+    spacing_warning,
     training_cases,
-    without_spacing,
 )
 from nnunetv2_macl.recipe import AUTO, check_values, settings_as_text
 from nnunetv2_macl.training.launch import join_ranks, train
@@ -67,7 +67,7 @@ def pretrain(
         dataset: Id or name, as in nnU-Net.
         configuration: Configuration of the nnU-Net plan. None takes the first supported one.
         plans: Plans identifier.
-        unlabelled: Further raw data sets whose images are used.
+        unlabelled: Further raw data sets whose images are used, by id or name; a single one may be given without a list.
         recipe: Name or JSON file of the recipe.
         exclude_fold: Leave out the validation images of this fold.
         processes: Number of processes for preprocessing.
@@ -94,6 +94,8 @@ def pretrain(
         SystemExit: A signal stopped the run, or a process that was started failed and has printed the reason.
     """
     nnunet.require_folders()
+    unlabelled = [unlabelled] if isinstance(unlabelled, (str, int)) else unlabelled
+    values = {key: _plain(value) for key, value in values.items()}
     train_too = not (plan_only or preprocess_only)
     if train_too:
         check_device(device, num_gpus)
@@ -105,6 +107,9 @@ def pretrain(
         target = DatasetConfiguration.load(dataset, plans, configuration)
         fold = "all" if exclude_fold is None else exclude_fold
         if exclude_fold is not None:
+            if not str(exclude_fold).isdigit():
+                raise UserError(f"exclude_fold must be the number of a fold, got {exclude_fold!r}.")
+            exclude_fold = fold = int(exclude_fold)
             check_fold(target, exclude_fold)
             if not 0 <= exclude_fold < (folds := number_of_folds(target)):
                 there = f"{target.dataset_name} has the folds 0 to {folds - 1}"
@@ -190,8 +195,8 @@ def _plan(
                 "%d files of %s are not named CASE_0000 with its file ending, and are left out: %s",
                 len(source.ignored_files), source.dataset_name, ", ".join(source.ignored_files[:3]),
             )  # fmt: skip
-        if bare := without_spacing(source):
-            logger.warning("WARNING: %s", no_spacing_message(bare))
+        if warning := spacing_warning(source, target):
+            logger.warning("WARNING: %s", warning)
     if not sources:
         logger.info(
             "No unlabelled images: pre-training uses only the training images. Put more into %s, or name data sets with -u.",
@@ -242,6 +247,13 @@ def _check_parts(num_parts: int, part_id: int, preprocess_only: bool) -> None:
         )
 
 
+def _plain(value: Any) -> Any:
+    """Return a value from Python as a recipe file would have it: numpy's numbers as numbers, and tuples as lists."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
 def _plan_to_go_on(
     folder: Path,
     target: DatasetConfiguration,
@@ -266,15 +278,17 @@ def _plan_to_go_on(
         if value not in (before.get(key), (plan.settings or {}).get(key, before.get(key))) and key != "patches_at_once"
     ]
     for key, option in (("unlabelled_datasets", "-u"), ("channel_map", "--channel_map")):
-        if images[key] and images[key] != getattr(plan, key):
+        was = getattr(plan, key)
+        # The order of data sets does not matter.
+        if images[key] and (set(images[key]) != set(was) if key == "unlabelled_datasets" else images[key] != was):
             changed.append(f"{option} {images[key]} (was {getattr(plan, key)})")
     if gpu_memory is not None and gpu_memory != plan.gpu_memory_gb:
         changed.append(f"-gpu_memory {gpu_memory:g} (was {plan.gpu_memory_gb:g})")
     began = (plan.pretrained_weights or {}).get("path")
     if start is not None and str(start.resolve()) != began:
         changed.append(f"-pretrained_weights {start} (was {began})")
-    # the plan has the name of its recipe only
-    if recipe is not None and Path(str(recipe)).name != plan.recipe_name:
+    # The plan has the name of its recipe only, and none after the user has edited it.
+    if recipe is not None and plan.recipe_name is not None and Path(str(recipe)).name != plan.recipe_name:
         changed.append(f"-recipe {recipe} (was {plan.recipe_name})")
     if changed:
         raise UserError(
@@ -283,7 +297,5 @@ def _plan_to_go_on(
         )
     asked_at_once = values.get("patches_at_once", AUTO)
     at_once = plan.patches_at_once if asked_at_once == AUTO else min(asked_at_once, plan.batch_size)
-    adapted = replace(plan, patches_at_once=at_once, skip_unreadable=plan.skip_unreadable or images["skip_unreadable"])
-    if adapted != plan:
-        write_plan(adapted, file)
-    return adapted
+    # The run writes this plan into its folder, once no other run holds the lock.
+    return replace(plan, patches_at_once=at_once, skip_unreadable=plan.skip_unreadable or images["skip_unreadable"])

@@ -29,9 +29,9 @@ def plan_start(
         recipe: The recipe of the run.
 
     Returns:
-        ``path``; ``files``, the SHA-256 checksum of each file by its name; ``origin``, ``dataset_name``, ``fold`` and
-        ``citations`` of the weights, None or empty if the files do not contain them; ``encoder`` and ``decoder``, the number of
-        loaded tensors; ``transfer``, lines of text with the loaded tensors of each stage; and, if the weights are of a
+        ``path``; ``files``, the SHA-256 checksum of each file by its name; ``origin``, ``dataset_name``, ``fold``, ``left_out``
+        and ``citations`` of the weights, None or empty if the files do not contain them; ``encoder`` and ``decoder``, the number
+        of loaded tensors; ``transfer``, lines of text with the loaded tensors of each stage; and, if the weights are of a
         pre-training that started from others, ``started_from``, the entry of its plan.
 
     Raises:
@@ -48,6 +48,7 @@ def plan_start(
         "origin": pretrained.origin,
         "dataset_name": pretrained.description.get("dataset_name"),
         "fold": pretrained.description.get("fold"),
+        "left_out": pretrained.description.get("left_out"),
         "citations": pretrained.description.get("citations") or [],
         **taken,
         "transfer": transfer.table().splitlines(),

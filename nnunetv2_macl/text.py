@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def pluralise(number: int, what: str) -> str:
@@ -15,6 +15,11 @@ def join_words(items: Iterable[object]) -> str:
     """Return the items as a list in text: ``a, b and c``."""
     *first, last = map(str, items)
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def first_of(names: Sequence[str], number: int = 10) -> str:
+    """Return the first names as a list in text: ``a, b, ...``."""
+    return ", ".join(names[:number]) + ", ..." * (len(names) > number)
 
 
 def duration(seconds: float) -> str:

@@ -165,15 +165,16 @@ def fit_input_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def kernel_norms(network: nn.Module) -> dict[str, float]:
-    """Return the L2 norm of each kernel whose scale does not matter, because an instance norm follows, by its block."""
+    """Return the L2 norms of the kernels that an instance norm follows, by the name of the block. Their scale does not matter."""
     return {name: float(block.conv.weight.detach().norm()) for name, block in _scale_free(network).items()}
 
 
 def rescale_kernels(network: nn.Module, norms: dict[str, float]) -> None:
-    """Scale kernels back to the norms of a fresh network. The network computes the same function as before.
+    """Scale kernels back to the norms of a fresh network. The output of the network stays the same.
 
-    Kernels grow during pre-training, to 2.6 times in 16,000 steps of AdamW. If an instance norm follows a kernel, its
-    effective learning rate is divided by its squared norm, so SGD at nnU-Net's rate would hardly change a large kernel.
+    Kernels grow during pre-training, to 2.6 times in 16,000 steps of AdamW. If an instance norm follows, the effective learning
+    rate of a kernel is the learning rate divided by the kernel's squared norm. So SGD at nnU-Net's rate would hardly change a
+    large kernel.
 
     Source: van Laarhoven, L2 regularization versus batch and weight normalization, 2017, https://arxiv.org/abs/1706.05350
 

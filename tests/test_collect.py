@@ -132,12 +132,20 @@ def series_of(folder):
         ([0, 5, 10, 0, 5, 10], "4D: up to 2 images at each of 3"),
         ([7] * 6, "one slice position with 6 images"),
         ([0, 5.01, 10, 14.99, 20, 25], None),
+        ([7], None),
     ],
 )
 def test_positions_of_slices(tmp_path, positions, reason):
-    write_series(tmp_path / "dicom", volume(1, (6, 24, 32)), "1.1", positions=positions)
-    answer = why_not(series_of(tmp_path / "dicom"), 5, False)
+    write_series(tmp_path / "dicom", volume(1, (len(positions), 24, 32)), "1.1", positions=positions)
+    answer = why_not(series_of(tmp_path / "dicom"), min(5, len(positions)), False)
     assert answer is None if reason is None else answer.startswith(reason)
+
+
+def test_slices_of_a_few_micrometres_are_at_different_positions(tmp_path):
+    write_series(tmp_path / "dicom", volume(1, (12, 24, 32)), "1.1", positions=[0.006 * n for n in range(12)])
+    series = series_of(tmp_path / "dicom")
+    series.slices = [s._replace(spacing=(0.006, 0.006)) for s in series.slices]
+    assert why_not(series, 5, False) is None
 
 
 def test_slices_are_sorted_by_position_and_a_tilt_is_detected(tmp_path):

@@ -82,7 +82,7 @@ def test_arms_that_a_command_leaves_out_stay_in_the_folder(tmp_path):
     assert Study.read(tmp_path).options.arms == [*OPTIONS.arms, "recipe:paper"]
     # a file with the name of an arm in the folder would overwrite its cells
     (tmp_path / "pcl.json").write_text('{"inherits_from": "macl"}')
-    with pytest.raises(UserError, match="two arms would be called recipe-pcl"):
+    with pytest.raises(UserError, match="two arms have the name recipe-pcl"):
         Study(tmp_path, replace(OPTIONS, arms=["scratch", f"recipe:{tmp_path / 'pcl.json'}"]), SPLIT, PATIENTS).open()
 
 
@@ -303,7 +303,7 @@ def test_a_folder_without_a_study_is_refused(tmp_path):
     with pytest.raises(UserError, match="other cases"):
         Study(tmp_path / "study", OPTIONS, SPLIT, PATIENTS | {"c99": "c99"}).open()
     (tmp_path / "study" / "study.json").write_text('{"options": {}}')
-    with pytest.raises(UserError, match="no study of this"):
+    with pytest.raises(UserError, match="cannot read the study"):
         Study.read(tmp_path / "study")
 
 

@@ -6,7 +6,16 @@ import pytest
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
-from nnunetv2_macl.data import Case, PretrainingBatches, Sampling, draw_corner, load_batches, plan_reading, position
+from nnunetv2_macl.data import (
+    Case,
+    PretrainingBatches,
+    Sampling,
+    draw_corner,
+    load_batches,
+    open_unchanged,
+    plan_reading,
+    position,
+)
 from nnunetv2_macl.errors import UserError
 
 
@@ -115,6 +124,19 @@ def test_a_patch_without_a_neighbour_is_its_own(tmp_path):
     for case in (empty_around, single):
         patches, neighbours = batches([case], (1, 16, 16), neighbours=True)[0]["data"].chunk(2)
         assert torch.equal(patches, neighbours)
+
+
+def test_a_file_that_replaces_another_is_read_and_one_that_is_cut_short_is_not(tmp_path):
+    file, other = tmp_path / "case.b2nd", tmp_path / "other.b2nd"
+    blosc2.asarray(np.zeros((1, 2, 3, 4), np.float32), urlpath=str(file))
+    assert not open_unchanged(str(file))[:].any()
+    blosc2.asarray(np.ones((1, 5, 6, 7), np.float32), urlpath=str(other))
+    other.replace(file)
+    assert open_unchanged(str(file))[:].shape == (1, 5, 6, 7) and open_unchanged(str(file))[:].all()
+    with open(file, "r+b") as stream:
+        stream.truncate(10)
+    with pytest.raises(OSError, match="now has 10"):
+        open_unchanged(str(file))
 
 
 def test_position_groups_are_positives(cases):

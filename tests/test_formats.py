@@ -18,6 +18,7 @@ from nnunetv2_macl import checkpoints, formats
 from nnunetv2_macl.cli.weights import export_entry, inspect_entry
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import DatasetConfiguration
+from nnunetv2_macl.sharing.inspect import inspect
 from nnunetv2_macl.training.finetune import load_transfer
 from nnunetv2_macl.transfer import ADAPTED, plan_transfer
 
@@ -445,6 +446,18 @@ def test_a_second_stage_of_a_cascade_gives_its_weights_for_images(tmp_path, kind
     # nnU-Net's own option takes the whole network with its further inputs.
     formats.export(tmp_path / "cascade.pth", tmp_path / "whole.pth", "nnunet")
     load_pretrained_weights(unet(own | {"input_channels": 5}, classes=3), tmp_path / "whole.pth")
+
+
+def test_an_exported_checkpoint_keeps_its_origin(workspace, tmp_path):
+    """Weights of nnU-Net were trained with labels."""
+    nnunet_trainer(workspace.preprocessed / DATASET).save_checkpoint(str(tmp_path / "nnunet.pth"))
+    found = formats.load_weights(tmp_path / "nnunet.pth")
+    checkpoints.save(formats.as_nnunet(found), tmp_path / "exported.pth")
+    exported = formats.load_weights(tmp_path / "exported.pth")
+    assert (exported.kind, exported.origin) == ("nnunet", "nnU-Net")
+    assert "nnU-Net" in inspect(tmp_path / "exported.pth")
+    own = replace(found, description=found.description | {"kind": "macl_encoder"})
+    assert "origin_kind" not in formats.as_nnunet(own)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,7 +31,7 @@ from nnunetv2_macl.preprocessing.sources import (
     ignored_files,
     pick_channels,
     sidecars,
-    without_spacing,
+    spacing_warning,
 )
 
 VOLUME = np.random.default_rng(0).normal(100, 20, (8, 40, 48)).astype(np.float32)
@@ -102,8 +102,8 @@ def test_a_tiff_without_spacing_and_one_with_a_wrong_spacing_are_reported(target
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     image, spacing = tmp_path / "a_0000.tif", tmp_path / "a.json"
     tifffile.imwrite(image, VOLUME)
-    assert without_spacing(source_in(tmp_path, ".tif", Tiff3DIO)) == [str(image)]
-    assert without_spacing(source_in(tmp_path, ".tif", SimpleITKIO)) == []
+    assert str(image) in spacing_warning(source_in(tmp_path, ".tif", Tiff3DIO), target)
+    assert spacing_warning(source_in(tmp_path, ".tif", SimpleITKIO), target) is None
     case = CaseFiles([str(image)], None, 1, [])
     for content in (
         "",
@@ -117,7 +117,7 @@ def test_a_tiff_without_spacing_and_one_with_a_wrong_spacing_are_reported(target
         with pytest.raises(UnusableImageError, match=r"its spacing file .*a\.json"):
             read_case(target, case, Tiff3DIO)
     spacing.write_text('{"spacing": [3, 0.5, 0.5]}')
-    assert without_spacing(source_in(tmp_path, ".tif", Tiff3DIO)) == []
+    assert spacing_warning(source_in(tmp_path, ".tif", Tiff3DIO), target) is None
     assert read_case(target, case, Tiff3DIO)[1]["spacing"] == [3, 0.5, 0.5]
 
 

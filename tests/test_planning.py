@@ -251,3 +251,8 @@ def test_a_plan_derived_from_another_nnunet_plan_is_rejected(workspace, target):
     plans.write_text(json.dumps(content))
     with pytest.raises(UserError, match=str(file)):
         check_plan(plan, DatasetConfiguration.load("901", "nnUNetPlans", "2d"), file)
+
+
+def test_the_second_training_stage_of_macl_trains_the_decoder(target):
+    with pytest.raises(UserError, match="decoder_stages is 0"):
+        derive_plan(target, recipe_of(method="macl", training_stages=2, decoder_stages=0))

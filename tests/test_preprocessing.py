@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import blosc2
 import numpy as np
@@ -12,9 +13,11 @@ import SimpleITK as sitk
 from conftest import DATASET
 
 from nnunetv2_macl.cli.pretrain import _pretrain_parser
+from nnunetv2_macl.data import MASK_ENDING
 from nnunetv2_macl.doctor.dataset import images
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import DatasetConfiguration
+from nnunetv2_macl.preprocessing import cases as preprocessing_of_cases
 from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled, unlabelled_folder
 from nnunetv2_macl.preprocessing.sources import (
     CaseFiles,
@@ -253,6 +256,55 @@ def test_the_plans_reader_reads_other_data_sets_too(workspace):
     assert len(again) == 13 and not set(made.values()) & set(again.values())
 
 
+def test_a_damaged_image_does_not_hide_the_reader_of_the_others(workspace):
+    other = workspace.raw / "Dataset902_Other"
+    shutil.copytree(workspace.raw / DATASET, other)
+    for folder in ("imagesTr", "imagesUn"):
+        for file in (other / folder).iterdir():
+            sitk.WriteImage(sitk.ReadImage(str(file)), str(file).replace(".nii.gz", ".nii"))
+            file.unlink()
+    description = other / "dataset.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"file_ending": ".nii"}))
+    first = min((other / "imagesUn").iterdir())
+    first.write_bytes(first.read_bytes()[:500])
+    found = run(datasets=["Dataset902_Other"], skip_unreadable=True)
+    assert [path.name for path in found.skipped] == [first.name.removesuffix("_0000.nii")]
+    for folder in ("imagesTr", "imagesUn"):
+        for file in (other / folder).iterdir():
+            file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"cannot be used.*--skip_unreadable"):
+        run(datasets=["Dataset902_Other"])
+
+
+def test_a_case_whose_mask_was_replaced_alone_is_made_again(workspace, monkeypatch):
+    """A mask of another plan must not stay next to an image of the former plan."""
+    plans = load().folder / "nnUNetPlans.json"
+    content = json.loads(plans.read_text())
+    of_2d = content["configurations"]["2d"]
+    of_2d["use_mask_for_norm"], spacing = [True], of_2d["spacing"]
+    plans.write_text(json.dumps(content))
+    case = run().cases[0]
+    of_2d["spacing"] = [2 * mm for mm in spacing]
+    plans.write_text(json.dumps(content))
+
+    def fail(*arguments):
+        raise UserError("the disk is full")
+
+    source = find_sources(load(), [])[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocessing_of_cases, "_configuration", load(), raising=False)
+        patch.setattr(preprocessing_of_cases, "_write_case", fail)
+        with pytest.raises(UserError, match="full"):
+            preprocessing_of_cases._preprocess_case(
+                source.cases[case.name], source.reader, Path(case.file.removesuffix(".b2nd")), {}
+            )
+    of_2d["spacing"] = spacing
+    plans.write_text(json.dumps(content))
+    again = next(each for each in run().cases if each.name == case.name)
+    image, mask = (blosc2.open(again.file.removesuffix(".b2nd") + ending)[:] for ending in (".b2nd", MASK_ENDING))
+    assert image.shape[1:] == mask.shape[1:]
+
+
 def test_a_list_of_images_needs_no_labels(workspace):
     other = workspace.raw / "Dataset902_Other"
     shutil.copytree(workspace.raw / DATASET / "imagesTr", other / "images")
@@ -327,7 +379,7 @@ def test_naming_mistakes_are_explained(workspace):
 def test_too_little_space_is_reported_before_anything_is_written(workspace, monkeypatch):
     usage = shutil.disk_usage(workspace.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"needs about .* GiB, and 0\.0 GiB are free"):
+    with pytest.raises(UserError, match=r"may need up to .* GiB, and 0\.0 GiB are free"):
         run()
     assert not unlabelled_folder(load()).exists()
 

@@ -69,8 +69,17 @@ def test_a_linear_probe_finds_only_classes_that_the_features_contain(target):
     # ignored locations are used neither for fitting nor for measuring
     probe.fitted, probe.measured = informative
     probe.classes, probe.ignored = [1], [2]
-    _, labels = probe._locations(_Linear(), torch.device("cpu"), 5, probe.measured)
+    labels = np.concatenate([probe._locations(_Linear(), torch.device("cpu"), 5, case)[1] for case in probe.measured])
     assert set(labels.tolist()) == {0, 1}
+    # at most so many locations, spread over all patches
+    _, every = probe._locations(_Linear(), torch.device("cpu"), 5, probe.measured[0])
+    _, some = probe._locations(_Linear(), torch.device("cpu"), 5, probe.measured[0], 100)
+    assert 50 < len(some) <= 100 and set(some) == set(every)
+    # a rare structure may be in no location that is fitted
+    fitted = probe.fitted
+    probe.fitted = [(image, torch.zeros_like(label)) for image, label in fitted]
+    assert math.isnan(probe._linear_dice(_Linear(), torch.device("cpu"), 5))
+    probe.fitted = fitted
     probe.measured = []
     assert math.isnan(probe._linear_dice(_Linear(), torch.device("cpu"), 5))
 

@@ -65,6 +65,9 @@ def test_a_new_weight_does_not_switch_a_named_method_off(tmp_path, of_the_recipe
 def test_a_recipe_of_the_users_own_inherits(tmp_path):
     recipe = load_recipe(write(tmp_path, {"inherits_from": "pcl", "temperature": 0.2}), FOLDER)
     assert (recipe.temperature, recipe.method) == (0.2, "pcl")
+    file = write(tmp_path, {"inherits_from": "pcl"})
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # the mark that Windows' Notepad writes
+    assert load_recipe(file, FOLDER).method == "pcl"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,8 @@ def test_a_recipe_of_the_users_own_inherits(tmp_path):
         ('{"temperature": NaN}', ["temperature", "nan"]),
         ({"num_epochs": 0}, ["num_epochs", "greater than or equal to 1", "got 0"]),
         ({"num_epochs": 2.5}, ["num_epochs", "integer", "2.5"]),
+        ({"num_epochs": 10**19}, ["num_epochs", "1000000"]),
+        ({"batch_size": 10**7}, ["batch_size", "65536"]),
         ({"optimizer": "lion"}, ["optimizer", "'sgd', 'adam' or 'adamw'", "'lion'"]),
         ({"decoder_stages": "two"}, ["decoder_stages", "'auto'", "'two'"]),
         ({"scaling": [1.3, 0.7]}, ["scaling", "[1.3, 0.7]"]),

@@ -11,6 +11,7 @@ from nnunetv2_macl.checkpoints import ORIGINS
 from nnunetv2_macl.report.curves import COLOURS
 from nnunetv2_macl.report.finetuned import _epochs, _worst_first, describe_training
 from nnunetv2_macl.report.pictures import coloured
+from nnunetv2_macl.training.finetune import GIVEN_WEIGHTS
 
 ABOUT = """2026-01-01 00:00:00.0: MACL weights from /data/my run/macl_encoder.pth, /data/my run/macl_decoder.pth
   encoder: 64 of 64 tensors loaded
@@ -78,6 +79,11 @@ def test_the_origin_of_the_weights_is_named(folder, kind):
     write_log(folder, 2, about)
     shown = describe_training(folder)["origin"]
     assert shown[0].startswith(f"{ORIGINS[kind]} weights, macl_encoder.pth") and shown[-1].endswith("seen the cases")
+
+
+def test_weights_of_nnunets_option_are_not_taken_for_a_start_from_scratch(folder):
+    write_log(folder, 2, f"2026-01-01 00:00:03.0: {GIVEN_WEIGHTS}, for example by -pretrained_weights.\n")
+    assert "-pretrained_weights" in describe_training(folder)["origin"][0]
 
 
 def test_commands_name_device_and_plans(folder):

@@ -5,6 +5,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -27,7 +29,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_macl.compare.study import Options, parse_arm
 from nnunetv2_macl.data import MASK_ENDING
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import resource_folder
+from nnunetv2_macl.files import resource_folder, sha256
 from nnunetv2_macl.nnunet import GROUP_VARIABLE, TEACHER_VARIABLE, DatasetConfiguration
 from nnunetv2_macl.planning.derive import derive_plan
 from nnunetv2_macl.planning.plan import plan_file, write_plan
@@ -437,6 +439,12 @@ def test_the_teacher_labels_the_unlabelled_images_once(trainer_of, teacher):
     before = [file.stat().st_mtime_ns for file in files]
     trainer_of(Student).run_training()
     assert [file.stat().st_mtime_ns for file in files] == before
+    # An image that has changed is labelled again, also if its size is the same.
+    os.utime(case.file, ns=(1, 1))
+    trainer_of(Student).run_training()
+    changed = [file.stem for file, time in zip(files, before, strict=True) if file.stat().st_mtime_ns > time]
+    assert changed == [case.name]
+    before = [file.stat().st_mtime_ns for file in files]
     # A model that was trained again labels the images again.
     content = torch.load(f"{teacher.output_folder}/checkpoint_final.pth", weights_only=False)
     torch.save(content | {"_best_ema": 1.0}, f"{teacher.output_folder}/checkpoint_final.pth")
@@ -487,6 +495,9 @@ def test_the_order_of_regions_counts(teacher):
     target.dataset_json.update({"labels": regions, "regions_class_order": [1, 2, 1]})
     load()
     target.dataset_json["labels"] = dict(reversed(regions.items()))
+    with pytest.raises(UserError, match="labels"):
+        load()
+    target.dataset_json.update({"labels": regions, "regions_class_order": [1, 1, 2]})
     with pytest.raises(UserError, match="labels"):
         load()
 
@@ -628,10 +639,99 @@ def test_the_report_shows_the_labels_of_the_teacher(trainer_of, teacher):
         file.write_text(json.dumps(json.loads(file.read_text()) | values))
     facts = dict(describe_pseudo_labels(Path(student.output_folder))["facts"])
     assert facts["Without any label"] == str(len(records) - 1) and facts["Confidence"].startswith("0.750")
+    # An image that has changed since is not shown with its former labels.
+    image = json.loads(records[0].read_text())["image"]
+    os.utime(image, ns=(1, 1))
+    assert describe_pseudo_labels(Path(student.output_folder))["pictures"] == []
+    # Without any label there is neither a confidence nor a picture.
+    records[0].write_text(json.dumps(json.loads(records[0].read_text()) | {"foreground": 0.0}))
+    none = describe_pseudo_labels(Path(student.output_folder))
+    assert "Confidence" not in dict(none["facts"]) and none["pictures"] == []
     assert len(shown["pictures"]) == 3 and all(
         row["predicted"].startswith("data:image/png") for row in shown["pictures"]
     )
     assert describe_pseudo_labels(Path(teacher.output_folder)) is None
+
+
+def test_a_teacher_that_has_seen_validation_cases_is_reported(trainer_of, teacher):
+    """The teacher's folds may have been others."""
+    validation = Path(teacher.output_folder) / "validation"
+    validation.mkdir(exist_ok=True)
+    student = trainer_of(Student)
+    (mine,) = student.do_split()[1]
+    for name, is_reported in ((mine, False), (student.do_split()[0][0], True)):
+        for file in validation.iterdir():
+            file.unlink()
+        (validation / f"{name}.nii.gz").touch()
+        student.check()
+        words = rf"WARNING: .*was trained with other folds.*{mine}"
+        assert bool(re.search(words, Path(student.log_file).read_text())) == is_reported
+
+
+def test_a_checkpoint_of_another_teacher_is_not_taken_for_the_new_training(trainer_of, teacher, monkeypatch):
+    """A training that was started again, and killed after the labelling, leaves the checkpoint of the former training."""
+    monkeypatch.setenv("nnUNet_extTrainer", "")
+    settings = {"from_scratch": True, "finetuning_epochs": 1, "finetuning_iterations": 2}
+    for key, value in settings.items():
+        monkeypatch.setattr(nnUNetTrainerMACLSelfTraining, key, value)
+    run = self_train(DATASET, "2d", "0", teacher=teacher.output_folder_base, device="cpu")
+    file = Path(teacher.output_folder, "checkpoint_final.pth")
+    torch.save(torch.load(file, weights_only=False) | {"_best_ema": 1.0}, file)
+    labels = run / "pseudo_labels" / "teacher.json"
+    labels.write_text(json.dumps(json.loads(labels.read_text()) | {"sha256": sha256(file)}))
+    with pytest.raises(UserError, match="from an earlier training"):
+        self_train(DATASET, "2d", "0", teacher=teacher.output_folder_base, device="cpu")
+
+
+def test_a_training_that_continues_with_other_images_says_so(trainer_of, teacher, workspace):
+    first = trainer_of(Student)
+    first.run_training()
+    (workspace.raw / DATASET / "imagesUn" / "case_006_0000.nii.gz").unlink()
+    second = trainer_of(Student)
+    second.load_checkpoint(f"{first.output_folder}/checkpoint_best.pth")
+    second.unlabelled_cases()
+    number = len(pseudo_label_files(first))
+    words = rf"WARNING: this training began with {number} unlabelled images, and continues with {number - 1},"
+    assert re.search(words, Path(second.log_file).read_text())
+
+
+def test_two_commands_do_not_train_in_one_folder(teacher, monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", "")
+    target = DatasetConfiguration.load(DATASET, "nnUNetPlans", "2d")
+    run = model_folder(target, nnUNetTrainerMACLSelfTraining.__name__) / "fold_0"
+    run.mkdir(parents=True)
+    holder = (
+        "import sys, time, pathlib; from nnunetv2_macl.training.run_folder import RunLock; "
+        "RunLock(pathlib.Path(sys.argv[1])).acquire(); print(flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder, str(run)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        with pytest.raises(UserError, match="Another run is writing"):
+            self_train(DATASET, "2d", "0", teacher=teacher.output_folder_base, device="cpu")
+        other.kill()
+
+
+def test_a_folder_that_cannot_take_the_labels_is_reported_before_the_training(teacher, workspace, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        self_train(
+            DATASET, "2d", "0", teacher=teacher.output_folder_base, export_labels=tmp_path / "file", device="cpu"
+        )
+    assert not list((workspace.results / DATASET).glob("nnUNetTrainerMACLSelfTraining*"))
+
+
+def test_labels_that_cannot_be_written_are_an_error(teacher, workspace, tmp_path, monkeypatch):
+    target = DatasetConfiguration.load(DATASET, "nnUNetPlans", "2d")
+    model, labels = Teacher(Path(teacher.output_folder_base), 0), tmp_path / "labels"
+    usage = shutil.disk_usage(tmp_path)
+    (workspace.raw / DATASET / "imagesUn" / "case_005_0000.nii.gz").write_bytes(b"damaged")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="the disk is full"):
+        patch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=0))
+        write_labels(model, target, labels, "cpu")
+    for image in (workspace.raw / DATASET / "imagesUn").iterdir():
+        image.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="No label could be written"):
+        write_labels(model, target, labels, "cpu")
 
 
 def test_an_arm_of_self_training_needs_the_arm_of_its_teacher():

@@ -291,3 +291,10 @@ def test_all_commands_from_planning_to_prediction(workspace, tmp_path, name, con
     # The weights do not fit another network, and the message names both networks.
     out = workspace.run("nnUNetv2_macl_transfer", run, "901", "-c", configuration, code=1)
     assert variants()[name].__name__ in out and "PlainConvUNet" in out
+
+
+def test_the_smallest_map_has_more_than_one_point(workspace):
+    """An instance norm cannot be trained on one point."""
+    plans = change_plan(workspace, patch_size=[40, 40])
+    file = plan_network("901", "ukan", plans)
+    assert DatasetConfiguration.load("901", file.stem, "2d").patch_size == [64, 32]

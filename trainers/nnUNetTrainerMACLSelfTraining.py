@@ -23,6 +23,11 @@ class nnUNetTrainerMACLSelfTraining_short(ShortFineTuning, nnUNetTrainerMACLSelf
     default_teacher = "nnUNetTrainerMACL_short"
 
 
+class nnUNetTrainerMACLSelfTraining_short_scratch(nnUNetTrainerMACLSelfTraining_short):
+    from_scratch = True
+    default_teacher = "nnUNetTrainerMACL_short_scratch"
+
+
 for _name, _variant in shorter_variants(nnUNetTrainerMACLSelfTraining).items():
     _variant.default_teacher = _name.replace("SelfTraining", "")
     globals()[_name] = _variant

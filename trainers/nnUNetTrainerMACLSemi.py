@@ -14,3 +14,7 @@ class nnUNetTrainerMACLSemi_scratch(nnUNetTrainerMACLSemi):
 
 class nnUNetTrainerMACLSemi_short(ShortFineTuning, nnUNetTrainerMACLSemi):
     pass
+
+
+class nnUNetTrainerMACLSemi_short_scratch(nnUNetTrainerMACLSemi_short):
+    from_scratch = True

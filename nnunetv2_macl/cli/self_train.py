@@ -39,8 +39,8 @@ def self_train_entry() -> None:
         "--export_labels",
         type=Path,
         metavar="FOLDER",
-        help="also write the labels on which the last model is trained to FOLDER, before its training, in the format of the "
-        "data set, so that you can correct them",
+        help="also write the labels of the unlabelled images to FOLDER, in the format of the data set, before the last training, "
+        "so that you can correct them. Files in FOLDER are kept",
     )
     add("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="cuda, cpu or mps. Default: cuda")
     call(parser, "semi_supervised.rounds:self_train")

@@ -144,7 +144,7 @@ def collect(
             if not (folder / DESCRIPTION).is_file():
                 if modality is None:
                     raise UserError(
-                        f"{folder / DESCRIPTION} does not exist, and NIfTI files do not say their modality. Give it, for "
+                        f"{folder / DESCRIPTION} does not exist, and these images do not say their modality. Give it, for "
                         "example: --modality MR"
                     )
                 write_description(folder, [modality], {"background": 0}, 0, ending)
@@ -338,7 +338,8 @@ def _select(
     candidates: list[Candidate], modality: str | None, source: Path
 ) -> tuple[list[Candidate], list[Row], str | None]:
     """Return the candidates of the modality, rows for the others, and the modality, which NIfTI files do not have."""
-    there = Counter(c.row.modality for c in candidates if c.row.kind == "DICOM")
+    # An empty modality is as unknown as that of a NIfTI file.
+    there = Counter(c.row.modality for c in candidates if c.row.kind == "DICOM" and c.row.modality)
     if modality is None and len(there) > 1:
         counts = ", ".join(f"{pluralise(number, f'{name} image')}" for name, number in there.most_common())
         raise UserError(
@@ -346,12 +347,12 @@ def _select(
             f"{there.most_common(1)[0][0]}"
         )
     modality = modality or next(iter(there), None)
-    taken = [c for c in candidates if c.row.kind == "NIfTI" or c.row.modality == modality]
+    taken = [c for c in candidates if c.row.kind == "NIfTI" or c.row.modality in (modality, "", None)]
     reason = f"another modality than {modality}"
     others = [
         replace(c.row, taken=LEFT_OUT, reason=reason, image="")
         for c in candidates
-        if c.row.kind == "DICOM" and c.row.modality != modality
+        if c.row.kind == "DICOM" and c.row.modality not in (modality, "", None)
     ]
     return taken, others, modality
 

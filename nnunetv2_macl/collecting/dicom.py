@@ -179,10 +179,14 @@ def _geometry(slices: list[Slice]) -> str | None:
     sizes = {(s.shape, tuple(np.round(np.array(s.spacing), 4))) for s in slices}
     if len(sizes) > 1:
         return "slices of different sizes or pixel spacings"
+    if len(slices) == 1:
+        return None
     along = _positions(slices)
     distances = np.diff(np.sort(along))
-    typical = float(np.median(distances[distances > 1e-3])) if (distances > 1e-3).any() else 0.0
-    places = Counter(np.round(along, 2).tolist())
+    # Positions that differ by less than a hundredth of a pixel are equal. The pixels of micro-CT are a few micrometres.
+    equal = 0.01 * min(slices[0].spacing or (1.0,))
+    typical = float(np.median(distances[distances > equal])) if (distances > equal).any() else 0.0
+    places = Counter(np.round(along / equal).tolist())
     if len(places) < len(slices):
         several = max(places.values())
         if len(places) == 1:

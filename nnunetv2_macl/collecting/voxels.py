@@ -127,7 +127,9 @@ def _why_not(image: sitk.Image, job: Job) -> str | None:
         return f"4D: {image.GetSize()[3]} volumes; extract the volume that you want and collect it"
     if image.GetNumberOfComponentsPerPixel() > 1:
         return f"colour image or vectors: {image.GetNumberOfComponentsPerPixel()} values for each voxel"
-    if image.GetDimension() < 3 or min(image.GetSize()) < job.min_slices:
+    if image.GetDimension() < 3:
+        return f"2D: its size is {'x'.join(map(str, image.GetSize()))}, and only volumes are collected"
+    if min(image.GetSize()) < job.min_slices:
         return f"its size is {'x'.join(map(str, image.GetSize()))}; a volume needs --min_slices {job.min_slices}"
     array = sitk.GetArrayViewFromImage(image)
     if not np.isfinite(array).all():

@@ -258,11 +258,14 @@ def _compare_with_users_plan(options: Options, planned: dict[str, Any]) -> None:
 
 def _labelled_files(images: RawImages) -> dict[str, Path]:
     """Return the files of the labelled cases, by names that stay the same if the data set is moved."""
-    return {
-        f"{case}, {number}": Path(file)
-        for case, entry in images.labelled.items()
-        for number, file in enumerate((*entry["images"], entry["label"]))
-    }
+    files = {}
+    for case, entry in images.labelled.items():
+        for number, file in enumerate(map(Path, (*entry["images"], entry["label"]))):
+            files[f"{case}, {number}"] = file
+            for name in dict.fromkeys((*sidecars(file.name), *named_in_header(str(file)))):
+                if file.with_name(name).is_file():
+                    files[f"{case}, {number}, {name}"] = file.with_name(name)
+    return files
 
 
 def _state(file: Path) -> list[Any]:

@@ -82,8 +82,8 @@ def differences(results: Results) -> dict[str, dict[int, Estimate]]:
 def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float) -> str:
     """Return one sentence that says whether pre-training helps.
 
-    An arm differs from scratch if the bootstrap interval excludes 0. The difference is certain, without a "perhaps", if the
-    t-interval over the seeds excludes 0 too.
+    An arm differs from scratch if the bootstrap interval excludes 0. The sentence says "perhaps" unless the t-interval over
+    the seeds also excludes 0.
 
     Args:
         found: Gain in Dice over scratch, by arm and number of labels.
@@ -107,7 +107,7 @@ def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float
             if of_sign:
                 values = join_words(f"{d.value:+.3f} Dice with {n}" for n, d in of_sign.items())
                 words = f"{'' if sure else 'perhaps '}{'better' if sign > 0 else 'worse'} than scratch"
-                parts.append(f"{words} ({values} labelled cases{'' if sure else ', and more --seeds would decide'})")
+                parts.append(f"{words} ({values} labelled cases{'' if sure else ', and more --seeds may decide'})")
         if same := [n for n, d in by_labels.items() if not d.sign]:
             parts.append(f"not distinguishable from scratch with {join_words(same)} labelled cases")
         clauses.append(f"{arm} is {' and '.join(parts)}")
@@ -240,7 +240,7 @@ def _start(arm: Arm) -> str:
         return f"{arm.weights}. It is not known whether these weights were trained on the test cases"
     if not arm.recipe:
         return "nnU-Net's own initialisation"
-    parts = "the encoder only" if arm.encoder_only else "encoder and decoder"
+    parts = "the encoder only" if arm.encoder_only else "the encoder and the trained decoder stages"
     return f"{parts}, pre-trained with recipe {arm.recipe_and_settings}"
 
 
@@ -283,9 +283,7 @@ def _method(results: Results) -> list[str]:
         "validation cases over the seeds."
     )
     if teachers:
-        lines.append(
-            "An arm self_train-ARM also needs the training of ARM, its teacher, so it takes these steps twice."
-        )
+        lines.append("An arm self_train-ARM needs the steps of its teacher, ARM, in addition.")
     shares = f"{pluralise(len(split.test), 'case')} for test, {len(split.validation)} for validation"
     lines.append(
         f"The images were split by {'patient' if options.group_regex else 'case'}: {shares}. The labelled cases were drawn "
@@ -334,7 +332,7 @@ def _method(results: Results) -> list[str]:
     lines.append(
         f"Intervals in brackets are 95 % intervals of a bootstrap over {drawn} and seeds. All arms share its draws, so "
         "differences are paired. The intervals are not corrected for multiple comparisons, and few seeds make them too narrow. "
-        "The verdict therefore calls a difference certain only if Student's interval over the seeds also excludes 0."
+        'The verdict therefore says "perhaps" unless Student\'s interval over the seeds also excludes 0.'
     )
     lines.append(
         "The curves show the Dice of whole validation cases at the network's resolution without mirroring, after "

@@ -37,7 +37,7 @@ from nnunetv2_macl.nnunet import TEACHER_VARIABLE, WEIGHTS_VARIABLE
 from nnunetv2_macl.patients import patients_of
 from nnunetv2_macl.planning.plan import read_plan
 from nnunetv2_macl.run import check_device
-from nnunetv2_macl.text import pluralise
+from nnunetv2_macl.text import first_of, pluralise
 from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.epoch_log import CURVES_FILE, read_curves
 from nnunetv2_macl.training.run_folder import LOCK_FILE, PLAN_COPY, RunLock
@@ -247,8 +247,8 @@ def describe(study: Study, images: RawImages) -> str:
     lines = [
         f"{options.dataset}, {options.configuration}, {options.plans}"
         + (f", split {options.split}" if options.split else ""),
-        f"test:        {patients(split.test)}: {_names(split.test)}",
-        f"validation:  {patients(split.validation)}: {_names(split.validation)}",
+        f"test:        {patients(split.test)}: {first_of(sorted(split.test), 6)}",
+        f"validation:  {patients(split.validation)}: {first_of(sorted(split.validation), 6)}",
         f"pre-training: {pluralise(len(study.pretrainings), 'run')} on {share + len(kept)} images, {len(kept)} of them from "
         "imagesUn"
         + (
@@ -268,7 +268,7 @@ def describe(study: Study, images: RawImages) -> str:
         )
     for seed, subset in enumerate(split.subsets):
         for labels, cases in subset.items():
-            lines.append(f"labelled, seed {seed}, {labels}: {patients(cases)}: {_names(cases)}")
+            lines.append(f"labelled, seed {seed}, {labels}: {patients(cases)}: {first_of(sorted(cases), 6)}")
     return "\n".join([*lines, describe_cells(study)])
 
 
@@ -282,10 +282,6 @@ def describe_cells(study: Study) -> str:
         f"{pluralise(options.iterations, 'step')}: {len(study.cells) * options.epochs * options.iterations:,} steps in all"
     )
     return "\n".join([line, *(f"    {cell.name}" for cell in study.cells)])
-
-
-def _names(cases: list[str]) -> str:
-    return ", ".join(sorted(cases)[:6]) + (", ..." if len(cases) > 6 else "")
 
 
 @dataclass(frozen=True)

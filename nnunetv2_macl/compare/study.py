@@ -25,7 +25,7 @@ from nnunetv2_macl.training.run_folder import pretraining_folder
 SCRATCH = "scratch"
 # prefix of arms that are trained semi-supervised
 SEMI = "semi"
-# prefix of arms that learn from the labels of another arm's models
+# prefix of arms that are trained on pseudo-labels from the models of another arm
 SELF_TRAINING = "self_train"
 STUDY_FILE = "study.json"
 # scores of a cell
@@ -116,8 +116,8 @@ def _check_names(arms: Sequence[Arm]) -> None:
     for number, arm in enumerate(arms):
         if arm.slug in [other.slug for other in arms[:number]]:
             raise UserError(
-                f"--arms: two arms would be called {arm.slug}. Give each arm once. Copy or rename a file or folder that has the "
-                "name of another one."
+                f"--arms: two arms have the name {arm.slug}. Give each arm once. If the arms are different files or folders, "
+                "rename one of them."
             )
         for other in arms[:number]:
             share = (
@@ -288,8 +288,8 @@ class Trial:
 class Study:
     """A study and its folder."""
 
-    folder: Path  # folder of the study
-    options: Options  # options that the user gave
+    folder: Path
+    options: Options
     split: Split  # use of each case
     patients: dict[str, str]  # patient of each case, by case
     # SHA-256 of the files that the options name (weights, recipes and the plan), by file
@@ -298,9 +298,10 @@ class Study:
     shares: bool = False
 
     def open(self, check_only: bool = False) -> Study:
-        """Create the study in its folder, or add its arms and seeds to the one there, unless ``check_only``, and return it.
+        """Write the study into its folder, or extend the study there by its arms and seeds. Return it.
 
-        The study that is returned has only the arms of ``options``. Further ones stay in the folder.
+        With ``check_only``, nothing is written. The study that is returned has only the arms of ``options``. Further ones stay
+        in the folder.
 
         Raises:
             UserError: The folder holds something else, or a study with other options or other cases. The message names them.
@@ -364,7 +365,7 @@ class Study:
                 content.get("shares", False),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{file} is no study of this nnunetv2_macl: {error}. {fix}") from None
+            raise UserError(f"This version of nnunetv2_macl cannot read the study in {file}: {error}. {fix}") from None
 
     def _changed_options(self, there: Study, besides: Sequence[str]) -> list[str]:
         """Return the options whose values differ from those of a study on disk, as words, without the fields ``besides``."""

@@ -40,6 +40,7 @@ def run_checks(
         ("nnunet", environment.nnunet_version),
         *((name, partial(environment.folder_variable, name, written)) for name, written in _FOLDERS.items()),
         ("nnUNet_extTrainer", environment.trainers_are_found),
+        ("wandb", environment.wandb_is_installed),
         ("shared_memory", machine.shared_memory),
         ("open_files", machine.open_files),
         *((f"disk_{name}", partial(machine.free_disk, name)) for name, written in _FOLDERS.items() if written),

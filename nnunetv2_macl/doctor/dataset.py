@@ -31,9 +31,8 @@ from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
     CaseFiles,
     Source,
-    no_spacing_message,
+    spacing_warning,
     training_cases,
-    without_spacing,
 )
 from nnunetv2_macl.text import pluralise, size_text
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
@@ -120,8 +119,8 @@ def images(target: DatasetConfiguration, labelled: int, sources: list[Source]) -
     if len(counts) > 1:
         message += f" ({', '.join(f'{count} of {name}' for name, count in counts.items())})"
     values = {"labelled": labelled, "unlabelled": unlabelled}
-    if bare := [file for source in sources for file in without_spacing(source)]:
-        return Result(NOTE, f"{message}; {no_spacing_message(bare)}", values=values)
+    if warnings := [warning for source in sources if (warning := spacing_warning(source, target))]:
+        return Result(NOTE, f"{message}; {' '.join(warnings)}", values=values)
     if others := [f"{s.dataset_name}/{name}" for s in sources for name in s.ignored_files]:
         message += f"; {len(others)} files are not named as nnU-Net names images, and are left out: {', '.join(others[:_SHOWN])}"
         return Result(NOTE, message, values=values)
@@ -201,7 +200,11 @@ def estimate(target: DatasetConfiguration, sources: list[Source], device: str, t
     if "error" in measured:
         reason = measured["error"].strip().removeprefix("Error: ")
         result = from_error(f"three training steps could not be run on {device}: {reason}")
-        return replace(result, fix=result.fix or "# use a GPU (-device cuda) or a smaller configuration (-c 2d)")
+        # The message about a damaged file says what to do.
+        smaller = (
+            None if "nnUNetv2_preprocess" in reason else "# use a GPU (-device cuda) or a smaller configuration (-c 2d)"
+        )
+        return replace(result, fix=result.fix or smaller)
     hours = measured["seconds_per_step"] * measured["steps_per_epoch"] * measured["epochs"] / 3600
     disk = bytes_on_disk(target, sum(len(_not_done(target, source)) for source in sources)) / 2**30
     values = measured | {"hours": hours, "preprocessed_gib": disk}

@@ -35,6 +35,15 @@ def python_version() -> Result:
     return Result(OK, message)
 
 
+def wandb_is_installed() -> Result:
+    """Return whether W&B is installed, if nnU-Net's variable switches it on."""
+    from nnunetv2_macl.nnunet import lacks_wandb  # after the check that nnU-Net can be imported
+
+    if lacks_wandb():
+        return Result(PROBLEM, "nnUNet_wandb_enabled is set, but W&B is not installed", "pip install wandb")
+    return Result(OK, "W&B: as nnUNet_wandb_enabled asks for")
+
+
 def torch_and_device(device: str) -> Result:
     """Return whether torch is installed and can compute on the device, and note a torch that is too old."""
     result = _torch_on(device)

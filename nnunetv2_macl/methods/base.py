@@ -1,6 +1,6 @@
 """The interface of a pre-training method: the views it makes, the modules it adds, and the losses it minimises.
 
-A method is one file in this folder. It uses no folders, plans or processes. The training step, gradient caching,
+A method is one file in this folder. It opens no files and starts no processes. The training step, gradient caching,
 training on several GPUs, the memory plan, the log, the curves, the report, the model card and the detection of collapse use only
 this interface.
 """
@@ -33,7 +33,7 @@ class Geometry:
         scale: s, the factor by which the dominant branch downsamples the patch.
         patch_size: Size of a patch.
         reason: Why these values were chosen. The plan shows this text.
-        threshold: t, the fraction of the volume within which two patches are positives of each other.
+        threshold: t. Two patches are positives if their relative positions differ by less than t on every axis.
         out_of_plane_rotation: Largest angle about the in-plane axes, degrees.
         channels_without_zscore: Indices of the image channels that nnU-Net does not normalise to zero mean.
         batch_size: N, number of patches of a step. While the plan is made, N is unknown, and this is the largest batch that
@@ -74,7 +74,7 @@ class Progress(NamedTuple):
         return self.step >= max(1, self.steps // 2)
 
     def is_within(self, epochs: int) -> bool:
-        """Return whether the step is in the first epochs, which are at most half of the run."""
+        """Return whether the step is within the first ``epochs`` epochs and within the first half of the run."""
         return self.step < min(epochs * self.num_iterations_per_epoch, self.steps // 2)
 
 
@@ -178,11 +178,11 @@ class Method(nn.Module, ABC):
             grid, so the stages determine the scale in the plan.
         uses_neighbours: Whether the views also show a neighbour of each patch. See `Sampling.neighbours`.
         constant_rate_modules: Names of the modules whose learning rate stays constant after the warm-up.
-        plan_keys: Keys of the MACL plan that this method uses, and not every method does.
-        summary: Description for the model card: "by MACL, multi-level contrastive learning,".
-        tag: Tag in the model card.
-        citations: References to cite.
-        views: The views of the method. A subclass sets them in `__init__`.
+        plan_keys: Keys of the MACL plan that only some methods use, this one among them.
+        summary: Words for the model card, which completes "pre-trained ... on images without labels" with them.
+        tag: Tag in the front matter of the model card.
+        citations: References for the model card.
+        views: Views of the method, which a subclass sets in `__init__`.
     """
 
     name: ClassVar[str]

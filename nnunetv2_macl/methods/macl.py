@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from nnunetv2_macl.checkpoints import MACL_CITATION
+from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.losses import MultiLevelContrastiveLoss, downsample
 from nnunetv2_macl.methods.averaging import averaged_copy, encode_without_gradient, update_average
 from nnunetv2_macl.methods.base import Geometry, Progress, StepRandom, Views
@@ -54,7 +55,7 @@ class MACLConfig(BranchKeys, SpatialViewKeys):
         0.07, description="L_g and L_d are multiplied by τ / `base_temperature`; `null` disables this factor"
     )
     threshold: Fraction = Field(
-        0.1, description="t, the fraction of the volume within which two patches are positives of each other"
+        0.1, description="t: two patches are positives if their relative positions differ by less than t on every axis"
     )
     threshold_warmup: Fraction = Field(0.0, description="fraction of the steps over which t rises from 0")
     own_view_weight: Fraction = Field(
@@ -120,7 +121,11 @@ class _Numbers(NamedTuple):
 
 
 class _MACLViews(Views):
-    """The invariance group, down(I1) and I2, and the variance group, down(V1) and V2."""
+    """The views of a patch, in two groups.
+
+    The invariance group has the patch itself, downsampled and at full size: down(I1) and I2. The variance group has two random
+    spatial transforms of it: down(V1) and V2.
+    """
 
     def __init__(self, geometry: Geometry, recipe: Any) -> None:
         self.small, self.patch_size = geometry.dominant_patch_size, geometry.patch_size
@@ -175,7 +180,7 @@ class MACL(ContrastiveMethod):
     invariance group.
 
     Raises:
-        ValueError: The auxiliary stage is above the dominant map or outside the network.
+        ValueError: The auxiliary stage is shallower than the dominant map or outside the network.
     """
 
     name = "macl"
@@ -230,6 +235,16 @@ class MACL(ContrastiveMethod):
 
     @classmethod
     def plan_geometry(cls, patch_size: Sequence[int], strides: Sequence[Sequence[int]], recipe: Any) -> Geometry:
+        """Return the stages and sizes of both branches.
+
+        Raises:
+            UserError: The recipe trains no decoder stage in two training stages, or its stages do not fit the network.
+        """
+        if cls.trains_in_stages(recipe) and recipe.decoder_stages == 0:
+            raise UserError(
+                "decoder_stages is 0, and the second of two training stages trains the decoder alone. Set decoder_stages to at "
+                "least 1, or training_stages to 1."
+            )
         return plan_branches(patch_size, strides, recipe)
 
     @classmethod
@@ -263,7 +278,7 @@ class MACL(ContrastiveMethod):
     def _passes(self, groups: list[Tensor]) -> list[Tensor]:
         """Return the groups of views as one, because one pass is faster, unless their sizes differ.
 
-        With batch norm each group has a pass of its own, as in the published implementation.
+        With batch norm or dropout, each group has a pass of its own, as in the published implementation.
         """
         is_one = len({group.shape for group in groups}) == 1 and not self.mixes_views
         return [torch.cat(groups)] if is_one else groups

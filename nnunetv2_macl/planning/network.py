@@ -190,9 +190,15 @@ def _on_meta(configuration: DatasetConfiguration, architecture: dict[str, Any] |
 
 
 def _rounded(patch_size: Sequence[int], strides: Sequence[Any]) -> list[int]:
-    """Return a patch size rounded to multiples of the network's total stride."""
-    total = np.prod([np.broadcast_to(stride, len(patch_size)) for stride in strides], axis=0)
-    return whole_multiples(patch_size, total.tolist())
+    """Return a patch size rounded to multiples of the network's total stride.
+
+    The smallest map has more than one point, because an instance norm cannot be trained on a single point.
+    """
+    total = np.prod([np.broadcast_to(stride, len(patch_size)) for stride in strides], axis=0).tolist()
+    rounded = whole_multiples(patch_size, total)
+    if rounded == total:
+        rounded[int(np.argmin(rounded))] *= 2
+    return rounded
 
 
 def _read(network: str, start: DatasetConfiguration) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from nnunetv2_macl.cpu import usable_cores
 from nnunetv2_macl.data import MASK_ENDING, Case
 from nnunetv2_macl.distributed import rank
 from nnunetv2_macl.errors import UserError
-from nnunetv2_macl.files import atomic_write, remove_temporary, write_json
+from nnunetv2_macl.files import atomic_write, remove_temporary, write_error, write_json
 from nnunetv2_macl.main_guard import require_main_guard
 from nnunetv2_macl.messages import progress_bar, show_any_character
 from nnunetv2_macl.nnunet import DatasetConfiguration, raw_folder
@@ -60,13 +60,16 @@ from nnunetv2_macl.preprocessing.sources import (
     training_cases,
 )
 from nnunetv2_macl.processes import end_with_parent
-from nnunetv2_macl.text import last_line, pluralise
+from nnunetv2_macl.text import first_of, last_line, pluralise
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 # Seconds. No case takes longer, so a temporary file that is older was left by a process that was killed.
 _ABANDONED = 6 * 3600.0
+
+# smallest share of their size that compressed cases are expected to take
+_STRONGEST_COMPRESSION = 0.5
 # The highest compression ratio of gzip.
 _MOST_COMPRESSED = 1032
 # 16 GiB. A larger image most likely has a wrong spacing.
@@ -195,19 +198,15 @@ def _counted_once(source: Source, labelled: set[str], images: set[Identity], see
     if twice := sorted(named_otherwise.keys() - cases.keys()):
         logger.info(
             "%d images of %s are also labelled cases or have a second name. Each is used once: %s",
-            len(twice), source.dataset_name, _some(twice),
+            len(twice), source.dataset_name, first_of(twice, 3),
         )  # fmt: skip
     if same_name := sorted(source.cases.keys() - named_otherwise.keys()):
         logger.warning(
             "%s of %s have the name of a labelled case and are NOT used, because they may be the same images. "
             "If they are other images, rename them: %s",
-            pluralise(len(same_name), "unlabelled image"), source.dataset_name, _some(same_name),
+            pluralise(len(same_name), "unlabelled image"), source.dataset_name, first_of(same_name, 3),
         )  # fmt: skip
     return replace(source, cases=cases)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def index_of(configuration: DatasetConfiguration, source: Source) -> Index:
@@ -247,7 +246,7 @@ def _skip_or_raise(reason: str, target: Path, skipped: dict[Path, str], skip_unr
 
 
 def bytes_on_disk(configuration: DatasetConfiguration, cases: int) -> int:
-    """Return the size of preprocessed cases without compression, at the median size of the training cases."""
+    """Estimate the bytes of preprocessed cases without compression, from the median shape of the training cases."""
     shape = configuration.manager.median_image_size_in_voxels
     if len(shape) == 2:  # the slices of a volume are not in the configuration
         shape = [configuration.plans_manager.original_median_shape_after_transp[0], *shape]
@@ -255,15 +254,18 @@ def bytes_on_disk(configuration: DatasetConfiguration, cases: int) -> int:
 
 
 def _require_space(configuration: DatasetConfiguration, folder: Path, cases: int) -> None:
-    """Raise UserError if the disk cannot hold the cases."""
+    """Raise UserError if the disk is too small for the cases, and warn if it may be, because compression is not known."""
     needed = bytes_on_disk(configuration, cases)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
+    message = (
+        f"Preprocessing {cases} unlabelled cases into {folder} may need up to {needed / 2**30:.1f} GiB, and "
+        f"{free / 2**30:.1f} GiB are free. Make space, or set nnUNet_preprocessed to a larger disk."
+    )
+    if needed * _STRONGEST_COMPRESSION > free:
+        raise UserError(message)
     if needed > free:
-        raise UserError(
-            f"Preprocessing {cases} unlabelled cases into {folder} needs about {needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free. Make space, or set nnUNet_preprocessed to a larger disk."
-        )
+        logger.warning("WARNING: %s", message)
 
 
 def _run(
@@ -325,12 +327,18 @@ def _initialise(configuration: DatasetConfiguration) -> None:
 def _preprocess_case(
     case: CaseFiles, reader: type[BaseReaderWriter], target: Path, fingerprint: dict[str, Any]
 ) -> tuple[str | None, bool]:
-    """Preprocess and write a case. Return the problem or None, and whether a run leaves out the case without an option."""
+    """Preprocess and write a case. Return the problem or None, and whether to skip the case even without --skip_unreadable."""
     try:
         data, outside, spacing = preprocess_case(_configuration, case, reader)
     except UnusableImageError as error:
         return str(error), isinstance(error, FlatImageError)
-    Path(f"{target}.json").unlink(missing_ok=True)  # until both files are written, the case is not done
+    # Until all files are written, the case is not done. The index knows a case by its image.
+    replaced = [".json", ".b2nd"] if _configuration.normalises_in_mask else [".json"]
+    for file in (Path(f"{target}{ending}") for ending in replaced):
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_error(error, file) from error
     if _configuration.normalises_in_mask:
         _write_array(outside, Path(f"{target}{MASK_ENDING}"))
     _write_case(data, target, fingerprint, spacing)
@@ -512,7 +520,8 @@ def check_nifti(file: str) -> None:
             "it holds several values in each voxel, as RGB does, and nnU-Net reads one value per voxel from NIfTI files"
         )
     with ImageOpener(file) as stream:  # nibabel corrects what it loads
-        spacing = np.abs(type(image.header).from_fileobj(stream, check=False)["pixdim"][1:4])
+        header = type(image.header).from_fileobj(stream, check=False)
+        spacing = np.abs(header["pixdim"][1 : 1 + min(3, int(header["dim"][0]))])
     if not (np.isfinite(spacing) & (spacing > 0)).all():
         raise ValueError(f"its spacing is {', '.join(f'{mm:g}' for mm in spacing)} mm")
     promised = int(image.dataobj.offset) + math.prod(image.shape) * dtype.itemsize

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import io
+import itertools
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
@@ -26,10 +28,13 @@ from nnunetv2_macl.dataset_json import channel_names
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import is_utf8
 from nnunetv2_macl.nnunet import SUPPORTED_CONFIGURATIONS, DatasetConfiguration, raw_folder, read_dataset_json
-from nnunetv2_macl.text import pluralise
+from nnunetv2_macl.text import first_of, pluralise
 
 UNLABELLED_FOLDER = "imagesUn"
 _FILES_AT_ONCE = 16
+
+# number of images that may be damaged before the reader is chosen by the file ending alone
+_MOST_TRIED = 20
 # Endings of the same format. A reader of one ending reads the other.
 _SAME_FORMAT = ((".nii.gz", ".nii"), (".tif", ".tiff"))
 
@@ -175,8 +180,9 @@ def _how_to_name(file: Path, ending: str) -> str:
     """Return how to make the images of a folder readable. ``file`` is one of them, or a folder of images."""
     if file.is_dir():
         return f"Folders in it are not searched. Move their images into it, with names like CASE_0000{ending}."
-    if file.name.lower().endswith(_endings(ending)):
-        return f"Rename the files, one per channel: CASE_0000{ending}, CASE_0001{ending}, ..."
+    own = next((each for each in _endings(ending) if file.name.lower().endswith(each)), None)
+    if own:
+        return f"Rename the files, one per channel: CASE_0000{own}, CASE_0001{own}, ..."
     convert = "import sys, SimpleITK as s; s.WriteImage(s.ReadImage(sys.argv[1]), sys.argv[2])"
     return (
         f"The files have another format. Convert them, one per channel, to CASE_0000{ending}, CASE_0001{ending}, ..., for "
@@ -244,15 +250,15 @@ def _reader(
     ending, own = dataset_json["file_ending"], configuration.plans_manager.image_reader_writer_class
     if not cases or ("overwrite_image_reader_writer" not in dataset_json and ending in own.supported_file_endings):
         return own
-    example = next(iter(cases.values())).files[0]
-    try:
+    for case in itertools.islice(cases.values(), _MOST_TRIED):
         # Hide the tracebacks that nnU-Net prints for every reader that fails.
-        with contextlib.redirect_stderr(io.StringIO()):
-            return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+        with contextlib.suppress(RuntimeError, OSError), contextlib.redirect_stderr(io.StringIO()):
+            return determine_reader_writer_from_dataset_json(dataset_json, case.files[0], verbose=False)
+    try:
+        # No example can be read. With the reader for the file ending, each damaged case gets an error of its own.
+        return determine_reader_writer_from_dataset_json(dataset_json, None, verbose=False)
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"nnU-Net has no reader for {example}: {error} Correct the file, or leave {folder.name} out of -u."
-        ) from None
+        raise UserError(f"nnU-Net has no reader for {folder}: {error} Leave {folder.name} out of -u.") from None
 
 
 def _match_channels(
@@ -416,23 +422,33 @@ def labelled_identities(configuration: DatasetConfiguration) -> set[Identity]:
     )
 
 
-def without_spacing(source: Source) -> list[str]:
-    """Return the TIFF files without a spacing file. nnU-Net assumes a spacing of 1 on each axis for them."""
-    if not issubclass(source.reader, Tiff3DIO):
-        return []
-    return [
-        case.files[0]
-        for case in source.cases.values()
-        if not any(str(made[0]).endswith(".json") for made in case.fingerprint)
-    ]
+def spacing_warning(source: Source, configuration: DatasetConfiguration) -> str | None:
+    """Return a message if nnU-Net assumes a spacing of 1 for images of a source, or for those of the plan; None otherwise."""
+    if issubclass(source.reader, Tiff3DIO):
+        files = [
+            case.files[0]
+            for case in source.cases.values()
+            if not any(str(made[0]).endswith(".json") for made in case.fingerprint)
+        ]
+        return _no_spacing_message(files) if files else None
+    planned = configuration.plans_manager.image_reader_writer_class
+    without = [reader for reader in (source.reader, planned) if issubclass(reader, NaturalImage2DIO)]
+    if len(without) != 1:
+        return None
+    lacking = source.dataset_name if without[0] is source.reader else configuration.dataset_name
+    return (
+        f"The files of {lacking} hold no spacing, so nnU-Net assumes 1 on each axis. The images of {source.dataset_name} are "
+        f"resampled to the plan's spacing all the same ({', '.join(f'{mm:g}' for mm in configuration.manager.spacing)}), and may "
+        f"get a wrong size. If so, leave {source.dataset_name} out of -u."
+    )
 
 
-def no_spacing_message(files: Sequence[str]) -> str:
+def _no_spacing_message(files: Sequence[str]) -> str:
     """Return a message that names the TIFF files without a spacing file."""
-    some = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
     missing = os.path.join(os.path.dirname(files[0]), sidecars(os.path.basename(files[0]))[0])
     return (
-        f"nnU-Net assumes a spacing of 1 on each axis for {pluralise(len(files), 'TIFF image')} without a spacing file: {some}. "
+        f"nnU-Net assumes a spacing of 1 on each axis for {pluralise(len(files), 'TIFF image')} without a spacing file: "
+        f"{first_of(files, 3)}. "
         f'To set the spacing, write {missing} with, for example, {{"spacing": [3, 0.5, 0.5]}}'
     )
 

@@ -21,9 +21,10 @@ from nnunetv2_macl.nnunet import DatasetConfiguration, raw_folder, read_dataset_
 from nnunetv2_macl.report.curves import BLUE, COLOURS, GREEN, ORANGE, draw_curves
 from nnunetv2_macl.report.pictures import labelled_slice
 from nnunetv2_macl.report.run import FINISHED, STAMP, STOPPED, device_of, log_lines
-from nnunetv2_macl.semi_supervised.pseudo_labels import PSEUDO_LABELS_FOLDER, TEACHER_FILE
+from nnunetv2_macl.semi_supervised.pseudo_labels import PSEUDO_LABELS_FOLDER, TEACHER_FILE, image_state
 from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training.commands import command_to_train, device_option, plans_option
+from nnunetv2_macl.training.finetune import GIVEN_WEIGHTS
 from nnunetv2_macl.training.run_folder import PLAN_COPY
 
 TEMPLATE = "finetuned.html.jinja"
@@ -141,10 +142,12 @@ def _summary(
 
 def _origin(lines: list[str]) -> list[str]:
     """Return the trainer's messages about its initial weights; empty for a training from scratch."""
-    starts = [number for number, line in enumerate(lines) if _ORIGIN.match(line)]
+    starts = [number for number, line in enumerate(lines) if _ORIGIN.match(line) or line.startswith(GIVEN_WEIGHTS)]
     if not starts:
         return []
     about = lines[starts[-1] :]
+    if about[0].startswith(GIVEN_WEIGHTS):
+        return ["weights of nnU-Net's option -pretrained_weights, whose file the log does not name"]
     others = [number for number, line in enumerate(about) if number and not _ABOUT_WEIGHTS.match(line)]
     end = others[0] if others else len(about)
     names = ", ".join(Path(part.strip()).name for part in _ORIGIN.sub("", about[0]).split(","))
@@ -244,24 +247,28 @@ def describe_pseudo_labels(folder: Path) -> dict[str, Any] | None:
         for file in (labels / name for name in made_by["labels"]):
             record = read_json(file.with_suffix(".json"), "")
             if float(record["foreground"]):
-                records.append((float(record["confidence"]), file, Path(record["image"])))
+                records.append((float(record["confidence"]), file, Path(record["image"]), record["made_from"]))
     except (UserError, KeyError, TypeError, ValueError):
         return None
     records.sort(key=lambda record: record[0])
     facts = [
         ("Images", str(len(made_by["labels"]))),
         ("Without any label", str(len(made_by["labels"]) - len(records))),
-        ("Confidence", f"{np.mean([record[0] for record in records]):.3f}, mean probability of the foreground voxels"),
     ]
+    if records:
+        mean = np.mean([confidence for confidence, *_ in records])
+        facts.append(("Confidence", f"{mean:.3f}, mean probability of the foreground voxels"))
     with contextlib.suppress(UserError, KeyError, TypeError, ValueError):
         summary = read_json(Path(made_by["fold_folder"]) / "validation" / "summary.json", "")
         dice = float(summary["foreground_mean"]["Dice"])
         facts.append(("Dice of the teacher", f"{dice:.3f}, mean of the classes on the validation cases"))
-    shown = {len(records) // 2: "middle", len(records) - 1: "most confident", 0: "least confident"}
+    shown = {len(records) // 2: "middle", len(records) - 1: "most confident", 0: "least confident"} if records else {}
     pictures = []
     for number, which in sorted(shown.items()):
-        confidence, file, image = records[number]
+        confidence, file, image, made_from = records[number]
         with contextlib.suppress(OSError, RuntimeError):  # The preprocessed images are elsewhere.
+            if not image_state(image).items() <= made_from.items():
+                continue  # The image was preprocessed again since.
             volumes = (blosc2.open(urlpath=str(each), mode="r")[0] for each in (image, file))
             shown_as = dict(zip(("image", "predicted"), labelled_slice(*volumes), strict=True))
             pictures.append({"case": f"{which}: {image.stem}, {confidence:.3f}"} | shown_as)

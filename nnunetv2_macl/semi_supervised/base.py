@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 from nnunetv2_macl.data import Case
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.messages import log_to
@@ -13,7 +16,14 @@ from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, training_case
 from nnunetv2_macl.text import pluralise
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
 from nnunetv2_macl.training.seeded import SeededTraining
-from nnunetv2_macl.training.user_errors import exit_on_user_error
+
+
+def no_cascade(configuration: str) -> str:
+    """Return the message that the second stage of a cascade cannot learn from unlabelled images."""
+    return (
+        f"{configuration} also needs the first stage's segmentation of each image, which nnU-Net writes for validation cases "
+        "only. Train both stages without unlabelled images: -tr nnUNetTrainerMACL"
+    )
 
 
 class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
@@ -23,7 +33,6 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
     checkpoints.
     """
 
-    @exit_on_user_error
     def on_train_start(self) -> None:
         # before the search for weights, whose message would advise a pre-training in vain
         self.check()
@@ -32,10 +41,7 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
     def check(self) -> None:
         """Raise UserError if this training is not possible."""
         if self.is_cascaded:
-            raise UserError(
-                f"{self.configuration_name} also needs the first stage's segmentation of each image, which nnU-Net writes for "
-                "validation cases only. Train both stages without unlabelled images: -tr nnUNetTrainerMACL"
-            )
+            raise UserError(no_cascade(self.configuration_name))
         if self.is_ddp:
             raise UserError(
                 f"{type(self).__name__} trains on one GPU. Leave out -num_gpus, or train without unlabelled images: "
@@ -87,4 +93,17 @@ class UnlabelledTraining(SeededTraining, nnUNetTrainerMACL):
                 f"is the patient, for example: export {GROUP_VARIABLE}='^[^_]+'",
                 add_timestamp=False,
             )
+        self._remember(kept)
         return kept
+
+    def _remember(self, cases: list[Case]) -> None:
+        """Keep which cases the training uses for its checkpoint, and warn if a continued training began with other cases."""
+        names = sorted(f"{Path(case.file).parent.name}/{case.name}" for case in cases)
+        used = {"number": len(names), "sha256": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+        former = self.macl_origin.get("unlabelled_images", used) if self._continues else used
+        if former != used:
+            self.print_to_log_file(
+                f"WARNING: this training began with {former['number']} unlabelled images, and continues with {used['number']}, "
+                "not all of them the same. So its result is not that of a training without a stop."
+            )
+        self.macl_origin["unlabelled_images"] = used

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -58,6 +58,17 @@ class Teacher:
     def checkpoint(self) -> Path:
         return self.folder / f"fold_{self.fold}" / CHECKPOINT
 
+    def training_cases(self, cases: Set[str], target: DatasetConfiguration) -> Set[str]:
+        """Return the cases that the teacher may have been trained with, because they were no validation cases of its fold.
+
+        Returns an empty set if the teacher has no validation cases, or is of another data set.
+        """
+        ending = target.dataset_json["file_ending"]
+        files = (self.checkpoint.parent / "validation").glob(f"*{ending}")
+        validated = {file.name.removesuffix(ending) for file in files}
+        is_of_target = read_json(self.folder / "plans.json", "").get("dataset_name") == target.dataset_name
+        return cases - validated if validated and is_of_target else set()
+
     def load(self, target: DatasetConfiguration, device: torch.device) -> nnUNetPredictor:
         """Return nnU-Net's predictor with the teacher's weights.
 
@@ -76,7 +87,8 @@ class Teacher:
         name, plans = self.folder.name.split("__")[-1], predictor.plans_manager
         if name not in plans.available_configurations:
             raise UserError(
-                f"{self.folder} is not called TRAINER__PLANS__CONFIGURATION, as nnU-Net calls a model's folder."
+                f"{self.folder} is not called TRAINER__PLANS__CONFIGURATION, as nnU-Net calls a model's folder. Rename it, or "
+                "name another model."
             )
         own = DatasetConfiguration.from_plans(plans, name, predictor.dataset_json)
         for what, theirs, ours in (
@@ -93,9 +105,13 @@ class Teacher:
 
 
 def _labels_of(dataset_json: dict[str, Any]) -> Any:
-    """Return the labels of a data set. The order of regions counts, because it is that of the network's outputs."""
+    """Return the labels of a data set.
+
+    The order of regions counts, because it is that of the network's outputs, and so does the order in which nnU-Net writes them.
+    """
     labels = dataset_json["labels"]
-    return list(labels.items()) if "regions_class_order" in dataset_json else labels
+    order = dataset_json.get("regions_class_order")
+    return (list(labels.items()), order) if order is not None else labels
 
 
 def label_cases(
@@ -120,12 +136,15 @@ def label_cases(
         UserError: The teacher does not fit the target, or no case has foreground.
     """
     checksum = sha256(teacher.checkpoint)
+    if (former := read_teacher(folder.parent)) and former["sha256"] != checksum:
+        # The file says which labels a training uses, and from here on these are not complete.
+        (folder / TEACHER_FILE).unlink()
     labels = target.plans_manager.get_label_manager(target.dataset_json)
     predictor = None
     found = []
     for number, case in enumerate(cases, 1):
         file = folder / Path(case.file).parent.name / Path(case.file).name
-        made_from = {"teacher": checksum, "image_bytes": Path(case.file).stat().st_size}
+        made_from = {"teacher": checksum, **image_state(Path(case.file))}
         record = _record(file, made_from)
         if record is None:
             if predictor is None:
@@ -145,6 +164,18 @@ def label_cases(
         {"fold_folder": str(teacher.checkpoint.parent), "sha256": checksum, "labels": files}, folder / TEACHER_FILE
     )
     return found
+
+
+def image_state(file: Path) -> dict[str, int]:
+    """Return size and time of change of a preprocessed image, which tell whether its segmentation is up to date."""
+    status = file.stat()
+    return {"image_bytes": status.st_size, "image_changed": status.st_mtime_ns}
+
+
+def read_teacher(run: Path) -> dict[str, Any] | None:
+    """Return what a training's folder says about its teacher: ``fold_folder``, ``sha256`` and ``labels``; None if nothing."""
+    file = run / PSEUDO_LABELS_FOLDER / TEACHER_FILE
+    return read_json(file, f"Move {run} away.") if file.is_file() else None
 
 
 def _record(file: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +16,7 @@ from nnunetv2.run.run_training import run_training
 
 from nnunetv2_macl import nnunet
 from nnunetv2_macl.errors import UserError
+from nnunetv2_macl.files import is_permission_or_space_error, write_error
 from nnunetv2_macl.folds import check_fold
 from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration
 from nnunetv2_macl.planning.plan import plan_file, read_plan
@@ -19,6 +24,7 @@ from nnunetv2_macl.preprocessing.cases import sources_in_use
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER, CaseFiles
 from nnunetv2_macl.processes import environment
 from nnunetv2_macl.run import add_trainers_folder, check_device
+from nnunetv2_macl.semi_supervised.base import no_cascade
 from nnunetv2_macl.semi_supervised.pseudo_labels import CHECKPOINT, Teacher
 from nnunetv2_macl.semi_supervised.self_training import (
     check_same_teacher,
@@ -27,6 +33,7 @@ from nnunetv2_macl.semi_supervised.self_training import (
     nnUNetTrainerMACLSelfTraining,
 )
 from nnunetv2_macl.training.out_of_memory import is_out_of_memory
+from nnunetv2_macl.training.run_folder import RunLock
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +60,9 @@ def self_train(
         plans: Plans identifier.
         teacher: Trainer of the first model. It must be trained. None: ``nnUNetTrainerMACL``.
         rounds: Number of models to train, 1 to 3.
-        export_labels: Folder for the labels on which the last model is trained, in the format of the data set. They are written
-            before its training.
+        export_labels: Folder for the teacher's labels of the unlabelled images, in the format of the data set. They are written
+            before the last model's training, and files that are there already are kept. It holds a label for each readable
+            image, also of a validation patient, on which the model is not trained.
         device: ``cuda``, ``cpu`` or ``mps``.
 
     Returns:
@@ -72,19 +80,40 @@ def self_train(
             raise UserError(f"-f must be a number or all, got {fold}.")
         fold = int(fold)
         check_fold(target, fold)
+    if target.is_cascaded:
+        raise UserError(no_cascade(target.name))
     teacher = teacher or os.environ.get(TEACHER_VARIABLE) or nnUNetTrainerMACLSelfTraining.default_teacher
     find_teacher(teacher, target, fold, device)
     if export_labels is not None:
-        # a mistake shows before the training
+        # Mistakes show before the training.
+        export_labels = export_labels.expanduser()
         _images_to_export(target)
+        try:
+            export_labels.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=export_labels):
+                pass
+        except FileExistsError:
+            raise UserError(f"{export_labels} is a file. Give a folder: --export_labels FOLDER") from None
+        except OSError as error:
+            raise write_error(error, export_labels) from error
     for number in range(1, rounds + 1):
         student = nnUNetTrainerMACLSelfTraining.__name__ + (f"_round{number}" if number > 1 else "")
         run = model_folder(target, student) / f"fold_{fold}"
         if export_labels is not None and number == rounds:
-            write_labels(find_teacher(teacher, target, fold, device), target, export_labels.expanduser(), device)
+            with _stopped_by_user("The export of the labels"):
+                write_labels(find_teacher(teacher, target, fold, device), target, export_labels, device)
         _train(target, fold, student, teacher, run, device)
         teacher = student
     return run
+
+
+@contextmanager
+def _stopped_by_user(what: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        # nnU-Net saves a checkpoint from time to time, and the labels that are made are kept.
+        raise UserError(f"{what} was stopped. To continue, repeat the command.") from None
 
 
 def _train(target: DatasetConfiguration, fold: int | str, student: str, teacher: str, run: Path, device: str) -> None:
@@ -93,15 +122,18 @@ def _train(target: DatasetConfiguration, fold: int | str, student: str, teacher:
     Raises:
         UserError: The model has begun with the labels of another teacher, or is stopped.
     """
-    check_same_teacher(run, find_teacher(teacher, target, fold, device))
     is_trained = (run / CHECKPOINT).is_file()
+    check_same_teacher(run, find_teacher(teacher, target, fold, device), _teacher_of(run / CHECKPOINT))
     if is_trained and (run / "validation" / "summary.json").is_file():
         logger.info("%s is trained already: %s. To train it again, remove this folder.", student, run)
         return
     # nnU-Net begins a training that has no checkpoint to continue from.
     continues = not is_trained and run.is_dir()
+    run.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(run)
+    lock.acquire()
     try:
-        with environment(**{TEACHER_VARIABLE: teacher}):
+        with _stopped_by_user(student), environment(**{TEACHER_VARIABLE: teacher}):
             run_training(
                 target.dataset_name,
                 target.name,
@@ -112,9 +144,20 @@ def _train(target: DatasetConfiguration, fold: int | str, student: str, teacher:
                 only_run_validation=is_trained,
                 device=torch.device(device),
             )
-    except KeyboardInterrupt:
-        # nnU-Net saves a checkpoint from time to time, and the labels that are made are kept.
-        raise UserError(f"{student} was stopped. To continue, repeat the command.") from None
+    finally:
+        lock.release()
+        # An error before the first step leaves an empty folder.
+        with suppress(OSError):
+            run.rmdir()
+
+
+def _teacher_of(checkpoint: Path) -> str | None:
+    """Return the SHA-256 of the model whose labels a self-training has used; None without a checkpoint, or if it is not known."""
+    if not checkpoint.is_file():
+        return None
+    # nnU-Net stores more than tensors, and this package has written the file.
+    content = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
+    return content.get("macl", {}).get("teacher")
 
 
 def _images_to_export(target: DatasetConfiguration) -> dict[str, CaseFiles]:
@@ -156,15 +199,20 @@ def write_labels(teacher: Teacher, target: DatasetConfiguration, folder: Path, d
 
     Existing files are kept, because somebody may have corrected them. The labels of images of another data set are written
     into a folder with its name.
+
+    Raises:
+        UserError: The disk is full, the folder may not be written, or no image can be labelled.
     """
     predictor = teacher.load(target, torch.device(device))
     ending = target.dataset_json["file_ending"]
     images = _images_to_export(target)
-    unreadable = []
+    reasons: dict[str, Exception] = {}
+    kept = 0
     folder.mkdir(parents=True, exist_ok=True)
     for name, case in images.items():
         written = folder / f"{name}{ending}"
         if written.is_file():
+            kept += 1
             continue
         # nnU-Net writes further files next to its predictions, and an interrupted prediction must not look like a whole one.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
@@ -174,11 +222,23 @@ def write_labels(teacher: Teacher, target: DatasetConfiguration, folder: Path, d
                 # The readers raise errors of many classes for a damaged image, and one image must not stop the others.
                 if is_out_of_memory(error):
                     raise
-                unreadable.append(name)
+                if isinstance(error, OSError) and is_permission_or_space_error(error):
+                    raise write_error(error, written) from error
+                # SimpleITK's errors do not say that the disk is full.
+                needed = sum(Path(file).stat().st_size for file in case.files if Path(file).exists())
+                if shutil.disk_usage(folder).free < needed:
+                    raise write_error(OSError(errno.ENOSPC, ""), written, needed) from error
+                reasons[name] = error
                 logger.info("%s was left out: %s", name, error)
                 continue
             written.parent.mkdir(exist_ok=True)
             os.replace(Path(scratch) / f"label{ending}", written)
             for companion in Path(scratch).glob("label.*"):
                 os.replace(companion, written.with_name(f"{Path(name).name}{companion.name.removeprefix('label')}"))
-    logger.info("The labels of %d unlabelled images are in %s", len(images) - len(unreadable), folder)
+    if len(reasons) == len(images):
+        name, first = next(iter(reasons.items()))
+        raise UserError(f"No label could be written into {folder}. The error of {name} was: {first}") from first
+    logger.info(
+        "The labels of %d unlabelled images are in %s. %d of these files were there before and are kept",
+        len(images) - len(reasons), folder, kept,
+    )  # fmt: skip

@@ -12,17 +12,18 @@ from nnunetv2.paths import nnUNet_results
 
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import sha256
-from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration, read_json
+from nnunetv2_macl.nnunet import TEACHER_VARIABLE, DatasetConfiguration
 from nnunetv2_macl.semi_supervised.base import UnlabelledTraining
 from nnunetv2_macl.semi_supervised.pseudo_labels import (
     CHECKPOINT,
     PSEUDO_LABELS_FOLDER,
-    TEACHER_FILE,
     PseudoLabel,
     Teacher,
     WithPseudoLabels,
     label_cases,
+    read_teacher,
 )
+from nnunetv2_macl.text import first_of
 from nnunetv2_macl.training.commands import FINETUNER, command_to_train
 from nnunetv2_macl.training.run_folder import PLAN_COPY
 from nnunetv2_macl.training.seeded import BatchLoader
@@ -31,9 +32,9 @@ from nnunetv2_macl.training.seeded import BatchLoader
 class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):
     """Trains as nnU-Net does, on labelled images and on unlabelled images that a trained model has labelled.
 
-    The model is the teacher: ``nnUNetTrainerMACL`` of the same plans, configuration and fold, or the trainer or model folder
-    that the variable ``nnUNet_macl_teacher`` names. Loss, augmentation, oversampling and schedule are nnU-Net's, and a step
-    costs what nnU-Net's step costs.
+    The teacher is the model of ``nnUNetTrainerMACL`` for the same plans, configuration and fold. The variable
+    ``nnUNet_macl_teacher`` names another trainer or the folder of a model. Loss, augmentation, oversampling and schedule are
+    nnU-Net's, and a step costs what nnU-Net's step costs.
 
     Source: Lee, Pseudo-Label, ICML workshop 2013; Xie et al., Noisy Student, CVPR 2020.
     """
@@ -46,7 +47,14 @@ class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):
         super().check()
         teacher = self.find_teacher()
         if self._continues:
-            check_same_teacher(Path(self.output_folder), teacher)
+            check_same_teacher(Path(self.output_folder), teacher, self.macl_origin.get("teacher"))
+        training, validation = map(set, self.do_split())
+        if seen := sorted(teacher.training_cases(validation - training, self._configuration)):
+            self.print_to_log_file(
+                f"WARNING: {teacher.checkpoint} was trained with other folds. {len(seen)} of this fold's {len(validation)} "
+                f"validation cases were no validation cases there: {first_of(seen)}. It may have been trained with their "
+                "labels, and then their Dice will be too high."
+            )
 
     def training_loader(self, loader: Any) -> BatchLoader:
         dataset = WithPseudoLabels(loader._data, self.pseudo_labels(), self.label_manager)
@@ -62,7 +70,9 @@ class nnUNetTrainerMACLSelfTraining(UnlabelledTraining):
         teacher = self.find_teacher()
         folder = Path(self.output_folder) / PSEUDO_LABELS_FOLDER
         cases = self.unlabelled_cases()
-        return label_cases(teacher, cases, folder, self._configuration, self.device, self.print_to_log_file)
+        found = label_cases(teacher, cases, folder, self._configuration, self.device, self.print_to_log_file)
+        self.macl_origin["teacher"] = sha256(teacher.checkpoint)
+        return found
 
     def find_teacher(self) -> Teacher:
         """Return the teacher. Raises UserError if it is this model, or is not trained."""
@@ -95,8 +105,9 @@ def find_teacher(named: str, target: DatasetConfiguration, fold: int | str, devi
         trainers = {f.parents[1].name.partition("__")[0] for f in there if not (f.parent / PLAN_COPY).is_file()}
         # Models of self-training are left out, because they have learned from another model.
         trained = sorted(t for t in trainers if not t.startswith(nnUNetTrainerMACLSelfTraining.__name__))
-        name = named if Path(named).name == named else nnUNetTrainerMACLSelfTraining.default_teacher
-        fix = f"Train it:\n    {command_to_train(target, fold, device, name)}"
+        is_trainer = Path(named).name == named
+        name = named if is_trainer else nnUNetTrainerMACLSelfTraining.default_teacher
+        fix = f"{'Train it' if is_trainer else 'Train a model'}:\n    {command_to_train(target, fold, device, name)}"
         if trained:
             fix += (
                 f"\nor use a trained model: {', '.join(trained)}. Type nnUNetv2_macl_self_train ... -tr {trained[0]}, or for "
@@ -111,22 +122,27 @@ def find_teacher(named: str, target: DatasetConfiguration, fold: int | str, devi
     return teacher
 
 
-def check_same_teacher(run: Path, teacher: Teacher) -> None:
+def check_same_teacher(run: Path, teacher: Teacher, of_checkpoint: str | None = None) -> None:
     """Raise UserError if a self-training has begun with the labels of another model.
 
     Args:
         run: Folder of the training's fold.
         teacher: The model whose labels the training would now use.
+        of_checkpoint: SHA-256 of the model whose labels the checkpoint has been trained with, if it is known.
     """
-    labels = run / PSEUDO_LABELS_FOLDER / TEACHER_FILE
-    if not labels.is_file():
-        return
-    there = read_json(labels, f"Move {run} away.")
-    if there["sha256"] != sha256(teacher.checkpoint):
+    checksum = sha256(teacher.checkpoint)
+    away = shlex.join(["mv", str(run), f"{run}_before"])
+    if (former := read_teacher(run)) and former["sha256"] != checksum:
         raise UserError(
-            f"{run} is trained with the labels of another model ({there['fold_folder']}) than {teacher.checkpoint}. To train "
-            f"with new labels, move it away: {shlex.join(['mv', str(run), f'{run}_before'])}\n"
-            f"To go on with the other model: export {TEACHER_VARIABLE}={shlex.quote(str(Path(there['fold_folder']).parent))}"
+            f"The training in {run} has begun with the labels of {former['fold_folder']}, not of {teacher.checkpoint}. To "
+            f"train with new labels, move it away: {away}\n"
+            "To continue with the former model: "
+            f"export {TEACHER_VARIABLE}={shlex.quote(str(Path(former['fold_folder']).parent))}"
+        )
+    if of_checkpoint not in (None, checksum):
+        raise UserError(
+            f"The checkpoints in {run} are from an earlier training, with the labels of another model than "
+            f"{teacher.checkpoint}. To train with new labels, move them away: {away}"
         )
 
 

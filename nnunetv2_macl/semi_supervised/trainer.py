@@ -80,7 +80,6 @@ class nnUNetTrainerMACLSemi(UnlabelledTraining):
 
     # --- training ----------------------------------------------------------------------------------------------------------
 
-    @exit_on_user_error
     def on_train_start(self) -> None:
         super().on_train_start()
         self.teacher = averaged_copy(self.bare_network)

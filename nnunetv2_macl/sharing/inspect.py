@@ -18,7 +18,7 @@ from nnunetv2_macl.sharing.package import MANIFEST, MEMBERS
 _KINDS = {
     "macl_encoder": "encoder weights, pre-trained by MACL",
     "macl_decoder": "decoder weights, pre-trained by MACL",
-    "macl_network": "weights of a whole nnU-Net network, partly pre-trained by MACL, for -pretrained_weights",
+    "macl_network": "weights of a whole nnU-Net network, partly pre-trained, for -pretrained_weights",
     "macl_checkpoint": "checkpoint of a MACL pre-training run, which --c continues",
 }
 
@@ -96,6 +96,8 @@ def _checkpoint(file: Path) -> str:
         citations = citations_of(recipe_methods(plan["recipe"]))
         return _as_text(file, _KINDS[kind], facts_of(description), _wholeness(file), citations)
     facts = facts_of(content) | {"tensors": str(len(content["network_weights"]))}
+    if (origin := content.get("origin_kind")) in checkpoints.ORIGINS:
+        facts["trained by"] = checkpoints.ORIGINS[origin]
     return _as_text(file, _KINDS[kind], facts, _wholeness(file), content.get("citations"))
 
 

@@ -66,7 +66,7 @@ def install(file: Path, results: Path) -> Path:
             package.rename(folder)
         except OSError as error:
             raise write_error(error, folder) from error
-    options = f"{names['configuration']} 0 -tr nnUNetTrainerMACL{plans_option(names['plans_name'])}"
+    options = f"{shlex.quote(names['configuration'])} 0 -tr nnUNetTrainerMACL{plans_option(names['plans_name'])}"
     logger.info(
         "Installed into %s\nFine-tune %s from them:\n    nnUNetv2_train %d %s\n"
         "or any other data set:\n    nnUNet_macl_weights=%s nnUNetv2_train DATASET %s",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ def model_card(description: dict[str, Any], license_id: str) -> str:
     methods = recipe_methods(recipe)
     by = " and ".join(method.summary for method in methods) or "by another version of the package,"
     tags = "\n".join(f"- {tag}" for tag in dict.fromkeys(method.tag for method in methods))
-    options = f"{configuration} 0 -tr nnUNetTrainerMACL{plans_option(description.get('plans_name') or 'nnUNetPlans')}"
+    plans = plans_option(description.get("plans_name") or "nnUNetPlans")
+    options = f"{shlex.quote(str(configuration))} 0 -tr nnUNetTrainerMACL{plans}"
     warning = (
         f"\n**This run collapsed: {collapsed}. Fine-tuning from it is not likely to help.**\n" if collapsed else ""
     )

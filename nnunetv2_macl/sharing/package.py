@@ -131,6 +131,7 @@ def _shared(pretrained: PretrainedWeights) -> dict[str, Any]:
     while isinstance(start, dict):
         # Names of folders may contain any character, so that no expression finds the end of every path.
         start["path"] = ""
+        start["left_out"] = None
         start = start.get("started_from")
     for recipe in (shared.get("recipe"), plan.get("recipe"), plan.get("settings")):
         # The description of a user's own recipe may contain anything.

@@ -23,19 +23,21 @@ from nnunetv2_macl import __version__, checkpoints, formats
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.factory import build_segmentation_network
 from nnunetv2_macl.folds import check_fold, number_of_folds, too_few_cases
+from nnunetv2_macl.main_guard import require_main_guard
 from nnunetv2_macl.messages import for_log_file, show_any_character
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, DatasetConfiguration
 from nnunetv2_macl.patients import patients_by_variable
-from nnunetv2_macl.text import pluralise
-from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
-from nnunetv2_macl.training.run_folder import cases_seen, folders_to_start_from
+from nnunetv2_macl.text import first_of, pluralise
+from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_go_on, command_to_pretrain
+from nnunetv2_macl.training.resume import has_checkpoint
+from nnunetv2_macl.training.run_folder import cases_seen, folders_to_start_from, not_left_out
 from nnunetv2_macl.training.user_errors import exit_on_user_error
 from nnunetv2_macl.transfer import TooLittleFitsError, Transfer, kernel_norms, plan_transfer, rescale_kernels
 
 logger = logging.getLogger(__name__)
 
-# largest number of cases that a warning names
-_NAMED = 10
+# beginning of the message that nnU-Net's -pretrained_weights was used, or that code has called `initialize`
+GIVEN_WEIGHTS = "The network was initialised before the training"
 
 
 class nnUNetTrainerMACL(nnUNetTrainer):
@@ -92,17 +94,27 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         if self.finetuning_optimizer == "adamw":
             optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
             scheduler = PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
-        # nnU-Net's schedule divides by the number of epochs after the warm-up
+        # At least one epoch must follow the warm-up, because nnU-Net's schedule divides by the number of these epochs.
         warmup = min(self.warmup_epochs, self.num_epochs - 1)
         if warmup > 0:
             scheduler = _WarmupPolyLR(optimizer, self.initial_lr, warmup, self.num_epochs)
         return optimizer, scheduler
 
+    # The decorated methods are those that nnU-Net's command calls.
+    @exit_on_user_error
+    def initialize(self) -> None:
+        super().initialize()
+
     @exit_on_user_error
     def run_training(self) -> None:
+        # nnU-Net's validation starts processes, which import a script again.
+        require_main_guard()
         super().run_training()
 
     @exit_on_user_error
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        super().perform_actual_validation(save_probabilities)
+
     def on_train_start(self) -> None:
         if not self.was_initialized and not self.from_scratch:
             pretrained = self._find_weights()
@@ -111,8 +123,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         elif not self._continues and not self.from_scratch:
             # nnU-Net's -pretrained_weights, or code that has called `initialize`
             self.print_to_log_file(
-                "The network was initialised before the training, for example by -pretrained_weights. It keeps its weights, and "
-                "no others are loaded."
+                f"{GIVEN_WEIGHTS}, for example by -pretrained_weights. It keeps its weights, and no others are loaded."
             )
         super().on_train_start()
 
@@ -121,17 +132,31 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             return formats.load_weights(Path(named).expanduser())
         plans, configuration = self.plans_manager.plans_name, self.configuration_name
         runs = folders_to_start_from(Path(str(nnUNet_results)), self._configuration)
+        unfinished: list[Path] = []
         for folder in runs:
             for fold in dict.fromkeys((f"fold_{self.fold}", "fold_all")):
                 if (folder / fold / checkpoints.ENCODER_FILE).is_file():
                     return checkpoints.load_weights(folder / fold)
+                if has_checkpoint(folder / fold):
+                    unfinished.append(folder / fold)
+                    self.print_to_log_file(
+                        f"The pre-training in {folder / fold} is not finished, so it holds no weights yet."
+                    )
+        if unfinished:
+            fold = unfinished[0].name.removeprefix("fold_")
+            raise UserError(
+                f"The pre-training in {unfinished[0]} is not finished, so it holds no weights yet. Continue it:\n"
+                f"    {command_to_go_on(self._configuration, fold, self.device.type)}\n"
+                f"or name other weights: export {WEIGHTS_VARIABLE}=/path/to/folder_or_file"
+            )
         earlier = sorted(
             runs[0].glob(f"fold_*/previous_*/{checkpoints.ENCODER_FILE}"), key=lambda file: file.stat().st_mtime
         )
         weights = shlex.quote(str(earlier[-1].parent)) if earlier else "/path/to/folder_or_file"
+        searched = "no fold_all" if self.fold == "all" else f"neither fold_{self.fold} nor fold_all"
         raise UserError(
-            f"No pre-trained weights for {self.plans_manager.dataset_name}, {plans}, {configuration}: neither fold_{self.fold} "
-            f"nor fold_all in {runs[0]} holds {checkpoints.ENCODER_FILE}. Type:\n"
+            f"No pre-trained weights for {self.plans_manager.dataset_name}, {plans}, {configuration}: {searched} in {runs[0]} "
+            f"holds {checkpoints.ENCODER_FILE}. Type:\n"
             f"    {command_to_pretrain(self._configuration, self.fold, self.device.type)}\n"
             f"or name weights: export {WEIGHTS_VARIABLE}={weights}"
         )
@@ -170,7 +195,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         return DatasetConfiguration.from_plans(self.plans_manager, self.configuration_name, self.dataset_json)
 
     def _report(self, pretrained: checkpoints.PretrainedWeights, transfer: Transfer, rescaled: bool) -> None:
-        # first, because nnU-Net logs its split here, and a report reads the lines about the weights as one block
+        # This call is the first, because nnU-Net logs its split in it. The report reads the lines below as one block.
         seen = None if self.fold == "all" else self._seen_before(pretrained)
         lines = [f"{pretrained.origin} weights from {', '.join(str(file) for file in pretrained.files)}"]
         for part in ("encoder", "decoder"):
@@ -178,7 +203,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             lines.append(f"  {part}: {loaded} of {tensors} tensors loaded")
         if rescaled:
             lines.append(
-                "  for SGD, kernels before an instance norm are scaled to their initial norms, which does not change the output"
+                "  for SGD, kernels before an instance norm are scaled to their initial norms, and the output stays the same"
             )
         self.print_to_log_file("\n".join(lines))
         if transfer.difference:
@@ -193,8 +218,10 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             self.print_to_log_file(f"WARNING: these weights are from a run that collapsed: {description['collapsed']}")
         start = (description.get("macl_plan") or {}).get("pretrained_weights")
         while start:
-            is_other_fold = self.fold != "all" and str(start.get("fold")) != str(self.fold)
-            if start.get("dataset_name") == self.plans_manager.dataset_name and is_other_fold:
+            seen_by_start = str(start.get("fold")) != str(self.fold)
+            if self.fold != "all" and (cases := not_left_out(self.do_split()[1], start)) is not None:
+                seen_by_start = bool(cases)
+            if start.get("dataset_name") == self.plans_manager.dataset_name and self.fold != "all" and seen_by_start:
                 labels = (
                     " with their labels, and their Dice will then be too high"
                     if start.get("origin") == "nnU-Net"
@@ -208,7 +235,11 @@ class nnUNetTrainerMACL(nnUNetTrainer):
             start = start.get("started_from")
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """Return nnU-Net's split, cached so that nnU-Net logs it only once."""
+        """Return nnU-Net's split, cached so that nnU-Net logs it only once.
+
+        Raises:
+            UserError: nnU-Net cannot make this fold.
+        """
         if self._split is None:
             if self.fold != "all" and not number_of_folds(self._configuration):
                 command = command_to_fine_tune(self._configuration, "all", self.device.type, type(self).__name__)
@@ -223,7 +254,7 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         description, own = pretrained.description, self.plans_manager.dataset_name
         is_own = description.get("dataset_name") == own
         other_fold = is_own and str(description.get("fold")) != str(self.fold)
-        if description.get("kind") == "nnunet":
+        if pretrained.kind == "nnunet":
             return (
                 f"These weights were trained with the labels of {own}, fold {description.get('fold')}. If both "
                 "trainings use the same folds, the validation cases of this fold were training cases there, and their Dice "
@@ -232,6 +263,12 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         leave_out = f"To leave them out: {command_to_pretrain(self._configuration, self.fold, self.device.type)}"
         seen = cases_seen(pretrained.files[0].parent)
         if seen is None:  # weights without their run's folder
+            held_out = self.do_split()[1]
+            if is_own and (names := not_left_out(held_out, description)) is not None:
+                return (
+                    f"Pre-training did not leave out {len(names)} of this fold's {len(held_out)} validation cases, so their "
+                    f"images may have been among the pre-training images, without their labels: {first_of(names)}. {leave_out}"
+                ) if names else None  # fmt: skip
             others = (description.get("dataset_fingerprint") or {}).get("unlabelled_datasets") or ()
             if not (other_fold or own in others):
                 return None
@@ -243,15 +280,19 @@ class nnUNetTrainerMACL(nnUNetTrainer):
         if names := sorted(seen.get(own, set()) & validation):
             return (
                 f"{len(names)} of this fold's {len(validation)} validation cases were among the pre-training images, without "
-                f"their labels: {_first_of(names)}. {leave_out}"
+                f"their labels: {first_of(names)}. {leave_out}"
             )
         images = set().union(*seen.values())
-        patients = patients_by_variable(sorted(images | validation)) or {}
+        try:
+            patients = patients_by_variable(sorted(images | validation)) or {}
+        except UserError as error:
+            # The names of another data set may follow another rule, and the training is possible.
+            return f"It is not known whether pre-training has seen other images of this fold's validation patients: {error}"
         theirs = {patients[name] for name in validation if patients}
         if names := sorted(name for name in images if patients.get(name) in theirs):
             return (
                 f"The pre-training images include {pluralise(len(names), 'image')} of this fold's validation patients, without "
-                f"labels: {_first_of(names)}. {leave_out}"
+                f"labels: {first_of(names)}. {leave_out}"
             )
         return None
 
@@ -305,10 +346,6 @@ def shorter_variants(trainer: type[nnUNetTrainerMACL]) -> dict[str, Any]:
     return {name: type(name, (trainer,), {"finetuning_epochs": epochs}) for name, epochs in names.items()}
 
 
-def _first_of(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + ", ..." * (len(names) > _NAMED)
-
-
 @contextmanager
 def _instead_of_torch_save() -> Iterator[list[dict]]:
     """Within the context, collect saved objects in a list, because nnU-Net returns its checkpoint in no other way."""
@@ -324,11 +361,11 @@ def _instead_of_torch_save() -> Iterator[list[dict]]:
 def transfer_to(
     target: DatasetConfiguration, state: dict[str, Tensor], pretrained: checkpoints.PretrainedWeights
 ) -> Transfer:
-    """Fit pre-trained weights to the U-Net of a configuration, see `plan_transfer`.
+    """Fit pre-trained weights to the network of a configuration, see `plan_transfer`.
 
     Args:
         target: The configuration; it may be the second stage of a cascade.
-        state: State dict of its U-Net.
+        state: State dict of its network.
         pretrained: The weights.
 
     Raises:
@@ -376,7 +413,7 @@ def show_transfer(weights: Path, dataset: str | int, plans: str, configuration: 
 
 
 def load_transfer(weights: Path, target: DatasetConfiguration) -> tuple[checkpoints.PretrainedWeights, Transfer]:
-    """Return pre-trained weights, and their transfer to the U-Net of a configuration.
+    """Return pre-trained weights, and their transfer to the network of a configuration.
 
     Args:
         weights: Folder or file, as for ``nnUNet_macl_weights``.

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -76,6 +77,8 @@ def _signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
                 os.kill(process.pid, number)
 
     names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        names = []  # Python allows handlers in the main thread only.
     before = {getattr(signal, name): signal.signal(getattr(signal, name), pass_on) for name in names}
     try:
         yield stopped_by

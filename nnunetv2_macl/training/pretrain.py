@@ -12,6 +12,7 @@ from time import time
 from typing import Any
 
 import torch
+from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
@@ -22,7 +23,7 @@ from nnunetv2_macl.data import Case
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.factory import build_model, build_optimizer, build_schedule
 from nnunetv2_macl.messages import for_log_file, show_any_character
-from nnunetv2_macl.nnunet import DatasetConfiguration
+from nnunetv2_macl.nnunet import DatasetConfiguration, lacks_wandb
 from nnunetv2_macl.planning.derive import derive_or_load_plan
 from nnunetv2_macl.planning.plan import MACLPlan, check_plan, current_plan, plan_file
 from nnunetv2_macl.preprocessing.cases import Preprocessed
@@ -36,7 +37,7 @@ from nnunetv2_macl.training.callbacks.saving import Checkpoints, RunFolder, Stop
 from nnunetv2_macl.training.commands import command_to_go_on
 from nnunetv2_macl.training.epoch_log import Epoch, log_keys
 from nnunetv2_macl.training.inputs import batches, find_cases, load_start_weights
-from nnunetv2_macl.training.run_folder import PLAN_COPY, archive_previous_run
+from nnunetv2_macl.training.run_folder import PLAN_COPY, RunLock, archive_previous_run
 from nnunetv2_macl.training.step import TrainingStep
 from nnunetv2_macl.training.user_errors import (
     exit_on_refused_write,
@@ -54,7 +55,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     left out: those of fold F, or none for ``all``. With ``--c`` the run keeps the plan that it began with.
     """
 
-    # A crash costs at most this much work, in seconds.
+    # seconds between two checkpoints, so a crash costs at most this much work
     save_every_seconds: float = 300.0
     # nnU-Net sets these attributes and does not declare them.
     is_ddp: bool
@@ -77,8 +78,16 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
     ) -> None:
         show_any_character()
         self._continue_training = bool(plans.get("continue_training"))
-        # Only rank 0 writes to W&B.
-        one_logger = {} if distributed.rank() == 0 else {"nnUNet_wandb_enabled": "0"}
+        if lacks_wandb():
+            raise SystemExit(
+                "\nError: nnUNet_wandb_enabled is set, but W&B is not installed. Type: pip install wandb\nor train without it: "
+                "unset nnUNet_wandb_enabled"
+            )
+        # Only rank 0 writes to W&B. nnU-Net's constructor removes the files of W&B in the folder, and another run may be
+        # writing them. Then `initialize` refuses this run.
+        model = f"{type(self).__name__}__{plans['plans_name']}__{configuration}"
+        is_alone = not RunLock(Path(str(nnUNet_results), plans["dataset_name"], model, f"fold_{fold}")).holder()
+        one_logger = {} if distributed.rank() == 0 and is_alone else {"nnUNet_wandb_enabled": "0"}
         with exit_on_refused_write(self), environment(**one_logger):
             super().__init__(plans, configuration, fold, dataset_json, device)
         self._set_local_device(device)
@@ -166,10 +175,10 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
             raise
 
     def _load_plan(self) -> MACLPlan:
-        """Return the plan that our command hands over.
+        """Return the MACL plan.
 
-        nnU-Net's own command hands over none. Then this is the plan of the continued run, or else the file next to nnU-Net's
-        plan, which is derived if it is missing.
+        nnUNetv2_train_macl_pretrain hands its plan over in the environment. nnU-Net's own command hands over none. Then this is
+        the plan of the continued run, or else the file next to nnU-Net's plan, which is derived if it is missing.
         """
         file = Path(self.output_folder) / PLAN_COPY
         if not (self._continue_training and file.is_file()):
@@ -214,7 +223,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         """nnU-Net builds a loss; we do nothing, because the methods have their own losses."""
 
     def _set_batch_size_and_oversample(self) -> None:
-        """nnU-Net divides the batch among the ranks; we do it so that the ranks draw the batch of one process."""
+        """nnU-Net divides the batch among the ranks; we do too, and the ranks draw the batch that one process would draw."""
         first, last = distributed.local_slice(self.macl_plan.batch_size)
         if self.macl_plan.batch_size < 2 * distributed.world_size():
             raise UserError(
@@ -320,7 +329,7 @@ class nnUNetTrainerMACLPretrain(nnUNetTrainer):
         return measured
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
-        """nnU-Net logs the mean loss; we use our own sums, because after a resume its list lacks the steps before."""
+        """nnU-Net logs the mean loss; we use our own sums, because ``train_outputs`` lacks the steps before a restart."""
         epoch = Epoch(self.current_epoch, self.num_epochs, self.macl_plan.batch_size, self.epoch_log.sums, self.recipe)
         for callback in self.callbacks:
             callback.on_train_epoch_end(epoch)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -185,6 +186,19 @@ def _process_numbers() -> str | None:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
+
+
+def digests_of(names: Iterable[str]) -> dict[str, str]:
+    """Return a digest of each name, by which weights say what was left out of their training without telling names."""
+    return {hashlib.sha256(name.encode()).hexdigest()[:16]: name for name in names}
+
+
+def not_left_out(cases: Iterable[str], description: Mapping[str, Any]) -> list[str] | None:
+    """Return the cases that a training did not leave out, by the description of its weights; None if it does not say."""
+    left_out = description.get("left_out")
+    if not isinstance(left_out, list):
+        return None
+    return sorted(name for digest, name in digests_of(cases).items() if digest not in left_out)
 
 
 def archive_previous_run(folder: Path, keep: Path, log: Callable[[str], None]) -> None:

@@ -70,7 +70,8 @@ class TrainingStep:
             StepDraws(self.model.views, plan, share, self.model.network.image_channels)
             for share in ((self.first, self.last), (0, plan.batch_size))
         )
-        # the heads last, because several methods, or parts of a batch, have several backward passes, and all train the network
+        # The heads are last, because every backward pass adds to the network's gradient, so that it is complete only after the
+        # last one.
         self.gradient_sum = distributed.GradientSum(self.model.network, self.model.methods)
 
     def progress(self, step: int) -> Progress:
@@ -87,7 +88,7 @@ class TrainingStep:
                 the random numbers of `StepDraws` for this step.
             step: Number of the step.
         """
-        # For networks with dropout, because everything else that is random has its own generator. Ranks draw other numbers.
+        # This seed is for dropout. Everything else that is random has its own generator. Each rank has its own seed.
         torch.manual_seed(derive_seed(self.recipe.seed, step, _DROPOUT, self.first))
         progress = self.progress(step)
         numbers = to_device(batch["numbers"] if "numbers" in batch else self.draws(step), self.device)

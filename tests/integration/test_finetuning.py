@@ -18,7 +18,7 @@ from nnunetv2_macl.nnunet import GROUP_VARIABLE
 from nnunetv2_macl.preprocessing.sources import training_cases
 from nnunetv2_macl.report import write_report
 from nnunetv2_macl.training.finetune import nnUNetTrainerMACL
-from nnunetv2_macl.training.run_folder import cases_seen, write_cases
+from nnunetv2_macl.training.run_folder import cases_seen, digests_of, write_cases
 
 QUICK = "nnUNetTrainerMACL_quick"
 # a user's own trainer, which is in the user's own folder
@@ -86,7 +86,7 @@ def new_trainer(workspace):
 
 def test_an_unknown_optimiser_is_refused(workspace, monkeypatch):
     monkeypatch.setattr(nnUNetTrainerMACL, "finetuning_optimizer", "AdamW")
-    with pytest.raises(UserError, match=r"'AdamW'.*'adamw'"):
+    with pytest.raises(SystemExit, match=r"'AdamW'.*'adamw'"):
         new_trainer(workspace).initialize()
 
 
@@ -103,6 +103,31 @@ def test_a_network_that_is_initialised_before_the_training_keeps_its_weights_and
     trainer.save_checkpoint(str(workspace.folder / "checkpoint.pth"))
     origin = load(workspace.folder / "checkpoint.pth")["macl"]
     assert origin["trainer"] == "nnUNetTrainerMACL" and "weights" not in origin
+
+
+def test_a_pretraining_that_was_stopped_is_continued_and_not_begun_again(workspace, monkeypatch):
+    trainer = new_trainer(workspace)
+    folder = workspace.run_folder("nnUNetTrainerMACLPretrain", fold=0)
+    folder.mkdir(parents=True)
+    (folder / "checkpoint_latest.pth").touch()
+    with pytest.raises(UserError, match=r"(?s)not finished.*--exclude_fold 0 -device cpu --c"):
+        trainer._find_weights()
+
+
+def test_the_warning_about_the_start_of_a_pretraining_names_the_split(workspace, target):
+    """A pre-training may have started from weights of the same fold under another split."""
+    trainer = new_trainer(workspace)
+    trainer.initialize()
+    encoder = {key: value for key, value in trainer.network.state_dict().items() if key.startswith("encoder.")}
+    (held_out,) = trainer.do_split()[1]
+    log = Path(trainer.log_file)
+    for left_out, is_reported in ((held_out, False), ("case_of_before", True)):
+        start = {"dataset_name": DATASET, "fold": "0", "origin": "MACL", "left_out": list(digests_of([left_out]))}
+        description = {"dataset_name": "Dataset902_Archive", "macl_plan": {"pretrained_weights": start}}
+        before = len(log.read_text())
+        files = [Path("macl_encoder.pth")]
+        trainer.load_macl_weights(PretrainedWeights(files, encoder, target.architecture(), description))
+        assert ("WARNING: the pre-training started from" in log.read_text()[before:]) == is_reported
 
 
 @pytest.mark.parametrize("optimizer, rate, size", [("sgd", 1e-2, 1), ("adamw", 3e-3, 3)])
@@ -131,10 +156,13 @@ def test_a_warning_names_validation_images_that_pretraining_saw(target):
     trainer.initialize()
     encoder = {key: value for key, value in trainer.network.state_dict().items() if key.startswith("encoder.")}
     log = Path(trainer.log_file)
+    left_out = sorted(digests_of(trainer.do_split()[1]))
     for description, seen in (
         ({"dataset_name": DATASET, "fold": "all"}, True),
         ({"dataset_name": DATASET, "fold": "0"}, True),
         ({"dataset_name": DATASET, "fold": "1"}, False),
+        ({"dataset_name": DATASET, "fold": "0", "left_out": left_out}, False),
+        ({"dataset_name": DATASET, "fold": "1", "left_out": left_out[1:]}, True),
         ({"dataset_name": "Dataset902_Archive", "fold": "all"}, False),
         ({"dataset_name": "Dataset902_Archive", "dataset_fingerprint": {"unlabelled_datasets": [DATASET]}}, True),
     ):
@@ -143,7 +171,7 @@ def test_a_warning_names_validation_images_that_pretraining_saw(target):
         files = [Path("macl_encoder.pth")]
         trainer.load_macl_weights(PretrainedWeights(files, encoder, target.architecture(), description))
         logged = log.read_text()[before:]
-        assert ("were among the pre-training images" in logged) == seen
+        assert ("among the pre-training images" in logged) == seen
         assert ("nnUNetv2_train_macl_pretrain 901 -c 2d --exclude_fold 1 -device cpu" in logged) == seen
 
 
@@ -179,6 +207,9 @@ def test_validation_cases_that_a_run_saw_are_named_for_any_fold(target, tmp_path
     out = logged(other, *scans)
     assert f"{names[0]}_late, {names[1]}_late. To leave them out" in out and "new_0" not in out
     assert "To leave them out" not in logged(other, scans[2])
+    # An expression for the names of this data set need not match those of another one, and the training is possible.
+    monkeypatch.setenv(GROUP_VARIABLE, r"^case_00\d")
+    assert "It is not known whether" in logged(other, *scans)
     monkeypatch.delenv(GROUP_VARIABLE)
     assert "To leave them out" not in logged(other, *scans)
     # a continued run keeps the cases that it saw before

@@ -21,7 +21,7 @@ from nnunetv2_macl.training import resume
 from nnunetv2_macl.training.callbacks.base import Callback
 from nnunetv2_macl.training.commands import FINETUNER, SHORT_FINETUNER, command_to_fine_tune
 from nnunetv2_macl.training.epoch_log import CURVES_FILE, write_curves
-from nnunetv2_macl.training.run_folder import PRETRAINER
+from nnunetv2_macl.training.run_folder import PRETRAINER, digests_of
 
 if TYPE_CHECKING:
     from nnunetv2_macl.training.pretrain import nnUNetTrainerMACLPretrain
@@ -92,6 +92,7 @@ class Export(Callback):
             "plans_name": target.plans_name,
             "configuration": target.name,
             "fold": str(trainer.fold),
+            "left_out": sorted(digests_of(trainer.do_split()[1])) if trainer.fold != "all" else [],
             "dataset_fingerprint": {
                 "images": len(trainer.data.cases),
                 "unlabelled_datasets": plan.unlabelled_datasets,
