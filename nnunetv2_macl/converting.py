@@ -29,7 +29,7 @@ from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.files import write_error, write_json
 from nnunetv2_macl.messages import progress_bar
 from nnunetv2_macl.nnunet import read_json
-from nnunetv2_macl.preprocessing.cases import check_nifti
+from nnunetv2_macl.preprocessing.reading import check_nifti
 from nnunetv2_macl.preprocessing.sources import UNLABELLED_FOLDER
 from nnunetv2_macl.raw_data import DESCRIPTION, raw_data_set, write_description
 from nnunetv2_macl.text import first_of, last_line, pluralise

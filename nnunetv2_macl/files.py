@@ -25,13 +25,16 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def atomic_write(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | None = None) -> None:
+def atomic_write(
+    file: Path, write: Callable[[BinaryIO], Any], *, needed: int | None = None, private: bool = False
+) -> None:
     """Write a file completely or not at all, even if the process is killed.
 
     Args:
         file: File to write. An existing file is replaced in one step.
         write: Function that writes the content to a stream.
         needed: Bytes to write, for the message if the disk is full.
+        private: Whether only the owner may read the file.
 
     Raises:
         UserError: There is no space or no permission. The message names the file.
@@ -54,7 +57,7 @@ def atomic_write(file: Path, write: Callable[[BinaryIO], Any], *, needed: int | 
             with contextlib.suppress(OSError):  # the owner of a mounted file may be another user
                 mask = os.umask(0)  # the permissions that new files do not get
                 os.umask(mask)
-                os.chmod(temporary, 0o666 & ~mask)
+                os.chmod(temporary, 0o600 if private else 0o666 & ~mask)
             os.replace(temporary, file)
         except BaseException:
             with contextlib.suppress(OSError):

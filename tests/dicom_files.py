@@ -11,7 +11,7 @@ CORONAL = (1, 0, 0, 0, 0, -1)
 def write_series(
     folder, volume, series, patient="ID 1", name="Doe^Jane", *, modality="MR", image_type="ORIGINAL\\PRIMARY\\M",
     description="t2_tse", orientation=AXIAL, positions=None, spacing=(1.5, 1.5), step=5.0, start=0, compressed=False,
-    image_uid=None,
+    image_uid=None, burned_in="NO",
 ):  # fmt: skip
     """Write the slices of a volume (slices, rows, columns) as DICOM files. ``positions``: in mm along the normal."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,6 +37,7 @@ def write_series(
             "0020|0013": str(len(volume) - number),
             "0020|0032": "\\".join(f"{mm:.6f}" for mm in place),
             "0020|0037": "\\".join(map(str, orientation)),
+            "0028|0301": burned_in,
         }
         for tag, value in tags.items():
             image.SetMetaData(tag, value)

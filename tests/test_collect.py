@@ -240,6 +240,49 @@ def test_label_maps_of_many_values_are_segmentations_and_flat_scans_are_not():
     assert not _is_segmentation(padded) and not _is_segmentation(parcels + 0.5)
 
 
+def test_converted_volumes_next_to_dicom_files_are_of_the_same_patient(tmp_path, raw):
+    """A series that cannot be read as one volume is converted with dcm2niix, often into its own folder."""
+    write_series(tmp_path / "tree" / "patient_a" / "t2", volume(1), "1.1", "ID 1")
+    write_nifti(tmp_path / "tree" / "patient_a" / "converted.nii", volume(2))
+    write_series(tmp_path / "tree" / "mixed" / "one", volume(3), "1.3", "ID 3")
+    write_series(tmp_path / "tree" / "mixed" / "two", volume(4), "1.4", "ID 4")
+    write_nifti(tmp_path / "tree" / "mixed" / "converted.nii", volume(5))
+    table = collect(tmp_path / "tree", "28", private_folder=tmp_path / "private", processes=1)
+    patients = {row["source"].removeprefix(str(tmp_path / "tree")): row["patient"] for row in rows(table)}
+    of_a = {patient for source, patient in patients.items() if source.startswith("/patient_a")}
+    mixed = {patient for source, patient in patients.items() if source.startswith("/mixed")}
+    assert len(of_a) == 1 and len(mixed) == 3
+
+
+def test_what_may_hold_a_name_and_what_is_no_file_is_left_out(tmp_path, raw):
+    write_series(tmp_path / "tree" / "a", volume(1), "1.1", "ID 1", description="=1+1")
+    write_series(tmp_path / "tree" / "b", volume(2), "1.2", "ID 2", burned_in="YES")
+    os.mkfifo(tmp_path / "tree" / "pipe")
+    table = collect(tmp_path / "tree", "28", private_folder=tmp_path / "private", processes=1)
+    reasons = {row["source"].removeprefix(str(tmp_path / "tree")).split("/")[1]: row["reason"] for row in rows(table)}
+    assert reasons["a"] == "" and "burned into the image" in reasons["b"] and reasons["pipe"] == "no regular file"
+    assert rows(table)[0]["description"].startswith("'=1+1")  # no formula for a spreadsheet
+    assert stat.S_IMODE(table.stat().st_mode) == 0o600
+
+
+def test_images_that_were_removed_or_renamed_are_not_written_again(tmp_path, raw, caplog):
+    for number in (1, 2, 3):
+        write_series(tmp_path / "tree" / str(number), volume(number), f"1.{number}", f"ID {number}")
+    options = dict(private_folder=tmp_path / "private", processes=1)
+    table = collect(tmp_path / "tree", "28", **options)
+    unlabelled = raw / "Dataset028_Collected" / "imagesUn"
+    first, second, third = sorted(unlabelled.iterdir())
+    unlabelled.with_name("imagesTr").mkdir()
+    first.rename(unlabelled.with_name("imagesTr") / "patient01_0000.nii.gz")
+    second.unlink()
+    collect(tmp_path / "tree", "28", **options)
+    assert sorted(unlabelled.iterdir()) == [third] and "2 of them are not in" in caplog.text
+    lines = [line for line in table.read_text().splitlines(True) if second.name not in line]
+    table.write_text("".join(lines))
+    collect(tmp_path / "tree", "28", **options)
+    assert sorted(unlabelled.iterdir()) == sorted([second, third])
+
+
 def test_an_incomplete_copy_of_a_series_does_not_replace_it(tmp_path, raw):
     for place, count, slices in (("most", 6, 6), ("all", 8, 8), ("few", 5, 8)):
         write_series(tmp_path / place, volume(1)[:count], "1.1")

@@ -1,5 +1,6 @@
 """The report over several splits: its values and its verdict."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -9,11 +10,14 @@ import pytest
 from test_compare_report import fill_study
 from test_compare_study import OPTIONS, PATIENTS, SPLIT
 
-from nnunetv2_macl.compare.report import differences
+from nnunetv2_macl.compare import splits
+from nnunetv2_macl.compare.report import differences, write_overview
+from nnunetv2_macl.compare.report import write_report as write_report_of_one
 from nnunetv2_macl.compare.results import Results
 from nnunetv2_macl.compare.run import _check_labels
 from nnunetv2_macl.compare.splits import spreads, write_report_over_splits
 from nnunetv2_macl.compare.statistics import Estimate, student_interval
+from nnunetv2_macl.compare.steps import DONE_FILE
 from nnunetv2_macl.compare.study import Study
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.report import write_report
@@ -84,3 +88,39 @@ def test_the_interval_over_splits_is_students():
     assert Estimate(2.0, low, high).sign == 0
     assert Estimate(1.0, *student_interval((0.9, 1.0, 1.1))).sign == 1
     assert Estimate(0.3, *student_interval((0.3,))).sign == 0
+
+
+def test_splits_share_the_rules_of_one_split(studies, tmp_path, monkeypatch):
+    """A page over splits says which pre-training has collapsed, and no verdict for very few patients."""
+    arm = next(arm for arm in studies[1].arms if arm.slug == "recipe-pcl")
+    done = studies[1].pretraining_folder(arm) / DONE_FILE
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"collapsed": "embeddings are equal"}))
+    write_report_over_splits(studies, tmp_path / "compare.md")
+    number = studies[1].options.split
+    assert (
+        f"recipe pcl of split {number} has collapsed:** embeddings are equal" in (tmp_path / "compare.md").read_text()
+    )
+    monkeypatch.setattr(splits, "FEWEST_PATIENTS", 100)
+    assert "Too few to tell" in write_report_over_splits(studies, tmp_path / "compare.md")
+
+
+def test_the_page_of_all_kinds_has_the_cautions_of_each(studies, tmp_path):
+    study = studies[0]
+    arm = next(arm for arm in study.arms if arm.slug == "recipe-pcl")
+    done = study.pretraining_folder(arm) / DONE_FILE
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"collapsed": "embeddings are equal"}))
+    write_report_of_one(study)
+    write_overview([(study.options, study.folder / "compare.md")], tmp_path / "compare.md")
+    text = (tmp_path / "compare.md").read_text()
+    assert "has collapsed:** embeddings are equal" in text and "There are few seeds" in text
+    assert f"({study.folder.name}/compare.png)" in text
+
+
+def test_class_names_are_plain_text_in_a_table(studies):
+    description = studies[0].raw / "dataset.json"
+    content = json.loads(description.read_text())
+    first = next(name for name in content["labels"] if name != "background")
+    content["labels"] = {"a|b [c](d)" if name == first else name: value for name, value in content["labels"].items()}
+    description.write_text(json.dumps(content))
+    write_report_of_one(studies[0])
+    assert "a|b [c](d) 0." in describe_study(studies[0].folder)["results"]

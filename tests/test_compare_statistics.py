@@ -45,7 +45,7 @@ def test_intervals_with_known_results():
     resampling = Resampling.draw(names(20), 3)
     # a constant difference has an interval of width 0, because the comparison is paired
     assert estimate(base + 0.05, resampling, base) == Estimate(
-        pytest.approx(0.05), *[pytest.approx(0.05)] * 2, pytest.approx((0.05,) * 3)
+        pytest.approx(0.05), *[pytest.approx(0.05)] * 2, pytest.approx((0.05,) * 3), pytest.approx((0.05,) * 20)
     )
     assert estimate(base, resampling, base).sign == 0
     unpaired = estimate(base, resampling)
@@ -123,8 +123,22 @@ def test_three_seeds_that_agree_by_chance_are_not_significant():
         difference = rng.normal(0, 0.03, (3, 1, 1)) + rng.normal(0, 0.005, (3, 30, 1))
         e = estimate(base + difference, Resampling.draw(names(30), 3, resamples=200, seed=trial), base)
         found += bool(e.sign)
-        significant += bool(e.sign) and e.significant_across_seeds
+        significant += bool(e.sign) and e.is_sure
     assert found / 300 > 0.15 and significant / 300 < 0.08
+
+
+def test_few_patients_that_agree_by_chance_are_not_significant():
+    """All seeds share their test patients, so the interval over the seeds does not see the variation between patients."""
+    rng = np.random.default_rng(5)
+    found = significant = 0
+    for trial in range(300):
+        base = rng.normal(0.7, 0.1, (1, 6, 1)) + np.zeros((5, 1, 1))
+        difference = rng.normal(0, 0.04, (1, 6, 1)) + rng.normal(0, 0.005, (5, 6, 1))
+        e = estimate(base + difference, Resampling.draw(names(6), 5, resamples=200, seed=trial), base)
+        assert len(e.by_patient) == 6 and np.mean(e.by_patient) == pytest.approx(e.value)
+        found += bool(e.sign)
+        significant += bool(e.sign) and e.is_sure
+    assert found / 300 > 0.08 and significant / 300 < 0.08
 
 
 @pytest.mark.parametrize(
@@ -132,7 +146,7 @@ def test_three_seeds_that_agree_by_chance_are_not_significant():
     [((0.05, 0.06, 0.07), True), ((0.004, 0.03, 0.05), False), ((-0.02, -0.02), True), ((0.05,), False), ((), False)],
 )
 def test_significance_across_seeds(by_seed, agree):
-    assert Estimate(0.0, 0.0, 0.0, by_seed).significant_across_seeds == agree
+    assert Estimate(0.0, 0.0, 0.0, by_seed).is_sure == agree
 
 
 BETTER, WORSE, SAME = (
@@ -146,7 +160,11 @@ PERHAPS = Estimate(0.028, 0.004, 0.05, (0.004, 0.03, 0.05))
 @pytest.mark.parametrize(
     "found, words, not_words",
     [
-        ({"pretrained": {5: SAME, 10: SAME}}, ["No difference", "pretrained", "5 and 10"], ["better", "worse"]),
+        (
+            {"pretrained": {5: SAME, 10: SAME}},
+            ["No evidence of a difference", "pretrained", "5 and 10"],
+            ["better", "worse"],
+        ),
         (
             {"pretrained": {5: BETTER, 10: SAME}},
             ["better than scratch (+0.030 Dice with 5", "not", "from scratch with 10"],

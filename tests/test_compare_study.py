@@ -179,6 +179,30 @@ def test_a_further_kind_of_fine_tuning_needs_the_options_of_the_pre_trainings(tm
     assert json.loads(grown.splits_file.read_text()) == grown.splits
 
 
+def test_a_further_kind_of_fine_tuning_needs_the_files_of_the_pre_trainings(tmp_path):
+    """Otherwise the weights of one recipe would be reported as those of another."""
+    recipe = tmp_path / "mine.json"
+    recipe.write_text('{"inherits_from": "restore"}')
+    short = replace(OPTIONS, finetuning="adamw", arms=["scratch", f"recipe:{recipe}"])
+    folder = tmp_path / "study"
+    Study(folder / "adamw", short, SPLIT, PATIENTS, shares=True).open()
+    recipe.write_text('{"inherits_from": "restore", "learning_rate": 0.5}')
+    with pytest.raises(UserError, match=r"the file .*mine\.json"):
+        Study(folder / "sgd", replace(short, finetuning="sgd"), SPLIT, PATIENTS, shares=True).open()
+    other = tmp_path / "elsewhere" / "mine.json"
+    other.parent.mkdir()
+    other.write_text('{"inherits_from": "pcl"}')
+    recipe.write_text('{"inherits_from": "restore"}')
+    with pytest.raises(UserError, match="mine"):
+        Study(
+            folder / "sgd",
+            replace(short, finetuning="sgd", arms=["scratch", f"recipe:{other}"]),
+            SPLIT,
+            PATIENTS,
+            shares=True,
+        ).open()
+
+
 def test_processes_that_begin_a_study_at_once_share_it(tmp_path):
     for trial in range(20):
         opened, start = [], threading.Barrier(4)

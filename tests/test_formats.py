@@ -19,7 +19,7 @@ from nnunetv2_macl.cli.weights import export_entry, inspect_entry
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.sharing.inspect import inspect
-from nnunetv2_macl.training.finetune import load_transfer
+from nnunetv2_macl.training.initial_weights import load_transfer
 from nnunetv2_macl.transfer import ADAPTED, plan_transfer
 
 

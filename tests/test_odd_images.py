@@ -21,7 +21,7 @@ from nnunetv2_macl import doctor
 from nnunetv2_macl.doctor.dataset import readable
 from nnunetv2_macl.errors import UserError
 from nnunetv2_macl.preprocessing import cases as preprocessing
-from nnunetv2_macl.preprocessing.cases import UnusableImageError, read_case, whats_flat
+from nnunetv2_macl.preprocessing.reading import UnusableImageError, read_case, single_slice_problem
 from nnunetv2_macl.preprocessing.sources import (
     CaseFiles,
     RawFile,
@@ -38,7 +38,7 @@ VOLUME = np.random.default_rng(0).normal(100, 20, (8, 40, 48)).astype(np.float32
 
 
 class Volumes:
-    """What `whats_flat` asks of a configuration."""
+    """What `single_slice_problem` asks of a configuration."""
 
     name = "3d_fullres"
     patch_size = (16, 32, 32)
@@ -223,14 +223,14 @@ def test_advice_for_another_format_is_a_command_that_converts(target, workspace)
 def test_a_single_slice_is_no_volume(tmp_path):
     def flat(name, array):
         write(tmp_path / name, array)
-        return whats_flat(Volumes, CaseFiles([str(tmp_path / name)], None, 1, []))
+        return single_slice_problem(Volumes, CaseFiles([str(tmp_path / name)], None, 1, []))
 
     assert "40" in flat("scout.nii.gz", VOLUME[0]) and "single slice" in flat("scout.mha", VOLUME[0])
     for axis in range(3):
         assert "single slice" in flat(f"axis{axis}.nii.gz", VOLUME.take([0], axis))
     assert flat("two.nii.gz", VOLUME[:2]) is None and flat("volume.nrrd", VOLUME) is None
     colours = np.stack([VOLUME] * 3, axis=-1).astype(np.uint8)
-    for name, array, is_flat in (
+    for name, array, is_single_slice in (
         ("flat.tif", VOLUME[0], True),
         ("one.tif", VOLUME[:1], True),
         ("many.tif", VOLUME, False),
@@ -238,15 +238,17 @@ def test_a_single_slice_is_no_volume(tmp_path):
         ("colours.tif", colours, False),
     ):
         tifffile.imwrite(tmp_path / name, array, photometric="rgb" if "colour" in name else None)
-        assert (whats_flat(Volumes, CaseFiles([str(tmp_path / name)], None, 1, [])) is not None) == is_flat
+        assert (
+            single_slice_problem(Volumes, CaseFiles([str(tmp_path / name)], None, 1, [])) is not None
+        ) == is_single_slice
     # A header without a size is damaged.
     write(tmp_path / "nothing.nii")
     content = (tmp_path / "nothing.nii").read_bytes()
     (tmp_path / "nothing.nii").write_bytes(content[:40] + bytes(16) + content[56:])
-    assert whats_flat(Volumes, CaseFiles([str(tmp_path / "nothing.nii")], None, 1, [])) is None
+    assert single_slice_problem(Volumes, CaseFiles([str(tmp_path / "nothing.nii")], None, 1, [])) is None
     # An image that cannot be read is reported when it is read.
     (tmp_path / "broken.nii.gz").write_bytes(b"")
-    assert whats_flat(Volumes, CaseFiles([str(tmp_path / "broken.nii.gz")], None, 1, [])) is None
+    assert single_slice_problem(Volumes, CaseFiles([str(tmp_path / "broken.nii.gz")], None, 1, [])) is None
 
 
 def test_a_slice_of_another_orientation_than_the_plan_s_is_left_out(tmp_path):
@@ -255,7 +257,7 @@ def test_a_slice_of_another_orientation_than_the_plan_s_is_left_out(tmp_path):
 
     def flat(name, array):
         write(tmp_path / name, array)
-        return whats_flat(slices, CaseFiles([str(tmp_path / name)], None, 1, []))
+        return single_slice_problem(slices, CaseFiles([str(tmp_path / name)], None, 1, []))
 
     for ending in (".nii.gz", ".mha"):
         assert "orientation" in flat(f"axial{ending}", VOLUME[0]) and "orientation" in flat(f"one{ending}", VOLUME[:1])
@@ -265,12 +267,12 @@ def test_a_slice_of_another_orientation_than_the_plan_s_is_left_out(tmp_path):
 def test_single_slices_among_volumes_are_left_out(target, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(preprocessing, "_configuration", Volumes, raising=False)
     write(tmp_path / "scout.nii.gz", VOLUME[0])
-    reason, is_flat = preprocessing._preprocess_case(
+    reason, is_single_slice = preprocessing._preprocess_case(
         CaseFiles([str(tmp_path / "scout.nii.gz")], None, 1, []), SimpleITKIO, tmp_path / "out", {}
     )
-    assert is_flat and str(tmp_path / "scout.nii.gz") in reason and not (tmp_path / "out.b2nd").exists()
+    assert is_single_slice and str(tmp_path / "scout.nii.gz") in reason and not (tmp_path / "out.b2nd").exists()
     # A 2D network can use a single slice.
-    assert whats_flat(target, CaseFiles([str(tmp_path / "scout.nii.gz")], None, 1, [])) is None
+    assert single_slice_problem(target, CaseFiles([str(tmp_path / "scout.nii.gz")], None, 1, [])) is None
 
 
 @pytest.mark.slow

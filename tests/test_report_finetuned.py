@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from nnunetv2_macl.checkpoints import ORIGINS
-from nnunetv2_macl.report.curves import COLOURS
+from nnunetv2_macl.report.curves import COLOURS, draw_curves
 from nnunetv2_macl.report.finetuned import _epochs, _worst_first, describe_training
 from nnunetv2_macl.report.pictures import coloured
 from nnunetv2_macl.training.finetune import GIVEN_WEIGHTS
@@ -84,6 +84,11 @@ def test_the_origin_of_the_weights_is_named(folder, kind):
 def test_weights_of_nnunets_option_are_not_taken_for_a_start_from_scratch(folder):
     write_log(folder, 2, f"2026-01-01 00:00:03.0: {GIVEN_WEIGHTS}, for example by -pretrained_weights.\n")
     assert "-pretrained_weights" in describe_training(folder)["origin"][0]
+
+
+def test_names_of_classes_are_no_formulas_and_may_begin_with_an_underscore():
+    lines = [([0.1, 0.2], COLOURS[0], "-", label) for label in ("_hidden", "a $x^{2$ b", r"$\foo$")]
+    assert "_hidden" in draw_curves(lines, "classes", from_zero=True)
 
 
 def test_commands_name_device_and_plans(folder):

@@ -1,6 +1,8 @@
 """Variants of the U-Net: number of parameters, plans, and all commands from planning to prediction."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from nnunetv2_macl.networks.uctransnet import UCTransNet
 from nnunetv2_macl.networks.ukan import UKAN
 from nnunetv2_macl.nnunet import DatasetConfiguration
 from nnunetv2_macl.planning.network import explain_changes, plan_network, variants
+from nnunetv2_macl.preprocessing.cases import preprocess_unlabelled
 from nnunetv2_macl.transfer import AS_IT_IS, NOT_TAKEN, TooLittleFitsError, plan_transfer
 
 QUICK = "nnUNetTrainerMACL_quick"
@@ -298,3 +301,22 @@ def test_the_smallest_map_has_more_than_one_point(workspace):
     plans = change_plan(workspace, patch_size=[40, 40])
     file = plan_network("901", "ukan", plans)
     assert DatasetConfiguration.load("901", file.stem, "2d").patch_size == [64, 32]
+
+
+def test_plans_with_one_folder_of_labelled_images_share_the_unlabelled_ones(workspace):
+    """Another network, or another patch, does not change how an image is preprocessed."""
+    configuration = DatasetConfiguration.load("901", "nnUNetPlans", "2d")
+    made = {
+        case.file: os.stat(case.file).st_mtime_ns
+        for case in preprocess_unlabelled(configuration, [], processes=1).cases
+    }
+    record = Path(min(made)).with_suffix(".json")
+    content = json.loads(record.read_text())
+    # a case of version 0.1, whose record depends on the patch
+    content["made_from"]["plan"] = configuration.preprocessing_checksum()
+    record.write_text(json.dumps(content))
+    (record.parent / ".index").unlink()
+    gated = plan_network("901", "attention_unet", change_plan(workspace, patch_size=[24, 40]))
+    for plans in ("nnUNetPlans", gated.stem):
+        cases = preprocess_unlabelled(DatasetConfiguration.load("901", plans, "2d"), [], processes=1).cases
+        assert {case.file: os.stat(case.file).st_mtime_ns for case in cases} == made

@@ -80,7 +80,7 @@ def _compare_parser() -> argparse.ArgumentParser:
         choices=["adamw", "sgd", "paper"],
         default=["adamw", "sgd"],
         help="kinds of fine-tuning, which share the pre-trainings. adamw: as nnUNetTrainerMACL_short, 800 steps with AdamW. "
-        "sgd: as nnU-Net trains, 25,000 steps. paper: as the paper fine-tunes. Default: adamw sgd",
+        "sgd: as nnU-Net trains, 25,000 steps. paper: with loss, optimiser and schedule of the paper. Default: adamw sgd",
     )
     add("--test", default="25%", metavar="N", help=f"number of test {amount}. Default: 25%%")
     add(

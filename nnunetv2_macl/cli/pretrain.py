@@ -143,7 +143,10 @@ def network_entry() -> None:
     parser.add_argument("-c", dest="configuration", default="2d", help="configuration to change. Default: 2d")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plan to copy. Default: nnUNetPlans")
     parser.add_argument("-o", dest="plans_name", help="name of the new plan. Default: PLANS_NETWORK")
-    parser.add_argument("-size", help="S, M or L, if the network comes in these sizes")
+    parser.add_argument(
+        "-size",
+        help="size of the network: S, M or L for rolling_unet and ukan; T, S or B for swin_unetr; S, B, M or L for primus",
+    )
     arguments = parser.parse_args()
 
     def action() -> None:

@@ -26,7 +26,8 @@ def self_train_entry() -> None:
         "-tr",
         dest="teacher",
         metavar="TRAINER",
-        help="trainer of the model that labels the images. It must be trained. Default: nnUNetTrainerMACL",
+        help="trainer of the model that labels the images. It must be trained. Default: the variable "
+        "nnUNet_macl_teacher, or else nnUNetTrainerMACL",
     )
     add(
         "--rounds",

@@ -30,7 +30,7 @@ def transfer_entry() -> None:
         help="nnU-Net configuration. Default: the first of 3d_fullres, 3d_lowres, 2d in the plan",
     )
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier. Default: nnUNetPlans")
-    call(parser, "training.finetune:show_transfer")
+    call(parser, "training.initial_weights:show_transfer")
 
 
 def export_entry() -> None:

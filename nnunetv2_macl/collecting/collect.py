@@ -9,8 +9,9 @@ import multiprocessing
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -135,7 +136,12 @@ def collect(
         taken = {row.series for row in earlier if row.taken == TAKEN}
         slices, files, left_out = _read_tree(source, folder)
         series, others = _series_candidates(slices, taken, pseudonyms, ending, min_slices, keep_derived)
-        niftis, lost = _nifti_candidates(files, source, pseudonyms, ending, patient_regex)
+        identities: dict[str, set[str]] = defaultdict(set)
+        for each in slices:
+            first, *deeper = Path(each.file).relative_to(source).parts
+            if deeper:
+                identities[first].add(each.patient)
+        niftis, lost = _nifti_candidates(files, source, pseudonyms, ending, patient_regex, identities)
         candidates, of_others, modality = _select([*niftis, *series], modality, source)
         _require_modality(channel, modality, folder)
         left_out += others + lost + of_others
@@ -241,6 +247,8 @@ def _read_tree(source: Path, folder: Path) -> tuple[list[Slice], list[Path], lis
                 left_out.append(Row(LEFT_OUT, "its path is not in UTF-8. Rename it", kind=kind, source=str(file)))
             elif file.name.lower().endswith(NIFTI_ENDINGS):
                 nifti.append(file)
+            elif not stat.S_ISREG(file.stat().st_mode):
+                left_out.append(Row(LEFT_OUT, "no regular file", kind=kind, source=str(file)))
             elif is_dicom(file):
                 kind = "DICOM"
                 slices.append(read_header(file))
@@ -304,9 +312,21 @@ def _series_candidates(
 
 
 def _nifti_candidates(
-    files: list[Path], source: Path, pseudonyms: Pseudonyms, ending: str, patient_regex: str | None
+    files: list[Path],
+    source: Path,
+    pseudonyms: Pseudonyms,
+    ending: str,
+    patient_regex: str | None,
+    identities: Mapping[str, set[str]],
 ) -> tuple[list[Candidate], list[Row]]:
-    """Return the NIfTI files that are there, and a row for each link that leads nowhere."""
+    """Return the NIfTI files that are there, and a row for each link that leads nowhere.
+
+    The patient is the first folder below the source. If all DICOM files in this folder have one patient ID, it is that patient:
+    volumes that were converted from them are often there too.
+
+    Args:
+        identities: Patient IDs of the DICOM files in each first folder, by the name of the folder.
+    """
     candidates, left_out = [], []
     paths = [file.relative_to(source) for file in files]
     patients = patients_of([path.as_posix() for path in paths], patient_regex, "--patient_regex")
@@ -315,6 +335,8 @@ def _nifti_candidates(
         if patient_regex is None:
             # the first folder below the source, or the name of the file
             patient = path.parts[0] if len(path.parts) > 1 else re.sub(r"(?i)\.nii(\.gz)?$", "", path.name)
+            if len(path.parts) > 1 and len(ids := identities.get(path.parts[0], set())) == 1:
+                (patient,) = ids
         try:
             status = file.stat()
         except OSError as error:
@@ -369,10 +391,11 @@ def _make(
     """Make the images that do not exist yet. Return a row for each candidate.
 
     An image from another tree is never replaced, except a DICOM series by the same series with more slices. An image that was
-    moved to the training or test images of the data set is not made again: it would be pre-trained on.
+    moved to the training or test images of the data set is not made again: it would be pre-trained on. Nor is one that the table
+    lists and that is not there any more, because it may have been renamed or removed on purpose.
     """
     made = {row.image: row for row in earlier if row.taken == TAKEN}
-    done, incomplete, todo, moved = [], [], [], 0
+    done, incomplete, todo, moved, removed = [], [], [], 0, 0
     for candidate in candidates:
         if any((images.with_name(folder) / candidate.row.image).is_file() for folder in ("imagesTr", "imagesTs")):
             earlier_row = made.get(candidate.row.image)
@@ -381,8 +404,11 @@ def _make(
             continue
         row, image, here = made.get(candidate.row.image), images / candidate.row.image, len(candidate.files)
         from_elsewhere = row is not None and row.source != candidate.row.source
-        if row and row.content == candidate.row.content and image.is_file():
+        # The image of the last row is missing too if the run was killed before it could write it.
+        is_there = image.is_file() or (row is not None and row is not earlier[-1])
+        if row and row.content == candidate.row.content and is_there:
             done.append(replace(candidate.row, voxels=row.voxels))
+            removed += not image.is_file()
         elif candidate.row.kind == "DICOM" and from_elsewhere and here <= (slices := _slices_of_series(image)):
             reason = f"duplicate: {image.name} has {slices} slices of this series, and here are {here}"
             incomplete.append(replace(candidate.row, taken=LEFT_OUT, reason=reason, image=""))
@@ -392,6 +418,11 @@ def _make(
         logger.info("Already collected: %s", pluralise(len(done), "image"))
     if moved:
         logger.info("%s of them are in imagesTr or imagesTs, and are not written to %s again", moved, images)
+    if removed:
+        logger.warning(
+            "WARNING: %s of them are not in %s any more, and are not written again. To get them back, delete their lines in %s",
+            removed, images, table,
+        )  # fmt: skip
     rows = [*done, *incomplete]
     if not todo:
         return rows

@@ -51,6 +51,7 @@ class Slice(NamedTuple):
     spacing: tuple[float, ...] | None  # Pixel Spacing in mm
     frames: int  # Number of Frames
     channels: int  # Samples per Pixel, 3 for colour
+    is_annotated: bool = False  # Whether Burned In Annotation is YES
 
 
 @dataclass
@@ -106,6 +107,7 @@ def read_header(file: Path) -> Slice:
         spacing=_numbers(text("0028|0030"), 2),
         frames=int(text("0028|0008") or 1),
         channels=int(text("0028|0002") or 1),
+        is_annotated=text("0028|0301").upper() == "YES",
     )
 
 
@@ -160,6 +162,8 @@ def why_not(series: Series, min_slices: int, keep_derived: bool) -> str | None:
         return "multi-frame file: convert it with dcm2niix and collect the NIfTI file"
     if any(s.channels > 1 for s in slices):
         return "colour image"
+    if any(s.is_annotated for s in slices):
+        return "its header says that text is burned into the image, which may be the patient's name"
     if len(slices) < min_slices:
         return f"{pluralise(len(slices), 'single slice')}; a series needs --min_slices {min_slices}"
     if any(s.position is None or s.orientation is None or s.spacing is None for s in slices):

@@ -90,8 +90,7 @@ def write_table(rows: Iterable[Row], file: Path) -> None:
     """Write a whole table. Images that were taken come first. Raise UserError if that fails."""
     ordered = sorted(rows, key=lambda row: (row.taken != TAKEN, row.image, row.source))
     text = _as_csv(ordered, header=True).encode(errors="surrogateescape")
-    atomic_write(file, lambda stream: stream.write(text))
-    os.chmod(file, 0o600)
+    atomic_write(file, lambda stream: stream.write(text), private=True)
 
 
 def _as_csv(rows: Iterable[Row], header: bool) -> str:
@@ -99,5 +98,10 @@ def _as_csv(rows: Iterable[Row], header: bool) -> str:
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     if header:
         writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    for row in rows:
+        values = asdict(row)
+        # A spreadsheet would compute a text that begins like a formula.
+        description = values["description"]
+        values["description"] = f"'{description}" if description[:1] in tuple("=+-@") else description
+        writer.writerow(values)
     return text.getvalue()

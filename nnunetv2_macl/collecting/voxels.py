@@ -94,7 +94,7 @@ def read_series(files: list[str]) -> sitk.Image:
 
 def _read_nifti(file: str) -> sitk.Image:
     # nnU-Net takes seconds to import, and DICOM files do not need it.
-    from nnunetv2_macl.preprocessing.cases import check_nifti
+    from nnunetv2_macl.preprocessing.reading import check_nifti
 
     check_nifti(file)
     return sitk.ReadImage(file)

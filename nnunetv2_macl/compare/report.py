@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def write_report(study: Study) -> str:
     whole = Resampling.whole(study.options.seeds, len(study.split.test))
     reached = [float(whole.mean(group.measures["dice"])[0]) for group in results.groups.values()]
     best = max((value for value in reached if not math.isnan(value)), default=0.0)
-    sentence = verdict(differences(results), patients=_patients_with_defined_dice(results), best=best)
+    sentence = verdict(differences(results), patients=patients_with_defined_dice(results), best=best)
     text = "\n".join(_lines(results, sentence)) + "\n"
     atomic_write(study.folder / REPORT_FILE, lambda file: file.write(text.encode()))
     return sentence
@@ -51,12 +52,14 @@ def write_overview(reports: Sequence[tuple[Options, Path]], file: Path) -> None:
     """
     lines = [f"# Does pre-training help? {reports[0][0].dataset}, {reports[0][0].configuration}", ""]
     for options, report in reports:
-        # the verdict is the first bold line
-        verdict = next(line for line in report.read_text(encoding="utf-8").splitlines() if line.startswith("**"))
-        link = report.relative_to(file.parent)
-        lines += [f"## Fine-tuning with {FINETUNING_NAMES[options.finetuning]}: {_budget(options)}", "", verdict, ""]
+        # the verdict, and the cautions below it
+        text = report.read_text(encoding="utf-8").partition("\n")[2]
+        beginning = text.partition("\n![")[0].partition("\n#")[0].strip()
+        link = report.relative_to(file.parent).as_posix()
+        lines += [f"## Fine-tuning with {FINETUNING_NAMES[options.finetuning]}: {_budget(options)}", "", beginning, ""]
         if report.with_name(PICTURE_FILE).is_file():
-            lines += [f"![Dice]({link.with_name(PICTURE_FILE)})", ""]
+            picture = report.with_name(PICTURE_FILE).relative_to(file.parent).as_posix()
+            lines += [f"![Dice]({picture})", ""]
         lines += [f"Tables: [{link}]({link})", ""]
     text = "\n".join(lines)
     atomic_write(file, lambda stream: stream.write(text.encode()))
@@ -82,42 +85,58 @@ def differences(results: Results) -> dict[str, dict[int, Estimate]]:
 def verdict(found: dict[str, dict[int, Estimate]], *, patients: int, best: float) -> str:
     """Return one sentence that says whether pre-training helps.
 
-    An arm differs from scratch if the bootstrap interval excludes 0. The sentence says "perhaps" unless the t-interval over
-    the seeds also excludes 0.
+    An arm differs from scratch if the bootstrap interval excludes 0. The sentence says "perhaps" unless the t-intervals over
+    the seeds and over the patients also exclude 0.
 
     Args:
         found: Gain in Dice over scratch, by arm and number of labels.
-        patients: Number of test patients with a defined Dice, see `_patients_with_defined_dice`.
+        patients: Number of test patients with a defined Dice, see `patients_with_defined_dice`.
         best: Mean Dice of the best arm.
     """
     if not found:
         return "Only scratch was trained, so there is nothing to compare it with."
     if patients < FEWEST_PATIENTS:
-        return (
-            f"Too few to tell: {pluralise(patients, 'test patient')} with a Dice (undefined for a class in neither prediction "
-            f"nor label), but at least {FEWEST_PATIENTS} are needed to distinguish a difference from chance."
-        )
+        return too_few_patients(patients)
     if best < MIN_MEANINGFUL_DICE:
         return no_conclusion(best)
     clauses = []
     for arm, by_labels in found.items():
         parts = []
         for sign, sure in itertools.product((1, -1), (True, False)):
-            of_sign = {n: d for n, d in by_labels.items() if d.sign == sign and d.significant_across_seeds == sure}
+            of_sign = {n: d for n, d in by_labels.items() if d.sign == sign and d.is_sure == sure}
             if of_sign:
                 values = join_words(f"{d.value:+.3f} Dice with {n}" for n, d in of_sign.items())
                 words = f"{'' if sure else 'perhaps '}{'better' if sign > 0 else 'worse'} than scratch"
-                parts.append(f"{words} ({values} labelled cases{'' if sure else ', and more --seeds may decide'})")
+                parts.append(
+                    f"{words} ({values} labelled cases{'' if sure else ', and more --seeds or --test may decide'})"
+                )
         if same := [n for n, d in by_labels.items() if not d.sign]:
             parts.append(f"not distinguishable from scratch with {join_words(same)} labelled cases")
         clauses.append(f"{arm} is {' and '.join(parts)}")
     if not any(difference.sign for by_labels in found.values() for difference in by_labels.values()):
         labels = dict.fromkeys(labels for by_labels in found.values() for labels in by_labels)
         return (
-            f"No difference: the Dice of {join_words(found)} is not distinguishable from that of scratch with "
+            f"No evidence of a difference: the Dice of {join_words(found)} is not distinguishable from that of scratch with "
             f"{join_words(labels)} labelled cases."
         )
     return f"{'; '.join(clauses)}."
+
+
+def too_few_patients(patients: int) -> str:
+    """Return the verdict if there are fewer than `FEWEST_PATIENTS` test patients with a Dice."""
+    return (
+        f"Too few to tell: {pluralise(patients, 'test patient')} with a Dice (undefined for a class in neither prediction nor "
+        f"label), but at least {FEWEST_PATIENTS} are needed to distinguish a difference from chance."
+    )
+
+
+def collapse_notes(results: Results, where: str = "") -> list[str]:
+    """Return a sentence for each pre-training of a study that has collapsed. ``where`` names the study."""
+    return [
+        f"**The pre-training with recipe {recipe}{f' of {where}' if where else ''} has collapsed:** {reason}. So its result does "
+        "not show what the method can do."
+        for recipe, reason in results.collapsed.items()
+    ]
 
 
 def no_conclusion(best: float) -> str:
@@ -136,20 +155,19 @@ def _lines(results: Results, sentence: str) -> list[str]:
     tested = pluralise(len(split.test), "test case")
     few = [
         what
-        for what, number in (("seeds", options.seeds), ("test patients", _patients(study, split.test)))
-        if number < 5
+        for what, number, enough in (("seeds", options.seeds, 5), ("test patients", _patients(study, split.test), 20))
+        if number < enough
     ]
     lines = [f"# Does pre-training help? {options.dataset}, {options.configuration}", "", f"**{sentence}**", ""]
     if few:
         lines += [f"There are few {join_words(few)}, so the intervals are rough and too narrow.", ""]
-    for recipe, reason in results.collapsed.items():
-        words = f"**The pre-training with recipe {recipe} has collapsed:** {reason}"
-        lines += [f"{words}. So its result does not show what the method can do.", ""]
+    for note in collapse_notes(results):
+        lines += [note, ""]
     lines += ["![Dice](compare.png)", "", f"## Dice on {tested}", ""]
-    lines += _table(results, lambda arm, n: _with_interval(estimate(groups[arm, n].measures["dice"], resampling)))
+    lines += _table(results, lambda arm, n: with_interval(estimate(groups[arm, n].measures["dice"], resampling)))
     lines += ["", "## Dice above scratch, on the same cases and seeds", ""]
     found = differences(results)
-    lines += _table(results, lambda arm, n: _with_interval(found[arm][n], "+") + _by_seed(found[arm][n]), skip=SCRATCH)
+    lines += _table(results, lambda arm, n: with_interval(found[arm][n], "+") + _by_seed(found[arm][n]), skip=SCRATCH)
     for name, title in (("hd95", "HD95"), ("asd", "ASD")):
         lines += ["", f"## {title} in mm on {tested}", ""]
         lines += _table(results, lambda arm, n, name=name: _distance(groups[arm, n].measures[name], resampling))  # type: ignore[misc]
@@ -158,7 +176,7 @@ def _lines(results: Results, sentence: str) -> list[str]:
         lines += _table(
             results,
             lambda arm, n: ", ".join(
-                f"{name} {_number(Resampling.whole(*v.shape[:2]).mean(v[:, :, [c]])[0])}"
+                f"{_plain(name)} {number(Resampling.whole(*v.shape[:2]).mean(v[:, :, [c]])[0])}"
                 for v in [groups[arm, n].measures["dice"]]
                 for c, name in enumerate(results.classes)
             ),
@@ -181,23 +199,28 @@ def _table(results: Results, entry: Callable[[str, int], str], skip: str = "") -
     return rows
 
 
-def _number(value: float, sign: str = "", digits: int = 3) -> str:
+def _plain(name: str) -> str:
+    """Return a name without the meaning that its characters have in Markdown."""
+    return re.sub(r"([\\`*_\[\]!|<>])", r"\\\1", name)
+
+
+def number(value: float, sign: str = "", digits: int = 3) -> str:
     return "not defined" if math.isnan(value) else f"{value:{sign}.{digits}f}"
 
 
-def _with_interval(e: Estimate, sign: str = "", digits: int = 3) -> str:
+def with_interval(e: Estimate, sign: str = "", digits: int = 3) -> str:
     if math.isnan(e.value):
         return "not defined"
     return f"{e.value:{sign}.{digits}f} ({e.low:{sign}.{digits}f} to {e.high:{sign}.{digits}f})"
 
 
 def _by_seed(e: Estimate) -> str:
-    return f"; by seed {', '.join(_number(value, '+') for value in e.repeats)}" if len(e.repeats) > 1 else ""
+    return f"; by seed {', '.join(number(value, '+') for value in e.repeats)}" if len(e.repeats) > 1 else ""
 
 
 def _distance(values: np.ndarray, resampling: Resampling) -> str:
     missing = int(np.isnan(values).sum())
-    return _with_interval(estimate(values, resampling), digits=2) + (
+    return with_interval(estimate(values, resampling), digits=2) + (
         f", {missing} of {values.size} not defined" if missing else ""
     )
 
@@ -219,7 +242,7 @@ def _patients(study: Study, cases: list[str]) -> int:
     return len({study.patients[case] for case in cases})
 
 
-def _patients_with_defined_dice(results: Results) -> int:
+def patients_with_defined_dice(results: Results) -> int:
     """Return the number of test patients with a Dice in an arm and in scratch, for the arm and labels with fewest of them."""
     study = results.study
     numbers = [_patients(study, study.split.test)]
@@ -237,7 +260,7 @@ def _budget(options: Options) -> str:
 
 def _start(arm: Arm) -> str:
     if arm.weights:
-        return f"{arm.weights}. It is not known whether these weights were trained on the test cases"
+        return f"{Path(arm.weights).name}. It is not known whether these weights were trained on the test cases"
     if not arm.recipe:
         return "nnU-Net's own initialisation"
     parts = "the encoder only" if arm.encoder_only else "the encoder and the trained decoder stages"
@@ -309,7 +332,7 @@ def _method(results: Results) -> list[str]:
             f"include the variation between pre-trainings. The times above do not include pre-training ({times})."
         )
     planning = (
-        f"All arms use the plan {options.plan} unchanged. It may have been made from the test cases too."
+        f"All arms use the plan {Path(options.plan).name} unchanged. It may have been made from the test cases too."
         if options.plan
         else f"All arms use the plan that nnU-Net ({planned['planner']}) made from all {share + len(split.validation)} cases of "
         "the training share and their labels."
@@ -332,7 +355,7 @@ def _method(results: Results) -> list[str]:
     lines.append(
         f"Intervals in brackets are 95 % intervals of a bootstrap over {drawn} and seeds. All arms share its draws, so "
         "differences are paired. The intervals are not corrected for multiple comparisons, and few seeds make them too narrow. "
-        'The verdict therefore says "perhaps" unless Student\'s interval over the seeds also excludes 0.'
+        f"The verdict therefore says 'perhaps' unless Student's intervals over the seeds and over the {drawn} also exclude 0."
     )
     lines.append(
         "The curves show the Dice of whole validation cases at the network's resolution without mirroring, after "

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunetv2_macl.compare.report import MIN_MEANINGFUL_DICE, REPORT_FILE, differences, no_conclusion
+from nnunetv2_macl.compare.report import (
+    FEWEST_PATIENTS,
+    MIN_MEANINGFUL_DICE,
+    REPORT_FILE,
+    collapse_notes,
+    differences,
+    no_conclusion,
+    number,
+    patients_with_defined_dice,
+    too_few_patients,
+    with_interval,
+)
 from nnunetv2_macl.compare.results import Results
 from nnunetv2_macl.compare.statistics import Estimate, Resampling, student_interval
 from nnunetv2_macl.compare.study import SCRATCH, Study
@@ -41,23 +52,31 @@ def write_report_over_splits(studies: Sequence[Study], file: Path) -> str:
     found = spreads(results)
     means = [_mean_dice(result, *group) for result in results for group in result.groups]
     best = max((value for value in means if not np.isnan(value)), default=0.0)
-    sentence = no_conclusion(best) if best < MIN_MEANINGFUL_DICE else _verdict(found, len(studies))
+    # The splits share the rule of one split: with fewer patients, chance decides.
+    patients = min(map(patients_with_defined_dice, results))
+    if patients < FEWEST_PATIENTS:
+        sentence = too_few_patients(patients)
+    else:
+        sentence = no_conclusion(best) if best < MIN_MEANINGFUL_DICE else _verdict(found, len(studies))
     lines = [f"# Does pre-training help? {options.dataset}, {options.configuration}, {len(studies)} splits", ""]
     lines += [f"**{sentence}**", ""]
+    for study, result in zip(studies, results, strict=True):
+        lines += [line for text in collapse_notes(result, f"split {study.options.split}") for line in (text, "")]
     header = "".join(f" split {study.options.split} |" for study in studies)
     lines += ["## Dice on the test cases", ""]
     lines += [f"| arm | labelled cases | mean |{header}", f"|---|---|---|{'---|' * len(studies)}"]
     for arm in studies[0].arms:
         for labels in studies[0].split.labels:
             dice = [_mean_dice(result, arm.slug, labels) for result in results]
-            lines.append(_row(arm.slug, labels, f"{np.mean(dice):.3f}", [f"{value:.3f}" for value in dice]))
+            lines.append(_row(arm.slug, labels, number(float(np.mean(dice))), list(map(number, dice))))
     lines += ["", "## Dice above scratch, on the same cases and seeds", ""]
     lines += [f"| arm | labelled cases | mean, 95 % interval |{header}", f"|---|---|---|{'---|' * len(studies)}"]
     for (slug, labels), spread in found.items():
-        mean = f"{spread.value:+.3f} ({spread.low:+.3f} to {spread.high:+.3f})"
-        lines.append(_row(slug, labels, mean, [f"{value:+.3f}" for value in spread.repeats]))
+        lines.append(_row(slug, labels, with_interval(spread, "+"), [number(value, "+") for value in spread.repeats]))
     lines += ["", "## How this was measured", ""]
-    reports = [(study.options.split, (study.folder / REPORT_FILE).relative_to(file.parent)) for study in studies]
+    reports = [
+        (study.options.split, (study.folder / REPORT_FILE).relative_to(file.parent).as_posix()) for study in studies
+    ]
     lines += [
         f"- Each split draws other test, validation and training patients, and has {pluralise(options.seeds, 'seed')}.",
         "- The interval is Student's, over the splits. It is widened as Nadeau and Bengio (2003) propose, because all splits "

@@ -25,6 +25,7 @@ class Resampling:
 
     seeds: np.ndarray  # (B, S)
     cases: np.ndarray  # (B, N)
+    patients: np.ndarray | None = None  # number of the patient of each case, (N,), if patients were drawn
 
     @classmethod
     def draw(cls, patients: Sequence[str], seeds: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Resampling:
@@ -33,7 +34,7 @@ class Resampling:
         names, of_case = np.unique(np.asarray(patients), return_inverse=True)
         drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
         drawn_patients = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-        return cls(drawn_seeds, drawn_patients[:, of_case])
+        return cls(drawn_seeds, drawn_patients[:, of_case], of_case)
 
     @classmethod
     def whole(cls, seeds: int, cases: int) -> Resampling:
@@ -44,6 +45,12 @@ class Resampling:
     def each_seed(cls, seeds: int, cases: int) -> Resampling:
         """Return one resample for each seed (B = S), with this seed and all cases."""
         return cls(np.eye(seeds, dtype=int), np.ones((seeds, cases), dtype=int))
+
+    @classmethod
+    def each_patient(cls, seeds: int, patients: np.ndarray) -> Resampling:
+        """Return one resample for each patient (B = P), with all seeds and the cases of this patient."""
+        cases = np.arange(patients.max() + 1)[:, None] == patients
+        return cls(np.ones((len(cases), seeds), dtype=int), cases.astype(int))
 
     def mean(self, values: np.ndarray) -> np.ndarray:
         """Return the mean of each class over seeds and cases, then over classes, as nnU-Net averages. NaN is left out.
@@ -84,6 +91,7 @@ class Estimate:
     low: float
     high: float
     repeats: tuple[float, ...] = ()  # value of each seed or of each split, (S,); may be empty
+    by_patient: tuple[float, ...] = ()  # value of each patient, the mean over seeds; may be empty
 
     @property
     def sign(self) -> int:
@@ -91,14 +99,15 @@ class Estimate:
         return int(self.low > 0) - int(self.high < 0)
 
     @property
-    def significant_across_seeds(self) -> bool:
-        """Return whether Student's 95 % interval of `repeats` excludes 0.
+    def is_sure(self) -> bool:
+        """Return whether Student's 95 % intervals of `repeats` and of `by_patient` exclude 0.
 
-        This guards against too few seeds, which the bootstrap underestimates: if three seeds have the same sign by chance,
-        so has every resample.
+        This guards against few seeds and few patients, for which a bootstrap interval is too narrow: if three seeds have the
+        same sign by chance, so has every resample. All seeds share their test patients, so both intervals are needed.
         """
-        low, high = student_interval(self.repeats)
-        return low > 0 or high < 0
+        by_patient = [self.by_patient] if self.by_patient else []
+        intervals = [student_interval(values) for values in (self.repeats, *by_patient)]
+        return all(low > 0 or high < 0 for low, high in intervals)
 
 
 def student_interval(values: Sequence[float], overlap: float = 0.0) -> tuple[float, float]:
@@ -133,7 +142,15 @@ def estimate(values: np.ndarray, resampling: Resampling, reference: np.ndarray |
         return mean_of_classes(found if reference is None else found - sampling.by_class(reference))
 
     whole, each = Resampling.whole(*values.shape[:2]), Resampling.each_seed(*values.shape[:2])
-    return Estimate(float(mean(whole)[0]), *_interval(mean(resampling)), tuple(mean(each).tolist()))
+    by_patient = np.array([])
+    if resampling.patients is not None:
+        by_patient = mean(Resampling.each_patient(len(values), resampling.patients))
+    return Estimate(
+        float(mean(whole)[0]),
+        *_interval(mean(resampling)),
+        tuple(mean(each).tolist()),
+        tuple(by_patient[~np.isnan(by_patient)].tolist()),
+    )
 
 
 def in_all(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

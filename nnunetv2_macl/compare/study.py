@@ -310,12 +310,12 @@ class Study:
         folder, options, file = self.folder, self.options, self.folder / STUDY_FILE
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file. Give a folder: -o FOLDER")
+        study._check_siblings()
         # list the folder before looking for the study's file, because another process may create the study meanwhile
         others = [path for path in folder.iterdir() if STUDY_FILE not in path.name] if folder.is_dir() else []
         if not file.is_file():
             if others:
                 raise UserError(f"{folder} is not empty and holds no study. Give another folder: -o FOLDER")
-            study._check_siblings()
             if check_only:
                 return study
             write_if_absent(study._as_json(), file)
@@ -381,8 +381,11 @@ class Study:
         for file in sorted(self.base.glob(f"*/{STUDY_FILE}")) if self.shares else ():
             there = Study.read(file.parent)
             changed = self._changed_options(there, besides=of_finetuning)
+            changed += [f"the file {name}" for name, was in there.files.items() if self.files.get(name, was) != was]
             if there.patients != self.patients or there.split.test != self.split.test:
                 changed.append(f"the images of {self.options.dataset}")
+            own = [arm for arm in self.options.arms if arm not in there.options.arms]
+            _check_names([parse_arm(arm) for arm in (*there.options.arms, *own)])
             if changed:
                 raise UserError(
                     f"{file.parent} holds a study with the same pre-trainings and other options. Changed: {', '.join(changed)}. "

@@ -19,14 +19,13 @@ from nnunetv2_macl.folds import check_fold, number_of_folds, splits_file, too_fe
 from nnunetv2_macl.nnunet import WEIGHTS_VARIABLE, DatasetConfiguration, raw_folder
 from nnunetv2_macl.planning.plan import MACLPlan
 from nnunetv2_macl.preprocessing.cases import (
-    FlatImageError,
-    UnusableImageError,
     bytes_on_disk,
     index_of,
     made_of,
     preprocess_case,
     sources_in_use,
 )
+from nnunetv2_macl.preprocessing.reading import SingleSliceError, UnusableImageError
 from nnunetv2_macl.preprocessing.sources import (
     UNLABELLED_FOLDER,
     CaseFiles,
@@ -36,7 +35,7 @@ from nnunetv2_macl.preprocessing.sources import (
 )
 from nnunetv2_macl.text import pluralise, size_text
 from nnunetv2_macl.training.commands import command_to_fine_tune, command_to_pretrain
-from nnunetv2_macl.training.finetune import load_transfer
+from nnunetv2_macl.training.initial_weights import load_transfer
 from nnunetv2_macl.training.run_folder import folders_to_start_from
 
 _MEASURE_TIMEOUT = 600
@@ -155,7 +154,7 @@ def readable(
         read += 1
         try:
             preprocess_case(target, case, source.reader, resample=False)
-        except FlatImageError as error:
+        except SingleSliceError as error:
             flat.append(str(error))
         except UnusableImageError as error:
             wrong.append(str(error))

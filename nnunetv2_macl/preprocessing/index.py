@@ -23,10 +23,16 @@ _FORMAT_VERSION = 2
 
 
 class Index:
-    """The cases in the folder of a source that were made by the plan with a given signature."""
+    """The cases in the folder of a source that were made by the plan with a given signature.
 
-    def __init__(self, folder: Path, signature: str) -> None:
-        self.folder, self.signature = folder, signature
+    Args:
+        folder: Folder of the cases.
+        signature: Signature of the plan.
+        former: Signature of the same plan in earlier versions, whose cases are used too.
+    """
+
+    def __init__(self, folder: Path, signature: str, former: str | None = None) -> None:
+        self.folder, self.signature, self.former = folder, signature, former
         self._entries: dict[str, Any] = {}
         with contextlib.suppress(UserError, AttributeError):
             content = read_json(folder / INDEX, "")
@@ -46,7 +52,10 @@ class Index:
             return True
         try:
             record = read_json(self.folder / f"{name}.json", "")
-            done = record["made_from"] == fingerprint and record["bytes"] == written[0]
+            made_from = record["made_from"]
+            if made_from["plan"] == self.former:
+                made_from = made_from | {"plan": self.signature}
+            done = made_from == fingerprint and record["bytes"] == written[0]
         except (UserError, KeyError, TypeError):
             return False
         if done:

@@ -98,7 +98,17 @@ def draw_curves(
         axis.grid(alpha=0.25, lw=0.6)
         if legend:
             # below the axes, where the legend hides no curve
-            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2, fontsize=9)
+            # The handles are given, because a label that begins with _ would be left out.
+            shown = axis.legend(
+                axis.lines,
+                [label for *_, label in lines],
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.2),
+                ncol=2,
+                fontsize=9,
+            )
+            for text in shown.get_texts():
+                text.set_parse_math(False)  # a name may hold a $
         stream = io.StringIO()
         figure.savefig(stream, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
