@@ -114,28 +114,22 @@ def test_a_class_that_only_one_arm_predicts_is_not_compared():
     assert estimate(base, resampling, other).value == pytest.approx((0.8 - 5 / 6 * 0.8) / 3)
 
 
-def test_three_seeds_that_agree_by_chance_are_not_significant():
-    """Three seeds without a true difference agree in sign in a quarter of the trials, and mislead the bootstrap."""
+@pytest.mark.parametrize(
+    "seeds, patients, of_seeds, of_patients", [(3, 30, 0.03, 0.0), (5, 6, 0.0, 0.04)], ids=["seeds", "patients"]
+)
+def test_few_seeds_or_patients_that_agree_by_chance_are_not_significant(seeds, patients, of_seeds, of_patients):
+    """Three seeds without a true difference agree in sign in a quarter of the trials, and mislead the bootstrap.
+
+    All seeds share their test patients, so the interval over the seeds does not see the variation between patients.
+    """
     rng = np.random.default_rng(5)
     found = significant = 0
     for trial in range(300):
-        base = rng.normal(0.7, 0.1, (1, 30, 1)) + np.zeros((3, 1, 1))
-        difference = rng.normal(0, 0.03, (3, 1, 1)) + rng.normal(0, 0.005, (3, 30, 1))
-        e = estimate(base + difference, Resampling.draw(names(30), 3, resamples=200, seed=trial), base)
-        found += bool(e.sign)
-        significant += bool(e.sign) and e.is_sure
-    assert found / 300 > 0.15 and significant / 300 < 0.08
-
-
-def test_few_patients_that_agree_by_chance_are_not_significant():
-    """All seeds share their test patients, so the interval over the seeds does not see the variation between patients."""
-    rng = np.random.default_rng(5)
-    found = significant = 0
-    for trial in range(300):
-        base = rng.normal(0.7, 0.1, (1, 6, 1)) + np.zeros((5, 1, 1))
-        difference = rng.normal(0, 0.04, (1, 6, 1)) + rng.normal(0, 0.005, (5, 6, 1))
-        e = estimate(base + difference, Resampling.draw(names(6), 5, resamples=200, seed=trial), base)
-        assert len(e.by_patient) == 6 and np.mean(e.by_patient) == pytest.approx(e.value)
+        base = rng.normal(0.7, 0.1, (1, patients, 1)) + np.zeros((seeds, 1, 1))
+        difference = rng.normal(0, of_seeds, (seeds, 1, 1)) + rng.normal(0, of_patients, (1, patients, 1))
+        difference = difference + rng.normal(0, 0.005, (seeds, patients, 1))
+        e = estimate(base + difference, Resampling.draw(names(patients), seeds, resamples=200, seed=trial), base)
+        assert len(e.by_patient) == patients and np.mean(e.by_patient) == pytest.approx(e.value)
         found += bool(e.sign)
         significant += bool(e.sign) and e.is_sure
     assert found / 300 > 0.08 and significant / 300 < 0.08
