@@ -73,8 +73,16 @@ def test_compressed_parts_that_would_fill_the_memory_are_refused(tmp_path):
         checkpoints.load(tmp_path / "b.pth")
 
 
-def test_what_an_old_torch_cannot_load_is_not_called_damaged(tmp_path):
+def test_an_object_in_a_file_of_the_old_format_is_named(tmp_path):
+    torch.save({"a": print}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"namely \S*print\.") as error:
+        checkpoints.load(tmp_path / "a.pth")
+    assert "pip install" not in str(error.value)
+
+
+def test_what_an_old_torch_cannot_load_is_not_called_damaged(tmp_path, monkeypatch):
     """Before PyTorch 2.6, numpy's numbers cannot be allowed."""
+    monkeypatch.setattr(checkpoints, "_is_recent_torch", lambda: False)
     error = pickle.UnpicklingError("WeightsUnpickler error: Unsupported global: GLOBAL numpy.core.multiarray.scalar")
     reason = checkpoints._why_not(tmp_path / "a.pth", error)
     assert (
