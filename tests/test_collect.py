@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from conftest import largest_file
 from dicom_files import AXIAL, CORONAL, SAGITTAL, volume, write_series
 
-from nnunetv2_macl.collecting.collect import collect
+from nnunetv2_macl.collecting.collect import _WORK_FOLDER, collect
 from nnunetv2_macl.collecting.dicom import group_series, read_header, sort_slices, why_not
 from nnunetv2_macl.collecting.pseudonyms import KEY_FILE, load_key
 from nnunetv2_macl.collecting.table import read_table
@@ -277,6 +277,20 @@ def test_images_that_were_removed_or_renamed_are_not_written_again(tmp_path, raw
     second.unlink()
     collect(tmp_path / "tree", "28", **options)
     assert sorted(unlabelled.iterdir()) == [third] and "2 of them are not in" in caplog.text
+    # also the one in the last line of the table
+    third.rename(unlabelled.with_name("kept_0000.nii.gz"))
+    collect(tmp_path / "tree", "28", **options)
+    assert not list(unlabelled.iterdir())
+    unlabelled.with_name("kept_0000.nii.gz").rename(third)
+    # A run that was killed has written the last line before its image, and has left its folder.
+    last = table.read_text().splitlines()[-1].split(",")
+    (image,) = (unlabelled / part for part in last if part.startswith("p") and part.endswith(".nii.gz"))
+    image.unlink(missing_ok=True)
+    (unlabelled / _WORK_FOLDER).mkdir()
+    collect(tmp_path / "tree", "28", **options)
+    assert image.is_file() and not (unlabelled / _WORK_FOLDER).exists()
+    if image != third:
+        image.unlink()
     lines = [line for line in table.read_text().splitlines(True) if second.name not in line]
     table.write_text("".join(lines))
     collect(tmp_path / "tree", "28", **options)

@@ -395,6 +395,10 @@ def _make(
     lists and that is not there any more, because it may have been renamed or removed on purpose.
     """
     made = {row.image: row for row in earlier if row.taken == TAKEN}
+    work = images.resolve() / _WORK_FOLDER
+    # A run that was killed leaves this folder, and may have written its last row without the image.
+    unfinished = earlier[-1] if earlier and work.exists() else None
+    shutil.rmtree(work, ignore_errors=True)
     done, incomplete, todo, moved, removed = [], [], [], 0, 0
     for candidate in candidates:
         if any((images.with_name(folder) / candidate.row.image).is_file() for folder in ("imagesTr", "imagesTs")):
@@ -404,9 +408,8 @@ def _make(
             continue
         row, image, here = made.get(candidate.row.image), images / candidate.row.image, len(candidate.files)
         from_elsewhere = row is not None and row.source != candidate.row.source
-        # The image of the last row is missing too if the run was killed before it could write it.
-        is_there = image.is_file() or (row is not None and row is not earlier[-1])
-        if row and row.content == candidate.row.content and is_there:
+        is_done = image.is_file() or row is not unfinished
+        if row and row.content == candidate.row.content and is_done:
             done.append(replace(candidate.row, voxels=row.voxels))
             removed += not image.is_file()
         elif candidate.row.kind == "DICOM" and from_elsewhere and here <= (slices := _slices_of_series(image)):
@@ -429,8 +432,6 @@ def _make(
     # Images with the name of an earlier one come first, so that a collision is found before any image is written.
     todo.sort(key=lambda candidate: candidate.row.image not in made)
     image_of = {row.voxels: row.image for row in made.values() if row.voxels and (images / row.image).is_file()}
-    work = images.resolve() / _WORK_FOLDER
-    shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     # Use spawn, as nnU-Net does, because forked processes inherit locks that are held.
     pool = ProcessPoolExecutor(

@@ -41,7 +41,7 @@ def wandb_is_installed() -> Result:
 
     if lacks_wandb():
         return Result(PROBLEM, "nnUNet_wandb_enabled is set, but W&B is not installed", "pip install wandb")
-    return Result(OK, "W&B: as nnUNet_wandb_enabled asks for")
+    return Result(OK, "Weights & Biases (W&B) is switched off, or is installed")
 
 
 def torch_and_device(device: str) -> Result:
